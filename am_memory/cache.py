@@ -1,0 +1,452 @@
+"""The KV cache of one session: ragged compact slots, then an exact tail that grows in place.
+
+Owns the layout `[pinned exact][segment 1]...[segment n][exact tail]`, logical against physical length, sharing between
+forks, and its own bytes. Knows no model, no policy, and not how slots are computed.
+
+What makes it safe: slots are immutable, and a tail only ever writes behind its own length. A snapshot is therefore a
+handful of references, restoring it is exact, and forks share memory until one of them appends.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+
+from am_memory.errors import UnsupportedOperation
+
+PINNED_RANK = -1
+"""The rank of an entry that no budget cuts."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Logical tokens [start, end) held in `num_slots` slots, counted over all layers and KV heads.
+
+    Cutting a segment is a cut in the ranking that its slots were born with: slots of rank >= num_slots go. It depends
+    on the size alone, never on the path.
+    """
+
+    start: int
+    end: int
+    num_slots: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.start
+
+
+class HeadSlots(NamedTuple):
+    """One KV head's slots, as views that broadcast against (batch, heads, queries, head_dim)."""
+
+    key: Tensor  # (1, 1, num_slots, head_dim)
+    value: Tensor  # (1, 1, num_slots, head_dim)
+    bias: Tensor  # (1, 1, 1, num_slots)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The compact entries of one layer, ragged over its KV heads; immutable, so forks share them.
+
+    Attributes:
+        key, value: (total_slots, head_dim), head after head; within a head in the order of the tokens.
+        bias: (total_slots,), log of how many exact entries a slot weighs; zero for pinned exact entries.
+        positions: (total_slots,) int32, the logical position that a slot's key was written at.
+        ranks: (total_slots,) int32, the slot's place in its segment's ranking at birth, or `PINNED_RANK`.
+        cu_slots: where each head begins, and the end: num_key_value_heads + 1 numbers.
+    """
+
+    key: Tensor
+    value: Tensor
+    bias: Tensor
+    positions: Tensor
+    ranks: Tensor
+    cu_slots: tuple[int, ...]
+    heads: tuple[HeadSlots, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        heads = tuple(
+            HeadSlots(
+                self.key[None, None, begin:end],
+                self.value[None, None, begin:end],
+                self.bias[None, None, None, begin:end],
+            )
+            for begin, end in itertools.pairwise(self.cu_slots)
+        )
+        object.__setattr__(self, "heads", heads)
+
+    @classmethod
+    def exact(cls, key: Tensor, value: Tensor, start: int) -> Slots:
+        """Pinned entries as they are; key and value: (num_key_value_heads, seq_len, head_dim)."""
+        num_heads, seq_len, head_dim = key.shape
+        positions = torch.arange(start, start + seq_len, dtype=torch.int32, device=key.device)
+        return cls(
+            key=key.reshape(-1, head_dim).clone(),
+            value=value.reshape(-1, head_dim).clone(),
+            bias=key.new_zeros(num_heads * seq_len),
+            positions=positions.repeat(num_heads),
+            ranks=torch.full_like(positions, PINNED_RANK).repeat(num_heads),
+            cu_slots=tuple(range(0, num_heads * seq_len + 1, seq_len)) if seq_len else (0,) * (num_heads + 1),
+        )
+
+    @classmethod
+    def concat(cls, parts: Sequence[Slots]) -> Slots:
+        """Head by head, one part after another; parts must come in the order of their tokens."""
+        num_heads = parts[0].num_heads
+        stacked = cls.stack([part.head(head) for head in range(num_heads) for part in parts])
+        return replace(stacked, cu_slots=stacked.cu_slots[:: len(parts)])
+
+    def head(self, index: int) -> Slots:
+        """One head's slots, as a layer of one head; views."""
+        where = slice(self.cu_slots[index], self.cu_slots[index + 1])
+        return Slots(*(tensor[where] for tensor in self.tensors), (0, where.stop - where.start))
+
+    @classmethod
+    def stack(cls, heads: Sequence[Slots]) -> Slots:
+        """One layer from its heads, given one by one."""
+        tensors = (torch.cat(tensors) for tensors in zip(*(head.tensors for head in heads), strict=True))
+        return cls(*tensors, (0, *itertools.accumulate(head.num_slots for head in heads)))
+
+    def cut(self, segments: Iterable[Segment]) -> Slots:
+        """Drop the slots that no longer fit in their segment's `num_slots`."""
+        keep = torch.ones_like(self.ranks, dtype=torch.bool)
+        for segment in segments:
+            is_inside = (self.positions >= segment.start) & (self.positions < segment.end)
+            keep &= ~is_inside | (self.ranks < segment.num_slots)
+        if bool(keep.all()):
+            return self
+        kept_before = [0, *keep.cumsum(0).tolist()]
+        return Slots(*(tensor[keep] for tensor in self.tensors), tuple(kept_before[start] for start in self.cu_slots))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.key, self.value, self.bias, self.positions, self.ranks
+
+    @property
+    def num_slots(self) -> int:
+        """Over all heads of the layer."""
+        return self.cu_slots[-1]
+
+    @property
+    def num_heads(self) -> int:
+        return len(self.cu_slots) - 1
+
+    @property
+    def is_finite(self) -> bool:
+        return all(bool(tensor.isfinite().all()) for tensor in (self.key, self.value, self.bias))
+
+
+QuerySink = Callable[[Tensor], None]
+"""Gets each query tensor that passes a layer: (num_key_value_heads, num_key_value_groups, num_tokens, head_dim)."""
+
+
+class TailBuffer:
+    """Room for exact entries; written in place by its one user, copied before writing once it `is_shared`."""
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        self.key = key  # (1, num_key_value_heads, capacity, head_dim)
+        self.value = value
+        self.is_shared = False
+
+    @property
+    def capacity(self) -> int:
+        return self.key.shape[2]
+
+    def grown(self, num_used: int, capacity: int) -> TailBuffer:
+        """A buffer of our own with the first `num_used` entries."""
+        shape = (*self.key.shape[:2], capacity, self.key.shape[3])
+        buffer = TailBuffer(self.key.new_empty(shape), self.value.new_empty(shape))
+        buffer.key[:, :, :num_used] = self.key[:, :, :num_used]
+        buffer.value[:, :, :num_used] = self.value[:, :, :num_used]
+        return buffer
+
+
+class TailState(NamedTuple):
+    """What a compactable layer is at one moment: references only."""
+
+    slots: Slots | None
+    buffer: TailBuffer | None
+    start: int
+    length: int
+
+
+class SlidingState(NamedTuple):
+    """What a sliding-window layer is at one moment; transformers never writes into these tensors."""
+
+    keys: Tensor | None
+    values: Tensor | None
+    num_tokens: int
+
+
+class CompactableLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One full-attention layer: compact slots (or none yet), then exact entries in a buffer that grows in place.
+
+    The keys that `update` returns are the exact tail alone. They carry this layer as `am_layer`, which is how the
+    attention function finds the slots that belong before them.
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots: Slots | None = None
+        self.buffer: TailBuffer | None = None
+        self.start = 0  # logical position of the first exact entry
+        self.length = 0  # exact entries in use
+        self.query_sink: QuerySink | None = None
+        self.scaling: float | None = None  # softmax scale, as the attention function last saw it
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        if key_states.shape[0] != 1:
+            raise UnsupportedOperation(
+                f"a batch of {key_states.shape[0]} sequences; a session holds one: use one session for each"
+            )
+        self.buffer = TailBuffer(key_states[:, :, :0], value_states[:, :, :0])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append (1, num_key_value_heads, num_tokens, head_dim); return the whole exact tail."""
+        if self.buffer is None:
+            self.lazy_initialization(key_states, value_states)
+        buffer = self.buffer
+        assert buffer is not None
+        end = self.length + key_states.shape[2]
+        if end > buffer.capacity or buffer.is_shared:
+            # At most 1/64 stands empty, so that bytes stay honest; a decoded token copies 64 entries on average.
+            buffer = self.buffer = buffer.grown(self.length, end + end // 64)
+        buffer.key[:, :, self.length : end] = key_states
+        buffer.value[:, :, self.length : end] = value_states
+        self.length = end
+        key = buffer.key[:, :, :end]
+        key.am_layer = self  # type: ignore[attr-defined]
+        return key, buffer.value[:, :, :end]
+
+    def exact_entries(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Views of the exact keys and values at logical positions [start, end): (num_heads, end - start, head_dim)."""
+        assert self.buffer is not None
+        assert self.start <= start <= end <= self.start + self.length
+        where = slice(start - self.start, end - self.start)
+        return self.buffer.key[0, :, where], self.buffer.value[0, :, where]
+
+    @property
+    def num_heads(self) -> int:
+        return 0 if self.buffer is None else self.buffer.key.shape[1]
+
+    def state(self) -> TailState:
+        return TailState(self.slots, self.buffer, self.start, self.length)
+
+    def restore(self, state: TailState) -> None:
+        self.slots, self.buffer, self.start, self.length = state
+        self.is_initialized = self.buffer is not None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        exact = () if self.buffer is None else (self.buffer.key, self.buffer.value)
+        return exact + (self.slots.tensors if self.slots is not None else ())
+
+    def get_seq_length(self) -> int:
+        """Logical length: tokens ever seen, compacted or not."""
+        return self.start + self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Only the new tokens: the attention function knows that everything before them is visible."""
+        return query_length, self.get_seq_length()
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens; they must be exact ones."""
+        if -tokens_to_remove > self.length:
+            raise UnsupportedOperation(
+                f"cannot remove {-tokens_to_remove} tokens from the cache: only the last {self.length} are exact; "
+                "use Session.rewind, which rebuilds"
+            )
+        self.length += min(tokens_to_remove, 0)
+
+    def reset(self) -> None:
+        self.restore(TailState(None, None, 0, 0))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        raise UnsupportedOperation("beam search needs one cache per beam; use greedy decoding or sampling")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if repeats != 1:
+            raise UnsupportedOperation(f"{repeats} sequences at once; a session holds one: fork it instead")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if indices.numel() != 1:
+            raise UnsupportedOperation(f"{indices.numel()} sequences at once; a session holds one: fork it instead")
+
+
+class SlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """A sliding-window layer, left as transformers has it; it can only be put back to a state it had."""
+
+    def state(self) -> SlidingState:
+        return SlidingState(self.keys, self.values, self.cumulative_length)
+
+    def restore(self, state: SlidingState) -> None:
+        self.keys, self.values, self.cumulative_length = state
+        self.is_initialized = self.keys is not None
+        if self.keys is not None:
+            self.dtype, self.device = self.keys.dtype, self.keys.device
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return () if self.keys is None else (self.keys, self.values)
+
+
+LayerState = TailState | SlidingState
+
+
+@dataclass(frozen=True)
+class CacheState:
+    """A whole cache at one moment, as references; `KVCache.restore` takes it back exactly."""
+
+    layers: tuple[LayerState, ...]
+    segments: tuple[Segment, ...]
+    num_pinned: int
+
+
+BeforeForward = Callable[[Sequence[int]], int]
+"""Called with the tokens that a model is about to read into a cache; says how many of the first are read already."""
+
+
+class KVCache(Cache):  # type: ignore[misc]
+    """The cache of one session, usable wherever transformers takes a `Cache`.
+
+    Args:
+        sliding_windows: for each layer of the model its sliding window in tokens, or None for full attention.
+
+    Attributes:
+        before_forward: set where somebody else drives the model (`generate`), to watch what it reads.
+    """
+
+    def __init__(self, sliding_windows: Sequence[int | None]) -> None:
+        super().__init__(
+            layers=[CompactableLayer() if window is None else SlidingLayer(window) for window in sliding_windows]
+        )
+        self.sliding_windows = tuple(sliding_windows)
+        self.segments: tuple[Segment, ...] = ()
+        self.num_pinned = 0
+        self.before_forward: BeforeForward | None = None
+
+    @property
+    def compactable(self) -> list[CompactableLayer]:
+        return [layer for layer in self.layers if isinstance(layer, CompactableLayer)]
+
+    @property
+    def num_tokens(self) -> int:
+        """Logical length."""
+        return self.compactable[0].get_seq_length()
+
+    @property
+    def num_tail_tokens(self) -> int:
+        """Exact tokens behind the segments; before the first compaction this is everything."""
+        return self.compactable[0].length
+
+    @property
+    def num_exact_tokens(self) -> int:
+        """Exact tokens: pinned ones and the tail."""
+        return self.num_pinned + self.num_tail_tokens
+
+    @property
+    def num_compact_slots(self) -> float:
+        """Mean compact slots per KV head, over all compactable layers."""
+        return sum(segment.num_slots for segment in self.segments) / max(self.num_heads, 1)
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads of all compactable layers together."""
+        return sum(layer.num_heads for layer in self.compactable)
+
+    @property
+    def kv_tokens(self) -> float:
+        """Physical size: exact tokens + mean compact slots per head."""
+        return self.num_exact_tokens + self.num_compact_slots
+
+    @property
+    def nbytes(self) -> int:
+        """What the cache's tensors take, with spare capacity and the slots' positions and ranks."""
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors)
+
+    @property
+    def exact_nbytes(self) -> int:
+        """What an uncompacted cache of the same tokens would take."""
+        per_token = sum(
+            2 * layer.num_heads * layer.buffer.key.shape[3] * layer.buffer.key.element_size()
+            for layer in self.compactable
+            if layer.buffer is not None
+        )
+        sliding = (tensor.nbytes for layer in self.layers if isinstance(layer, SlidingLayer) for tensor in layer.tensors)
+        return per_token * self.num_tokens + sum(sliding)
+
+    def state(self) -> CacheState:
+        return CacheState(tuple(layer.state() for layer in self.layers), self.segments, self.num_pinned)
+
+    def restore(self, state: CacheState) -> None:
+        for layer, layer_state in zip(self.layers, state.layers, strict=True):
+            layer.restore(layer_state)
+        self.segments, self.num_pinned = state.segments, state.num_pinned
+
+    def fork(self) -> KVCache:
+        """A second cache with the same content; memory is shared until one of the two appends."""
+        branch = KVCache(self.sliding_windows)
+        for mine, other in zip(self.layers, branch.layers, strict=True):
+            other.restore(mine.state())
+            if isinstance(mine, CompactableLayer):
+                other.scaling = mine.scaling
+                if mine.buffer is not None:
+                    mine.buffer.is_shared = True
+        branch.segments, branch.num_pinned = self.segments, self.num_pinned
+        return branch
+
+    def compacted(self, segments: Sequence[Segment], new_slots: Sequence[Slots], num_pinned: int) -> CacheState:
+        """The state in which `new_slots` stand for the tail's tokens up to the end of the last of `segments`.
+
+        Args:
+            segments: all segments afterwards, the new one last; older ones are cut to their `num_slots`.
+            new_slots: the new segment's slots of each compactable layer, ranked within the segment.
+            num_pinned: tokens at the start of the tail that stay exact (only before the first compaction).
+
+        Returns:
+            A new state; this cache is as it was. The remaining tail is copied, so that the old buffer can be freed.
+        """
+        *older, newest = segments
+        slots_of_layer = iter(new_slots)
+        states: list[LayerState] = []
+        for layer in self.layers:
+            if not isinstance(layer, CompactableLayer):
+                states.append(layer.state())
+                continue
+            parts = []
+            if layer.slots is not None:
+                parts.append(layer.slots.cut(older))
+            elif num_pinned:
+                parts.append(Slots.exact(*layer.exact_entries(0, num_pinned), start=0))
+            slots = Slots.concat([*parts, next(slots_of_layer)])
+            key, value = layer.exact_entries(newest.end, layer.get_seq_length())
+            tail = TailBuffer(key[None].clone(), value[None].clone())
+            states.append(TailState(slots, tail, newest.end, key.shape[1]))
+        return CacheState(tuple(states), tuple(segments), max(self.num_pinned, num_pinned))
+
+    def align(self) -> None:
+        """Drop what only some layers hold: the leavings of an interrupted forward pass."""
+        num_tokens = min(layer.get_seq_length() for layer in self.layers)
+        for layer in self.layers:
+            layer.crop(num_tokens - layer.get_seq_length())
+
+    def truncate(self, num_tokens: int) -> None:
+        """Forget everything after the first `num_tokens` logical tokens; the rest must be in the exact tail."""
+        self.crop(num_tokens - self.num_tokens)
+
+
+def resized(segment: Segment, num_slots: int) -> Segment:
+    """The same tokens in fewer slots."""
+    return replace(segment, num_slots=min(num_slots, segment.num_slots))

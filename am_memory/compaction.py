@@ -1,0 +1,166 @@
+"""One compaction: from a block of exact entries and reference queries to a new segment of slots.
+
+    scores of every key  ->  a ranking of slots over all heads  ->  keys, bias and values of each head  ->  a new cache
+
+Builds a new state and touches nothing: whoever asked swaps it in. Knows no engine, and not when to compact.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from am_memory.budgets import adaptive_ranks, uniform_ranks
+from am_memory.cache import CacheState, CompactableLayer, KVCache, Segment, Slots
+from am_memory.errors import CompactionFailed
+from am_memory.policy import MemoryPolicy, Plan
+from am_memory.solver import Block, ExactAttention, Fit, exact_attention, fit
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, layers done, layers in all); stage is "score" or "fit"."""
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """A finished compaction, not yet swapped in.
+
+    Attributes:
+        state: the cache afterwards.
+        mass_error, output_error: root mean square over all heads of the fit's errors on the reference queries.
+        score_seconds, fit_seconds: wall time.
+    """
+
+    state: CacheState
+    mass_error: float
+    output_error: float
+    score_seconds: float
+    fit_seconds: float
+
+
+def compact(
+    cache: KVCache, plan: Plan, num_pinned: int, queries: Sequence[Tensor], policy: MemoryPolicy, progress: Progress
+) -> Compaction:
+    """Replace the plan's newest segment's entries by slots (arXiv:2602.16284, sections 3 and 4).
+
+    Args:
+        cache: afterwards as it was.
+        num_pinned: tokens at the start that stay exact.
+        queries: of each compactable layer, (num_key_value_heads, num_queries, head_dim), after RoPE.
+
+    Raises:
+        CompactionFailed: out of memory, or a result that is not finite.
+    """
+    started = time.perf_counter()
+    segment, layers = plan.newest, cache.compactable
+    with _failures(segment):
+        blocks = [layer_block(layer, query, segment) for layer, query in zip(layers, queries, strict=True)]
+        exacts = []
+        for index, block in enumerate(blocks):
+            exacts.append(exact_attention(block))
+            progress("score", index + 1, len(blocks))
+        ranks = slot_ranks([exact.scores for exact in exacts], policy)
+        scored = time.perf_counter()
+
+        slots, fits = [], []
+        for index, (block, exact, layer_ranks) in enumerate(zip(blocks, exacts, ranks, strict=True)):
+            layer_fit, layer_slots = fit_layer(block, exact, layer_ranks, segment, policy)
+            fits.append(layer_fit)
+            slots.append(layer_slots)
+            progress("fit", index + 1, len(blocks))
+        state = cache.compacted(plan.segments, slots, num_pinned)
+    return Compaction(
+        state=state,
+        mass_error=_rms([layer_fit.mass_error for layer_fit in fits]),
+        output_error=_rms([layer_fit.output_error for layer_fit in fits]),
+        score_seconds=scored - started,
+        fit_seconds=time.perf_counter() - scored,
+    )
+
+
+def layer_block(layer: CompactableLayer, query: Tensor, segment: Segment) -> Block:
+    """The exact entries of a segment's tokens in one layer, as the solver takes them."""
+    assert layer.scaling is not None
+    key, value = layer.exact_entries(segment.start, segment.end)
+    return Block(query, key, value, layer.scaling)
+
+
+def slot_ranks(scores: Sequence[Tensor], policy: MemoryPolicy) -> tuple[Tensor, ...]:
+    """When each head gets its k-th slot, ranked over the heads of all layers.
+
+    Args:
+        scores: of each layer, (num_key_value_heads, seq_len).
+
+    Returns:
+        Of each layer, (num_key_value_heads, seq_len) int64; entry [h, k] is the rank of the k-th slot of head h.
+    """
+    match policy.head_budget:
+        case "adaptive":
+            ranks = adaptive_ranks(torch.cat(list(scores)), policy.min_slots)
+        case "uniform":
+            ranks = uniform_ranks(torch.cat(list(scores)), policy.min_slots)
+    return ranks.split([layer_scores.shape[0] for layer_scores in scores])
+
+
+def fit_layer(
+    block: Block, exact: ExactAttention, ranks: Tensor, segment: Segment, policy: MemoryPolicy
+) -> tuple[Fit, Slots]:
+    """Choose and fit the slots of one layer.
+
+    Args:
+        ranks: (num_key_value_heads, seq_len), from `slot_ranks`.
+    """
+    num_slots = (ranks < segment.num_slots).sum(dim=1)
+    indices = policy.key_selection(block, exact.scores, num_slots)
+    layer_fit = fit(
+        block,
+        indices,
+        num_slots,
+        ridge=policy.ridge,
+        fit_bias=policy.fit in ("bias_and_values", "bias"),
+        fit_values=policy.fit in ("bias_and_values", "values"),
+        exact=exact,
+    )
+    dtype = block.key.dtype
+    heads = []
+    for head, count in enumerate(num_slots.tolist()):
+        by_position = indices[head, :count].argsort()
+        heads.append(
+            Slots(
+                key=layer_fit.key[head, by_position].to(dtype),
+                value=layer_fit.value[head, by_position].to(dtype),
+                bias=layer_fit.bias[head, by_position].to(dtype),
+                positions=(segment.start + indices[head, by_position]).int(),
+                ranks=ranks[head, by_position].int(),
+                cu_slots=(0, count),
+            )
+        )
+    slots = Slots.stack(heads)
+    if not slots.is_finite:
+        raise CompactionFailed(
+            f"the fit of tokens {segment.start} to {segment.end} is not finite in {dtype}; nothing was changed: load the "
+            "model in bfloat16 or float32, or raise policy.ridge"
+        )
+    return layer_fit, slots
+
+
+@contextmanager
+def _failures(segment: Segment) -> Iterator[None]:
+    """Out of memory, on any device, as an error of ours."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        raise CompactionFailed(
+            f"out of memory while compacting {segment.num_tokens} tokens; nothing was changed: lower trigger_tokens or "
+            "compact_fraction, so that fewer are compacted at once"
+        ) from error
+
+
+def _rms(errors: Sequence[Tensor]) -> float:
+    return float(torch.cat(list(errors)).square().mean().sqrt())

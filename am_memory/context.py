@@ -1,0 +1,283 @@
+"""A watched context: the tokens, the cache derived from them, and the schedule of the compactions between.
+
+Owns the watching: it reads tokens in chunks, and when the cache reaches its trigger it compacts the oldest part and
+goes on. The tokens are the truth; tokens and schedule together rebuild the cache. Knows nothing of text or sampling.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from torch import Tensor, cat
+
+from am_memory.cache import KVCache
+from am_memory.compaction import Progress, compact
+from am_memory.engines.base import Engine
+from am_memory.errors import CompactionFailed, InvalidInput
+from am_memory.events import (
+    CompactionFinished,
+    CompactionProgress,
+    CompactionReport,
+    CompactionStarted,
+    Listener,
+    ReadProgress,
+    SessionRebuilt,
+    WindowExceeded,
+)
+from am_memory.policy import SINK_TOKENS, MemoryPolicy, Plan, ScheduledCompaction, Sizes, plan, trigger_tokens
+from am_memory.queries import LiveQueries, repeat_queries
+
+
+@dataclass
+class Context:
+    """The tokens of one conversation and the compacting cache that holds them.
+
+    Attributes:
+        name: for events.
+        tokens: every token, read or not; the cache holds the first `cache.num_tokens` of them.
+        schedule: the compactions made so far, in order.
+        num_pinned: tokens at the start that stay exact.
+    """
+
+    name: str
+    engine: Engine
+    policy: MemoryPolicy
+    notify: Listener
+    cache: KVCache
+    tokens: list[int] = field(default_factory=list)
+    schedule: list[ScheduledCompaction] = field(default_factory=list)
+    num_pinned: int = SINK_TOKENS
+
+    def __post_init__(self) -> None:
+        self._live = LiveQueries() if "live" in self.policy.reference_queries else None
+        self.trigger = trigger_tokens(self.policy, self.engine.info.window_tokens, self.num_pinned)
+
+    def pin(self, num_tokens: int) -> None:
+        """Keep the first `num_tokens` exact; possible until the first compaction.
+
+        Raises:
+            InvalidPolicy: the trigger leaves nothing to compact beside them.
+        """
+        if self.schedule:
+            raise InvalidInput(
+                f"cannot pin {num_tokens} tokens after {len(self.schedule)} compactions: pin before the first one"
+            )
+        self.trigger = trigger_tokens(self.policy, self.engine.info.window_tokens, num_tokens)
+        self.num_pinned = num_tokens
+
+    def check(self, token_ids: Sequence[int]) -> None:
+        """Raise InvalidInput for ids that the model does not have."""
+        vocab_size = self.engine.info.vocab_size
+        for position, token_id in enumerate(token_ids):
+            if not 0 <= token_id < vocab_size:
+                raise InvalidInput(
+                    f"token id {token_id} at position {position} is outside the vocabulary of {vocab_size}; encode the "
+                    "text with the model's own tokenizer"
+                )
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing: whatever is raised inside, the context is afterwards as it was before."""
+        state, pinned = self.cache.state(), (self.num_pinned, self.trigger)
+        tokens, num_tokens, schedule, num_compactions = self.tokens, len(self.tokens), self.schedule, len(self.schedule)
+        try:
+            yield
+        except BaseException:
+            self.cache.restore(state)
+            del tokens[num_tokens:], schedule[num_compactions:]
+            self.tokens, self.schedule = tokens, schedule
+            self.num_pinned, self.trigger = pinned
+            self._seek_live()
+            raise
+
+    def read(self, end: int) -> None:
+        """Bring the first `end` tokens into the cache, compacting whenever the trigger is reached."""
+        start = self.cache.num_tokens
+        while (done := self.cache.num_tokens) < end:
+            stop = done + min(self.make_room(end - done), self.policy.chunk_tokens)
+            self._forward(self.tokens[done:stop])
+            if end - start > self.policy.chunk_tokens:
+                self.notify(ReadProgress(self.name, stop - start, end - start))
+
+    def watched_cache(self) -> KVCache:
+        """This context's cache for somebody else's forward passes, which it watches."""
+        self.cache.before_forward = self._before_forward
+        return self.cache
+
+    def _before_forward(self, token_ids: Sequence[int]) -> int:
+        """Take in tokens that somebody else's forward pass is about to read; read the first ones if all are too many.
+
+        Returns:
+            How many of `token_ids` are read already; the last ones are left to the forward pass.
+        """
+        self.cache.align()  # the pass before this one may have been interrupted, or its tokens taken back
+        with self.transaction():
+            del self.tokens[self.cache.num_tokens :]
+            self.check(token_ids)
+            self.tokens.extend(token_ids)
+            start, end = self.cache.num_tokens, len(self.tokens)
+            while True:
+                room = self.make_room(end - self.cache.num_tokens)
+                if room >= end - self.cache.num_tokens:
+                    break
+                self._forward(self.tokens[self.cache.num_tokens :][: min(room, self.policy.chunk_tokens)])
+                self.notify(ReadProgress(self.name, self.cache.num_tokens - start, end - start))
+        if self._live is not None:
+            for index, layer in enumerate(self.cache.compactable):
+                layer.query_sink = partial(self._live.add, index)
+        return self.cache.num_tokens - start
+
+    def make_room(self, num_tokens: int) -> int:
+        """Compact if the trigger is reached; return how many tokens may be read now, at most `num_tokens`."""
+        if self.cache.kv_tokens + 1 > self.trigger:
+            self.compact()
+        window = self.engine.info.window_tokens
+        if self.cache.num_tokens < window <= self.cache.num_tokens + num_tokens:
+            self.notify(WindowExceeded(self.name, self.cache.num_tokens + num_tokens, window))
+        return min(num_tokens, max(int(self.trigger - self.cache.kv_tokens), 1))
+
+    def next_logits(self) -> Tensor:
+        """Read everything; the logits of what follows the last token, (vocab_size,) float32."""
+        self.read(len(self.tokens) - 1)
+        self.make_room(1)
+        return self._forward(self.tokens[-1:], num_logits=1)[0]
+
+    def scratch_logits(self, token_ids: Sequence[int]) -> Tensor:
+        """Logits that follow the last token and each of `token_ids` but the last; the context stays as it is."""
+        self.read(len(self.tokens) - 1)
+        ids = [self.tokens[-1], *token_ids[:-1]]
+        state, rows = self.cache.state(), []
+        try:
+            for start in range(0, len(ids), self.policy.chunk_tokens):
+                chunk = ids[start : start + self.policy.chunk_tokens]
+                rows.append(self.engine.forward(self.cache, chunk, num_logits=len(chunk)))
+        finally:
+            self.cache.restore(state)
+        return cat(rows)
+
+    def _forward(self, token_ids: Sequence[int], num_logits: int = 0) -> Tensor:
+        on_query = self._live.add if self._live is not None else None
+        return self.engine.forward(self.cache, token_ids, num_logits=num_logits, on_query=on_query)
+
+    @property
+    def sizes(self) -> Sizes:
+        cache = self.cache
+        return Sizes(cache.num_tokens, self.num_pinned, cache.num_tail_tokens, cache.segments, cache.num_heads)
+
+    def compact(self, fraction: float | None = None) -> CompactionReport:
+        """Compact the oldest part now; None: the policy's fraction, sparing the recent tokens."""
+        return self._apply(plan(self.policy, self.sizes, self.trigger, fraction))
+
+    def _apply(self, plan: Plan) -> CompactionReport:
+        """Make one planned compaction and swap it in."""
+        cache, segment = self.cache, plan.newest
+        kv_tokens, kv_bytes, at_tokens = cache.kv_tokens, cache.nbytes, cache.num_tokens
+        self.notify(CompactionStarted(self.name, segment.start, segment.end, kv_tokens))
+
+        def progress(stage: str, done: int, total: int) -> None:
+            self.notify(CompactionProgress(self.name, stage, done, total))
+
+        started = time.perf_counter()
+        queries = self._reference_queries(segment.start, segment.end, progress)
+        query_seconds = time.perf_counter() - started
+        result = compact(cache, plan, self.num_pinned, queries, self.policy, progress)
+        cache.restore(result.state)
+        self.schedule.append(ScheduledCompaction(at_tokens, plan))
+        report = CompactionReport(
+            session=self.name,
+            start=segment.start,
+            end=segment.end,
+            num_slots=segment.num_slots / cache.num_heads,
+            kv_tokens_before=kv_tokens,
+            kv_tokens_after=cache.kv_tokens,
+            kv_bytes_before=kv_bytes,
+            kv_bytes_after=cache.nbytes,
+            mass_error=result.mass_error,
+            output_error=result.output_error,
+            query_seconds=query_seconds,
+            score_seconds=result.score_seconds,
+            fit_seconds=result.fit_seconds,
+        )
+        self.notify(CompactionFinished(self.name, report))
+        return report
+
+    def _reference_queries(self, start: int, end: int, progress: Progress) -> list[Tensor]:
+        sources = []
+        if "repeat" in self.policy.reference_queries:
+            sources.append(
+                repeat_queries(
+                    self.engine,
+                    self.cache,
+                    self.tokens[start:end],
+                    chunk_tokens=self.policy.chunk_tokens,
+                    on_progress=lambda done, total: progress("repeat", done, total),
+                )
+            )
+        if self._live is not None:
+            live = self._live.after(end)
+            if not live and not sources:
+                raise CompactionFailed(
+                    f"no query has passed since token {end}, and reference_queries is live alone: read more first, "
+                    'compact a smaller fraction, or add "repeat"'
+                )
+            if live:
+                sources.append(live)
+        return [cat(layers, dim=1) for layers in zip(*sources, strict=True)]
+
+    def rewind(self, num_tokens: int) -> None:
+        """Forget all but the first `num_tokens` tokens; rebuild where a forgotten one is in a segment."""
+        num_cached = max(min(self.cache.num_tokens, num_tokens - 1), 0)
+        is_exact = num_cached >= self.cache.num_tokens - self.cache.num_tail_tokens
+        if num_cached == self.cache.num_tokens or (is_exact and self.cache.is_croppable):
+            self.cache.truncate(num_cached)
+            del self.tokens[num_tokens:]
+            self._seek_live()
+        else:
+            self.rebuild(num_tokens, "the tokens to forget are compacted, or in a sliding window")
+
+    def rebuild(self, num_tokens: int, reason: str) -> None:
+        """Read the first `num_tokens` tokens again, with the compactions that were made among them."""
+        self.notify(SessionRebuilt(self.name, num_tokens, reason))
+        fresh = Context(
+            self.name,
+            self.engine,
+            self.policy,
+            self.notify,
+            self.engine.new_cache(),
+            self.tokens[:num_tokens],
+            num_pinned=self.num_pinned,
+        )
+        for entry in self.schedule:
+            if entry.at_tokens > num_tokens - 1:
+                break
+            fresh._replay(entry)
+        fresh.read(num_tokens - 1)
+        self.cache.restore(fresh.cache.state())
+        self.tokens, self.schedule, self._live = fresh.tokens, fresh.schedule, fresh._live
+
+    def _replay(self, entry: ScheduledCompaction) -> None:
+        while (done := self.cache.num_tokens) < entry.at_tokens:
+            self._forward(self.tokens[done : min(entry.at_tokens, done + self.policy.chunk_tokens)])
+        self._apply(entry.plan)
+
+    def fork(self, name: str, policy: MemoryPolicy | None = None) -> Context:
+        """The same context under another name; memory is shared until the two differ."""
+        branch = replace(
+            self,
+            name=name,
+            policy=policy or self.policy,
+            cache=self.cache.fork(),
+            tokens=list(self.tokens),
+            schedule=list(self.schedule),
+        )
+        if self._live is not None and branch._live is not None:
+            branch._live = self._live.copy()
+        return branch
+
+    def _seek_live(self) -> None:
+        if self._live is not None:
+            self._live.seek(self.cache.num_tokens)

@@ -1,0 +1,1 @@
+"""What runs a model: one package for each kind, all behind `base.Engine`."""

@@ -1,0 +1,132 @@
+"""A transformers model behind the `Engine` protocol. Knows nothing of policies or compaction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from am_memory.cache import KVCache
+from am_memory.engines.base import Message, ModelInfo, OnQuery
+from am_memory.engines.transformers import attention, support
+from am_memory.errors import UnsupportedOperation
+from am_memory.models import fingerprint
+
+
+class TransformersEngine:
+    """Runs a causal language model of transformers over caches of this project.
+
+    The model's attention implementation is set to ours, which is transformers' own sdpa attention for every other
+    cache: the model stays usable as it was.
+
+    Args:
+        model: any supported causal language model, on its device.
+        tokenizer: the model's own.
+
+    Raises:
+        UnsupportedModel: the model's cache cannot be compacted.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        attention.register()
+        self.model = model
+        self.tokenizer = tokenizer
+        self._windows = support.layer_windows(model)
+        support.probe(model, self.new_cache)
+        self._is_reading = False
+        self.info = _model_info(model, tokenizer)
+        model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+
+    def new_cache(self) -> KVCache:
+        return KVCache(self._windows)
+
+    @torch.no_grad()
+    def forward(
+        self, cache: KVCache, token_ids: Sequence[int], *, num_logits: int = 0, on_query: OnQuery | None = None
+    ) -> Tensor:
+        ids = torch.tensor([list(token_ids)], device=self.model.device)
+        with self._reading(cache, on_query):
+            if num_logits == 0:
+                self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+                return torch.empty(0, self.info.vocab_size)
+            output = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=num_logits)
+        return output.logits[0, :, : self.info.vocab_size].float()  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _reading(self, cache: KVCache, on_query: OnQuery | None) -> Iterator[None]:
+        """While we drive the model ourselves: queries go to `on_query`, and the hook stays out of the way."""
+        was_reading, self._is_reading = self._is_reading, True
+        layers = cache.compactable
+        sinks = [layer.query_sink for layer in layers]
+        for index, layer in enumerate(layers):
+            layer.query_sink = None if on_query is None else partial(on_query, index)
+        try:
+            yield
+        finally:
+            self._is_reading = was_reading
+            for layer, sink in zip(layers, sinks, strict=True):
+                layer.query_sink = sink
+
+    def _before_forward(
+        self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Let a watched cache see the tokens first; it may read the beginning of a long prompt itself."""
+        cache = kwargs.get("past_key_values")
+        if self._is_reading or not isinstance(cache, KVCache) or cache.before_forward is None:
+            return None
+        input_ids: Tensor | None = args[0] if args else kwargs.get("input_ids")
+        if input_ids is None:
+            raise UnsupportedOperation("a compacting cache has to see token ids: pass input_ids, not inputs_embeds")
+        if input_ids.shape[0] != 1:
+            raise UnsupportedOperation(
+                f"a batch of {input_ids.shape[0]} sequences (or beams); a cache holds one: use one cache for each"
+            )
+        num_read = cache.before_forward(input_ids[0].tolist())
+        if num_read == 0:
+            return None
+        kwargs = {**kwargs, "input_ids": input_ids[:, num_read:]}
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = kwargs["position_ids"][..., num_read:]
+        return args[1:], kwargs
+
+    def encode(self, text: str, *, add_special: bool = False) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=add_special, verbose=False)["input_ids"])
+
+    def decode(self, token_ids: Sequence[int], *, skip_special: bool = False) -> str:
+        return str(
+            self.tokenizer.decode(
+                list(token_ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
+            )
+        )
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.tokenizer.chat_template)
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        )
+
+
+def _model_info(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ModelInfo:
+    config = model.config.get_text_config(decoder=True)
+    sources = (tokenizer.eos_token_id, config.eos_token_id, model.generation_config.eos_token_id)
+    return ModelInfo(
+        name=str(model.config.name_or_path or type(model).__name__),
+        fingerprint=fingerprint(model),
+        vocab_size=config.vocab_size,
+        window_tokens=config.max_position_embeddings,
+        eos_token_ids=frozenset(id for ids in sources for id in _as_list(ids)),
+    )
+
+
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]

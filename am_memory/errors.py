@@ -1,0 +1,57 @@
+"""Every error this project raises. Each message names the value, the limit and the way out."""
+
+
+class AMMemoryError(Exception):
+    """Base class: catching it catches everything that `am_memory` raises on purpose."""
+
+
+class ModelNotFound(AMMemoryError):
+    """No model lies at the given place."""
+
+
+class UnsupportedModel(AMMemoryError):
+    """The model's attention or cache cannot be compacted (recurrent, latent, multi-axis RoPE, encoder-decoder...)."""
+
+
+class InvalidPolicy(AMMemoryError):
+    """A policy that can never work, whatever the conversation."""
+
+
+class BudgetTooSmall(InvalidPolicy):
+    """A compaction would leave a head fewer slots than its floor."""
+
+
+class InvalidInput(AMMemoryError):
+    """Empty input, or token ids that the model does not have."""
+
+
+class PromptTooLong(AMMemoryError):
+    """A prompt that cannot be held, even after compaction."""
+
+
+class SessionNotFound(AMMemoryError):
+    """No session of that name, in memory or in the store."""
+
+
+class StorageError(AMMemoryError):
+    """A saved session that cannot be read: truncated, corrupted, of a newer format, or of another model."""
+
+
+class CorruptSession(StorageError):
+    """The saved bytes are not what was written."""
+
+
+class NewerFormat(StorageError):
+    """The session was saved by a newer version of this project."""
+
+
+class ModelMismatch(StorageError):
+    """The session was saved with another model."""
+
+
+class CompactionFailed(AMMemoryError):
+    """A compaction could not be made; the session is as it was before it."""
+
+
+class UnsupportedOperation(AMMemoryError):
+    """A call that a compacted cache cannot serve (batches, beams, padding)."""

@@ -1,0 +1,110 @@
+"""What long work reports while it runs; the command line and the integrations turn these into bars, logs and metrics.
+
+Knows nothing of who listens. A listener is a plain callable; it must not touch the session it hears about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ReadProgress:
+    """Tokens of one `append` (or of a prompt) read so far."""
+
+    session: str
+    done_tokens: int
+    total_tokens: int
+
+
+@dataclass(frozen=True)
+class CompactionStarted:
+    """A compaction of the logical tokens [start, end) begins."""
+
+    session: str
+    start: int
+    end: int
+    kv_tokens: float
+
+
+@dataclass(frozen=True)
+class CompactionProgress:
+    """One stage of a compaction moved on; `stage` is "repeat", "score" or "fit"."""
+
+    session: str
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class CompactionReport:
+    """What one compaction did.
+
+    Attributes:
+        start, end: the logical tokens that became a segment.
+        num_slots: mean slots per KV head of the new segment.
+        kv_tokens_before, kv_tokens_after: exact tokens + mean compact slots per head.
+        kv_bytes_before, kv_bytes_after: bytes of the cache's tensors.
+        mass_error: RMS over heads and queries of the relative error of the block's attention mass.
+        output_error: RMS over heads and queries of the output's error, relative to the output's RMS.
+        query_seconds, score_seconds, fit_seconds: wall time by stage.
+    """
+
+    session: str
+    start: int
+    end: int
+    num_slots: float
+    kv_tokens_before: float
+    kv_tokens_after: float
+    kv_bytes_before: int
+    kv_bytes_after: int
+    mass_error: float
+    output_error: float
+    query_seconds: float
+    score_seconds: float
+    fit_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return self.query_seconds + self.score_seconds + self.fit_seconds
+
+
+@dataclass(frozen=True)
+class CompactionFinished:
+    session: str
+    report: CompactionReport
+
+
+@dataclass(frozen=True)
+class WindowExceeded:
+    """The logical length went past the positions that the model was trained on."""
+
+    session: str
+    logical_tokens: int
+    window_tokens: int
+
+
+@dataclass(frozen=True)
+class SessionRebuilt:
+    """The tokens were read again, because the wanted state lies inside a compacted span."""
+
+    session: str
+    num_tokens: int
+    reason: str
+
+
+Event = (
+    ReadProgress
+    | CompactionStarted
+    | CompactionProgress
+    | CompactionFinished
+    | WindowExceeded
+    | SessionRebuilt
+)
+Listener = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """The listener of those who do not listen."""

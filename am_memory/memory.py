@@ -1,0 +1,191 @@
+"""The memory: sessions over one engine, each watched, compacted and kept in bounded space.
+
+The place to start reading. A session's cache is `[pinned exact][segment 1]...[segment n][exact tail]`; when it reaches
+the policy's trigger, in a prompt or in the middle of an answer, the oldest part of the tail becomes a new segment and
+the conversation goes on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from threading import RLock
+from typing import TYPE_CHECKING, Literal
+
+from am_memory.cache import KVCache
+from am_memory.context import Context
+from am_memory.engines.base import Engine
+from am_memory.errors import InvalidInput, ModelMismatch, SessionNotFound, StorageError
+from am_memory.events import Listener, ignore
+from am_memory.history import History
+from am_memory.policy import MemoryPolicy, trigger_tokens
+from am_memory.sampling import Sampling
+from am_memory.session import Session
+from am_memory.storage import Store
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Memory:
+    """Sessions with unbounded history in bounded memory, on one model and one device.
+
+    Args:
+        engine: runs the model.
+        policy: when and how to compact.
+        sampling: how sessions choose tokens where a call says nothing else.
+        store: a folder or any fsspec URL, where sessions are saved and resumed from; None: nothing is stored.
+        on_event: called with every event of `am_memory.events`.
+
+    Raises:
+        InvalidPolicy: the policy cannot work with this model.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        policy: MemoryPolicy | None = None,
+        *,
+        sampling: Sampling | None = None,
+        store: str | os.PathLike[str] | Store | None = None,
+        on_event: Listener = ignore,
+    ) -> None:
+        self.engine = engine
+        self.policy = policy or MemoryPolicy()
+        self.sampling = sampling or Sampling()
+        self.store = store if isinstance(store, Store) or store is None else Store(os.fspath(store))
+        self.on_event = on_event
+        self._sessions: dict[str, Session] = {}
+        self.device = RLock()
+        self._numbers = itertools.count(1)
+        trigger_tokens(self.policy, engine.info.window_tokens, num_pinned=0)  # raises what can never work
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str],
+        *,
+        engine: Literal["transformers"] = "transformers",
+        policy: MemoryPolicy | None = None,
+        device: str | None = None,
+        dtype: torch.dtype | None = None,
+        store: str | os.PathLike[str] | None = None,
+        on_event: Listener = ignore,
+    ) -> Memory:
+        """Load a model and give it a memory.
+
+        Args:
+            model: a hub id, a local folder, a .gguf file, or "demo" for the bundled model.
+            device, dtype: None is the best there is.
+
+        Raises:
+            ModelNotFound: there is no such model.
+            UnsupportedModel: its cache cannot be compacted.
+        """
+        from am_memory.engines.transformers import TransformersEngine
+        from am_memory.models import load_model
+
+        loaded, tokenizer = load_model(model, device=device, dtype=dtype)
+        return cls(
+            TransformersEngine(loaded, tokenizer),
+            policy,
+            sampling=Sampling.from_generation_config(loaded.generation_config),
+            store=store,
+            on_event=on_event,
+        )
+
+    def session(self, name: str | None = None, *, policy: MemoryPolicy | None = None) -> Session:
+        """The session of that name: the one in memory, else the one in the store, else a new one.
+
+        Args:
+            name: None is a new name.
+            policy: for a session that is not in memory yet; None: the memory's.
+
+        Raises:
+            StorageError: the saved session cannot be read, or is another model's.
+        """
+        if name is None:
+            name = f"session-{next(self._numbers)}"
+        with self.device:
+            if name not in self._sessions:
+                is_saved = self.store is not None and self.store.exists(name)
+                self._sessions[name] = (self._resume if is_saved else self._new)(name, policy or self.policy)
+            return self._sessions[name]
+
+    def _new(self, name: str, policy: MemoryPolicy) -> Session:
+        context = Context(name, self.engine, policy, self.on_event, self.engine.new_cache())
+        return Session(self, context, History())
+
+    def _resume(self, name: str, policy: MemoryPolicy) -> Session:
+        saved = self.require_store().load(name)
+        if saved.fingerprint != self.engine.info.fingerprint:
+            raise ModelMismatch(
+                f"session {name!r} was saved with model {saved.fingerprint}, this one is {self.engine.info.fingerprint} "
+                f"({self.engine.info.name}): load the model that it was saved with, or choose another name"
+            )
+        cache = self.engine.new_cache()
+        cache.restore(saved.state)
+        context = Context(
+            name,
+            self.engine,
+            policy,
+            self.on_event,
+            cache,
+            list(saved.tokens),
+            list(saved.schedule),
+            saved.num_pinned,
+        )
+        return Session(self, context, History(saved.messages, saved.message_starts))
+
+    def adopt(self, session: Session) -> None:
+        """Keep a session under its name.
+
+        Raises:
+            InvalidInput: the name is taken.
+        """
+        if session.name in self.names():
+            raise InvalidInput(f"there is a session {session.name!r} already: choose another name, or delete it first")
+        self._sessions[session.name] = session
+
+    def names(self) -> list[str]:
+        """All sessions, in memory and in the store."""
+        stored = self.store.names() if self.store is not None else []
+        return sorted({*self._sessions, *stored})
+
+    def delete(self, name: str) -> None:
+        """Forget a session, in memory and in the store.
+
+        Raises:
+            SessionNotFound: there is none of that name.
+        """
+        with self.device:
+            if name not in self.names():
+                raise SessionNotFound(f"no session {name!r}; there are: {', '.join(self.names()) or 'none'}")
+            self._sessions.pop(name, None)
+            if self.store is not None:
+                self.store.delete(name)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, without anything added."""
+        return self.engine.encode(text)
+
+    def cache(self) -> KVCache:
+        """A cache for `model.generate(**inputs, past_key_values=memory.cache())`, which compacts by itself.
+
+        For one sequence at a time. A prompt longer than the trigger is read in pieces and compacted on the way, so
+        the logits of that one forward pass are those of its last piece.
+        """
+        context = Context("generate()", self.engine, self.policy, self.on_event, self.engine.new_cache())
+        if isinstance(self.policy.pinned, int):
+            context.pin(self.policy.pinned)
+        return context.watched_cache()
+
+    def require_store(self) -> Store:
+        """The store.
+
+        Raises:
+            StorageError: there is none.
+        """
+        if self.store is None:
+            raise StorageError("this memory has no store: make it with Memory(..., store=FOLDER_OR_URL)")
+        return self.store

@@ -1,0 +1,238 @@
+"""When to compact, what, and to how many slots. Pure: sizes in, a plan out; touches no tensor and no model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
+
+from am_memory.cache import Segment, resized
+from am_memory.errors import BudgetTooSmall, CompactionFailed, InvalidPolicy
+from am_memory.solver import OMP, HighestAttention, KeySelection
+
+SINK_TOKENS = 4
+"""The first tokens of a text, on which models rest the attention that they need nowhere else."""
+
+
+class MemoryPolicy(BaseModel):
+    """What a memory does when a context grows; frozen, typed, serialisable.
+
+    Attributes:
+        trigger_tokens: physical size (exact tokens + mean compact slots per head) that fires a compaction; a float is
+            a fraction of the model's window.
+        compact_fraction: how much of the cache, oldest first, a compaction covers.
+        keep_ratio: slots kept for each compacted token, mean over heads.
+        max_compact_tokens: bound on the mean slots per head of all segments together; older segments shrink to fit,
+            to equal shares for each of their tokens. None: half of what a compaction covers.
+        pinned: what stays exact for ever, at the start of the context: the first 4 tokens ("sinks"), the system
+            prompt ("system"; the sinks where there is none), that and the first message ("first_message"), or a
+            number of tokens.
+        keep_recent: the last tokens, which no trigger compacts.
+        reference_queries: the sample that a compaction is fitted on: "repeat" (one extra pass over the block), "live"
+            (queries that passed since, free), or both.
+        key_selection: "highest_attention", "omp", "omp_fast", or any `KeySelection`.
+        head_budget: "adaptive" (slots go where the scores are, over all layers and heads) or "uniform".
+        recompaction: "segments" (each token is compacted once, from its exact entry) or "refit" (the oldest half as it
+            is, compact entries too, again and again: arXiv:2602.16284, online AIME).
+        min_slots: slots that every head gets of a new segment before any head gets more.
+        fit: what is fitted beside the choice of keys; anything but "bias_and_values" is for ablations.
+        ridge: pull of the fitted values toward the originals, as a fraction of the mean diagonal.
+        chunk_tokens: tokens read in one forward pass.
+
+    Raises:
+        InvalidPolicy: a value out of its range.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    trigger_tokens: Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0, le=1)] = 8192
+    compact_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
+    keep_ratio: Annotated[float, Field(gt=0, le=1)] = 0.1
+    max_compact_tokens: Annotated[int, Field(gt=0)] | None = None
+    pinned: Literal["sinks", "system", "first_message"] | Annotated[int, Field(ge=0)] = "system"
+    keep_recent: Annotated[int, Field(ge=0)] = 64
+    reference_queries: Annotated[tuple[Literal["repeat", "live"], ...], Field(min_length=1)] = ("repeat",)
+    key_selection: Any = HighestAttention()
+    head_budget: Literal["adaptive", "uniform"] = "adaptive"
+    recompaction: Literal["segments", "refit"] = "segments"
+    min_slots: Annotated[int, Field(gt=0)] = 4
+    fit: Literal["bias_and_values", "bias", "values", "nothing"] = "bias_and_values"
+    ridge: Annotated[float, Field(ge=0)] = 1e-3
+    chunk_tokens: Annotated[int, Field(gt=0)] = 512
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, problem['loc']))} {problem['input']!r}: {problem['msg']}"
+                for problem in error.errors()
+            )
+            raise InvalidPolicy(problems) from error
+
+    @field_validator("key_selection")
+    @classmethod
+    def _named_selection(cls, selection: object) -> object:
+        match selection:
+            case "highest_attention":
+                return HighestAttention()
+            case "omp":
+                return OMP()
+            case "omp_fast":
+                return OMP.fast()
+            case KeySelection():
+                return selection
+        raise ValueError("must be highest_attention, omp, omp_fast or an object with `name` and `__call__`")
+
+    @field_serializer("key_selection")
+    def _selection_name(self, selection: KeySelection) -> str:
+        return selection.name
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a plan depends on.
+
+    Attributes:
+        num_tokens: logical tokens in the cache.
+        num_pinned: tokens at the start that stay exact.
+        num_tail_tokens: exact tokens behind the segments, the pinned ones among them before the first compaction.
+        segments: as they are.
+        num_heads: KV heads of all compactable layers.
+    """
+
+    num_tokens: int
+    num_pinned: int
+    num_tail_tokens: int
+    segments: tuple[Segment, ...]
+    num_heads: int
+
+    @property
+    def exact_start(self) -> int:
+        """The first exact token that may be compacted."""
+        return max(self.num_tokens - self.num_tail_tokens, self.num_pinned)
+
+    @property
+    def compact_slots(self) -> float:
+        """Mean over heads."""
+        return sum(segment.num_slots for segment in self.segments) / max(self.num_heads, 1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One compaction: `segments` afterwards, the new one last; with `is_refit` it stands for all before it as well."""
+
+    segments: tuple[Segment, ...]
+    is_refit: bool = False
+
+    @property
+    def newest(self) -> Segment:
+        return self.segments[-1]
+
+
+@dataclass(frozen=True)
+class ScheduledCompaction:
+    """A compaction that was made when the cache held `at_tokens` logical tokens."""
+
+    at_tokens: int
+    plan: Plan
+
+
+def trigger_tokens(policy: MemoryPolicy, window_tokens: int, num_pinned: int) -> int:
+    """The physical size that fires, in tokens.
+
+    Raises:
+        InvalidPolicy: this policy cannot go on for ever with this model and these pinned tokens.
+        BudgetTooSmall: its compactions would leave a head fewer than `min_slots`.
+    """
+    trigger = policy.trigger_tokens
+    tokens = trigger if isinstance(trigger, int) else int(trigger * window_tokens)
+    if tokens > window_tokens:
+        raise InvalidPolicy(
+            f"trigger_tokens {tokens} is above the model's window of {window_tokens}: set it to {window_tokens} or less"
+        )
+    block = min_block_tokens(policy, tokens, num_pinned)
+    if block < 1:
+        raise InvalidPolicy(
+            f"trigger_tokens {tokens} leaves nothing to compact: {num_pinned} tokens are pinned, {policy.keep_recent} "
+            f"are kept as recent and up to {max_compact_tokens(policy, tokens)} are compact; raise trigger_tokens, or "
+            "lower keep_recent, pinned or max_compact_tokens"
+        )
+    _check_floor(policy, block)
+    return tokens
+
+
+def max_compact_tokens(policy: MemoryPolicy, trigger: int) -> int:
+    """The bound on all segments together, in mean slots per head."""
+    if policy.max_compact_tokens is not None:
+        return policy.max_compact_tokens
+    return max(int(trigger * policy.compact_fraction / 2), 1)
+
+
+def min_block_tokens(policy: MemoryPolicy, trigger: int, num_pinned: int) -> int:
+    """Exact tokens that a compaction at the trigger covers at least, when the segments are at their bound."""
+    if policy.recompaction == "refit":
+        free = trigger - num_pinned
+        return min(int(policy.compact_fraction * free), free - policy.keep_recent)
+    compact = max_compact_tokens(policy, trigger)
+    covered = math.ceil(policy.compact_fraction * (trigger - num_pinned)) - compact
+    return min(covered, trigger - num_pinned - compact - policy.keep_recent)
+
+
+def _check_floor(policy: MemoryPolicy, block_tokens: int) -> None:
+    if block_tokens * policy.keep_ratio < min(policy.min_slots, block_tokens):
+        raise BudgetTooSmall(
+            f"keep_ratio {policy.keep_ratio} of {block_tokens} tokens leaves {block_tokens * policy.keep_ratio:.1f} "
+            f"slots per head; at least {policy.min_slots} are needed: raise keep_ratio to "
+            f"{min(policy.min_slots, block_tokens) / block_tokens:.3f}, compact more tokens at once, or lower min_slots"
+        )
+
+
+def plan(policy: MemoryPolicy, sizes: Sizes, trigger: int, fraction: float | None = None) -> Plan:
+    """What a compaction does now.
+
+    Args:
+        fraction: of the cache without its pinned tokens, oldest first; None: the policy's, sparing the recent tokens.
+
+    Raises:
+        CompactionFailed: there is no exact token to compact.
+        BudgetTooSmall: a head would get fewer than `min_slots`.
+    """
+    available = sizes.num_tokens - sizes.exact_start
+    if fraction is None:
+        fraction, spared = policy.compact_fraction, policy.keep_recent
+    else:
+        spared = 0
+    covered = math.ceil(fraction * (available + sizes.compact_slots) - sizes.compact_slots)
+    end = sizes.exact_start + min(covered, available - spared)
+    if end <= sizes.exact_start:
+        raise CompactionFailed(
+            f"nothing to compact: {available} exact tokens after {sizes.num_pinned} pinned ones, "
+            f"{spared} of them recent, {sizes.compact_slots:.0f} compact slots; read more first, or raise the fraction"
+        )
+    is_refit = policy.recompaction == "refit"
+    start = sizes.num_pinned if is_refit else sizes.exact_start
+    older = () if is_refit else sizes.segments
+    _check_floor(policy, end - start)
+    newest = Segment(start, end, round(policy.keep_ratio * (end - start) * sizes.num_heads))
+    bound = max_compact_tokens(policy, trigger) * sizes.num_heads
+    return Plan(tuple(shrink([*older, newest], bound)), is_refit)
+
+
+def shrink(segments: Sequence[Segment], max_slots: int) -> list[Segment]:
+    """Cut the richest segments, by slots for each token, to one level, so that all fit into `max_slots`."""
+    if sum(segment.num_slots for segment in segments) <= max_slots:
+        return list(segments)
+    poorest_first = sorted(segments, key=lambda segment: segment.num_slots / segment.num_tokens)
+    slots_left, tokens_left = max_slots, sum(segment.num_tokens for segment in segments)
+    level = 0.0
+    for segment in poorest_first:
+        level = slots_left / tokens_left
+        if segment.num_slots > level * segment.num_tokens:
+            break
+        slots_left -= segment.num_slots
+        tokens_left -= segment.num_tokens
+    return [resized(segment, int(level * segment.num_tokens)) for segment in segments]

@@ -1,0 +1,113 @@
+"""From logits to the next token, by transformers' own logits processors. Knows no session and no text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from am_memory.errors import InvalidInput
+
+
+class Sampling(BaseModel):
+    """How the next token is chosen; the names and the meaning are those of transformers' `GenerationConfig`.
+
+    Attributes:
+        temperature: 0 is greedy decoding.
+        top_k, top_p, min_p: cut the tail of the distribution; None leaves it.
+        repetition_penalty: above 1 makes tokens that are already in the context less likely.
+        stop: texts that end the generation; they are not given out.
+        seed: makes sampling repeatable.
+
+    Raises:
+        InvalidInput: a value out of its range.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    top_k: Annotated[int, Field(gt=0)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+    def __init__(self, **values: object) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            problems = (
+                f"{'.'.join(map(str, problem['loc']))} {problem['input']!r}: {problem['msg']}"
+                for problem in error.errors()
+            )
+            raise InvalidInput("; ".join(problems)) from error
+
+    @classmethod
+    def from_generation_config(cls, config: GenerationConfig) -> Sampling:
+        """What a model's own generation config asks for."""
+        penalty = config.repetition_penalty or 1.0
+        if not config.do_sample:
+            return cls(repetition_penalty=penalty)
+        return cls(
+            temperature=1.0 if config.temperature is None else config.temperature,
+            top_k=config.top_k or None,
+            top_p=config.top_p,
+            min_p=config.min_p,
+            repetition_penalty=penalty,
+        )
+
+    def processors(self) -> LogitsProcessorList:
+        """The processors in the order in which transformers applies them."""
+        processors = LogitsProcessorList()
+        if self.repetition_penalty != 1.0:
+            processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if self.temperature == 0.0:
+            return processors
+        if self.temperature != 1.0:
+            processors.append(TemperatureLogitsWarper(self.temperature))
+        if self.top_k is not None:
+            processors.append(TopKLogitsWarper(self.top_k))
+        if self.top_p is not None and self.top_p < 1.0:
+            processors.append(TopPLogitsWarper(self.top_p))
+        if self.min_p is not None:
+            processors.append(MinPLogitsWarper(self.min_p))
+        return processors
+
+
+class Sampler:
+    """Chooses tokens by one `Sampling`; owns the random generator of one generation."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self._processors = sampling.processors()
+        self._generator: torch.Generator | None = None
+
+    def choose(self, logits: Tensor, token_ids: Sequence[int]) -> int:
+        """The next token after `token_ids`, by (vocab_size,) float32 logits."""
+        scores = logits[None]
+        if self._processors:
+            # Only the repetition penalty looks at the context; the others would pay for its copy at each token.
+            context = token_ids if self.sampling.repetition_penalty != 1.0 else token_ids[-1:]
+            scores = self._processors(torch.tensor([list(context)], device=logits.device), scores)
+        if self.sampling.temperature == 0.0:
+            return int(scores.argmax())
+        if self._generator is None:
+            self._generator = torch.Generator(device=logits.device)
+            if self.sampling.seed is None:
+                self._generator.seed()
+            else:
+                self._generator.manual_seed(self.sampling.seed)
+        return int(torch.multinomial(scores.softmax(dim=-1)[0], 1, generator=self._generator))

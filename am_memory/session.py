@@ -1,0 +1,330 @@
+"""One conversation with a memory: text, messages and tokens in, text and logits out, all steps all-or-nothing.
+
+Knows text, chat and sampling; leaves reading and compacting to its context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
+
+from am_memory.context import Context
+from am_memory.engines.base import Message
+from am_memory.errors import InvalidInput, UnsupportedOperation
+from am_memory.events import CompactionReport
+from am_memory.history import History
+from am_memory.policy import SINK_TOKENS, MemoryPolicy
+from am_memory.sampling import Sampler, Sampling
+from am_memory.storage import SavedSession
+from am_memory.tokens import TextStream
+
+if TYPE_CHECKING:
+    from am_memory.memory import Memory
+
+Content = str | Sequence[int] | Sequence[Message]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some generated text.
+
+    Attributes:
+        text: whole characters; may be empty while one is unfinished.
+        token_ids: the tokens generated since the last piece.
+        finish_reason: in the last piece, why it is the last: the model ended its turn, the limit was reached, or a
+            stop text came.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: Literal["eos", "length", "stop"] | None = None
+
+
+@dataclass(frozen=True)
+class Stats:
+    """The size of a session.
+
+    Attributes:
+        logical_tokens: tokens of the conversation.
+        kv_tokens: physical size: exact tokens + mean compact slots per KV head.
+        exact_tokens: exact ones among them.
+        kv_bytes: what the cache's tensors take.
+        exact_kv_bytes: what an uncompacted cache of the same conversation would take.
+        num_compactions: made so far.
+        num_segments: compact segments now.
+    """
+
+    logical_tokens: int
+    kv_tokens: float
+    exact_tokens: int
+    kv_bytes: int
+    exact_kv_bytes: int
+    num_compactions: int
+    num_segments: int
+
+
+class Session:
+    """A conversation in bounded memory; made by `Memory.session`.
+
+    Every call either succeeds or leaves the session as it was; `generate` does so token by token.
+    """
+
+    def __init__(self, memory: Memory, context: Context, history: History) -> None:
+        self._memory = memory
+        self._context = context
+        self._history = history
+        self.engine = context.engine
+
+    @property
+    def name(self) -> str:
+        return self._context.name
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Every token of the conversation."""
+        return tuple(self._context.tokens)
+
+    @property
+    def messages(self) -> list[dict[str, object]]:
+        """The chat messages so far, the model's own included; empty for a session of plain text."""
+        return [dict(message) for message in self._history.messages]
+
+    @contextmanager
+    def _step(self) -> Iterator[None]:
+        """One step of engine work: alone on the device, and all or nothing."""
+        with self._memory.device:
+            history = self._history
+            try:
+                with self._context.transaction():
+                    yield
+            except BaseException:
+                self._history = history
+                raise
+
+    def append(self, content: Content) -> int:
+        """Add to the conversation and read it, compacting whenever the trigger is reached.
+
+        Args:
+            content: text as it stands, token ids, or chat messages ({"role": ..., "content": ...}).
+
+        Returns:
+            The number of tokens added.
+
+        Raises:
+            InvalidInput: empty, not one of these, or token ids outside the vocabulary.
+            InvalidPolicy: what the policy pins leaves no room below its trigger.
+            CompactionFailed: a compaction on the way failed.
+        """
+        with self._step():
+            token_ids = self._encode(content)
+            self._context.check(token_ids)
+            if not self._context.schedule:
+                self._pin()
+            self._context.tokens.extend(token_ids)
+            self._context.read(len(self._context.tokens) - 1)
+        return len(token_ids)
+
+    def _encode(self, content: Content) -> list[int]:
+        if isinstance(content, str):
+            token_ids = self.engine.encode(content, add_special=not self._context.tokens) if content else []
+        elif all(isinstance(item, int) for item in content):
+            token_ids = [int(item) for item in content]  # type: ignore[call-overload]
+        elif any(isinstance(item, int) for item in content):
+            raise InvalidInput("token ids and messages are mixed: append them one after the other")
+        else:
+            self._history, token_ids = self._history.told(
+                self.engine,
+                content,  # type: ignore[arg-type]
+                len(self._context.tokens),
+                ends_turn=self._ends_turn,
+            )
+        if not token_ids:
+            raise InvalidInput(f"empty input {content!r}: append at least one token")
+        return token_ids
+
+    def _pin(self) -> None:
+        """Decide what stays exact; only before the first compaction."""
+        pinned = self._context.policy.pinned
+        if isinstance(pinned, int):
+            num_pinned = pinned
+        elif pinned == "sinks":
+            num_pinned = SINK_TOKENS
+        else:
+            num_pinned = self._history.num_pinned_tokens(self.engine, pinned) or SINK_TOKENS
+        if num_pinned != self._context.num_pinned:
+            self._context.pin(num_pinned)
+
+    @property
+    def _ends_turn(self) -> bool:
+        tokens = self._context.tokens
+        return bool(tokens) and tokens[-1] in self.engine.info.eos_token_ids
+
+    def generate(self, max_new_tokens: int = 256, sampling: Sampling | None = None) -> Iterator[Piece]:
+        """Let the model go on; what it generates becomes part of the conversation, token by token.
+
+        Stopping to iterate keeps the tokens given out so far. After chat messages the model's answer is opened by the
+        chat template; an answer that `max_new_tokens` cut off is continued by the next call.
+
+        Args:
+            max_new_tokens: at most so many.
+            sampling: how tokens are chosen; None: as the model's own generation config says.
+
+        Raises:
+            InvalidInput: an empty conversation, a complete answer with nothing said since, or a limit below 1.
+        """
+        if max_new_tokens < 1:
+            raise InvalidInput(f"max_new_tokens is {max_new_tokens}: at least 1 token can be generated")
+        self._require_tokens()
+        return self._generate(max_new_tokens, sampling or self._memory.sampling)
+
+    def _generate(self, max_new_tokens: int, sampling: Sampling) -> Iterator[Piece]:
+        context, eos_token_ids = self._context, self.engine.info.eos_token_ids
+        with self._step():
+            self._history, opening = self._history.opened(
+                self.engine, len(context.tokens), ends_turn=self._ends_turn
+            )
+            context.tokens.extend(opening)
+        sampler = Sampler(sampling)
+        stream = TextStream(lambda ids: self.engine.decode(ids, skip_special=True), sampling.stop)
+        expected = len(context.tokens)
+        for number in range(1, max_new_tokens + 1):
+            with self._step():
+                if len(context.tokens) != expected:
+                    raise UnsupportedOperation(
+                        f"session {self.name!r} changed while it was generating: finish one generation before the next "
+                        "call, or fork the session"
+                    )
+                token_id = sampler.choose(context.next_logits(), context.tokens)
+                text = "" if token_id in eos_token_ids else stream.push(token_id)
+                context.tokens.append(token_id)
+                expected += 1
+                finish_reason = self._finish_reason(token_id, number == max_new_tokens, stream)
+                if finish_reason is not None:
+                    text += stream.finish()
+                if self._history.is_answering:
+                    self._history = self._history.answered(text)
+            yield Piece(text, (token_id,), finish_reason)
+            if finish_reason is not None:
+                return
+
+    def _finish_reason(
+        self, token_id: int, is_last: bool, stream: TextStream
+    ) -> Literal["eos", "length", "stop"] | None:
+        if token_id in self.engine.info.eos_token_ids:
+            return "eos"
+        if stream.is_stopped:
+            return "stop"
+        return "length" if is_last else None
+
+    def logits(self, continuation: str | Sequence[int]) -> Tensor:
+        """What the model expects at each token of a continuation that is not made part of the conversation.
+
+        Returns:
+            (num_tokens, vocab_size) float32; row i is the prediction of token i of the continuation.
+
+        Raises:
+            InvalidInput: an empty continuation or conversation, or ids outside the vocabulary.
+        """
+        self._require_tokens()
+        with self._step():
+            token_ids = self.engine.encode(continuation) if isinstance(continuation, str) else list(continuation)
+            if not token_ids:
+                raise InvalidInput("an empty continuation has no logits: give at least one token")
+            self._context.check(token_ids)
+            return self._context.scratch_logits(token_ids)
+
+    def compact(self, fraction: float | None = None) -> CompactionReport:
+        """Compact now, whatever the trigger says.
+
+        Args:
+            fraction: of the cache without its pinned tokens, oldest first; 1.0 is all of it; None: the policy's
+                fraction, sparing its recent tokens.
+
+        Raises:
+            InvalidInput: a fraction outside (0, 1].
+            CompactionFailed: nothing to compact, out of memory, or a fit that is not finite.
+            BudgetTooSmall: the policy leaves a head too few slots for so few tokens.
+        """
+        if fraction is not None and not 0 < fraction <= 1:
+            raise InvalidInput(f"fraction is {fraction}: it must lie above 0 and be at most 1")
+        with self._step():
+            return self._context.compact(fraction)
+
+    def rewind(self, num_tokens: int) -> None:
+        """Forget all but the first `num_tokens` tokens of the conversation.
+
+        Exact tokens are simply dropped; where a forgotten token lies in a compacted span, the rest is read again, with
+        the compactions that it had seen by then.
+
+        Raises:
+            InvalidInput: fewer than 0 tokens, or more than there are.
+        """
+        if not 0 <= num_tokens <= len(self._context.tokens):
+            raise InvalidInput(
+                f"cannot rewind to {num_tokens} tokens: the session has {len(self._context.tokens)}; give a number "
+                "between 0 and that"
+            )
+        if num_tokens == len(self._context.tokens):
+            return
+        with self._step():
+            self._context.rewind(num_tokens)
+            self._history = self._history.rewound(num_tokens)
+
+    def fork(self, name: str | None = None, *, policy: MemoryPolicy | None = None) -> Session:
+        """A branch with the same content; memory is shared until the two differ.
+
+        Args:
+            name: of the branch in the memory; None: a scratch branch that the memory does not keep.
+            policy: how the branch goes on; None: as this session.
+
+        Raises:
+            InvalidInput: there is a session of that name already.
+        """
+        with self._memory.device:
+            branch = Session(self._memory, self._context.fork(name or f"{self.name} (scratch)", policy), self._history)
+            if name is not None:
+                self._memory.adopt(branch)
+        return branch
+
+    def save(self) -> None:
+        """Write the session to the memory's store, whole or not at all.
+
+        Raises:
+            StorageError: the memory has no store, or it cannot be written.
+        """
+        context = self._context
+        with self._memory.device:
+            self._memory.require_store().save(
+                self.name,
+                SavedSession(
+                    fingerprint=self.engine.info.fingerprint,
+                    policy=context.policy.model_dump(mode="json"),
+                    tokens=tuple(context.tokens),
+                    schedule=tuple(context.schedule),
+                    messages=self._history.messages,
+                    message_starts=self._history.starts,
+                    num_pinned=context.num_pinned,
+                    state=context.cache.state(),
+                ),
+            )
+
+    @property
+    def stats(self) -> Stats:
+        context, cache = self._context, self._context.cache
+        return Stats(
+            logical_tokens=len(context.tokens),
+            kv_tokens=cache.kv_tokens,
+            exact_tokens=cache.num_exact_tokens,
+            kv_bytes=cache.nbytes,
+            exact_kv_bytes=cache.exact_nbytes,
+            num_compactions=len(context.schedule),
+            num_segments=len(cache.segments),
+        )
+
+    def _require_tokens(self) -> None:
+        if not self._context.tokens:
+            raise InvalidInput(f"session {self.name!r} is empty: append something before asking what follows")

@@ -1,0 +1,19 @@
+"""Batched Attention Matching algebra (arXiv:2602.16284): tensors only; knows no model, cache or policy."""
+
+from am_memory.solver.block import Block
+from am_memory.solver.exact import ExactAttention, exact_attention
+from am_memory.solver.fit import Fit, fit
+from am_memory.solver.keys import HighestAttention, KeySelection, attention_scores
+from am_memory.solver.omp import OMP
+
+__all__ = [
+    "OMP",
+    "Block",
+    "ExactAttention",
+    "Fit",
+    "HighestAttention",
+    "KeySelection",
+    "attention_scores",
+    "exact_attention",
+    "fit",
+]

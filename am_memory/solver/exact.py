@@ -1,0 +1,70 @@
+"""Attention of the reference queries to the whole block: what a compact block has to reproduce."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from am_memory.solver.block import LOG2_E, Block
+
+
+@dataclass(frozen=True)
+class ExactAttention:
+    """The block's own attention, from one pass over queries and keys (arXiv:2602.16284, section 3).
+
+    Attributes:
+        scores: (B, seq_len) float32, RMS over the queries of each key's softmax weight.
+        max_logit: (B, num_queries) float32, largest scaled logit of each query.
+        log_mass: (B, num_queries) float32, log of the sum over the keys of exp(logit).
+        output: (B, num_queries, head_dim) float32, softmax(logits) V.
+    """
+
+    scores: Tensor
+    max_logit: Tensor
+    log_mass: Tensor
+    output: Tensor
+
+
+def exact_attention(block: Block) -> ExactAttention:
+    """Scores, mass and output of the block, for key selection and fit to share."""
+    value = block.value.float()
+    energy = value.new_zeros(block.num_heads, 1, block.seq_len)
+    max_logit = value.new_empty(block.num_heads, block.num_queries)
+    log_mass = torch.empty_like(max_logit)
+    output = value.new_empty(block.num_heads, block.num_queries, block.head_dim)
+    for rows, weight, total, top in unnormalised_weights(block):
+        max_logit[:, rows] = top / LOG2_E
+        log_mass[:, rows] = (top + total.log2()) / LOG2_E
+        output[:, rows] = torch.bmm(weight, value).mul_(total.reciprocal()[:, :, None])
+        add_squared_weights(energy, weight, total)
+    return ExactAttention(rms_scores(energy, block), max_logit, log_mass, output)
+
+
+def unnormalised_weights(block: Block) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Softmax numerators over the whole block, a chunk of queries at a time.
+
+    Yields:
+        rows: the chunk of queries.
+        weight: (B, chunk, seq_len) float32, 2^(logit - top); the consumer may overwrite it.
+        total: (B, chunk) float32, row sums of weight, at least 1.
+        top: (B, chunk) float32, largest base-2 logit of the row.
+    """
+    key = block.base2_key(block.key)
+    for rows, query in block.query_chunks(block.seq_len):
+        weight = torch.bmm(query, key)
+        top = weight.amax(2)
+        weight.sub_(top[:, :, None]).exp2_()
+        yield rows, weight, weight.sum(2), top
+
+
+def add_squared_weights(energy: Tensor, weight: Tensor, total: Tensor) -> None:
+    """Add each key's squared softmax weights to energy (B, 1, seq_len); overwrites weight."""
+    energy.baddbmm_(total.square().reciprocal()[:, None], weight.square_())
+
+
+def rms_scores(energy: Tensor, block: Block) -> Tensor:
+    """(B, seq_len) from the (B, 1, seq_len) sums of squared weights."""
+    return (energy[:, 0] / block.num_queries).sqrt_()

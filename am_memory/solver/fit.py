@@ -1,0 +1,91 @@
+"""The fit of a compact block: the biases, then the values, of the kept keys (arXiv:2602.16284, section 3.3)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from am_memory.errors import InvalidInput
+from am_memory.solver.bias import solve_bias
+from am_memory.solver.block import Block, slot_mask
+from am_memory.solver.exact import ExactAttention, exact_attention
+from am_memory.solver.values import compact_attention, solve_values
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A compact block, and how well it stands in for the exact one on the reference queries.
+
+    Attributes:
+        key: (B, t, head_dim) float32, the kept keys; 0 in padding slots.
+        bias: (B, t) float32, added to the scaled logits; -inf in padding slots.
+        value: (B, t, head_dim) float32; 0 in padding slots.
+        mass_error: (B,) float32, RMS over queries of (compact mass / exact mass - 1).
+        output_error: (B,) float32, RMS(compact output - exact output) / RMS(exact output).
+    """
+
+    key: Tensor
+    bias: Tensor
+    value: Tensor
+    mass_error: Tensor
+    output_error: Tensor
+
+
+def fit(  # noqa: PLR0913  every keyword is one switch of the method, of its own meaning
+    block: Block,
+    indices: Tensor,
+    num_slots: Tensor,
+    *,
+    bias_bounds: tuple[float, float] = (-3.0, 3.0),
+    ridge: float = 1e-2,
+    fit_bias: bool = True,
+    fit_values: bool = True,
+    relative_mass: bool = True,
+    exact: ExactAttention | None = None,
+) -> Fit:
+    """Fit the biases to the block's attention mass, then the values to its attention output.
+
+    Args:
+        block: the exact block.
+        indices: (B, t) int64, the kept keys of each head, as a `KeySelection` gives them; padding is not read.
+        num_slots: (B,) int64, how many of the t slots each head has.
+        bias_bounds: lowest <= 0 and highest >= 0 bias.
+        ridge: pull of the values toward the originals, relative to the mean diagonal of their Gram matrix.
+        fit_bias: False leaves every bias 0, for ablations and eviction.
+        fit_values: False leaves the original values.
+        relative_mass: weigh every query's mass alike; False weighs it by the mass over its largest exp(logit), as in
+            the paper.
+        exact: `exact_attention(block)`, where it is at hand: it spares half of the work.
+
+    Raises:
+        InvalidInput: bounds that exclude a bias of 0, or queries and keys that are not finite.
+        CompactionFailed: the biases cannot be solved to optimality.
+    """
+    low, high = bias_bounds
+    if not -math.inf < low <= 0 <= high < math.inf:
+        raise InvalidInput(f"bias_bounds ({low}, {high}) must be finite, the first at most 0 and the second at least 0")
+    exact = exact or exact_attention(block)
+    is_slot = slot_mask(num_slots, indices.shape[1])
+    # Padding stands for the block's first key, so that it stays finite; the solvers leave it out.
+    index = torch.where(is_slot, indices, 0)[:, :, None].expand(-1, -1, block.head_dim)
+    key, value = block.key.gather(1, index).float(), block.value.gather(1, index).float()
+    if fit_bias:
+        bias = solve_bias(block, key, is_slot, exact, bias_bounds, relative_mass)
+    else:
+        bias = torch.where(is_slot, 0.0, -torch.inf)
+    attention = compact_attention(block, key, bias, value, exact)
+    left = attention.missing_energy
+    if fit_values:
+        change, left = solve_values(attention, is_slot, ridge)
+        value = value + change.float()
+    output_energy = exact.output.square().sum((1, 2)).clamp_min(torch.finfo(torch.float32).tiny)
+    return Fit(
+        torch.where(is_slot[:, :, None], key, 0.0),
+        bias,
+        torch.where(is_slot[:, :, None], value, 0.0),
+        attention.mass_error,
+        (left / output_energy).sqrt().float(),
+    )

@@ -1,0 +1,77 @@
+"""Least-squares systems in Gram form: accumulation over chunks of rows, padding, and damping until they factor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from am_memory.errors import InvalidInput
+
+FLOAT32_ROUNDOFF = 2.0**-24
+# Width of the column panels in which a Gram matrix is computed, to spare most of its upper triangle.
+GRAM_PANEL = 128
+
+
+class NormalEquations:
+    """A^T A and A^T R of a tall system, added up over chunks of its rows.
+
+    The products of a chunk are float32 matmuls; the sums over chunks are float64, so that the rounding does not grow
+    with the number of rows.
+    """
+
+    def __init__(self, num_heads: int, size: int, num_targets: int, device: torch.device) -> None:
+        self._gram = torch.zeros(num_heads, size, size, dtype=torch.float64, device=device)
+        self._target = torch.zeros(num_heads, num_targets, size, dtype=torch.float64, device=device)
+
+    @property
+    def gram(self) -> Tensor:
+        """(B, t, t) float64."""
+        return self._gram.tril() + self._gram.tril(-1).mT
+
+    @property
+    def target(self) -> Tensor:
+        """(B, t, num_targets) float64."""
+        return self._target.mT
+
+    def add(self, matrix: Tensor, right: Tensor) -> None:
+        """Add rows: matrix (B, chunk, t) and right (B, chunk, num_targets), float32."""
+        for start in range(0, matrix.shape[2], GRAM_PANEL):
+            panel = slice(start, start + GRAM_PANEL)
+            self._gram[:, start:, panel] += torch.bmm(matrix[:, :, start:].mT, matrix[:, :, panel])
+        # In this orientation a single target is a row vector, for which bmm is some times faster than for a column.
+        self._target += torch.bmm(right.mT, matrix)
+
+
+def without_padding(gram: Tensor, is_slot: Tensor) -> Tensor:
+    """(B, t, t) with the rows and columns of padding replaced by those of the identity."""
+    identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    return torch.where(is_slot[:, :, None] & is_slot[:, None], gram, identity)
+
+
+def damped_cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Factor a Gram matrix of non-negative entries, plus the least multiple of the identity that lets it factor.
+
+    Duplicate keys, or fewer queries than slots, make it singular, and float32 rounding then moves eigenvalues below
+    zero: by at most about the roundoff times the largest eigenvalue, which the largest row sum bounds. Matmuls of lower
+    precision (TF32) move them further, so heads that still do not factor take ten times more.
+
+    Args:
+        gram: (B, t, t) float64, without padding.
+
+    Returns:
+        (B, t, t) float64, the damped matrix, and its lower Cholesky factor.
+
+    Raises:
+        InvalidInput: the matrix is not finite.
+    """
+    if not gram.isfinite().all():
+        raise InvalidInput("the attention weights are not finite: look for NaN or infinity in the queries and keys")
+    identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    damping = FLOAT32_ROUNDOFF * gram.sum(2).amax(1)
+    damping = torch.where(damping > 0, damping, 1.0)
+    while True:  # ends: a damping above the largest row sum makes the matrix diagonally dominant
+        damped = gram + damping[:, None, None] * identity
+        factor, info = torch.linalg.cholesky_ex(damped)
+        if not info.any():
+            return damped, factor
+        damping = torch.where(info > 0, 10 * damping, damping)

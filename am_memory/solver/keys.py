@@ -1,0 +1,63 @@
+"""Which keys to keep: the score of every key, the contract of a key selection, and highest attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from am_memory.solver.block import Block, slot_mask
+from am_memory.solver.exact import add_squared_weights, rms_scores, unnormalised_weights
+
+
+def attention_scores(block: Block) -> Tensor:
+    """RMS over the reference queries of each key's softmax weight within the block (arXiv:2602.16284, section 3.2).
+
+    `exact_attention` gives the same scores and what the fit needs besides; this is for scores alone.
+
+    Returns:
+        (B, seq_len) float32.
+    """
+    energy = torch.zeros(block.num_heads, 1, block.seq_len, device=block.key.device)
+    for _, weight, total, _ in unnormalised_weights(block):
+        add_squared_weights(energy, weight, total)
+    return rms_scores(energy, block)
+
+
+class KeySelection(Protocol):
+    """Chooses the keys that a compact block keeps."""
+
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self, block: Block, scores: Tensor, num_slots: Tensor) -> Tensor:
+        """Choose num_slots[b] keys of head b.
+
+        Args:
+            block: the block to compact.
+            scores: (B, seq_len), from `attention_scores`.
+            num_slots: (B,) int64, each at most seq_len.
+
+        Returns:
+            (B, max(num_slots)) int64. The first num_slots[b] entries of row b are distinct key indices, the most
+            important first; the rest is padding and repeats the row's first index.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class HighestAttention:
+    """The keys of the highest score (arXiv:2602.16284, section 3.2); equal scores go to the lower index."""
+
+    name: str = "highest_attention"
+
+    def __call__(self, block: Block, scores: Tensor, num_slots: Tensor) -> Tensor:
+        ranking = torch.sort(scores, dim=1, descending=True, stable=True).indices
+        return repeat_first_in_padding(ranking[:, : int(num_slots.max())], num_slots)
+
+
+def repeat_first_in_padding(indices: Tensor, num_slots: Tensor) -> Tensor:
+    """(B, t) indices whose entries from num_slots[b] on are replaced by the first of their row."""
+    return torch.where(slot_mask(num_slots, indices.shape[1]), indices, indices[:, :1])

@@ -1,0 +1,154 @@
+"""Key selection by orthogonal matching pursuit on the attention mass (arXiv:2602.16284, section 3.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from am_memory.solver.block import Block
+from am_memory.solver.exact import unnormalised_weights
+from am_memory.solver.keys import repeat_first_in_padding
+
+# A key whose column keeps less than this share of its energy outside the span of the chosen ones adds nothing that
+# float32 Gram entries could tell from rounding.
+DEPENDENT_ENERGY = 1e-6
+# Elements of the (heads, seq_len, seq_len) Gram matrices held at once: 1 GiB of float32.
+MAX_GRAM_ELEMENTS = 2**28
+# Width of the panels in which a Gram matrix is added up, so that only one triangle of it is computed.
+GRAM_PANEL = 512
+
+
+@dataclass(frozen=True)
+class OMP:
+    """Greedy choice: the key that correlates most with the mass not yet explained, refit, and again.
+
+    The column of key j is exp(logit_ij - shift_i) over the queries i, the target their sum over all keys. Instead of a
+    least-squares refit from scratch after each pick, a pivoted Cholesky factor of the Gram matrix grows by one row per
+    pick: the same picks, for the price of one matrix-vector product.
+
+    Attributes:
+        picks_per_step: keys taken at once, from one set of correlations; 1 is exact.
+        refit_interval: steps between refits; 1 is exact. Correlations change only with a refit.
+        first_steps: (num_keys, picks_per_step, refit_interval): what applies until num_keys are chosen.
+        relative_mass: shift each query's logits by its log mass (see `fit`); else by its largest, as in the paper.
+    """
+
+    picks_per_step: int = 1
+    refit_interval: int = 1
+    first_steps: tuple[tuple[int, int, int], ...] = ()
+    relative_mass: bool = True
+    name: str = "omp"
+
+    @classmethod
+    def fast(cls) -> OMP:
+        """The paper's schedule: one pick per refit to 300 keys, 2 x 2 to 1500, then 2 x 4."""
+        return cls(picks_per_step=4, refit_interval=2, first_steps=((300, 1, 1), (1500, 2, 2)), name="fast_omp")
+
+    def __call__(self, block: Block, scores: Tensor, num_slots: Tensor) -> Tensor:
+        max_slots = int(num_slots.max())
+        group = max(1, MAX_GRAM_ELEMENTS // block.seq_len**2)
+        rankings = []
+        for start in range(0, block.num_heads, group):
+            heads = [_head(block, index) for index in range(start, min(start + group, block.num_heads))]
+            pursuit = _Pursuit(*mass_system(heads, self.relative_mass))
+            while pursuit.num_picks < max_slots:
+                pursuit.pick(min(self.picks_before_refit(pursuit.num_picks), max_slots - pursuit.num_picks))
+            rankings.append(pursuit.ranking(scores[start : start + group]))
+        return repeat_first_in_padding(torch.cat(rankings)[:, :max_slots], num_slots)
+
+    def picks_before_refit(self, num_chosen: int) -> int:
+        """Keys taken from one set of correlations, once num_chosen are chosen."""
+        for num_keys, picks_per_step, refit_interval in self.first_steps:
+            if num_chosen < num_keys:
+                return picks_per_step * refit_interval
+        return self.picks_per_step * self.refit_interval
+
+
+def _head(block: Block, index: int) -> Block:
+    head = slice(index, index + 1)
+    return Block(block.query[head], block.key[head], block.value[head], block.scaling)
+
+
+def mass_system(heads: list[Block], is_relative: bool) -> tuple[Tensor, Tensor]:
+    """Gram matrix (B, seq_len, seq_len) float32 of the mass columns, and their products with the mass (B, seq_len)."""
+    seq_len, device = heads[0].seq_len, heads[0].key.device
+    gram = torch.zeros(len(heads), seq_len, seq_len, device=device)
+    target = torch.zeros(len(heads), seq_len, device=device)
+    for index, head in enumerate(heads):
+        for _, weight, total, _ in unnormalised_weights(head):
+            column, mass = weight[0], total[0]  # (chunk, seq_len), (chunk,)
+            if is_relative:
+                column /= mass[:, None]
+                mass = torch.ones_like(mass)
+            target[index].addmv_(column.T, mass)
+            for start in range(0, seq_len, GRAM_PANEL):
+                panel = slice(start, start + GRAM_PANEL)
+                gram[index, panel, start:].addmm_(column[:, panel].T, column[:, start:])
+    return gram.triu_() + gram.triu(1).mT, target
+
+
+class _Pursuit:
+    """The state of a pursuit in a batch of heads.
+
+    Attributes:
+        gram: (B, seq_len, seq_len) float32.
+        factor: rows of a pivoted Cholesky factor of gram, (B, num_picks, seq_len) float64: row p is the part of pick
+            p's column outside the span of the earlier picks, normalised, times all columns.
+        correlation: (B, seq_len) float64, of each column with the mass that the picks leave unexplained.
+        free_energy: (B, seq_len) float64, squared norm of each column outside the span of the picks.
+        order: (B, seq_len) int64, num_picks at the time of the pick, or -1.
+    """
+
+    def __init__(self, gram: Tensor, target: Tensor) -> None:
+        self.gram = gram
+        self.correlation = target.double()
+        self.free_energy = gram.diagonal(dim1=1, dim2=2).double()
+        self.threshold = DEPENDENT_ENERGY * self.free_energy
+        self.factor = self.correlation.new_empty(len(gram), 64, gram.shape[1])
+        self.order = torch.full_like(self.correlation, -1, dtype=torch.int64)
+        self.num_picks = 0
+
+    def pick(self, count: int) -> None:
+        """Take the `count` best keys by the present correlations, then account for all of them."""
+        is_candidate = (self.order < 0) & (self.free_energy > self.threshold)
+        ranked = self.correlation.masked_fill(~is_candidate, -torch.inf)
+        picks = ranked.topk(count, dim=1).indices  # (B, count)
+        is_valid = is_candidate.gather(1, picks)
+        rows = self._rows_outside_span(picks)
+        for position in range(count):
+            self._append(rows[:, position], picks[:, position, None], is_valid[:, position, None])
+            later = self.factor[:, self.num_picks - 1].gather(1, picks[:, position + 1 :])
+            rows[:, position + 1 :] -= later[:, :, None] * self.factor[:, None, self.num_picks - 1]
+
+    def _rows_outside_span(self, picks: Tensor) -> Tensor:
+        """(B, count, seq_len): rows of the Gram matrix, less what the earlier picks explain of them."""
+        seq_len = self.gram.shape[1]
+        rows = self.gram.gather(1, picks[:, :, None].expand(-1, -1, seq_len)).double()
+        factor = self.factor[:, : self.num_picks]
+        known = factor.gather(2, picks[:, None].expand(-1, self.num_picks, -1))  # (B, num_picks, count)
+        return rows.baddbmm_(known.mT, factor, alpha=-1)
+
+    def _append(self, row: Tensor, pick: Tensor, is_valid: Tensor) -> None:
+        """Grow the factor by one row (B, seq_len), of pick (B, 1); an invalid or dependent pick changes nothing."""
+        self._reserve()
+        pivot = row.gather(1, pick)
+        is_independent = is_valid & (pivot > self.threshold.gather(1, pick))
+        scale = torch.where(is_independent, pivot, torch.inf).rsqrt()
+        row = torch.mul(row, scale, out=self.factor[:, self.num_picks])
+        self.correlation.addcmul_(row, self.correlation.gather(1, pick) * scale, value=-1)
+        self.free_energy.addcmul_(row, row, value=-1)
+        self.order.scatter_(1, pick, torch.where(is_valid, self.num_picks, self.order.gather(1, pick)))
+        self.num_picks += 1
+
+    def _reserve(self) -> None:
+        if self.num_picks == self.factor.shape[1]:
+            self.factor = torch.cat((self.factor, torch.empty_like(self.factor)), 1)
+
+    def ranking(self, scores: Tensor) -> Tensor:
+        """(B, seq_len) indices: the picks in their order, then the other keys by score."""
+        by_score = torch.sort(scores, dim=1, descending=True, stable=True).indices
+        order = self.order.gather(1, by_score)
+        order = torch.where(order < 0, self.num_picks, order)
+        return by_score.gather(1, torch.sort(order, dim=1, stable=True).indices)

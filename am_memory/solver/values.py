@@ -1,0 +1,82 @@
+"""The values of the kept keys: ridge regression on the block's attention output (arXiv:2602.16284, section 3.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from am_memory.solver.block import LOG2_E, Block
+from am_memory.solver.exact import ExactAttention
+from am_memory.solver.gram import NormalEquations, damped_cholesky, without_padding
+
+
+@dataclass(frozen=True)
+class CompactAttention:
+    """Attention of the reference queries to the kept keys with their original values, next to the exact one.
+
+    Attributes:
+        system: X^T X and X^T (Y - X V), with X the softmax weights on the kept keys, V their values and Y the exact
+            output.
+        missing_energy: (B,) float64, ||Y - X V||^2.
+        mass_error: (B,) float32, RMS over queries of (compact mass / exact mass - 1).
+    """
+
+    system: NormalEquations
+    missing_energy: Tensor
+    mass_error: Tensor
+
+
+def compact_attention(
+    block: Block, key: Tensor, bias: Tensor, value: Tensor, exact: ExactAttention
+) -> CompactAttention:
+    """Attend to the kept keys once.
+
+    Args:
+        block: the exact block.
+        key, value: (B, t, head_dim) float32, kept keys and their original values, any of the block in padding.
+        bias: (B, t) float32, -inf in padding.
+        exact: the block's own attention.
+    """
+    system = NormalEquations(block.num_heads, key.shape[1], block.head_dim, key.device)
+    missing_energy = torch.zeros(block.num_heads, dtype=torch.float64, device=key.device)
+    mass_energy = torch.zeros_like(missing_energy)
+    finite = torch.finfo(torch.float32)
+    base2_key, base2_bias = block.base2_key(key), bias[:, None] * LOG2_E
+    for rows, query in block.query_chunks(key.shape[1]):
+        weight = torch.bmm(query, base2_key).add_(base2_bias)  # (B, chunk, t)
+        # Clamps for heads without a slot: all logits are -inf there, and all weights become 0.
+        top = weight.amax(2, keepdim=True).clamp_min_(finite.min)
+        total = weight.sub_(top).exp2_().sum(2, keepdim=True)
+        weight.mul_(total.clamp_min(finite.tiny).reciprocal_())
+        mass_ratio = total * (top - exact.log_mass[:, rows, None] * LOG2_E).exp2_()
+        mass_energy += (mass_ratio - 1).square_().sum((1, 2))
+        missing = exact.output[:, rows] - torch.bmm(weight, value)
+        missing_energy += missing.square().sum((1, 2))
+        system.add(weight, missing)
+    return CompactAttention(system, missing_energy, (mass_energy / block.num_queries).sqrt().float())
+
+
+def solve_values(attention: CompactAttention, is_slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Change D of the values that minimises ||X D - (Y - X V)||^2 + ridge * mean(diag(X^T X)) * ||D||^2.
+
+    The paper's least squares is often rank-deficient; the ridge pulls the values toward the kept originals.
+
+    Args:
+        attention: of the kept keys.
+        is_slot: (B, t) bool, False in padding.
+        ridge: relative to the mean diagonal of X^T X.
+
+    Returns:
+        (B, t, head_dim) float64, the change, 0 in padding, and (B,) float64, the ||Y - X (V + D)||^2 it leaves.
+    """
+    # The weights are 0 in padding, hence also its rows and columns here.
+    gram, target = attention.system.gram, attention.system.target
+    mean_diagonal = gram.diagonal(dim1=1, dim2=2).sum(1) / is_slot.sum(1).clamp_min(1)
+    identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    damped = without_padding(gram + ridge * mean_diagonal[:, None, None] * identity, is_slot)
+    _, factor = damped_cholesky(damped)
+    change = torch.cholesky_solve(target, factor)
+    left = attention.missing_energy + ((torch.bmm(gram, change) - 2 * target) * change).sum((1, 2))
+    return change, left.clamp_min_(0.0)

@@ -1,0 +1,300 @@
+"""Sessions on disk, or wherever fsspec reaches: one safetensors file each, written whole or not at all.
+
+Owns the file's layout, its checksum, and how a session's name becomes a file's. Knows no model. A file holds:
+
+    metadata                 format, needs (the first version of this project that reads it), sha256
+    session                  what is no tensor, as JSON in bytes: safetensors bounds its own header to 100 MB
+    tokens                   int64
+    layers.3.key, .value     the exact tail without its spare room, or the sliding window
+    layers.3.slots.key, ...  the fields of `Slots`, where there are any
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+import fsspec  # type: ignore[import-untyped]
+import safetensors.torch
+import torch
+from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
+from pydantic import BaseModel
+from torch import Tensor
+
+from am_memory.cache import CacheState, LayerState, Segment, SlidingState, Slots, TailBuffer, TailState
+from am_memory.engines.base import Message
+from am_memory.errors import CorruptSession, NewerFormat, SessionNotFound, StorageError
+from am_memory.policy import ScheduledCompaction
+
+FORMAT, NEEDS = 1, "0.1.0"
+"""How a file is written, and the first version of this project that reads it; the metadata never changes."""
+SUFFIX = ".safetensors"
+MAX_PART_CHARS = 200
+"""Of a file's name, where file systems take 255: a longer one is cut into folders."""
+SLOT_FIELDS = ("key", "value", "bias", "positions", "ranks")
+CHECKSUM_KEY, ZEROS = b'"sha256":"', b"0" * 64
+"""The checksum is of the whole file with zeros in its own place."""
+
+
+@dataclass(frozen=True)
+class SavedSession:
+    """All that a session is.
+
+    Attributes:
+        fingerprint: of the model that the cache belongs to.
+        policy: as JSON.
+        tokens: every token; the cache holds the first ones.
+        schedule: the compactions made so far.
+        messages: of the chat, as chat templates take them.
+        message_starts: for each message, how many tokens stood before it.
+        num_pinned: tokens at the start that stay exact.
+        state: the cache.
+    """
+
+    fingerprint: str
+    policy: dict[str, object]
+    tokens: tuple[int, ...]
+    schedule: tuple[ScheduledCompaction, ...]
+    messages: tuple[Message, ...]
+    message_starts: tuple[int, ...]
+    num_pinned: int
+    state: CacheState
+
+
+class Store:
+    """Saved sessions in one folder.
+
+    Args:
+        url: a local folder or any fsspec URL (s3://bucket/folder); made when first written to.
+
+    Raises:
+        StorageError: an unknown protocol, or one whose package is not installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = re.sub(r"(//[^/:@]*:)[^/@]*@", r"\1***@", url)  # for people, so without a password
+        with self._reaching("open"):
+            self._files, self._root = fsspec.url_to_fs(url)
+
+    def save(self, name: str, saved: SavedSession) -> None:
+        """Put this session in place of the saved one, which stays if anything fails.
+
+        Raises:
+            StorageError: the store cannot be written to, or a message holds what JSON cannot.
+        """
+        data, path = _packed(saved), self._path(name)
+        temporary = f"{path}.{secrets.token_hex(4)}.tmp"
+        is_local = isinstance(self._files, LocalFileSystem)
+        with self._reaching("write to"):
+            self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
+            try:
+                with self._files.open(temporary, "wb") as file:
+                    file.write(data)
+                    if is_local:
+                        file.flush()
+                        os.fsync(file.fileno())
+                move = os.replace if is_local else self._files.mv
+                move(temporary, path)
+            except BaseException:
+                with suppress(OSError):
+                    self._files.rm_file(temporary)
+                raise
+
+    def load(self, name: str, *, device: torch.device | str | None = None) -> SavedSession:
+        """The session as it was saved, with its cache on `device` (None: the CPU).
+
+        Raises:
+            SessionNotFound: there is none of that name.
+            CorruptSession: the file is not what was written.
+            NewerFormat: a newer version of this project wrote it.
+            StorageError: the store cannot be read.
+        """
+        target = torch.device(device or "cpu")
+        where = f"session {name!r} in {self.url!r}"
+        if not self.exists(name):
+            raise SessionNotFound(f"no {where}; there are: {', '.join(self.names()) or 'none'}")
+        with self._reaching("read"):
+            data: bytes = self._files.cat_file(self._path(name))
+        try:
+            header = _verified_metadata(data)
+            if int(header["format"]) > FORMAT:
+                raise NewerFormat(
+                    f"{where} has format {header['format']}, and this version reads up to {FORMAT}: "
+                    f"upgrade attention-matching-memory to {header['needs']} or newer"
+                )
+            return _unpacked(safetensors.torch.load(data), target)
+        except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CorruptSession(
+                f"{where} cannot be read: {error}; restore {self._path(name)} from a copy, or delete it"
+            ) from error
+
+    def exists(self, name: str) -> bool:
+        """Whether a session of that name is saved; raises StorageError where that cannot be known."""
+        with self._reaching("read"):  # unlike fsspec's own `exists`, for which all that fails is not there
+            self._files.invalidate_cache()
+            try:
+                self._files.info(self._path(name))
+            except FileNotFoundError:
+                return False
+            return True
+
+    def names(self) -> list[str]:
+        """Of all saved sessions, in order."""
+        with self._reaching("list"):
+            self._files.invalidate_cache()
+            return sorted(self._names(self._root, ""))
+
+    def delete(self, name: str) -> None:
+        """Forget the session of that name, if there is one."""
+        with self._reaching("delete from"), suppress(FileNotFoundError):
+            self._files.rm_file(self._path(name))
+
+    @contextmanager
+    def _reaching(self, action: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # broadly: every file system has its own, and nothing else runs in here
+            raise StorageError(
+                f"cannot {action} the store {self.url!r}: {type(error).__name__}: {error}; "
+                "check its address, your access rights and the space that is left"
+            ) from error
+
+    def _path(self, name: str) -> str:
+        text = _encoded(name)
+        parts = [text[start : start + MAX_PART_CHARS] for start in range(0, len(text) or 1, MAX_PART_CHARS)]
+        return "/".join([self._root.rstrip("/"), *parts]) + SUFFIX
+
+    def _names(self, folder: str, before: str) -> Iterator[str]:
+        try:
+            entries = self._files.ls(folder, detail=True)
+        except FileNotFoundError:
+            return
+        for entry in entries:
+            text = before + entry["name"].rpartition("/")[2]
+            if entry["type"] == "directory" and len(text) == len(before) + MAX_PART_CHARS:
+                yield from self._names(entry["name"], text)
+            elif text.endswith(SUFFIX):
+                text = text.removesuffix(SUFFIX)
+                name = unquote_to_bytes(text).decode("utf-8", "surrogatepass")
+                if _encoded(name) == text:
+                    yield name
+
+
+def _encoded(name: str) -> str:
+    """Percent-encoded, capitals as well: not every file system tells them from small letters."""
+    data = name.encode("utf-8", "surrogatepass")
+    return re.sub(rb"[^a-z0-9._-]", lambda found: b"%%%02x" % ord(found[0]), data).decode()
+
+
+class _Layer(BaseModel, from_attributes=True):
+    num_tokens: int | None = None  # that a sliding window has seen; None for full attention
+
+
+class _Cache(BaseModel, from_attributes=True):
+    layers: tuple[_Layer, ...]
+    segments: tuple[Segment, ...]
+    num_pinned: int
+
+
+class _Content(BaseModel, from_attributes=True):
+    """The part of a `SavedSession` that is no tensor."""
+
+    fingerprint: str
+    policy: dict[str, Any]
+    schedule: tuple[ScheduledCompaction, ...]
+    messages: tuple[dict[str, Any], ...]
+    message_starts: tuple[int, ...]
+    num_pinned: int
+    state: _Cache
+
+
+def _packed(saved: SavedSession) -> bytes:
+    """The whole file."""
+    try:
+        text = json.dumps(_Content.model_validate(saved).model_dump())
+    except (TypeError, ValueError) as error:
+        raise StorageError(f"a message cannot be saved: {error}; keep to what JSON can hold") from error
+    tensors = {
+        "session": torch.frombuffer(bytearray(text, "ascii"), dtype=torch.uint8),
+        "tokens": torch.tensor(saved.tokens, dtype=torch.int64),
+    }
+    for index, layer in enumerate(saved.state.layers):
+        for part, tensor in _parts(layer).items():
+            if tensor is not None:
+                tensors[f"layers.{index}.{part}"] = tensor.cpu().contiguous()
+    data = safetensors.torch.save(tensors, {"format": str(FORMAT), "needs": NEEDS, "sha256": ZEROS.decode()})
+    return data.replace(ZEROS, sha256(data).hexdigest().encode(), 1)
+
+
+def _parts(layer: LayerState) -> dict[str, Tensor | None]:
+    if isinstance(layer, SlidingState):
+        return {"key": layer.keys, "value": layer.values}
+    parts: dict[str, Tensor | None] = {}
+    if layer.buffer is not None:
+        parts["key"] = layer.buffer.key[:, :, : layer.length]
+        parts["value"] = layer.buffer.value[:, :, : layer.length]
+    if layer.slots is not None:
+        parts.update({f"slots.{name}": getattr(layer.slots, name) for name in SLOT_FIELDS})
+        parts["slots.cu_slots"] = torch.tensor(layer.slots.cu_slots)
+    return parts
+
+
+def _verified_metadata(data: bytes) -> dict[str, str]:
+    start = data.find(CHECKSUM_KEY) + len(CHECKSUM_KEY)
+    end = start + len(ZEROS)
+    digest = sha256(data[:start] + ZEROS)
+    digest.update(memoryview(data)[end:])
+    is_whole = data[start:end] == digest.hexdigest().encode()
+    _require(is_whole, "its checksum does not match, so it was cut off or altered")
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return dict(header["__metadata__"])
+
+
+def _unpacked(tensors: dict[str, Tensor], device: torch.device) -> SavedSession:
+    """Raises KeyError or ValueError for what cannot be a session."""
+    content = _Content.model_validate(json.loads(bytes(tensors["session"].numpy())))
+    tokens = tuple(tensors["tokens"].tolist())
+    _require(len(content.messages) == len(content.message_starts), "not every message has a start")
+    segments, layers, ends = content.state.segments, [], set()
+    for index, layer in enumerate(content.state.layers):
+        prefix = f"layers.{index}."
+        names = [name for name in tensors if name.startswith(prefix)]
+        parts = {name.removeprefix(prefix): tensors[name] for name in names}
+        state = _layer(layer, parts, segments[-1].end if segments else 0, device)
+        layers.append(state)
+        ends.add(state.num_tokens if isinstance(state, SlidingState) else state.start + state.length)
+    is_consistent = len(ends) == 1 and max(ends) <= len(tokens)
+    _require(is_consistent, f"layers of {ends} tokens in a session of {len(tokens)}")
+    cache = CacheState(tuple(layers), segments, content.state.num_pinned)
+    return SavedSession(**{**dict(content), "tokens": tokens, "state": cache})
+
+
+def _layer(layer: _Layer, parts: dict[str, Tensor], tail_start: int, device: torch.device) -> LayerState:
+    if not parts:
+        return TailState(None, None, 0, 0) if layer.num_tokens is None else SlidingState(None, None, 0)
+    key, value = parts["key"].to(device), parts["value"].to(device)
+    _require(key.ndim == 4 and key.shape[:3] == value.shape[:3], f"keys {key.shape}, values {value.shape}")
+    if layer.num_tokens is not None:
+        return SlidingState(key, value, layer.num_tokens)
+    slots = None
+    if "slots.cu_slots" in parts:
+        fields = {name: parts[f"slots.{name}"].to(device) for name in SLOT_FIELDS}
+        cu_slots = parts["slots.cu_slots"].tolist()
+        sizes = {len(tensor) for tensor in fields.values()}
+        is_ascending = cu_slots == sorted(cu_slots) and len(cu_slots) == key.shape[1] + 1
+        _require(is_ascending and sizes == {cu_slots[-1]}, f"slots {cu_slots} in tensors of {sizes}")
+        slots = Slots(**fields, cu_slots=tuple(cu_slots))
+    return TailState(slots, TailBuffer(key, value), tail_start, key.shape[2])
+
+
+def _require(is_so: bool, otherwise: str) -> None:
+    if not is_so:
+        raise ValueError(otherwise)

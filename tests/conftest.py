@@ -1,0 +1,96 @@
+"""Fixtures that every test may use: a tiny random model, a byte tokenizer, and the bundled demo model."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a hub, and none may wait for one
+
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from am_memory.models import load_model
+
+IM_START, IM_END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+IM_START_ID, IM_END_ID, PAD_ID = 256, 257, 258
+
+CHATML = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+torch.set_num_threads(min(4, os.cpu_count() or 1))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers_in_every_test() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> PreTrainedModel:
+    """A random Llama of 3 layers, 4 query and 2 KV heads of 16, whose attention is peaked enough to matter.
+
+    Shared by the whole session: a test that changes it must restore it.
+    """
+    torch.manual_seed(20260216)
+    config = LlamaConfig(
+        vocab_size=260,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=4096,
+        initializer_range=0.15,
+        bos_token_id=IM_START_ID,
+        eos_token_id=IM_END_ID,
+        pad_token_id=PAD_ID,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config).to(torch.float32).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """One token per UTF-8 byte (id = byte), ChatML's two marks and a padding token: a character may span tokens."""
+    vocab = {character: byte for byte, character in bytes_to_unicode().items()}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in (IM_START, IM_END, PAD)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=IM_START,
+        eos_token=IM_END,
+        pad_token=PAD,
+        chat_template=CHATML,
+        clean_up_tokenization_spaces=False,
+        model_max_length=4096,
+    )
+
+
+@pytest.fixture(scope="session")
+def demo() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The bundled demo model in float32 on the CPU; a test that uses it is marked `model`."""
+    return load_model("demo", device="cpu", dtype=torch.float32)

@@ -1,0 +1,192 @@
+"""The direction of the imports, held by reading the source: a lower layer never knows a higher one."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = ROOT / "am_memory"
+INTEGRATIONS = ROOT / "integrations"
+
+# From the bottom up; a part may import its own layer and those below.
+LAYERS: tuple[set[str], ...] = (
+    {"errors", "events"},
+    {"cache", "solver", "models", "tokens", "sampling"},
+    {"engines"},
+    {"policy", "budgets", "queries", "storage", "history"},
+    {"compaction"},
+    {"memory", "context", "session"},
+    {"cli"},
+)
+LAYER_OF = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+
+ENGINES_MAY_IMPORT = {"engines", "cache", "errors", "events", "models", "tokens", "sampling"}
+SOLVER_MAY_IMPORT = {"solver", "errors"}
+CHOOSES_AN_ENGINE = {"memory", "cli"}  # inside a function only, so that a heavy engine loads when it is asked for
+NEVER_IN_THE_LIBRARY = {"langchain", "langchain_core", "langgraph", "fastapi", "starlette", "uvicorn"}
+PACKAGES_ABOVE = {"langchain_am_memory", "am_memory_server", "integrations", "examples", "benchmarks", "tests"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import that runs; those under TYPE_CHECKING do not."""
+
+    path: Path
+    line: int
+    module: str
+    is_lazy: bool
+
+    def __str__(self) -> str:
+        return f"{self.path.relative_to(ROOT)}:{self.line} imports {self.module}"
+
+
+def module_name(path: Path) -> str:
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+def part_of(module: str) -> str:
+    """The file or folder directly in am_memory: am_memory.solver.keys is of `solver`; cli files are all of `cli`."""
+    part = [*module.split("."), ""][1]
+    return "cli" if part.startswith("cli") else part
+
+
+def imports_of(path: Path) -> list[Import]:
+    return list(_walk(path, ast.parse(path.read_text(encoding="utf-8")), is_lazy=False))
+
+
+def _walk(path: Path, node: ast.AST, *, is_lazy: bool) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            for other in child.orelse:
+                yield from _walk(path, other, is_lazy=is_lazy)
+        elif isinstance(child, ast.Import):
+            for alias in child.names:
+                yield Import(path, child.lineno, alias.name, is_lazy)
+        elif isinstance(child, ast.ImportFrom):
+            for name in _modules_named(path, child):
+                yield Import(path, child.lineno, name, is_lazy)
+        else:
+            is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from _walk(path, child, is_lazy=is_lazy or is_function)
+
+
+def _modules_named(path: Path, node: ast.ImportFrom) -> Iterator[str]:
+    """`from a import b` names a.b where that is a module of ours, else a."""
+    base = node.module or ""
+    if node.level:
+        package = module_name(path).split(".")
+        if path.name != "__init__.py":
+            package = package[:-1]
+        base = ".".join([*package[: len(package) - node.level + 1], *filter(None, [node.module])])
+    for alias in node.names:
+        below = ROOT.joinpath(*base.split("."), alias.name)
+        is_module = below.with_suffix(".py").is_file() or (below / "__init__.py").is_file()
+        yield f"{base}.{alias.name}" if is_module else base
+
+
+FILES = sorted(LIBRARY.rglob("*.py"))
+IMPORTS = [found for path in FILES for found in imports_of(path)]
+OUR_IMPORTS = [found for found in IMPORTS if found.module.split(".")[0] == "am_memory"]
+
+
+def test_every_module_has_a_layer() -> None:
+    """A new part of am_memory is placed in LAYERS first: that is where its imports are decided."""
+    parts = {part_of(module_name(path)) for path in FILES} - {""}
+    assert parts <= set(LAYER_OF), f"give a layer in tests/test_structure.py to {sorted(parts - set(LAYER_OF))}"
+
+
+def test_imports_go_down() -> None:
+    wrong = [
+        str(found)
+        for found in OUR_IMPORTS
+        if (importer := part_of(module_name(found.path)))
+        and LAYER_OF.get(part_of(found.module), len(LAYERS)) > LAYER_OF.get(importer, len(LAYERS))
+    ]
+    assert not wrong
+
+
+def test_nothing_inside_imports_the_package_itself() -> None:
+    """`from am_memory import x` inside am_memory loads everything, and is a cycle."""
+    assert not [str(found) for found in OUR_IMPORTS if found.module == "am_memory"]
+
+
+def test_engines_know_the_cache_and_never_compaction() -> None:
+    assert not _forbidden("engines", ENGINES_MAY_IMPORT)
+
+
+def test_the_solver_knows_tensors_only() -> None:
+    assert not _forbidden("solver", SOLVER_MAY_IMPORT)
+    assert not [str(f) for f in IMPORTS if part_of(module_name(f.path)) == "solver" and "transformers" in f.module]
+
+
+def _forbidden(part: str, allowed: set[str]) -> list[str]:
+    inside = [found for found in OUR_IMPORTS if part_of(module_name(found.path)) == part]
+    return [str(found) for found in inside if part_of(found.module) not in allowed]
+
+
+def test_only_the_protocol_of_the_engines_is_imported() -> None:
+    """An engine is chosen inside a function of memory or of the command line; all else sees engines.base."""
+    wrong = []
+    for found in OUR_IMPORTS:
+        importer = part_of(module_name(found.path))
+        if importer == "engines" or part_of(found.module) != "engines" or found.module == "am_memory.engines.base":
+            continue
+        if not (found.is_lazy and importer in CHOOSES_AN_ENGINE):
+            wrong.append(str(found))
+    assert not wrong
+
+
+def test_no_two_modules_import_each_other() -> None:
+    graph: dict[str, set[str]] = {module_name(path): set() for path in FILES}
+    for found in OUR_IMPORTS:
+        importer = module_name(found.path)
+        if not found.is_lazy and not importer.startswith(found.module):  # a package's __init__ gathers its own modules
+            graph[importer].add(found.module)
+    assert not _cycle(graph)
+
+
+def _cycle(graph: dict[str, set[str]]) -> list[str]:
+    done: set[str] = set()
+
+    def visit(module: str, trail: list[str]) -> list[str]:
+        if module in trail:
+            return [*trail[trail.index(module) :], module]
+        if module in done:
+            return []
+        for imported in sorted(graph.get(module, ())):
+            if cycle := visit(imported, [*trail, module]):
+                return cycle
+        done.add(module)
+        return []
+
+    return next((cycle for module in graph if (cycle := visit(module, []))), [])
+
+
+@pytest.mark.parametrize("package", sorted(NEVER_IN_THE_LIBRARY | PACKAGES_ABOVE))
+def test_the_library_never_imports_what_is_built_on_it(package: str) -> None:
+    assert not [str(found) for found in IMPORTS if found.module.split(".")[0] == package]
+
+
+def test_only_the_command_line_prints() -> None:
+    printing = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in FILES
+        if part_of(module_name(path)) != "cli"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert not printing
+
+
+def test_integrations_are_installed_under_their_own_names() -> None:
+    """Each is a package of its own, and imports the library by its public name, never `integrations`."""
+    for package in ("langchain_am_memory", "am_memory_server"):
+        files = sorted((INTEGRATIONS / package).rglob("*.py"))
+        assert INTEGRATIONS / package / "__init__.py" in files
+        assert not [str(f) for path in files for f in imports_of(path) if f.module.split(".")[0] == "integrations"]
