@@ -13,7 +13,7 @@ PIP_FLAGS ?=
 # With a GPU, pip chooses torch as any other dependency. A torch that is already in .venv is kept.
 TORCH ?= torch==2.13.0
 TORCH_FLAGS ?=
-# For `make test` and `make bench`.
+# For pytest, and for the benchmarks.
 ARGS ?=
 MODEL ?= demo
 
@@ -65,9 +65,10 @@ lint: setup  ## ruff (lint and format) and mypy
 	@echo "== mypy"
 	@$(BIN)/mypy
 
-bench: setup  ## run every benchmark (MODEL=demo, a hub id, a folder or a .gguf file)
-	@set -e; for script in benchmarks/[a-z]*.py; do \
-		echo "== $$script"; $(BIN)/python $$script --model '$(MODEL)' $(ARGS); done
+bench: setup  ## run the benchmarks (MODEL=demo, a hub id, a folder or a .gguf file)
+	$(BIN)/python benchmarks/solver.py --omp
+	$(BIN)/python benchmarks/recall.py once --model '$(MODEL)'
+	$(BIN)/python benchmarks/recall.py turns --model '$(MODEL)'
 
 clean:  ## remove .venv and what the tools left
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

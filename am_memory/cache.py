@@ -112,16 +112,23 @@ class Slots:
         tensors = (torch.cat(tensors) for tensors in zip(*(head.tensors for head in heads), strict=True))
         return cls(*tensors, (0, *itertools.accumulate(head.num_slots for head in heads)))
 
+    def within(self, start: int, end: int) -> Slots:
+        """The slots of the tokens at [start, end), pinned ones apart."""
+        keep = (self.positions >= start) & (self.positions < end) & (self.ranks != PINNED_RANK)
+        return self.where(keep)
+
+    def where(self, keep: Tensor) -> Slots:
+        """The slots for which `keep`, (total_slots,) bool, is true."""
+        kept_before = [0, *keep.cumsum(0).tolist()]
+        return Slots(*(tensor[keep] for tensor in self.tensors), tuple(kept_before[start] for start in self.cu_slots))
+
     def cut(self, segments: Iterable[Segment]) -> Slots:
         """Drop the slots that no longer fit in their segment's `num_slots`."""
         keep = torch.ones_like(self.ranks, dtype=torch.bool)
         for segment in segments:
             is_inside = (self.positions >= segment.start) & (self.positions < segment.end)
             keep &= ~is_inside | (self.ranks < segment.num_slots)
-        if bool(keep.all()):
-            return self
-        kept_before = [0, *keep.cumsum(0).tolist()]
-        return Slots(*(tensor[keep] for tensor in self.tensors), tuple(kept_before[start] for start in self.cu_slots))
+        return self if bool(keep.all()) else self.where(keep)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -141,8 +148,9 @@ class Slots:
         return all(bool(tensor.isfinite().all()) for tensor in (self.key, self.value, self.bias))
 
 
-QuerySink = Callable[[Tensor], None]
-"""Gets each query tensor that passes a layer: (num_key_value_heads, num_key_value_groups, num_tokens, head_dim)."""
+QuerySink = Callable[[Tensor, Tensor], None]
+"""Gets what passes a layer: the queries, (num_key_value_heads, num_key_value_groups, num_tokens, head_dim) after RoPE,
+and the log of the mass that each spent on everything it saw, (the same without head_dim) float32."""
 
 
 class TailBuffer:
@@ -203,15 +211,15 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[misc]
         self.scaling: float | None = None  # softmax scale, as the attention function last saw it
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        if key_states.shape[0] != 1:
-            raise UnsupportedOperation(
-                f"a batch of {key_states.shape[0]} sequences; a session holds one: use one session for each"
-            )
         self.buffer = TailBuffer(key_states[:, :, :0], value_states[:, :, :0])
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append (1, num_key_value_heads, num_tokens, head_dim); return the whole exact tail."""
+        if key_states.shape[0] != 1:
+            raise UnsupportedOperation(
+                f"a batch of {key_states.shape[0]} sequences; a session holds one: use one session for each"
+            )
         if self.buffer is None:
             self.lazy_initialization(key_states, value_states)
         buffer = self.buffer
@@ -263,12 +271,14 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens; they must be exact ones."""
+        if tokens_to_remove > 0:
+            raise UnsupportedOperation(f"crop({tokens_to_remove}): give the tokens to remove as a negative number")
         if -tokens_to_remove > self.length:
             raise UnsupportedOperation(
                 f"cannot remove {-tokens_to_remove} tokens from the cache: only the last {self.length} are exact; "
                 "use Session.rewind, which rebuilds"
             )
-        self.length += min(tokens_to_remove, 0)
+        self.length += tokens_to_remove
 
     def reset(self) -> None:
         self.restore(TailState(None, None, 0, 0))
@@ -286,7 +296,16 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class SlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
-    """A sliding-window layer, left as transformers has it; it can only be put back to a state it had."""
+    """A sliding-window layer, left as transformers has it; a full one can only be put back to a state it had."""
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether the window still holds everything, or (assisted decoding) is kept longer than it need be."""
+        return self.record_past or self.cumulative_length < self.sliding_window
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove or self.record_past:
+            super().crop(tokens_to_remove)
 
     def state(self) -> SlidingState:
         return SlidingState(self.keys, self.values, self.cumulative_length)
@@ -344,7 +363,11 @@ class KVCache(Cache):  # type: ignore[misc]
     @property
     def num_tokens(self) -> int:
         """Logical length."""
-        return self.compactable[0].get_seq_length()
+        return self.get_seq_length()
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Logical length: what every layer has seen, also when a forward pass was interrupted between two of them."""
+        return min(layer.get_seq_length() for layer in self.layers)
 
     @property
     def num_tail_tokens(self) -> int:
@@ -411,14 +434,17 @@ class KVCache(Cache):  # type: ignore[misc]
         """The state in which `new_slots` stand for the tail's tokens up to the end of the last of `segments`.
 
         Args:
-            segments: all segments afterwards, the new one last; older ones are cut to their `num_slots`.
+            segments: all segments afterwards, the new one last; older ones are cut to their `num_slots`, and those that
+                are not among them give way to the new one.
             new_slots: the new segment's slots of each compactable layer, ranked within the segment.
             num_pinned: tokens at the start of the tail that stay exact (only before the first compaction).
 
         Returns:
             A new state; this cache is as it was. The remaining tail is copied, so that the old buffer can be freed.
         """
-        *older, newest = segments
+        newest = segments[-1]
+        resized = {segment.start: segment for segment in segments[:-1]}
+        older = [resized.get(segment.start, replace(segment, num_slots=0)) for segment in self.segments]
         slots_of_layer = iter(new_slots)
         states: list[LayerState] = []
         for layer in self.layers:
@@ -436,11 +462,25 @@ class KVCache(Cache):  # type: ignore[misc]
             states.append(TailState(slots, tail, newest.end, key.shape[1]))
         return CacheState(tuple(states), tuple(segments), max(self.num_pinned, num_pinned))
 
+    def reset(self) -> None:
+        super().reset()
+        self.segments, self.num_pinned = (), 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens, in all layers or in none."""
+        if tokens_to_remove and not self.is_croppable:
+            raise UnsupportedOperation(
+                f"cannot remove {-tokens_to_remove} tokens from the cache: a sliding window has forgotten what came "
+                "before them; use Session.rewind, which rebuilds"
+            )
+        super().crop(tokens_to_remove)
+
     def align(self) -> None:
         """Drop what only some layers hold: the leavings of an interrupted forward pass."""
         num_tokens = min(layer.get_seq_length() for layer in self.layers)
         for layer in self.layers:
-            layer.crop(num_tokens - layer.get_seq_length())
+            if layer.get_seq_length() > num_tokens:
+                layer.crop(num_tokens - layer.get_seq_length())
 
     def truncate(self, num_tokens: int) -> None:
         """Forget everything after the first `num_tokens` logical tokens; the rest must be in the exact tail."""

@@ -19,6 +19,7 @@ from am_memory.budgets import adaptive_ranks, uniform_ranks
 from am_memory.cache import CacheState, CompactableLayer, KVCache, Segment, Slots
 from am_memory.errors import CompactionFailed
 from am_memory.policy import MemoryPolicy, Plan
+from am_memory.queries import ReferenceQueries
 from am_memory.solver import Block, ExactAttention, Fit, exact_attention, fit
 
 Progress = Callable[[str, int, int], None]
@@ -43,14 +44,14 @@ class Compaction:
 
 
 def compact(
-    cache: KVCache, plan: Plan, num_pinned: int, queries: Sequence[Tensor], policy: MemoryPolicy, progress: Progress
+    cache: KVCache, plan: Plan, num_pinned: int, queries: Sequence[ReferenceQueries], policy: MemoryPolicy, progress: Progress
 ) -> Compaction:
     """Replace the plan's newest segment's entries by slots (arXiv:2602.16284, sections 3 and 4).
 
     Args:
         cache: afterwards as it was.
         num_pinned: tokens at the start that stay exact.
-        queries: of each compactable layer, (num_key_value_heads, num_queries, head_dim), after RoPE.
+        queries: of each compactable layer.
 
     Raises:
         CompactionFailed: out of memory, or a result that is not finite.
@@ -58,7 +59,11 @@ def compact(
     started = time.perf_counter()
     segment, layers = plan.newest, cache.compactable
     with _failures(segment):
-        blocks = [layer_block(layer, query, segment) for layer, query in zip(layers, queries, strict=True)]
+        entries = [Entries.of(layer, segment) for layer in layers]
+        blocks = [
+            Block(sample.query, held.key, held.value, float(layer.scaling or 0), sample.log_mass, held.bias)
+            for layer, held, sample in zip(layers, entries, queries, strict=True)
+        ]
         exacts = []
         for index, block in enumerate(blocks):
             exacts.append(exact_attention(block))
@@ -68,7 +73,7 @@ def compact(
 
         slots, fits = [], []
         for index, (block, exact, layer_ranks) in enumerate(zip(blocks, exacts, ranks, strict=True)):
-            layer_fit, layer_slots = fit_layer(block, exact, layer_ranks, segment, policy)
+            layer_fit, layer_slots = fit_layer(block, exact, layer_ranks, entries[index].positions, segment, policy)
             fits.append(layer_fit)
             slots.append(layer_slots)
             progress("fit", index + 1, len(blocks))
@@ -82,11 +87,44 @@ def compact(
     )
 
 
-def layer_block(layer: CompactableLayer, query: Tensor, segment: Segment) -> Block:
-    """The exact entries of a segment's tokens in one layer, as the solver takes them."""
-    assert layer.scaling is not None
-    key, value = layer.exact_entries(segment.start, segment.end)
-    return Block(query, key, value, layer.scaling)
+@dataclass(frozen=True)
+class Entries:
+    """What a layer holds for a segment's tokens: exact entries, and slots too where they are compacted again.
+
+    Attributes:
+        key, value: (num_key_value_heads, seq_len, head_dim).
+        bias: (num_key_value_heads, seq_len), -inf where a head has no such entry; None where all are exact.
+        positions: (num_key_value_heads, seq_len) int32, logical.
+    """
+
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+    positions: Tensor
+
+    @classmethod
+    def of(cls, layer: CompactableLayer, segment: Segment) -> Entries:
+        """All entries of the segment's tokens, slots before exact ones."""
+        key, value = layer.exact_entries(max(segment.start, layer.start), segment.end)
+        positions = torch.arange(max(segment.start, layer.start), segment.end, dtype=torch.int32, device=key.device)
+        exact = cls(key, value, None, positions.expand(key.shape[0], -1))
+        return exact if segment.start >= layer.start else exact._after(layer.slots, segment)
+
+    def _after(self, slots: Slots | None, segment: Segment) -> Entries:
+        """These entries with a segment's slots before them, padded to the head that has the most."""
+        assert slots is not None
+        heads = [slots.head(head).within(segment.start, segment.end) for head in range(slots.num_heads)]
+
+        def pad(pieces: list[Tensor], fill: float) -> Tensor:
+            padded = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True, padding_value=fill)
+            return padded.to(pieces[0].dtype)
+
+        return Entries(
+            torch.cat([pad([head.key for head in heads], 0), self.key], dim=1),
+            torch.cat([pad([head.value for head in heads], 0), self.value], dim=1),
+            torch.cat([pad([head.bias for head in heads], -torch.inf), self.key.new_zeros(self.key.shape[:2])], dim=1),
+            torch.cat([pad([head.positions for head in heads], 0), self.positions], dim=1),
+        )
 
 
 def slot_ranks(scores: Sequence[Tensor], policy: MemoryPolicy) -> tuple[Tensor, ...]:
@@ -107,14 +145,15 @@ def slot_ranks(scores: Sequence[Tensor], policy: MemoryPolicy) -> tuple[Tensor, 
 
 
 def fit_layer(
-    block: Block, exact: ExactAttention, ranks: Tensor, segment: Segment, policy: MemoryPolicy
+    block: Block, exact: ExactAttention, ranks: Tensor, positions: Tensor, segment: Segment, policy: MemoryPolicy
 ) -> tuple[Fit, Slots]:
     """Choose and fit the slots of one layer.
 
     Args:
         ranks: (num_key_value_heads, seq_len), from `slot_ranks`.
+        positions: (num_key_value_heads, seq_len), logical.
     """
-    num_slots = (ranks < segment.num_slots).sum(dim=1)
+    num_slots = (ranks < segment.num_slots).sum(dim=1).minimum(block.num_keys)
     indices = policy.key_selection(block, exact.scores, num_slots)
     layer_fit = fit(
         block,
@@ -123,6 +162,7 @@ def fit_layer(
         ridge=policy.ridge,
         fit_bias=policy.fit in ("bias_and_values", "bias"),
         fit_values=policy.fit in ("bias_and_values", "values"),
+        relative_mass=False,
         exact=exact,
     )
     dtype = block.key.dtype
@@ -134,7 +174,7 @@ def fit_layer(
                 key=layer_fit.key[head, by_position].to(dtype),
                 value=layer_fit.value[head, by_position].to(dtype),
                 bias=layer_fit.bias[head, by_position].to(dtype),
-                positions=(segment.start + indices[head, by_position]).int(),
+                positions=positions[head, indices[head, by_position]],
                 ranks=ranks[head, by_position].int(),
                 cu_slots=(0, count),
             )

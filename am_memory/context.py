@@ -29,7 +29,7 @@ from am_memory.events import (
     WindowExceeded,
 )
 from am_memory.policy import SINK_TOKENS, MemoryPolicy, Plan, ScheduledCompaction, Sizes, plan, trigger_tokens
-from am_memory.queries import LiveQueries, repeat_queries
+from am_memory.queries import LiveQueries, ReferenceQueries, repeat_queries
 
 
 @dataclass
@@ -182,7 +182,8 @@ class Context:
             self.notify(CompactionProgress(self.name, stage, done, total))
 
         started = time.perf_counter()
-        queries = self._reference_queries(segment.start, segment.end, progress)
+        exact_start = max(segment.start, cache.num_tokens - cache.num_tail_tokens)
+        queries = self._reference_queries(exact_start, segment.end, progress)
         query_seconds = time.perf_counter() - started
         result = compact(cache, plan, self.num_pinned, queries, self.policy, progress)
         cache.restore(result.state)
@@ -205,7 +206,7 @@ class Context:
         self.notify(CompactionFinished(self.name, report))
         return report
 
-    def _reference_queries(self, start: int, end: int, progress: Progress) -> list[Tensor]:
+    def _reference_queries(self, start: int, end: int, progress: Progress) -> list[ReferenceQueries]:
         sources = []
         if "repeat" in self.policy.reference_queries:
             sources.append(
@@ -226,7 +227,7 @@ class Context:
                 )
             if live:
                 sources.append(live)
-        return [cat(layers, dim=1) for layers in zip(*sources, strict=True)]
+        return [ReferenceQueries.union(samples) for samples in zip(*sources, strict=True)]
 
     def rewind(self, num_tokens: int) -> None:
         """Forget all but the first `num_tokens` tokens; rebuild where a forgotten one is in a segment."""

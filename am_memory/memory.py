@@ -58,7 +58,7 @@ class Memory:
         self._sessions: dict[str, Session] = {}
         self.device = RLock()
         self._numbers = itertools.count(1)
-        trigger_tokens(self.policy, engine.info.window_tokens, num_pinned=0)  # raises what can never work
+        self.trigger_tokens = trigger_tokens(self.policy, engine.info.window_tokens, num_pinned=0)
 
     @classmethod
     def from_pretrained(
@@ -117,7 +117,7 @@ class Memory:
         return Session(self, context, History())
 
     def _resume(self, name: str, policy: MemoryPolicy) -> Session:
-        saved = self.require_store().load(name)
+        saved = self.require_store().load(name, device=self.engine.info.device)
         if saved.fingerprint != self.engine.info.fingerprint:
             raise ModelMismatch(
                 f"session {name!r} was saved with model {saved.fingerprint}, this one is {self.engine.info.fingerprint} "
@@ -135,7 +135,7 @@ class Memory:
             list(saved.schedule),
             saved.num_pinned,
         )
-        return Session(self, context, History(saved.messages, saved.message_starts))
+        return Session(self, context, History(saved.messages, saved.message_starts, saved.is_answering))
 
     def adopt(self, session: Session) -> None:
         """Keep a session under its name.
@@ -161,9 +161,9 @@ class Memory:
         with self.device:
             if name not in self.names():
                 raise SessionNotFound(f"no session {name!r}; there are: {', '.join(self.names()) or 'none'}")
-            self._sessions.pop(name, None)
             if self.store is not None:
                 self.store.delete(name)
+            self._sessions.pop(name, None)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, without anything added."""

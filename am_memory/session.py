@@ -307,6 +307,7 @@ class Session:
                     schedule=tuple(context.schedule),
                     messages=self._history.messages,
                     message_starts=self._history.starts,
+                    is_answering=self._history.is_answering,
                     num_pinned=context.num_pinned,
                     state=context.cache.state(),
                 ),

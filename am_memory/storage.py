@@ -55,6 +55,7 @@ class SavedSession:
         schedule: the compactions made so far.
         messages: of the chat, as chat templates take them.
         message_starts: for each message, how many tokens stood before it.
+        is_answering: the last message was being generated.
         num_pinned: tokens at the start that stay exact.
         state: the cache.
     """
@@ -65,6 +66,7 @@ class SavedSession:
     schedule: tuple[ScheduledCompaction, ...]
     messages: tuple[Message, ...]
     message_starts: tuple[int, ...]
+    is_answering: bool
     num_pinned: int
     state: CacheState
 
@@ -92,17 +94,18 @@ class Store:
         """
         data, path = _packed(saved), self._path(name)
         temporary = f"{path}.{secrets.token_hex(4)}.tmp"
-        is_local = isinstance(self._files, LocalFileSystem)
         with self._reaching("write to"):
             self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
             try:
-                with self._files.open(temporary, "wb") as file:
-                    file.write(data)
-                    if is_local:
+                if isinstance(self._files, LocalFileSystem):
+                    with open(temporary, "wb") as file:
+                        file.write(data)
                         file.flush()
                         os.fsync(file.fileno())
-                move = os.replace if is_local else self._files.mv
-                move(temporary, path)
+                    os.replace(temporary, path)
+                else:
+                    self._files.pipe_file(temporary, data)
+                    self._files.mv(temporary, path)
             except BaseException:
                 with suppress(OSError):
                     self._files.rm_file(temporary)
@@ -212,6 +215,7 @@ class _Content(BaseModel, from_attributes=True):
     schedule: tuple[ScheduledCompaction, ...]
     messages: tuple[dict[str, Any], ...]
     message_starts: tuple[int, ...]
+    is_answering: bool
     num_pinned: int
     state: _Cache
 

@@ -14,11 +14,19 @@ import random
 import time
 from dataclasses import asdict, dataclass
 
-from common import Fact, facts, hide, kl_divergence, machine, mean_spread, prose, table, write_json
+from common import kl_divergence, machine, mean_spread, table, write_json
 from torch import Tensor
 
 from am_memory import Memory, MemoryPolicy, Session
+from am_memory.demo import Fact, facts, hide, prose, question_text
 
+CONTINUATION = (
+    " Bread begins with flour, water, salt and time. The baker mixes the dough early in the morning, lets it rest under a "
+    "cloth, and folds it every half hour until it feels alive. Steam in the oven keeps the crust soft while the loaf "
+    "grows; later the steam is let out, so that the crust turns brown and crisp. A good loaf sings when it cools: the "
+    "crust crackles as it shrinks, and the smell fills the whole street. Most people buy their bread without a thought "
+    "for any of this, but once you have baked your own, you will never again pay for a bad loaf."
+)
 POLICY = MemoryPolicy(trigger_tokens=1.0, pinned="sinks", max_compact_tokens=8000)
 ONCE = {
     "AM adaptive": {},
@@ -52,10 +60,7 @@ class Result:
 def ask(session: Session, fact: Fact) -> tuple[bool, Tensor]:
     """Whether the code is recalled, and the logits at its tokens; the session's last message must be an answer."""
     engine = session.engine
-    turns_before = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello."}]
-    asked = [*turns_before, {"role": "user", "content": fact.question}]
-    turn = engine.render(asked, add_generation_prompt=True).removeprefix(engine.render(turns_before))
-    context, code = engine.encode(turn + fact.opening.rstrip()), engine.encode(" " + fact.code)
+    context, code = engine.encode(question_text(engine, fact)), engine.encode(" " + fact.code)
     logits = session.logits([*context, *code])[len(context) :]
     return logits.argmax(-1).tolist() == code, logits
 
@@ -96,7 +101,7 @@ def once(memory: Memory, seed: int, ratios: list[float], schemes: dict[str, dict
     num_old = full.stats.logical_tokens
     recent = [{"role": "user", "content": " ".join(prose(rng, 18))}, {"role": "assistant", "content": "I see."}]
     full.append(recent)
-    judge = Judge(full, [told], " " + " ".join(prose(rng, 6)))
+    judge = Judge(full, [told], CONTINUATION)
     fraction = (num_old - 4) / (full.stats.logical_tokens - 1 - 4)
     results = [judge.judge(full, "full cache", 1.0, seed, 0.0)]
     report(results[-1])
@@ -131,7 +136,7 @@ def turns(memory: Memory, seed: int, ratios: list[float], schemes: dict[str, dic
     full = memory.session(f"turns-{seed}")
     for text in texts:
         full.append(text)
-    judge = Judge(full, by_turn, " " + " ".join(prose(rng, 6)))
+    judge = Judge(full, by_turn, CONTINUATION)
     results = [judge.judge(full, "full cache", 1.0, seed, 0.0)]
     report(results[-1])
     for ratio in ratios:

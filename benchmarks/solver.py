@@ -155,16 +155,15 @@ def baseline_values(
     return torch.linalg.lstsq(compact, (numerator / total) @ value, driver="gels").solution
 
 
-def mean_errors(block: Block, query: Tensor, compacted: Compacted) -> tuple[float, float]:
-    """Mass and output error in float64, mean over heads."""
-    heads = [
-        naive.errors(
-            query[head], block.key[head], block.value[head], block.scaling, *(part[head] for part in compacted)
-        )
-        for head in range(block.num_heads)
-    ]
-    mass, output = zip(*heads, strict=True)
-    return float(torch.stack(mass).mean()), float(torch.stack(output).mean())
+def mean_errors(block: Block, compacted: Compacted) -> tuple[float, float]:
+    """Mass and output error over the block's queries in float64, mean over heads."""
+    errors = []
+    for index, (key, bias, value) in enumerate(zip(*compacted, strict=True)):
+        head = naive.Head.of(block, index)
+        logits = head.Q @ key.double().T * block.scaling + bias
+        errors.append(torch.stack(naive.errors(head, logits, value)))
+    mass, output = torch.stack(errors).mean(0).tolist()
+    return mass, output
 
 
 def compare(size: str, contenders: dict[str, Solve], num_heads: int, repeats: int) -> list[Row]:
@@ -172,8 +171,10 @@ def compare(size: str, contenders: dict[str, Solve], num_heads: int, repeats: in
     seq_len, num_slots, num_queries = SIZES[size]
     num_held_out = 1000
     whole = synthetic_block(num_heads, seq_len, num_queries + num_held_out, seed=0)
-    block = Block(whole.query[:, :num_queries].contiguous(), whole.key, whole.value, whole.scaling)
-    held_out = whole.query[:, num_queries:]
+    block, held_out = (
+        Block(query.contiguous(), whole.key, whole.value, whole.scaling)
+        for query in whole.query.split((num_queries, num_held_out), dim=1)
+    )
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     results: dict[str, Compacted] = {}
     for _ in range(repeats):
@@ -182,16 +183,16 @@ def compare(size: str, contenders: dict[str, Solve], num_heads: int, repeats: in
             results[name] = solve(block, num_slots)
             seconds[name].append((time.perf_counter() - start) / num_heads)
     median = {name: statistics.median(times) for name, times in seconds.items()}
-    slowest = median[next(iter(contenders))]
+    baseline = median[next(iter(contenders))]
     return [
         Row(
             size,
             name,
             num_heads,
             median[name],
-            slowest / median[name],
-            *mean_errors(block, block.query, compacted),
-            *mean_errors(block, held_out, compacted),
+            baseline / median[name],
+            *mean_errors(block, compacted),
+            *mean_errors(held_out, compacted),
         )
         for name, compacted in results.items()
     ]

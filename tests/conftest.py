@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a hub, and none may wait for one
 
@@ -18,7 +20,8 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from am_memory.models import load_model
+if TYPE_CHECKING:
+    from am_memory.engines.transformers import TransformersEngine
 
 IM_START, IM_END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 IM_START_ID, IM_END_ID, PAD_ID = 256, 257, 258
@@ -30,7 +33,7 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-torch.set_num_threads(min(4, os.cpu_count() or 1))
+NUM_THREADS = min(4, os.cpu_count() or 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,12 +49,17 @@ def _same_random_numbers_in_every_test() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session")
-def tiny_model() -> PreTrainedModel:
-    """A random Llama of 3 layers, 4 query and 2 KV heads of 16, whose attention is peaked enough to matter.
+@pytest.fixture(autouse=True)
+def _one_thread_for_tiny_models(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tensors this small only wait for each other on several threads."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(NUM_THREADS if request.node.get_closest_marker("model") else 1)
+    yield
+    torch.set_num_threads(num_threads)
 
-    Shared by the whole session: a test that changes it must restore it.
-    """
+
+def random_llama() -> PreTrainedModel:
+    """3 layers, 4 query and 2 KV heads of 16, the same weights each time; its attention is peaked enough to matter."""
     torch.manual_seed(20260216)
     config = LlamaConfig(
         vocab_size=260,
@@ -69,6 +77,26 @@ def tiny_model() -> PreTrainedModel:
         tie_word_embeddings=False,
     )
     return LlamaForCausalLM(config).to(torch.float32).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> PreTrainedModel:
+    """A random Llama, shared by the whole session: a test that changes it must restore it."""
+    return random_llama()
+
+
+@pytest.fixture(scope="session")
+def stock_model() -> PreTrainedModel:
+    """The tiny model as transformers runs it, with its own sdpa attention: what everything exact is compared with."""
+    return random_llama()
+
+
+@pytest.fixture(scope="session")
+def engine(tiny_model: PreTrainedModel, byte_tokenizer: PreTrainedTokenizerBase) -> TransformersEngine:
+    """The tiny model behind our engine."""
+    from am_memory.engines.transformers import TransformersEngine
+
+    return TransformersEngine(tiny_model, byte_tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -93,4 +121,6 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="session")
 def demo() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The bundled demo model in float32 on the CPU; a test that uses it is marked `model`."""
+    from am_memory.models import load_model
+
     return load_model("demo", device="cpu", dtype=torch.float32)

@@ -21,13 +21,13 @@ LAYERS: tuple[set[str], ...] = (
     {"policy", "budgets", "queries", "storage", "history"},
     {"compaction"},
     {"memory", "context", "session"},
-    {"cli"},
+    {"cli", "demo", "display"},
 )
 LAYER_OF = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
 ENGINES_MAY_IMPORT = {"engines", "cache", "errors", "events", "models", "tokens", "sampling"}
 SOLVER_MAY_IMPORT = {"solver", "errors"}
-CHOOSES_AN_ENGINE = {"memory", "cli"}  # inside a function only, so that a heavy engine loads when it is asked for
+CHOOSES_AN_ENGINE = {"memory", "cli", "demo"}  # inside a function only: a heavy engine loads when asked for
 NEVER_IN_THE_LIBRARY = {"langchain", "langchain_core", "langgraph", "fastapi", "starlette", "uvicorn"}
 PACKAGES_ABOVE = {"langchain_am_memory", "am_memory_server", "integrations", "examples", "benchmarks", "tests"}
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from am_memory.cache import KVCache
@@ -13,10 +14,11 @@ from am_memory.cache import KVCache
 Message = Mapping[str, object]
 """One chat message as chat templates take it: {"role": ..., "content": ...}."""
 
-OnQuery = Callable[[int, Tensor], None]
-"""Called with (index among the compactable layers, query).
+OnQuery = Callable[[int, Tensor, Tensor], None]
+"""Called with (index among the compactable layers, query, log_mass).
 
 query: (num_key_value_heads, num_key_value_groups, num_tokens, head_dim), after RoPE.
+log_mass: (num_key_value_heads, num_key_value_groups, num_tokens) float32, log of the sum of exp(score) over all keys.
 """
 
 
@@ -29,6 +31,7 @@ class ModelInfo:
         fingerprint: equal for two models exactly if their caches can be exchanged.
         vocab_size: token ids are below it.
         window_tokens: positions that the model was trained on.
+        device: where caches live.
         eos_token_ids: any of them ends a turn.
     """
 
@@ -36,6 +39,7 @@ class ModelInfo:
     fingerprint: str
     vocab_size: int
     window_tokens: int
+    device: torch.device
     eos_token_ids: frozenset[int]
 
 

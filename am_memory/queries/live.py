@@ -5,14 +5,34 @@ Right for plain continuation; measured to be useless alone for recall.
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import defaultdict
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
+
+from am_memory.queries.reference import ReferenceQueries
+
+
+class _Pass(NamedTuple):
+    """What one forward pass left at one layer; `start` is the logical position of its first token."""
+
+    start: int
+    query: Tensor  # (num_key_value_heads, num_key_value_groups, num_tokens, head_dim)
+    log_mass: Tensor  # (num_key_value_heads, num_key_value_groups, num_tokens)
+
+    @property
+    def end(self) -> int:
+        return self.start + self.query.shape[2]
+
+    def cut(self, start: int, end: int) -> _Pass:
+        """The tokens at [start, end) of it."""
+        start, end = max(start, self.start), min(end, self.end)
+        where = slice(start - self.start, max(end, start) - self.start)
+        return _Pass(start, self.query[:, :, where], self.log_mass[:, :, where])
 
 
 class LiveQueries:
-    """Keeps the queries of the last `max_tokens` tokens, as they come.
+    """Keeps the queries of the last tokens, as they come.
 
     Args:
         max_tokens: older ones are forgotten; a token's queries take num_key_value_groups times the bytes of its keys.
@@ -20,39 +40,36 @@ class LiveQueries:
 
     def __init__(self, max_tokens: int = 512) -> None:
         self.max_tokens = max_tokens
-        self._chunks: dict[int, deque[tuple[int, Tensor]]] = defaultdict(deque)
-        self._num_seen: dict[int, int] = defaultdict(int)
+        self._num_tokens: defaultdict[int, int] = defaultdict(int)
+        self._passes: defaultdict[int, list[_Pass]] = defaultdict(list)
 
     def copy(self) -> LiveQueries:
         """The same queries, for a branch that goes its own way."""
         twin = LiveQueries(self.max_tokens)
-        twin._chunks.update({index: deque(chunks) for index, chunks in self._chunks.items()})
-        twin._num_seen.update(self._num_seen)
+        twin._num_tokens = self._num_tokens.copy()
+        twin._passes.update({index: list(passes) for index, passes in self._passes.items()})
         return twin
 
     def seek(self, num_tokens: int) -> None:
         """The next token read is at logical position `num_tokens`; queries of later ones are forgotten."""
-        for index, chunks in self._chunks.items():
-            kept = [(start, query[:, :, : num_tokens - start]) for start, query in chunks if start < num_tokens]
-            self._chunks[index] = deque(kept)
-        self._num_seen = defaultdict(lambda: num_tokens)
+        for index, passes in self._passes.items():
+            self._passes[index] = [each.cut(each.start, num_tokens) for each in passes if each.start < num_tokens]
+        self._num_tokens = defaultdict(lambda: num_tokens)
 
-    def add(self, index: int, query: Tensor) -> None:
-        """Take (num_key_value_heads, num_key_value_groups, num_tokens, head_dim) of compactable layer `index`."""
-        chunks, start = self._chunks[index], self._num_seen[index]
-        chunks.append((start, query.detach()[:, :, -self.max_tokens :].clone()))
-        chunks[-1] = (start + query.shape[2] - chunks[-1][1].shape[2], chunks[-1][1])
-        self._num_seen[index] = start + query.shape[2]
-        while len(chunks) > 1 and chunks[1][0] <= self._num_seen[index] - self.max_tokens:
-            chunks.popleft()
+    def add(self, index: int, query: Tensor, log_mass: Tensor) -> None:
+        """Take what `OnQuery` gets, for compactable layer `index`."""
+        new = _Pass(self._num_tokens[index], query.detach(), log_mass.detach())
+        oldest = new.end - self.max_tokens
+        self._num_tokens[index] = new.end
+        kept = [each for each in self._passes[index] if each.end > oldest]
+        self._passes[index] = [*kept, new.cut(oldest, new.end)]
 
-    def after(self, position: int) -> list[Tensor]:
+    def after(self, position: int) -> list[ReferenceQueries]:
         """For each layer the queries of the tokens at `position` and later; empty if there are none."""
         layers = []
-        for index in sorted(self._chunks):
-            kept = [query[:, :, max(position - start, 0) :] for start, query in self._chunks[index]]
-            kept = [query for query in kept if query.shape[2]]
+        for _, passes in sorted(self._passes.items()):
+            kept = [each.cut(position, each.end) for each in passes if each.end > position]
             if not kept:
                 return []
-            layers.append(torch.cat(kept, dim=2).flatten(1, 2))
+            layers.append(ReferenceQueries.pooled([(each.query, each.log_mass) for each in kept]))
         return layers

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from torch import Tensor, cat
+from torch import Tensor
 
 from am_memory.cache import KVCache
 from am_memory.engines.base import Engine
+from am_memory.queries.reference import ReferenceQueries
 
 REQUEST = "Repeat the previous context."
 
@@ -33,7 +34,7 @@ def repeat_queries(
     *,
     chunk_tokens: int,
     on_progress: Callable[[int, int], None],
-) -> list[Tensor]:
+) -> list[ReferenceQueries]:
     """Read the request and the block again on scratch, and take the queries of the block's tokens.
 
     Args:
@@ -43,16 +44,22 @@ def repeat_queries(
         on_progress: called with (tokens read, tokens to read).
 
     Returns:
-        For each compactable layer (num_key_value_heads, num_key_value_groups * num_tokens, head_dim).
+        For each compactable layer num_key_value_groups * num_tokens queries.
     """
-    pieces: list[list[Tensor]] = [[] for _ in cache.compactable]
+    passes: list[list[tuple[Tensor, Tensor]]] = [[] for _ in cache.compactable]
+    request = repeat_request(engine)
     state = cache.state()
     try:
-        engine.forward(cache, repeat_request(engine))
         for start in range(0, len(token_ids), chunk_tokens):
+            # The request is read together with the first chunk: a pass of its own would cost as much as a longer one.
+            prefix = [] if start else request
             chunk = token_ids[start : start + chunk_tokens]
-            engine.forward(cache, chunk, on_query=lambda index, query: pieces[index].append(query))
+
+            def take(index: int, query: Tensor, log_mass: Tensor, skip: int = len(prefix)) -> None:
+                passes[index].append((query[:, :, skip:], log_mass[:, :, skip:]))
+
+            engine.forward(cache, [*prefix, *chunk], on_query=take)
             on_progress(start + len(chunk), len(token_ids))
     finally:
         cache.restore(state)
-    return [cat(layer, dim=2).flatten(1, 2) for layer in pieces]
+    return [ReferenceQueries.pooled(layer) for layer in passes]

@@ -34,6 +34,10 @@ class Block:
         key: (B, seq_len, head_dim), after RoPE.
         value: (B, seq_len, head_dim).
         scaling: factor of the logits before the softmax.
+        log_mass: (B, num_queries) float32, log of the mass that each query spends on everything it sees, this block
+            included; a query then counts by its share on the block. None: every query counts alike.
+        key_bias: (B, seq_len), added to the logits of keys that stand for several already; -inf is no key at all, which
+            is how heads of different lengths share a block. None: 0.
 
     Any floating dtype; the solver computes in float32, and in float64 where it factors.
 
@@ -45,6 +49,8 @@ class Block:
     key: Tensor
     value: Tensor
     scaling: float
+    log_mass: Tensor | None = None
+    key_bias: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.key.ndim != 3 or self.value.shape != self.key.shape:
@@ -79,17 +85,35 @@ class Block:
     def head_dim(self) -> int:
         return self.key.shape[2]
 
-    def query_chunks(self, num_keys: int) -> Iterator[tuple[slice, Tensor]]:
-        """The queries, (B, chunk, head_dim) float32 at a time, so that (B, chunk, num_keys) stays bounded."""
-        limit = MAX_CHUNK_ELEMENTS_CPU if self.query.device.type == "cpu" else MAX_CHUNK_ELEMENTS
-        chunk = max(1, limit // (self.num_heads * max(1, num_keys)))
+    @property
+    def num_keys(self) -> Tensor:
+        """(B,) int64: keys of each head, padding apart."""
+        if self.key_bias is None:
+            return torch.full((self.num_heads,), self.seq_len, device=self.key.device)
+        return (self.key_bias > -torch.inf).sum(dim=1)
+
+    def base2_logits(self, key: Tensor, bias: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Scaled logits of the queries on some keys, times log2(e), a chunk of queries at a time.
+
+        Args:
+            key: (B, t, head_dim), any dtype.
+            bias: (B, t), added to the scaled logits; None: 0.
+
+        Yields:
+            rows: the chunk of queries.
+            logits: (B, chunk, t) float32, to be overwritten by the consumer. It is one buffer for all chunks: fresh
+                pages for each would cost a third of the matmul's time.
+        """
+        base2_key = key.float().mT * (self.scaling * LOG2_E)  # (B, head_dim, t)
+        base2_bias = None if bias is None else bias[:, None].float() * LOG2_E
+        limit = MAX_CHUNK_ELEMENTS_CPU if key.device.type == "cpu" else MAX_CHUNK_ELEMENTS
+        chunk = min(self.num_queries, max(1, limit // (self.num_heads * max(1, key.shape[1]))))
+        buffer = base2_key.new_empty(self.num_heads, chunk, key.shape[1])
         for start in range(0, self.num_queries, chunk):
             rows = slice(start, min(start + chunk, self.num_queries))
-            yield rows, self.query[:, rows].float()
-
-    def base2_key(self, key: Tensor) -> Tensor:
-        """(B, head_dim, t) float32: the matrix that turns queries into their base-2 logits on (B, t, head_dim) keys."""
-        return key.float().transpose(1, 2) * (self.scaling * LOG2_E)
+            query = self.query[:, rows].float()
+            logits = torch.bmm(query, base2_key, out=buffer[:, : query.shape[1]])
+            yield rows, logits if base2_bias is None else logits.add_(base2_bias)
 
 
 def slot_mask(num_slots: Tensor, max_slots: int) -> Tensor:

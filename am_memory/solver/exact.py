@@ -16,16 +16,19 @@ class ExactAttention:
     """The block's own attention, from one pass over queries and keys (arXiv:2602.16284, section 3).
 
     Attributes:
-        scores: (B, seq_len) float32, RMS over the queries of each key's softmax weight.
+        scores: (B, seq_len) float32, RMS over the queries of the attention that each key gets.
         max_logit: (B, num_queries) float32, largest scaled logit of each query.
         log_mass: (B, num_queries) float32, log of the sum over the keys of exp(logit).
         output: (B, num_queries, head_dim) float32, softmax(logits) V.
+        weight: (B, num_queries) float32, how much each query counts: its share of attention on this block, since an
+            error in the block reaches the model's output scaled by that share. Relative to the head's largest share.
     """
 
     scores: Tensor
     max_logit: Tensor
     log_mass: Tensor
     output: Tensor
+    weight: Tensor
 
 
 def exact_attention(block: Block) -> ExactAttention:
@@ -33,14 +36,17 @@ def exact_attention(block: Block) -> ExactAttention:
     value = block.value.float()
     energy = value.new_zeros(block.num_heads, 1, block.seq_len)
     max_logit = value.new_empty(block.num_heads, block.num_queries)
-    log_mass = torch.empty_like(max_logit)
+    log_mass, share = torch.empty_like(max_logit), torch.ones_like(max_logit)
     output = value.new_empty(block.num_heads, block.num_queries, block.head_dim)
     for rows, weight, total, top in unnormalised_weights(block):
         max_logit[:, rows] = top / LOG2_E
         log_mass[:, rows] = (top + total.log2()) / LOG2_E
-        output[:, rows] = torch.bmm(weight, value).mul_(total.reciprocal()[:, :, None])
-        add_squared_weights(energy, weight, total)
-    return ExactAttention(rms_scores(energy, block), max_logit, log_mass, output)
+        torch.bmm(weight, value, out=output[:, rows]).mul_(total.reciprocal()[:, :, None])
+        if block.log_mass is not None:
+            share[:, rows] = (log_mass[:, rows] - block.log_mass[:, rows]).exp_()
+        add_squared_weights(energy, weight, total, share[:, rows])
+    largest = share.amax(1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
+    return ExactAttention(rms_scores(energy, block), max_logit, log_mass, output, share / largest)
 
 
 def unnormalised_weights(block: Block) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
@@ -48,21 +54,20 @@ def unnormalised_weights(block: Block) -> Iterator[tuple[slice, Tensor, Tensor, 
 
     Yields:
         rows: the chunk of queries.
-        weight: (B, chunk, seq_len) float32, 2^(logit - top); the consumer may overwrite it.
-        total: (B, chunk) float32, row sums of weight, at least 1.
+        weight: (B, chunk, seq_len) float32, 2^(logit - top), to be overwritten by the consumer.
+        total: (B, chunk) float32, row sums of weight: at least 1, and next to 0 for a head whose keys are all padding.
         top: (B, chunk) float32, largest base-2 logit of the row.
     """
-    key = block.base2_key(block.key)
-    for rows, query in block.query_chunks(block.seq_len):
-        weight = torch.bmm(query, key)
-        top = weight.amax(2)
+    finite = torch.finfo(torch.float32)
+    for rows, weight in block.base2_logits(block.key, block.key_bias):
+        top = weight.amax(2).clamp_min_(finite.min)
         weight.sub_(top[:, :, None]).exp2_()
-        yield rows, weight, weight.sum(2), top
+        yield rows, weight, weight.sum(2).clamp_min_(finite.tiny), top
 
 
-def add_squared_weights(energy: Tensor, weight: Tensor, total: Tensor) -> None:
-    """Add each key's squared softmax weights to energy (B, 1, seq_len); overwrites weight."""
-    energy.baddbmm_(total.square().reciprocal()[:, None], weight.square_())
+def add_squared_weights(energy: Tensor, weight: Tensor, total: Tensor, share: Tensor) -> None:
+    """Add each key's squared attention, share * softmax weight, to energy (B, 1, seq_len); overwrites weight."""
+    energy.baddbmm_((share / total).square_()[:, None], weight.square_())
 
 
 def rms_scores(energy: Tensor, block: Block) -> Tensor:

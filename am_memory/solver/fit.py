@@ -40,6 +40,7 @@ def fit(  # noqa: PLR0913  every keyword is one switch of the method, of its own
     num_slots: Tensor,
     *,
     bias_bounds: tuple[float, float] = (-3.0, 3.0),
+    bias_ridge: float = 0.0,
     ridge: float = 1e-2,
     fit_bias: bool = True,
     fit_values: bool = True,
@@ -53,6 +54,7 @@ def fit(  # noqa: PLR0913  every keyword is one switch of the method, of its own
         indices: (B, t) int64, the kept keys of each head, as a `KeySelection` gives them; padding is not read.
         num_slots: (B,) int64, how many of the t slots each head has.
         bias_bounds: lowest <= 0 and highest >= 0 bias.
+        bias_ridge: pull of the biases toward 0, relative to the mean diagonal of their Gram matrix; 0 in the paper.
         ridge: pull of the values toward the originals, relative to the mean diagonal of their Gram matrix.
         fit_bias: False leaves every bias 0, for ablations and eviction.
         fit_values: False leaves the original values.
@@ -72,16 +74,20 @@ def fit(  # noqa: PLR0913  every keyword is one switch of the method, of its own
     # Padding stands for the block's first key, so that it stays finite; the solvers leave it out.
     index = torch.where(is_slot, indices, 0)[:, :, None].expand(-1, -1, block.head_dim)
     key, value = block.key.gather(1, index).float(), block.value.gather(1, index).float()
+    # Keys that stand for several already bring their bias; what is fitted comes on top of it.
+    inherited = torch.where(is_slot, 0.0, -torch.inf)
+    if block.key_bias is not None:
+        inherited = inherited + block.key_bias.gather(1, index[:, :, 0])
+    bias = inherited
     if fit_bias:
-        bias = solve_bias(block, key, is_slot, exact, bias_bounds, relative_mass)
-    else:
-        bias = torch.where(is_slot, 0.0, -torch.inf)
+        bias = inherited + solve_bias(block, key, inherited, exact, bias_bounds, bias_ridge, relative_mass)
     attention = compact_attention(block, key, bias, value, exact)
     left = attention.missing_energy
     if fit_values:
         change, left = solve_values(attention, is_slot, ridge)
         value = value + change.float()
-    output_energy = exact.output.square().sum((1, 2)).clamp_min(torch.finfo(torch.float32).tiny)
+    counted = exact.output * exact.weight[:, :, None]
+    output_energy = counted.square().sum((1, 2)).clamp_min(torch.finfo(torch.float32).tiny)
     return Fit(
         torch.where(is_slot[:, :, None], key, 0.0),
         bias,

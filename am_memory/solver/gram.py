@@ -7,7 +7,8 @@ from torch import Tensor
 
 from am_memory.errors import InvalidInput
 
-FLOAT32_ROUNDOFF = 2.0**-24
+# Least damping of a Gram matrix, relative to its largest row sum: some times the rounding of its float32 entries.
+LEAST_DAMPING = 2.0**-22
 # Width of the column panels in which a Gram matrix is computed, to spare most of its upper triangle.
 GRAM_PANEL = 128
 
@@ -43,9 +44,21 @@ class NormalEquations:
 
 
 def without_padding(gram: Tensor, is_slot: Tensor) -> Tensor:
-    """(B, t, t) with the rows and columns of padding replaced by those of the identity."""
-    identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    return torch.where(is_slot[:, :, None] & is_slot[:, None], gram, identity)
+    """(B, t, t) with padding replaced by a diagonal, of the mean of the head's own so that it sets no scale."""
+    padded = torch.where(is_slot[:, :, None] & is_slot[:, None], gram, 0.0)
+    mean = mean_diagonal(padded, is_slot)
+    return padded + torch.diag_embed(torch.where(is_slot, 0.0, torch.where(mean > 0, mean, 1.0)))
+
+
+def add_ridge(gram: Tensor, is_slot: Tensor, ridge: float) -> Tensor:
+    """(B, t, t): the diagonal raised by ridge times its mean over each head's slots, except in padding."""
+    return gram + torch.diag_embed(ridge * mean_diagonal(gram, is_slot) * is_slot)
+
+
+def mean_diagonal(gram: Tensor, is_slot: Tensor) -> Tensor:
+    """(B, 1): over the slots of each head, 0 for a head without."""
+    diagonal = torch.where(is_slot, gram.diagonal(dim1=1, dim2=2), 0.0)
+    return diagonal.sum(1, keepdim=True) / is_slot.sum(1, keepdim=True).clamp_min(1)
 
 
 def damped_cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,7 +80,7 @@ def damped_cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
     if not gram.isfinite().all():
         raise InvalidInput("the attention weights are not finite: look for NaN or infinity in the queries and keys")
     identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    damping = FLOAT32_ROUNDOFF * gram.sum(2).amax(1)
+    damping = LEAST_DAMPING * gram.sum(2).amax(1)
     damping = torch.where(damping > 0, damping, 1.0)
     while True:  # ends: a damping above the largest row sum makes the matrix diagonally dominant
         damped = gram + damping[:, None, None] * identity

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from am_memory.solver.block import Block, slot_mask
-from am_memory.solver.exact import add_squared_weights, rms_scores, unnormalised_weights
+from am_memory.solver.exact import exact_attention
 
 
 def attention_scores(block: Block) -> Tensor:
-    """RMS over the reference queries of each key's softmax weight within the block (arXiv:2602.16284, section 3.2).
-
-    `exact_attention` gives the same scores and what the fit needs besides; this is for scores alone.
+    """RMS over the reference queries of the attention that each key gets (arXiv:2602.16284, section 3.2).
 
     Returns:
         (B, seq_len) float32.
     """
-    energy = torch.zeros(block.num_heads, 1, block.seq_len, device=block.key.device)
-    for _, weight, total, _ in unnormalised_weights(block):
-        add_squared_weights(energy, weight, total)
-    return rms_scores(energy, block)
+    return exact_attention(block).scores
 
 
+@runtime_checkable
 class KeySelection(Protocol):
     """Chooses the keys that a compact block keeps."""
 

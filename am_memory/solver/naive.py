@@ -3,20 +3,46 @@
 Everything else in this package computes the same for batches, faster, and is tested against this file.
 
     Q (n, d)   Block.query, pooled over a GQA group     C_k (t, d)    Fit.key
-    K (T, d)   Block.key                                beta (t,)     Fit.bias, w = exp(beta)
+    K (T, d)   Block.key                                beta (t,)     Fit.bias
     V (T, d)   Block.value                              C_v (t, d)    Fit.value
-    scale      Block.scaling                            S (t,)        indices of the kept keys
+    L (n, T)   logits                                   S (t,)        indices of the kept keys
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from am_memory.solver.block import Block
 
-def attention_scores(Q: Tensor, K: Tensor, scale: float) -> Tensor:
-    """(T,): RMS over the queries of each key's softmax weight."""
-    return torch.softmax(logits(Q, K, scale), dim=1).square().mean(0).sqrt()
+
+@dataclass(frozen=True)
+class Head:
+    """One head of a block, in float64."""
+
+    Q: Tensor
+    K: Tensor
+    V: Tensor
+    L: Tensor
+    share: Tensor  # (n,): how much each query counts, by its attention on the block
+
+    @classmethod
+    def of(cls, block: Block, index: int) -> Head:
+        Q, K, V = (tensor[index].double() for tensor in (block.query, block.key, block.value))
+        L = Q @ K.T * block.scaling
+        if block.key_bias is not None:
+            L = L + block.key_bias[index].double()
+        share = torch.ones(len(Q), dtype=torch.float64)
+        if block.log_mass is not None:
+            share = torch.exp(L.logsumexp(1) - block.log_mass[index].double())
+        return cls(Q, K, V, L, share)
+
+
+def attention_scores(head: Head) -> Tensor:
+    """(T,): RMS over the queries of the attention that each key gets."""
+    return (head.share[:, None] * torch.softmax(head.L, dim=1)).square().mean(0).sqrt()
 
 
 def highest_attention(scores: Tensor, t: int) -> list[int]:
@@ -24,9 +50,9 @@ def highest_attention(scores: Tensor, t: int) -> list[int]:
     return sorted(range(len(scores)), key=lambda j: (-float(scores[j]), j))[:t]
 
 
-def omp(Q: Tensor, K: Tensor, scale: float, t: int, is_relative: bool = True) -> list[int]:
+def omp(head: Head, t: int, is_relative: bool = True) -> list[int]:
     """S: orthogonal matching pursuit on the mass, with a least-squares refit after each pick."""
-    A, b = mass_system(Q, K, scale, list(range(len(K))), is_relative)
+    A, b = mass_system(head, is_relative)
     S: list[int] = []
     residual = b
     while len(S) < t:
@@ -38,15 +64,14 @@ def omp(Q: Tensor, K: Tensor, scale: float, t: int, is_relative: bool = True) ->
     return S
 
 
-def mass_system(Q: Tensor, K: Tensor, scale: float, S: list[int], is_relative: bool = True) -> tuple[Tensor, Tensor]:
-    """A (n, t) and b (n,) with A w = b when w exp(q.c) sums to the mass of the whole block, for every query q.
+def mass_system(head: Head, is_relative: bool = True) -> tuple[Tensor, Tensor]:
+    """A (n, T) and b (n,) with A 1 = b: exp(L) and its row sums, the mass of the block for each query.
 
-    A query's row may be scaled at will: the paper divides it by its largest exp(logit), relative divides it by b.
+    A row may be scaled at will: the paper divides it by its largest exp(logit); relative divides it by b.
     """
-    L = logits(Q, K, scale)
-    shift = L.logsumexp(1) if is_relative else L.amax(1)
-    A = torch.exp(L - shift[:, None])
-    return A[:, S], A.sum(1)
+    shift = head.L.logsumexp(1) if is_relative else head.L.amax(1)
+    A = head.share[:, None] * torch.exp(head.L - shift[:, None])
+    return A, A.sum(1)
 
 
 def bounded_nnls(A: Tensor, b: Tensor, low: float, high: float, num_sweeps: int = 20_000) -> Tensor:
@@ -63,44 +88,36 @@ def bounded_nnls(A: Tensor, b: Tensor, low: float, high: float, num_sweeps: int 
     return w
 
 
-def values(Q: Tensor, K: Tensor, V: Tensor, scale: float, S: list[int], beta: Tensor, ridge: float) -> Tensor:
+def values(head: Head, S: list[int], log_w: Tensor, ridge: float) -> Tensor:
     """C_v (t, d): least squares of the output, with a ridge toward the original values."""
-    Y = torch.softmax(logits(Q, K, scale), dim=1) @ V.double()
-    X = torch.softmax(logits(Q, K[S], scale) + beta, dim=1)
+    Y = torch.softmax(head.L, dim=1) @ head.V
+    X = torch.softmax(head.L[:, S] + log_w, dim=1)
+    missing = head.share[:, None] * (Y - X @ head.V[S])
+    X = head.share[:, None] * X
     G = X.T @ X
-    damping = ridge * G.diagonal().mean() * torch.eye(len(S), dtype=G.dtype)
-    D: Tensor = torch.linalg.solve(G + damping, X.T @ (Y - X @ V[S].double()))
-    return V[S].double() + D
+    damping = ridge * G.diagonal().mean() * torch.eye(len(S), dtype=torch.float64)
+    D: Tensor = torch.linalg.solve(G + damping, X.T @ missing)
+    return head.V[S] + D
 
 
 def compact(
-    Q: Tensor,
-    K: Tensor,
-    V: Tensor,
-    scale: float,
+    head: Head,
     S: list[int],
     bounds: tuple[float, float] = (-3.0, 3.0),
     ridge: float = 1e-2,
     is_relative: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """C_k, beta, C_v of the kept keys S."""
-    low, high = torch.tensor(bounds, dtype=torch.float64).exp().tolist()
-    A, b = mass_system(Q, K, scale, S, is_relative)
-    beta = bounded_nnls(A, b, low, high).log()
-    return K[S].double(), beta, values(Q, K, V, scale, S, beta, ridge)
-
-
-def errors(
-    Q: Tensor, K: Tensor, V: Tensor, scale: float, C_k: Tensor, beta: Tensor, C_v: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Fit.mass_error and Fit.output_error of one head."""
-    exact, compacted = logits(Q, K, scale), logits(Q, C_k, scale) + beta
-    mass_ratio = torch.exp(compacted.logsumexp(1) - exact.logsumexp(1))
-    output = torch.softmax(exact, dim=1) @ V.double()
-    error = torch.softmax(compacted, dim=1) @ C_v.double() - output
-    return (mass_ratio - 1).square().mean().sqrt(), error.square().mean().sqrt() / output.square().mean().sqrt()
+    """log w (t,) and C_v (t, d) of the kept keys S; beta is log w and what bias the keys had."""
+    low, high = torch.tensor(bounds, dtype=torch.float64).exp().tolist()
+    A, b = mass_system(head, is_relative)
+    log_w = bounded_nnls(A[:, S], b, low, high).log()
+    return log_w, values(head, S, log_w, ridge)
 
 
-def logits(Q: Tensor, K: Tensor, scale: float) -> Tensor:
-    """(n, T) float64."""
-    return Q.double() @ K.double().T * scale
+def errors(head: Head, compact_L: Tensor, C_v: Tensor) -> tuple[Tensor, Tensor]:
+    """Fit.mass_error and Fit.output_error, given the logits (n, t) on the kept keys with their biases."""
+    mass_ratio = torch.exp(compact_L.logsumexp(1) - head.L.logsumexp(1))
+    Y = head.share[:, None] * (torch.softmax(head.L, dim=1) @ head.V)
+    error = head.share[:, None] * (torch.softmax(compact_L, dim=1) @ C_v.double()) - Y
+    mass_error = (head.share * (mass_ratio - 1)).norm() / head.share.norm()
+    return mass_error, error.norm() / Y.norm()

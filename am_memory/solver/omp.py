@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from am_memory.solver.block import Block
+from am_memory.solver.block import LOG2_E, Block
 from am_memory.solver.exact import unnormalised_weights
+from am_memory.solver.gram import GRAM_PANEL
 from am_memory.solver.keys import repeat_first_in_padding
 
 # A key whose column keeps less than this share of its energy outside the span of the chosen ones adds nothing that
@@ -16,8 +17,6 @@ from am_memory.solver.keys import repeat_first_in_padding
 DEPENDENT_ENERGY = 1e-6
 # Elements of the (heads, seq_len, seq_len) Gram matrices held at once: 1 GiB of float32.
 MAX_GRAM_ELEMENTS = 2**28
-# Width of the panels in which a Gram matrix is added up, so that only one triangle of it is computed.
-GRAM_PANEL = 512
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,9 @@ class OMP:
 
 def _head(block: Block, index: int) -> Block:
     head = slice(index, index + 1)
-    return Block(block.query[head], block.key[head], block.value[head], block.scaling)
+    log_mass = None if block.log_mass is None else block.log_mass[head]
+    key_bias = None if block.key_bias is None else block.key_bias[head]
+    return Block(block.query[head], block.key[head], block.value[head], block.scaling, log_mass, key_bias)
 
 
 def mass_system(heads: list[Block], is_relative: bool) -> tuple[Tensor, Tensor]:
@@ -77,11 +78,15 @@ def mass_system(heads: list[Block], is_relative: bool) -> tuple[Tensor, Tensor]:
     gram = torch.zeros(len(heads), seq_len, seq_len, device=device)
     target = torch.zeros(len(heads), seq_len, device=device)
     for index, head in enumerate(heads):
-        for _, weight, total, _ in unnormalised_weights(head):
+        for rows, weight, total, top in unnormalised_weights(head):
             column, mass = weight[0], total[0]  # (chunk, seq_len), (chunk,)
             if is_relative:
                 column /= mass[:, None]
                 mass = torch.ones_like(mass)
+            if head.log_mass is not None:
+                share = (top[0] + total[0].log2() - head.log_mass[0, rows] * LOG2_E).exp2_()
+                column *= share[:, None]
+                mass = mass * share
             target[index].addmv_(column.T, mass)
             for start in range(0, seq_len, GRAM_PANEL):
                 panel = slice(start, start + GRAM_PANEL)

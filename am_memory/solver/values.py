@@ -9,7 +9,7 @@ from torch import Tensor
 
 from am_memory.solver.block import LOG2_E, Block
 from am_memory.solver.exact import ExactAttention
-from am_memory.solver.gram import NormalEquations, damped_cholesky, without_padding
+from am_memory.solver.gram import NormalEquations, add_ridge, damped_cholesky, without_padding
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,20 @@ def compact_attention(
     missing_energy = torch.zeros(block.num_heads, dtype=torch.float64, device=key.device)
     mass_energy = torch.zeros_like(missing_energy)
     finite = torch.finfo(torch.float32)
-    base2_key, base2_bias = block.base2_key(key), bias[:, None] * LOG2_E
-    for rows, query in block.query_chunks(key.shape[1]):
-        weight = torch.bmm(query, base2_key).add_(base2_bias)  # (B, chunk, t)
+    for rows, weight in block.base2_logits(key, bias):  # (B, chunk, t)
         # Clamps for heads without a slot: all logits are -inf there, and all weights become 0.
         top = weight.amax(2, keepdim=True).clamp_min_(finite.min)
         total = weight.sub_(top).exp2_().sum(2, keepdim=True)
-        weight.mul_(total.clamp_min(finite.tiny).reciprocal_())
         mass_ratio = total * (top - exact.log_mass[:, rows, None] * LOG2_E).exp2_()
-        mass_energy += (mass_ratio - 1).square_().sum((1, 2))
-        missing = exact.output[:, rows] - torch.bmm(weight, value)
+        counts = exact.weight[:, rows, None]
+        mass_energy += (mass_ratio - 1).mul_(counts).square_().sum((1, 2))
+        weight.mul_(counts / total.clamp_min_(finite.tiny))
+        missing = torch.baddbmm(counts * exact.output[:, rows], weight, value, alpha=-1)
         missing_energy += missing.square().sum((1, 2))
         system.add(weight, missing)
-    return CompactAttention(system, missing_energy, (mass_energy / block.num_queries).sqrt().float())
+    return CompactAttention(
+        system, missing_energy, (mass_energy / exact.weight.square().sum(1).clamp_min(finite.tiny)).sqrt().float()
+    )
 
 
 def solve_values(attention: CompactAttention, is_slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
@@ -71,12 +72,9 @@ def solve_values(attention: CompactAttention, is_slot: Tensor, ridge: float) -> 
     Returns:
         (B, t, head_dim) float64, the change, 0 in padding, and (B,) float64, the ||Y - X (V + D)||^2 it leaves.
     """
-    # The weights are 0 in padding, hence also its rows and columns here.
-    gram, target = attention.system.gram, attention.system.target
-    mean_diagonal = gram.diagonal(dim1=1, dim2=2).sum(1) / is_slot.sum(1).clamp_min(1)
-    identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    damped = without_padding(gram + ridge * mean_diagonal[:, None, None] * identity, is_slot)
-    _, factor = damped_cholesky(damped)
+    gram = without_padding(attention.system.gram, is_slot)
+    target = attention.system.target  # 0 in padding, as the weights are
+    _, factor = damped_cholesky(add_ridge(gram, is_slot, ridge))
     change = torch.cholesky_solve(target, factor)
     left = attention.missing_energy + ((torch.bmm(gram, change) - 2 * target) * change).sum((1, 2))
     return change, left.clamp_min_(0.0)

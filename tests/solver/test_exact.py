@@ -13,7 +13,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize(("seq_len", "num_queries"), SIZES)
 def test_scores_are_the_rms_of_the_softmax_weights(make_block, seq_len, num_queries, dtype):
     block = make_block(3, seq_len, num_queries, dtype=dtype)
-    expected = [naive.attention_scores(block.query[head], block.key[head], block.scaling) for head in range(3)]
+    expected = [naive.attention_scores(naive.Head.of(block, head)) for head in range(3)]
     torch.testing.assert_close(attention_scores(block).double(), torch.stack(expected), rtol=1e-4, atol=1e-7)
 
 
@@ -21,7 +21,7 @@ def test_scores_are_the_rms_of_the_softmax_weights(make_block, seq_len, num_quer
 @pytest.mark.parametrize(("seq_len", "num_queries"), SIZES)
 def test_mass_and_output_are_those_of_the_whole_block(make_block, seq_len, num_queries, dtype):
     block = make_block(1, seq_len, num_queries, dtype=dtype)
-    logits = naive.logits(block.query[0], block.key[0], block.scaling)
+    logits = naive.Head.of(block, 0).L
     exact = exact_attention(block)
     torch.testing.assert_close(exact.max_logit[0].double(), logits.amax(1), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(exact.log_mass[0].double(), logits.logsumexp(1), rtol=1e-5, atol=1e-5)

@@ -23,6 +23,15 @@ def assert_same(first: Fit, second: Fit, atol: float = 1e-5) -> None:
         torch.testing.assert_close(getattr(first, field), getattr(second, field), rtol=1e-4, atol=atol)
 
 
+def assert_reports_its_errors(block: Block, result: Fit) -> None:
+    for index in range(block.num_heads):
+        head = naive.Head.of(block, index)
+        logits = head.Q @ result.key[index].double().T * block.scaling + result.bias[index]
+        mass, output = naive.errors(head, logits, result.value[index])
+        torch.testing.assert_close(result.mass_error[index].double(), mass, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(result.output_error[index].double(), output, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("is_relative", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
@@ -33,9 +42,9 @@ def test_the_fit_is_the_one_of_the_definition(make_block, seq_len, num_queries, 
     indices, slots = select(block, [num_slots] * 2)
     result = fit(block, indices, slots, relative_mass=is_relative)
     for head in range(2):
-        block_head = block.query[head], block.key[head], block.value[head], block.scaling
-        key, bias, value = naive.compact(*block_head, indices[head].tolist(), is_relative=is_relative)
-        torch.testing.assert_close(result.key[head].double(), key)
+        kept = indices[head].tolist()
+        bias, value = naive.compact(naive.Head.of(block, head), kept, is_relative=is_relative)
+        assert (result.key[head] == block.key[head, kept]).all()
         torch.testing.assert_close(result.bias[head].double(), bias, rtol=0, atol=2e-3)
         torch.testing.assert_close(result.value[head].double(), value, rtol=0, atol=2e-3)
 
@@ -44,11 +53,7 @@ def test_the_fit_is_the_one_of_the_definition(make_block, seq_len, num_queries, 
 def test_the_reported_errors_are_those_of_the_returned_tensors(make_block, switches):
     block = make_block(2, 300, 400)
     result = fit(block, *select(block, [40, 40]), **switches)
-    for head in range(2):
-        block_head = block.query[head], block.key[head], block.value[head], block.scaling
-        mass, output = naive.errors(*block_head, result.key[head], result.bias[head], result.value[head])
-        torch.testing.assert_close(result.mass_error[head].double(), mass, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(result.output_error[head].double(), output, rtol=1e-4, atol=1e-6)
+    assert_reports_its_errors(block, result)
 
 
 @pytest.mark.parametrize("is_relative", [True, False])
@@ -127,7 +132,8 @@ def test_the_bias_is_at_least_as_good_as_least_squares_and_a_clamp(make_block):
     block = make_block(1, 300, 400)
     indices, slots = select(block, [40])
     result = fit(block, indices, slots, bias_bounds=(-0.5, 0.5))
-    columns, mass = naive.mass_system(block.query[0], block.key[0], block.scaling, indices[0].tolist())
+    columns, mass = naive.mass_system(naive.Head.of(block, 0))
+    columns = columns[:, indices[0]]
     low, high = torch.tensor([-0.5, 0.5]).exp().tolist()
     clamped = torch.linalg.lstsq(columns, mass[:, None]).solution[:, 0].clamp(low, high)
     assert result.mass_error[0] < 0.99 * (columns @ clamped - mass).square().mean().sqrt()
@@ -145,6 +151,12 @@ def test_bounds_that_exclude_no_bias_or_are_infinite_are_refused(make_block, bou
     block = make_block(1)
     with pytest.raises(InvalidInput, match="bias_bounds"):
         fit(block, *select(block, [3]), bias_bounds=bounds)
+
+
+def test_a_huge_bias_ridge_gives_no_bias(make_block):
+    block = make_block(2)
+    result = fit(block, *select(block, [9, 9]), bias_ridge=1e9)
+    torch.testing.assert_close(result.bias, torch.zeros_like(result.bias), rtol=0, atol=1e-5)
 
 
 def test_a_huge_ridge_keeps_the_original_values(make_block):
@@ -171,9 +183,7 @@ def test_queries_that_attend_to_none_of_the_kept_keys_have_a_finite_fit():
     key = torch.tensor([[[500.0, 0.0], [0.0, 1.0], [0.0, 0.5]]])
     block = Block(query, key, torch.randn(1, 3, 2), 1.0)
     result = fit(block, torch.tensor([[1, 2]]), torch.tensor([2]), fit_bias=False, fit_values=False)
-    mass, output = naive.errors(query[0], key[0], block.value[0], 1.0, result.key[0], result.bias[0], result.value[0])
-    torch.testing.assert_close(result.mass_error[0].double(), mass)
-    torch.testing.assert_close(result.output_error[0].double(), output)
+    assert_reports_its_errors(block, result)
 
 
 def test_queries_of_nan_are_refused(make_block):

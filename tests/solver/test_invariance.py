@@ -6,14 +6,17 @@ from hypothesis import strategies as st
 
 from am_memory.solver import OMP, Block, HighestAttention, attention_scores, fit
 
+# Without a pull, the biases of few queries are determined only up to rounding.
+BIAS_RIDGE = 1e-2
+
 cases = given(seed=st.integers(0, 10**6), seq_len=st.integers(1, 70), num_queries=st.integers(1, 90), data=st.data())
-quick = settings(max_examples=25, deadline=None)
+quick = settings(max_examples=15, deadline=None)
 
 
 def fit_highest(block: Block, num_slots: int):
     slots = torch.full((block.num_heads,), num_slots)
     indices = HighestAttention()(block, attention_scores(block), slots)
-    return indices, fit(block, indices, slots)
+    return indices, fit(block, indices, slots, bias_ridge=BIAS_RIDGE)
 
 
 @quick
@@ -25,7 +28,7 @@ def test_the_order_of_the_keys_does_not_matter(make_block, seed, seq_len, num_qu
     indices, result = fit_highest(block, num_slots)
     shuffled = Block(block.query, block.key[:, order], block.value[:, order], block.scaling)
     slots = torch.full((2,), num_slots)
-    again = fit(shuffled, order.argsort()[indices], slots)
+    again = fit(shuffled, order.argsort()[indices], slots, bias_ridge=BIAS_RIDGE)
     torch.testing.assert_close(again.mass_error, result.mass_error, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(again.output_error, result.output_error, rtol=1e-3, atol=1e-4)
 
@@ -36,10 +39,10 @@ def test_the_order_of_the_slots_does_not_matter(make_block, seed, seq_len, num_q
     num_slots = data.draw(st.integers(1, seq_len))
     block = make_block(2, seq_len, num_queries, seed=seed)
     indices, result = fit_highest(block, num_slots)
-    again = fit(block, indices.flip(1), torch.full((2,), num_slots))
+    again = fit(block, indices.flip(1), torch.full((2,), num_slots), bias_ridge=BIAS_RIDGE)
     torch.testing.assert_close(again.mass_error, result.mass_error, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(again.output_error, result.output_error, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(again.value.flip(1), result.value, rtol=0, atol=5e-2)
+    torch.testing.assert_close(again.value.flip(1), result.value, rtol=0, atol=1e-3)
 
 
 @quick
@@ -50,7 +53,7 @@ def test_a_vector_added_to_every_key_does_not_matter(make_block, seed, seq_len, 
     block = make_block(2, seq_len, num_queries, seed=seed)
     indices, result = fit_highest(block, num_slots)
     shifted = Block(block.query, block.key + 3.0, block.value, block.scaling)
-    again = fit(shifted, indices, torch.full((2,), num_slots))
+    again = fit(shifted, indices, torch.full((2,), num_slots), bias_ridge=BIAS_RIDGE)
     torch.testing.assert_close(again.mass_error, result.mass_error, rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(again.output_error, result.output_error, rtol=1e-2, atol=1e-3)
 

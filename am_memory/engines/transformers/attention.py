@@ -59,13 +59,17 @@ def attention_forward(
         )
     if strange := [name for name in NOT_OURS if kwargs.get(name) is not None]:
         raise UnsupportedOperation(f"attention with {', '.join(strange)} cannot be compacted: use another model")
-    if layer.query_sink is not None:
-        layer.query_sink(query.view(key.shape[1], -1, *query.shape[2:]))
     layer.scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(query, key, value, layer.slots, layer.scaling).transpose(1, 2).contiguous(), None
+    output, log_mass = attend(query, key, value, layer.slots, layer.scaling)
+    if layer.query_sink is not None:
+        grouped = key.shape[1], -1, query.shape[2]
+        layer.query_sink(query.reshape(*grouped, query.shape[3]), log_mass.reshape(grouped))
+    return output.transpose(1, 2).contiguous(), None
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scaling: float) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scaling: float
+) -> tuple[Tensor, Tensor]:
     """Causal attention over compact slots and an exact tail.
 
     Args:
@@ -75,7 +79,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scali
         scaling: softmax scale.
 
     Returns:
-        (1, num_attention_heads, num_tokens, head_dim).
+        output (1, num_attention_heads, num_tokens, head_dim), and the log of the mass that each query spent on
+        everything, (1, num_attention_heads, num_tokens) float32.
     """
     num_heads, num_tokens, head_dim = key.shape[1], query.shape[2], query.shape[3]
     # A group's query heads see the same keys: pool them, and no key is ever repeated.
@@ -88,7 +93,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scali
         parts.append(_causal_part(query, key[:, :, num_past:], value[:, :, num_past:], scaling))
     if slots is not None:
         parts.append(_slots_part(packed, slots, scaling))
-    return merge(parts).view(query.shape)
+    output, log_mass = merge(parts)
+    return output.view(query.shape), log_mass.reshape(query.shape[:3])
 
 
 def _causal_part(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -113,15 +119,17 @@ def _slots_part(query: Tensor, slots: Slots, scaling: float) -> tuple[Tensor, Te
     return torch.cat(outputs, dim=1), torch.cat(lses, dim=1)
 
 
-def merge(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """The attention over the union of disjoint sets of keys, from each set's own (output, log-sum-exp)."""
     if len(parts) == 1:
-        return parts[0][0]
-    weights = torch.stack([lse for _, lse in parts]).softmax(dim=0)[..., None]
+        return parts[0]
+    lses = torch.stack([lse for _, lse in parts])
+    log_mass = lses.logsumexp(dim=0)
+    weights = (lses - log_mass).exp_()[..., None]
     total = parts[0][0] * weights[0]
     for (output, _), weight in zip(parts[1:], weights[1:], strict=True):
         total = torch.addcmul(total, output, weight)
-    return total.to(parts[0][0].dtype)
+    return total.to(parts[0][0].dtype), log_mass
 
 
 def partial_attention(
@@ -153,7 +161,8 @@ def plain_partial_attention(
     block = max(MAX_SCORES // max(key.shape[1] * key.shape[2], 1), 1)
     outputs, lses = [], []
     for start in range(0, query.shape[2], block):
-        scores = (query[:, :, start : start + block] @ key.transpose(-1, -2)).float() * scaling
+        # In float32, as every fused kernel has them: in bfloat16 a score of 20 is known to 0.1 only.
+        scores = query[:, :, start : start + block].float() @ key.float().transpose(-1, -2) * scaling
         if bias is not None:
             scores = scores + bias.float()
         if is_causal:

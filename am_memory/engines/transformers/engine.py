@@ -37,7 +37,7 @@ class TransformersEngine:
         self.model = model
         self.tokenizer = tokenizer
         self._windows = support.layer_windows(model)
-        support.probe(model, self.new_cache)
+        support.probe(model, self.new_cache())
         self._is_reading = False
         self.info = _model_info(model, tokenizer)
         model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
@@ -124,6 +124,7 @@ def _model_info(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> M
         fingerprint=fingerprint(model),
         vocab_size=config.vocab_size,
         window_tokens=config.max_position_embeddings,
+        device=model.device,
         eos_token_ids=frozenset(id for ids in sources for id in _as_list(ids)),
     )
 

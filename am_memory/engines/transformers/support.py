@@ -6,16 +6,14 @@ refused by name; what looks right is run for a few tokens beside transformers' o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from am_memory.cache import KVCache
+from am_memory.cache import KVCache, Segment, Slots
 from am_memory.engines.transformers.attention import ATTENTION_NAME
-from am_memory.errors import UnsupportedModel
+from am_memory.errors import UnsupportedModel, UnsupportedOperation
 
 PROBE_TOKENS = 8
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
@@ -67,35 +65,46 @@ def _reason_against(model: PreTrainedModel, config: PreTrainedConfig) -> str | N
 
 
 @torch.no_grad()
-def probe(model: PreTrainedModel, new_cache: Callable[[], KVCache]) -> None:
-    """Read a few tokens with transformers' attention and with ours, in several steps, and compare.
+def probe(model: PreTrainedModel, cache: KVCache) -> None:
+    """Read a few tokens with transformers' attention and with ours, and compare; leaves the model set to ours.
+
+    Args:
+        cache: new, for the probe to use.
 
     Raises:
         UnsupportedModel: the logits differ, or the model does not go through the attention interface.
     """
-    ids = torch.arange(1, 1 + PROBE_TOKENS, device=model.device)[None] % model.config.get_text_config().vocab_size
     before = model.config._attn_implementation
     try:
-        model.set_attn_implementation("sdpa")
-        expected = model(ids, use_cache=False).logits[0].float()
-        model.set_attn_implementation(ATTENTION_NAME)
-        cache = new_cache()
-        pieces = [model(ids[:, a:b], past_key_values=cache).logits[0] for a, b in ((0, 3), (3, 4), (4, PROBE_TOKENS))]
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        error = _probe_error(model, cache)
+    except (TypeError, ValueError, AttributeError, RuntimeError, UnsupportedOperation) as reason:
         model.set_attn_implementation(before)
         raise UnsupportedModel(
-            f"{type(model).__name__} cannot run with a compacting cache: {error}; use a decoder-only model with "
+            f"{type(model).__name__} cannot run with a compacting cache: {reason}; use a decoder-only model with "
             "standard attention"
-        ) from error
-    actual = torch.cat(pieces).float()
-    error = _relative_rms(actual, expected)
-    is_used = all(layer.length == PROBE_TOKENS and layer.scaling is not None for layer in cache.compactable)
+        ) from reason
+    is_used = all(layer.scaling is not None for layer in cache.compactable)
     if not is_used or not error <= TOLERANCE.get(model.dtype, 1e-3):
         model.set_attn_implementation(before)
         raise UnsupportedModel(
             f"{type(model).__name__} computes other logits with a compacting cache (relative error {error:.2g}); its "
             "attention is not the standard one: use another model"
         )
+
+
+def _probe_error(model: PreTrainedModel, cache: KVCache) -> float:
+    """Of logits read in three steps, the first of which becomes slots that are exact: RMS, relative to their spread."""
+    ids = torch.arange(1, 1 + PROBE_TOKENS, device=model.device)[None] % model.config.get_text_config().vocab_size
+    model.set_attn_implementation("sdpa")
+    expected = model(ids, use_cache=False).logits[0].float()
+    model.set_attn_implementation(ATTENTION_NAME)
+    pieces = []
+    for start, end in ((0, 3), (3, 4), (4, PROBE_TOKENS)):
+        pieces.append(model(ids[:, start:end], past_key_values=cache).logits[0].float())
+        if start == 0:
+            slots = [Slots.exact(*layer.exact_entries(2, 3), start=2) for layer in cache.compactable]
+            cache.restore(cache.compacted([Segment(2, 3, 0)], slots, num_pinned=2))
+    return _relative_rms(torch.cat(pieces), expected)
 
 
 def _relative_rms(actual: Tensor, expected: Tensor) -> float:
