@@ -104,13 +104,18 @@ class Slots:
     def head(self, index: int) -> Slots:
         """One head's slots, as a layer of one head; views."""
         where = slice(self.cu_slots[index], self.cu_slots[index + 1])
-        return Slots(*(tensor[where] for tensor in self.tensors), (0, where.stop - where.start))
+        return self._of((tensor[where] for tensor in self.tensors), (0, where.stop - where.start))
 
     @classmethod
     def stack(cls, heads: Sequence[Slots]) -> Slots:
         """One layer from its heads, given one by one."""
         tensors = (torch.cat(tensors) for tensors in zip(*(head.tensors for head in heads), strict=True))
-        return cls(*tensors, (0, *itertools.accumulate(head.num_slots for head in heads)))
+        return cls._of(tensors, (0, *itertools.accumulate(head.num_slots for head in heads)))
+
+    @classmethod
+    def _of(cls, tensors: Iterable[Tensor], cu_slots: tuple[int, ...]) -> Slots:
+        key, value, bias, positions, ranks = tensors
+        return cls(key, value, bias, positions, ranks, cu_slots)
 
     def within(self, start: int, end: int) -> Slots:
         """The slots of the tokens at [start, end), pinned ones apart."""
@@ -120,7 +125,8 @@ class Slots:
     def where(self, keep: Tensor) -> Slots:
         """The slots for which `keep`, (total_slots,) bool, is true."""
         kept_before = [0, *keep.cumsum(0).tolist()]
-        return Slots(*(tensor[keep] for tensor in self.tensors), tuple(kept_before[start] for start in self.cu_slots))
+        cu_slots = tuple(kept_before[start] for start in self.cu_slots)
+        return self._of((tensor[keep] for tensor in self.tensors), cu_slots)
 
     def cut(self, segments: Iterable[Segment]) -> Slots:
         """Drop the slots that no longer fit in their segment's `num_slots`."""
@@ -191,7 +197,7 @@ class SlidingState(NamedTuple):
     num_tokens: int
 
 
-class CompactableLayer(CacheLayerMixin):  # type: ignore[misc]
+class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One full-attention layer: compact slots (or none yet), then exact entries in a buffer that grows in place.
 
     The keys that `update` returns are the exact tail alone. They carry this layer as `am_layer`, which is how the
@@ -202,7 +208,7 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[misc]
     is_croppable = True
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.slots: Slots | None = None
         self.buffer: TailBuffer | None = None
         self.start = 0  # logical position of the first exact entry
@@ -249,7 +255,8 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[misc]
     def state(self) -> TailState:
         return TailState(self.slots, self.buffer, self.start, self.length)
 
-    def restore(self, state: TailState) -> None:
+    def restore(self, state: LayerState) -> None:
+        assert isinstance(state, TailState)
         self.slots, self.buffer, self.start, self.length = state
         self.is_initialized = self.buffer is not None
 
@@ -295,11 +302,11 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[misc]
             raise UnsupportedOperation(f"{indices.numel()} sequences at once; a session holds one: fork it instead")
 
 
-class SlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
+class SlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
     """A sliding-window layer, left as transformers has it; a full one can only be put back to a state it had."""
 
     @property
-    def is_croppable(self) -> bool:
+    def is_croppable(self) -> bool:  # type: ignore[override]
         """Whether the window still holds everything, or (assisted decoding) is kept longer than it need be."""
         return self.record_past or self.cumulative_length < self.sliding_window
 
@@ -310,7 +317,8 @@ class SlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
     def state(self) -> SlidingState:
         return SlidingState(self.keys, self.values, self.cumulative_length)
 
-    def restore(self, state: SlidingState) -> None:
+    def restore(self, state: LayerState) -> None:
+        assert isinstance(state, SlidingState)
         self.keys, self.values, self.cumulative_length = state
         self.is_initialized = self.keys is not None
         if self.keys is not None:
@@ -318,7 +326,7 @@ class SlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return () if self.keys is None else (self.keys, self.values)
+        return () if self.keys is None or self.values is None else (self.keys, self.values)
 
 
 LayerState = TailState | SlidingState
@@ -337,7 +345,7 @@ BeforeForward = Callable[[Sequence[int]], int]
 """Called with the tokens that a model is about to read into a cache; says how many of the first are read already."""
 
 
-class KVCache(Cache):  # type: ignore[misc]
+class KVCache(Cache):
     """The cache of one session, usable wherever transformers takes a `Cache`.
 
     Args:
@@ -346,6 +354,8 @@ class KVCache(Cache):  # type: ignore[misc]
     Attributes:
         before_forward: set where somebody else drives the model (`generate`), to watch what it reads.
     """
+
+    layers: list[CompactableLayer | SlidingLayer]  # type: ignore[assignment]
 
     def __init__(self, sliding_windows: Sequence[int | None]) -> None:
         super().__init__(
@@ -381,8 +391,9 @@ class KVCache(Cache):  # type: ignore[misc]
 
     @property
     def num_compact_slots(self) -> float:
-        """Mean compact slots per KV head, over all compactable layers."""
-        return sum(segment.num_slots for segment in self.segments) / max(self.num_heads, 1)
+        """Mean compact slots per KV head, over all compactable layers; pinned entries count as exact."""
+        num_slots = sum(layer.slots.num_slots for layer in self.compactable if layer.slots is not None)
+        return num_slots / self.num_heads - self.num_pinned if num_slots else 0.0
 
     @property
     def num_heads(self) -> int:
@@ -407,7 +418,9 @@ class KVCache(Cache):  # type: ignore[misc]
             for layer in self.compactable
             if layer.buffer is not None
         )
-        sliding = (tensor.nbytes for layer in self.layers if isinstance(layer, SlidingLayer) for tensor in layer.tensors)
+        sliding = (
+            tensor.nbytes for layer in self.layers if isinstance(layer, SlidingLayer) for tensor in layer.tensors
+        )
         return per_token * self.num_tokens + sum(sliding)
 
     def state(self) -> CacheState:
@@ -423,7 +436,7 @@ class KVCache(Cache):  # type: ignore[misc]
         branch = KVCache(self.sliding_windows)
         for mine, other in zip(self.layers, branch.layers, strict=True):
             other.restore(mine.state())
-            if isinstance(mine, CompactableLayer):
+            if isinstance(mine, CompactableLayer) and isinstance(other, CompactableLayer):
                 other.scaling = mine.scaling
                 if mine.buffer is not None:
                     mine.buffer.is_shared = True
@@ -463,7 +476,7 @@ class KVCache(Cache):  # type: ignore[misc]
         return CacheState(tuple(states), tuple(segments), max(self.num_pinned, num_pinned))
 
     def reset(self) -> None:
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
         self.segments, self.num_pinned = (), 0
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -475,12 +488,10 @@ class KVCache(Cache):  # type: ignore[misc]
             )
         super().crop(tokens_to_remove)
 
-    def align(self) -> None:
-        """Drop what only some layers hold: the leavings of an interrupted forward pass."""
-        num_tokens = min(layer.get_seq_length() for layer in self.layers)
-        for layer in self.layers:
-            if layer.get_seq_length() > num_tokens:
-                layer.crop(num_tokens - layer.get_seq_length())
+    @property
+    def is_whole(self) -> bool:
+        """Whether all layers have seen the same tokens; an interrupted forward pass leaves the first ones ahead."""
+        return len({layer.get_seq_length() for layer in self.layers}) == 1
 
     def truncate(self, num_tokens: int) -> None:
         """Forget everything after the first `num_tokens` logical tokens; the rest must be in the exact tail."""

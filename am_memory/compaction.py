@@ -44,7 +44,12 @@ class Compaction:
 
 
 def compact(
-    cache: KVCache, plan: Plan, num_pinned: int, queries: Sequence[ReferenceQueries], policy: MemoryPolicy, progress: Progress
+    cache: KVCache,
+    plan: Plan,
+    num_pinned: int,
+    queries: Sequence[ReferenceQueries],
+    policy: MemoryPolicy,
+    progress: Progress,
 ) -> Compaction:
     """Replace the plan's newest segment's entries by slots (arXiv:2602.16284, sections 3 and 4).
 
@@ -136,12 +141,15 @@ def slot_ranks(scores: Sequence[Tensor], policy: MemoryPolicy) -> tuple[Tensor, 
     Returns:
         Of each layer, (num_key_value_heads, seq_len) int64; entry [h, k] is the rank of the k-th slot of head h.
     """
+    longest = max(layer_scores.shape[1] for layer_scores in scores)
+    together = torch.cat([torch.nn.functional.pad(each, (0, longest - each.shape[1])) for each in scores])
     match policy.head_budget:
         case "adaptive":
-            ranks = adaptive_ranks(torch.cat(list(scores)), policy.min_slots)
+            ranks = adaptive_ranks(together, policy.min_slots)
         case "uniform":
-            ranks = uniform_ranks(torch.cat(list(scores)), policy.min_slots)
-    return ranks.split([layer_scores.shape[0] for layer_scores in scores])
+            ranks = uniform_ranks(together, policy.min_slots)
+    split = torch.split(ranks, [each.shape[0] for each in scores])
+    return tuple(layer_ranks[:, : each.shape[1]] for layer_ranks, each in zip(split, scores, strict=True))
 
 
 def fit_layer(

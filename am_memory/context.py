@@ -54,6 +54,8 @@ class Context:
 
     def __post_init__(self) -> None:
         self._live = LiveQueries() if "live" in self.policy.reference_queries else None
+        self._seek_live()
+        self._whole = self.cache.state()  # before somebody else's forward pass, in case it is interrupted
         self.trigger = trigger_tokens(self.policy, self.engine.info.window_tokens, self.num_pinned)
 
     def pin(self, num_tokens: int) -> None:
@@ -73,25 +75,25 @@ class Context:
         """Raise InvalidInput for ids that the model does not have."""
         vocab_size = self.engine.info.vocab_size
         for position, token_id in enumerate(token_ids):
-            if not 0 <= token_id < vocab_size:
+            if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
                 raise InvalidInput(
-                    f"token id {token_id} at position {position} is outside the vocabulary of {vocab_size}; encode the "
+                    f"token id {token_id!r} at position {position} is outside the vocabulary of {vocab_size}; encode the "
                     "text with the model's own tokenizer"
                 )
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """All or nothing: whatever is raised inside, the context is afterwards as it was before."""
-        state, pinned = self.cache.state(), (self.num_pinned, self.trigger)
+        state, pinned, live = self.cache.state(), (self.num_pinned, self.trigger), self._live and self._live.copy()
+        # Inside, both lists are only added to, or replaced.
         tokens, num_tokens, schedule, num_compactions = self.tokens, len(self.tokens), self.schedule, len(self.schedule)
         try:
             yield
         except BaseException:
             self.cache.restore(state)
             del tokens[num_tokens:], schedule[num_compactions:]
-            self.tokens, self.schedule = tokens, schedule
+            self.tokens, self.schedule, self._live = tokens, schedule, live
             self.num_pinned, self.trigger = pinned
-            self._seek_live()
             raise
 
     def read(self, end: int) -> None:
@@ -114,9 +116,8 @@ class Context:
         Returns:
             How many of `token_ids` are read already; the last ones are left to the forward pass.
         """
-        self.cache.align()  # the pass before this one may have been interrupted, or its tokens taken back
+        self._settle()
         with self.transaction():
-            del self.tokens[self.cache.num_tokens :]
             self.check(token_ids)
             self.tokens.extend(token_ids)
             start, end = self.cache.num_tokens, len(self.tokens)
@@ -126,19 +127,26 @@ class Context:
                     break
                 self._forward(self.tokens[self.cache.num_tokens :][: min(room, self.policy.chunk_tokens)])
                 self.notify(ReadProgress(self.name, self.cache.num_tokens - start, end - start))
+        self._watch_window(end - self.cache.num_tokens)
         if self._live is not None:
             for index, layer in enumerate(self.cache.compactable):
                 layer.query_sink = partial(self._live.add, index)
+        self._whole = self.cache.state()
         return self.cache.num_tokens - start
 
+    def _settle(self) -> None:
+        """Drop what an interrupted pass of somebody else left behind, or what they have taken back (`crop`)."""
+        if not self.cache.is_whole:
+            self.cache.restore(self._whole)
+        if self.cache.num_tokens != len(self.tokens):
+            self.tokens = self.tokens[: self.cache.num_tokens]
+            self._seek_live()
+
     def make_room(self, num_tokens: int) -> int:
-        """Compact if the trigger is reached; return how many tokens may be read now, at most `num_tokens`."""
-        if self.cache.kv_tokens + 1 > self.trigger:
+        """Compact while the trigger is reached; return how many tokens may be read now, at most `num_tokens`."""
+        while self.cache.kv_tokens + 1 > self.trigger:
             self.compact()
-        window = self.engine.info.window_tokens
-        if self.cache.num_tokens < window <= self.cache.num_tokens + num_tokens:
-            self.notify(WindowExceeded(self.name, self.cache.num_tokens + num_tokens, window))
-        return min(num_tokens, max(int(self.trigger - self.cache.kv_tokens), 1))
+        return min(num_tokens, int(self.trigger - self.cache.kv_tokens))
 
     def next_logits(self) -> Tensor:
         """Read everything; the logits of what follows the last token, (vocab_size,) float32."""
@@ -160,8 +168,15 @@ class Context:
         return cat(rows)
 
     def _forward(self, token_ids: Sequence[int], num_logits: int = 0) -> Tensor:
+        self._watch_window(len(token_ids))
         on_query = self._live.add if self._live is not None else None
         return self.engine.forward(self.cache, token_ids, num_logits=num_logits, on_query=on_query)
+
+    def _watch_window(self, num_tokens: int) -> None:
+        """Say so when the next tokens are the first at positions that the model was not trained on."""
+        before, window = self.cache.num_tokens, self.engine.info.window_tokens
+        if before <= window < before + num_tokens:
+            self.notify(WindowExceeded(self.name, before + num_tokens, window))
 
     @property
     def sizes(self) -> Sizes:
@@ -235,7 +250,7 @@ class Context:
         is_exact = num_cached >= self.cache.num_tokens - self.cache.num_tail_tokens
         if num_cached == self.cache.num_tokens or (is_exact and self.cache.is_croppable):
             self.cache.truncate(num_cached)
-            del self.tokens[num_tokens:]
+            self.tokens = self.tokens[:num_tokens]
             self._seek_live()
         else:
             self.rebuild(num_tokens, "the tokens to forget are compacted, or in a sliding window")

@@ -1,52 +1,32 @@
-"""The demonstration: letters full of small talk and a few facts, far longer than the cache, and what is left of them.
+"""The demonstration: letters with a few facts among small talk, far longer than the cache, and what is left of them.
 
-The same questions are asked of three readers: the memory, a plain cache that holds the same number of tokens (the
-beginning of the conversation cut off), and a plain cache that holds everything.
+The same questions are asked of three readers: the memory, a plain cache of the same physical size (the last tokens of
+the conversation, and its first four), and a plain cache that holds everything.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
+from rich.panel import Panel
 from rich.table import Table
 
 from am_memory.display import EventBars, megabytes, status
-from am_memory.engines.base import Engine
+from am_memory.engines.base import Engine, Message
 from am_memory.memory import Memory
-from am_memory.policy import MemoryPolicy
-from am_memory.sampling import Sampling
+from am_memory.policy import SINK_TOKENS, MemoryPolicy
 from am_memory.session import Session
 
-SUBJECTS = (
-    "The harbour master|An old librarian|The night train|A travelling cook|The market square|A retired pilot|The weather "
-    "station|The stone bridge|A young surveyor|The town council|The ferry crew|A quiet gardener|The bakery|A choir of "
-    "teachers|The lighthouse keeper|The museum guard|A group of cyclists|The clock tower"
-).split("|")
-VERBS = (
-    "kept a careful record of|argued for years about|was rebuilt beside|took great pride in|rarely spoke of|borrowed money "
-    "for|painted a picture of|had forgotten|was known for|wrote long letters about|repaired|lost interest in|waited all "
-    "winter for|collected stories about|mapped|celebrated|quietly ignored|returned to"
-).split("|")
-OBJECTS = (
-    "the changing tides|the orchard behind the mill|a collection of brass instruments|the annual regatta|the price of "
-    "salt|a cracked church bell|the new railway timetable|three generations of beekeepers|the fog that came every "
-    "autumn|a library of sea charts|the narrow road over the hills|a recipe for rye bread|the festival of lanterns|an "
-    "unfinished canal|the swallows under the eaves|a dispute over fishing rights|the old observatory|a garden of roses"
-).split("|")
-ENDS = (
-    "when the first snow fell|long after the war|as everyone in the valley knew|without ever saying why|before the "
-    "visitors arrived|although nobody had asked|while the river was high|in the year of the comet|to the surprise of the "
-    "neighbours|until the money ran out|and the papers wrote about it|despite the rain|at the end of a dry summer|on the "
-    "advice of a stranger"
-).split("|")
-TOWNS = (
-    "Lindholm Carrow Estmere Bastide Oldwick Tarnholt Pellmoor Vesper Quillon Marsden Halbrook Yarrowby Dunmere Fairlea "
-    "Grenoch Ister Jorvale Kelmscot Larkhill Morwen Netherby Orsett Pinmill Rosedal Stanmoor Thorley Ulverton Wexcombe "
-    "Ashgrove Brackley Corvane Denholm Elmstow Fenwick Galloway Harrowgate"
-).split()
+SUBJECTS = ["The harbour master", "An old librarian", "The night train", "A travelling cook", "The market square", "A retired pilot", "The weather station", "The stone bridge", "A young surveyor", "The town council", "The ferry crew", "A quiet gardener", "The bakery", "A choir of teachers", "The lighthouse keeper", "The museum guard", "A group of cyclists", "The clock tower"]
+VERBS = ["kept a careful record of", "argued for years about", "was rebuilt beside", "took great pride in", "rarely spoke of", "borrowed money for", "painted a picture of", "had forgotten", "was known for", "wrote long letters about", "repaired", "lost interest in", "waited all winter for", "collected stories about", "mapped", "celebrated", "quietly ignored", "returned to"]
+OBJECTS = ["the changing tides", "the orchard behind the mill", "a collection of brass instruments", "the annual regatta", "the price of salt", "a cracked church bell", "the new railway timetable", "three generations of beekeepers", "the fog that came every autumn", "a library of sea charts", "the narrow road over the hills", "a recipe for rye bread", "the festival of lanterns", "an unfinished canal", "the swallows under the eaves", "a dispute over fishing rights", "the old observatory", "a garden of roses"]
+ENDS = ["when the first snow fell", "long after the war", "as everyone in the valley knew", "without ever saying why", "before the visitors arrived", "although nobody had asked", "while the river was high", "in the year of the comet", "to the surprise of the neighbours", "until the money ran out", "and the papers wrote about it", "despite the rain", "at the end of a dry summer", "on the advice of a stranger"]
+TOWNS = ["Lindholm", "Carrow", "Estmere", "Bastide", "Oldwick", "Tarnholt", "Pellmoor", "Vesper", "Quillon", "Marsden", "Halbrook", "Yarrowby", "Dunmere", "Fairlea", "Grenoch", "Ister", "Jorvale", "Kelmscot", "Larkhill", "Morwen", "Netherby", "Orsett", "Pinmill", "Rosedal", "Stanmoor", "Thorley", "Ulverton", "Wexcombe", "Ashgrove", "Brackley", "Corvane", "Denholm", "Elmstow", "Fenwick", "Galloway", "Harrowgate"]
 
 
 def prose(rng: random.Random, num_sentences: int) -> list[str]:
@@ -92,19 +72,43 @@ def hide(rng: random.Random, told: Sequence[Fact], num_sentences: int) -> str:
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One letter and the facts in it."""
+class Bus(Fact):
+    """A fact that even the bundled model of 135 million parameters can look up: the number follows the name itself."""
+
+    @property
+    def told(self) -> str:
+        return f"I took bus {self.town} {self.code} home."
+
+    @property
+    def question(self) -> str:
+        return "Which bus did I take?"
+
+    @property
+    def opening(self) -> str:
+        return f"You took bus {self.town}"
+
+
+@dataclass(frozen=True)
+class Letter:
+    """A user's message, the answer to it, and the facts in it."""
 
     text: str
     facts: tuple[Fact, ...]
 
+    @property
+    def messages(self) -> list[Message]:
+        return [{"role": "user", "content": self.text}, {"role": "assistant", "content": "Thank you for the letter."}]
 
-def letters(seed: int, num_turns: int, num_facts: int = 2, num_sentences: int = 24) -> list[Turn]:
-    """A conversation's worth of letters."""
+
+def letters(seed: int, num_letters: int, num_facts: int = 2, num_sentences: int = 9) -> list[Letter]:
+    """A conversation's worth of letters, each of which names some buses."""
     rng = random.Random(seed)
-    told = facts(rng, num_turns * num_facts)
-    groups = [tuple(told[number * num_facts : (number + 1) * num_facts]) for number in range(num_turns)]
-    return [Turn(hide(rng, group, num_sentences), group) for group in groups]
+    towns = iter(rng.sample(TOWNS, num_letters * num_facts))
+    written = []
+    for _ in range(num_letters):
+        buses = tuple(Bus(next(towns), str(rng.randint(10, 99))) for _ in range(num_facts))
+        written.append(Letter(hide(rng, buses, num_sentences), buses))
+    return written
 
 
 def question_text(engine: Engine, fact: Fact) -> str:
@@ -115,69 +119,110 @@ def question_text(engine: Engine, fact: Fact) -> str:
 
 
 def answer(session: Session, fact: Fact) -> str:
-    """What the model says when asked for a fact: as many tokens as the code has, greedily; on a scratch branch."""
-    branch = session.fork()
+    """How the model completes the opening: as many tokens as the code has, greedily; the session stays as it was."""
+    branch = session.fork(policy=PLAIN)
     branch.append(question_text(session.engine, fact))
-    num_tokens = len(session.engine.encode(f" {fact.code}"))
-    return "".join(piece.text for piece in branch.generate(num_tokens, Sampling())).strip()
+    said: list[int] = []
+    for _ in session.engine.encode(f" {fact.code}"):
+        said.append(int(branch.logits([0])[0].argmax()))
+        branch.append(said[-1:])
+    return session.engine.decode(said).strip()
 
 
-def truncated(memory: Memory, session: Session) -> Session:
-    """A plain cache of the same physical size: the sinks and the last tokens, read anew without the rest."""
-    size = round(session.stats.kv_tokens)
-    num_sinks = 4
-    window = memory.engine.info.window_tokens
-    plain = memory.session(f"{session.name}, truncated", policy=MemoryPolicy(trigger_tokens=window))
-    plain.append([*session.tokens[:num_sinks], *session.tokens[num_sinks - size :]])
-    return plain
-
-
-def run_demo(console: Console, model: str, policy: MemoryPolicy, num_turns: int, seed: int) -> None:
+def run_demo(console: Console, model: str, policy: MemoryPolicy, num_letters: int, seed: int) -> None:
     """Read letters into a memory, live, then ask three readers for every fact in them."""
     bars = EventBars(console)
-    with console.status(f"loading {model}"):
+    with bars.showing(f"loading {model}"):
         memory = Memory.from_pretrained(model, policy=policy, on_event=bars)
-    trigger = memory.trigger_tokens
-    console.print(
-        f"{memory.engine.info.name}: the cache may hold {trigger} tokens; at each trigger the oldest "
-        f"{policy.compact_fraction:.0%} of it is compacted to {policy.keep_ratio:.0%} of its slots."
+    written = letters(seed, num_letters)
+    console.print(introduction(model, memory, len(written)))
+    session = memory.session("memory")
+    ends = read_letters(console, bars, session, written, memory.trigger_tokens)
+
+    cut_off, everything = (memory.session(name, policy=PLAIN) for name in (TRUNCATED, EVERYTHING))
+    num_recent = round(session.stats.kv_tokens) - SINK_TOKENS
+    with bars.showing():
+        cut_off.append([*session.tokens[:SINK_TOKENS], *session.tokens[-num_recent:]])
+        for number, letter in enumerate(written, 1):
+            bars.step("the same letters into a plain cache", number, len(written))
+            everything.append(letter.messages)
+    readers = {MEMORY: session, TRUNCATED: cut_off, EVERYTHING: everything}
+    answers = ask_all(readers, written, bars)
+    num_lost = sum(end <= ends[-1] - num_recent for end in ends)
+    console.print(answers_table(written, answers))
+    console.print(sizes_table(written, answers, readers, num_lost))
+
+
+def read_letters(
+    console: Console, bars: EventBars, session: Session, written: Sequence[Letter], trigger_tokens: int
+) -> list[int]:
+    """Read letter after letter, and show what happens; where in the conversation each of them ends, in tokens."""
+    started, ends = time.perf_counter(), []
+    for number, letter in enumerate(written, 1):
+        told = " and ".join(f"bus {fact.town} {fact.code}" for fact in letter.facts)
+        console.print(f"[bold]letter {number}[/] of {len(written)}: [green]{told}[/] in small talk")
+        with bars.showing():
+            session.append(letter.messages)
+        ends.append(len(session.tokens))
+        console.print(status(session, trigger_tokens))
+    console.print(f"[dim]{ends[-1]:,} tokens read in {time.perf_counter() - started:.0f} s[/]\n")
+    return ends
+
+
+def introduction(model: str, memory: Memory, num_letters: int) -> Panel:
+    """What is going to happen."""
+    policy = memory.policy
+    name = "SmolLM2-135M-Instruct, the bundled model," if model == "demo" else Path(model).name
+    return Panel(
+        f"{name} reads {num_letters} letters. Its KV cache may hold [cyan]{memory.trigger_tokens}[/] tokens: whenever it is "
+        f"full, its oldest {policy.compact_fraction:.0%} is compacted by Attention Matching, the exact tokens in it to "
+        f"{policy.keep_ratio:.0%} of their number, and the reading goes on. Afterwards the model is asked for the buses "
+        "that the letters named, and so are two plain caches: one of the same size, and one that kept everything.",
+        title="am-memory demo",
+        border_style="cyan",
     )
-    session, turns = memory.session("memory"), letters(seed, num_turns)
-    everything = memory.session("everything", policy=MemoryPolicy(trigger_tokens=1.0))
-    for number, turn in enumerate(turns, 1):
-        told = ", ".join(f"{fact.town} {fact.code}" for fact in turn.facts)
-        console.print(f"[bold]letter {number}[/] of {num_turns}, between small talk: [green]{told}[/]")
-        messages = [{"role": "user", "content": turn.text}, {"role": "assistant", "content": "Thank you for the letter."}]
-        with bars.progress:
-            session.append(messages)
-            everything.append(messages)
-        console.print(status(session, trigger))
-    with console.status("reading the end of it again, with a plain cache of the same size"):
-        cut_off = truncated(memory, session)
-    readers = {"memory": session, "truncated to the same size": cut_off, "everything kept": everything}
-    with console.status("asking for every fact"):
-        show_recall(console, readers, turns)
 
 
-def show_recall(console: Console, readers: dict[str, Session], turns: Sequence[Turn]) -> None:
-    """Ask every reader for every fact; a table by letter, and the sizes."""
-    table = Table("letter", "fact", *readers, title="What is the access code of ...?")
-    right = dict.fromkeys(readers, 0)
-    for number, turn in enumerate(turns, 1):
-        for fact in turn.facts:
-            cells = []
+Answers = Mapping[str, Mapping[Fact, str]]
+"""What each reader says of each fact."""
+
+
+def ask_all(readers: Mapping[str, Session], written: Sequence[Letter], bars: EventBars) -> Answers:
+    """Ask every reader for every fact."""
+    told = [fact for letter in written for fact in letter.facts]
+    answers: dict[str, dict[Fact, str]] = {name: {} for name in readers}
+    with bars.showing():
+        for number, fact in enumerate(told, 1):
+            bars.step("asking for every bus", number, len(told))
             for name, reader in readers.items():
-                said = answer(reader, fact)
-                right[name] += said == fact.code
-                cells.append(f"[green]{said}[/]" if said == fact.code else f"[red]{said}[/]")
-            table.add_row(str(number), f"{fact.town} {fact.code}", *cells)
-    console.print(table)
-    sizes = Table("", *readers)
-    num_facts = sum(len(turn.facts) for turn in turns)
+                answers[name][fact] = answer(reader, fact)
+    return answers
+
+
+def answers_table(written: Sequence[Letter], answers: Answers) -> Table:
+    """All that was said, letter by letter."""
+    table = Table("letter", "told", *answers, title='"Which bus did I take?" "You took bus ..."')
+    for number, letter in enumerate(written, 1):
+        told = "  ".join(f"{fact.town} {fact.code}" for fact in letter.facts)
+        cells = ("  ".join(mark(fact, said[fact]) for fact in letter.facts) for said in answers.values())
+        table.add_row(str(number), told, *cells)
+    return table
+
+
+def mark(fact: Fact, said: str) -> str:
+    return f"[green]✓ {said}[/]" if said == fact.code else f"[red]✗ {said or '-'}[/]"
+
+
+def sizes_table(written: Sequence[Letter], answers: Answers, readers: Mapping[str, Session], num_lost: int) -> Table:
+    """What each reader recalls, and what it takes; the first `num_lost` letters lie before all that truncation keeps."""
+    table = Table("", *readers, title="What is recalled, and what it takes")
+    groups = {f"letters 1-{num_lost}": written[:num_lost], f"letters {num_lost + 1}-{len(written)}": written[num_lost:]}
+    for title, some in groups.items():
+        facts = [fact for letter in some for fact in letter.facts]
+        counts = (sum(said[fact] == fact.code for fact in facts) for said in answers.values())
+        table.add_row(f"buses recalled, {title}", *(f"[bold]{count}[/] of {len(facts)}" for count in counts))
     stats = [reader.stats for reader in readers.values()]
-    sizes.add_row("recalled", *(f"{count} of {num_facts}" for count in right.values()))
-    sizes.add_row("tokens of the conversation", *(f"{stat.logical_tokens}" for stat in stats))
-    sizes.add_row("tokens in the cache", *(f"{stat.kv_tokens:.0f}" for stat in stats))
-    sizes.add_row("bytes of the cache", *(megabytes(stat.kv_bytes) for stat in stats))
-    sizes.add_row("compactions", *(f"{stat.num_compactions}" for stat in stats))
-    console.print(sizes)
+    table.add_row("tokens in the cache", *(f"{stat.kv_tokens:,.0f}" for stat in stats))
+    table.add_row("bytes of the cache", *(megabytes(stat.kv_bytes) for stat in stats))
+    table.add_row("compactions", *(str(stat.num_compactions) for stat in stats))
+    return table

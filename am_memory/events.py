@@ -95,14 +95,7 @@ class SessionRebuilt:
     reason: str
 
 
-Event = (
-    ReadProgress
-    | CompactionStarted
-    | CompactionProgress
-    | CompactionFinished
-    | WindowExceeded
-    | SessionRebuilt
-)
+Event = ReadProgress | CompactionStarted | CompactionProgress | CompactionFinished | WindowExceeded | SessionRebuilt
 Listener = Callable[[Event], None]
 
 

@@ -117,7 +117,9 @@ class History:
 def check(engine: Engine, messages: Sequence[Message]) -> None:
     """Raise InvalidInput for what no chat template can render."""
     if not engine.has_chat_template:
-        raise InvalidInput(f"{engine.info.name} has no chat template, so it takes no messages: append text or token ids")
+        raise InvalidInput(
+            f"{engine.info.name} has no chat template, so it takes no messages: append text or token ids"
+        )
     for position, message in enumerate(messages):
         if not isinstance(message, Mapping) or "role" not in message:
             raise InvalidInput(

@@ -58,9 +58,9 @@ class MemoryPolicy(BaseModel):
     key_selection: Any = HighestAttention()
     head_budget: Literal["adaptive", "uniform"] = "adaptive"
     recompaction: Literal["segments", "refit"] = "segments"
-    min_slots: Annotated[int, Field(gt=0)] = 4
+    min_slots: Annotated[int, Field(gt=0)] = 1
     fit: Literal["bias_and_values", "bias", "values", "nothing"] = "bias_and_values"
-    ridge: Annotated[float, Field(ge=0)] = 1e-3
+    ridge: Annotated[float, Field(ge=0)] = 0.5
     chunk_tokens: Annotated[int, Field(gt=0)] = 512
 
     def __init__(self, **values: Any) -> None:
@@ -162,6 +162,12 @@ def trigger_tokens(policy: MemoryPolicy, window_tokens: int, num_pinned: int) ->
             "lower keep_recent, pinned or max_compact_tokens"
         )
     _check_floor(policy, block)
+    bound = max_compact_tokens(policy, tokens)
+    if bound < policy.min_slots:
+        raise BudgetTooSmall(
+            f"max_compact_tokens {bound} leaves {bound} slots per head; at least {policy.min_slots} are needed: raise "
+            f"max_compact_tokens to {policy.min_slots}, or lower min_slots"
+        )
     return tokens
 
 
@@ -174,11 +180,9 @@ def max_compact_tokens(policy: MemoryPolicy, trigger: int) -> int:
 
 def min_block_tokens(policy: MemoryPolicy, trigger: int, num_pinned: int) -> int:
     """Exact tokens that a compaction at the trigger covers at least, when the segments are at their bound."""
-    if policy.recompaction == "refit":
-        free = trigger - num_pinned
-        return min(int(policy.compact_fraction * free), free - policy.keep_recent)
     compact = max_compact_tokens(policy, trigger)
-    covered = math.ceil(policy.compact_fraction * (trigger - num_pinned)) - compact
+    # The trigger fires when there is no room for one more token, so that the cache may be almost a token below it.
+    covered = math.floor(policy.compact_fraction * (trigger - 1 - num_pinned)) + 1 - compact
     return min(covered, trigger - num_pinned - compact - policy.keep_recent)
 
 
@@ -210,7 +214,7 @@ def plan(policy: MemoryPolicy, sizes: Sizes, trigger: int, fraction: float | Non
     end = sizes.exact_start + min(covered, available - spared)
     if end <= sizes.exact_start:
         raise CompactionFailed(
-            f"nothing to compact: {available} exact tokens after {sizes.num_pinned} pinned ones, "
+            f"nothing to compact: {max(available, 0)} exact tokens after {sizes.num_pinned} pinned ones, "
             f"{spared} of them recent, {sizes.compact_slots:.0f} compact slots; read more first, or raise the fraction"
         )
     is_refit = policy.recompaction == "refit"

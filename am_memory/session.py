@@ -132,7 +132,7 @@ class Session:
         if isinstance(content, str):
             token_ids = self.engine.encode(content, add_special=not self._context.tokens) if content else []
         elif all(isinstance(item, int) for item in content):
-            token_ids = [int(item) for item in content]  # type: ignore[call-overload]
+            token_ids = [item for item in content if isinstance(item, int)]
         elif any(isinstance(item, int) for item in content):
             raise InvalidInput("token ids and messages are mixed: append them one after the other")
         else:
@@ -184,9 +184,7 @@ class Session:
     def _generate(self, max_new_tokens: int, sampling: Sampling) -> Iterator[Piece]:
         context, eos_token_ids = self._context, self.engine.info.eos_token_ids
         with self._step():
-            self._history, opening = self._history.opened(
-                self.engine, len(context.tokens), ends_turn=self._ends_turn
-            )
+            self._history, opening = self._history.opened(self.engine, len(context.tokens), ends_turn=self._ends_turn)
             context.tokens.extend(opening)
         sampler = Sampler(sampling)
         stream = TextStream(lambda ids: self.engine.decode(ids, skip_special=True), sampling.stop)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+
 def kl_divergence(full: Tensor, other: Tensor) -> float:
     """Mean over tokens of KL(full || other); both (num_tokens, vocab_size) logits."""
     p, q = full.log_softmax(-1), other.log_softmax(-1)

@@ -1,6 +1,6 @@
 """Draw docs/recall.png from what recall.py wrote.
 
-    python benchmarks/plot_recall.py ONCE.json TURNS.json docs/recall.png
+python benchmarks/plot_recall.py ONCE.json TURNS.json docs/recall.png
 """
 
 from __future__ import annotations

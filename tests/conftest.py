@@ -33,7 +33,7 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-NUM_THREADS = min(4, os.cpu_count() or 1)
+torch.set_num_threads(1)  # tensors this small only wait for each other on several threads
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,12 +50,11 @@ def _same_random_numbers_in_every_test() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_for_tiny_models(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tensors this small only wait for each other on several threads."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(NUM_THREADS if request.node.get_closest_marker("model") else 1)
+def _all_threads_for_the_demo_model(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.node.get_closest_marker("model"):
+        torch.set_num_threads(min(4, os.cpu_count() or 1))
     yield
-    torch.set_num_threads(num_threads)
+    torch.set_num_threads(1)
 
 
 def random_llama() -> PreTrainedModel:

@@ -44,9 +44,8 @@ def solve_bias(
     is_slot = inherited > -torch.inf
     system = _mass_system(block, key, inherited, exact, is_relative)
     gram = add_ridge(without_padding(system.gram, is_slot), is_slot, ridge)
-    target = torch.where(is_slot, system.target[:, :, 0], 0.0)
     low, high = (math.expm1(bound) for bound in bounds)
-    change = bounded_least_squares(damped_cholesky(gram)[0], target, low, high)
+    change = bounded_least_squares(damped_cholesky(gram)[0], system.target[:, :, 0], low, high)
     return torch.where(is_slot, torch.log1p(change).float(), 0.0)
 
 

@@ -55,14 +55,14 @@ def unnormalised_weights(block: Block) -> Iterator[tuple[slice, Tensor, Tensor, 
     Yields:
         rows: the chunk of queries.
         weight: (B, chunk, seq_len) float32, 2^(logit - top), to be overwritten by the consumer.
-        total: (B, chunk) float32, row sums of weight: at least 1, and next to 0 for a head whose keys are all padding.
+        total: (B, chunk) float32, row sums of weight, at least 1.
         top: (B, chunk) float32, largest base-2 logit of the row.
     """
-    finite = torch.finfo(torch.float32)
     for rows, weight in block.base2_logits(block.key, block.key_bias):
-        top = weight.amax(2).clamp_min_(finite.min)
+        # The clamps only matter to a head whose keys are all padding: its weights become 0.
+        top = weight.amax(2).clamp_min_(torch.finfo(torch.float32).min)
         weight.sub_(top[:, :, None]).exp2_()
-        yield rows, weight, weight.sum(2).clamp_min_(finite.tiny), top
+        yield rows, weight, weight.sum(2).clamp_min_(1.0), top
 
 
 def add_squared_weights(energy: Tensor, weight: Tensor, total: Tensor, share: Tensor) -> None:

@@ -50,15 +50,15 @@ def highest_attention(scores: Tensor, t: int) -> list[int]:
     return sorted(range(len(scores)), key=lambda j: (-float(scores[j]), j))[:t]
 
 
-def omp(head: Head, t: int, is_relative: bool = True) -> list[int]:
-    """S: orthogonal matching pursuit on the mass, with a least-squares refit after each pick."""
+def omp(head: Head, t: int, is_relative: bool = True, picks_per_refit: int = 1) -> list[int]:
+    """S: orthogonal matching pursuit on the mass, with a least-squares refit after each pick, or every few."""
     A, b = mass_system(head, is_relative)
     S: list[int] = []
     residual = b
     while len(S) < t:
         correlation = A.T @ residual
         correlation[S] = -torch.inf
-        S.append(int(correlation.argmax()))
+        S += correlation.topk(min(picks_per_refit, t - len(S))).indices.tolist()
         w = torch.linalg.lstsq(A[:, S], b[:, None], driver="gelsd").solution[:, 0]
         residual = b - A[:, S] @ w
     return S

@@ -51,6 +51,7 @@ def test_a_head_that_needs_more_damping_does_not_change_the_others():
     indefinite = torch.tensor([[1.0, 1.1, 0.0], [1.1, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
     damped, _ = damped_cholesky(torch.stack((good, indefinite)))
     torch.testing.assert_close(damped[0], damped_cholesky(good[None])[0][0], rtol=0, atol=0)
+    assert 0.1 < damped[1, 0, 0] - 1 < 1.1
 
 
 def test_a_matrix_of_nan_is_refused():

@@ -88,6 +88,12 @@ def test_nearly_dependent_columns_do_not_make_it_cycle(seed):
     bounded_least_squares(gram, target, LOWER, UPPER)
 
 
+@pytest.mark.parametrize("seed", [5, 21, 26, 40, 45])
+def test_fewer_rows_than_columns_do_not_make_it_cycle(seed):
+    """Full projected steps alone never ended on these."""
+    bounded_least_squares(*random_system(seed, 8, 40, 8.0, 0), LOWER, UPPER)
+
+
 def test_an_unsolved_system_is_an_error_and_not_an_answer(monkeypatch):
     monkeypatch.setattr(nnls, "MAX_ITERATIONS", 1)
     with pytest.raises(CompactionFailed, match="20 biases"):

@@ -33,14 +33,15 @@ def test_a_ragged_batch_picks_what_each_head_picks_alone(make_block):
         assert (together[head, num_slots:] == together[head, 0]).all()
 
 
-def test_the_columns_of_duplicate_keys_are_picked_once_and_the_rest_goes_to_the_highest_scores(make_block):
+@pytest.mark.parametrize("is_rising", [True, False])
+def test_duplicate_keys_are_picked_once_and_the_rest_goes_to_the_highest_scores(make_block, is_rising):
     distinct = make_block(1, 3)
     repeated = [0, 0, 1, 1, 1, 2, 2, 2]
     block = Block(distinct.query, distinct.key[:, repeated], distinct.value[:, repeated], distinct.scaling)
-    scores = torch.tensor([[0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]])
-    picks = OMP()(block, scores, torch.tensor([5]))[0].tolist()
+    scores = torch.linspace(0.1, 0.8, 8)[None] if is_rising else torch.linspace(0.8, 0.1, 8)[None]
+    picks = OMP()(block, scores, torch.tensor([8]))[0].tolist()
     assert sorted(repeated[pick] for pick in picks[:3]) == [0, 1, 2]
-    assert picks[3:] == [index for index in range(8) if index not in picks[:3]][:2]
+    assert picks[3:] == sorted(set(range(8)) - set(picks[:3]), reverse=is_rising)
 
 
 def test_the_factor_grows_with_the_picks(make_block):
@@ -49,12 +50,13 @@ def test_the_factor_grows_with_the_picks(make_block):
     assert indices[0].tolist() == naive.omp(naive.Head.of(block, 0), 100)
 
 
-def test_several_picks_per_step_are_the_best_by_one_set_of_correlations(make_block):
-    block = make_block(1)
-    column, mass = naive.mass_system(naive.Head.of(block, 0))
-    expected = (column.T @ mass).topk(4).indices
-    indices = OMP(picks_per_step=2, refit_interval=2)(block, attention_scores(block), torch.tensor([4]))
-    assert indices[0].tolist() == expected.tolist()
+@pytest.mark.parametrize(("picks_per_step", "refit_interval"), [(2, 1), (1, 3), (4, 2)])
+def test_several_picks_per_refit_come_from_one_set_of_correlations(make_block, picks_per_step, refit_interval):
+    block = make_block(1, 63, 200)
+    selection = OMP(picks_per_step=picks_per_step, refit_interval=refit_interval)
+    indices = selection(block, attention_scores(block), torch.tensor([21]))
+    expected = naive.omp(naive.Head.of(block, 0), 21, picks_per_refit=picks_per_step * refit_interval)
+    assert indices[0].tolist() == expected
 
 
 def test_the_fast_schedule_refits_after_every_key_at_first_and_every_eighth_at_last():

@@ -21,6 +21,10 @@ from am_memory.errors import UnsupportedOperation
 ATTENTION_NAME = "am_memory"
 NOT_OURS = ("softcap", "s_aux", "position_bias")
 """What some models ask of their attention function and ours does not do."""
+NO_MASK = (
+    "a padded prompt, or a mask that is not causal, cannot be read into a compacting cache: "
+    "pass one sequence without padding"
+)
 MAX_SCORES = 2**24
 """Attention scores held at once by the plain path."""
 
@@ -51,12 +55,9 @@ def attention_forward(
     """
     layer: CompactableLayer | None = getattr(key, "am_layer", None)
     if layer is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)  # type: ignore[no-any-return]
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if attention_mask is not None:
-        raise UnsupportedOperation(
-            "a padded prompt, or a mask that is not causal, cannot be read into a compacting cache: "
-            "pass one sequence without padding"
-        )
+        raise UnsupportedOperation(NO_MASK)
     if strange := [name for name in NOT_OURS if kwargs.get(name) is not None]:
         raise UnsupportedOperation(f"attention with {', '.join(strange)} cannot be compacted: use another model")
     layer.scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -67,9 +68,7 @@ def attention_forward(
     return output.transpose(1, 2).contiguous(), None
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scaling: float
-) -> tuple[Tensor, Tensor]:
+def attend(query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scaling: float) -> tuple[Tensor, Tensor]:
     """Causal attention over compact slots and an exact tail.
 
     Args:

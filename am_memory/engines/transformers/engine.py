@@ -8,13 +8,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory.cache import KVCache
 from am_memory.engines.base import Message, ModelInfo, OnQuery
 from am_memory.engines.transformers import attention, support
-from am_memory.errors import UnsupportedOperation
+from am_memory.errors import InvalidInput, UnsupportedOperation
 from am_memory.models import fingerprint
 
 
@@ -38,7 +39,6 @@ class TransformersEngine:
         self.tokenizer = tokenizer
         self._windows = support.layer_windows(model)
         support.probe(model, self.new_cache())
-        self._is_reading = False
         self.info = _model_info(model, tokenizer)
         model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
@@ -59,16 +59,16 @@ class TransformersEngine:
 
     @contextmanager
     def _reading(self, cache: KVCache, on_query: OnQuery | None) -> Iterator[None]:
-        """While we drive the model ourselves: queries go to `on_query`, and the hook stays out of the way."""
-        was_reading, self._is_reading = self._is_reading, True
+        """While we drive the model ourselves: queries go to `on_query`, and nobody watches."""
         layers = cache.compactable
-        sinks = [layer.query_sink for layer in layers]
-        for index, layer in enumerate(layers):
-            layer.query_sink = None if on_query is None else partial(on_query, index)
+        watcher, sinks = cache.before_forward, [layer.query_sink for layer in layers]
         try:
+            cache.before_forward = None
+            for index, layer in enumerate(layers):
+                layer.query_sink = None if on_query is None else partial(on_query, index)
             yield
         finally:
-            self._is_reading = was_reading
+            cache.before_forward = watcher
             for layer, sink in zip(layers, sinks, strict=True):
                 layer.query_sink = sink
 
@@ -77,7 +77,7 @@ class TransformersEngine:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Let a watched cache see the tokens first; it may read the beginning of a long prompt itself."""
         cache = kwargs.get("past_key_values")
-        if self._is_reading or not isinstance(cache, KVCache) or cache.before_forward is None:
+        if not isinstance(cache, KVCache) or cache.before_forward is None:
             return None
         input_ids: Tensor | None = args[0] if args else kwargs.get("input_ids")
         if input_ids is None:
@@ -86,6 +86,9 @@ class TransformersEngine:
             raise UnsupportedOperation(
                 f"a batch of {input_ids.shape[0]} sequences (or beams); a cache holds one: use one cache for each"
             )
+        mask: Tensor | None = kwargs.get("attention_mask")
+        if mask is not None and not mask.all():
+            raise UnsupportedOperation(attention.NO_MASK)
         num_read = cache.before_forward(input_ids[0].tolist())
         if num_read == 0:
             return None
@@ -99,9 +102,7 @@ class TransformersEngine:
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = False) -> str:
         return str(
-            self.tokenizer.decode(
-                list(token_ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
-            )
+            self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
         )
 
     @property
@@ -109,11 +110,21 @@ class TransformersEngine:
         return bool(self.tokenizer.chat_template)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+        told = [dict(message) for message in messages]
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    told,  # type: ignore[arg-type]
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                )
             )
-        )
+        except (TemplateError, TypeError) as error:
+            roles = ", ".join(str(message.get("role")) for message in told)
+            raise InvalidInput(
+                f"the chat template of {self.info.name} does not take messages of roles {roles}: {error}; see which "
+                "roles, in which order, and what content it takes"
+            ) from error
 
 
 def _model_info(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ModelInfo:

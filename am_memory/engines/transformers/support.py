@@ -54,6 +54,8 @@ def _reason_against(model: PreTrainedModel, config: PreTrainedConfig) -> str | N
         return "shares its cache between layers"
     if getattr(config, "attn_logit_softcapping", None):
         return f"caps its attention scores (attn_logit_softcapping={config.attn_logit_softcapping})"
+    if any(name.endswith(".sinks") for name, _ in model.named_parameters()):
+        return "has learned attention sinks"
     kinds = set(get_layer_types_and_kwargs(config)[0])
     if strange := kinds - {"full_attention", "sliding_attention"}:
         return f"has layers of kind {', '.join(sorted(strange))}"
@@ -76,16 +78,22 @@ def probe(model: PreTrainedModel, cache: KVCache) -> None:
     """
     before = model.config._attn_implementation
     try:
+        _require_same_logits(model, cache)
+    except BaseException:
+        model.set_attn_implementation(before)
+        raise
+
+
+def _require_same_logits(model: PreTrainedModel, cache: KVCache) -> None:
+    try:
         error = _probe_error(model, cache)
     except (TypeError, ValueError, AttributeError, RuntimeError, UnsupportedOperation) as reason:
-        model.set_attn_implementation(before)
         raise UnsupportedModel(
             f"{type(model).__name__} cannot run with a compacting cache: {reason}; use a decoder-only model with "
             "standard attention"
         ) from reason
     is_used = all(layer.scaling is not None for layer in cache.compactable)
     if not is_used or not error <= TOLERANCE.get(model.dtype, 1e-3):
-        model.set_attn_implementation(before)
         raise UnsupportedModel(
             f"{type(model).__name__} computes other logits with a compacting cache (relative error {error:.2g}); its "
             "attention is not the standard one: use another model"

@@ -1,0 +1,245 @@
+"""Which models work, to rounding, and which are refused, with the reason: tiny random configurations of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from am_memory import Memory, MemoryPolicy
+from am_memory.cache import KVCache
+from am_memory.engines.transformers import TransformersEngine
+from am_memory.engines.transformers.attention import ATTENTION_NAME
+from am_memory.errors import UnsupportedModel
+
+NUM_TOKENS = 60
+SIZES = {
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+MOE = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A configuration class of transformers, without its `Config`, and what is special."""
+
+    name: str
+    special: dict[str, object] = field(default_factory=dict)
+
+    def build(self) -> PreTrainedModel:
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{self.name}Config")(**{**SIZES, **self.special})
+        return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+FAMILIES = [
+    Family("Llama"),
+    Family("Mistral", {"sliding_window": None}),
+    Family("Ministral", {"head_dim": 8, "sliding_window": 16, "layer_types": MIXED}),
+    Family("Qwen2"),
+    Family("Qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
+    Family("Qwen3", {"head_dim": 8}),
+    Family("Qwen3Moe", {"head_dim": 8, **MOE}),
+    Family("Mixtral", {"num_local_experts": 2}),
+    Family("Phi3"),
+    Family("Granite", {"attention_multiplier": 0.2, "logits_scaling": 2.0, "embedding_multiplier": 3.0}),
+    Family("Olmo", {"clip_qkv": 4.0}),
+    Family("Olmo2"),
+    Family("Olmo3", {"num_hidden_layers": 4, "sliding_window": 16}),
+    Family("Gemma", {"head_dim": 8}),
+    Family("Gemma3Text", {"head_dim": 8, "sliding_window": 16, "layer_types": MIXED}),
+    Family("SmolLM3", {"num_hidden_layers": 4}),
+    Family("Starcoder2"),
+    Family("Cohere"),
+    Family("Cohere2", {"sliding_window": 16, "layer_types": MIXED}),
+    Family("Glm4", {"head_dim": 8}),
+    Family("GPTNeoX"),
+]
+
+
+def identity(family: Family) -> str:
+    return "-".join([family.name, *(["sliding"] if family.special.get("sliding_window") else [])])
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=identity)
+def family(request: pytest.FixtureRequest) -> Family:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def expected(family: Family) -> Tensor:
+    """What the stock model says at each token, from one pass without a cache."""
+    with torch.no_grad():
+        return family.build()(torch.tensor([tokens()]), use_cache=False).logits[0]
+
+
+@pytest.fixture(scope="module")
+def engine(family: Family, byte_tokenizer: PreTrainedTokenizerBase) -> TransformersEngine:
+    return TransformersEngine(family.build(), byte_tokenizer)
+
+
+def tokens() -> list[int]:
+    return torch.randint(256, (NUM_TOKENS,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def assert_same_logits(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Compared with how far logits lie apart, as families scale them differently."""
+    assert (actual - expected).abs().max() <= tolerance * expected.std()
+
+
+def test_uncompacted_logits_are_those_of_the_stock_model(engine: TransformersEngine, expected: Tensor) -> None:
+    """A prompt in chunks, then token by token, then a chunk again."""
+    cache, ids = engine.new_cache(), tokens()
+    bounds = [0, 20, 37, *range(38, 45), NUM_TOKENS]
+    rows = [
+        engine.forward(cache, ids[start:end], num_logits=end - start)
+        for start, end in zip(bounds, bounds[1:], strict=False)
+    ]
+    assert_same_logits(torch.cat(rows), expected, 1e-4)
+
+
+def test_keeping_everything_changes_nothing(engine: TransformersEngine, expected: Tensor) -> None:
+    policy = MemoryPolicy(trigger_tokens=1.0, keep_ratio=1.0, max_compact_tokens=100, pinned=2)
+    session = Memory(engine, policy).session()
+    ids = tokens()
+    session.append(ids[:30])
+    session.compact(0.6)
+    session.append(ids[30:45])
+    report = session.compact(1.0)
+    assert report.num_slots == report.end - report.start
+    assert session.stats.num_segments == 2
+    assert_same_logits(session.logits(ids[45:]), expected[44:-1], 2e-3)
+
+
+def test_a_compaction_shrinks_the_full_layers_and_leaves_the_sliding_ones(engine: TransformersEngine) -> None:
+    policy = MemoryPolicy(trigger_tokens=1.0, keep_ratio=0.25, pinned=2)
+    session = Memory(engine, policy).session()
+    session.append(tokens())
+    cache: KVCache = session._context.cache
+    sliding = [layer.state() for layer in cache.layers if layer.is_sliding]
+    num_bytes = session.stats.kv_bytes
+    session.compact(1.0)
+    assert [layer.state() for layer in cache.layers if layer.is_sliding] == sliding
+    assert session.stats.kv_tokens == pytest.approx(2 + 0.25 * (NUM_TOKENS - 3), abs=0.5)
+    assert session.stats.kv_bytes < num_bytes
+    assert session.logits(tokens()).isfinite().all()
+
+
+def test_the_window_says_how_many_tokens_a_sliding_layer_holds(engine: TransformersEngine, family: Family) -> None:
+    cache = engine.new_cache()
+    for start in range(0, NUM_TOKENS, 20):
+        engine.forward(cache, tokens()[start : start + 20])
+    held = {layer.keys.shape[2] for layer in cache.layers if layer.is_sliding}
+    assert held <= {15}
+    assert len(cache.compactable) == cache.is_sliding.count(False) > 0
+
+
+# Refused
+
+
+def mrope() -> PreTrainedModel:
+    sizes = {name: size for name, size in SIZES.items() if not name.endswith("token_id")}
+    text = {**sizes, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2}
+    config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision)
+    return transformers.Qwen2VLForConditionalGeneration(config)
+
+
+def t5() -> PreTrainedModel:
+    config = transformers.T5Config(vocab_size=260, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+LATENT = {
+    "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1, "first_k_dense_replace": 3,
+}  # fmt: skip
+LINEAR = {
+    "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "shared_expert_intermediate_size": 8, **MOE,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}  # fmt: skip
+EXPERTS = {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (Family("Mamba").build, "is recurrent"),
+        (Family("DeepseekV3", LATENT).build, r"latent vector \(MLA\)"),
+        (mrope, "M-RoPE"),
+        (t5, "encoder-decoder"),
+        (Family("Gemma2", {"head_dim": 8}).build, "attn_logit_softcapping=50.0"),
+        (Family("Qwen3Next", LINEAR).build, "recurrent"),
+        (Family("Jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2}).build, "recurrent"),
+        (Family("Lfm2", {"layer_types": ["conv", "full_attention", "conv"]}).build, "layers of kind conv"),
+        (Family("Llama4Text", EXPERTS).build, "layers of kind chunked_attention"),
+        (Family("Mistral", {"sliding_window": 16}).build, "only sliding-window layers"),
+        (Family("Falcon").build, "does not take another attention function"),
+        (Family("Doge").build, "a mask that is not causal"),
+        (Family("DiffLlama").build, "its attention is not the standard one"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "model",
+)
+def test_what_cannot_work_is_refused_with_the_reason(build, reason: str, byte_tokenizer) -> None:
+    """DiffLlama passed as long as the probe only read: its values are rearranged behind the cache, so slots of them
+    are not what its attention takes. Doge was refused by the attention function, with the wrong error."""
+    model = build()
+    before = model.config._attn_implementation
+    with pytest.raises(UnsupportedModel, match=rf"{type(model).__name__} .*{reason}.*[;:] use a"):
+        TransformersEngine(model, byte_tokenizer)
+    assert model.config._attn_implementation == before != ATTENTION_NAME
+
+
+def test_learned_attention_sinks_are_refused(byte_tokenizer: PreTrainedTokenizerBase) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(transformers.GptOssConfig(**{**SIZES, **EXPERTS}))
+    with pytest.raises(UnsupportedModel, match="GptOssForCausalLM has learned attention sinks; use a"):
+        TransformersEngine(model, byte_tokenizer)
+
+
+# A model stays what it was
+
+
+def test_a_model_behind_the_engine_is_itself_for_other_caches(family: Family, expected: Tensor, engine) -> None:
+    cache = transformers.DynamicCache(config=engine.model.config)
+    with torch.no_grad():
+        first = engine.model(torch.tensor([tokens()[:30]]), past_key_values=cache).logits[0]
+        rest = engine.model(torch.tensor([tokens()[30:]]), past_key_values=cache).logits[0]
+    assert_same_logits(torch.cat([first, rest]), expected, 1e-4)
+
+
+def test_two_engines_may_share_a_model(byte_tokenizer: PreTrainedTokenizerBase) -> None:
+    model = FAMILIES[0].build()
+    one, other = TransformersEngine(model, byte_tokenizer), TransformersEngine(model, byte_tokenizer)
+    logits = [each.forward(each.new_cache(), tokens(), num_logits=1) for each in (one, other)]
+    assert torch.equal(*logits)
+
+
+def test_an_interrupted_probe_leaves_the_model_as_it_was(byte_tokenizer: PreTrainedTokenizerBase) -> None:
+    model = FAMILIES[0].build()
+
+    def interrupt(*args: object) -> None:
+        if model.config._attn_implementation == ATTENTION_NAME:
+            raise KeyboardInterrupt
+
+    hook = model.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        TransformersEngine(model, byte_tokenizer)
+    hook.remove()
+    assert model.config._attn_implementation == "sdpa"
