@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,15 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from am_memory.demo import run_demo
-from am_memory.display import EventBars, layers_table, segments_table, stats_table, status
+from am_memory.display import (
+    EventBars,
+    layer_bytes,
+    layers_table,
+    megabytes,
+    segments_table,
+    stats_table,
+    status,
+)
 from am_memory.errors import AMMemoryError
 from am_memory.memory import Memory
 from am_memory.policy import MemoryPolicy
@@ -49,15 +58,12 @@ app = typer.Typer(
 )
 
 
-def default_store() -> str:
-    home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return str(Path(home) / "am_memory" / "sessions")
-
+STORE_HELP = "Where sessions are saved: a folder or any fsspec URL [default: ~/.local/share/am_memory/sessions]."
 
 Model = Annotated[str, typer.Option(help='A hub id, a folder, a .gguf file, or "demo" for the bundled model.')]
 TriggerTokens = Annotated[int, typer.Option(help="Size of the cache, in tokens, that fires a compaction.")]
 KeepRatio = Annotated[float, typer.Option(help="Slots kept for each token that is compacted.")]
-StoreURL = Annotated[str, typer.Option(help="Where sessions are saved: a folder or any fsspec URL.")]
+StoreURL = Annotated[str | None, typer.Option(help=STORE_HELP, show_default=False)]
 
 
 @app.command()
@@ -69,7 +75,13 @@ def demo(
     seed: Annotated[int, typer.Option(help="Other letters, other facts.")] = 0,
 ) -> None:
     """Read letters far longer than the cache, compact again and again, and ask what is left of them."""
-    run_demo(Console(), model, MemoryPolicy(trigger_tokens=trigger_tokens, keep_ratio=keep_ratio), letters, seed)
+    run_demo(
+        Console(highlight=False),
+        model,
+        MemoryPolicy(trigger_tokens=trigger_tokens, keep_ratio=keep_ratio),
+        letters,
+        seed,
+    )
 
 
 @app.command()
@@ -78,9 +90,136 @@ def chat(
     trigger_tokens: TriggerTokens = 2048,
     keep_ratio: KeepRatio = 0.1,
     session: Annotated[str, typer.Option(help="Name of the conversation; it goes on where it was saved.")] = "default",
-    store: Annotated[StoreURL, typer.Option(default_factory=default_store, show_default=False)] = "",
+    store: StoreURL = None,
     system: Annotated[str | None, typer.Option(help="System prompt of a new conversation; it stays exact.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy decoding.")] = 0.7,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
 ) -> None:
     """Chat in the terminal, without an end. /compact, /stats, /fork NAME, /save, /quit."""
+    console = Console(highlight=False)
+    bars = EventBars(console)
+    policy = MemoryPolicy(trigger_tokens=trigger_tokens, keep_ratio=keep_ratio)
+    with bars.showing(f"loading {model}"):
+        memory = Memory.from_pretrained(model, policy=policy, store=store or default_store(), on_event=bars)
+        conversation = memory.session(session)
+        if system is not None and not conversation.tokens:
+            conversation.append([{"role": "system", "content": system}])
+    sampling = Sampling(temperature=temperature, top_p=0.95 if temperature else None)
+    Chat(console, bars, memory, conversation, sampling, max_new_tokens).run()
+
+
+@dataclass
+class Chat:
+    """A terminal chat; `session` is the branch that it is in."""
+
+    console: Console
+    bars: EventBars
+    memory: Memory
+    session: Session
+    sampling: Sampling
+    max_new_tokens: int
+
+    def run(self) -> None:
+        """Until /quit or the end of the input."""
+        with suppress(ImportError):  # not everywhere; it lets the input line be edited and recalled
+            importlib.import_module("readline")
+        for message in self.session.messages[-SHOWN_MESSAGES:]:
+            sign = "> " if message["role"] == "user" else ""
+            self.console.print(Text(f"{sign}{message['content']}", style="dim"))
+        self.console.print(f"[dim]{COMMANDS}; Ctrl-C stops an answer[/]")
+        while (line := self.read_line()) != "/quit":
+            try:
+                if line.startswith("/"):
+                    self.run_command(line)
+                elif line:
+                    self.take_turn(line)
+                    self.session.save()
+            except KeyboardInterrupt:
+                self.console.print(" [dim](stopped)[/]")
+            except AMMemoryError as error:
+                show_error(self.console, error)
+        if self.session.tokens:
+            self.session.save()
+            self.console.print(f"[dim]saved; am-memory chat --session {escape(self.session.name)} goes on with it[/]")
+
+    def read_line(self) -> str:
+        """The next line, after one that shows how full the cache is; "/quit" at the end of the input."""
+        self.console.print(status(self.session, self.memory.trigger_tokens))
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            self.console.print()
+            return "/quit"
+        except KeyboardInterrupt:
+            self.console.print("\n[dim]/quit or Ctrl-D ends the chat[/]")
+            return ""
+        if not sys.stdin.isatty():
+            self.console.out(line, highlight=False)  # nobody has seen it typed
+        return line
+
+    def take_turn(self, line: str) -> None:
+        """Say one thing and stream the answer; what is interrupted before the answer begins was never said."""
+        num_tokens, is_answered = len(self.session.tokens), False
+        try:
+            with self.bars.showing():
+                self.session.append([{"role": "user", "content": line}])
+            for piece in self.session.generate(self.max_new_tokens, self.sampling):
+                is_answered = True
+                self.console.out(piece.text, end="", highlight=False)
+            self.console.print()
+        except BaseException:
+            if not is_answered:
+                self.session.rewind(num_tokens)
+            raise
+
+    def run_command(self, line: str) -> None:
+        match line.split(maxsplit=1):
+            case ["/compact"]:
+                with self.bars.showing():
+                    self.session.compact()
+            case ["/stats"]:
+                self.console.print(stats_table(self.session))
+            case ["/fork", name]:
+                self.session.save()
+                self.session = self.session.fork(name)
+                self.console.print(f"[dim]now in {escape(name)}; the branch before it stays as it is[/]")
+            case ["/save"]:
+                self.session.save()
+                self.console.print("[dim]saved[/]")
+            case _:
+                self.console.print(f"[dim]{COMMANDS}[/]")
+
+
+@app.command()
+def inspect(
+    session: Annotated[str | None, typer.Argument(help="Its name; without one, all names are listed.")] = None,
+    store: StoreURL = None,
+) -> None:
+    """Show what a saved session holds: segments, slots of every layer and head, bytes."""
+    console, folder = Console(highlight=False), Store(store or default_store())
+    if session is None:
+        names = folder.names()
+        console.print(Text("\n".join(names) if names else f"no sessions in {folder.url}"))
+        return
+    saved = folder.load(session)
+    num_bytes = sum(layer_bytes(layer) for layer in saved.state.layers)
+    console.print(
+        f"[bold]{escape(session)}[/]: {len(saved.tokens):,} tokens, {len(saved.messages)} messages, "
+        f"{len(saved.schedule)} compactions, {megabytes(num_bytes)} of cache, model {saved.fingerprint}"
+    )
+    console.print(segments_table(saved))
+    console.print(layers_table(saved))
+
+
+def default_store() -> str:
+    home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return str(Path(home) / "am_memory" / "sessions")
+
+
+def show_error(console: Console, error: AMMemoryError) -> None:
+    """One line, whatever the width of the terminal."""
+    console.print(f"[red]{type(error).__name__}:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+
+
+def main() -> None:
+    app()

@@ -77,8 +77,8 @@ class Context:
         for position, token_id in enumerate(token_ids):
             if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
                 raise InvalidInput(
-                    f"token id {token_id!r} at position {position} is outside the vocabulary of {vocab_size}; encode the "
-                    "text with the model's own tokenizer"
+                    f"token id {token_id!r} at position {position} is outside the vocabulary of {vocab_size}; encode "
+                    "the text with the model's own tokenizer"
                 )
 
     @contextmanager

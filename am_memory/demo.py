@@ -22,11 +22,124 @@ from am_memory.memory import Memory
 from am_memory.policy import SINK_TOKENS, MemoryPolicy
 from am_memory.session import Session
 
-SUBJECTS = ["The harbour master", "An old librarian", "The night train", "A travelling cook", "The market square", "A retired pilot", "The weather station", "The stone bridge", "A young surveyor", "The town council", "The ferry crew", "A quiet gardener", "The bakery", "A choir of teachers", "The lighthouse keeper", "The museum guard", "A group of cyclists", "The clock tower"]
-VERBS = ["kept a careful record of", "argued for years about", "was rebuilt beside", "took great pride in", "rarely spoke of", "borrowed money for", "painted a picture of", "had forgotten", "was known for", "wrote long letters about", "repaired", "lost interest in", "waited all winter for", "collected stories about", "mapped", "celebrated", "quietly ignored", "returned to"]
-OBJECTS = ["the changing tides", "the orchard behind the mill", "a collection of brass instruments", "the annual regatta", "the price of salt", "a cracked church bell", "the new railway timetable", "three generations of beekeepers", "the fog that came every autumn", "a library of sea charts", "the narrow road over the hills", "a recipe for rye bread", "the festival of lanterns", "an unfinished canal", "the swallows under the eaves", "a dispute over fishing rights", "the old observatory", "a garden of roses"]
-ENDS = ["when the first snow fell", "long after the war", "as everyone in the valley knew", "without ever saying why", "before the visitors arrived", "although nobody had asked", "while the river was high", "in the year of the comet", "to the surprise of the neighbours", "until the money ran out", "and the papers wrote about it", "despite the rain", "at the end of a dry summer", "on the advice of a stranger"]
-TOWNS = ["Lindholm", "Carrow", "Estmere", "Bastide", "Oldwick", "Tarnholt", "Pellmoor", "Vesper", "Quillon", "Marsden", "Halbrook", "Yarrowby", "Dunmere", "Fairlea", "Grenoch", "Ister", "Jorvale", "Kelmscot", "Larkhill", "Morwen", "Netherby", "Orsett", "Pinmill", "Rosedal", "Stanmoor", "Thorley", "Ulverton", "Wexcombe", "Ashgrove", "Brackley", "Corvane", "Denholm", "Elmstow", "Fenwick", "Galloway", "Harrowgate"]
+PLAIN = MemoryPolicy(trigger_tokens=1.0)
+"""Compacts nothing within the model's window: a plain cache."""
+MEMORY, TRUNCATED, EVERYTHING = "memory", "truncated to the same size", "everything kept"
+
+SUBJECTS = [
+    "The harbour master",
+    "An old librarian",
+    "The night train",
+    "A travelling cook",
+    "The market square",
+    "A retired pilot",
+    "The weather station",
+    "The stone bridge",
+    "A young surveyor",
+    "The town council",
+    "The ferry crew",
+    "A quiet gardener",
+    "The bakery",
+    "A choir of teachers",
+    "The lighthouse keeper",
+    "The museum guard",
+    "A group of cyclists",
+    "The clock tower",
+]
+VERBS = [
+    "kept a careful record of",
+    "argued for years about",
+    "was rebuilt beside",
+    "took great pride in",
+    "rarely spoke of",
+    "borrowed money for",
+    "painted a picture of",
+    "had forgotten",
+    "was known for",
+    "wrote long letters about",
+    "repaired",
+    "lost interest in",
+    "waited all winter for",
+    "collected stories about",
+    "mapped",
+    "celebrated",
+    "quietly ignored",
+    "returned to",
+]
+OBJECTS = [
+    "the changing tides",
+    "the orchard behind the mill",
+    "a collection of brass instruments",
+    "the annual regatta",
+    "the price of salt",
+    "a cracked church bell",
+    "the new railway timetable",
+    "three generations of beekeepers",
+    "the fog that came every autumn",
+    "a library of sea charts",
+    "the narrow road over the hills",
+    "a recipe for rye bread",
+    "the festival of lanterns",
+    "an unfinished canal",
+    "the swallows under the eaves",
+    "a dispute over fishing rights",
+    "the old observatory",
+    "a garden of roses",
+]
+ENDS = [
+    "when the first snow fell",
+    "long after the war",
+    "as everyone in the valley knew",
+    "without ever saying why",
+    "before the visitors arrived",
+    "although nobody had asked",
+    "while the river was high",
+    "in the year of the comet",
+    "to the surprise of the neighbours",
+    "until the money ran out",
+    "and the papers wrote about it",
+    "despite the rain",
+    "at the end of a dry summer",
+    "on the advice of a stranger",
+]
+TOWNS = [
+    "Lindholm",
+    "Carrow",
+    "Estmere",
+    "Bastide",
+    "Oldwick",
+    "Tarnholt",
+    "Pellmoor",
+    "Vesper",
+    "Quillon",
+    "Marsden",
+    "Halbrook",
+    "Yarrowby",
+    "Dunmere",
+    "Fairlea",
+    "Grenoch",
+    "Ister",
+    "Jorvale",
+    "Kelmscot",
+    "Larkhill",
+    "Morwen",
+    "Netherby",
+    "Orsett",
+    "Pinmill",
+    "Rosedal",
+    "Stanmoor",
+    "Thorley",
+    "Ulverton",
+    "Wexcombe",
+    "Ashgrove",
+    "Brackley",
+    "Corvane",
+    "Denholm",
+    "Elmstow",
+    "Fenwick",
+    "Galloway",
+    "Harrowgate",
+]
 
 
 def prose(rng: random.Random, num_sentences: int) -> list[str]:
@@ -174,10 +287,10 @@ def introduction(model: str, memory: Memory, num_letters: int) -> Panel:
     policy = memory.policy
     name = "SmolLM2-135M-Instruct, the bundled model," if model == "demo" else Path(model).name
     return Panel(
-        f"{name} reads {num_letters} letters. Its KV cache may hold [cyan]{memory.trigger_tokens}[/] tokens: whenever it is "
-        f"full, its oldest {policy.compact_fraction:.0%} is compacted by Attention Matching, the exact tokens in it to "
-        f"{policy.keep_ratio:.0%} of their number, and the reading goes on. Afterwards the model is asked for the buses "
-        "that the letters named, and so are two plain caches: one of the same size, and one that kept everything.",
+        f"{name} reads {num_letters} letters. Its KV cache may hold [cyan]{memory.trigger_tokens}[/] tokens: whenever "
+        f"it is full, its oldest {policy.compact_fraction:.0%} is compacted by Attention Matching, the exact tokens in "
+        f"it to {policy.keep_ratio:.0%} of their number, and the reading goes on. Afterwards the model is asked for "
+        "the buses that the letters named; so are two plain caches, one of the same size and one that kept everything.",
         title="am-memory demo",
         border_style="cyan",
     )
@@ -214,7 +327,7 @@ def mark(fact: Fact, said: str) -> str:
 
 
 def sizes_table(written: Sequence[Letter], answers: Answers, readers: Mapping[str, Session], num_lost: int) -> Table:
-    """What each reader recalls, and what it takes; the first `num_lost` letters lie before all that truncation keeps."""
+    """What each reader recalls, and what it takes; the first `num_lost` letters lie before what truncation keeps."""
     table = Table("", *readers, title="What is recalled, and what it takes")
     groups = {f"letters 1-{num_lost}": written[:num_lost], f"letters {num_lost + 1}-{len(written)}": written[num_lost:]}
     for title, some in groups.items():

@@ -1,4 +1,4 @@
-"""How the terminal shows a memory at work: events as bars and lines, sizes as lines and tables. Reads, never changes."""
+"""How the terminal shows a memory at work: events as bars and lines, sizes as lines and tables. Changes nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -38,6 +38,7 @@ class EventBars:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._progress: Progress | None = None
+        self._bars: dict[str, TaskID] = {}
 
     @contextmanager
     def showing(self, waiting_for: str | None = None) -> Iterator[None]:
@@ -46,7 +47,7 @@ class EventBars:
         Args:
             waiting_for: what runs, where it sends no events.
         """
-        progress = Progress(
+        self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(),
@@ -56,27 +57,22 @@ class EventBars:
             transient=True,
             disable=not self._console.is_terminal,
         )
-        with progress:
-            self._progress = progress
-            if waiting_for is not None:
-                progress.add_task(waiting_for, total=None)
-            try:
+        try:
+            with self._progress as progress:
+                if waiting_for is not None:
+                    progress.add_task(waiting_for, total=None)
                 yield
-            finally:
-                self._progress = None
+        finally:
+            self._progress = None
+            self._bars.clear()
 
     def step(self, description: str, done: int, total: int) -> None:
         """Move a bar on; it vanishes when it is full."""
         if self._progress is None:
             return
-        for task in self._progress.tasks:
-            if task.description == description:
-                break
-        else:
-            task = self._progress.tasks[self._progress.add_task(description, total=total)]
-        if done < task.completed:
-            self._progress.reset(task.id)
-        self._progress.update(task.id, completed=done, total=total, visible=done < total)
+        if description not in self._bars:
+            self._bars[description] = self._progress.add_task(description)
+        self._progress.update(self._bars[description], completed=done, total=total, visible=done < total)
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -103,8 +99,8 @@ class EventBars:
 def describe(report: CompactionReport) -> Text:
     """One line for one compaction."""
     return Text.from_markup(
-        f"  [bold magenta]compacted[/] tokens {report.start:,}-{report.end:,} into {report.num_slots:.0f} slots per head"
-        f"[dim] · cache {report.kv_tokens_before:.0f} → {report.kv_tokens_after:.0f} tokens, "
+        f"  [bold magenta]compacted[/] tokens {report.start:,}-{report.end:,} into {report.num_slots:.0f} slots per "
+        f"head[dim] · cache {report.kv_tokens_before:.0f} → {report.kv_tokens_after:.0f} tokens, "
         f"{megabytes(report.kv_bytes_before)} → {megabytes(report.kv_bytes_after)} · {report.seconds:.1f} s[/]"
     )
 
@@ -119,9 +115,9 @@ def status(session: Session, trigger_tokens: int) -> Text:
     full = min(round(BAR_CELLS * stats.kv_tokens / trigger_tokens), BAR_CELLS)
     times = "1 compaction" if stats.num_compactions == 1 else f"{stats.num_compactions} compactions"
     return Text.from_markup(
-        f"  [cyan]{'█' * full}[/][dim]{'░' * (BAR_CELLS - full)}[/] [cyan]{stats.kv_tokens:.0f}[/]/{trigger_tokens} tokens "
-        f"in the cache[dim], {stats.logical_tokens:,} in the conversation · {megabytes(stats.kv_bytes)} instead of "
-        f"{megabytes(stats.exact_kv_bytes)} · {times}[/]"
+        f"  [cyan]{'█' * full}[/][dim]{'░' * (BAR_CELLS - full)}[/] [cyan]{stats.kv_tokens:.0f}[/]/{trigger_tokens} "
+        f"tokens in the cache[dim], {stats.logical_tokens:,} in the conversation · "
+        f"{megabytes(stats.kv_bytes)} instead of {megabytes(stats.exact_kv_bytes)} · {times}[/]"
     )
 
 

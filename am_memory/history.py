@@ -6,11 +6,13 @@ the template would make of the old ones. Knows no cache.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from am_memory.engines.base import Engine, Message
 from am_memory.errors import InvalidInput
+from am_memory.tokens import REPLACEMENT
 
 MARK = "\u241e\u241e"
 """Stands for a generated answer while the template is rendered; no text contains it."""
@@ -22,8 +24,9 @@ class History:
 
     Attributes:
         messages: as chat templates take them.
-        starts: for each message, how many tokens the context had before it.
-        is_answering: the last message is being generated: what the template puts behind it is not in the context yet.
+        starts: for each message, how many tokens the context had before it, the end of an answer before it included.
+        is_answering: the last message is being generated, or was cut: what the template puts behind it is not in the
+            context yet.
     """
 
     messages: tuple[Message, ...] = ()
@@ -35,11 +38,34 @@ class History:
         last = self.messages[-1]
         return replace(self, messages=(*self.messages[:-1], {**last, "content": f"{last['content']}{text}"}))
 
-    def rewound(self, num_tokens: int) -> History:
-        """The messages that had begun when the context had `num_tokens` tokens."""
-        count = sum(start < num_tokens for start in self.starts)
-        is_answering = self.is_answering and count == len(self.messages)
-        return History(self.messages[:count], self.starts[:count], is_answering)
+    def continued(self, text: str, num_tokens: int) -> History:
+        """Plain text after messages: the model's answer goes on by it, or begins with it, as it stands.
+
+        Args:
+            num_tokens: of the context so far.
+        """
+        if not self.messages:
+            return self
+        if self.is_answering:
+            return self.answered(text)
+        answer = {"role": "assistant", "content": text}
+        return History((*self.messages, answer), (*self.starts, num_tokens), is_answering=True)
+
+    def rewound(self, engine: Engine, token_ids: Sequence[int]) -> History:
+        """What is left of the messages in `token_ids`, the beginning of the context; the last one may be cut."""
+        count = sum(start < len(token_ids) for start in self.starts)
+        is_cut = count > 0 and self.starts[count : count + 1] != (len(token_ids),)
+        left = History(self.messages[:count], self.starts[:count], is_cut)
+        return left._cut(engine.decode(token_ids[left.starts[-1] :], skip_special=True)) if is_cut else left
+
+    def _cut(self, text: str) -> History:
+        """The last message's content up to where `text` ends, which may have words of the template before it."""
+        last, text = self.messages[-1], text.rstrip(REPLACEMENT)
+        content = last.get("content")
+        if not isinstance(content, str):
+            return self
+        size = next(size for size in range(len(content), -1, -1) if text.endswith(content[:size]))
+        return replace(self, messages=(*self.messages[:-1], {**last, "content": content[:size]}))
 
     def told(
         self, engine: Engine, messages: Sequence[Message], num_tokens: int, *, ends_turn: bool
@@ -54,29 +80,48 @@ class History:
             InvalidInput: not chat messages, or a template that rewrites what came before.
         """
         check(engine, messages)
-        token_ids = engine.encode(self._suffix(engine, messages, ends_turn=ends_turn))
+        closing, *texts = self._texts(engine, messages, ends_turn=ends_turn)
+        token_ids = engine.encode(closing + "".join(texts))
+        parts = [engine.encode(text) for text in (closing, *texts)]
+        starts = list(itertools.accumulate(map(len, parts[:-1]), initial=num_tokens))[1:]
+        if [*itertools.chain(*parts)] != token_ids:  # a token spans two messages
+            starts = [starts[0]] * len(texts)
         told = tuple(dict(message) for message in messages)
-        return History((*self.messages, *told), (*self.starts, *[num_tokens] * len(told))), token_ids
+        return History((*self.messages, *told), (*self.starts, *starts)), token_ids
 
-    def _suffix(self, engine: Engine, messages: Sequence[Message], *, ends_turn: bool) -> str:
-        if not self.messages:
-            return engine.render(messages)
+    def _texts(self, engine: Engine, messages: Sequence[Message], *, ends_turn: bool) -> list[str]:
+        """What closes the answer before, then what the template writes for each of the messages.
+
+        Where it writes a message in another way once others follow (tool results in one turn), that is all with the
+        last of them.
+        """
         before = [dict(message) for message in self.messages]
         if self.is_answering:
-            # The answer stands in the context as it was generated: render what comes after it.
-            before[-1]["content"] = MARK
-            closing = engine.render([*before, *messages]).rsplit(MARK, 1)[-1]
-            if ends_turn:
-                for eos in sorted(engine.info.eos_token_ids):
-                    closing = closing.removeprefix(engine.decode([eos]))
-            return closing
-        old, new = engine.render(before), engine.render([*before, *messages])
-        if not new.startswith(old):
+            before[-1]["content"] = MARK  # it stands in the context as it was generated: only what follows counts
+
+        def rendered(count: int) -> str:
+            text = engine.render([*before, *messages[:count]]) if before or count else ""
+            if self.is_answering:
+                text = text.rsplit(MARK, 1)[-1]
+                return _without_eos(engine, text) if ends_turn else text
+            return text
+
+        begin, whole = rendered(0), rendered(len(messages))
+        is_extended = whole.startswith(begin)
+        if not is_extended and not self.is_answering:
             raise InvalidInput(
                 f"the chat template rewrites the {len(before)} messages before when {len(messages)} are added; append "
                 "messages of one turn in one call"
             )
-        return new[len(old) :]
+        bounds = [len(begin) if is_extended else 0]
+        for count in range(1, len(messages)):
+            try:
+                text = rendered(count)
+            except InvalidInput:  # of a template that takes them together only
+                text = ""
+            bounds.append(len(text) if text and whole.startswith(text) else bounds[-1])
+        closing = whole[: bounds[0]] if self.is_answering else ""
+        return [closing, *(whole[start:end] for start, end in itertools.pairwise([*bounds, len(whole)]))]
 
     def opened(self, engine: Engine, num_tokens: int, *, ends_turn: bool) -> tuple[History, list[int]]:
         """With the model's answer begun, and the token ids that open it; nothing new where it goes on with one.
@@ -111,7 +156,14 @@ class History:
             engine.encode(engine.render([*self.messages[:num_pinned], {"role": role, "content": text}]))
             for text in ("0", "x")
         )
-        return next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+        differ = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+        return self.starts[0] + next(differ, min(len(first), len(second)))
+
+
+def _without_eos(engine: Engine, text: str) -> str:
+    """Without the token that ends the model's turn, where the text begins with one."""
+    ends = (engine.decode([token_id]) for token_id in sorted(engine.info.eos_token_ids))
+    return next((text.removeprefix(end) for end in ends if text.startswith(end)), text)
 
 
 def check(engine: Engine, messages: Sequence[Message]) -> None:
@@ -121,7 +173,7 @@ def check(engine: Engine, messages: Sequence[Message]) -> None:
             f"{engine.info.name} has no chat template, so it takes no messages: append text or token ids"
         )
     for position, message in enumerate(messages):
-        if not isinstance(message, Mapping) or "role" not in message:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise InvalidInput(
                 f'message {position} is {message!r}; give {{"role": "user", "content": "..."}}, or text, or token ids'
             )

@@ -58,7 +58,7 @@ class Memory:
         self._sessions: dict[str, Session] = {}
         self.device = RLock()
         self._numbers = itertools.count(1)
-        self.trigger_tokens = trigger_tokens(self.policy, engine.info.window_tokens, num_pinned=0)
+        self.trigger_tokens = trigger_tokens(self.policy, engine.info.window_tokens, self.policy.num_sinks)
 
     @classmethod
     def from_pretrained(
@@ -105,7 +105,8 @@ class Memory:
             StorageError: the saved session cannot be read, or is another model's.
         """
         if name is None:
-            name = f"session-{next(self._numbers)}"
+            names = (f"session-{number}" for number in self._numbers)
+            name = next(name for name in names if name not in self.names())
         with self.device:
             if name not in self._sessions:
                 is_saved = self.store is not None and self.store.exists(name)
@@ -113,15 +114,18 @@ class Memory:
             return self._sessions[name]
 
     def _new(self, name: str, policy: MemoryPolicy) -> Session:
-        context = Context(name, self.engine, policy, self.on_event, self.engine.new_cache())
-        return Session(self, context, History())
+        return Session(self, self._new_context(name, policy), History())
+
+    def _new_context(self, name: str, policy: MemoryPolicy) -> Context:
+        cache = self.engine.new_cache()
+        return Context(name, self.engine, policy, self.on_event, cache, num_pinned=policy.num_sinks)
 
     def _resume(self, name: str, policy: MemoryPolicy) -> Session:
         saved = self.require_store().load(name, device=self.engine.info.device)
         if saved.fingerprint != self.engine.info.fingerprint:
             raise ModelMismatch(
-                f"session {name!r} was saved with model {saved.fingerprint}, this one is {self.engine.info.fingerprint} "
-                f"({self.engine.info.name}): load the model that it was saved with, or choose another name"
+                f"session {name!r} was saved with model {saved.fingerprint}, this one is "
+                f"{self.engine.info.fingerprint} ({self.engine.info.name}): load the model that it was saved with, or choose another name"
             )
         cache = self.engine.new_cache()
         cache.restore(saved.state)
@@ -175,10 +179,7 @@ class Memory:
         For one sequence at a time. A prompt longer than the trigger is read in pieces and compacted on the way, so
         the logits of that one forward pass are those of its last piece.
         """
-        context = Context("generate()", self.engine, self.policy, self.on_event, self.engine.new_cache())
-        if isinstance(self.policy.pinned, int):
-            context.pin(self.policy.pinned)
-        return context.watched_cache()
+        return self._new_context("generate()", self.policy).watched_cache()
 
     def require_store(self) -> Store:
         """The store.

@@ -60,7 +60,7 @@ class MemoryPolicy(BaseModel):
     recompaction: Literal["segments", "refit"] = "segments"
     min_slots: Annotated[int, Field(gt=0)] = 1
     fit: Literal["bias_and_values", "bias", "values", "nothing"] = "bias_and_values"
-    ridge: Annotated[float, Field(ge=0)] = 0.5
+    ridge: Annotated[float, Field(ge=0)] = 1e-3
     chunk_tokens: Annotated[int, Field(gt=0)] = 512
 
     def __init__(self, **values: Any) -> None:
@@ -72,6 +72,11 @@ class MemoryPolicy(BaseModel):
                 for problem in error.errors()
             )
             raise InvalidPolicy(problems) from error
+
+    @property
+    def num_sinks(self) -> int:
+        """Tokens that stay exact whatever the conversation; a system prompt or first message may pin more."""
+        return self.pinned if isinstance(self.pinned, int) else SINK_TOKENS
 
     @field_validator("key_selection")
     @classmethod

@@ -63,7 +63,7 @@ class Sampling(BaseModel):
             return cls(repetition_penalty=penalty)
         return cls(
             temperature=1.0 if config.temperature is None else config.temperature,
-            top_k=config.top_k or None,
+            top_k=(50 if config.top_k is None else config.top_k) or None,  # generate() takes 50 where nothing is said
             top_p=config.top_p,
             min_p=config.min_p,
             repetition_penalty=penalty,

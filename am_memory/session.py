@@ -17,7 +17,7 @@ from am_memory.engines.base import Message
 from am_memory.errors import InvalidInput, UnsupportedOperation
 from am_memory.events import CompactionReport
 from am_memory.history import History
-from am_memory.policy import SINK_TOKENS, MemoryPolicy
+from am_memory.policy import MemoryPolicy
 from am_memory.sampling import Sampler, Sampling
 from am_memory.storage import SavedSession
 from am_memory.tokens import TextStream
@@ -121,7 +121,6 @@ class Session:
         """
         with self._step():
             token_ids = self._encode(content)
-            self._context.check(token_ids)
             if not self._context.schedule:
                 self._pin()
             self._context.tokens.extend(token_ids)
@@ -129,32 +128,33 @@ class Session:
         return len(token_ids)
 
     def _encode(self, content: Content) -> list[int]:
+        """The token ids of something new, which the history takes note of."""
+        history, num_tokens = self._history, len(self._context.tokens)
         if isinstance(content, str):
-            token_ids = self.engine.encode(content, add_special=not self._context.tokens) if content else []
+            token_ids = self.engine.encode(content, add_special=not num_tokens) if content else []
+        elif not isinstance(content, Sequence):
+            raise InvalidInput(f"{type(content).__name__} cannot be appended: give text, token ids or chat messages")
         elif all(isinstance(item, int) for item in content):
             token_ids = [item for item in content if isinstance(item, int)]
         elif any(isinstance(item, int) for item in content):
             raise InvalidInput("token ids and messages are mixed: append them one after the other")
         else:
-            self._history, token_ids = self._history.told(
-                self.engine,
-                content,  # type: ignore[arg-type]
-                len(self._context.tokens),
-                ends_turn=self._ends_turn,
-            )
+            messages: Sequence[Message] = content  # type: ignore[assignment]
+            self._history, token_ids = history.told(self.engine, messages, num_tokens, ends_turn=self._ends_turn)
         if not token_ids:
             raise InvalidInput(f"empty input {content!r}: append at least one token")
+        self._context.check(token_ids)
+        if self._history is history:
+            text = content if isinstance(content, str) else self.engine.decode(token_ids, skip_special=True)
+            self._history = history.continued(text, num_tokens)
         return token_ids
 
     def _pin(self) -> None:
         """Decide what stays exact; only before the first compaction."""
-        pinned = self._context.policy.pinned
-        if isinstance(pinned, int):
-            num_pinned = pinned
-        elif pinned == "sinks":
-            num_pinned = SINK_TOKENS
-        else:
-            num_pinned = self._history.num_pinned_tokens(self.engine, pinned) or SINK_TOKENS
+        policy = self._context.policy
+        num_pinned = policy.num_sinks
+        if policy.pinned in ("system", "first_message"):
+            num_pinned = self._history.num_pinned_tokens(self.engine, policy.pinned) or num_pinned
         if num_pinned != self._context.num_pinned:
             self._context.pin(num_pinned)
 
@@ -183,15 +183,14 @@ class Session:
 
     def _generate(self, max_new_tokens: int, sampling: Sampling) -> Iterator[Piece]:
         context, eos_token_ids = self._context, self.engine.info.eos_token_ids
-        with self._step():
-            self._history, opening = self._history.opened(self.engine, len(context.tokens), ends_turn=self._ends_turn)
-            context.tokens.extend(opening)
         sampler = Sampler(sampling)
         stream = TextStream(lambda ids: self.engine.decode(ids, skip_special=True), sampling.stop)
-        expected = len(context.tokens)
+        tokens, expected = context.tokens, len(context.tokens)
         for number in range(1, max_new_tokens + 1):
             with self._step():
-                if len(context.tokens) != expected:
+                if number == 1:
+                    tokens, expected = self._open_answer()
+                if context.tokens is not tokens or len(tokens) != expected:
                     raise UnsupportedOperation(
                         f"session {self.name!r} changed while it was generating: finish one generation before the next "
                         "call, or fork the session"
@@ -208,6 +207,13 @@ class Session:
             yield Piece(text, (token_id,), finish_reason)
             if finish_reason is not None:
                 return
+
+    def _open_answer(self) -> tuple[list[int], int]:
+        """Have the chat template open the model's answer; the conversation's tokens and their number afterwards."""
+        tokens = self._context.tokens
+        self._history, opening = self._history.opened(self.engine, len(tokens), ends_turn=self._ends_turn)
+        tokens.extend(opening)
+        return tokens, len(tokens)
 
     def _finish_reason(
         self, token_id: int, is_last: bool, stream: TextStream
@@ -270,7 +276,7 @@ class Session:
             return
         with self._step():
             self._context.rewind(num_tokens)
-            self._history = self._history.rewound(num_tokens)
+            self._history = self._history.rewound(self.engine, self._context.tokens)
 
     def fork(self, name: str | None = None, *, policy: MemoryPolicy | None = None) -> Session:
         """A branch with the same content; memory is shared until the two differ.

@@ -43,7 +43,7 @@ class TextStream:
         self._tokens, self._context = [], ""
         text = self._release(new) + self._held
         self._held = ""
-        return "" if self.is_stopped and not text else text
+        return text
 
     def _release(self, new: str) -> str:
         if self.is_stopped:

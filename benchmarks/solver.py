@@ -29,6 +29,7 @@ from am_memory.solver import OMP, Block, HighestAttention, KeySelection, exact_a
 SIZES = {"748/149": (748, 149, 5355), "2048/410": (2048, 410, 8192)}  # keys, slots, queries
 HEAD_DIM = 64
 BOUNDS = (-3.0, 3.0)
+OMP_BOUNDS = (-7.0, 7.0)  # the paper's too
 
 Compacted = tuple[Tensor, Tensor, Tensor]  # key (B, t, d), bias (B, t), value (B, t, d)
 Solve = Callable[[Block, int], Compacted]
@@ -82,12 +83,14 @@ def synthetic_block(num_heads: int, seq_len: int, num_queries: int, seed: int) -
     return Block(query, key, value, HEAD_DIM**-0.5)
 
 
-def ours(selection: KeySelection, is_relative: bool = True, ridge: float = 1e-2) -> Solve:
+def ours(
+    selection: KeySelection, is_relative: bool = True, ridge: float = 1e-2, bounds: tuple[float, float] = BOUNDS
+) -> Solve:
     def solve(block: Block, num_slots: int) -> Compacted:
         slots = torch.full((block.num_heads,), num_slots)
         exact = exact_attention(block)
         indices = selection(block, exact.scores, slots)
-        result = fit(block, indices, slots, bias_bounds=BOUNDS, exact=exact, relative_mass=is_relative, ridge=ridge)
+        result = fit(block, indices, slots, bias_bounds=bounds, exact=exact, relative_mass=is_relative, ridge=ridge)
         return result.key, result.bias, result.value
 
     return solve
@@ -225,9 +228,9 @@ def main() -> None:
     }
     pursuit = {
         "OMP baseline": per_head(baseline_omp),
-        "OMP ours": ours(OMP()),
-        "OMP ours, paper's weights, no ridge": ours(OMP(relative_mass=False), is_relative=False, ridge=0.0),
-        "OMP ours, fast": ours(OMP.fast()),
+        "OMP ours": ours(OMP(), bounds=OMP_BOUNDS),
+        "OMP ours, paper's weights, no ridge": ours(OMP(relative_mass=False), False, 0.0, OMP_BOUNDS),
+        "OMP ours, fast": ours(OMP.fast(), bounds=OMP_BOUNDS),
     }
     rows: list[Row] = []
     print(f"{'size':9} {'method':37} {'s/head':>8} {'faster':>7} {'mass':>7} {'output':>7}   held out: mass, output")

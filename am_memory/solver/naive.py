@@ -51,7 +51,10 @@ def highest_attention(scores: Tensor, t: int) -> list[int]:
 
 
 def omp(head: Head, t: int, is_relative: bool = True, picks_per_refit: int = 1) -> list[int]:
-    """S: orthogonal matching pursuit on the mass, with a least-squares refit after each pick, or every few."""
+    """S: orthogonal matching pursuit on the mass, with a least-squares refit after each pick, or every few.
+
+    Negative weights count as 0, since no bias makes them.
+    """
     A, b = mass_system(head, is_relative)
     S: list[int] = []
     residual = b
@@ -60,7 +63,7 @@ def omp(head: Head, t: int, is_relative: bool = True, picks_per_refit: int = 1) 
         correlation[S] = -torch.inf
         S += correlation.topk(min(picks_per_refit, t - len(S))).indices.tolist()
         w = torch.linalg.lstsq(A[:, S], b[:, None], driver="gelsd").solution[:, 0]
-        residual = b - A[:, S] @ w
+        residual = b - A[:, S] @ w.clamp_min(0.0)
     return S
 
 

@@ -51,7 +51,7 @@ class OMP:
         rankings = []
         for start in range(0, block.num_heads, group):
             heads = [_head(block, index) for index in range(start, min(start + group, block.num_heads))]
-            pursuit = _Pursuit(*mass_system(heads, self.relative_mass))
+            pursuit = _Pursuit(*mass_system(heads, self.relative_mass), max_slots)
             while pursuit.num_picks < max_slots:
                 pursuit.pick(min(self.picks_before_refit(pursuit.num_picks), max_slots - pursuit.num_picks))
             rankings.append(pursuit.ranking(scores[start : start + group]))
@@ -95,65 +95,96 @@ def mass_system(heads: list[Block], is_relative: bool) -> tuple[Tensor, Tensor]:
 
 
 class _Pursuit:
-    """The state of a pursuit in a batch of heads.
+    """The state of a pursuit in a batch of heads: pick p of each head is the p-th row or entry of what follows.
 
     Attributes:
         gram: (B, seq_len, seq_len) float32.
-        factor: rows of a pivoted Cholesky factor of gram, (B, num_picks, seq_len) float64: row p is the part of pick
-            p's column outside the span of the earlier picks, normalised, times all columns.
-        correlation: (B, seq_len) float64, of each column with the mass that the picks leave unexplained.
+        picks: (B, max_picks) int64, indices of the picked keys.
+        is_pick: (B, max_picks) bool, False where no independent key was left to pick.
+        factor: (B, max_picks, seq_len) float64, rows of a pivoted Cholesky factor of gram: the part of the pick's column
+            outside the span of the earlier picks, normalised, times all columns.
+        inverse: (B, max_picks, max_picks) float64, upper triangular: the inverse of the factor's columns at the picks.
+        weight: (B, max_picks) float64, least-squares weights of the picks.
+        correlation: (B, seq_len) float64, of each column with the mass that the weighted picks leave unexplained.
         free_energy: (B, seq_len) float64, squared norm of each column outside the span of the picks.
-        order: (B, seq_len) int64, num_picks at the time of the pick, or -1.
     """
 
-    def __init__(self, gram: Tensor, target: Tensor) -> None:
+    def __init__(self, gram: Tensor, target: Tensor, max_picks: int) -> None:
+        num_heads, seq_len = target.shape
         self.gram = gram
         self.correlation = target.double()
         self.free_energy = gram.diagonal(dim1=1, dim2=2).double()
         self.threshold = DEPENDENT_ENERGY * self.free_energy
-        self.factor = self.correlation.new_empty(len(gram), 64, gram.shape[1])
-        self.order = torch.full_like(self.correlation, -1, dtype=torch.int64)
+        self.is_candidate = self.free_energy > 0
+        self.picks = torch.zeros(num_heads, max_picks, dtype=torch.int64, device=gram.device)
+        self.is_pick = torch.zeros(num_heads, max_picks, dtype=torch.bool, device=gram.device)
+        self.factor = self.correlation.new_empty(num_heads, max_picks, seq_len)
+        self.inverse = self.correlation.new_zeros(num_heads, max_picks, max_picks)
+        self.weight = self.correlation.new_zeros(num_heads, max_picks)
         self.num_picks = 0
 
     def pick(self, count: int) -> None:
         """Take the `count` best keys by the present correlations, then account for all of them."""
-        is_candidate = (self.order < 0) & (self.free_energy > self.threshold)
-        ranked = self.correlation.masked_fill(~is_candidate, -torch.inf)
+        self.is_candidate &= self.free_energy > self.threshold
+        ranked = self._clamped_correlation().masked_fill(~self.is_candidate, -torch.inf)
         picks = ranked.topk(count, dim=1).indices  # (B, count)
-        is_valid = is_candidate.gather(1, picks)
+        is_pick = self.is_candidate.gather(1, picks)
         rows = self._rows_outside_span(picks)
         for position in range(count):
-            self._append(rows[:, position], picks[:, position, None], is_valid[:, position, None])
-            later = self.factor[:, self.num_picks - 1].gather(1, picks[:, position + 1 :])
-            rows[:, position + 1 :] -= later[:, :, None] * self.factor[:, None, self.num_picks - 1]
+            row = self._append(rows[:, position], picks[:, position, None], is_pick[:, position, None])
+            later = row.gather(1, picks[:, position + 1 :])
+            rows[:, position + 1 :] -= later[:, :, None] * row[:, None]
+
+    def _clamped_correlation(self) -> Tensor:
+        """(B, seq_len): correlations with what the picks leave unexplained when negative weights count as 0."""
+        surplus = self.weight[:, : self.num_picks].clamp_max(0.0)
+        num_negative = int((surplus < 0).sum(1).max()) if self.num_picks else 0
+        if num_negative == 0:
+            return self.correlation
+        lowest = surplus.topk(num_negative, dim=1, largest=False)
+        rows = self._gram_rows(self.picks.gather(1, lowest.indices))
+        return self.correlation + torch.bmm(lowest.values[:, None], rows)[:, 0]
+
+    def _gram_rows(self, indices: Tensor) -> Tensor:
+        """(B, count, seq_len) float64."""
+        return self.gram.gather(1, indices[:, :, None].expand(-1, -1, self.gram.shape[1])).double()
 
     def _rows_outside_span(self, picks: Tensor) -> Tensor:
         """(B, count, seq_len): rows of the Gram matrix, less what the earlier picks explain of them."""
-        seq_len = self.gram.shape[1]
-        rows = self.gram.gather(1, picks[:, :, None].expand(-1, -1, seq_len)).double()
         factor = self.factor[:, : self.num_picks]
         known = factor.gather(2, picks[:, None].expand(-1, self.num_picks, -1))  # (B, num_picks, count)
-        return rows.baddbmm_(known.mT, factor, alpha=-1)
+        return self._gram_rows(picks).baddbmm_(known.mT, factor, alpha=-1)
 
-    def _append(self, row: Tensor, pick: Tensor, is_valid: Tensor) -> None:
-        """Grow the factor by one row (B, seq_len), of pick (B, 1); an invalid or dependent pick changes nothing."""
-        self._reserve()
+    def _append(self, row: Tensor, pick: Tensor, is_pick: Tensor) -> Tensor:
+        """Add one pick (B, 1), whose row outside the span is (B, seq_len); returns the normalised row.
+
+        A pick that depends on the earlier ones takes its place with a weight of 0 and changes nothing else.
+        """
+        num_picks = self.num_picks
         pivot = row.gather(1, pick)
-        is_independent = is_valid & (pivot > self.threshold.gather(1, pick))
-        scale = torch.where(is_independent, pivot, torch.inf).rsqrt()
-        row = torch.mul(row, scale, out=self.factor[:, self.num_picks])
-        self.correlation.addcmul_(row, self.correlation.gather(1, pick) * scale, value=-1)
-        self.free_energy.addcmul_(row, row, value=-1)
-        self.order.scatter_(1, pick, torch.where(is_valid, self.num_picks, self.order.gather(1, pick)))
-        self.num_picks += 1
+        is_independent = is_pick & (pivot > self.threshold.gather(1, pick))
+        scale = torch.where(is_independent, pivot, torch.inf).rsqrt()  # (B, 1)
+        explained = self.correlation.gather(1, pick) * scale
 
-    def _reserve(self) -> None:
-        if self.num_picks == self.factor.shape[1]:
-            self.factor = torch.cat((self.factor, torch.empty_like(self.factor)), 1)
+        known = self.factor[:, :num_picks].gather(2, pick[:, None].expand(-1, num_picks, -1))  # (B, num_picks, 1)
+        column = torch.bmm(self.inverse[:, :num_picks, :num_picks], known)[:, :, 0]
+        self.inverse[:, :num_picks, num_picks] = -scale * column
+        self.inverse[:, num_picks, num_picks] = scale[:, 0]
+        self.weight[:, : num_picks + 1] += explained * self.inverse[:, : num_picks + 1, num_picks]
+
+        row = torch.mul(row, scale, out=self.factor[:, num_picks])
+        self.correlation.addcmul_(row, explained, value=-1)
+        self.free_energy.addcmul_(row, row, value=-1)
+        self.is_candidate.scatter_(1, pick, False)
+        self.picks[:, num_picks] = pick[:, 0]
+        self.is_pick[:, num_picks] = is_pick[:, 0]
+        self.num_picks += 1
+        return row
 
     def ranking(self, scores: Tensor) -> Tensor:
         """(B, seq_len) indices: the picks in their order, then the other keys by score."""
         by_score = torch.sort(scores, dim=1, descending=True, stable=True).indices
-        order = self.order.gather(1, by_score)
-        order = torch.where(order < 0, self.num_picks, order)
-        return by_score.gather(1, torch.sort(order, dim=1, stable=True).indices)
+        order = torch.full_like(by_score, self.num_picks)
+        position = torch.arange(self.num_picks, device=order.device).expand_as(self.picks)
+        order.scatter_reduce_(1, self.picks, torch.where(self.is_pick, position, self.num_picks), "amin")
+        return by_score.gather(1, torch.sort(order.gather(1, by_score), dim=1, stable=True).indices)
