@@ -1,4 +1,4 @@
-"""Attention Matching as a memory: the oldest half of an agent's KV cache, compacted in latent space, again and again."""
+"""Attention Matching as a memory: the oldest half of a KV cache, compacted in latent space, again and again."""
 
 from am_memory.errors import AMMemoryError
 from am_memory.memory import Memory

@@ -190,8 +190,8 @@ def fit_layer(
     slots = Slots.stack(heads)
     if not slots.is_finite:
         raise CompactionFailed(
-            f"the fit of tokens {segment.start} to {segment.end} is not finite in {dtype}; nothing was changed: load the "
-            "model in bfloat16 or float32, or raise policy.ridge"
+            f"the fit of tokens {segment.start} to {segment.end} is not finite in {dtype}; nothing was changed: load "
+            "the model in bfloat16 or float32, or raise policy.ridge"
         )
     return layer_fit, slots
 

@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from rich.console import Console
@@ -185,20 +186,20 @@ def hide(rng: random.Random, told: Sequence[Fact], num_sentences: int) -> str:
 
 
 @dataclass(frozen=True)
-class Bus(Fact):
+class Ship(Fact):
     """A fact that even the bundled model of 135 million parameters can look up: the number follows the name itself."""
 
     @property
     def told(self) -> str:
-        return f"I took bus {self.town} {self.code} home."
+        return f"The ship {self.town} {self.code} came in."
 
     @property
     def question(self) -> str:
-        return "Which bus did I take?"
+        return "Which ship was it?"
 
     @property
     def opening(self) -> str:
-        return f"You took bus {self.town}"
+        return f"It was the ship {self.town}"
 
 
 @dataclass(frozen=True)
@@ -214,13 +215,13 @@ class Letter:
 
 
 def letters(seed: int, num_letters: int, num_facts: int = 2, num_sentences: int = 9) -> list[Letter]:
-    """A conversation's worth of letters, each of which names some buses."""
+    """A conversation's worth of letters, each of which names some ships."""
     rng = random.Random(seed)
     towns = iter(rng.sample(TOWNS, num_letters * num_facts))
     written = []
     for _ in range(num_letters):
-        buses = tuple(Bus(next(towns), str(rng.randint(10, 99))) for _ in range(num_facts))
-        written.append(Letter(hide(rng, buses, num_sentences), buses))
+        ships = tuple(Ship(next(towns), str(rng.randint(10, 99))) for _ in range(num_facts))
+        written.append(Letter(hide(rng, ships, num_sentences), ships))
     return written
 
 
@@ -231,15 +232,25 @@ def question_text(engine: Engine, fact: Fact) -> str:
     return engine.render(asked, add_generation_prompt=True).removeprefix(engine.render(before)) + fact.opening
 
 
-def answer(session: Session, fact: Fact) -> str:
-    """How the model completes the opening: as many tokens as the code has, greedily; the session stays as it was."""
+def ask(session: Session, facts: Sequence[Fact]) -> dict[Fact, str]:
+    """How the model completes the opening for each fact: as many tokens as the code has, greedily.
+
+    The session stays as it was, and one question does not see another.
+    """
+    engine = session.engine
+    questions = [engine.encode(question_text(engine, fact)) for fact in facts]
+    columns = zip(*questions, strict=False)
+    shared = [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, columns)]
     branch = session.fork(policy=PLAIN)
-    branch.append(question_text(session.engine, fact))
-    said: list[int] = []
-    for _ in session.engine.encode(f" {fact.code}"):
-        said.append(int(branch.logits([0])[0].argmax()))
-        branch.append(said[-1:])
-    return session.engine.decode(said).strip()
+    branch.append(shared)
+    answers = {}
+    for fact, question in zip(facts, questions, strict=True):
+        said: list[int] = []
+        for _ in engine.encode(f" {fact.code}"):
+            expected = branch.logits([*question[len(shared) :], *said, 0])[-1]
+            said.append(int(expected.argmax()))
+        answers[fact] = engine.decode(said).strip()
+    return answers
 
 
 def run_demo(console: Console, model: str, policy: MemoryPolicy, num_letters: int, seed: int) -> None:
@@ -260,7 +271,10 @@ def run_demo(console: Console, model: str, policy: MemoryPolicy, num_letters: in
             bars.step("the same letters into a plain cache", number, len(written))
             everything.append(letter.messages)
     readers = {MEMORY: session, TRUNCATED: cut_off, EVERYTHING: everything}
-    answers = ask_all(readers, written, bars)
+    answers = {}
+    for name, reader in readers.items():
+        with bars.showing(f"asking for every ship: {name}"):
+            answers[name] = ask(reader, [fact for letter in written for fact in letter.facts])
     num_lost = sum(end <= ends[-1] - num_recent for end in ends)
     console.print(answers_table(written, answers))
     console.print(sizes_table(written, answers, readers, num_lost))
@@ -272,7 +286,7 @@ def read_letters(
     """Read letter after letter, and show what happens; where in the conversation each of them ends, in tokens."""
     started, ends = time.perf_counter(), []
     for number, letter in enumerate(written, 1):
-        told = " and ".join(f"bus {fact.town} {fact.code}" for fact in letter.facts)
+        told = " and ".join(f"ship {fact.town} {fact.code}" for fact in letter.facts)
         console.print(f"[bold]letter {number}[/] of {len(written)}: [green]{told}[/] in small talk")
         with bars.showing():
             session.append(letter.messages)
@@ -290,7 +304,7 @@ def introduction(model: str, memory: Memory, num_letters: int) -> Panel:
         f"{name} reads {num_letters} letters. Its KV cache may hold [cyan]{memory.trigger_tokens}[/] tokens: whenever "
         f"it is full, its oldest {policy.compact_fraction:.0%} is compacted by Attention Matching, the exact tokens in "
         f"it to {policy.keep_ratio:.0%} of their number, and the reading goes on. Afterwards the model is asked for "
-        "the buses that the letters named; so are two plain caches, one of the same size and one that kept everything.",
+        "the ships that the letters named; so are two plain caches, one of the same size and one that kept everything.",
         title="am-memory demo",
         border_style="cyan",
     )
@@ -300,21 +314,9 @@ Answers = Mapping[str, Mapping[Fact, str]]
 """What each reader says of each fact."""
 
 
-def ask_all(readers: Mapping[str, Session], written: Sequence[Letter], bars: EventBars) -> Answers:
-    """Ask every reader for every fact."""
-    told = [fact for letter in written for fact in letter.facts]
-    answers: dict[str, dict[Fact, str]] = {name: {} for name in readers}
-    with bars.showing():
-        for number, fact in enumerate(told, 1):
-            bars.step("asking for every bus", number, len(told))
-            for name, reader in readers.items():
-                answers[name][fact] = answer(reader, fact)
-    return answers
-
-
 def answers_table(written: Sequence[Letter], answers: Answers) -> Table:
     """All that was said, letter by letter."""
-    table = Table("letter", "told", *answers, title='"Which bus did I take?" "You took bus ..."')
+    table = Table("letter", "told", *answers, title='"Which ship was it?" "It was the ship ..."')
     for number, letter in enumerate(written, 1):
         told = "  ".join(f"{fact.town} {fact.code}" for fact in letter.facts)
         cells = ("  ".join(mark(fact, said[fact]) for fact in letter.facts) for said in answers.values())
@@ -333,7 +335,7 @@ def sizes_table(written: Sequence[Letter], answers: Answers, readers: Mapping[st
     for title, some in groups.items():
         facts = [fact for letter in some for fact in letter.facts]
         counts = (sum(said[fact] == fact.code for fact in facts) for said in answers.values())
-        table.add_row(f"buses recalled, {title}", *(f"[bold]{count}[/] of {len(facts)}" for count in counts))
+        table.add_row(f"ships recalled, {title}", *(f"[bold]{count}[/] of {len(facts)}" for count in counts))
     stats = [reader.stats for reader in readers.values()]
     table.add_row("tokens in the cache", *(f"{stat.kv_tokens:,.0f}" for stat in stats))
     table.add_row("bytes of the cache", *(megabytes(stat.kv_bytes) for stat in stats))

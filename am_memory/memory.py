@@ -125,7 +125,8 @@ class Memory:
         if saved.fingerprint != self.engine.info.fingerprint:
             raise ModelMismatch(
                 f"session {name!r} was saved with model {saved.fingerprint}, this one is "
-                f"{self.engine.info.fingerprint} ({self.engine.info.name}): load the model that it was saved with, or choose another name"
+                f"{self.engine.info.fingerprint} ({self.engine.info.name}): load the model that it was saved with, "
+                "or choose another name"
             )
         cache = self.engine.new_cache()
         cache.restore(saved.state)

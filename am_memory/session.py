@@ -14,7 +14,7 @@ from torch import Tensor
 
 from am_memory.context import Context
 from am_memory.engines.base import Message
-from am_memory.errors import InvalidInput, UnsupportedOperation
+from am_memory.errors import InvalidInput, InvalidPolicy, PromptTooLong, UnsupportedOperation
 from am_memory.events import CompactionReport
 from am_memory.history import History
 from am_memory.policy import MemoryPolicy
@@ -116,7 +116,7 @@ class Session:
 
         Raises:
             InvalidInput: empty, not one of these, or token ids outside the vocabulary.
-            InvalidPolicy: what the policy pins leaves no room below its trigger.
+            PromptTooLong: what the policy pins leaves no room below its trigger.
             CompactionFailed: a compaction on the way failed.
         """
         with self._step():
@@ -155,8 +155,15 @@ class Session:
         num_pinned = policy.num_sinks
         if policy.pinned in ("system", "first_message"):
             num_pinned = self._history.num_pinned_tokens(self.engine, policy.pinned) or num_pinned
-        if num_pinned != self._context.num_pinned:
+        if num_pinned == self._context.num_pinned:
+            return
+        try:
             self._context.pin(num_pinned)
+        except InvalidPolicy as error:
+            raise PromptTooLong(
+                f"the first {num_pinned} tokens are to stay exact (pinned={policy.pinned!r}), and no compaction can "
+                f"make room beside them: raise trigger_tokens from {self._context.trigger}, or pin less ({error})"
+            ) from error
 
     @property
     def _ends_turn(self) -> bool:

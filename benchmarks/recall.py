@@ -21,11 +21,12 @@ from am_memory import Memory, MemoryPolicy, Session
 from am_memory.demo import Fact, facts, hide, prose, question_text
 
 CONTINUATION = (
-    " Bread begins with flour, water, salt and time. The baker mixes the dough early in the morning, lets it rest under a "
-    "cloth, and folds it every half hour until it feels alive. Steam in the oven keeps the crust soft while the loaf "
-    "grows; later the steam is let out, so that the crust turns brown and crisp. A good loaf sings when it cools: the "
-    "crust crackles as it shrinks, and the smell fills the whole street. Most people buy their bread without a thought "
-    "for any of this, but once you have baked your own, you will never again pay for a bad loaf."
+    " Bread begins with flour, water, salt and time. The baker mixes the dough early in the morning, lets "
+    "it rest under a cloth, and folds it every half hour until it feels alive. Steam in the oven keeps "
+    "the crust soft while the loaf grows; later the steam is let out, so that the crust turns brown and "
+    "crisp. A good loaf sings when it cools: the crust crackles as it shrinks, and the smell fills the "
+    "whole street. Most people buy their bread without a thought for any of this, but once you have baked "
+    "your own, you will never again pay for a bad loaf."
 )
 POLICY = MemoryPolicy(trigger_tokens=1.0, pinned="sinks", max_compact_tokens=8000)
 ONCE = {

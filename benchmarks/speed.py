@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py --model MODEL
 
-Each figure is a median; the two sides of a ratio are measured in turn (A, B, A, B...), so that a noisy machine hits both.
+Each figure is a median; the sides of a ratio are measured in turn (A, B, A, B...), so that noise hits all of them.
 """
 
 from __future__ import annotations
@@ -54,9 +54,12 @@ def decode(model: torch.nn.Module, cache: object, num_tokens: int) -> float:
     with torch.no_grad():
         for number in range(2):
             model(torch.tensor([[100 + number]]), past_key_values=cache)
-        return seconds(
-            lambda: [model(torch.tensor([[100 + number]]), past_key_values=cache) for number in range(num_tokens)]
-        ) / num_tokens
+        return (
+            seconds(
+                lambda: [model(torch.tensor([[100 + number]]), past_key_values=cache) for number in range(num_tokens)]
+            )
+            / num_tokens
+        )
 
 
 def decoding(memory: Memory, repeats: int) -> dict[str, float]:
@@ -144,17 +147,29 @@ def main() -> None:
     write_json(args.out, results)
     speed, read, cost = results["decoding"], results["reading"], results["event"]
     rows = [
-        (f"decoding, compacted to {speed['physical_tokens']} tokens", f"{1 / speed['compacted']:.1f} tokens/s",
-         f"{speed['DynamicCache'] / speed['compacted']:.2f}x"),
-        ("decoding, ours uncompacted, same length", f"{1 / speed['exact']:.1f} tokens/s",
-         f"{speed['DynamicCache'] / speed['exact']:.2f}x"),
+        (
+            f"decoding, compacted to {speed['physical_tokens']} tokens",
+            f"{1 / speed['compacted']:.1f} tokens/s",
+            f"{speed['DynamicCache'] / speed['compacted']:.2f}x",
+        ),
+        (
+            "decoding, ours uncompacted, same length",
+            f"{1 / speed['exact']:.1f} tokens/s",
+            f"{speed['DynamicCache'] / speed['exact']:.2f}x",
+        ),
         ("decoding, DynamicCache with sdpa, same length", f"{1 / speed['DynamicCache']:.1f} tokens/s", "1x"),
         ("reading 2,048 tokens", f"{2048 / read['ours']:.0f} tokens/s", f"{read['DynamicCache'] / read['ours']:.2f}x"),
-        ("reading, DynamicCache in the same chunks", f"{2048 / read['DynamicCache, chunks']:.0f} tokens/s",
-         f"{read['DynamicCache'] / read['DynamicCache, chunks']:.2f}x"),
+        (
+            "reading, DynamicCache in the same chunks",
+            f"{2048 / read['DynamicCache, chunks']:.0f} tokens/s",
+            f"{read['DynamicCache'] / read['DynamicCache, chunks']:.2f}x",
+        ),
         ("reading, DynamicCache at once", f"{2048 / read['DynamicCache']:.0f} tokens/s", "1x"),
-        ("compacting 1,024 tokens", f"{cost['event']:.2f} s (repeat {cost['repeat']:.2f}, score {cost['score']:.2f}, fit "
-         f"{cost['fit']:.2f})", f"{cost['event / read']:.2f}x the {cost['read']:.2f} s of reading them"),
+        (
+            "compacting 1,024 tokens",
+            f"{cost['event']:.2f} s (repeat {cost['repeat']:.2f}, score {cost['score']:.2f}, fit {cost['fit']:.2f})",
+            f"{cost['event / read']:.2f}x the {cost['read']:.2f} s of reading them",
+        ),
     ]
     print(f"{args.model}, medians of {args.repeats}; {machine()}\n\n{table(('what', 'measured', 'ratio'), rows)}")
 

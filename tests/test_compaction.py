@@ -158,7 +158,9 @@ def test_refit_carries_the_bias_of_what_it_compacts_again(new_session: NewSessio
     session = new_session()
     session.compact(1.0)
     expected = session.logits(TOKENS[:20])
-    branch = session.fork(policy=session._context.policy.model_copy(update={"recompaction": "refit", "keep_ratio": 1.0}))
+    branch = session.fork(
+        policy=session._context.policy.model_copy(update={"recompaction": "refit", "keep_ratio": 1.0})
+    )
     branch._context.policy = branch._context.policy.model_copy(update={"max_compact_tokens": 500})
     branch.append(TOKENS[:2])
     session.append(TOKENS[:2])

@@ -29,7 +29,9 @@ def memory(engine: TransformersEngine) -> Memory:
     return memory
 
 
-def generate(model: PreTrainedModel, ids: torch.Tensor, cache: object, num_tokens: int, **options: object) -> torch.Tensor:
+def generate(
+    model: PreTrainedModel, ids: torch.Tensor, cache: object, num_tokens: int, **options: object
+) -> torch.Tensor:
     return model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

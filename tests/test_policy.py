@@ -92,7 +92,8 @@ def test_nothing_but_recent_tokens_cannot_be_compacted_by_the_trigger() -> None:
 def test_a_block_too_small_for_its_slots_is_refused_with_the_way_out() -> None:
     policy = MemoryPolicy(keep_ratio=0.001, min_slots=4)
     with pytest.raises(
-        BudgetTooSmall, match=r"keep_ratio 0.001 of 512 tokens leaves 0.5 slots .* at least 4 .* raise keep_ratio to 0.008"
+        BudgetTooSmall,
+        match=r"keep_ratio 0.001 of 512 tokens leaves 0.5 slots .* at least 4 .* raise keep_ratio to 0.008",
     ):
         plan(policy, exact_sizes(512), 8192, fraction=1.0)
 
@@ -134,7 +135,9 @@ def test_a_plan_covers_exact_tokens_that_may_go_and_fits_its_bound(
     newest = made.newest
     assert newest.start == max(sizes.num_tokens - sizes.num_tail_tokens, sizes.num_pinned)
     assert newest.start < newest.end <= sizes.num_tokens - (keep_recent if fraction is None else 0)
-    assert [(each.start, each.end) for each in made.segments[:-1]] == [(each.start, each.end) for each in sizes.segments]
+    assert [(each.start, each.end) for each in made.segments[:-1]] == [
+        (each.start, each.end) for each in sizes.segments
+    ]
     assert all(new.num_slots <= old.num_slots for new, old in zip(made.segments, sizes.segments, strict=False))
     assert sum(each.num_slots for each in made.segments) <= max_compact_tokens(policy, 1000) * NUM_HEADS
 
@@ -278,7 +281,9 @@ def test_a_trigger_that_cannot_work_says_why_and_what_to_do(
 
 def test_a_ratio_that_leaves_too_few_slots_says_which_would_do() -> None:
     policy = MemoryPolicy(trigger_tokens=256, keep_ratio=0.01, min_slots=4)
-    with pytest.raises(BudgetTooSmall, match=r"keep_ratio 0.01 of \d+ tokens .*at least 4 .*raise keep_ratio to 0\.0\d+"):
+    with pytest.raises(
+        BudgetTooSmall, match=r"keep_ratio 0.01 of \d+ tokens .*at least 4 .*raise keep_ratio to 0\.0\d+"
+    ):
         trigger_tokens(policy, 4096, 4)
 
 

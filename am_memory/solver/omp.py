@@ -101,8 +101,8 @@ class _Pursuit:
         gram: (B, seq_len, seq_len) float32.
         picks: (B, max_picks) int64, indices of the picked keys.
         is_pick: (B, max_picks) bool, False where no independent key was left to pick.
-        factor: (B, max_picks, seq_len) float64, rows of a pivoted Cholesky factor of gram: the part of the pick's column
-            outside the span of the earlier picks, normalised, times all columns.
+        factor: (B, max_picks, seq_len) float64, rows of a pivoted Cholesky factor of gram: the normalised part of the
+            pick's column outside the span of the earlier picks, times all columns.
         inverse: (B, max_picks, max_picks) float64, upper triangular: the inverse of the factor's columns at the picks.
         weight: (B, max_picks) float64, least-squares weights of the picks.
         correlation: (B, seq_len) float64, of each column with the mass that the weighted picks leave unexplained.

@@ -30,8 +30,8 @@ def layer_windows(model: PreTrainedModel) -> list[int | None]:
     reason = _reason_against(model, config)
     if reason is not None:
         raise UnsupportedModel(
-            f"{type(model).__name__} {reason}; use a decoder-only model with standard attention (Llama, Mistral, Qwen2, "
-            "Qwen3, SmolLM, Phi-3, Granite, OLMo...)"
+            f"{type(model).__name__} {reason}; use a decoder-only model with standard attention (Llama, Mistral, "
+            "Qwen2, Qwen3, SmolLM, Phi-3, Granite, OLMo...)"
         )
     layer_types, layer_kwargs = get_layer_types_and_kwargs(config)
     return [
