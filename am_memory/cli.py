@@ -144,7 +144,7 @@ class Chat:
 
     def read_line(self) -> str:
         """The next line, after one that shows how full the cache is; "/quit" at the end of the input."""
-        self.console.print(status(self.session, self.memory.trigger_tokens))
+        self.console.print(status(self.session, self.memory.trigger_tokens), soft_wrap=True)
         try:
             line = input("> ").strip()
         except EOFError:

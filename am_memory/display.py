@@ -25,7 +25,8 @@ from am_memory.session import Session
 from am_memory.storage import SavedSession
 
 STAGES = {"repeat": "  repeating the block", "score": "  scoring its keys", "fit": "  fitting layer by layer"}
-BAR_CELLS = 24
+BAR_CELLS = 20
+MIB = 2**20
 LEVELS = " ▁▂▃▄▅▆▇█"
 
 
@@ -86,27 +87,27 @@ class EventBars:
                     end="",
                 )
             case CompactionFinished(_, report):
-                self._console.print(describe(report))
+                self._console.print(describe(report), soft_wrap=True)
             case WindowExceeded(_, logical_tokens, window_tokens):
                 self._warn(f"{logical_tokens:,} tokens: past the {window_tokens:,} positions this model was trained on")
             case SessionRebuilt(_, num_tokens, reason):
                 self._warn(f"reading {num_tokens:,} tokens again: {reason}")
 
     def _warn(self, text: str) -> None:
-        self._console.print(f"[yellow]  {text}[/]")
+        self._console.print(f"[yellow]  {text}[/]", soft_wrap=True)
 
 
 def describe(report: CompactionReport) -> Text:
     """One line for one compaction."""
     return Text.from_markup(
-        f"  [bold magenta]compacted[/] tokens {report.start:,}-{report.end:,} into {report.num_slots:.0f} slots per "
-        f"head[dim] · cache {report.kv_tokens_before:.0f} → {report.kv_tokens_after:.0f} tokens, "
-        f"{megabytes(report.kv_bytes_before)} → {megabytes(report.kv_bytes_after)} · {report.seconds:.1f} s[/]"
+        f"  [bold magenta]compacted[/] tokens {report.start:,}-{report.end:,} to {report.num_slots:.0f} slots per head"
+        f"[dim]: {report.kv_tokens_before:.0f} → {report.kv_tokens_after:.0f} tokens, "
+        f"{report.kv_bytes_before / MIB:.1f} → {megabytes(report.kv_bytes_after)}, {report.seconds:.1f} s[/]"
     )
 
 
 def megabytes(num_bytes: float) -> str:
-    return f"{num_bytes / 2**20:.1f} MiB"
+    return f"{num_bytes / MIB:.1f} MiB"
 
 
 def status(session: Session, trigger_tokens: int) -> Text:
@@ -116,8 +117,8 @@ def status(session: Session, trigger_tokens: int) -> Text:
     times = "1 compaction" if stats.num_compactions == 1 else f"{stats.num_compactions} compactions"
     return Text.from_markup(
         f"  [cyan]{'█' * full}[/][dim]{'░' * (BAR_CELLS - full)}[/] [cyan]{stats.kv_tokens:.0f}[/]/{trigger_tokens} "
-        f"tokens in the cache[dim], {stats.logical_tokens:,} in the conversation · "
-        f"{megabytes(stats.kv_bytes)} instead of {megabytes(stats.exact_kv_bytes)} · {times}[/]"
+        f"tokens in the cache[dim], {stats.logical_tokens:,} said · {stats.kv_bytes / MIB:.1f} of "
+        f"{megabytes(stats.exact_kv_bytes)} · {times}[/]"
     )
 
 
@@ -166,12 +167,12 @@ def layers_table(saved: SavedSession) -> Table:
     most = max((count for heads in counts for count in heads), default=0)
     for index, (layer, heads) in enumerate(zip(saved.state.layers, counts, strict=True)):
         if not isinstance(layer, TailState):
-            table.add_row(str(index), "sliding window", "", "", f"{layer_bytes(layer) / 2**20:.2f}")
+            table.add_row(str(index), "sliding window", "", "", f"{layer_bytes(layer) / MIB:.2f}")
             continue
         bars = "".join(LEVELS[round((len(LEVELS) - 1) * max(count, 0) / max(most, 1))] for count in heads)
         shown = "  ".join(f"{max(count, 0):4d}" for count in heads)
         exact = f"{layer.length + num_pinned:,}"
-        table.add_row(str(index), shown, f"[cyan]{bars}[/]", exact, f"{layer_bytes(layer) / 2**20:.2f}")
+        table.add_row(str(index), shown, f"[cyan]{bars}[/]", exact, f"{layer_bytes(layer) / MIB:.2f}")
     return table
 
 

@@ -228,7 +228,11 @@ def plan(policy: MemoryPolicy, sizes: Sizes, trigger: int, fraction: float | Non
     _check_floor(policy, end - start)
     newest = Segment(start, end, round(policy.keep_ratio * (end - start) * sizes.num_heads))
     bound = max_compact_tokens(policy, trigger) * sizes.num_heads
-    return Plan(tuple(shrink([*older, newest], bound)), is_refit)
+    segments = shrink([*older, newest], bound)
+    floor = min(policy.min_slots * sizes.num_heads, newest.num_slots)
+    if segments[-1].num_slots < floor:  # so long a conversation that an equal share is too little to begin with
+        segments = [*shrink(older, bound - floor), resized(newest, floor)]
+    return Plan(tuple(segments), is_refit)
 
 
 def shrink(segments: Sequence[Segment], max_slots: int) -> list[Segment]:

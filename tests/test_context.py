@@ -12,7 +12,7 @@ from types import FrameType
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -164,7 +164,10 @@ steps = st.lists(st.tuples(st.booleans(), st.integers(1, 130)), min_size=1, max_
 def test_the_cache_never_exceeds_the_trigger_nor_the_segments_their_bound(
     new_context: NewContext, steps: list[tuple[bool, int]], **values: object
 ) -> None:
-    context, sizes = new_context(MemoryPolicy(**values, pinned=2)), []
+    try:
+        context, sizes = new_context(MemoryPolicy(**values, pinned=2)), []
+    except InvalidPolicy:  # one that could not go on for ever is refused beforehand
+        reject()
     watched(context, sizes)
     for is_read, count in steps:
         if is_read or not context.tokens:
@@ -367,8 +370,8 @@ def test_rewinding_exact_tokens_is_as_if_they_had_never_been_read(new_context: N
     context, other = new_context(), new_context()
     read(context, some_tokens(120))
     read(other, some_tokens(120))
-    num_compactions = len(context.schedule)
-    read(context, some_tokens(5, seed=1))
+    num_compactions, room = len(context.schedule), int(context.trigger - context.cache.kv_tokens)
+    read(context, some_tokens(room, seed=1))
     assert len(context.schedule) == num_compactions > 0
     context.rewind(120)
     assert context.tokens == other.tokens
@@ -511,14 +514,14 @@ class Boom(Exception):
 
 
 @contextmanager
-def failing_layer(model: PreTrainedModel, at_call: int, error: type[BaseException]) -> Iterator[list[int]]:
+def failing_layer(model: PreTrainedModel, at_call: int) -> Iterator[list[int]]:
     """The model's second layer raises at its nth call: the first layer has taken the tokens in by then."""
     calls = []
 
     def raise_at(*args: object) -> None:
         calls.append(len(calls) + 1)
         if calls[-1] == at_call:
-            raise error
+            raise Boom
 
     hook = model.model.layers[1].register_forward_pre_hook(raise_at)
     try:
@@ -528,10 +531,10 @@ def failing_layer(model: PreTrainedModel, at_call: int, error: type[BaseExceptio
 
 
 STEPS: dict[str, Callable[[Context], None]] = {
-    "append": lambda context: read(context, some_tokens(90, seed=5)),
+    "append": lambda context: read(context, some_tokens(30, seed=5)),
     "generate": lambda context: write(context, 1),
     "compact": lambda context: atomic(context, context.compact),
-    "rewind": lambda context: atomic(context, lambda: context.rewind(60)),
+    "rewind": lambda context: atomic(context, lambda: context.rewind(70)),
 }
 
 
@@ -545,27 +548,22 @@ def origin(engine: TransformersEngine) -> Context:
     """At its trigger, after compactions; tests go on with branches of it."""
     policy = POLICY.model_copy(update={"reference_queries": BOTH})
     context = Context("test", engine, policy, ignore, engine.new_cache(), num_pinned=3)
-    read(context, some_tokens(90))
-    write(context, 1)
-    while context.cache.kv_tokens + 1 <= context.trigger:
-        write(context, 1)
-    assert context.schedule
+    read(context, some_tokens(110))
+    read(context, some_tokens(int(context.trigger - context.cache.kv_tokens)))
+    assert len(context.schedule) > 2
     return context
 
 
-@pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
 @pytest.mark.parametrize("name", STEPS)
-def test_a_failure_in_any_forward_pass_changes_nothing(
-    origin: Context, tiny_model: PreTrainedModel, name: str, error: type[BaseException]
-) -> None:
+def test_a_failure_in_any_forward_pass_changes_nothing(origin: Context, tiny_model: PreTrainedModel, name: str) -> None:
     step, untouched, context = STEPS[name], origin.fork("untouched"), origin.fork("test")
     before = snapshot(context)
     at_call = 1
     while True:
-        with failing_layer(tiny_model, at_call, error) as calls:
+        with failing_layer(tiny_model, at_call) as calls:
             try:
                 step(context)
-            except error:
+            except Boom:
                 assert snapshot(context) == before
             else:
                 break
@@ -576,9 +574,8 @@ def test_a_failure_in_any_forward_pass_changes_nothing(
     assert_same_entries(context, untouched, atol=1e-6)
 
 
-@pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
 @pytest.mark.parametrize("name", STEPS)
-def test_a_failure_at_any_event_changes_nothing(origin: Context, name: str, error: type[BaseException]) -> None:
+def test_an_interrupt_at_any_event_changes_nothing(origin: Context, name: str) -> None:
     """Events come between all stages of a step; the last one when all is done but the step itself."""
     step, context, events = STEPS[name], origin.fork("test"), []
     before = snapshot(context)
@@ -586,14 +583,14 @@ def test_a_failure_at_any_event_changes_nothing(origin: Context, name: str, erro
     def listen(event: Event) -> None:
         events.append(event)
         if len(events) == at_event:
-            raise error
+            raise KeyboardInterrupt
 
     context.notify = listen
     for at_event in range(1, 1000):  # noqa: B007  read by the listener
         events.clear()
         try:
             step(context)
-        except error:
+        except KeyboardInterrupt:
             assert snapshot(context) == before
         else:
             break
@@ -602,12 +599,12 @@ def test_a_failure_at_any_event_changes_nothing(origin: Context, name: str, erro
 
 @pytest.mark.parametrize("name", STEPS)
 def test_an_interrupt_at_any_line_leaves_the_state_before_the_step_or_after_it(origin: Context, name: str) -> None:
-    """Control-C strikes between any two lines: 40 of them, spread over the library's own lines of the step."""
+    """Control-C strikes between any two lines: 20 of them, spread over the library's own lines of the step."""
     step, after = STEPS[name], origin.fork("after")
     with interrupted_at(None) as num_lines:
         step(after)
     expected = [snapshot(origin)[:2], snapshot(after)[:2]]
-    for at_line in {round(1 + share / 39 * (num_lines[0] - 1)) for share in range(40)}:
+    for at_line in {round(1 + share / 19 * (num_lines[0] - 1)) for share in range(20)}:
         context = origin.fork("test")
         with interrupted_at(at_line), pytest.raises(KeyboardInterrupt):
             step(context)

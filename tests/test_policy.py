@@ -69,6 +69,15 @@ def test_older_segments_shrink_so_that_all_fit() -> None:
     assert after[1] == segments[1]
 
 
+def test_a_new_segment_has_its_floor_however_long_the_conversation() -> None:
+    """Equal shares of a bound fall below a slot per head in the end: a layer without any slots could not be fitted."""
+    policy = MemoryPolicy(trigger_tokens=64, keep_ratio=0.25, keep_recent=0, min_slots=2)
+    older = tuple(Segment(start, start + 10, 2 * NUM_HEADS) for start in range(0, 10_000, 10))
+    made = plan(policy, Sizes(10_048, 0, 48, older, NUM_HEADS), 64, fraction=1.0)
+    assert made.newest.num_slots == 2 * NUM_HEADS
+    assert sum(segment.num_slots for segment in made.segments) <= 16 * NUM_HEADS
+
+
 def test_refit_makes_one_segment_of_everything_before_it() -> None:
     policy = MemoryPolicy(trigger_tokens=1000, keep_recent=0, recompaction="refit")
     made = plan(policy, Sizes(1500, 4, 896, (Segment(4, 604, 60 * NUM_HEADS),), NUM_HEADS), 1000)

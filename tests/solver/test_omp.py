@@ -44,7 +44,19 @@ def test_duplicate_keys_are_picked_once_and_the_rest_goes_to_the_highest_scores(
     assert picks[3:] == sorted(set(range(8)) - set(picks[:3]), reverse=is_rising)
 
 
-def test_the_factor_grows_with_the_picks(make_block):
+def test_a_key_of_no_weight_comes_last(make_block):
+    distinct = make_block(1, 3)
+    repeated = [0, 0, 1, 2, 2]
+    key_bias = torch.tensor([[-torch.inf, 0.0, 0.0, 0.0, 0.0]])
+    block = Block(
+        distinct.query, distinct.key[:, repeated], distinct.value[:, repeated], distinct.scaling, key_bias=key_bias
+    )
+    picks = OMP()(block, attention_scores(block), torch.tensor([5]))[0].tolist()
+    assert sorted(repeated[pick] for pick in picks[:3]) == [0, 1, 2]
+    assert picks[4] == 0
+
+
+def test_a_hundred_picks_are_those_of_the_definition(make_block):
     block = make_block(1, 200, 400)
     indices = OMP()(block, attention_scores(block), torch.tensor([100]))
     assert indices[0].tolist() == naive.omp(naive.Head.of(block, 0), 100)
