@@ -128,12 +128,18 @@ class Slots:
         cu_slots = tuple(kept_before[start] for start in self.cu_slots)
         return self._of((tensor[keep] for tensor in self.tensors), cu_slots)
 
-    def cut(self, segments: Iterable[Segment]) -> Slots:
-        """Drop the slots that no longer fit in their segment's `num_slots`."""
-        keep = torch.ones_like(self.ranks, dtype=torch.bool)
-        for segment in segments:
-            is_inside = (self.positions >= segment.start) & (self.positions < segment.end)
-            keep &= ~is_inside | (self.ranks < segment.num_slots)
+    def cut(self, segments: Sequence[Segment]) -> Slots:
+        """Drop the slots that no longer fit in their segment's `num_slots`.
+
+        Args:
+            segments: all that the slots are of, in the order of their tokens.
+        """
+        if not segments:
+            return self
+        starts = self.positions.new_tensor([segment.start for segment in segments])
+        limits = self.ranks.new_tensor([segment.num_slots for segment in segments])
+        # A pinned slot comes before all of them, hence the index -1; its rank is below any limit.
+        keep = self.ranks < limits[torch.searchsorted(starts, self.positions, right=True) - 1]
         return self if bool(keep.all()) else self.where(keep)
 
     @property
@@ -309,6 +315,14 @@ class SlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
     def is_croppable(self) -> bool:  # type: ignore[override]
         """Whether the window still holds everything, or (assisted decoding) is kept longer than it need be."""
         return self.record_past or self.cumulative_length < self.sliding_window
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        everything = super().update(key_states, value_states, *args, **kwargs)
+        assert self.keys is not None
+        assert self.values is not None
+        if self.keys.untyped_storage().nbytes() > 1.5 * self.keys.nbytes:  # the whole of a long chunk
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+        return everything
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove or self.record_past:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from am_memory.budgets import adaptive_ranks, uniform_ranks
 from am_memory.cache import CacheState, CompactableLayer, KVCache, Segment, Slots
-from am_memory.errors import CompactionFailed
+from am_memory.errors import CompactionFailed, InvalidInput
 from am_memory.policy import MemoryPolicy, Plan
 from am_memory.queries import ReferenceQueries
 from am_memory.solver import Block, ExactAttention, Fit, exact_attention, fit
@@ -63,7 +63,7 @@ def compact(
     """
     started = time.perf_counter()
     segment, layers = plan.newest, cache.compactable
-    with _failures(segment):
+    with failures(segment):
         entries = [Entries.of(layer, segment) for layer in layers]
         blocks = [
             Block(sample.query, held.key, held.value, float(layer.scaling or 0), sample.log_mass, held.bias)
@@ -197,10 +197,14 @@ def fit_layer(
 
 
 @contextmanager
-def _failures(segment: Segment) -> Iterator[None]:
-    """Out of memory, on any device, as an error of ours."""
+def failures(segment: Segment) -> Iterator[None]:
+    """What can go wrong in a compaction, as an error of ours: out of memory on any device, keys that are not finite."""
     try:
         yield
+    except InvalidInput as error:
+        raise CompactionFailed(
+            f"tokens {segment.start} to {segment.end} cannot be compacted: {error}; nothing was changed"
+        ) from error
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise

@@ -15,7 +15,7 @@ from functools import partial
 from torch import Tensor, cat
 
 from am_memory.cache import KVCache
-from am_memory.compaction import Progress, compact
+from am_memory.compaction import Progress, compact, failures
 from am_memory.engines.base import Engine
 from am_memory.errors import CompactionFailed, InvalidInput
 from am_memory.events import (
@@ -198,7 +198,8 @@ class Context:
 
         started = time.perf_counter()
         exact_start = max(segment.start, cache.num_tokens - cache.num_tail_tokens)
-        queries = self._reference_queries(exact_start, segment.end, progress)
+        with failures(segment):
+            queries = self._reference_queries(exact_start, segment.end, progress)
         query_seconds = time.perf_counter() - started
         result = compact(cache, plan, self.num_pinned, queries, self.policy, progress)
         cache.restore(result.state)

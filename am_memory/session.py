@@ -144,9 +144,8 @@ class Session:
         if not token_ids:
             raise InvalidInput(f"empty input {content!r}: append at least one token")
         self._context.check(token_ids)
-        if self._history is history:
-            text = content if isinstance(content, str) else self.engine.decode(token_ids, skip_special=True)
-            self._history = history.continued(text, num_tokens)
+        if self._history is history and history.messages:
+            self._history = history.continued(self.engine.decode(token_ids, skip_special=True), num_tokens)
         return token_ids
 
     def _pin(self) -> None:
@@ -238,9 +237,11 @@ class Session:
             (num_tokens, vocab_size) float32; row i is the prediction of token i of the continuation.
 
         Raises:
-            InvalidInput: an empty continuation or conversation, or ids outside the vocabulary.
+            InvalidInput: an empty conversation, or a continuation that is empty, or neither text nor token ids.
         """
         self._require_tokens()
+        if not isinstance(continuation, Sequence):
+            raise InvalidInput(f"{type(continuation).__name__} is no continuation: give text or token ids")
         with self._step():
             token_ids = self.engine.encode(continuation) if isinstance(continuation, str) else list(continuation)
             if not token_ids:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a hub, and none may wait for one
@@ -12,6 +12,8 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -33,7 +35,7 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-torch.set_num_threads(1)  # tensors this small only wait for each other on several threads
+torch.set_num_threads(1)  # tensors this small, and busy machines, only make several threads wait for each other
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,14 +49,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _same_random_numbers_in_every_test() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def _all_threads_for_the_demo_model(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.node.get_closest_marker("model"):
-        torch.set_num_threads(min(4, os.cpu_count() or 1))
-    yield
-    torch.set_num_threads(1)
 
 
 def random_llama() -> PreTrainedModel:
@@ -76,6 +70,34 @@ def random_llama() -> PreTrainedModel:
         tie_word_embeddings=False,
     )
     return LlamaForCausalLM(config).to(torch.float32).eval().requires_grad_(False)
+
+
+def random_gemma() -> PreTrainedModel:
+    """One full layer between two with a sliding window of 16 tokens, the same weights each time."""
+    torch.manual_seed(20260216)
+    config = Gemma3TextConfig(
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        bos_token_id=IM_START_ID,
+        eos_token_id=IM_END_ID,
+        pad_token_id=PAD_ID,
+    )
+    return Gemma3ForCausalLM(config).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def new_sliding_model() -> Callable[[], PreTrainedModel]:
+    """Makes equal models whose layers differ in what they attend to."""
+    return random_gemma
 
 
 @pytest.fixture(scope="session")

@@ -254,3 +254,33 @@ def test_live_queries_that_have_not_passed_yet_are_asked_for(new_session: NewSes
     session = new_session(reference_queries=("live",))
     with pytest.raises(CompactionFailed, match="no query has passed since token 239"):
         session.compact(1.0)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_running_out_of_memory_in_the_repeat_pass_leaves_the_session_as_it_was(
+    new_session: NewSession, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """The pass was outside of what turned running out of memory into an error of ours."""
+    from am_memory import context
+
+    session = new_session()
+    before, stats = session.logits(TOKENS[:9]), session.stats
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(context, "repeat_queries", fail)
+    with pytest.raises(CompactionFailed, match=r"out of memory .* lower trigger_tokens"):
+        session.compact(0.5)
+    assert session.stats == stats
+    assert torch.equal(session.logits(TOKENS[:9]), before)
+
+
+def test_keys_that_are_not_finite_cannot_be_compacted_and_say_so(new_session: NewSession) -> None:
+    session = new_session()
+    stats = session.stats
+    key, _ = session._context.cache.compactable[1].exact_entries(20, 21)
+    key.fill_(torch.nan)
+    with pytest.raises(CompactionFailed, match="not finite"):
+        session.compact(0.5)
+    assert session.stats == stats

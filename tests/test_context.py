@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import am_memory
 from am_memory import MemoryPolicy
@@ -434,12 +434,11 @@ def test_rewinding_twice_goes_on_from_the_first(new_context: NewContext) -> None
     assert_same_entries(context, other, atol=1e-4)
 
 
-def test_rewinding_a_full_sliding_window_reads_again(byte_tokenizer, new_context: NewContext) -> None:
+def test_rewinding_a_full_sliding_window_reads_again(
+    new_sliding_model: Callable[[], PreTrainedModel], byte_tokenizer: PreTrainedTokenizerBase
+) -> None:
     """transformers calls a full window croppable: the layers before it were cut, and then it raised."""
-    from tests.engines.test_families import FAMILIES
-
-    family = next(each for each in FAMILIES if each.name == "Gemma3Text")
-    engine = TransformersEngine(family.build(), byte_tokenizer)
+    engine = TransformersEngine(new_sliding_model(), byte_tokenizer)
     context, other = (Context("test", engine, POLICY, ignore, engine.new_cache()) for _ in range(2))
     read(context, some_tokens(60))
     context.rewind(59)  # forgets what is not in the cache yet

@@ -1,160 +1,355 @@
-"""The drop-in: transformers' own `generate` over a cache that compacts by itself."""
+"""`model.generate(**inputs, past_key_values=memory.cache())`: plain transformers, compacting by itself."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
+from contextlib import contextmanager, redirect_stdout
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from am_memory import Memory, MemoryPolicy
 from am_memory.cache import KVCache
 from am_memory.engines.transformers import TransformersEngine
-from am_memory.errors import AMMemoryError, InvalidInput, UnsupportedOperation
-from am_memory.events import CompactionFinished
+from am_memory.errors import CompactionFailed, InvalidInput, UnsupportedOperation
+from am_memory.events import CompactionFinished, Event, ReadProgress
 
-PROMPT = torch.tensor([[(7 * position * position + 3) % 250 for position in range(40)]])
+POLICY = MemoryPolicy(trigger_tokens=64, keep_ratio=0.25, keep_recent=6, pinned=4, chunk_tokens=16)
+LARGE = POLICY.model_copy(update={"trigger_tokens": 2000})
+PROMPT = list(b"The owl sat on the old oak.")
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 258}
+SAMPLED = {**GREEDY, "do_sample": True, "temperature": 0.9, "top_k": 40, "top_p": 0.95}
+
+
+def ids(tokens: list[int] | range) -> Tensor:
+    return torch.tensor([list(tokens)])
+
+
+def long_prompt(count: int) -> list[int]:
+    return [(7 * position * position + 3 * position) % 256 for position in range(count)]
 
 
 @pytest.fixture
-def memory(engine: TransformersEngine) -> Memory:
-    """Fires at 96 tokens; its finished compactions are in `memory.finished`."""
-    finished: list[object] = []
-    policy = MemoryPolicy(trigger_tokens=96, keep_ratio=0.25, keep_recent=8, chunk_tokens=32)
-    memory = Memory(
-        engine, policy, on_event=lambda event: finished.append(event) if isinstance(event, CompactionFinished) else None
-    )
-    memory.finished = finished  # type: ignore[attr-defined]
-    return memory
+def events() -> list[Event]:
+    return []
 
 
-def generate(
-    model: PreTrainedModel, ids: torch.Tensor, cache: object, num_tokens: int, **options: object
-) -> torch.Tensor:
-    return model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
-        max_new_tokens=num_tokens,
-        pad_token_id=258,
-        **{"do_sample": False, "min_new_tokens": num_tokens, **options},
-    )
+@pytest.fixture
+def memory(engine: TransformersEngine, events: list[Event]) -> Memory:
+    return Memory(engine, POLICY, on_event=events.append)
 
 
-def test_while_nothing_is_compacted_it_is_the_stock_model(memory: Memory, stock_model: PreTrainedModel) -> None:
-    expected = generate(stock_model, PROMPT, None, 30)
-    assert torch.equal(generate(memory.engine.model, PROMPT, memory.cache(), 30), expected)
+@pytest.fixture
+def large(engine: TransformersEngine) -> Memory:
+    """Never compacts here."""
+    return Memory(engine, LARGE)
 
 
-def test_a_long_generation_is_compacted_again_and_again(memory: Memory) -> None:
-    cache = memory.cache()
-    output = generate(memory.engine.model, PROMPT, cache, 400)
-    assert output.shape[1] == 440
-    assert len(memory.finished) >= 6
-    assert cache.num_tokens == 439
-    assert cache.kv_tokens <= 96
+@pytest.fixture
+def generate(tiny_model: PreTrainedModel) -> Callable[..., list[int]]:
+    def call(tokens: list[int], cache: KVCache | None, count: int = 20, **how: object) -> list[int]:
+        how = {**GREEDY, "past_key_values": cache, "max_new_tokens": count, **how}
+        return tiny_model.generate(ids(tokens), **how)[0].tolist()
+
+    return call
 
 
-def test_a_prompt_longer_than_the_trigger_is_compacted_as_it_is_read(memory: Memory) -> None:
-    cache = memory.cache()
-    output = generate(memory.engine.model, PROMPT.repeat(1, 8), cache, 5)
-    assert output.shape[1] == 325
-    assert len(memory.finished) >= 3
-    assert cache.kv_tokens <= 96
+def num_compactions(events: list[Event]) -> int:
+    return sum(isinstance(event, CompactionFinished) for event in events)
 
 
-def test_it_generates_what_a_session_generates(memory: Memory) -> None:
-    ids = PROMPT.repeat(1, 5)
-    session = memory.session()
-    session.append(ids[0].tolist())
-    expected = [token for piece in session.generate(60) for token in piece.token_ids]
-    actual = generate(memory.engine.model, ids, memory.cache(), 60, min_new_tokens=0)[0, 200:].tolist()
-    assert actual[: len(expected)] == expected
+# While nothing is compacted
 
 
-def test_sampling_is_repeatable_by_seed(memory: Memory) -> None:
-    outputs = []
-    for _ in range(2):
-        torch.manual_seed(5)
-        outputs.append(generate(memory.engine.model, PROMPT, memory.cache(), 120, do_sample=True, top_k=20))
-    assert torch.equal(*outputs)
-
-
-def test_a_text_streamer_gets_the_text(
-    memory: Memory, byte_tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
+def test_greedy_is_that_of_the_stock_model(
+    large: Memory, stock_model: PreTrainedModel, generate: Callable[..., list[int]]
 ) -> None:
-    streamer = TextStreamer(byte_tokenizer, skip_prompt=True)
-    output = generate(memory.engine.model, PROMPT, memory.cache(), 100, streamer=streamer)
-    printed = capsys.readouterr().out
-    assert printed.rstrip("\n") == byte_tokenizer.decode(output[0, 40:]).rstrip("\n")
+    expected = stock_model.generate(ids(PROMPT), max_new_tokens=40, **GREEDY)[0].tolist()
+    assert generate(PROMPT, large.cache(), 40) == expected
 
 
-def test_a_second_call_with_all_ids_goes_on(memory: Memory) -> None:
+def test_sampling_is_that_of_the_stock_model(
+    large: Memory, stock_model: PreTrainedModel, generate: Callable[..., list[int]]
+) -> None:
+    torch.manual_seed(3)
+    expected = stock_model.generate(ids(PROMPT), max_new_tokens=40, **SAMPLED)[0].tolist()
+    torch.manual_seed(3)
+    assert generate(PROMPT, large.cache(), 40, **SAMPLED) == expected
+
+
+def test_an_attention_mask_of_ones_is_taken(large: Memory, generate: Callable[..., list[int]]) -> None:
+    mask = torch.ones(1, len(PROMPT), dtype=torch.long)
+    assert generate(PROMPT, large.cache(), attention_mask=mask) == generate(PROMPT, large.cache())
+
+
+def test_a_chunked_prefill_is_taken(large: Memory, generate: Callable[..., list[int]]) -> None:
+    assert generate(PROMPT, large.cache(), prefill_chunk_size=10) == generate(PROMPT, large.cache())
+
+
+# Compacting
+
+
+def test_a_long_generation_is_compacted_again_and_again(
+    memory: Memory, events: list[Event], generate: Callable[..., list[int]]
+) -> None:
     cache = memory.cache()
-    first = generate(memory.engine.model, PROMPT, cache, 100)
-    more = torch.cat([first, PROMPT[:, :10]], dim=1)
-    second = generate(memory.engine.model, more, cache, 20)
-    assert torch.equal(second[:, : more.shape[1]], more)
-    assert cache.num_tokens == second.shape[1] - 1
+    tokens = generate(PROMPT, cache, 150)
+    assert len(tokens) == len(PROMPT) + 150
+    assert num_compactions(events) > 3
+    assert cache.kv_tokens <= 64
+    assert cache.num_tokens == len(tokens) - 1
 
 
-def test_an_interrupted_forward_pass_is_forgotten(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The layers before the interrupt had the token already; the next pass must not count it twice."""
-    model, cache = memory.engine.model, memory.cache()
-    generate(model, PROMPT, cache, 10)
-    num_tokens = cache.num_tokens
-    layer = model.model.layers[1]
-
-    def interrupt(*args: object, **kwargs: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(layer, "forward", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            model(torch.tensor([[1]]), past_key_values=cache)
-    model(torch.tensor([[1]]), past_key_values=cache)
-    assert [each.get_seq_length() for each in cache.layers] == [num_tokens + 1] * 3
+def test_a_generation_is_that_of_a_session(memory: Memory, generate: Callable[..., list[int]]) -> None:
+    session = memory.session()
+    session.append(PROMPT)
+    expected = [token for piece in session.generate(60) for token in piece.token_ids]
+    assert generate(PROMPT, memory.cache(), 60)[len(PROMPT) :][: len(expected)] == expected
 
 
-def refusals() -> dict[str, tuple[Callable[[PreTrainedModel, KVCache], object], str]]:
-    two = PROMPT.repeat(2, 1)
-    padded = torch.ones_like(PROMPT)
-    padded[0, :3] = 0
-    return {
-        "batch": (lambda model, cache: model.generate(two, past_key_values=cache, max_new_tokens=2), "a batch of 2"),
-        "beams": (
-            lambda model, cache: model.generate(PROMPT, past_key_values=cache, max_new_tokens=2, num_beams=2),
-            "sequences",
-        ),
-        "embeddings": (
-            lambda model, cache: model(inputs_embeds=torch.zeros(1, 3, 64), past_key_values=cache),
-            "pass input_ids",
-        ),
-        "padding": (lambda model, cache: model(PROMPT, attention_mask=padded, past_key_values=cache), "padd"),
-    }
+def test_a_prompt_longer_than_the_trigger_is_compacted_as_it_is_read(
+    memory: Memory, events: list[Event], generate: Callable[..., list[int]]
+) -> None:
+    cache, prompt = memory.cache(), long_prompt(200)
+    tokens = generate(prompt, cache, 5)
+    assert tokens[:200] == prompt
+    assert num_compactions(events) > 2
+    assert cache.kv_tokens <= 64
+    done = [event.done_tokens for event in events if isinstance(event, ReadProgress)]
+    assert done == sorted(done)
+    assert {event.total_tokens for event in events if isinstance(event, ReadProgress)} == {200}
 
 
-@pytest.mark.parametrize("what", list(refusals()))
-def test_what_a_compacting_cache_cannot_do_is_refused(memory: Memory, what: str) -> None:
-    call, message = refusals()[what]
-    with torch.no_grad(), pytest.raises(UnsupportedOperation, match=message):
-        call(memory.engine.model, memory.cache())
-
-
-def test_ids_outside_the_vocabulary_are_refused(memory: Memory) -> None:
-    with pytest.raises(InvalidInput, match="token id 400 at position 1 is outside the vocabulary of 260"):
-        memory.engine.model(torch.tensor([[1, 400]]), past_key_values=memory.cache())
-
-
-def test_the_model_works_as_before_with_every_other_cache(memory: Memory, stock_model: PreTrainedModel) -> None:
-    generate(memory.engine.model, PROMPT, memory.cache(), 100)
-    model = memory.engine.model
+def test_a_long_prompt_gives_the_logits_that_a_session_has(memory: Memory, tiny_model: PreTrainedModel) -> None:
+    prompt = long_prompt(200)
+    session = memory.session()
+    session.append(prompt)
     with torch.no_grad():
-        for ids in (PROMPT, PROMPT.repeat(3, 1)):
-            expected = stock_model(ids, past_key_values=DynamicCache()).logits
-            torch.testing.assert_close(model(ids, past_key_values=DynamicCache()).logits, expected)
+        logits = tiny_model(ids(prompt), past_key_values=memory.cache(), position_ids=ids(range(200))).logits
+    torch.testing.assert_close(logits[0, -1], session._context.next_logits(), rtol=0, atol=1e-3)
 
 
-def test_all_refusals_are_errors_of_this_project() -> None:
-    assert issubclass(UnsupportedOperation, AMMemoryError)
+@pytest.mark.parametrize("how", [SAMPLED, {"repetition_penalty": 1.3}, {"prefill_chunk_size": 30}], ids=str)
+def test_it_compacts_however_tokens_are_chosen_and_read(
+    memory: Memory, events: list[Event], generate: Callable[..., list[int]], how: dict[str, object]
+) -> None:
+    cache = memory.cache()
+    assert len(generate(long_prompt(100), cache, 60, **how)) == 160
+    assert num_compactions(events) > 2
+    assert cache.kv_tokens <= 64
+
+
+def test_a_seed_repeats_a_compacted_generation(memory: Memory, generate: Callable[..., list[int]]) -> None:
+    sampled = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        sampled.append(generate(PROMPT, memory.cache(), 80, **SAMPLED))
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_live_queries_are_caught_as_tokens_pass(engine: TransformersEngine, generate: Callable[..., list[int]]) -> None:
+    policy = POLICY.model_copy(update={"reference_queries": ("live",)})
+    cache = Memory(engine, policy).cache()
+    generate(PROMPT, cache, 100)
+    assert len(cache.segments) > 1
+
+
+def test_text_is_streamed(
+    memory: Memory, byte_tokenizer: PreTrainedTokenizerBase, generate: Callable[..., list[int]], events: list[Event]
+) -> None:
+    with redirect_stdout(io.StringIO()) as printed:
+        tokens = generate(PROMPT, memory.cache(), 80, streamer=TextStreamer(byte_tokenizer, skip_prompt=True))
+    assert printed.getvalue().rstrip("\n") == byte_tokenizer.decode(tokens[len(PROMPT) :]).rstrip("\n")
+    assert num_compactions(events) > 0
+
+
+def test_a_second_call_goes_on_where_the_first_ended(memory: Memory, generate: Callable[..., list[int]]) -> None:
+    at_once, cache = generate(PROMPT, memory.cache(), 90), memory.cache()
+    tokens = PROMPT
+    for _ in range(3):
+        tokens = generate(tokens, cache, 30)
+    assert tokens == at_once
+
+
+def test_a_second_call_may_bring_new_tokens(memory: Memory, generate: Callable[..., list[int]]) -> None:
+    cache = memory.cache()
+    tokens = generate(PROMPT, cache, 30)
+    tokens = generate([*tokens, *long_prompt(100)], cache, 30)
+    assert cache.num_tokens == len(tokens) - 1
+    assert cache.kv_tokens <= 64
+
+
+def test_two_caches_of_one_memory_do_not_meet(memory: Memory, generate: Callable[..., list[int]]) -> None:
+    one, other = memory.cache(), memory.cache()
+    alone = generate(PROMPT, memory.cache(), 60)
+    half = generate(PROMPT, one, 30)
+    generate(long_prompt(90), other, 20)
+    assert generate(half, one, 30) == alone
+
+
+def test_a_reset_cache_begins_anew(memory: Memory, generate: Callable[..., list[int]]) -> None:
+    cache = memory.cache()
+    first = generate(PROMPT, cache, 60)
+    cache.reset()
+    assert generate(PROMPT, cache, 60) == first
+
+
+def test_a_model_with_sliding_windows_compacts_its_full_layers(
+    new_sliding_model: Callable[[], PreTrainedModel], byte_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Before each pass all layers were cut to one length; a full window refuses to be cut, even by nothing."""
+    model = new_sliding_model()
+    expected = model.generate(ids(PROMPT), max_new_tokens=30, **GREEDY)[0].tolist()
+    engine = TransformersEngine(model, byte_tokenizer)
+    cache = Memory(engine, LARGE.model_copy(update={"trigger_tokens": 500})).cache()
+    assert model.generate(ids(PROMPT), past_key_values=cache, max_new_tokens=30, **GREEDY)[0].tolist() == expected
+    cache = Memory(engine, POLICY).cache()
+    model.generate(ids(PROMPT), past_key_values=cache, max_new_tokens=80, **GREEDY)
+    assert cache.segments
+    assert cache.layers[0].keys.shape[2] == 15
+
+
+# Failures
+
+
+@contextmanager
+def interrupted(model: PreTrainedModel, layer: int, at_call: int):
+    calls = []
+
+    def interrupt(*args: object) -> None:
+        calls.append(1)
+        if len(calls) == at_call:
+            raise KeyboardInterrupt
+
+    hook = model.model.layers[layer].register_forward_pre_hook(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("at_call", [1, 2, 9])
+def test_an_interrupted_pass_can_be_made_again(
+    large: Memory, tiny_model: PreTrainedModel, generate: Callable[..., list[int]], layer: int, at_call: int
+) -> None:
+    """The first layers held tokens that the last ones did not, and generate() asked the first: it skipped them."""
+    expected, cache = generate(PROMPT, large.cache(), 20), large.cache()
+    with interrupted(tiny_model, layer, at_call):
+        generate(PROMPT, cache, 20)
+    num_read = 0 if at_call == 1 else len(PROMPT) + at_call - 2
+    assert cache.get_seq_length() == num_read
+    told = expected[: max(num_read + 1, len(PROMPT))]
+    assert generate(told, cache, len(expected) - len(told)) == expected
+
+
+def test_an_interrupted_prompt_can_be_read_again(
+    memory: Memory, tiny_model: PreTrainedModel, generate: Callable[..., list[int]]
+) -> None:
+    """In the middle of a prompt that is read in pieces and compacted: as if it had never been begun."""
+    prompt, cache = long_prompt(150), memory.cache()
+    expected = generate(prompt, memory.cache(), 10)
+    for at_call in (1, 6, 9, 12):
+        with interrupted(tiny_model, 1, at_call):
+            generate(prompt, cache, 10)
+        assert (cache.num_tokens, cache.segments) == (0, ())
+    assert generate(prompt, cache, 10) == expected
+
+
+def test_a_model_with_sliding_windows_recovers_from_an_interrupt(
+    new_sliding_model: Callable[[], PreTrainedModel], byte_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = new_sliding_model()
+    engine = TransformersEngine(model, byte_tokenizer)
+    whole = model.generate(ids(PROMPT), max_new_tokens=20, past_key_values=Memory(engine, POLICY).cache(), **GREEDY)
+    cache = Memory(engine, POLICY).cache()
+    with interrupted(model, 2, 11):
+        model.generate(ids(PROMPT), max_new_tokens=20, past_key_values=cache, **GREEDY)
+    rest = whole[:, : cache.get_seq_length() + 1]
+    again = model.generate(rest, max_new_tokens=20 - (rest.shape[1] - len(PROMPT)), past_key_values=cache, **GREEDY)
+    assert torch.equal(again, whole)
+
+
+def test_a_failed_compaction_can_be_made_again(
+    memory: Memory, generate: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, cache = generate(PROMPT, memory.cache(), 60), memory.cache()
+
+    def exhausted(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(CompactionFailed, match="out of memory"):
+        patch.setattr("am_memory.compaction.fit", exhausted)
+        generate(PROMPT, cache, 60)
+    assert (cache.num_tokens, cache.segments) == (64, ())
+    assert generate(expected[:65], cache, len(expected) - 65) == expected
+
+
+# Refused
+
+
+def test_a_batch_is_refused(memory: Memory, tiny_model: PreTrainedModel) -> None:
+    with pytest.raises(UnsupportedOperation, match=r"a batch of 2 sequences .*: use one cache for each"):
+        tiny_model.generate(ids(PROMPT).repeat(2, 1), past_key_values=memory.cache(), max_new_tokens=5, **GREEDY)
+
+
+@pytest.mark.parametrize("how", [{"num_beams": 2}, {**SAMPLED, "num_return_sequences": 2}], ids=["beams", "several"])
+def test_several_sequences_are_refused(memory: Memory, generate: Callable[..., list[int]], how: dict) -> None:
+    with pytest.raises(UnsupportedOperation, match="a batch of 2 sequences"):
+        generate(PROMPT, memory.cache(), **how)
+
+
+def test_embeddings_are_refused(memory: Memory, tiny_model: PreTrainedModel) -> None:
+    embeddings = tiny_model.get_input_embeddings()(ids(PROMPT))
+    with pytest.raises(UnsupportedOperation, match="pass input_ids, not inputs_embeds"):
+        tiny_model.generate(inputs_embeds=embeddings, past_key_values=memory.cache(), max_new_tokens=5, **GREEDY)
+
+
+@pytest.mark.parametrize("num_tokens", [20, 200])
+def test_padding_is_refused(memory: Memory, generate: Callable[..., list[int]], num_tokens: int) -> None:
+    """In a prompt that is read in pieces, only the last piece saw its mask: padding before it was read as text."""
+    mask, cache = torch.ones(1, num_tokens, dtype=torch.long), memory.cache()
+    mask[0, :3] = 0
+    with pytest.raises(UnsupportedOperation, match="pass one sequence without padding"):
+        generate(long_prompt(num_tokens), cache, attention_mask=mask)
+    assert cache.num_tokens == 0
+
+
+def test_ids_outside_the_vocabulary_are_refused(memory: Memory, generate: Callable[..., list[int]]) -> None:
+    with pytest.raises(InvalidInput, match="token id 260 at position 2 is outside the vocabulary of 260"):
+        generate([1, 2, 260], memory.cache())
+
+
+# The model itself
+
+
+def test_the_model_is_as_it_was_for_its_own_cache(
+    memory: Memory, tiny_model: PreTrainedModel, stock_model: PreTrainedModel, generate: Callable[..., list[int]]
+) -> None:
+    generate(long_prompt(100), memory.cache(), 30)
+    with torch.no_grad():
+        logits = [
+            model(ids(PROMPT), past_key_values=DynamicCache(config=model.config)).logits
+            for model in (tiny_model, stock_model)
+        ]
+    assert torch.equal(*logits)
+    assert generate(PROMPT, None) == stock_model.generate(ids(PROMPT), max_new_tokens=20, **GREEDY)[0].tolist()
+    padded = ids([258] * 4 + PROMPT), torch.tensor([[0] * 4 + [1] * len(PROMPT)])
+    both = [
+        model.generate(padded[0].repeat(2, 1), attention_mask=padded[1].repeat(2, 1), max_new_tokens=9, **GREEDY)
+        for model in (tiny_model, stock_model)
+    ]
+    assert torch.equal(*both)
+
+
+def test_two_memories_on_one_model_do_not_watch_each_other(
+    tiny_model: PreTrainedModel, byte_tokenizer: PreTrainedTokenizerBase, generate: Callable[..., list[int]]
+) -> None:
+    """Each engine hooks the model: each hook must leave alone what an engine reads by itself."""
+    engines = [TransformersEngine(tiny_model, byte_tokenizer) for _ in range(2)]
+    tokens = [generate(long_prompt(100), Memory(engine, POLICY).cache(), 30) for engine in engines]
+    assert tokens[0] == tokens[1]

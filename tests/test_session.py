@@ -18,6 +18,7 @@ from am_memory.errors import (
     CompactionFailed,
     InvalidInput,
     InvalidPolicy,
+    PromptTooLong,
     SessionNotFound,
     StorageError,
     UnsupportedOperation,
@@ -280,7 +281,6 @@ def test_a_told_answer_is_followed_by_another_of_the_models_own(session: Session
     assert chars(session) == rendered(session, USER, TOLD, answer=True) + "Hoo.<|im_end|>"
 
 
-@pytest.mark.xfail(reason="known, named in docs/log.md, to be fixed next")
 def test_plain_text_after_messages_begins_the_answer_as_it_stands(session: Session, scripted: Callable) -> None:
     """Text that had opened the answer itself, and begun it, got the template's opening behind it all the same."""
     session.append([USER, TOLD])
@@ -399,7 +399,6 @@ def chat(session: Session, scripted: Callable) -> list[tuple[object, ...]]:
     return seen
 
 
-@pytest.mark.xfail(reason="known, named in docs/log.md, to be fixed next")
 def test_rewinding_to_any_step_of_a_chat_gives_what_it_was(session: Session, scripted: Callable) -> None:
     """Rewinding to before a question forgot that the answer before it was not closed yet, so that what was asked
     instead followed without the end of the turn; and a cut answer kept the text that was cut."""
@@ -436,12 +435,11 @@ def test_an_answer_is_cut_where_it_is_rewound_to(
     assert session.messages[-1]["content"] in (left + "!", "A mouse \ufffd!")
 
 
-@pytest.mark.xfail(reason="known, named in docs/log.md, to be fixed next")
 def test_a_told_message_is_cut_where_it_is_rewound_to(session: Session) -> None:
     session.append([SYSTEM, USER])
-    session.rewind(len(rendered(session, SYSTEM)) - 20 + len("<|im_start|>user\nWhat do"))
-    assert session.messages[0] == SYSTEM
-    assert str(USER["content"]).startswith(str(session.messages[1]["content"]))
+    left = rendered(session, SYSTEM) + "<|im_start|>user\nWhat do"
+    session.rewind(len(session.engine.encode(left)))
+    assert session.messages == [SYSTEM, {"role": "user", "content": "What do"}]
     session.append([USER])
     assert chars(session) == rendered(session, *session.messages)
 
@@ -510,10 +508,11 @@ def test_text_before_a_pinned_system_prompt_is_pinned_with_it(memory: Memory) ->
     assert session._context.num_pinned == 5 + len("?system\nYou are an owl.?\n?user\n")
 
 
-@pytest.mark.xfail(reason="known, named in docs/log.md, to be fixed next")
 def test_a_system_prompt_that_leaves_no_room_is_refused(memory: Memory) -> None:
     session = memory.session(policy=SMALL.model_copy(update={"pinned": "system"}))
-    with pytest.raises(InvalidPolicy, match=r"trigger_tokens 96 leaves nothing to compact: \d+ tokens are pinned"):
+    with pytest.raises(
+        PromptTooLong, match=r"the first 118 tokens are to stay exact .*: raise trigger_tokens from 96, or"
+    ):
         session.append([{"role": "system", "content": TEXT * 2}, USER])
     assert (session.tokens, session.messages, session._context.num_pinned) == ((), [], 4)
     session.append([SYSTEM, USER])
@@ -647,7 +646,6 @@ def test_bad_content_is_refused_and_changes_nothing(session: Session, content: o
 
 
 @pytest.mark.parametrize("content", ["", [], [260], [-1], [USER], ["a"], 5, None], ids=repr)
-@pytest.mark.xfail(reason="known, named in docs/log.md, to be fixed next")
 def test_a_bad_continuation_has_no_logits(session: Session, content: object) -> None:
     session.append(TEXT)
     before = state(session)

@@ -1,0 +1,44 @@
+"""On the bundled model: exact while nothing is compacted, and a fact told first is recalled after compactions."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from am_memory import Memory, MemoryPolicy
+from am_memory.demo import ask, letters, prose
+from am_memory.engines.transformers import TransformersEngine
+
+pytestmark = pytest.mark.model
+
+Demo = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+def test_logits_are_those_of_the_stock_model(demo: Demo) -> None:
+    model, tokenizer = demo
+    model.set_attn_implementation("sdpa")
+    ids = tokenizer(" ".join(prose(random.Random(1), 8)))["input_ids"]
+    with torch.no_grad():
+        expected = model(torch.tensor([ids]), use_cache=False).logits[0]
+    session = Memory(TransformersEngine(model, tokenizer), MemoryPolicy(chunk_tokens=50)).session()
+    session.append(ids[:100])
+    logits = session.logits(ids[100:])
+    torch.testing.assert_close(logits, expected[99:-1], rtol=0, atol=2e-3)
+
+
+def test_a_fact_told_first_is_recalled_after_three_compactions(demo: Demo) -> None:
+    """The first letter's ship is asked for when its letter has been compacted, and the cache has been cut thrice."""
+    policy = MemoryPolicy(trigger_tokens=384, keep_ratio=0.25)
+    session = Memory(TransformersEngine(*demo), policy).session()
+    written = letters(seed=0, num_letters=5, num_facts=1)
+    for letter in written:
+        session.append(letter.messages)
+        assert session.stats.kv_tokens <= 384
+    stats = session.stats
+    assert stats.num_compactions >= 3
+    assert stats.kv_bytes < stats.exact_kv_bytes / 2
+    ship = written[0].facts[0]
+    assert ask(session, [ship]) == {ship: ship.code}
