@@ -23,7 +23,12 @@ from am_memory.queries import ReferenceQueries
 from am_memory.solver import Block, ExactAttention, Fit, exact_attention, fit
 
 Progress = Callable[[str, int, int], None]
-"""Called with (stage, layers done, layers in all); stage is "score" or "fit"."""
+"""Called with (stage, done, in all); stage is "score", counted in layers, or "fit", counted in KV heads."""
+
+# What makes a batch of heads: each has at least this share of the slots of the richest, or some slots less than it...
+LEAST_FILL, FREE_PADDING = 0.85, 8
+# ...and their reference queries, copied into one tensor, do not take too much.
+MAX_GROUP_HEADS = 32
 
 
 @dataclass(frozen=True)
@@ -76,13 +81,22 @@ def compact(
         ranks = slot_ranks([exact.scores for exact in exacts], policy)
         scored = time.perf_counter()
 
-        slots, fits = [], []
-        for index, (block, exact, layer_ranks) in enumerate(zip(blocks, exacts, ranks, strict=True)):
-            layer_fit, layer_slots = fit_layer(block, exact, layer_ranks, entries[index].positions, segment, policy)
-            fits.append(layer_fit)
-            slots.append(layer_slots)
-            progress("fit", index + 1, len(blocks))
-        state = cache.compacted(plan.segments, slots, num_pinned)
+        heads = [
+            Head(index, block.head(head), exact.head(head), held.positions[head], layer_ranks[head])
+            for index, (block, exact, held, layer_ranks) in enumerate(zip(blocks, exacts, entries, ranks, strict=True))
+            for head in range(block.num_heads)
+        ]
+        fits: list[Fit] = []
+        slots: dict[Head, Slots] = {}
+        for group in groups_of_like_size(heads, segment.num_slots):
+            group_fit, group_slots = fit_heads(group, segment, policy)
+            fits.append(group_fit)
+            slots.update(zip(group, group_slots, strict=True))
+            progress("fit", len(slots), len(heads))
+        new_slots = [
+            Slots.stack([slots[head] for head in heads if head.layer == index]) for index in range(len(layers))
+        ]
+        state = cache.compacted(plan.segments, new_slots, num_pinned)
     return Compaction(
         state=state,
         mass_error=_rms([layer_fit.mass_error for layer_fit in fits]),
@@ -152,18 +166,58 @@ def slot_ranks(scores: Sequence[Tensor], policy: MemoryPolicy) -> tuple[Tensor, 
     return tuple(layer_ranks[:, : each.shape[1]] for layer_ranks, each in zip(split, scores, strict=True))
 
 
-def fit_layer(
-    block: Block, exact: ExactAttention, ranks: Tensor, positions: Tensor, segment: Segment, policy: MemoryPolicy
-) -> tuple[Fit, Slots]:
-    """Choose and fit the slots of one layer.
+@dataclass(frozen=True, eq=False)
+class Head:
+    """One KV head's part in a compaction.
+
+    Attributes:
+        layer: index among the compactable ones.
+        block, exact: of this head alone.
+        positions: (seq_len,) int32, logical, of the block's keys.
+        ranks: (seq_len,) int64, of its first slot, second slot...
+    """
+
+    layer: int
+    block: Block
+    exact: ExactAttention
+    positions: Tensor
+    ranks: Tensor
+
+
+def groups_of_like_size(heads: Sequence[Head], num_slots: int) -> Iterator[tuple[Head, ...]]:
+    """Heads of any layer that are fitted as one batch: their blocks have one shape, and little of it is padding.
 
     Args:
-        ranks: (num_key_value_heads, seq_len), from `slot_ranks`.
-        positions: (num_key_value_heads, seq_len), logical.
+        heads: all.
+        num_slots: what they share.
     """
+    counts = torch.stack([(head.ranks < num_slots).sum() for head in heads]).tolist()
+
+    def shape(head: Head) -> tuple[object, ...]:
+        return (head.block.seq_len, head.block.num_queries, head.block.head_dim, head.block.scaling)
+
+    remaining = sorted(zip(heads, counts, strict=True), key=lambda pair: (shape(pair[0]), -pair[1]))
+    while remaining:
+        (first, largest), size = remaining[0], 0
+        for head, count in remaining[:MAX_GROUP_HEADS]:
+            if shape(head) != shape(first) or count < LEAST_FILL * largest - FREE_PADDING:
+                break
+            size += 1
+        yield tuple(head for head, _ in remaining[:size])
+        remaining = remaining[size:]
+
+
+def fit_heads(group: Sequence[Head], segment: Segment, policy: MemoryPolicy) -> tuple[Fit, list[Slots]]:
+    """Choose and fit the slots of some heads, as one batch.
+
+    Returns:
+        The fit, and each head's slots in the model's dtype, in the order of the tokens.
+    """
+    block, exact = Block.stack([head.block for head in group]), ExactAttention.stack([head.exact for head in group])
+    ranks = torch.stack([head.ranks for head in group])
     num_slots = (ranks < segment.num_slots).sum(dim=1).minimum(block.num_keys)
     indices = policy.key_selection(block, exact.scores, num_slots)
-    layer_fit = fit(
+    group_fit = fit(
         block,
         indices,
         num_slots,
@@ -173,27 +227,25 @@ def fit_layer(
         relative_mass=False,
         exact=exact,
     )
-    dtype = block.key.dtype
-    heads = []
-    for head, count in enumerate(num_slots.tolist()):
-        by_position = indices[head, :count].argsort()
-        heads.append(
+    dtype, slots = block.key.dtype, []
+    for index, (head, count) in enumerate(zip(group, num_slots.tolist(), strict=True)):
+        by_position = indices[index, :count].argsort()
+        slots.append(
             Slots(
-                key=layer_fit.key[head, by_position].to(dtype),
-                value=layer_fit.value[head, by_position].to(dtype),
-                bias=layer_fit.bias[head, by_position].to(dtype),
-                positions=positions[head, indices[head, by_position]],
-                ranks=ranks[head, by_position].int(),
+                key=group_fit.key[index, by_position].to(dtype),
+                value=group_fit.value[index, by_position].to(dtype),
+                bias=group_fit.bias[index, by_position].to(dtype),
+                positions=head.positions[indices[index, by_position]],
+                ranks=head.ranks[by_position].int(),
                 cu_slots=(0, count),
             )
         )
-    slots = Slots.stack(heads)
-    if not slots.is_finite:
+    if not all(each.is_finite for each in slots):
         raise CompactionFailed(
             f"the fit of tokens {segment.start} to {segment.end} is not finite in {dtype}; nothing was changed: load "
             "the model in bfloat16 or float32, or raise policy.ridge"
         )
-    return layer_fit, slots
+    return group_fit, slots
 
 
 @contextmanager

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from am_memory import Memory, MemoryPolicy, Session
 from am_memory.cache import PINNED_RANK, Segment
+from am_memory.compaction import Head, fit_heads, groups_of_like_size
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CompactionFailed
-from am_memory.solver import OMP, Block, HighestAttention
+from am_memory.solver import OMP, Block, HighestAttention, exact_attention
 
 TOKENS = [(17 * position * position + 5 * position) % 256 for position in range(240)]
 POLICY = MemoryPolicy(trigger_tokens=2000, keep_ratio=0.25, pinned=4, keep_recent=0, chunk_tokens=64)
@@ -284,3 +285,39 @@ def test_keys_that_are_not_finite_cannot_be_compacted_and_say_so(new_session: Ne
     with pytest.raises(CompactionFailed, match="not finite"):
         session.compact(0.5)
     assert session.stats == stats
+
+
+# Heads of like size are fitted together
+
+
+def some_heads(counts: list[int], seq_len: int = 40) -> list[Head]:
+    """Heads that get these numbers of slots out of a segment of 1,000."""
+    heads = []
+    for count in counts:
+        block = Block(*torch.randn(3, 1, seq_len, 8), 1.0)
+        ranks = torch.where(torch.arange(seq_len) < count, 0, 1000)
+        heads.append(Head(0, block, exact_attention(block), torch.arange(seq_len), ranks))
+    return heads
+
+
+def test_groups_hold_every_head_once_and_little_padding() -> None:
+    heads = some_heads([1, 300, 12, 500, 480, 2, 320, 90, 1], seq_len=600)
+    groups = list(groups_of_like_size(heads, 1000))
+    assert sorted(id(head) for group in groups for head in group) == sorted(map(id, heads))
+    counts = [sorted(int((head.ranks < 1000).sum()) for head in group) for group in groups]
+    assert counts == [[480, 500], [300, 320], [90], [12], [1, 1, 2]]
+
+
+def test_heads_of_different_shapes_are_never_grouped() -> None:
+    groups = list(groups_of_like_size([*some_heads([5, 5], 30), *some_heads([5], 31)], 1000))
+    assert sorted(len(group) for group in groups) == [1, 2]
+
+
+def test_a_group_fits_each_head_as_if_it_were_alone() -> None:
+    torch.manual_seed(0)
+    heads, segment = some_heads([9, 7, 12]), Segment(0, 40, 1000)
+    _, together = fit_heads(heads, segment, POLICY)
+    for head, slots in zip(heads, together, strict=True):
+        _, (alone,) = fit_heads([head], segment, POLICY)
+        for one, other in zip(slots.tensors, alone.tensors, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

@@ -6,7 +6,7 @@ Knows no model, no cache and no policy.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +68,24 @@ class Block:
                 f"a block of {seq_len} keys and {self.num_queries} queries has nothing to match: "
                 "give at least one of each"
             )
+
+    def head(self, index: int) -> Block:
+        """One head, as views."""
+        log_mass, key_bias = (None if of is None else of[index, None] for of in (self.log_mass, self.key_bias))
+        query, key, value = (of[index, None] for of in (self.query, self.key, self.value))
+        return Block(query, key, value, self.scaling, log_mass, key_bias)
+
+    @classmethod
+    def stack(cls, blocks: Sequence[Block]) -> Block:
+        """The heads of several blocks of equal shapes, scaling and options."""
+        log_mass, key_bias = (
+            None if of[0] is None else torch.cat(of)  # type: ignore[arg-type]
+            for of in ([each.log_mass for each in blocks], [each.key_bias for each in blocks])
+        )
+        query, key, value = (
+            torch.cat(of) for of in zip(*((each.query, each.key, each.value) for each in blocks), strict=True)
+        )
+        return cls(query, key, value, blocks[0].scaling, log_mass, key_bias)
 
     @property
     def num_heads(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,19 @@ class ExactAttention:
     log_mass: Tensor
     output: Tensor
     weight: Tensor
+
+    def head(self, index: int) -> ExactAttention:
+        """One head, as views."""
+        return ExactAttention(*(of[index, None] for of in self._tensors))
+
+    @classmethod
+    def stack(cls, heads: Sequence[ExactAttention]) -> ExactAttention:
+        """The heads of several blocks, in their order."""
+        return cls(*(torch.cat(of) for of in zip(*(head._tensors for head in heads), strict=True)))
+
+    @property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.scores, self.max_logit, self.log_mass, self.output, self.weight
 
 
 def exact_attention(block: Block) -> ExactAttention:

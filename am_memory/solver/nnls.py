@@ -32,12 +32,18 @@ def bounded_least_squares(gram: Tensor, target: Tensor, lower: float, upper: flo
     Raises:
         CompactionFailed: not solved within MAX_ITERATIONS.
     """
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    x = torch.zeros_like(target)
+    solution = torch.zeros_like(target)
+    unsolved = torch.arange(len(target), device=target.device)
+    x = solution
     for _ in range(MAX_ITERATIONS):
         gradient = _multiply(gram, x) - target
-        if (x - (x - gradient / diagonal).clamp(lower, upper)).abs().max() <= KKT_TOLERANCE:
-            return x
+        step = x - (x - gradient / gram.diagonal(dim1=1, dim2=2)).clamp(lower, upper)
+        is_solved = step.abs().amax(1) <= KKT_TOLERANCE
+        if is_solved.any():  # the others go on alone
+            solution[unsolved[is_solved]] = x[is_solved]
+            if is_solved.all():
+                return solution
+            unsolved, gram, target, x, gradient = (of[~is_solved] for of in (unsolved, gram, target, x, gradient))
         x = _best_point_on_path(gram, gradient, x, _newton_direction(gram, gradient, x, lower, upper), lower, upper)
     raise CompactionFailed(
         f"the bounded least squares of {x.shape[1]} biases is not solved after {MAX_ITERATIONS} iterations: "

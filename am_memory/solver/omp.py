@@ -51,7 +51,7 @@ class OMP:
         group = max(1, MAX_GRAM_ELEMENTS // block.seq_len**2)
         rankings = []
         for start in range(0, block.num_heads, group):
-            heads = [_head(block, index) for index in range(start, min(start + group, block.num_heads))]
+            heads = [block.head(index) for index in range(start, min(start + group, block.num_heads))]
             pursuit = _Pursuit(*mass_system(heads, self.relative_mass), max_slots)
             while pursuit.num_picks < max_slots:
                 pursuit.pick(min(self.picks_before_refit(pursuit.num_picks), max_slots - pursuit.num_picks))
@@ -64,13 +64,6 @@ class OMP:
             if num_chosen < num_keys:
                 return picks_per_step * refit_interval
         return self.picks_per_step * self.refit_interval
-
-
-def _head(block: Block, index: int) -> Block:
-    head = slice(index, index + 1)
-    log_mass = None if block.log_mass is None else block.log_mass[head]
-    key_bias = None if block.key_bias is None else block.key_bias[head]
-    return Block(block.query[head], block.key[head], block.value[head], block.scaling, log_mass, key_bias)
 
 
 def mass_system(heads: list[Block], is_relative: bool) -> tuple[Tensor, Tensor]:
