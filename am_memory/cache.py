@@ -57,7 +57,8 @@ class Slots:
         key, value: (total_slots, head_dim), head after head; within a head in the order of the tokens.
         bias: (total_slots,), log of how many exact entries a slot weighs; zero for pinned exact entries.
         positions: (total_slots,) int32, the logical position that a slot's key was written at.
-        ranks: (total_slots,) int32, the slot's place in its segment's ranking at birth, or `PINNED_RANK`.
+        ranks: (total_slots,) int32, the slot's place in its segment's ranking at birth, or `PINNED_RANK`. Attention
+            needs neither of the two: they stay in host memory, and cutting never waits for a device.
         cu_slots: where each head begins, and the end: num_key_value_heads + 1 numbers.
     """
 
@@ -84,7 +85,7 @@ class Slots:
     def exact(cls, key: Tensor, value: Tensor, start: int) -> Slots:
         """Pinned entries as they are; key and value: (num_key_value_heads, seq_len, head_dim)."""
         num_heads, seq_len, head_dim = key.shape
-        positions = torch.arange(start, start + seq_len, dtype=torch.int32, device=key.device)
+        positions = torch.arange(start, start + seq_len, dtype=torch.int32)
         return cls(
             key=key.reshape(-1, head_dim).clone(),
             value=value.reshape(-1, head_dim).clone(),
@@ -104,17 +105,17 @@ class Slots:
     def head(self, index: int) -> Slots:
         """One head's slots, as a layer of one head; views."""
         where = slice(self.cu_slots[index], self.cu_slots[index + 1])
-        return self._of((tensor[where] for tensor in self.tensors), (0, where.stop - where.start))
+        return self._of((field[where] for field in self.fields), (0, where.stop - where.start))
 
     @classmethod
     def stack(cls, heads: Sequence[Slots]) -> Slots:
         """One layer from its heads, given one by one."""
-        tensors = (torch.cat(tensors) for tensors in zip(*(head.tensors for head in heads), strict=True))
-        return cls._of(tensors, (0, *itertools.accumulate(head.num_slots for head in heads)))
+        fields = (torch.cat(field) for field in zip(*(head.fields for head in heads), strict=True))
+        return cls._of(fields, (0, *itertools.accumulate(head.num_slots for head in heads)))
 
     @classmethod
-    def _of(cls, tensors: Iterable[Tensor], cu_slots: tuple[int, ...]) -> Slots:
-        key, value, bias, positions, ranks = tensors
+    def _of(cls, fields: Iterable[Tensor], cu_slots: tuple[int, ...]) -> Slots:
+        key, value, bias, positions, ranks = fields
         return cls(key, value, bias, positions, ranks, cu_slots)
 
     def within(self, start: int, end: int) -> Slots:
@@ -123,10 +124,11 @@ class Slots:
         return self.where(keep)
 
     def where(self, keep: Tensor) -> Slots:
-        """The slots for which `keep`, (total_slots,) bool, is true."""
+        """The slots for which `keep`, (total_slots,) bool in host memory, is true."""
         kept_before = [0, *keep.cumsum(0).tolist()]
         cu_slots = tuple(kept_before[start] for start in self.cu_slots)
-        return self._of((tensor[keep] for tensor in self.tensors), cu_slots)
+        kept = keep.nonzero()[:, 0]
+        return self._of((field[kept.to(field.device)] for field in self.fields), cu_slots)
 
     def cut(self, segments: Sequence[Segment]) -> Slots:
         """Drop the slots that no longer fit in their segment's `num_slots`.
@@ -143,8 +145,13 @@ class Slots:
         return self if bool(keep.all()) else self.where(keep)
 
     @property
+    def fields(self) -> tuple[Tensor, ...]:
+        return *self.tensors, self.positions, self.ranks
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.key, self.value, self.bias, self.positions, self.ranks
+        """What attention needs, in the device's memory."""
+        return self.key, self.value, self.bias
 
     @property
     def num_slots(self) -> int:
@@ -154,10 +161,6 @@ class Slots:
     @property
     def num_heads(self) -> int:
         return len(self.cu_slots) - 1
-
-    @property
-    def is_finite(self) -> bool:
-        return all(bool(tensor.isfinite().all()) for tensor in (self.key, self.value, self.bias))
 
 
 QuerySink = Callable[[Tensor, Tensor], None]
@@ -421,7 +424,7 @@ class KVCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """What the cache's tensors take, with spare capacity and the slots' positions and ranks."""
+        """What keys, values and biases take in the device's memory, with spare capacity."""
         return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors)
 
     @property

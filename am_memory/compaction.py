@@ -113,7 +113,7 @@ class Entries:
     Attributes:
         key, value: (num_key_value_heads, seq_len, head_dim).
         bias: (num_key_value_heads, seq_len), -inf where a head has no such entry; None where all are exact.
-        positions: (num_key_value_heads, seq_len) int32, logical.
+        positions: (num_key_value_heads, seq_len) int32, logical, in host memory.
     """
 
     key: Tensor
@@ -125,7 +125,7 @@ class Entries:
     def of(cls, layer: CompactableLayer, segment: Segment) -> Entries:
         """All entries of the segment's tokens, slots before exact ones."""
         key, value = layer.exact_entries(max(segment.start, layer.start), segment.end)
-        positions = torch.arange(max(segment.start, layer.start), segment.end, dtype=torch.int32, device=key.device)
+        positions = torch.arange(max(segment.start, layer.start), segment.end, dtype=torch.int32)
         exact = cls(key, value, None, positions.expand(key.shape[0], -1))
         return exact if segment.start >= layer.start else exact._after(layer.slots, segment)
 
@@ -153,7 +153,8 @@ def slot_ranks(scores: Sequence[Tensor], policy: MemoryPolicy) -> tuple[Tensor, 
         scores: of each layer, (num_key_value_heads, seq_len).
 
     Returns:
-        Of each layer, (num_key_value_heads, seq_len) int64; entry [h, k] is the rank of the k-th slot of head h.
+        Of each layer, (num_key_value_heads, seq_len) int64 in host memory; entry [h, k] is the rank of the k-th slot
+        of head h.
     """
     longest = max(layer_scores.shape[1] for layer_scores in scores)
     together = torch.cat([torch.nn.functional.pad(each, (0, longest - each.shape[1])) for each in scores])
@@ -162,7 +163,7 @@ def slot_ranks(scores: Sequence[Tensor], policy: MemoryPolicy) -> tuple[Tensor, 
             ranks = adaptive_ranks(together, policy.min_slots)
         case "uniform":
             ranks = uniform_ranks(together, policy.min_slots)
-    split = torch.split(ranks, [each.shape[0] for each in scores])
+    split = torch.split(ranks.cpu(), [each.shape[0] for each in scores])
     return tuple(layer_ranks[:, : each.shape[1]] for layer_ranks, each in zip(split, scores, strict=True))
 
 
@@ -173,8 +174,8 @@ class Head:
     Attributes:
         layer: index among the compactable ones.
         block, exact: of this head alone.
-        positions: (seq_len,) int32, logical, of the block's keys.
-        ranks: (seq_len,) int64, of its first slot, second slot...
+        positions: (seq_len,) int32 in host memory, logical, of the block's keys.
+        ranks: (seq_len,) int64 in host memory, of its first slot, second slot...
     """
 
     layer: int
@@ -215,7 +216,7 @@ def fit_heads(group: Sequence[Head], segment: Segment, policy: MemoryPolicy) -> 
     """
     block, exact = Block.stack([head.block for head in group]), ExactAttention.stack([head.exact for head in group])
     ranks = torch.stack([head.ranks for head in group])
-    num_slots = (ranks < segment.num_slots).sum(dim=1).minimum(block.num_keys)
+    num_slots = (ranks < segment.num_slots).sum(dim=1).to(block.key.device).minimum(block.num_keys)
     indices = policy.key_selection(block, exact.scores, num_slots)
     group_fit = fit(
         block,
@@ -227,23 +228,27 @@ def fit_heads(group: Sequence[Head], segment: Segment, policy: MemoryPolicy) -> 
         relative_mass=False,
         exact=exact,
     )
-    dtype, slots = block.key.dtype, []
+    dtype = block.key.dtype
+    key, value, bias = (of.to(dtype) for of in (group_fit.key, group_fit.value, group_fit.bias))
+    is_finite = key.isfinite().all() & value.isfinite().all() & (bias < torch.inf).all()
+    if not is_finite:
+        raise CompactionFailed(
+            f"the fit of tokens {segment.start} to {segment.end} is not finite in {dtype}; nothing was changed: load "
+            "the model in bfloat16 or float32, or raise policy.ridge"
+        )
+    slots, indices = [], indices.cpu()
     for index, (head, count) in enumerate(zip(group, num_slots.tolist(), strict=True)):
         by_position = indices[index, :count].argsort()
+        where = index, by_position.to(key.device)
         slots.append(
             Slots(
-                key=group_fit.key[index, by_position].to(dtype),
-                value=group_fit.value[index, by_position].to(dtype),
-                bias=group_fit.bias[index, by_position].to(dtype),
+                key=key[where],
+                value=value[where],
+                bias=bias[where],
                 positions=head.positions[indices[index, by_position]],
                 ranks=head.ranks[by_position].int(),
                 cu_slots=(0, count),
             )
-        )
-    if not all(each.is_finite for each in slots):
-        raise CompactionFailed(
-            f"the fit of tokens {segment.start} to {segment.end} is not finite in {dtype}; nothing was changed: load "
-            "the model in bfloat16 or float32, or raise policy.ridge"
         )
     return group_fit, slots
 

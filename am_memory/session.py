@@ -52,7 +52,7 @@ class Stats:
         logical_tokens: tokens of the conversation.
         kv_tokens: physical size: exact tokens + mean compact slots per KV head.
         exact_tokens: exact ones among them.
-        kv_bytes: what the cache's tensors take.
+        kv_bytes: what its keys, values and biases take in the device's memory, with spare capacity.
         exact_kv_bytes: what an uncompacted cache of the same conversation would take.
         num_compactions: made so far.
         num_segments: compact segments now.

@@ -290,12 +290,13 @@ def _layer(layer: _Layer, parts: dict[str, Tensor], tail_start: int, device: tor
         return SlidingState(key, value, layer.num_tokens)
     slots = None
     if "slots.cu_slots" in parts:
-        fields = {name: parts[f"slots.{name}"].to(device) for name in SLOT_FIELDS}
+        fields = {name: parts[f"slots.{name}"] for name in SLOT_FIELDS}
         cu_slots = parts["slots.cu_slots"].tolist()
         sizes = {len(tensor) for tensor in fields.values()}
         is_ascending = cu_slots == sorted(cu_slots) and len(cu_slots) == key.shape[1] + 1
         _require(is_ascending and sizes == {cu_slots[-1]}, f"slots {cu_slots} in tensors of {sizes}")
-        slots = Slots(**fields, cu_slots=tuple(cu_slots))
+        on_device = {name: fields[name].to(device) for name in ("key", "value", "bias")}
+        slots = Slots(**{**fields, **on_device}, cu_slots=tuple(cu_slots))
     return TailState(slots, TailBuffer(key, value), tail_start, key.shape[2])
 
 

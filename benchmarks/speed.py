@@ -1,177 +1,261 @@
 """What a memory costs: decoding, reading and compacting, as ratios within one run.
 
     python benchmarks/speed.py --model MODEL
+    python benchmarks/speed.py --model MODEL --threads 1 --cpu-time     on a machine that does other work as well
 
-Each figure is a median; the sides of a ratio are measured in turn (A, B, A, B...), so that noise hits all of them.
+Every figure is a median. What is compared is measured in turn (A, B, A, B...), so that noise hits all alike. The
+baseline is transformers' own: DynamicCache with sdpa attention.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
 
 import torch
 from common import machine, table, write_json
 from transformers import DynamicCache
 
-from am_memory import Memory, MemoryPolicy, Session
+from am_memory import Memory, MemoryPolicy, Sampling
 from am_memory.demo import prose
-from am_memory.events import CompactionReport
+from am_memory.events import CompactionProgress, CompactionStarted, Event
+from am_memory.policy import SINK_TOKENS
 
 POLICY = MemoryPolicy(trigger_tokens=1.0, pinned="sinks", keep_ratio=0.1, max_compact_tokens=800)
+COMPACTED_TOKENS, EXACT_TOKENS = 2300, 700
+"""Of the context that is decoded on: 230 slots for each head and 700 exact tokens."""
 
 
-def seconds(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+@dataclass(frozen=True)
+class Bench:
+    """A memory, a text long enough, and the clock."""
 
+    memory: Memory
+    ids: list[int]
+    clock: Callable[[], float]
+    repeats: int
 
-def alternate(runs: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """Median of each, measured in turn, after one round that does not count."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(repeats + 1):
-        for name, run in runs.items():
-            took = run()
-            if number:
-                times[name].append(took)
-    return {name: statistics.median(values) for name, values in times.items()}
+    @property
+    def model(self) -> Any:
+        return self.memory.engine.model
 
+    def seconds(self, run: Callable[[], object]) -> float:
+        started = self.clock()
+        run()
+        return self.clock() - started
 
-def text_tokens(memory: Memory, count: int) -> list[int]:
-    ids: list[int] = []
-    rng = random.Random(0)
-    while len(ids) < count:
-        ids += memory.tokenize(" ".join(prose(rng, 100)))
-    return ids[:count]
+    def medians(self, runs: dict[str, Callable[[], float]]) -> dict[str, float]:
+        """Median of each, measured in turn, after one round that does not count."""
+        rounds = [{name: run() for name, run in runs.items()} for _ in range(self.repeats + 1)]
+        return {name: statistics.median(times[name] for times in rounds[1:]) for name in runs}
 
+    @contextmanager
+    def stock_attention(self) -> Iterator[None]:
+        """transformers' own sdpa attention in place of ours."""
+        ours = self.model.config._attn_implementation
+        self.model.set_attn_implementation("sdpa")
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(ours)
 
-def decode(model: torch.nn.Module, cache: object, num_tokens: int) -> float:
-    """Seconds for each token, fed one by one."""
-    with torch.no_grad():
-        for number in range(2):
-            model(torch.tensor([[100 + number]]), past_key_values=cache)
-        return (
-            seconds(
-                lambda: [model(torch.tensor([[100 + number]]), past_key_values=cache) for number in range(num_tokens)]
-            )
-            / num_tokens
-        )
-
-
-def decoding(memory: Memory, repeats: int) -> dict[str, float]:
-    """Seconds for each token with 1,024 physical tokens: compacted, ours uncompacted, DynamicCache."""
-    ids, model = text_tokens(memory, 4000), memory.engine.model
-    compacted = memory.session("decode")
-    compacted.append(ids[:3001])
-    compacted.compact(0.8)
-    physical = round(compacted.stats.kv_tokens)
-
-    def with_dynamic() -> float:
-        cache = DynamicCache()
+    def read(self, cache: object, ids: list[int], chunk_tokens: int) -> None:
         with torch.no_grad():
-            model(torch.tensor([ids[:physical]]), past_key_values=cache, logits_to_keep=1)
-        return decode(model, cache, 24)
+            for start in range(0, len(ids), chunk_tokens):
+                chunk = torch.tensor([ids[start : start + chunk_tokens]], device=self.model.device)
+                self.model(chunk, past_key_values=cache, logits_to_keep=1)
 
-    def with_exact() -> float:
-        cache = memory.engine.new_cache()
-        memory.engine.forward(cache, ids[:physical])
-        return decode(model, cache, 24)
+    def decode(self, cache: object, num_tokens: int) -> float:
+        """Seconds for each token, fed one by one, each the likeliest after the one before; two come first."""
+        token = torch.tensor([[self.ids[0]]], device=self.model.device)
+
+        def step() -> None:
+            token.copy_(self.model(token, past_key_values=cache).logits[:, -1:].argmax(-1))
+
+        with torch.no_grad():
+            for _ in range(2):
+                step()
+            return self.seconds(lambda: [step() for _ in range(num_tokens)]) / num_tokens
+
+
+def decoding(bench: Bench, num_tokens: int = 24) -> dict[str, float]:
+    """Seconds for each decoded token, at one physical length of the cache."""
+    memory = bench.memory
+    session = memory.session("decoding")
+    session.append(bench.ids[: COMPACTED_TOKENS + EXACT_TOKENS + 1])
+    session.compact(COMPACTED_TOKENS / (COMPACTED_TOKENS + EXACT_TOKENS))
+    physical = round(session.stats.kv_tokens)
+
+    def with_session() -> float:
+        pieces = session.fork().generate(num_tokens + 3, Sampling())
+        for _ in range(3):
+            next(pieces)
+        return bench.seconds(lambda: [next(pieces) for _ in range(num_tokens)]) / num_tokens
+
+    uncompacted, dynamic = memory.engine.new_cache(), DynamicCache()
+    for cache in (uncompacted, dynamic):
+        bench.read(cache, bench.ids[:physical], physical)
+
+    def with_stock() -> float:
+        with bench.stock_attention():
+            return bench.decode(copy.deepcopy(dynamic), num_tokens)
 
     runs = {
-        "compacted": lambda: decode(model, compacted.fork()._context.cache, 24),
-        "exact": with_exact,
-        "DynamicCache": with_dynamic,
+        "compacted": lambda: bench.decode(session.fork()._context.cache, num_tokens),
+        "session": with_session,
+        "uncompacted": lambda: bench.decode(uncompacted.fork(), num_tokens),
+        "DynamicCache": with_stock,
+        "DynamicCache, our engine": lambda: bench.decode(copy.deepcopy(dynamic), num_tokens),
     }
-    return {"physical_tokens": physical, **alternate(runs, repeats)}
+    return {"physical_tokens": physical, **bench.medians(runs)}
 
 
-def reading(memory: Memory, repeats: int, num_tokens: int = 2048) -> dict[str, float]:
+def reading(bench: Bench, num_tokens: int) -> dict[str, float]:
     """Seconds to read a prompt: ours, and DynamicCache in the same chunks and at once."""
-    ids, model, chunk = text_tokens(memory, num_tokens), memory.engine.model, memory.policy.chunk_tokens
+    memory, ids = bench.memory, bench.ids[: num_tokens + 1]
 
     def ours() -> float:
         session = memory.session()
-        took = seconds(lambda: session.append(ids))
+        took = bench.seconds(lambda: session.append(ids))
         memory.delete(session.name)
         return took
 
-    def dynamic(size: int) -> float:
+    def dynamic(chunk_tokens: int) -> float:
         cache = DynamicCache()
+        with bench.stock_attention():
+            return bench.seconds(lambda: bench.read(cache, ids[:-1], chunk_tokens))
 
-        def read() -> None:
-            with torch.no_grad():
-                for start in range(0, num_tokens, size):
-                    model(torch.tensor([ids[start : start + size]]), past_key_values=cache, logits_to_keep=1)
+    chunk_tokens = memory.policy.chunk_tokens
+    return bench.medians(
+        {
+            "ours": ours,
+            "DynamicCache, chunks": lambda: dynamic(chunk_tokens),
+            "DynamicCache": lambda: dynamic(num_tokens),
+        }
+    )
 
-        return seconds(read)
 
-    runs = {"ours": ours, "DynamicCache, chunks": lambda: dynamic(chunk), "DynamicCache": lambda: dynamic(num_tokens)}
-    return alternate(runs, repeats)
+@dataclass
+class Stages:
+    """A listener: when the stages of the last compaction ended."""
+
+    clock: Callable[[], float]
+    ends: dict[str, float] = field(default_factory=dict)
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case CompactionStarted():
+                self.ends = {"start": self.clock()}
+            case CompactionProgress(_, stage, _, _):
+                self.ends[stage] = self.clock()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {stage: end - start for (_, start), (stage, end) in pairwise(self.ends.items())}
 
 
-def event(memory: Memory, repeats: int, num_tokens: int = 1024) -> dict[str, float]:
-    """Seconds of one compaction of 1,024 tokens by stage, and of reading them once."""
-    ids = text_tokens(memory, num_tokens + 5)
-    stages: dict[str, list[float]] = {"read": [], "repeat": [], "score": [], "fit": []}
-    for number in range(repeats + 1):
-        session: Session = memory.session()
-        read = seconds(lambda session=session: session.append(ids))
-        report: CompactionReport = session.compact(1.0)
+def event(bench: Bench, stages: Stages, num_tokens: int) -> dict[str, float]:
+    """Seconds of one compaction, by stage, and of reading its block once; the ratio is a median of its own."""
+    memory, rounds = bench.memory, []
+    for _ in range(bench.repeats + 1):
+        session = memory.session()
+        read = bench.seconds(lambda session=session: session.append(bench.ids[: num_tokens + SINK_TOKENS + 1]))
+        compact = bench.seconds(lambda session=session: session.compact(1.0))
+        rounds.append({"read": read, **stages.seconds, "compact": compact, "compact / read": compact / read})
         memory.delete(session.name)
-        if number:
-            took = (read, report.query_seconds, report.score_seconds, report.fit_seconds)
-            for stage, value in zip(stages, took, strict=True):
-                stages[stage].append(value)
-    medians = {stage: statistics.median(values) for stage, values in stages.items()}
-    events = [sum(values) for values in zip(stages["repeat"], stages["score"], stages["fit"], strict=True)]
-    ratios = [took / read for took, read in zip(events, stages["read"], strict=True)]
-    return {**medians, "event": statistics.median(events), "event / read": statistics.median(ratios)}
+    return {name: statistics.median(took[name] for took in rounds[1:]) for name in rounds[0]}
+
+
+Row = tuple[str, str, str]
+
+
+def decoding_rows(took: dict[str, float]) -> list[Row]:
+    titles = {
+        "compacted": "compacted cache",
+        "session": "compacted cache, by Session.generate",
+        "uncompacted": "our cache, nothing compacted",
+        "DynamicCache, our engine": "DynamicCache on our engine",
+        "DynamicCache": "DynamicCache, sdpa",
+    }
+    return [
+        (
+            f"decoding at {took['physical_tokens']} physical tokens: {title}",
+            f"{1 / took[name]:.1f} tokens/s",
+            f"{took['DynamicCache'] / took[name]:.2f}x",
+        )
+        for name, title in titles.items()
+    ]
+
+
+def reading_rows(took: dict[str, float], num_tokens: int) -> list[Row]:
+    titles = {
+        "ours": "ours",
+        "DynamicCache, chunks": "DynamicCache, the same chunks",
+        "DynamicCache": "DynamicCache, at once",
+    }
+    return [
+        (
+            f"reading {num_tokens:,} tokens: {title}",
+            f"{num_tokens / took[name]:.0f} tokens/s",
+            f"{took['DynamicCache'] / took[name]:.2f}x",
+        )
+        for name, title in titles.items()
+    ]
+
+
+def event_rows(took: dict[str, float], num_tokens: int) -> list[Row]:
+    stages = ", ".join(f"{stage} {took[stage]:.2f}" for stage in ("repeat", "score", "fit"))
+    return [
+        (
+            f"compacting {num_tokens:,} tokens {1 / POLICY.keep_ratio:.0f}x",
+            f"{took['compact']:.2f} s ({stages})",
+            f"{took['compact / read']:.2f}x the {took['read']:.2f} s of reading them",
+        )
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out")
+    parser.add_argument("--only", choices=["decoding", "reading", "event"], help="default: all three")
+    parser.add_argument("--read-tokens", type=int, default=2048)
+    parser.add_argument("--compact-tokens", type=int, default=1024)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cpu-time", action="store_true", help="CPU instead of wall time; with --threads 1")
+    parser.add_argument("--out", help="write the figures as JSON")
     args = parser.parse_args()
-    memory = Memory.from_pretrained(args.model, policy=POLICY)
-    results = {
-        "decoding": decoding(memory, args.repeats),
-        "reading": reading(memory, args.repeats),
-        "event": event(memory, args.repeats),
-    }
-    write_json(args.out, results)
-    speed, read, cost = results["decoding"], results["reading"], results["event"]
-    rows = [
-        (
-            f"decoding, compacted to {speed['physical_tokens']} tokens",
-            f"{1 / speed['compacted']:.1f} tokens/s",
-            f"{speed['DynamicCache'] / speed['compacted']:.2f}x",
-        ),
-        (
-            "decoding, ours uncompacted, same length",
-            f"{1 / speed['exact']:.1f} tokens/s",
-            f"{speed['DynamicCache'] / speed['exact']:.2f}x",
-        ),
-        ("decoding, DynamicCache with sdpa, same length", f"{1 / speed['DynamicCache']:.1f} tokens/s", "1x"),
-        ("reading 2,048 tokens", f"{2048 / read['ours']:.0f} tokens/s", f"{read['DynamicCache'] / read['ours']:.2f}x"),
-        (
-            "reading, DynamicCache in the same chunks",
-            f"{2048 / read['DynamicCache, chunks']:.0f} tokens/s",
-            f"{read['DynamicCache'] / read['DynamicCache, chunks']:.2f}x",
-        ),
-        ("reading, DynamicCache at once", f"{2048 / read['DynamicCache']:.0f} tokens/s", "1x"),
-        (
-            "compacting 1,024 tokens",
-            f"{cost['event']:.2f} s (repeat {cost['repeat']:.2f}, score {cost['score']:.2f}, fit {cost['fit']:.2f})",
-            f"{cost['event / read']:.2f}x the {cost['read']:.2f} s of reading them",
-        ),
-    ]
-    print(f"{args.model}, medians of {args.repeats}; {machine()}\n\n{table(('what', 'measured', 'ratio'), rows)}")
+    torch.set_num_threads(args.threads)
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    stages = Stages(clock)
+    memory = Memory.from_pretrained(args.model, policy=POLICY, on_event=stages)
+    ids = memory.tokenize(" ".join(prose(random.Random(0), 400)))
+    bench = Bench(memory, ids, clock, args.repeats)
+    unit = "CPU" if args.cpu_time else "wall"
+    print(f"{args.model}, medians of {args.repeats}, {unit} time; {machine()}\n")
+    results: dict[str, dict[str, float]] = {}
+    if args.only in (None, "decoding"):
+        results["decoding"] = decoding(bench)
+        show(decoding_rows(results["decoding"]))
+    if args.only in (None, "reading"):
+        results["reading"] = reading(bench, args.read_tokens)
+        show(reading_rows(results["reading"], args.read_tokens))
+    if args.only in (None, "event"):
+        results["event"] = event(bench, stages, args.compact_tokens)
+        show(event_rows(results["event"], args.compact_tokens))
+    write_json(args.out, {"model": args.model, "machine": machine(), "cpu_time": args.cpu_time, **results})
+
+
+def show(rows: list[Row]) -> None:
+    print(table(("what", "measured", "of the baseline"), rows), end="\n\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -319,5 +319,5 @@ def test_a_group_fits_each_head_as_if_it_were_alone() -> None:
     _, together = fit_heads(heads, segment, POLICY)
     for head, slots in zip(heads, together, strict=True):
         _, (alone,) = fit_heads([head], segment, POLICY)
-        for one, other in zip(slots.tensors, alone.tensors, strict=True):
+        for one, other in zip(slots.fields, alone.fields, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

@@ -80,7 +80,7 @@ def held(context: Context) -> list[Tensor]:
                 layer.buffer.key[:, :, : layer.length].clone(),
                 layer.buffer.value[:, :, : layer.length].clone(),
             ]
-        entries += [tensor.clone() for tensor in layer.slots.tensors] if layer.slots is not None else []
+        entries += [tensor.clone() for tensor in layer.slots.fields] if layer.slots is not None else []
     return entries
 
 

@@ -42,3 +42,17 @@ def test_a_fact_told_first_is_recalled_after_three_compactions(demo: Demo) -> No
     assert stats.kv_bytes < stats.exact_kv_bytes / 2
     ship = written[0].facts[0]
     assert ask(session, [ship]) == {ship: ship.code}
+
+
+def test_a_bfloat16_model_compacts_and_recalls() -> None:
+    """In bfloat16 rounding alone sends logits after special tokens far astray, and the probe once refused the model."""
+    memory = Memory.from_pretrained(
+        "demo", dtype=torch.bfloat16, policy=MemoryPolicy(trigger_tokens=384, keep_ratio=0.25)
+    )
+    session = memory.session()
+    written = letters(seed=0, num_letters=3, num_facts=1)
+    for letter in written:
+        session.append(letter.messages)
+    assert session.stats.num_compactions >= 1
+    ship = written[0].facts[0]
+    assert ask(session, [ship]) == {ship: ship.code}

@@ -162,6 +162,7 @@ def test_a_session_is_loaded_onto_the_device_asked_for(folder: Store) -> None:
     tail, window = folder.load("alice", device="meta").state.layers
     tensors = [*tail.slots.tensors, tail.buffer.key, tail.buffer.value, window.keys, window.values]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert tail.slots.positions.device.type == tail.slots.ranks.device.type == "cpu"
 
 
 def test_a_saved_file_is_plain_safetensors(folder: Store, tmp_path: Path) -> None:

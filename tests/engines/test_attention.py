@@ -110,7 +110,7 @@ def test_the_order_of_slots_does_not_matter() -> None:
     query, key, value = random_qkv(5, 9)
     slots = random_slots([30, 0, 7])
     order = torch.cat([torch.randperm(30), 30 + torch.randperm(7)])
-    shuffled = Slots(*(tensor[order] for tensor in slots.tensors), slots.cu_slots)
+    shuffled = Slots(*(tensor[order] for tensor in slots.fields), slots.cu_slots)
     one, other = attend(query, key, value, slots, SCALING), attend(query, key, value, shuffled, SCALING)
     torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
@@ -118,8 +118,8 @@ def test_the_order_of_slots_does_not_matter() -> None:
 def test_a_slot_of_bias_log_n_weighs_as_n_equal_entries() -> None:
     query, key, value = random_qkv(3, 4)
     one = random_slots([6, 6, 6])
-    weighted = Slots(one.key, one.value, torch.full_like(one.bias, 2).log(), *one.tensors[3:], one.cu_slots)
-    plain = Slots(one.key, one.value, torch.zeros_like(one.bias), *one.tensors[3:], one.cu_slots)
+    weighted = Slots(one.key, one.value, torch.full_like(one.bias, 2).log(), one.positions, one.ranks, one.cu_slots)
+    plain = Slots(one.key, one.value, torch.zeros_like(one.bias), one.positions, one.ranks, one.cu_slots)
     twice = Slots.concat([plain, plain])
     torch.testing.assert_close(
         attend(query, key, value, weighted, SCALING), attend(query, key, value, twice, SCALING), rtol=0, atol=1e-6
