@@ -119,15 +119,14 @@ def _slots_part(query: Tensor, slots: Slots, scaling: float) -> tuple[Tensor, Te
 
 
 def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The attention over the union of disjoint sets of keys, from each set's own (output, log-sum-exp)."""
-    if len(parts) == 1:
-        return parts[0]
-    lses = torch.stack([lse for _, lse in parts])
-    log_mass = lses.logsumexp(dim=0)
-    weights = (lses - log_mass).exp_()[..., None]
-    total = parts[0][0] * weights[0]
-    for (output, _), weight in zip(parts[1:], weights[1:], strict=True):
-        total = torch.addcmul(total, output, weight)
+    """The attention over the union of disjoint sets of keys, from each set's own (output, log-sum-exp).
+
+    The first part must have some mass for every query.
+    """
+    total, log_mass = parts[0]
+    for output, lse in parts[1:]:
+        before, log_mass = log_mass, torch.logaddexp(log_mass, lse)
+        total = torch.lerp(output.float(), total.float(), (before - log_mass).exp_()[..., None])
     return total.to(parts[0][0].dtype), log_mass
 
 
