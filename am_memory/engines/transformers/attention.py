@@ -84,12 +84,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scali
     num_heads, num_tokens, head_dim = key.shape[1], query.shape[2], query.shape[3]
     # A group's query heads see the same keys: pool them, and no key is ever repeated.
     packed = query.reshape(1, num_heads, -1, head_dim)
-    num_past = key.shape[2] if num_tokens == 1 else key.shape[2] - num_tokens
-    parts = []
-    if num_past:
-        parts.append(partial_attention(packed, key[:, :, :num_past], value[:, :, :num_past], None, scaling))
-    if num_tokens > 1:
-        parts.append(_causal_part(query, key[:, :, num_past:], value[:, :, num_past:], scaling))
+    if num_tokens == 1:
+        parts = [partial_attention(packed, key, value, None, scaling)]
+    else:
+        num_past = key.shape[2] - num_tokens
+        parts = [_causal_part(query, key[:, :, num_past:], value[:, :, num_past:], scaling)]
+        if num_past:
+            parts.append(partial_attention(packed, key[:, :, :num_past], value[:, :, :num_past], None, scaling))
     if slots is not None:
         parts.append(_slots_part(packed, slots, scaling))
     output, log_mass = merge(parts)
