@@ -247,14 +247,29 @@ class Context:
 
     def rewind(self, num_tokens: int) -> None:
         """Forget all but the first `num_tokens` tokens; rebuild where a forgotten one is in a segment."""
-        num_cached = max(min(self.cache.num_tokens, num_tokens - 1), 0)
-        is_exact = num_cached >= self.cache.num_tokens - self.cache.num_tail_tokens
-        if num_cached == self.cache.num_tokens or (is_exact and self.cache.is_croppable):
+        if self.can_truncate(num_tokens):
+            num_cached = self._num_cached(num_tokens)
             self.cache.truncate(num_cached)
+            # A compaction that came later stays; a rebuild must find it before the tokens that are now to come.
+            self.schedule = [replace(made, at_tokens=min(made.at_tokens, num_cached)) for made in self.schedule]
             self.tokens = self.tokens[:num_tokens]
             self._seek_live()
         else:
             self.rebuild(num_tokens, "the tokens to forget are compacted, or in a sliding window")
+
+    def can_truncate(self, num_tokens: int) -> bool:
+        """Whether all tokens after the first `num_tokens` are exact and can be dropped."""
+        num_cached = self._num_cached(num_tokens)
+        is_exact = num_cached >= self.cache.num_tokens - self.cache.num_tail_tokens
+        return num_cached == self.cache.num_tokens or (is_exact and self.cache.is_croppable)
+
+    def compacted_after(self, num_tokens: int) -> bool:
+        """Whether a compaction was made when there were more than the first `num_tokens` tokens."""
+        return any(made.at_tokens > self._num_cached(num_tokens) for made in self.schedule[-1:])
+
+    def _num_cached(self, num_tokens: int) -> int:
+        """Of the first `num_tokens` tokens, those in the cache when the last one is left to read."""
+        return max(min(self.cache.num_tokens, num_tokens - 1), 0)
 
     def rebuild(self, num_tokens: int, reason: str) -> None:
         """Read the first `num_tokens` tokens again, with the compactions that were made among them."""

@@ -27,11 +27,20 @@ class History:
         starts: for each message, how many tokens the context had before it, the end of an answer before it included.
         is_answering: the last message is being generated, or was cut: what the template puts behind it is not in the
             context yet.
+        tools: the functions that the chat template tells the model of, as JSON schemas.
     """
 
     messages: tuple[Message, ...] = ()
     starts: tuple[int, ...] = ()
     is_answering: bool = False
+    tools: tuple[Message, ...] = ()
+
+    def _render(self, engine: Engine, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        return engine.render(messages, tools=self.tools, add_generation_prompt=add_generation_prompt)
+
+    def _grown(self, messages: Sequence[Message], starts: Sequence[int], *, is_answering: bool = False) -> History:
+        messages, starts = (*self.messages, *messages), (*self.starts, *starts)
+        return replace(self, messages=messages, starts=starts, is_answering=is_answering)
 
     def answered(self, text: str) -> History:
         """The model's answer goes on by `text`."""
@@ -49,13 +58,13 @@ class History:
         if self.is_answering:
             return self.answered(text)
         answer = {"role": "assistant", "content": text}
-        return History((*self.messages, answer), (*self.starts, num_tokens), is_answering=True)
+        return self._grown([answer], [num_tokens], is_answering=True)
 
     def rewound(self, engine: Engine, token_ids: Sequence[int]) -> History:
         """What is left of the messages in `token_ids`, the beginning of the context; the last one may be cut."""
         count = sum(start < len(token_ids) for start in self.starts)
         is_cut = count > 0 and self.starts[count : count + 1] != (len(token_ids),)
-        left = History(self.messages[:count], self.starts[:count], is_cut)
+        left = replace(self, messages=self.messages[:count], starts=self.starts[:count], is_answering=is_cut)
         return left._cut(engine.decode(token_ids[left.starts[-1] :], skip_special=True)) if is_cut else left
 
     def _cut(self, text: str) -> History:
@@ -87,7 +96,7 @@ class History:
         if [*itertools.chain(*parts)] != token_ids:  # a token spans two messages
             starts = [starts[0]] * len(texts)
         told = tuple(dict(message) for message in messages)
-        return History((*self.messages, *told), (*self.starts, *starts)), token_ids
+        return self._grown(told, starts), token_ids
 
     def _texts(self, engine: Engine, messages: Sequence[Message], *, ends_turn: bool) -> list[str]:
         """What closes the answer before, then what the template writes for each of the messages.
@@ -100,7 +109,7 @@ class History:
             before[-1]["content"] = MARK  # it stands in the context as it was generated: only what follows counts
 
         def rendered(count: int) -> str:
-            text = engine.render([*before, *messages[:count]]) if before or count else ""
+            text = self._render(engine, [*before, *messages[:count]]) if before or count else ""
             if self.is_answering:
                 text = text.rsplit(MARK, 1)[-1]
                 return _without_eos(engine, text) if ends_turn else text
@@ -135,11 +144,11 @@ class History:
             if ends_turn:
                 raise InvalidInput("the model's last answer is complete: append a message before generating the next")
             return self, []
-        old = engine.render(self.messages)
-        new = engine.render(self.messages, add_generation_prompt=True)
+        old = self._render(engine, self.messages)
+        new = self._render(engine, self.messages, add_generation_prompt=True)
         answer = {"role": "assistant", "content": ""}
         opening = engine.encode(new[len(old) :]) if new.startswith(old) and new != old else []
-        return History((*self.messages, answer), (*self.starts, num_tokens), is_answering=True), opening
+        return self._grown([answer], [num_tokens], is_answering=True), opening
 
     def num_pinned_tokens(self, engine: Engine, kind: str) -> int:
         """Tokens at the start that `kind` of `MemoryPolicy.pinned` keeps exact; 0 where there is no such message."""
@@ -153,7 +162,7 @@ class History:
         # Where two continuations part, the pinned messages have ended, whatever the template puts around them.
         role = "assistant" if self.messages[num_pinned - 1]["role"] == "user" else "user"
         first, second = (
-            engine.encode(engine.render([*self.messages[:num_pinned], {"role": role, "content": text}]))
+            engine.encode(self._render(engine, [*self.messages[:num_pinned], {"role": role, "content": text}]))
             for text in ("0", "x")
         )
         differ = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)

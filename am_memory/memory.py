@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from threading import RLock
 from typing import TYPE_CHECKING, Literal
 
 from am_memory.cache import KVCache
 from am_memory.context import Context
-from am_memory.engines.base import Engine
+from am_memory.engines.base import Engine, Message
 from am_memory.errors import InvalidInput, ModelMismatch, SessionNotFound, StorageError
-from am_memory.events import Listener, ignore
+from am_memory.events import Event, Listener, ignore
 from am_memory.history import History
 from am_memory.policy import MemoryPolicy, trigger_tokens
 from am_memory.sampling import Sampling
@@ -55,6 +57,7 @@ class Memory:
         self.sampling = sampling or Sampling()
         self.store = store if isinstance(store, Store) or store is None else Store(os.fspath(store))
         self.on_event = on_event
+        self._listeners: list[Listener] = []
         self._sessions: dict[str, Session] = {}
         self.device = RLock()
         self._numbers = itertools.count(1)
@@ -118,7 +121,20 @@ class Memory:
 
     def _new_context(self, name: str, policy: MemoryPolicy) -> Context:
         cache = self.engine.new_cache()
-        return Context(name, self.engine, policy, self.on_event, cache, num_pinned=policy.num_sinks)
+        return Context(name, self.engine, policy, self._notify, cache, num_pinned=policy.num_sinks)
+
+    def _notify(self, event: Event) -> None:
+        for listener in (self.on_event, *self._listeners):
+            listener(event)
+
+    @contextmanager
+    def listening(self, listener: Listener) -> Iterator[None]:
+        """Also tell `listener` of every event, of all sessions, inside of the `with`."""
+        self._listeners.append(listener)
+        try:
+            yield
+        finally:
+            self._listeners.remove(listener)
 
     def _resume(self, name: str, policy: MemoryPolicy) -> Session:
         saved = self.require_store().load(name, device=self.engine.info.device)
@@ -134,13 +150,35 @@ class Memory:
             name,
             self.engine,
             policy,
-            self.on_event,
+            self._notify,
             cache,
             list(saved.tokens),
             list(saved.schedule),
             saved.num_pinned,
         )
-        return Session(self, context, History(saved.messages, saved.message_starts, saved.is_answering))
+        history = History(saved.messages, saved.message_starts, saved.is_answering, saved.tools)
+        session = Session(self, context, history)
+        session.metadata = saved.metadata
+        return session
+
+    def scratch(self, *, policy: MemoryPolicy | None = None, tools: Sequence[Message] = ()) -> Session:
+        """A new session that the memory does not keep, unless `keep` is called.
+
+        Args:
+            policy: None: the memory's.
+            tools: functions that the model's chat template tells it of, as OpenAI's API has them.
+        """
+        session = Session(self, self._new_context("scratch", policy or self.policy), History(tools=tuple(tools)))
+        return session
+
+    def keep(self, session: Session, name: str) -> None:
+        """Keep a session under a name, in place of the one that has it."""
+        session.rename(name)
+        self._sessions[name] = session
+
+    def release(self, name: str) -> None:
+        """Drop a session from memory; a saved one stays in the store."""
+        self._sessions.pop(name, None)
 
     def adopt(self, session: Session) -> None:
         """Keep a session under its name.

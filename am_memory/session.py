@@ -5,10 +5,11 @@ Knows text, chat and sampling; leaves reading and compacting to its context.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -23,9 +24,13 @@ from am_memory.storage import SavedSession
 from am_memory.tokens import TextStream
 
 if TYPE_CHECKING:
+    from am_memory.constraints import Constraint
     from am_memory.memory import Memory
 
 Content = str | Sequence[int] | Sequence[Message]
+
+CLOSING_SHARE = 0.25
+"""Of the tokens of an answer: the last ones bring a constrained answer to its end."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Piece:
         text: whole characters; may be empty while one is unfinished.
         token_ids: the tokens generated since the last piece.
         finish_reason: in the last piece, why it is the last: the model ended its turn, the limit was reached, or a
-            stop text came.
+            stop text came or the constraint was complete.
     """
 
     text: str
@@ -78,6 +83,8 @@ class Session:
         self._context = context
         self._history = history
         self.engine = context.engine
+        self.metadata: dict[str, Any] = {}
+        """What the application wants to keep with the session, saved with it: anything that JSON can hold."""
 
     @property
     def name(self) -> str:
@@ -92,6 +99,15 @@ class Session:
     def messages(self) -> list[dict[str, object]]:
         """The chat messages so far, the model's own included; empty for a session of plain text."""
         return [dict(message) for message in self._history.messages]
+
+    @property
+    def message_starts(self) -> tuple[int, ...]:
+        """For each message, how many tokens stand before it."""
+        return self._history.starts
+
+    def rename(self, name: str) -> None:
+        """Give it another name, for events and the store."""
+        self._context.name = name
 
     @contextmanager
     def _step(self) -> Iterator[None]:
@@ -169,7 +185,9 @@ class Session:
         tokens = self._context.tokens
         return bool(tokens) and tokens[-1] in self.engine.info.eos_token_ids
 
-    def generate(self, max_new_tokens: int = 256, sampling: Sampling | None = None) -> Iterator[Piece]:
+    def generate(
+        self, max_new_tokens: int = 256, sampling: Sampling | None = None, constraint: Constraint | None = None
+    ) -> Iterator[Piece]:
         """Let the model go on; what it generates becomes part of the conversation, token by token.
 
         Stopping to iterate keeps the tokens given out so far. After chat messages the model's answer is opened by the
@@ -178,16 +196,22 @@ class Session:
         Args:
             max_new_tokens: at most so many.
             sampling: how tokens are chosen; None: as the model's own generation config says.
+            constraint: what tokens may be chosen at all; the generation stops as soon as it is complete, and in the
+                last quarter of `max_new_tokens` it is brought to an end. An answer that was cut off all the same goes
+                on with the constraint that it began with.
 
         Raises:
-            InvalidInput: an empty conversation, a complete answer with nothing said since, or a limit below 1.
+            InvalidInput: an empty conversation, a complete answer with nothing said since, a limit below 1, or a
+                constraint that is complete already.
         """
         if max_new_tokens < 1:
             raise InvalidInput(f"max_new_tokens is {max_new_tokens}: at least 1 token can be generated")
+        if constraint is not None and constraint.is_complete:
+            raise InvalidInput("the constraint is complete, and allows nothing more: make a new one for each answer")
         self._require_tokens()
-        return self._generate(max_new_tokens, sampling or self._memory.sampling)
+        return self._generate(max_new_tokens, sampling or self._memory.sampling, constraint)
 
-    def _generate(self, max_new_tokens: int, sampling: Sampling) -> Iterator[Piece]:
+    def _generate(self, max_new_tokens: int, sampling: Sampling, constraint: Constraint | None) -> Iterator[Piece]:
         context, eos_token_ids = self._context, self.engine.info.eos_token_ids
         sampler = Sampler(sampling)
         stream = TextStream(lambda ids: self.engine.decode(ids, skip_special=True), sampling.stop)
@@ -201,11 +225,17 @@ class Session:
                         f"session {self.name!r} changed while it was generating: finish one generation before the next "
                         "call, or fork the session"
                     )
-                token_id = sampler.choose(context.next_logits(), context.tokens)
+                logits = context.next_logits()
+                if constraint is not None:
+                    logits = constraint.mask(logits, is_closing=number > max_new_tokens * (1 - CLOSING_SHARE))
+                token_id = sampler.choose(logits, context.tokens)
                 text = "" if token_id in eos_token_ids else stream.push(token_id)
                 context.tokens.append(token_id)
                 expected += 1
-                finish_reason = self._finish_reason(token_id, number == max_new_tokens, stream)
+                if constraint is not None:
+                    constraint.accept(token_id)
+                is_stopped = stream.is_stopped or (constraint is not None and constraint.is_complete)
+                finish_reason = self._finish_reason(token_id, is_stopped, number == max_new_tokens)
                 if finish_reason is not None:
                     text += stream.finish()
                 if self._history.is_answering:
@@ -221,12 +251,10 @@ class Session:
         tokens.extend(opening)
         return tokens, len(tokens)
 
-    def _finish_reason(
-        self, token_id: int, is_last: bool, stream: TextStream
-    ) -> Literal["eos", "length", "stop"] | None:
+    def _finish_reason(self, token_id: int, is_stopped: bool, is_last: bool) -> Literal["eos", "length", "stop"] | None:
         if token_id in self.engine.info.eos_token_ids:
             return "eos"
-        if stream.is_stopped:
+        if is_stopped:
             return "stop"
         return "length" if is_last else None
 
@@ -286,6 +314,15 @@ class Session:
             self._context.rewind(num_tokens)
             self._history = self._history.rewound(self.engine, self._context.tokens)
 
+    def can_rewind(self, num_tokens: int) -> bool:
+        """Whether `rewind(num_tokens)` reads nothing again, and leaves what reading just these tokens would leave.
+
+        It also reads nothing again where a compaction that covers none of the forgotten tokens was made after they had
+        come; but then that compaction stays, although it would not have been due yet.
+        """
+        is_within = 0 <= num_tokens <= len(self._context.tokens)
+        return is_within and self._context.can_truncate(num_tokens) and not self._context.compacted_after(num_tokens)
+
     def fork(self, name: str | None = None, *, policy: MemoryPolicy | None = None) -> Session:
         """A branch with the same content; memory is shared until the two differ.
 
@@ -298,6 +335,7 @@ class Session:
         """
         with self._memory.device:
             branch = Session(self._memory, self._context.fork(name or f"{self.name} (scratch)", policy), self._history)
+            branch.metadata = copy.deepcopy(self.metadata)
             if name is not None:
                 self._memory.adopt(branch)
         return branch
@@ -320,6 +358,8 @@ class Session:
                     messages=self._history.messages,
                     message_starts=self._history.starts,
                     is_answering=self._history.is_answering,
+                    tools=self._history.tools,
+                    metadata=self.metadata,
                     num_pinned=context.num_pinned,
                     state=context.cache.state(),
                 ),

@@ -17,7 +17,7 @@ import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -56,6 +56,8 @@ class SavedSession:
         messages: of the chat, as chat templates take them.
         message_starts: for each message, how many tokens stood before it.
         is_answering: the last message was being generated.
+        tools: that the chat template tells the model of.
+        metadata: what the application keeps with the session.
         num_pinned: tokens at the start that stay exact.
         state: the cache.
     """
@@ -69,6 +71,8 @@ class SavedSession:
     is_answering: bool
     num_pinned: int
     state: CacheState
+    tools: tuple[Message, ...] = ()
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 class Store:
@@ -218,6 +222,8 @@ class _Content(BaseModel, from_attributes=True):
     is_answering: bool
     num_pinned: int
     state: _Cache
+    tools: tuple[dict[str, Any], ...] = ()
+    metadata: dict[str, Any] = {}
 
 
 def _packed(saved: SavedSession) -> bytes:

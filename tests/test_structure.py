@@ -18,9 +18,10 @@ LAYERS: tuple[set[str], ...] = (
     {"errors", "events"},
     {"cache", "solver", "models", "tokens", "sampling"},
     {"engines"},
-    {"policy", "budgets", "queries", "storage", "history"},
+    {"policy", "budgets", "queries", "storage", "history", "constraints", "tool_calls"},
     {"compaction"},
     {"memory", "context", "session"},
+    {"threads"},
     {"cli", "demo", "display"},
 )
 LAYER_OF = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -14,6 +14,9 @@ from am_memory.cache import KVCache
 Message = Mapping[str, object]
 """One chat message as chat templates take it: {"role": ..., "content": ...}."""
 
+Tool = Mapping[str, object]
+"""A function that the model may call: {"type": "function", "function": {"name", "description", "parameters"}}."""
+
 OnQuery = Callable[[int, Tensor, Tensor], None]
 """Called with (index among the compactable layers, query, log_mass).
 
@@ -76,6 +79,8 @@ class Engine(Protocol):
     @property
     def has_chat_template(self) -> bool: ...
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """The messages as the model's chat template writes them."""
+    def render(
+        self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, add_generation_prompt: bool = False
+    ) -> str:
+        """The messages as the model's chat template writes them; it may leave out `tools`."""
         ...

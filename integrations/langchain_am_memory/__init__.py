@@ -1,3 +1,6 @@
 """LangChain and LangGraph on `am_memory`: installed with `attention-matching-memory[langchain]`."""
 
-__all__: list[str] = []
+from langchain_am_memory.chat_models import ChatAMMemory
+from langchain_am_memory.middleware import AMMemoryMiddleware
+
+__all__ = ["AMMemoryMiddleware", "ChatAMMemory"]

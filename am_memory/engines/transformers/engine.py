@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory.cache import KVCache
-from am_memory.engines.base import Message, ModelInfo, OnQuery
+from am_memory.engines.base import Message, ModelInfo, OnQuery, Tool
 from am_memory.engines.transformers import attention, support
 from am_memory.errors import InvalidInput, UnsupportedOperation
 from am_memory.models import fingerprint
@@ -109,12 +109,15 @@ class TransformersEngine:
     def has_chat_template(self) -> bool:
         return bool(self.tokenizer.chat_template)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def render(
+        self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, add_generation_prompt: bool = False
+    ) -> str:
         told = [dict(message) for message in messages]
         try:
             return str(
                 self.tokenizer.apply_chat_template(
                     told,  # type: ignore[arg-type]
+                    tools=[dict(tool) for tool in tools] if tools else None,
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
                 )

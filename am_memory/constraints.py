@@ -1,0 +1,227 @@
+"""What the tokens of an answer may be: grammars by llguidance. Knows no session, no messages and no tools."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from llguidance import LLMatcher, LLTokenizer
+from llguidance.hf import from_tokenizer
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from am_memory.engines.base import Engine
+from am_memory.errors import InvalidInput, UnsupportedOperation
+
+JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""JSON is written as `json.dumps` writes it: free whitespace is where a small model never comes to an end."""
+
+CLOSERS = (r'["\]}]+', ",")
+"""Tokens that end strings, lists and objects; and numbers, where nothing else does."""
+
+_MAPS = ("properties", "patternProperties", "$defs", "definitions")
+_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
+_SINGLE = ("items", "additionalItems", "additionalProperties", "not", "if", "then", "else")
+
+
+class Constraint(Protocol):
+    """What the next tokens of one answer may be; every answer needs a new one."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Nothing may follow but the end of the turn."""
+        ...
+
+    def mask(self, logits: Tensor, *, is_closing: bool = False) -> Tensor:
+        """A copy in which every forbidden token is -inf.
+
+        Args:
+            logits: (vocab_size,) float32; it may be longer than the tokenizer's vocabulary.
+            is_closing: few tokens are left: where what is open can be closed (a string, a list), only that is allowed.
+        """
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """The answer goes on by this token.
+
+        Raises:
+            InvalidInput: the token is forbidden here; nothing has changed.
+        """
+        ...
+
+
+class _Grammar:
+    """A grammar of llguidance, at one place in it."""
+
+    def __init__(self, vocabulary: _Vocabulary, grammar: str, *, is_json: bool = False) -> None:
+        self._tokenizer = vocabulary.tokenizer
+        self._closers = vocabulary.closers if is_json else ()
+        self._matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        self._require_sound("llguidance does not take this grammar")
+
+    @property
+    def is_complete(self) -> bool:
+        return self._matcher.is_stopped()
+
+    def mask(self, logits: Tensor, *, is_closing: bool = False) -> Tensor:
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        self._require_sound("the grammar became too complex; simplify it")
+        is_allowed = torch.zeros(len(logits), dtype=torch.bool)
+        unpacked = torch.from_numpy(np.unpackbits(bits, count=min(len(logits), 8 * len(bits)), bitorder="little"))
+        is_allowed[: len(unpacked)] = unpacked
+        for closers in self._closers if is_closing else ():
+            if (closing := closers[is_allowed[closers]]).numel():
+                is_allowed = torch.zeros_like(is_allowed).index_fill_(0, closing, True)
+                break
+        return logits.masked_fill(~is_allowed.to(logits.device), -torch.inf)
+
+    def accept(self, token_id: int) -> None:
+        if self.is_complete and token_id in self._tokenizer.eos_tokens:
+            return  # llguidance has stopped already
+        is_token = 0 <= token_id < self._tokenizer.vocab_size
+        if not is_token or self._matcher.try_consume_tokens([token_id]) != 1:
+            raise InvalidInput(f"token id {token_id} does not follow the grammar: take one that mask() allows")
+
+    def _require_sound(self, problem: str) -> None:
+        if self._matcher.is_error():
+            # llguidance appends the lines of the grammar, or its whole state.
+            reason = re.split(r"\n *\d+ \| |<state>", self._matcher.get_error())[0]
+            raise InvalidInput(f"{problem}: {' '.join(reason.split())}")
+
+
+def json_schema(engine: Engine, schema: Mapping[str, object]) -> Constraint:
+    """An answer that is one JSON value of this schema, on one line.
+
+    Objects that say nothing of further properties get none.
+
+    Raises:
+        InvalidInput: the schema is not JSON, contradicts itself, or has a keyword that llguidance does not know.
+        UnsupportedOperation: the engine's tokenizer cannot be constrained.
+    """
+    return lark(engine, f"start: {json_rule(schema)}", is_json=True)
+
+
+def regex(engine: Engine, pattern: str) -> Constraint:
+    """An answer that matches a regular expression (Rust's syntax) from beginning to end.
+
+    Raises:
+        InvalidInput: not a regular expression, or one with lookaround or back-references.
+        UnsupportedOperation: the engine's tokenizer cannot be constrained.
+    """
+    return _Grammar(_vocabulary(engine), LLMatcher.grammar_from_regex(pattern))
+
+
+def lark(engine: Engine, grammar: str, *, is_json: bool = False) -> Constraint:
+    """An answer of a grammar in llguidance's dialect of Lark, whose first rule is `start`.
+
+    Args:
+        is_json: its open ends are those of JSON, so that it can be brought to one when few tokens are left.
+
+    Raises:
+        InvalidInput: not a grammar.
+        UnsupportedOperation: the engine's tokenizer cannot be constrained.
+    """
+    return _Grammar(_vocabulary(engine), LLMatcher.grammar_from_lark(grammar), is_json=is_json)
+
+
+def json_rule(schema: Mapping[str, object]) -> str:
+    """A JSON value of this schema, as `json_schema` takes it, for the right side of a rule of `lark`.
+
+    Raises:
+        InvalidInput: the schema is not JSON.
+    """
+    if not isinstance(schema, Mapping):
+        raise InvalidInput(f'{schema!r} is not a JSON schema: give a mapping, such as {{"type": "object"}}')
+    try:
+        copy = json.loads(json.dumps(schema, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"the schema cannot be written as JSON: {error}") from error
+    _close(copy)
+    return f"%json {json.dumps({**copy, 'x-guidance': JSON_FORM})}"
+
+
+def _close(schema: dict[str, object]) -> None:
+    """Allow no further properties in objects that do not mention them.
+
+    A schema that composes one object of several is left alone: what one part does not mention another may ask for.
+    """
+    parts = list(_parts(schema))
+    if any(_is_composed(part) for part in parts):
+        return
+    for part in parts:
+        if "properties" in part and not {"additionalProperties", "patternProperties"} & part.keys():
+            part["additionalProperties"] = False
+
+
+def _is_composed(schema: dict[str, object]) -> bool:
+    if "allOf" in schema or ("properties" in schema and {"anyOf", "oneOf", "$ref"} & schema.keys()):
+        return True
+    required = schema.get("required")
+    return isinstance(required, list) and not {*required} <= {*_mapping(schema.get("properties"))}
+
+
+def _parts(schema: object) -> Iterator[dict[str, object]]:
+    """The schema and every schema in it."""
+    if not isinstance(schema, dict):
+        return
+    yield schema
+    for key in _MAPS:
+        for part in _mapping(schema.get(key)).values():
+            yield from _parts(part)
+    for key in _LISTS:
+        found = schema.get(key)
+        for part in found if isinstance(found, list) else ():
+            yield from _parts(part)
+    for key in _SINGLE:
+        yield from _parts(schema.get(key))
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, Mapping) else {}
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """An engine's tokens as llguidance takes them, and those that end what is open in JSON, the surest first."""
+
+    tokenizer: LLTokenizer
+    closers: tuple[Tensor, ...]
+
+
+_vocabularies: WeakKeyDictionary[Engine, _Vocabulary] = WeakKeyDictionary()
+_building = threading.Lock()
+
+
+def _vocabulary(engine: Engine) -> _Vocabulary:
+    """It costs about a second, once per engine."""
+    with _building:
+        if engine not in _vocabularies:
+            tokenizer = _build_tokenizer(engine)
+            tokens: dict[str, int] = engine.tokenizer.get_vocab()  # type: ignore[attr-defined]  # as _build_tokenizer
+            closers = (
+                [token_id for token, token_id in tokens.items() if re.fullmatch(pattern, token)] for pattern in CLOSERS
+            )
+            _vocabularies[engine] = _Vocabulary(tokenizer, tuple(torch.tensor(ids).long() for ids in closers))
+        return _vocabularies[engine]
+
+
+def _build_tokenizer(engine: Engine) -> LLTokenizer:
+    tokenizer: object = getattr(engine, "tokenizer", None)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UnsupportedOperation(
+            f"answers of {engine.info.name} cannot be constrained: that takes a fast tokenizer of transformers, and "
+            f"this {type(engine).__name__} has none"
+        )
+    if not engine.info.eos_token_ids:
+        raise UnsupportedOperation(
+            f"answers of {engine.info.name} cannot be constrained: no token ends its turn; set an eos_token"
+        )
+    num_tokens = max(engine.info.vocab_size, len(tokenizer))
+    return from_tokenizer(tokenizer, n_vocab=num_tokens, eos_token=sorted(engine.info.eos_token_ids))

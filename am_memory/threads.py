@@ -1,0 +1,300 @@
+"""Conversations as chat applications send them: whole, at every call. Only what is new is read.
+
+Each call brings all messages so far. `Threads` finds the kept branch that begins with the same ones, goes on in a fork
+of it, and keeps the fork once the answer is complete: a failed, cancelled or repeated call leaves nothing behind.
+Messages are the truth; a thread's name only says what is saved, evicted and deleted together. Branches share memory
+until they differ. Knows nothing of LangChain or HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from hashlib import sha256
+from threading import RLock
+
+from am_memory.engines.base import Message
+from am_memory.errors import InvalidInput
+from am_memory.memory import Memory
+from am_memory.policy import MemoryPolicy
+from am_memory.session import Session
+from am_memory.tool_calls import prepare
+
+MAX_BYTES = 4 * 2**30
+METADATA_KEY = "am_memory.branch"
+
+
+@dataclass
+class Branch:
+    """One conversation that is kept.
+
+    Attributes:
+        thread: what it belongs to.
+        keys: a digest of policy and tools, then one of each message.
+        ends: tokens of the session after each of these; None where it cannot be cut.
+    """
+
+    session: Session
+    thread: str
+    keys: tuple[str, ...]
+    ends: tuple[int | None, ...]
+
+    def num_shared(self, keys: Sequence[str]) -> int:
+        """How many of the first keys are this branch's too, counted to the last place where it can be cut."""
+        pairs = zip(self.keys, keys, strict=False)
+        shared = next((i for i, (mine, other) in enumerate(pairs) if mine != other), min(len(self.keys), len(keys)))
+        return next((count for count in range(shared, 0, -1) if self.ends[count - 1] is not None), 0)
+
+    def end_of(self, count: int) -> int:
+        """Tokens of the first `count` entries, where `num_shared` allows the cut."""
+        end = self.ends[count - 1]
+        assert end is not None
+        return end
+
+    def is_exact_at(self, count: int) -> bool:
+        """Whether it can go on from there without reading anything again."""
+        return self.session.can_rewind(self.end_of(count))
+
+
+@dataclass
+class Turn:
+    """One call: a session that has read the prompt, and is kept when `keep` is called.
+
+    Attributes:
+        session: ready to `generate`; a scratch branch of its own.
+        num_cached_tokens: of the conversation, how many were not read in this call.
+        rebuilt: why tokens that a branch had read were read again; None where they were not.
+    """
+
+    session: Session
+    num_cached_tokens: int
+    rebuilt: str | None
+    _threads: Threads = field(repr=False)
+    _parent: Branch | None = field(repr=False)
+    _thread: str = field(repr=False)
+    _keys: tuple[str, ...] = field(repr=False)
+    _ends: tuple[int | None, ...] = field(repr=False)
+
+    def keep(self, answer: Message) -> None:
+        """Keep the conversation with the model's answer, as the application will send it back.
+
+        Raises:
+            StorageError: it cannot be saved; it is kept in memory all the same.
+        """
+        keys, ends = (*self._keys, key_of(answer)), (*self._ends, len(self.session.tokens))
+        self._threads._keep(Branch(self.session, self._thread, keys, ends), self._parent)
+
+
+class Threads:
+    """The branches of all threads, on one memory.
+
+    Args:
+        memory: with a store, every kept branch is saved, and found again by another process.
+        max_bytes: of all branches' caches together, shared memory counted for each; the ones not used for longest go
+            first, and come back from the store if there is one.
+    """
+
+    def __init__(self, memory: Memory, *, max_bytes: int = MAX_BYTES) -> None:
+        if max_bytes < 1:
+            raise InvalidInput(f"max_bytes is {max_bytes}: give the bytes that kept caches may take, at least 1")
+        self.memory = memory
+        self.max_bytes = max_bytes
+        self._branches: dict[str, Branch] = {}  # least recently used first
+        self._lock = RLock()
+
+    def turn(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Message] = (),
+        *,
+        thread: str = "default",
+        policy: MemoryPolicy | None = None,
+    ) -> Turn:
+        """Find what is known of a conversation and read the rest.
+
+        Args:
+            messages: all of it, in the form of OpenAI's API: role, content, tool_calls, tool_call_id, name.
+            tools: functions that the model may call, in the form of OpenAI's API.
+            thread: a name for what belongs together, and for events.
+            policy: None: the memory's. Conversations under another policy are others.
+
+        Raises:
+            InvalidInput: no messages, or such as the model's chat template does not take.
+            PromptTooLong: what the policy pins leaves no room for anything else.
+        """
+        if not messages:
+            raise InvalidInput("there are no messages: give at least one")
+        policy = policy or self.memory.policy
+        keys = (_digest([policy.model_dump(mode="json"), *tools]), *(key_of(message) for message in messages))
+        with self._lock:
+            branch, count, rebuilt = self._best(thread, keys)
+        prepared, template_tools = prepare(self.memory.engine, messages, tools)
+        ends: tuple[int | None, ...]
+        if branch is None:
+            session, ends = self.memory.scratch(policy=policy, tools=template_tools or ()), (0,)
+        else:
+            session, ends = branch.session.fork(), branch.ends[:count]
+            session.rewind(branch.end_of(count))
+        session.rename(thread)
+        num_cached = len(session.tokens)
+        num_known = _num_prepared(self.memory, messages[: len(ends) - 1], tools)
+        if prepared[num_known:]:
+            session.append(prepared[num_known:])
+        ends = (*ends, *self._ends(session, messages, tools, len(ends) - 1))
+        return Turn(session, num_cached, rebuilt, self, branch, thread, keys, ends)
+
+    def num_tokens(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> int:
+        """What reading all of these messages and tools takes, the opening of the answer included."""
+        engine = self.memory.engine
+        prepared, template_tools = prepare(engine, messages, tools)
+        return len(engine.encode(engine.render(prepared, tools=template_tools, add_generation_prompt=True)))
+
+    def _best(self, thread: str, keys: Sequence[str]) -> tuple[Branch | None, int, str | None]:
+        """The branch to go on from, how many entries of it hold, and why not a longer one."""
+        found = self._longest(self._branches.values(), keys)
+        if found[1] < len(keys) - 1 and self._load(thread):
+            found = self._longest(self._branches.values(), keys)
+        branch, count, longest = found
+        rebuilt = None
+        if longest > count:
+            rebuilt = (
+                f"the conversation leaves a known one after message {longest - 1} of {len(keys) - 1}, before its last "
+                f"compaction; read again from message {max(count - 1, 0)} on"
+            )
+        if branch is not None:
+            self._branches[branch.session.name] = self._branches.pop(branch.session.name)
+        return branch, count, rebuilt
+
+    @staticmethod
+    def _longest(branches: Iterable[Branch], keys: Sequence[str]) -> tuple[Branch | None, int, int]:
+        """The branch that shares most and can be cut there, how much that is, and how much any branch shares."""
+        best, best_count, longest = None, 1, 1  # the tools alone are nothing read
+        for branch in branches:
+            count = branch.num_shared(keys)
+            longest = max(longest, count)
+            while count > best_count and not (branch.ends[count - 1] is not None and branch.is_exact_at(count)):
+                count -= 1
+            if count > best_count:
+                best, best_count = branch, count
+        return best, best_count if best else 0, longest
+
+    def _ends(
+        self, session: Session, messages: Sequence[Message], tools: Sequence[Message], num_known: int
+    ) -> list[int | None]:
+        """Tokens after each of the messages that were just read; None inside of what the template writes as one."""
+        starts, ends = session.message_starts, list[int | None]()
+        whole = prepare(self.memory.engine, messages, tools)[0]
+        for count in range(num_known + 1, len(messages) + 1):
+            part = prepare(self.memory.engine, messages[:count], tools)[0]
+            is_prefix = list(part) == list(whole[: len(part)])
+            end = len(session.tokens) if len(part) == len(whole) else starts[len(part)]
+            ends.append(end if is_prefix else None)
+        return ends
+
+    def _keep(self, branch: Branch, parent: Branch | None) -> None:
+        with self._lock:
+            name = None
+            if parent is not None and self._branches.get(parent.session.name) is parent:
+                is_extended = branch.keys[: len(parent.keys)] == parent.keys
+                # A parent whose end lies in a compacted span of the new branch stays, to go back to.
+                if is_extended and branch.session.can_rewind(parent.end_of(len(parent.keys))):
+                    name = parent.session.name
+                    del self._branches[name]
+            name = name or f"{branch.thread}/{secrets.token_hex(6)}"
+            branch.session.metadata[METADATA_KEY] = {
+                "thread": branch.thread,
+                "keys": list(branch.keys),
+                "ends": list(branch.ends),
+            }
+            self.memory.keep(branch.session, name)
+            self._branches[name] = branch
+            self._evict(name)
+        if self.memory.store is not None:
+            branch.session.save()
+
+    def _evict(self, newest: str) -> None:
+        sizes = {name: branch.session.stats.kv_bytes for name, branch in self._branches.items()}
+        total = sum(sizes.values())
+        for name, size in sizes.items():
+            if total <= self.max_bytes or name == newest:
+                return
+            total -= size
+            del self._branches[name]
+            self.memory.release(name)
+
+    def _load(self, thread: str) -> bool:
+        """Bring a thread's saved branches that are not in memory; whether there were any."""
+        if self.memory.store is None:
+            return False
+        names = [name for name in self.memory.store.names() if name.startswith(f"{thread}/")]
+        missing = [name for name in names if name not in self._branches]
+        for name in missing:
+            session = self.memory.session(name)
+            saved = session.metadata.get(METADATA_KEY)
+            if isinstance(saved, dict):
+                self._branches[name] = Branch(session, saved["thread"], tuple(saved["keys"]), tuple(saved["ends"]))
+        return bool(missing)
+
+    def names(self) -> list[str]:
+        """The threads that are known, in memory and in the store."""
+        with self._lock:
+            stored = self.memory.store.names() if self.memory.store is not None else []
+            threads = {branch.thread for branch in self._branches.values()}
+            return sorted(threads | {name.rpartition("/")[0] for name in stored if "/" in name})
+
+    def branches(self, thread: str) -> list[Branch]:
+        """The branches of a thread that are in memory, the most recently used last."""
+        with self._lock:
+            return [branch for branch in self._branches.values() if branch.thread == thread]
+
+    def delete(self, thread: str) -> None:
+        """Forget a thread, in memory and in the store; one that is not known is none."""
+        with self._lock:
+            stored = self.memory.store.names() if self.memory.store is not None else []
+            mine = {name for name, branch in self._branches.items() if branch.thread == thread}
+            mine |= {name for name in stored if name.rpartition("/")[0] == thread}
+            for name in mine:
+                self._branches.pop(name, None)
+                self.memory.delete(name)
+
+    def copy(self, thread: str, new_thread: str) -> None:
+        """Give a thread's branches a second name; memory is shared until the two differ.
+
+        Raises:
+            InvalidInput: the thread is not known.
+        """
+        with self._lock:
+            self._load(thread)
+            branches = self.branches(thread)
+            if not branches:
+                raise InvalidInput(f"there is no thread {thread!r}; there are: {', '.join(self.names()) or 'none'}")
+            for branch in branches:
+                self._keep(Branch(branch.session.fork(), new_thread, branch.keys, branch.ends), None)
+
+
+def key_of(message: Message) -> str:
+    """A digest of what a message says; the ids of tool calls that nobody answers to are left out."""
+    said = {name: value for name, value in message.items() if name != "id" and value not in (None, [], "")}
+    if isinstance(calls := said.get("tool_calls"), Sequence):
+        said["tool_calls"] = [_call(call) for call in calls]
+    return _digest(said)
+
+
+def _call(call: object) -> object:
+    if not isinstance(call, Mapping) or not isinstance(function := call.get("function"), Mapping):
+        return call
+    arguments = function.get("arguments")
+    with suppress(ValueError):
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    return {"name": function.get("name"), "arguments": arguments}
+
+
+def _digest(value: object) -> str:
+    return sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def _num_prepared(memory: Memory, messages: Sequence[Message], tools: Sequence[Message]) -> int:
+    return len(prepare(memory.engine, messages, tools)[0]) if messages else 0

@@ -1,0 +1,22 @@
+"""What tool calls look like as text: told to a model, forced on it, and read from its answers.
+
+Messages and tools are dicts as OpenAI's chat completions have them; knows no session and no framework.
+"""
+
+from am_memory.tool_calls.forced import tool_call_constraint
+from am_memory.tool_calls.formats import ToolFormat, tool_format
+from am_memory.tool_calls.parsing import InvalidCall, ParsedAnswer, ParsedCall, ToolCallStream, answer_text, parse
+from am_memory.tool_calls.prompt import prepare
+
+__all__ = [
+    "InvalidCall",
+    "ParsedAnswer",
+    "ParsedCall",
+    "ToolCallStream",
+    "ToolFormat",
+    "answer_text",
+    "parse",
+    "prepare",
+    "tool_call_constraint",
+    "tool_format",
+]

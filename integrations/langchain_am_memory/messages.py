@@ -1,0 +1,60 @@
+"""LangChain's messages in the form that the memory takes them, OpenAI's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, FunctionMessage, ToolMessage
+
+from am_memory.errors import InvalidInput
+
+ROLES = {"human": "user", "ai": "assistant", "system": "system", "tool": "tool", "function": "tool"}
+NOT_TEXT = ("image", "image_url", "audio", "input_audio", "file", "document", "video", "media")
+
+
+def to_openai(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
+    """The messages as dicts of role and content, and what tools need.
+
+    Raises:
+        InvalidInput: content that is no text.
+    """
+    return [_to_openai(message, position) for position, message in enumerate(messages)]
+
+
+def _to_openai(message: BaseMessage, position: int) -> dict[str, Any]:
+    role = message.role if isinstance(message, ChatMessage) else ROLES.get(message.type.removesuffix("MessageChunk"))
+    role = role or ROLES.get(message.type.removesuffix("MessageChunk").lower())
+    if role is None:
+        raise InvalidInput(f"message {position} is of type {message.type!r}: give system, human, ai or tool messages")
+    said: dict[str, Any] = {"role": role, "content": _text(message.content, position)}
+    if isinstance(message, AIMessage) and message.tool_calls:
+        said["tool_calls"] = [tool_call(call["name"], call["args"], call.get("id")) for call in message.tool_calls]
+    if isinstance(message, ToolMessage):
+        said["tool_call_id"] = message.tool_call_id
+    if isinstance(message, (ToolMessage, FunctionMessage)) and message.name:
+        said["name"] = message.name
+    return said
+
+
+def tool_call(name: str, arguments: dict[str, Any], call_id: str | None) -> dict[str, Any]:
+    """A call as OpenAI's API has it."""
+    function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    return {"id": call_id, "type": "function", "function": function}
+
+
+def _text(content: Any, position: int) -> str:
+    if isinstance(content, str):
+        return content
+    texts = []
+    for block in content:
+        if isinstance(block, str):
+            texts.append(block)
+        elif (kind := block.get("type")) in NOT_TEXT:
+            raise InvalidInput(f"message {position} holds a block of type {kind!r}: this model takes text only")
+        elif kind in ("text", "text-plain"):
+            texts.append(str(block.get("text", "")))
+        elif kind == "json":  # what a tool may return
+            texts.append(json.dumps(block.get("json"), ensure_ascii=False))
+    return "".join(texts)

@@ -1,0 +1,169 @@
+"""What an agent sees of its memory: a policy of its own, figures in its state, events in its stream, a tool.
+
+The memory itself needs no middleware: `ChatAMMemory` remembers by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, NotRequired
+
+from langchain.agents.middleware import AgentMiddleware, AgentState, ModelRequest, ModelResponse
+from langchain.agents.middleware.types import ExtendedModelResponse
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.runnables import RunnableConfig
+from langchain_core.tools import BaseTool, tool
+from langgraph.config import get_stream_writer
+from langgraph.types import Command
+
+from am_memory import MemoryPolicy
+from am_memory.errors import CompactionFailed, InvalidInput
+from am_memory.events import CompactionFinished, CompactionProgress, CompactionStarted, Event
+from langchain_am_memory import threads_of
+from langchain_am_memory.chat_models import ChatAMMemory
+
+EVENT = "am_memory.compaction"
+logger = logging.getLogger("am_memory.langchain")
+
+Response = ModelResponse[Any] | AIMessage | ExtendedModelResponse[Any]
+
+
+class MemoryState(AgentState[Any]):
+    """The agent's state, with the figures of its memory after the last answer."""
+
+    am_memory: NotRequired[dict[str, Any]]
+
+
+class AMMemoryMiddleware(AgentMiddleware[MemoryState, Any, Any]):
+    """Shows an agent's memory, and sets it for this agent alone.
+
+    The state gets `am_memory`: logical and physical tokens, bytes and compactions after the last answer. A stream in
+    mode "custom" gets {"type": "am_memory.compaction", "event": "started" | "progress" | "finished", ...}.
+
+    Args:
+        policy: of this agent's conversations; None: the model's.
+        compact_tool: give the agent a tool, `compact_memory`, with which it compacts its own memory.
+        name: a name that lets it replace another middleware, such as "SummarizationMiddleware" of deep agents.
+    """
+
+    state_schema = MemoryState
+
+    def __init__(
+        self, *, policy: MemoryPolicy | None = None, compact_tool: bool = False, name: str = "AMMemoryMiddleware"
+    ) -> None:
+        super().__init__()
+        self.policy = policy
+        self.tools: list[BaseTool] = [self._compact_tool()] if compact_tool else []
+        self._name = name
+        self._model: ChatAMMemory | None = None
+        self._has_warned = False
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def wrap_model_call(
+        self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
+    ) -> Response:
+        model = self._prepared(request)
+        with self._streaming(model):
+            return self._with_figures(handler(self._with_policy(request)))
+
+    async def awrap_model_call(
+        self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]]
+    ) -> Response:
+        model = self._prepared(request)
+        await asyncio.to_thread(lambda: model.memory)  # loads it, where this is the first call
+        with self._streaming(model):
+            return self._with_figures(await handler(self._with_policy(request)))
+
+    def _prepared(self, request: ModelRequest[Any]) -> ChatAMMemory:
+        model = request.model
+        if not isinstance(model, ChatAMMemory):
+            raise InvalidInput(
+                f"AMMemoryMiddleware is for ChatAMMemory, not {type(model).__name__}: give the agent one"
+            )
+        self._model = model
+        self._warn_of_rewritten_history(request)
+        return model
+
+    def _with_policy(self, request: ModelRequest[Any]) -> ModelRequest[Any]:
+        if self.policy is None:
+            return request
+        return request.override(model_settings={**request.model_settings, "memory_policy": self.policy})
+
+    def _warn_of_rewritten_history(self, request: ModelRequest[Any]) -> None:
+        told: list[BaseMessage] = list(request.state["messages"])
+        is_summarised = any(message.additional_kwargs.get("lc_source") == "summarization" for message in told)
+        is_edited = [message.content for message in told] != [message.content for message in request.messages]
+        if (is_summarised or is_edited) and not self._has_warned:
+            self._has_warned = True
+            what = (
+                "a summary has taken the place of messages" if is_summarised else "messages are edited before the call"
+            )
+            logger.warning(
+                "%s: what was read of the old ones is of no use any more; leave the history to ChatAMMemory, and take "
+                "the summarising or context-editing middleware out",
+                what,
+            )
+
+    @staticmethod
+    def _with_figures(response: ModelResponse[Any]) -> Response:
+        answers = [message for message in response.result if isinstance(message, AIMessage)]
+        figures = answers[-1].response_metadata.get("am_memory") if answers else None
+        if figures is None:
+            return response
+        return ExtendedModelResponse(response, Command(update={"am_memory": figures}))
+
+    @contextmanager
+    def _streaming(self, model: ChatAMMemory) -> Iterator[None]:
+        """Send this thread's compactions to the agent's stream."""
+        try:
+            write = get_stream_writer()
+        except RuntimeError:  # outside of a graph
+            yield
+            return
+        thread = threads_of.of_call({}, None)
+
+        def tell(event: Event) -> None:
+            if getattr(event, "session", None) == thread and (said := _as_dict(event)) is not None:
+                write(said)
+
+        with model.memory.listening(tell):
+            yield
+
+    def _compact_tool(self) -> BaseTool:
+        @tool
+        def compact_memory(config: RunnableConfig) -> str:
+            """Compact the older part of the conversation's memory now, before a long piece of work."""
+            thread = threads_of.of_config(config)
+            branches = self._model.threads().branches(thread) if self._model is not None else []
+            if not branches:
+                return "There is nothing in memory yet."
+            session = branches[-1].session
+            try:
+                report = session.compact()
+            except CompactionFailed as error:
+                return f"Nothing was compacted: {error}"
+            if self._model is not None and self._model.memory.store is not None:
+                session.save()
+            return (
+                f"Compacted {report.end - report.start} tokens; the cache is now {report.kv_tokens_after:.0f} tokens."
+            )
+
+        return compact_memory
+
+
+def _as_dict(event: Event) -> dict[str, Any] | None:
+    match event:
+        case CompactionStarted():
+            return {"type": EVENT, "event": "started", **asdict(event)}
+        case CompactionProgress():
+            return {"type": EVENT, "event": "progress", **asdict(event)}
+        case CompactionFinished():
+            return {"type": EVENT, "event": "finished", **asdict(event.report)}
+    return None

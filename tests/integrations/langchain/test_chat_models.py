@@ -1,0 +1,326 @@
+"""`ChatAMMemory` on the tiny model: threads on every way of calling it, what is read again, and what fails cleanly."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langchain.agents import create_agent
+from langchain_am_memory import ChatAMMemory
+from langchain_core.chat_history import InMemoryChatMessageHistory
+from langchain_core.exceptions import ContextOverflowError
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.runnables.history import RunnableWithMessageHistory
+from langchain_core.tools import tool
+from langgraph.checkpoint.memory import InMemorySaver
+from pydantic import BaseModel
+
+from am_memory import Memory, MemoryPolicy
+from am_memory.engines.transformers import TransformersEngine
+from am_memory.errors import InvalidInput, InvalidPolicy
+
+ROOMY = MemoryPolicy(trigger_tokens=3000, pinned=4, keep_recent=8, chunk_tokens=256)
+TIGHT = MemoryPolicy(trigger_tokens=160, pinned=4, keep_recent=8, keep_ratio=0.25, chunk_tokens=256)
+CONFIG: Any = {"configurable": {"thread_id": "mine"}}
+
+NewModel = Callable[..., ChatAMMemory]
+
+
+@pytest.fixture
+def new_model(engine: TransformersEngine) -> NewModel:
+    def make(policy: MemoryPolicy = ROOMY, store: Path | None = None, **fields: Any) -> ChatAMMemory:
+        return ChatAMMemory(model=Memory(engine, policy, store=store), **{"max_tokens": 6, "temperature": 0, **fields})
+
+    return make
+
+
+@tool
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+def read_again(answer: BaseMessage) -> int:
+    """Tokens of the prompt that were not in the cache."""
+    assert isinstance(answer, AIMessage)
+    usage = answer.usage_metadata
+    assert usage is not None
+    return usage["input_tokens"] - usage["input_token_details"]["cache_read"]
+
+
+# What is read
+
+
+def test_the_second_call_reads_only_its_new_tokens(new_model: NewModel) -> None:
+    model = new_model()
+    messages: list[BaseMessage] = [HumanMessage("hello there, this is a rather long first message")]
+    first = model.invoke(messages)
+    second = model.invoke([*messages, first, HumanMessage("and?")])
+    assert read_again(first) > 60
+    # what closes the answer, and "<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\n" in bytes
+    assert read_again(second) == pytest.approx(27, abs=4)
+
+
+def test_a_restart_reads_only_what_is_new(new_model: NewModel, tmp_path: Path) -> None:
+    messages: list[BaseMessage] = [HumanMessage("hello there, this is a rather long first message")]
+    messages.append(new_model(store=tmp_path).invoke(messages, CONFIG))
+    again = new_model(store=tmp_path).invoke([*messages, HumanMessage("and?")], CONFIG)
+    assert read_again(again) < 35
+
+
+def test_usage_counts_what_the_tokenizer_counts(new_model: NewModel) -> None:
+    model = new_model()
+    messages = [SystemMessage("be brief"), HumanMessage("hello")]
+    answer = model.invoke(messages)
+    assert answer.usage_metadata["input_tokens"] == model.get_num_tokens_from_messages(messages)
+
+
+def test_tools_are_counted(new_model: NewModel) -> None:
+    model, messages = new_model(), [HumanMessage("hello")]
+    without = model.get_num_tokens_from_messages(messages)
+    assert model.get_num_tokens_from_messages(messages, tools=[add]) > without + len("Add two numbers.")
+
+
+def test_a_conversation_longer_than_the_cache_goes_on(new_model: NewModel) -> None:
+    model = new_model(TIGHT)
+    messages: list[BaseMessage] = []
+    for number in range(8):
+        messages.append(HumanMessage(f"this is message number {number}"))
+        messages.append(model.invoke(messages))
+    figures = messages[-1].response_metadata["am_memory"]
+    assert figures["compactions"] >= 3
+    assert figures["kv_tokens"] <= 160 < figures["logical_tokens"]
+
+
+# Threads
+
+
+def thread_names(model: ChatAMMemory) -> list[str]:
+    return model.threads().names()
+
+
+def test_a_call_without_a_thread_is_of_the_default_one(new_model: NewModel) -> None:
+    model = new_model()
+    model.invoke("hello")
+    assert thread_names(model) == ["default"]
+
+
+SYNC: dict[str, Callable[[ChatAMMemory], object]] = {
+    "invoke": lambda model: model.invoke("hello", CONFIG),
+    "stream": lambda model: list(model.stream("hello", CONFIG)),
+    "batch": lambda model: model.batch(["hello"], CONFIG),
+    "bind_tools": lambda model: model.bind_tools([add]).invoke("hello", CONFIG),
+    "with_config": lambda model: model.with_config(CONFIG).invoke("hello"),
+    "bind": lambda model: model.bind(thread_id="mine").invoke("hello"),
+    "agent": lambda model: create_agent(model, []).invoke({"messages": [HumanMessage("hello")]}, CONFIG),
+    "agent stream": lambda model: list(
+        create_agent(model, []).stream({"messages": [HumanMessage("hello")]}, CONFIG, stream_mode="messages")
+    ),
+    "session_id": lambda model: RunnableWithMessageHistory(
+        model, lambda session_id: InMemoryChatMessageHistory()
+    ).invoke([HumanMessage("hello")], {"configurable": {"session_id": "mine"}}),
+}
+
+
+@pytest.mark.parametrize("call", SYNC)
+def test_the_thread_is_found_on_every_way_of_calling(new_model: NewModel, call: str) -> None:
+    model = new_model()
+    SYNC[call](model)
+    assert thread_names(model) == ["mine"]
+
+
+async def _astream(model: ChatAMMemory) -> None:
+    async for _ in model.astream("hello", CONFIG):
+        pass
+
+
+async def _astream_events(model: ChatAMMemory) -> None:
+    agent = create_agent(model, [])
+    async for _ in agent.astream_events({"messages": [HumanMessage("hello")]}, CONFIG, version="v2"):
+        pass
+
+
+async def _bare_astream_events(model: ChatAMMemory) -> None:
+    async for _ in model.astream_events("hello", CONFIG, version="v2"):
+        pass
+
+
+ASYNC: dict[str, Callable[[ChatAMMemory], Any]] = {
+    "ainvoke": lambda model: model.ainvoke("hello", CONFIG),
+    "astream": _astream,
+    "abatch": lambda model: model.abatch(["hello"], CONFIG),
+    "agent": lambda model: create_agent(model, []).ainvoke({"messages": [HumanMessage("hello")]}, CONFIG),
+    "agent astream_events": _astream_events,
+    "astream_events": _bare_astream_events,
+}
+
+
+@pytest.mark.parametrize("call", ASYNC)
+async def test_the_thread_is_found_on_every_asynchronous_way_of_calling(new_model: NewModel, call: str) -> None:
+    model = new_model()
+    await ASYNC[call](model)
+    assert thread_names(model) == ["mine"]
+
+
+def test_a_deleted_thread_is_gone(new_model: NewModel) -> None:
+    model = new_model()
+    model.invoke("hello", CONFIG)
+    model.delete_thread("mine")
+    assert thread_names(model) == []
+
+
+def test_a_summariser_that_shares_the_thread_does_not_disturb_it(new_model: NewModel) -> None:
+    model = new_model()
+    messages: list[BaseMessage] = [HumanMessage("tell me a long story about an owl")]
+    messages.append(model.invoke(messages, CONFIG))
+    model.invoke([HumanMessage("Summarise: tell me a long story")], CONFIG)
+    assert read_again(model.invoke([*messages, HumanMessage("on")], CONFIG)) < 35
+
+
+# Agents
+
+
+def test_an_agent_with_a_checkpointer_reads_each_turn_once(new_model: NewModel) -> None:
+    agent = create_agent(new_model(), [], checkpointer=InMemorySaver(), system_prompt="You are an owl. " * 4)
+    answers = [
+        agent.invoke({"messages": [HumanMessage(f"question {number}")]}, CONFIG)["messages"][-1] for number in range(3)
+    ]
+    assert read_again(answers[0]) > 100
+    assert all(read_again(answer) < 40 for answer in answers[1:])
+
+
+def test_time_travel_finds_the_branch_again(new_model: NewModel) -> None:
+    agent = create_agent(new_model(), [], checkpointer=InMemorySaver())
+    for text in ("first question, rather long", "second question"):
+        agent.invoke({"messages": [HumanMessage(text)]}, CONFIG)
+    after_first = next(
+        state for state in agent.get_state_history(CONFIG) if len(state.values["messages"]) == 2 and not state.next
+    )
+    forked = agent.invoke({"messages": [HumanMessage("another second question")]}, after_first.config)
+    assert [message.content for message in forked["messages"]][2] == "another second question"
+    assert read_again(forked["messages"][-1]) < 60
+
+
+def test_tool_calls_and_their_results_go_back_and_forth(new_model: NewModel) -> None:
+    model = new_model(max_tokens=200)
+    question = HumanMessage("add")
+    call = model.bind_tools([add], tool_choice="add").invoke([question])
+    assert [found["name"] for found in call.tool_calls] == ["add"]
+    assert set(call.tool_calls[0]["args"]) == {"a", "b"}
+    result = ToolMessage("3", tool_call_id=call.tool_calls[0]["id"])
+    after = model.bind_tools([add]).invoke([question, call, result])
+    assert read_again(after) < 120  # the call itself is in the cache as it was generated
+
+
+# Forced forms
+
+
+class Weather(BaseModel):
+    """The weather."""
+
+    city: str
+    is_raining: bool
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+def test_structured_output_follows_the_schema_whatever_the_model(new_model: NewModel, method: Any) -> None:
+    answer = new_model(max_tokens=300).with_structured_output(Weather, method=method).invoke("weather?")
+    assert isinstance(answer, Weather)
+
+
+def test_the_name_of_no_tool_is_refused(new_model: NewModel) -> None:
+    with pytest.raises(InvalidInput, match="'subtract' is none of the tools: add"):
+        new_model().bind_tools([add], tool_choice="subtract")
+
+
+# Streams
+
+
+def test_a_stream_says_what_invoke_says(new_model: NewModel) -> None:
+    model = new_model()
+    chunks = list(model.stream("hello"))
+    assert "".join(str(chunk.content) for chunk in chunks) == model.invoke("hello").content
+
+
+def test_an_abandoned_stream_leaves_the_thread_as_it_was(new_model: NewModel) -> None:
+    model = new_model()
+    for _ in model.stream("hello", CONFIG):
+        break
+    assert thread_names(model) == []
+
+
+async def test_a_cancelled_stream_leaves_the_thread_as_it_was(new_model: NewModel) -> None:
+    model = new_model(max_tokens=500)
+    first = asyncio.Event()
+
+    async def consume() -> None:
+        async for _ in model.astream("hello", CONFIG):
+            first.set()
+
+    task = asyncio.create_task(consume())
+    await first.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert thread_names(model) == []
+    assert (await new_model().ainvoke("hello")).content
+
+
+async def test_sixteen_threads_at_once_get_their_own_answers(new_model: NewModel) -> None:
+    model = new_model(TIGHT)
+    prompts = [f"prompt {number} " + "abc" * number for number in range(16)]
+    alone = [new_model(TIGHT).invoke(prompt).content for prompt in prompts]
+    configs: list[Any] = [{"configurable": {"thread_id": f"thread {number}"}} for number in range(16)]
+    together = await model.abatch(list(prompts), configs)
+    assert [answer.content for answer in together] == alone
+
+    async def streamed(number: int) -> str:
+        return "".join([str(chunk.content) async for chunk in model.astream(prompts[number], configs[number])])
+
+    assert await asyncio.gather(*map(streamed, range(16))) == alone
+    assert len(thread_names(model)) == 16
+
+
+# Bad input
+
+
+def test_a_turn_that_cannot_fit_overflows(new_model: NewModel) -> None:
+    model = new_model(MemoryPolicy(trigger_tokens=100, pinned="system", keep_recent=8, keep_ratio=0.25))
+    with pytest.raises(ContextOverflowError, match="raise trigger_tokens"):
+        model.invoke([SystemMessage("x" * 300), HumanMessage("hello")])
+
+
+def test_an_image_is_refused(new_model: NewModel) -> None:
+    content: Any = [{"type": "image_url", "image_url": {"url": "http://localhost/owl.png"}}]
+    with pytest.raises(InvalidInput, match="text only"):
+        new_model().invoke([HumanMessage(content)])
+
+
+def test_an_answer_that_takes_too_long_is_given_up(new_model: NewModel) -> None:
+    model = new_model(timeout=1e-9)
+    with pytest.raises(TimeoutError, match="raise timeout"):
+        model.invoke("hello", CONFIG)
+    assert thread_names(model) == []
+
+
+def test_an_unknown_argument_is_refused(new_model: NewModel) -> None:
+    with pytest.raises(InvalidInput, match="unknown arguments colour"):
+        new_model().invoke("hello", colour="blue")
+
+
+def test_trigger_and_keep_are_the_policys(engine: TransformersEngine) -> None:
+    model = ChatAMMemory(model="demo", trigger=("tokens", 4000), keep=("tokens", 1000))
+    assert model._memory_policy().trigger_tokens == 4000
+    assert model._memory_policy().compact_fraction == 0.75
+
+
+def test_keep_in_tokens_needs_a_trigger_in_tokens() -> None:
+    with pytest.raises(InvalidPolicy, match="needs a trigger in tokens"):
+        ChatAMMemory(model="demo", trigger=("fraction", 0.5), keep=("tokens", 1000))
+
+
+def test_making_a_model_loads_nothing() -> None:
+    assert ChatAMMemory(model="/there/is/no/such/model").get_name() == "ChatAMMemory"
