@@ -23,8 +23,8 @@ from am_memory.errors import InvalidInput, UnsupportedOperation
 JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON is written as `json.dumps` writes it: free whitespace is where a small model never comes to an end."""
 
-CLOSERS = (r'["\]}]+', ",")
-"""Tokens that end strings, lists and objects; and numbers, where nothing else does."""
+CLOSERS = (r'"[\]}]*', r"[\]}]+", ",")
+"""Tokens that end strings; lists and objects, where no string is open, which would take brackets as text; numbers."""
 
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")

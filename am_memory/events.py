@@ -5,8 +5,11 @@ Knows nothing of who listens. A listener is a plain callable; it must not touch 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+
+logger = logging.getLogger("am_memory")
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,31 @@ class SessionRebuilt:
 
 Event = ReadProgress | CompactionStarted | CompactionProgress | CompactionFinished | WindowExceeded | SessionRebuilt
 Listener = Callable[[Event], None]
+
+
+def log(event: Event) -> None:
+    """Write what matters to the logger `am_memory`, at level INFO."""
+    match event:
+        case CompactionFinished(session, report):
+            logger.info(
+                "session %r: tokens %d to %d compacted to %.1f slots a head in %.2f s; cache from %.0f to %.0f tokens",
+                session,
+                report.start,
+                report.end,
+                report.num_slots,
+                report.seconds,
+                report.kv_tokens_before,
+                report.kv_tokens_after,
+            )
+        case WindowExceeded(session, logical_tokens, window_tokens):
+            logger.info(
+                "session %r has %d tokens, past the %d positions that the model was trained on",
+                session,
+                logical_tokens,
+                window_tokens,
+            )
+        case SessionRebuilt(session, num_tokens, reason):
+            logger.info("session %r: %d tokens are read again: %s", session, num_tokens, reason)
 
 
 def ignore(event: Event) -> None:

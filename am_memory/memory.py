@@ -18,7 +18,7 @@ from am_memory.cache import KVCache
 from am_memory.context import Context
 from am_memory.engines.base import Engine, Message
 from am_memory.errors import InvalidInput, ModelMismatch, SessionNotFound, StorageError
-from am_memory.events import Event, Listener, ignore
+from am_memory.events import Event, Listener, ignore, log
 from am_memory.history import History
 from am_memory.policy import MemoryPolicy, trigger_tokens
 from am_memory.sampling import Sampling
@@ -37,7 +37,7 @@ class Memory:
         policy: when and how to compact.
         sampling: how sessions choose tokens where a call says nothing else.
         store: a folder or any fsspec URL, where sessions are saved and resumed from; None: nothing is stored.
-        on_event: called with every event of `am_memory.events`.
+        on_event: called with every event of `am_memory.events`; the main ones are logged in any case, to `am_memory`.
 
     Raises:
         InvalidPolicy: the policy cannot work with this model.
@@ -124,7 +124,7 @@ class Memory:
         return Context(name, self.engine, policy, self._notify, cache, num_pinned=policy.num_sinks)
 
     def _notify(self, event: Event) -> None:
-        for listener in (self.on_event, *self._listeners):
+        for listener in (log, self.on_event, *self._listeners):
             listener(event)
 
     @contextmanager

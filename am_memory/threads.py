@@ -136,7 +136,7 @@ class Threads:
         if branch is None:
             session, ends = self.memory.scratch(policy=policy, tools=template_tools or ()), (0,)
         else:
-            session, ends = branch.session.fork(), branch.ends[:count]
+            session, ends = branch.session.fork(policy=policy), branch.ends[:count]
             session.rewind(branch.end_of(count))
         session.rename(thread)
         num_cached = len(session.tokens)

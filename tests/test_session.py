@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -799,3 +800,29 @@ def test_the_statistics_are_those_of_the_cache(memory: Memory) -> None:
     assert stats.kv_tokens <= 96 < stats.logical_tokens == 4 * len(TEXT)
     assert 4 < stats.exact_tokens < stats.kv_tokens
     assert stats.num_compactions == stats.num_segments > 1
+
+
+def test_compactions_are_logged(engine: TransformersEngine, caplog: pytest.LogCaptureFixture) -> None:
+    session = Memory(engine, MemoryPolicy(trigger_tokens=200, pinned=4, keep_recent=8)).session("alice")
+    with caplog.at_level("INFO", "am_memory"):
+        session.append([position % 200 for position in range(250)])
+    assert any("'alice': tokens 4 to" in record.message for record in caplog.records)
+
+
+def test_a_listener_hears_only_while_it_listens(engine: TransformersEngine) -> None:
+    memory, heard = Memory(engine, MemoryPolicy(trigger_tokens=200, pinned=4, keep_recent=8)), []
+    session = memory.session()
+    with memory.listening(heard.append):
+        session.append([position % 200 for position in range(250)])
+    num_heard = len(heard)
+    session.append([position % 200 for position in range(250)])
+    assert len(heard) == num_heard > 0
+
+
+def test_what_an_application_keeps_with_a_session_is_saved_with_it(engine: TransformersEngine, tmp_path: Path) -> None:
+    policy = MemoryPolicy(trigger_tokens=200, pinned=4)
+    session = Memory(engine, policy, store=tmp_path).session("alice")
+    session.append("hello")
+    session.metadata["owner"] = {"name": "Ada", "owls": 2}
+    session.save()
+    assert Memory(engine, policy, store=tmp_path).session("alice").metadata == {"owner": {"name": "Ada", "owls": 2}}
