@@ -8,8 +8,9 @@ until they differ. Knows nothing of LangChain or HTTP.
 
 from __future__ import annotations
 
+import itertools
 import json
-import secrets
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,14 +18,19 @@ from hashlib import sha256
 from threading import RLock
 
 from am_memory.engines.base import Message
-from am_memory.errors import InvalidInput
+from am_memory.errors import InvalidInput, SessionNotFound, StorageError
 from am_memory.memory import Memory
 from am_memory.policy import MemoryPolicy
 from am_memory.session import Session
 from am_memory.tool_calls import prepare
 
 MAX_BYTES = 4 * 2**30
+MAX_BRANCHES = 64
+MAX_OPENED = 8
+"""Saved branches of a thread that are read when it is first called for."""
 METADATA_KEY = "am_memory.branch"
+
+logger = logging.getLogger("am_memory")
 
 
 @dataclass
@@ -95,13 +101,17 @@ class Threads:
         memory: with a store, every kept branch is saved, and found again by another process.
         max_bytes: of all branches' caches together, shared memory counted for each; the ones not used for longest go
             first, and come back from the store if there is one.
+        max_branches: kept in memory.
     """
 
-    def __init__(self, memory: Memory, *, max_bytes: int = MAX_BYTES) -> None:
-        if max_bytes < 1:
-            raise InvalidInput(f"max_bytes is {max_bytes}: give the bytes that kept caches may take, at least 1")
+    def __init__(self, memory: Memory, *, max_bytes: int = MAX_BYTES, max_branches: int = MAX_BRANCHES) -> None:
+        for name, limit in (("max_bytes", max_bytes), ("max_branches", max_branches)):
+            if limit < 1:
+                raise InvalidInput(f"{name} is {limit}: give what kept caches may take, at least 1")
         self.memory = memory
         self.max_bytes = max_bytes
+        self.max_branches = max_branches
+        self._opened: set[str] = set()
         self._branches: dict[str, Branch] = {}  # least recently used first
         self._lock = RLock()
 
@@ -155,7 +165,7 @@ class Threads:
     def _best(self, thread: str, keys: Sequence[str]) -> tuple[Branch | None, int, str | None]:
         """The branch to go on from, how many entries of it hold, and why not a longer one."""
         found = self._longest(self._branches.values(), keys)
-        if found[1] < len(keys) - 1 and self._load(thread):
+        if found[1] < len(keys) - 1 and self._load(thread, keys):
             found = self._longest(self._branches.values(), keys)
         branch, count, longest = found
         rebuilt = None
@@ -196,47 +206,75 @@ class Threads:
 
     def _keep(self, branch: Branch, parent: Branch | None) -> None:
         with self._lock:
-            name = None
-            if parent is not None and self._branches.get(parent.session.name) is parent:
-                is_extended = branch.keys[: len(parent.keys)] == parent.keys
-                # A parent whose end lies in a compacted span of the new branch stays, to go back to.
-                if is_extended and branch.session.can_rewind(parent.end_of(len(parent.keys))):
-                    name = parent.session.name
-                    del self._branches[name]
-            name = name or f"{branch.thread}/{secrets.token_hex(6)}"
+            name = f"{branch.thread}/{_chain(branch.keys)[-1]}"
             branch.session.metadata[METADATA_KEY] = {
                 "thread": branch.thread,
                 "keys": list(branch.keys),
                 "ends": list(branch.ends),
             }
             self.memory.keep(branch.session, name)
+            self._branches.pop(name, None)
             self._branches[name] = branch
+            if parent is not None and self._is_replaced(parent, branch):
+                self._forget(parent.session.name)
             self._evict(name)
         if self.memory.store is not None:
             branch.session.save()
+
+    def _is_replaced(self, parent: Branch, branch: Branch) -> bool:
+        """Whether all that a branch is for can be had of the one that went on from it.
+
+        Where its end lies in a compacted span of the new one, it stays, to go back to.
+        """
+        is_ours = self._branches.get(parent.session.name) is parent and parent.thread == branch.thread
+        is_extended = len(branch.keys) > len(parent.keys) and branch.keys[: len(parent.keys)] == parent.keys
+        return is_ours and is_extended and branch.session.can_rewind(parent.end_of(len(parent.keys)))
+
+    def _forget(self, name: str) -> None:
+        """In memory and in the store."""
+        self._branches.pop(name, None)
+        with suppress(SessionNotFound):
+            self.memory.delete(name)
 
     def _evict(self, newest: str) -> None:
         sizes = {name: branch.session.stats.kv_bytes for name, branch in self._branches.items()}
         total = sum(sizes.values())
         for name, size in sizes.items():
-            if total <= self.max_bytes or name == newest:
+            if (total <= self.max_bytes and len(self._branches) <= self.max_branches) or name == newest:
                 return
             total -= size
             del self._branches[name]
             self.memory.release(name)
 
-    def _load(self, thread: str) -> bool:
-        """Bring a thread's saved branches that are not in memory; whether there were any."""
+    def _load(self, thread: str, keys: Sequence[str]) -> bool:
+        """Bring saved branches of a thread that are not in memory; whether there were any.
+
+        One whose whole conversation is the beginning of this one is found by its name; the others are looked at once
+        for each thread, and not all of them.
+        """
         if self.memory.store is None:
             return False
-        names = [name for name in self.memory.store.names() if name.startswith(f"{thread}/")]
-        missing = [name for name in names if name not in self._branches]
-        for name in missing:
-            session = self.memory.session(name)
+        chain = _chain(keys)
+        names = [name for name in self._stored(thread) if name not in self._branches]
+        beginnings = [name for name in names if _tail(name) in chain]
+        wanted = sorted(beginnings, key=lambda name: chain.index(_tail(name)))[-1:]
+        if thread not in self._opened:
+            self._opened.add(thread)
+            wanted += [name for name in names if name not in wanted][:MAX_OPENED]
+        for name in wanted:
+            try:
+                session = self.memory.session(name)
+            except StorageError as error:  # of another model, or damaged: it is read again, as if it had not been kept
+                logger.warning("%s", error)
+                continue
             saved = session.metadata.get(METADATA_KEY)
             if isinstance(saved, dict):
                 self._branches[name] = Branch(session, saved["thread"], tuple(saved["keys"]), tuple(saved["ends"]))
-        return bool(missing)
+        return bool(wanted)
+
+    def _stored(self, thread: str) -> list[str]:
+        names = self.memory.store.names() if self.memory.store is not None else []
+        return [name for name in names if name.rpartition("/")[0] == thread]
 
     def names(self) -> list[str]:
         """The threads that are known, in memory and in the store."""
@@ -253,12 +291,25 @@ class Threads:
     def delete(self, thread: str) -> None:
         """Forget a thread, in memory and in the store; one that is not known is none."""
         with self._lock:
-            stored = self.memory.store.names() if self.memory.store is not None else []
-            mine = {name for name, branch in self._branches.items() if branch.thread == thread}
-            mine |= {name for name in stored if name.rpartition("/")[0] == thread}
-            for name in mine:
-                self._branches.pop(name, None)
-                self.memory.delete(name)
+            mine = {branch.session.name for branch in self.branches(thread)}
+            for name in mine.union(self._stored(thread)):
+                self._forget(name)
+
+    def prune(self, thread: str, *, keep: int = 1) -> int:
+        """Forget a thread's branches but the `keep` used last; returns how many went.
+
+        Raises:
+            InvalidInput: a negative number to keep.
+        """
+        if keep < 0:
+            raise InvalidInput(f"keep is {keep}: give the number of branches to keep, 0 or more")
+        with self._lock:
+            used = [branch.session.name for branch in self.branches(thread)]
+            kept = used[len(used) - min(keep, len(used)) :]
+            gone = [name for name in {*used, *self._stored(thread)} if name not in kept]
+            for name in gone:
+                self._forget(name)
+            return len(gone)
 
     def copy(self, thread: str, new_thread: str) -> None:
         """Give a thread's branches a second name; memory is shared until the two differ.
@@ -267,7 +318,7 @@ class Threads:
             InvalidInput: the thread is not known.
         """
         with self._lock:
-            self._load(thread)
+            self._load(thread, ())
             branches = self.branches(thread)
             if not branches:
                 raise InvalidInput(f"there is no thread {thread!r}; there are: {', '.join(self.names()) or 'none'}")
@@ -290,6 +341,15 @@ def _call(call: object) -> object:
     with suppress(ValueError):
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
     return {"name": function.get("name"), "arguments": arguments}
+
+
+def _chain(keys: Sequence[str]) -> list[str]:
+    """For each key, a digest of it and all before."""
+    return list(itertools.accumulate(keys, lambda before, key: _digest([before, key])))
+
+
+def _tail(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def _digest(value: object) -> str:

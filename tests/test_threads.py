@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,68 @@ def test_caches_beyond_the_limit_go_oldest_first_and_come_back_from_the_store(
     assert threads.branches("a") == []
     assert len(threads.branches("b")) == 1
     assert threads.turn([*said["a"], user("back")], thread="a").num_cached_tokens > 0
+
+
+def test_the_same_answer_again_is_kept_once(threads: Threads) -> None:
+    for _ in range(3):
+        answer(threads.turn([user("hello")]))
+    assert len(threads.branches("default")) == 1
+
+
+def test_no_more_branches_are_kept_than_allowed(engine: TransformersEngine) -> None:
+    threads = Threads(Memory(engine, ROOMY), max_branches=2)
+    for number in range(4):
+        answer(threads.turn([user(f"hello {number}")]))
+    assert [told(branch)[0]["content"] for branch in threads.branches("default")] == ["hello 2", "hello 3"]
+    assert len(threads.memory.names()) == 2
+
+
+def test_pruning_keeps_the_branches_used_last(threads: Threads) -> None:
+    for number in range(3):
+        answer(threads.turn([user(f"hello {number}")]))
+    assert threads.prune("default", keep=1) == 2
+    assert [told(branch)[0]["content"] for branch in threads.branches("default")] == ["hello 2"]
+    assert threads.prune("default", keep=0) == 1
+    assert threads.names() == []
+
+
+def test_after_a_restart_every_branch_is_found(engine: TransformersEngine, tmp_path: Path) -> None:
+    before = Threads(Memory(engine, ROOMY, store=tmp_path))
+    branches = []
+    for text in ("left", "right"):
+        messages = [user("tell me"), {"role": "assistant", "content": "what?"}, user(text)]
+        branches.append([*messages, answer(before.turn(messages))])
+    after = Threads(Memory(engine, ROOMY, store=tmp_path))
+    for messages in branches:
+        turn = after.turn([*messages, user("on")])
+        assert len(turn.session.tokens) - turn.num_cached_tokens < 40
+
+
+def test_a_stored_branch_of_another_model_is_passed_over(
+    engine: TransformersEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer(Threads(Memory(engine, ROOMY, store=tmp_path)).turn([user("hello")]))
+    monkeypatch.setattr(engine, "info", replace(engine.info, fingerprint="another"))
+    turn = Threads(Memory(engine, ROOMY, store=tmp_path)).turn([user("hello")])
+    assert turn.num_cached_tokens == 0
+    assert "was saved with model" in caplog.text
+
+
+def test_a_policy_of_its_own_is_kept_on_later_calls(engine: TransformersEngine, tmp_path: Path) -> None:
+    messages = [user("a" * 30)]
+    threads = Threads(Memory(engine, ROOMY, store=tmp_path))
+    turn = threads.turn(messages, policy=TIGHT)
+    messages = [*messages, answer(turn), user("b" * 80)]
+    for each in (threads, Threads(Memory(engine, ROOMY, store=tmp_path))):
+        turn = each.turn(messages, policy=TIGHT)
+        assert turn.num_cached_tokens > 0
+        assert turn.session.stats.kv_tokens <= TIGHT.trigger_tokens
+
+
+@pytest.mark.parametrize("limit", ["max_bytes", "max_branches"])
+def test_a_limit_below_one_is_refused(engine: TransformersEngine, limit: str) -> None:
+    with pytest.raises(InvalidInput, match=f"{limit} is 0"):
+        Threads(Memory(engine, ROOMY), **{limit: 0})
 
 
 def test_no_messages_are_refused(threads: Threads) -> None:
