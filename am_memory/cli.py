@@ -71,7 +71,7 @@ def demo(
     model: Model = "demo",
     trigger_tokens: TriggerTokens = 512,
     keep_ratio: KeepRatio = 0.2,
-    letters: Annotated[int, typer.Option(min=2, max=18, help="How many letters the model reads.")] = 12,
+    letters: Annotated[int, typer.Option(min=2, max=18, help="How many letters the model reads.")] = 9,
     seed: Annotated[int, typer.Option(help="Other letters, other facts.")] = 0,
 ) -> None:
     """Read letters far longer than the cache, compact again and again, and ask what is left of them."""

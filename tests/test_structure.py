@@ -16,7 +16,7 @@ INTEGRATIONS = ROOT / "integrations"
 # From the bottom up; a part may import its own layer and those below.
 LAYERS: tuple[set[str], ...] = (
     {"errors", "events"},
-    {"cache", "solver", "models", "tokens", "sampling"},
+    {"cache", "solver", "models", "tokens", "token_counts", "byte_level", "sampling"},
     {"engines"},
     {"policy", "budgets", "queries", "storage", "history", "constraints", "tool_calls"},
     {"compaction"},

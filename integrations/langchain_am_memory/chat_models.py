@@ -224,6 +224,12 @@ class ChatAMMemory(BaseChatModel):
         async for chunk in super().astream(input, config, **threads_of.lifted(config, kwargs)):
             yield chunk
 
+    def stream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        return super().stream_events(input, config, **threads_of.lifted(config, kwargs))
+
+    def astream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        return super().astream_events(input, config, **threads_of.lifted(config, kwargs))
+
     # Answers
 
     def _generate(

@@ -108,6 +108,10 @@ def test_a_call_without_a_thread_is_of_the_default_one(new_model: NewModel) -> N
     assert thread_names(model) == ["default"]
 
 
+def _stream_events_v3(model: ChatAMMemory) -> object:
+    return model.stream_events("hello", CONFIG, version="v3").output
+
+
 SYNC: dict[str, Callable[[ChatAMMemory], object]] = {
     "invoke": lambda model: model.invoke("hello", CONFIG),
     "stream": lambda model: list(model.stream("hello", CONFIG)),
@@ -119,6 +123,7 @@ SYNC: dict[str, Callable[[ChatAMMemory], object]] = {
     "agent stream": lambda model: list(
         create_agent(model, []).stream({"messages": [HumanMessage("hello")]}, CONFIG, stream_mode="messages")
     ),
+    "stream_events v3": _stream_events_v3,
     "session_id": lambda model: RunnableWithMessageHistory(
         model, lambda session_id: InMemoryChatMessageHistory()
     ).invoke([HumanMessage("hello")], {"configurable": {"session_id": "mine"}}),
@@ -148,6 +153,11 @@ async def _bare_astream_events(model: ChatAMMemory) -> None:
         pass
 
 
+async def _bare_astream_events_v3(model: ChatAMMemory) -> None:
+    async for _ in await model.astream_events("hello", CONFIG, version="v3"):
+        pass
+
+
 ASYNC: dict[str, Callable[[ChatAMMemory], Any]] = {
     "ainvoke": lambda model: model.ainvoke("hello", CONFIG),
     "astream": _astream,
@@ -155,6 +165,7 @@ ASYNC: dict[str, Callable[[ChatAMMemory], Any]] = {
     "agent": lambda model: create_agent(model, []).ainvoke({"messages": [HumanMessage("hello")]}, CONFIG),
     "agent astream_events": _astream_events,
     "astream_events": _bare_astream_events,
+    "astream_events v3": _bare_astream_events_v3,
 }
 
 
