@@ -156,6 +156,13 @@ class ChatAMMemory(BaseChatModel):
     async def acopy_thread(self, thread_id: str, new_thread_id: str) -> None:
         await asyncio.to_thread(self.copy_thread, thread_id, new_thread_id)
 
+    def prune_thread(self, thread_id: str, *, keep: int = 1) -> None:
+        """Forget a thread's branches but the `keep` used last."""
+        self.threads().prune(thread_id, keep=keep)
+
+    async def aprune_thread(self, thread_id: str, *, keep: int = 1) -> None:
+        await asyncio.to_thread(self.prune_thread, thread_id, keep=keep)
+
     # What LangChain asks of a model
 
     @property
