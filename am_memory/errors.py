@@ -13,6 +13,10 @@ class UnsupportedModel(AMMemoryError):
     """The model's attention or cache cannot be compacted (recurrent, latent, multi-axis RoPE, encoder-decoder...)."""
 
 
+class EncodingNotFound(AMMemoryError):
+    """tiktoken has no such encoding, or its file is not on this machine and cannot be downloaded."""
+
+
 class InvalidPolicy(AMMemoryError):
     """A policy that can never work, whatever the conversation."""
 

@@ -1,8 +1,24 @@
-"""Token ids to text as they come: never half a character, never the beginning of a stop text."""
+"""Token ids to text as they come: never half a character, never the beginning of a stop text.
+
+Counting the tokens of texts is the work of `am_memory.token_counts`; its names can be had from here, too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+
+from am_memory.token_counts import ByteLevelCounter, EstimateCounter, TokenCounter, TokenizerCounter, tiktoken_counter
+
+__all__ = [
+    "REPLACEMENT",
+    "ByteLevelCounter",
+    "EstimateCounter",
+    "TextStream",
+    "TokenCounter",
+    "TokenizerCounter",
+    "overlap",
+    "tiktoken_counter",
+]
 
 REPLACEMENT = "\ufffd"
 

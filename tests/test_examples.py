@@ -13,7 +13,9 @@ SAYS = {
     "unbounded_chat.py": "tokens of conversation in",
     "reasoning_loop.py": "compactions on the way",
     "new_key_selection.py": "largest_values",
+    "langchain_agent.py": "tokens of the agent's conversation in",
 }
+ARGUMENTS = {"langchain_agent.py": ["--turns", "5"]}
 
 
 def test_every_example_is_run() -> None:
@@ -22,6 +24,9 @@ def test_every_example_is_run() -> None:
 
 @pytest.mark.model
 @pytest.mark.parametrize("name", list(SAYS))
-def test_the_example_runs_and_says_what_it_shows(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_runs_and_says_what_it_shows(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", [name, *ARGUMENTS.get(name, [])])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     assert SAYS[name] in capsys.readouterr().out
