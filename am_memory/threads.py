@@ -169,7 +169,7 @@ class Threads:
             found = self._longest(self._branches.values(), keys)
         branch, count, longest = found
         rebuilt = None
-        if longest > count:
+        if longest > max(count, 1):
             rebuilt = (
                 f"the conversation leaves a known one after message {longest - 1} of {len(keys) - 1}, before its last "
                 f"compaction; read again from message {max(count - 1, 0)} on"

@@ -38,7 +38,8 @@ from langchain_am_memory import threads_of
 from langchain_am_memory.messages import to_openai, tool_call
 
 PROVIDER = "am_memory"
-Limit = tuple[Literal["tokens", "fraction"], int | float]
+Limit = tuple[str, int | float]
+"""("tokens", a number) or ("fraction", a share), as LangChain's middleware has them."""
 
 _workers: WeakKeyDictionary[Memory, ThreadPoolExecutor] = WeakKeyDictionary()
 """One for each memory: the engine works on one thing at a time, and the event loop never waits for it."""
@@ -58,6 +59,7 @@ class ChatAMMemory(BaseChatModel):
         keep: how much of the cache, the newest part, a compaction leaves exact: ("fraction", 0.5), or in tokens.
         policy: all of the memory's settings; `trigger` and `keep` are set in it where they are given.
         store: a folder or fsspec URL; with it, threads outlive the process.
+        max_bytes: of all kept caches; None: 4 GiB.
         max_tokens: generated at most.
         stop: texts that end an answer.
         timeout: seconds for an answer; None: none.
@@ -74,6 +76,7 @@ class ChatAMMemory(BaseChatModel):
     device: str | None = None
     dtype: Any = None
     store: str | None = None
+    max_bytes: int | None = None
     temperature: float | None = Field(default=None, ge=0)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, gt=0)
@@ -88,14 +91,20 @@ class ChatAMMemory(BaseChatModel):
     _threads: dict[str, Threads] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
-    def _check_policy(self) -> ChatAMMemory:
+    def _check_settings(self) -> ChatAMMemory:
         self._memory_policy()
+        given = [name for name in ("device", "dtype", "store") if getattr(self, name) is not None]
+        if isinstance(self.model, Memory) and given:
+            raise InvalidInput(f"{', '.join(given)} cannot be set on a Memory that is made: give it to the Memory")
         return self
 
     def _memory_policy(self) -> MemoryPolicy:
-        """The policy with `trigger` and `keep` in it."""
-        policy = self.policy or MemoryPolicy()
+        """The policy, the memory's own where there is one, with `trigger` and `keep` in it."""
+        policy = self.policy or (self.model.policy if isinstance(self.model, Memory) else MemoryPolicy())
         changes: dict[str, Any] = {}
+        for name, limit in (("trigger", self.trigger), ("keep", self.keep)):
+            if limit is not None and limit[0] not in ("tokens", "fraction"):
+                raise InvalidPolicy(f'{name}={limit}: give ("tokens", a number) or ("fraction", a share)')
         if self.trigger is not None:
             kind, size = self.trigger
             changes["trigger_tokens"] = int(size) if kind == "tokens" else float(size)
@@ -124,7 +133,11 @@ class ChatAMMemory(BaseChatModel):
         name = source if isinstance(source, str) else ""
         with _loading:
             if name not in self._threads:
-                self._threads[name] = Threads(source if isinstance(source, Memory) else self._load(source))
+                memory = source if isinstance(source, Memory) else self._load(source)
+                limits = {} if self.max_bytes is None else {"max_bytes": self.max_bytes}
+                self._threads[name] = Threads(memory, **limits)
+                if model is None and self.profile is not None:
+                    self.profile.setdefault("max_input_tokens", memory.engine.info.window_tokens)
             return self._threads[name]
 
     def _load(self, source: str) -> Memory:
@@ -402,7 +415,7 @@ class _Call:
     def __init__(self, model: ChatAMMemory, kwargs: dict[str, Any], stop: list[str] | None) -> None:
         kwargs = {name: value for name, value in kwargs.items() if not name.startswith("ls_")}
         override = kwargs.pop("model", None)
-        self.policy: MemoryPolicy | None = kwargs.pop("memory_policy", None)
+        self.policy: MemoryPolicy = kwargs.pop("memory_policy", None) or model._memory_policy()
         self.model_name = str(override or model._model_name)
         self.threads = model.threads(override)
         self.tools: list[dict[str, Any]] = _tools(kwargs.pop("tools", None))
@@ -473,7 +486,9 @@ class _Answer:
             return
         call_id, index = f"call_{uuid.uuid4().hex[:24]}", len(self.tool_calls)
         if isinstance(part, InvalidCall):  # LangChain has a place for those
-            invalid = tool_call_chunk(name=None, args=part.text, id=call_id, index=1000 + self.num_tokens)
+            # With the error first it is no JSON, which LangChain would complete to a call that nobody made.
+            args = f"{part.error}: {part.text}"
+            invalid = tool_call_chunk(name=None, args=args, id=call_id, index=1000 + self.num_tokens)
             yield self._chunk(tool_call_chunks=[invalid])
             return
         self.tool_calls.append(tool_call(part.name, part.arguments, call_id))

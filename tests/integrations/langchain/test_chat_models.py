@@ -333,5 +333,38 @@ def test_keep_in_tokens_needs_a_trigger_in_tokens() -> None:
         ChatAMMemory(model="demo", trigger=("fraction", 0.5), keep=("tokens", 1000))
 
 
+def test_a_limit_of_another_kind_is_refused() -> None:
+    with pytest.raises(InvalidPolicy, match="keep=.*messages.*give"):
+        ChatAMMemory(model="demo", keep=("messages", 20))
+
+
+def test_the_policy_of_a_model_on_a_memory_is_its_own(new_model: NewModel) -> None:
+    model = new_model(trigger=("tokens", 160), keep=("fraction", 0.5))
+    answer = model.invoke("a rather long message " * 20)
+    assert answer.response_metadata["am_memory"]["kv_tokens"] <= 160
+    assert model.memory.policy.trigger_tokens == 3000
+
+
+def test_the_store_of_a_memory_that_is_made_cannot_be_set(engine: TransformersEngine) -> None:
+    with pytest.raises(InvalidInput, match="store cannot be set"):
+        ChatAMMemory(model=Memory(engine, ROOMY), store="elsewhere")
+
+
+def test_a_call_that_is_cut_off_is_an_invalid_one(new_model: NewModel) -> None:
+    answer = new_model(max_tokens=30).bind_tools([add], tool_choice="add").invoke("add")
+    assert answer.tool_calls == []
+    assert len(answer.invalid_tool_calls) == 1
+    assert answer.response_metadata["finish_reason"] == "length"
+
+
+def test_nothing_is_rebuilt_in_a_first_call(new_model: NewModel) -> None:
+    assert new_model().invoke("hello").response_metadata["am_memory"]["rebuilt"] is None
+
+
+def test_the_profile_knows_the_window_once_the_model_is_loaded(new_model: NewModel) -> None:
+    model = new_model()
+    assert model.profile["max_input_tokens"] == 4096
+
+
 def test_making_a_model_loads_nothing() -> None:
     assert ChatAMMemory(model="/there/is/no/such/model").get_name() == "ChatAMMemory"
