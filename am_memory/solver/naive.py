@@ -50,7 +50,7 @@ def highest_attention(scores: Tensor, t: int) -> list[int]:
     return sorted(range(len(scores)), key=lambda j: (-float(scores[j]), j))[:t]
 
 
-def omp(head: Head, t: int, is_relative: bool = True, picks_per_refit: int = 1) -> list[int]:
+def omp(head: Head, t: int, is_relative: bool = False, picks_per_refit: int = 1) -> list[int]:
     """S: orthogonal matching pursuit on the mass, with a least-squares refit after each pick, or every few.
 
     Negative weights count as 0, since no bias makes them.
