@@ -116,8 +116,8 @@ class Memory:
                 self._sessions[name] = (self._resume if is_saved else self._new)(name, policy or self.policy)
             return self._sessions[name]
 
-    def _new(self, name: str, policy: MemoryPolicy) -> Session:
-        return Session(self, self._new_context(name, policy), History())
+    def _new(self, name: str, policy: MemoryPolicy, tools: Sequence[Message] = ()) -> Session:
+        return Session(self, self._new_context(name, policy), History(tools=tuple(tools)))
 
     def _new_context(self, name: str, policy: MemoryPolicy) -> Context:
         cache = self.engine.new_cache()
@@ -168,8 +168,7 @@ class Memory:
             policy: None: the memory's.
             tools: functions that the model's chat template tells it of, as OpenAI's API has them.
         """
-        session = Session(self, self._new_context("scratch", policy or self.policy), History(tools=tuple(tools)))
-        return session
+        return self._new("scratch", policy or self.policy, tools)
 
     def keep(self, session: Session, name: str) -> None:
         """Keep a session under a name, in place of the one that has it."""

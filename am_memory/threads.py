@@ -153,7 +153,7 @@ class Threads:
         num_known = _num_prepared(self.memory, messages[: len(ends) - 1], tools)
         if prepared[num_known:]:
             session.append(prepared[num_known:])
-        ends = (*ends, *self._ends(session, messages, tools, len(ends) - 1))
+        ends = (*ends, *self._ends(session, messages, tools, len(ends) - 1, prepared))
         return Turn(session, num_cached, rebuilt, self, branch, thread, keys, ends)
 
     def num_tokens(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> int:
@@ -192,15 +192,19 @@ class Threads:
         return best, best_count if best else 0, longest
 
     def _ends(
-        self, session: Session, messages: Sequence[Message], tools: Sequence[Message], num_known: int
+        self,
+        session: Session,
+        messages: Sequence[Message],
+        tools: Sequence[Message],
+        num_known: int,
+        prepared: Sequence[Message],
     ) -> list[int | None]:
         """Tokens after each of the messages that were just read; None inside of what the template writes as one."""
         starts, ends = session.message_starts, list[int | None]()
-        whole = prepare(self.memory.engine, messages, tools)[0]
         for count in range(num_known + 1, len(messages) + 1):
             part = prepare(self.memory.engine, messages[:count], tools)[0]
-            is_prefix = list(part) == list(whole[: len(part)])
-            end = len(session.tokens) if len(part) == len(whole) else starts[len(part)]
+            is_prefix = part == prepared[: len(part)]
+            end = len(session.tokens) if len(part) == len(prepared) else starts[len(part)]
             ends.append(end if is_prefix else None)
         return ends
 

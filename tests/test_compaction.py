@@ -218,23 +218,27 @@ def test_a_fit_that_is_not_finite_leaves_the_session_as_it_was(
     assert torch.equal(session.logits(TOKENS[:9]), before)
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_running_out_of_memory_leaves_the_session_as_it_was(
-    new_session: NewSession, monkeypatch: pytest.MonkeyPatch, error: Exception
+def check_running_out_of_memory(
+    session: Session, monkeypatch: pytest.MonkeyPatch, function: str, error: Exception
 ) -> None:
-    from am_memory import compaction
-
-    session = new_session()
+    """A compaction in which `function` raises `error` says so, and leaves the session as it was."""
     before, stats = session.logits(TOKENS[:9]), session.stats
 
     def fail(*args: object, **kwargs: object) -> None:
         raise error
 
-    monkeypatch.setattr(compaction, "fit", fail)
-    with pytest.raises(CompactionFailed, match="out of memory .* lower trigger_tokens"):
+    monkeypatch.setattr(function, fail)
+    with pytest.raises(CompactionFailed, match=r"out of memory .* lower trigger_tokens"):
         session.compact(0.5)
     assert session.stats == stats
     assert torch.equal(session.logits(TOKENS[:9]), before)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_running_out_of_memory_leaves_the_session_as_it_was(
+    new_session: NewSession, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    check_running_out_of_memory(new_session(), monkeypatch, "am_memory.compaction.fit", error)
 
 
 def test_live_queries_alone_need_no_pass_of_their_own(new_session: NewSession, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,19 +266,7 @@ def test_running_out_of_memory_in_the_repeat_pass_leaves_the_session_as_it_was(
     new_session: NewSession, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     """The pass was outside of what turned running out of memory into an error of ours."""
-    from am_memory import context
-
-    session = new_session()
-    before, stats = session.logits(TOKENS[:9]), session.stats
-
-    def fail(*args: object, **kwargs: object) -> None:
-        raise error
-
-    monkeypatch.setattr(context, "repeat_queries", fail)
-    with pytest.raises(CompactionFailed, match=r"out of memory .* lower trigger_tokens"):
-        session.compact(0.5)
-    assert session.stats == stats
-    assert torch.equal(session.logits(TOKENS[:9]), before)
+    check_running_out_of_memory(new_session(), monkeypatch, "am_memory.context.repeat_queries", error)
 
 
 def test_keys_that_are_not_finite_cannot_be_compacted_and_say_so(new_session: NewSession) -> None:

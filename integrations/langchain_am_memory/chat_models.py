@@ -43,7 +43,15 @@ Limit = tuple[str, int | float]
 
 _workers: WeakKeyDictionary[Memory, ThreadPoolExecutor] = WeakKeyDictionary()
 """One for each memory: the engine works on one thing at a time, and the event loop never waits for it."""
+_starting = Lock()
 _loading = Lock()
+
+
+def _worker(memory: Memory) -> ThreadPoolExecutor:
+    with _starting:  # not the other lock: the event loop must not wait for a model that is loaded elsewhere
+        if memory not in _workers:
+            _workers[memory] = ThreadPoolExecutor(1, thread_name_prefix="am_memory")
+        return _workers[memory]
 
 
 class ChatAMMemory(BaseChatModel):
@@ -304,7 +312,7 @@ class ChatAMMemory(BaseChatModel):
         """`_chunks`, each step of it on the memory's worker."""
         loop = asyncio.get_running_loop()
         memory = (await asyncio.to_thread(self.threads, kwargs.get("model"))).memory
-        worker = _workers.setdefault(memory, ThreadPoolExecutor(1, thread_name_prefix="am_memory"))
+        worker = _worker(memory)
         chunks = self._chunks(messages, stop, thread, **kwargs)
         try:
             while (chunk := await loop.run_in_executor(worker, next, chunks, None)) is not None:
@@ -360,7 +368,8 @@ class ChatAMMemory(BaseChatModel):
                 forces one, and so does the name of a tool, or {"type": "function", "function": {"name": ...}}. What is
                 forced is guaranteed, by constrained decoding.
         """
-        return self.bind(tools=_tools(tools), tool_choice=_choice(tool_choice, _tools(tools)), **kwargs)
+        schemas = _tools(tools)
+        return self.bind(tools=schemas, tool_choice=_choice(tool_choice, schemas), **kwargs)
 
     def with_structured_output(
         self,
