@@ -1,6 +1,6 @@
-"""Where a block of tokens may end: behind a message rather than a line, a line than a sentence, a sentence than a word.
+"""Where a block of tokens ends best: behind a message, else a line, else a sentence, else a word.
 
-A fact that is cut in two is held by neither half: the model that repeats the second one does not know what the number is
+A fact that is cut in two is held by neither half: a model that repeats the second one does not know what the number is
 of that it begins with. Looks at tokens alone, so that it serves chat, plain text and `generate()` alike.
 """
 
