@@ -22,6 +22,7 @@ LAYERS: tuple[set[str], ...] = (
     {"compaction"},
     {"memory", "context", "session"},
     {"threads"},
+    {"chat"},
     {"cli", "demo", "display"},
 )
 LAYER_OF = {part: level for level, parts in enumerate(LAYERS) for part in parts}
