@@ -299,15 +299,18 @@ class Threads:
             self._opened.add(thread)
             wanted += [name for name in names if name not in wanted][:MAX_OPENED]
         for name in wanted:
-            try:
-                session = self.memory.session(name)
-            except StorageError as error:  # of another model, or damaged: it is read again, as if it had not been kept
-                logger.warning("%s", error)
-                continue
-            saved = session.metadata.get(METADATA_KEY)
-            if isinstance(saved, dict):
-                self._branches[name] = Branch(session, saved["thread"], tuple(saved["keys"]), tuple(saved["ends"]))
+            self._open(name)
         return bool(wanted)
+
+    def _open(self, name: str) -> None:
+        try:
+            session = self.memory.session(name)
+        except StorageError as error:  # of another model, or damaged: it is read again, as if it had not been kept
+            logger.warning("%s", error)
+            return
+        saved = session.metadata.get(METADATA_KEY)
+        if isinstance(saved, dict):
+            self._branches[name] = Branch(session, saved["thread"], tuple(saved["keys"]), tuple(saved["ends"]))
 
     def _stored(self, thread: str) -> list[str]:
         names = self.memory.store.names() if self.memory.store is not None else []
@@ -324,6 +327,20 @@ class Threads:
         """The branches of a thread that are in memory, the most recently used last."""
         with self._lock:
             return [branch for branch in self._branches.values() if branch.thread == thread]
+
+    def all_branches(self) -> list[Branch]:
+        """The branches of all threads that are in memory, the most recently used last."""
+        with self._lock:
+            return list(self._branches.values())
+
+    def open(self, thread: str) -> list[Branch]:
+        """The branches of a thread, with saved ones that are not in memory: a few of them, where there are many."""
+        with self._lock:
+            for name in [name for name in self._stored(thread) if name not in self._branches][:MAX_OPENED]:
+                self._open(name)
+            branches = self.branches(thread)
+            self._evict(branches[-1].session.name if branches else "")
+            return branches
 
     def delete(self, thread: str) -> None:
         """Forget a thread, in memory and in the store; one that is not known is none."""
