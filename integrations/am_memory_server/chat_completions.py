@@ -20,6 +20,7 @@ from am_memory.session import TokenLogprob
 from am_memory_server import schemas, sse
 from am_memory_server.access import Owner
 from am_memory_server.errors import ApiError
+from am_memory_server.memory_view import view
 from am_memory_server.scheduler import Path, Post, Steps
 from am_memory_server.service import Compactions, Service, report_dict
 
@@ -56,7 +57,7 @@ async def create_chat_completion(body: schemas.ChatCompletionRequest, request: R
     require_model(service, body.model)
     conversation = conversation_of(body, request.headers)
     path = (owner, conversation)
-    steps = _steps(service, _chat_request(service, body, path))
+    steps = _steps(service, _chat_request(service, body, path), path)
     items = service.scheduler.stream(path, steps)
     if not body.stream:
         return await sse.unless_disconnected(request, _whole(service, body, items))
@@ -138,7 +139,7 @@ def sampling_of(service: Service, asked: Mapping[str, Any]) -> Sampling:
     return Sampling(**{**service.memory.sampling.model_dump(), **asked})
 
 
-def _steps(service: Service, request: ChatRequest) -> Steps:
+def _steps(service: Service, request: ChatRequest, path: Path) -> Steps:
     """The job of one answer."""
 
     def steps(post: Post) -> Generator[None, None, None]:
@@ -153,11 +154,19 @@ def _steps(service: Service, request: ChatRequest) -> Steps:
         is_complete = False
         try:
             total = None
+
+            def remember() -> None:
+                compactions.write(answer.session)
+                looked = view(path[1], answer.session, 1, service.memory.trigger_tokens)
+                post(Memory({"event": "memory", "memory": looked.model_dump()}))
+
             for left in service.heard(answer.read(), listener):
                 if total is None:
                     post(Started())
                     total = len(answer.session.tokens) - answer.turn.num_cached_tokens
                 post(Memory({"event": "reading", "left_tokens": left, "total_tokens": total, **_stats(answer)}))
+                if compactions.new:
+                    remember()
                 yield
             for number, delta in enumerate(service.heard(answer.generate(), listener)):
                 if number == 0:
@@ -165,11 +174,12 @@ def _steps(service: Service, request: ChatRequest) -> Steps:
                 if number % STATS_EVERY == 0:
                     post(Memory({"event": "size", **_stats(answer)}))
                 post(delta)
+                if compactions.new:
+                    remember()
                 yield
-            compactions.write(answer.session)
+            remember()
             service.saving(answer.keep)
             is_complete = True
-            post(Memory({"event": "size", **_stats(answer)}))
             post(Finished(answer))
         finally:
             _measure(service, answer, is_complete, time.monotonic() - started)
