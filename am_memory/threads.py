@@ -252,11 +252,15 @@ class Threads:
             self.memory.keep(branch.session, name)
             self._branches.pop(name, None)
             self._branches[name] = branch
-            if parent is not None and self._is_replaced(parent, branch):
-                self._forget(parent.session.name)
-            self._evict(name)
-        if self.memory.store is not None:
-            branch.session.save()
+        try:
+            if self.memory.store is not None:
+                branch.session.save()
+            with self._lock:  # only now: a process that ends in between has lost nothing
+                if parent is not None and self._is_replaced(parent, branch):
+                    self._forget(parent.session.name)
+        finally:
+            with self._lock:
+                self._evict(name)
 
     def _is_replaced(self, parent: Branch, branch: Branch) -> bool:
         """Whether all that a branch is for can be had of the one that went on from it.

@@ -166,7 +166,7 @@ function remember(told, node) {
       break;
     case "compacted":
       memory.say("answering");
-      chat.mark(`${(told.report.end - told.report.start).toLocaleString("en")} tokens compacted to ${told.report.num_slots.toFixed(0)} slots`, node);
+      chat.mark(told.report.end - told.report.start, node);
       break;
     case "rebuilt":
       memory.say(`reading ${told.num_tokens.toLocaleString("en")} tokens again`, true);

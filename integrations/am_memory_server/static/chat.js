@@ -75,10 +75,14 @@ export class ChatView {
     this.list.setAttribute("aria-busy", String(isWriting));
   }
 
-  /** A line across the conversation where memory was compacted. */
-  mark(text, before) {
-    const node = make("div", "mark");
-    node.textContent = text;
+  /** A line across the conversation before the answer in which memory was compacted; one for all of its compactions. */
+  mark(numTokens, before) {
+    const isMore = before.previousSibling?.className === "mark";
+    const node = isMore ? before.previousSibling : make("div", "mark");
+    node.dataset.tokens = Number(node.dataset.tokens ?? 0) + numTokens;
+    node.dataset.count = Number(node.dataset.count ?? 0) + 1;
+    const times = node.dataset.count === "1" ? "" : ` in ${node.dataset.count} compactions`;
+    node.textContent = `${Number(node.dataset.tokens).toLocaleString("en")} tokens compacted${times}`;
     this.list.insertBefore(node, before);
     if (this.#isAtEnd()) this.toEnd();
   }

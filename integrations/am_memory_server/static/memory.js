@@ -2,7 +2,7 @@
 
 const byId = (id) => document.getElementById(id);
 const whole = new Intl.NumberFormat("en");
-const MIB = 2 ** 20;
+const MIB = 2 ** 20, CUTS_WIDTH = 18;
 
 const count = (value) => whole.format(Math.round(value));
 const mib = (bytes) => `${(bytes / MIB).toFixed(bytes < 100 * MIB ? 1 : 0)} MiB`;
@@ -88,7 +88,8 @@ export class MemoryView {
       item.style.flexGrow = tokens;
       item.title = told.textContent = text;
       fill.style.height = `${Math.max(100 * share, 4)}%`;
-      cuts.textContent = part.num_cuts || "";
+      const width = (strip.clientWidth * tokens) / Math.max(parts.at(-1).end, 1);
+      cuts.textContent = part.num_cuts && width >= CUTS_WIDTH ? part.num_cuts : "";
     });
     byId("strip-end").textContent = parts.length ? `${count(parts.at(-1).end)} tokens` : "";
   }
