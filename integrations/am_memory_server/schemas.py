@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from typing import Annotated, Any, Literal
@@ -19,6 +20,16 @@ class _Request(BaseModel):
     """What is not known is refused by name, as OpenAI's API does."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_sound_json(cls, body: Any) -> Any:
+        """Python reads JSON that is none: halves of surrogate pairs, which no text holds, and NaN."""
+        try:
+            json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("the request holds half of a surrogate pair, which is no text") from None
+        return body
 
 
 class _Part(BaseModel):

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import until
+from serving import NewServer, until
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import MemoryPolicy
