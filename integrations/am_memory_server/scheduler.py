@@ -10,6 +10,7 @@ import asyncio
 from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Condition, Thread
 from typing import Generic, TypeVar
@@ -53,6 +54,16 @@ class FairQueue(Generic[T]):
         if len(branch):
             self._branches[name] = branch
         return item
+
+    def discard(self, path: Path, item: T) -> None:
+        """Take an item out of its place, if it is there."""
+        if not path:
+            with suppress(ValueError):
+                self._items.remove(item)
+        elif branch := self._branches.get(path[0]):
+            branch.discard(path[1:], item)
+            if not len(branch):
+                del self._branches[path[0]]
 
     def count(self, name: str) -> int:
         """Items whose path begins with this name."""
@@ -153,6 +164,7 @@ class Scheduler:
         finally:
             with self._changed:
                 job.is_cancelled = True
+                self._waiting.discard(path, job)  # one that is active is closed when its turn comes
                 self._changed.notify()
 
     async def call(self, function: Callable[[], T]) -> T:
@@ -207,8 +219,7 @@ class Scheduler:
         """The job whose turn it is, out of the queue; called with the lock."""
         while len(self._active) < self._max_active and len(self._waiting):
             job = self._waiting.pop()
-            if not job.is_cancelled:
-                self._active.push(job.path, job)
+            self._active.push(job.path, job)
         if not len(self._active):
             return None
         self._is_stepping = True

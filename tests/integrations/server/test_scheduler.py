@@ -100,6 +100,9 @@ async def test_an_owner_who_has_too_much_waiting_is_refused_and_others_are_not(s
             await asyncio.sleep(0.001)
     with pytest.raises(QueueFull, match="3 requests"):
         await all_of(scheduler, "a", counting("a", 1, []))
+    jobs.pop().cancel()  # it waits, and gives up its place
+    while scheduler.num_waiting != 2:
+        await asyncio.sleep(0.001)
     other = asyncio.ensure_future(all_of(scheduler, "b", counting("b", 1, [])))
     for job in jobs:
         job.cancel()
