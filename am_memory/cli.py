@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.text import Text
 from typer.core import TyperGroup
 
+from am_memory.cli_serve import serve
 from am_memory.demo import run_demo
 from am_memory.display import (
     EventBars,
@@ -57,6 +58,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+app.command()(serve)
 
 STORE_HELP = "Where sessions are saved: a folder or any fsspec URL [default: ~/.local/share/am_memory/sessions]."
 

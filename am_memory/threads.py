@@ -252,11 +252,15 @@ class Threads:
             self.memory.keep(branch.session, name)
             self._branches.pop(name, None)
             self._branches[name] = branch
-            if parent is not None and self._is_replaced(parent, branch):
-                self._forget(parent.session.name)
-            self._evict(name)
-        if self.memory.store is not None:
-            branch.session.save()
+        try:
+            if self.memory.store is not None:
+                branch.session.save()
+            with self._lock:  # only now: a process that ends in between has lost nothing
+                if parent is not None and self._is_replaced(parent, branch):
+                    self._forget(parent.session.name)
+        finally:
+            with self._lock:
+                self._evict(name)
 
     def _is_replaced(self, parent: Branch, branch: Branch) -> bool:
         """Whether all that a branch is for can be had of the one that went on from it.
@@ -299,15 +303,18 @@ class Threads:
             self._opened.add(thread)
             wanted += [name for name in names if name not in wanted][:MAX_OPENED]
         for name in wanted:
-            try:
-                session = self.memory.session(name)
-            except StorageError as error:  # of another model, or damaged: it is read again, as if it had not been kept
-                logger.warning("%s", error)
-                continue
-            saved = session.metadata.get(METADATA_KEY)
-            if isinstance(saved, dict):
-                self._branches[name] = Branch(session, saved["thread"], tuple(saved["keys"]), tuple(saved["ends"]))
+            self._open(name)
         return bool(wanted)
+
+    def _open(self, name: str) -> None:
+        try:
+            session = self.memory.session(name)
+        except StorageError as error:  # of another model, or damaged: it is read again, as if it had not been kept
+            logger.warning("%s", error)
+            return
+        saved = session.metadata.get(METADATA_KEY)
+        if isinstance(saved, dict):
+            self._branches[name] = Branch(session, saved["thread"], tuple(saved["keys"]), tuple(saved["ends"]))
 
     def _stored(self, thread: str) -> list[str]:
         names = self.memory.store.names() if self.memory.store is not None else []
@@ -324,6 +331,20 @@ class Threads:
         """The branches of a thread that are in memory, the most recently used last."""
         with self._lock:
             return [branch for branch in self._branches.values() if branch.thread == thread]
+
+    def all_branches(self) -> list[Branch]:
+        """The branches of all threads that are in memory, the most recently used last."""
+        with self._lock:
+            return list(self._branches.values())
+
+    def open(self, thread: str) -> list[Branch]:
+        """The branches of a thread, with saved ones that are not in memory: a few of them, where there are many."""
+        with self._lock:
+            for name in [name for name in self._stored(thread) if name not in self._branches][:MAX_OPENED]:
+                self._open(name)
+            branches = self.branches(thread)
+            self._evict(branches[-1].session.name if branches else "")
+            return branches
 
     def delete(self, thread: str) -> None:
         """Forget a thread, in memory and in the store; one that is not known is none."""

@@ -1,3 +1,6 @@
-"""A web server on `am_memory`: installed with `attention-matching-memory[server]`."""
+"""An OpenAI-compatible web server on `am_memory`, and its chat page: `attention-matching-memory[server]`."""
 
-__all__: list[str] = []
+from am_memory_server.app import create_app
+from am_memory_server.settings import ServerSettings
+
+__all__ = ["ServerSettings", "create_app"]

@@ -1,0 +1,78 @@
+"""`am-memory serve`: the options of the web server, which is a package of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from am_memory.errors import InvalidInput
+from am_memory.memory import Memory
+from am_memory.policy import MemoryPolicy
+
+KEYS_VARIABLE = "AM_MEMORY_API_KEYS"
+MIB = 2**20
+
+
+def serve(  # noqa: PLR0913, PLR0917  # each is an option of the command
+    model: Annotated[
+        str, typer.Option(help='A hub id, a folder, a .gguf file, or "demo" for the bundled model.')
+    ] = "demo",
+    model_name: Annotated[str | None, typer.Option(help="What clients call it [default: by the model]")] = None,
+    trigger_tokens: Annotated[int, typer.Option(help="Size of a cache, in tokens, that fires a compaction.")] = 2048,
+    keep_ratio: Annotated[float, typer.Option(help="Slots kept for each token that is compacted.")] = 0.1,
+    store: Annotated[
+        str | None, typer.Option(help="Where conversations are kept: a folder or any fsspec URL [default: nowhere]")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; beyond this machine it takes a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Opens the server; several may be given. Better in ${KEYS_VARIABLE}, with commas between."),
+    ] = None,
+    allow_anonymous: Annotated[
+        bool, typer.Option("--allow-anonymous", help="Let everybody in who reaches the server.")
+    ] = False,
+    cors_origin: Annotated[list[str] | None, typer.Option(help="A web page's origin that may call the server.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Of an answer, where a request says nothing.")] = 1024,
+    max_active: Annotated[int, typer.Option(help="Answers written at the same time, in turn.")] = 4,
+    max_queued: Annotated[int, typer.Option(help="Requests of one key that may wait.")] = 64,
+    max_sessions: Annotated[int, typer.Option(help="Conversations kept in memory.")] = 64,
+    max_session_mib: Annotated[int, typer.Option(help="What their caches may take, in MiB.")] = 4096,
+    max_body_mib: Annotated[int, typer.Option(help="Size of a request, in MiB.")] = 16,
+    shutdown_seconds: Annotated[float, typer.Option(help="For running answers to come to their end.")] = 30.0,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda [default: the best there is]")] = None,
+) -> None:
+    """Serve OpenAI's API, and a chat page at /, with history without an end."""
+    try:
+        from am_memory_server.serve import serve as run
+        from am_memory_server.settings import ServerSettings
+    except ModuleNotFoundError as error:
+        raise InvalidInput(f"the server needs {error.name}: pip install 'attention-matching-memory[server]'") from error
+    keys = [*(api_key or ()), *filter(None, re.split(r"[,\s]+", os.environ.get(KEYS_VARIABLE, "")))]
+    settings = ServerSettings(
+        model_name=model_name or name_of(model),
+        host=host,
+        port=port,
+        api_keys=tuple(keys),
+        allow_anonymous=allow_anonymous,
+        cors_origins=tuple(cors_origin or ()),
+        max_tokens=max_tokens,
+        max_active=max_active,
+        max_queued=max_queued,
+        max_sessions=max_sessions,
+        max_session_bytes=max_session_mib * MIB,
+        max_body_bytes=max_body_mib * MIB,
+        shutdown_seconds=shutdown_seconds,
+    )
+    policy = MemoryPolicy(trigger_tokens=trigger_tokens, keep_ratio=keep_ratio)
+    run(Memory.from_pretrained(model, policy=policy, store=store, device=device), settings)
+
+
+def name_of(model: str) -> str:
+    """What clients call a model: a hub id as it is, the last part of a path."""
+    path = Path(model)
+    return path.name.removesuffix(".gguf") if path.exists() else model

@@ -1,0 +1,113 @@
+"""The application: endpoints, errors, limits and the page put together."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import FileResponse, JSONResponse
+from fastapi.staticfiles import StaticFiles
+
+from am_memory.memory import Memory
+from am_memory_server import chat_completions, completions, errors, memory_endpoints, metrics, schemas
+from am_memory_server.access import BodyLimit, Owner
+from am_memory_server.service import Service
+from am_memory_server.settings import ServerSettings
+
+STATIC = Path(__file__).parent / "static"
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": schemas.ErrorAnswer, "description": text}
+    for status, text in {
+        400: "Not a request that can be served",
+        401: "No right API key",
+        403: "Asked for under a name that is not this machine's",
+        404: "No such model or session",
+        409: "Not possible as things are",
+        413: "Too large",
+        429: "Too many requests wait already",
+        503: "Not now",
+    }.items()
+}
+
+
+def create_app(memory: Memory, settings: ServerSettings | None = None) -> FastAPI:
+    """An ASGI application that serves one memory.
+
+    Args:
+        memory: with a store, conversations outlive the application.
+        settings: None: for this machine alone.
+    """
+    service = Service(memory, settings or ServerSettings())
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.scheduler.close()
+
+    app = FastAPI(
+        title="am-memory",
+        description="OpenAI's API on a local model whose KV cache is compacted again and again: unbounded history.",
+        version=version("attention-matching-memory"),
+        docs_url=None,  # they load their scripts from elsewhere
+        redoc_url=None,
+        lifespan=lifespan,
+        responses=ERRORS,
+    )
+    app.state.service = service
+    errors.install(app)
+    for router in (chat_completions.router, completions.router, memory_endpoints.router):
+        app.include_router(router)
+    _add_status(app, service)
+    _add_page(app)
+    app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes)
+    app.add_middleware(metrics.CountRequests, metrics=service.metrics)
+    if service.settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(service.settings.cors_origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    return app
+
+
+def _add_status(app: FastAPI, service: Service) -> None:
+    model = schemas.Model(id=service.settings.model_name, created=service.created)
+
+    @app.get("/v1/models", response_model=schemas.ModelList, tags=["OpenAI"])
+    async def list_models(owner: Owner) -> Any:
+        """The one model that is served."""
+        return schemas.ModelList(data=[model])
+
+    @app.get("/v1/models/{name:path}", response_model=schemas.Model, tags=["OpenAI"])
+    async def get_model(name: str, owner: Owner) -> Any:
+        """The model of that name."""
+        chat_completions.require_model(service, name)
+        return model
+
+    @app.get("/metrics", tags=["Status"], response_class=Response)
+    async def get_metrics(owner: Owner) -> Response:
+        """The server's figures, for Prometheus."""
+        return Response(await service.scheduler.call(service.metrics.text), media_type=metrics.MEDIA_TYPE)
+
+    @app.get("/health", tags=["Status"])
+    async def health() -> JSONResponse:
+        """Whether the server takes requests."""
+        is_closing = service.scheduler.is_closing
+        return JSONResponse({"status": "closing" if is_closing else "ok"}, 503 if is_closing else 200)
+
+
+def _add_page(app: FastAPI) -> None:
+    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+
+    @app.get("/", include_in_schema=False)
+    async def page(request: Request) -> FileResponse:
+        return FileResponse(STATIC / "index.html", headers=PAGE_HEADERS)

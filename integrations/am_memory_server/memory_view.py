@@ -1,0 +1,158 @@
+"""What a conversation's memory looks like: sizes, segments, compactions, slots and bytes of every layer and head."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from am_memory.cache import LayerState, TailState
+from am_memory.display import head_slots
+from am_memory.policy import ScheduledCompaction
+from am_memory.session import Session, Stats
+from am_memory.storage import SavedSession
+from am_memory_server.service import kept_compactions
+
+
+class SizesView(BaseModel):
+    """The fields of `am_memory.Stats`."""
+
+    logical_tokens: int
+    kv_tokens: float
+    exact_tokens: int
+    kv_bytes: int
+    exact_kv_bytes: int
+    num_compactions: int
+    num_segments: int
+
+    @classmethod
+    def of(cls, stats: Stats) -> SizesView:
+        return cls.model_validate(stats, from_attributes=True)
+
+
+class SegmentView(BaseModel):
+    """Tokens [start, end) of the conversation, and in how many slots per head they are held.
+
+    Attributes:
+        num_cuts: how often a compacted segment was made smaller after its birth.
+    """
+
+    kind: Literal["pinned", "compacted", "exact"]
+    start: int
+    end: int
+    slots: float
+    num_cuts: int = 0
+
+
+class CompactionView(BaseModel):
+    """The report of a compaction, as `am_memory.events.CompactionReport` has it."""
+
+    start: int
+    end: int
+    num_slots: float
+    kv_tokens_before: float
+    kv_tokens_after: float
+    kv_bytes_before: int
+    kv_bytes_after: int
+    mass_error: float
+    output_error: float
+    query_seconds: float
+    score_seconds: float
+    fit_seconds: float
+    seconds: float
+    created: float
+
+
+class LayerView(BaseModel):
+    """One layer: compact slots and bytes of each KV head; a sliding-window layer has no slots.
+
+    Attributes:
+        exact_tokens: that every head holds as they are.
+    """
+
+    index: int
+    kind: Literal["full", "sliding"]
+    exact_tokens: int
+    slots: list[int]
+    bytes: list[int]
+
+
+class MemoryView(BaseModel):
+    """Everything about the memory of one conversation, of the branch that was used last."""
+
+    id: str
+    object: Literal["memory.session"] = "memory.session"
+    num_branches: int
+    num_messages: int
+    trigger_tokens: int
+    window_tokens: int
+    stats: SizesView
+    segments: list[SegmentView]
+    compactions: list[CompactionView]
+    layers: list[LayerView]
+
+
+def view(id: str, session: Session, num_branches: int, trigger_tokens: int) -> MemoryView:
+    """The memory of one session, by looking only."""
+    saved = session.snapshot()
+    return MemoryView(
+        id=id,
+        num_branches=num_branches,
+        num_messages=len(saved.messages),
+        trigger_tokens=trigger_tokens,
+        window_tokens=session.engine.info.window_tokens,
+        stats=SizesView.of(session.stats),
+        segments=segments(saved),
+        compactions=[CompactionView.model_validate(report) for report in kept_compactions(session)],
+        layers=[_layer(index, layer, saved) for index, layer in enumerate(saved.state.layers)],
+    )
+
+
+def segments(saved: SavedSession) -> list[SegmentView]:
+    """The conversation from its first token to the last one read, without gaps."""
+    state = saved.state
+    full = [layer for layer in state.layers if isinstance(layer, TailState)]
+    num_heads = sum(len(head_slots(layer)) for layer in full) or 1
+    end = full[0].start + full[0].length if full else 0
+    num_pinned = min(state.num_pinned or saved.num_pinned, end)
+    views = [SegmentView(kind="pinned", start=0, end=num_pinned, slots=num_pinned)] if num_pinned else []
+    for segment in state.segments:
+        slots, cuts = segment.num_slots / num_heads, _num_cuts(saved.schedule, segment.start)
+        views.append(
+            SegmentView(kind="compacted", start=segment.start, end=segment.end, slots=round(slots, 2), num_cuts=cuts)
+        )
+    if (start := views[-1].end if views else 0) < end:
+        views.append(SegmentView(kind="exact", start=start, end=end, slots=end - start))
+    return views
+
+
+def _num_cuts(schedule: tuple[ScheduledCompaction, ...], start: int) -> int:
+    """How often the segment that begins at `start` was made anew, or smaller, after its birth."""
+    forms = [next((part for part in made.plan.segments if part.start == start), None) for made in schedule]
+    known = [form for form in forms if form is not None]
+    return sum(before != after for before, after in pairwise(known))
+
+
+def _layer(index: int, layer: LayerState, saved: SavedSession) -> LayerView:
+    if not isinstance(layer, TailState):
+        tensors: list[Any] = [tensor for tensor in (layer.keys, layer.values) if tensor is not None]
+        num_heads = tensors[0].shape[1] if tensors else 0
+        num_tokens = tensors[0].shape[2] if tensors else 0
+        per_head = sum(tensor.nbytes for tensor in tensors) // max(num_heads, 1)
+        return LayerView(
+            index=index, kind="sliding", exact_tokens=num_tokens, slots=[0] * num_heads, bytes=[per_head] * num_heads
+        )
+    num_pinned = saved.state.num_pinned if saved.state.segments else 0
+    held = head_slots(layer)
+    exact = 0 if layer.buffer is None else sum(t.nbytes for t in (layer.buffer.key, layer.buffer.value)) // len(held)
+    per_slot = 0
+    if layer.slots is not None and layer.slots.num_slots:
+        per_slot = sum(tensor.nbytes for tensor in layer.slots.tensors) // layer.slots.num_slots
+    return LayerView(
+        index=index,
+        kind="full",
+        exact_tokens=num_pinned + layer.length,
+        slots=[count - num_pinned if layer.slots is not None else 0 for count in held],
+        bytes=[exact + count * per_slot for count in held],
+    )

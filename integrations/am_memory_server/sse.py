@@ -1,0 +1,79 @@
+"""Answers that come bit by bit: server-sent events, and clients that go away. Knows nothing of what is sent."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
+
+from fastapi import Request
+
+from am_memory_server.errors import ApiError, as_api_error
+
+T = TypeVar("T")
+HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+KEEP_ALIVE_SECONDS = 15.0
+CLIENT_CLOSED = 499
+
+
+async def events(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncIterator[str]:
+    """Each chunk as an event, then [DONE]; an error in between is the last event.
+
+    Where nothing comes for long, a comment tells proxies that the connection lives.
+    """
+    async with aclosing(chunks):
+        try:
+            async for chunk in _kept_alive(chunks):
+                yield ": still at work\n\n" if chunk is None else f"data: {_json(chunk)}\n\n"
+        except Exception as error:  # the status is sent already, so it is told in the stream
+            yield f"data: {_json(as_api_error(error).body)}\n\n"
+    yield "data: [DONE]\n\n"
+
+
+async def _kept_alive(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncIterator[dict[str, Any] | None]:
+    """The chunks, and None whenever there is none for a while."""
+    while True:
+        waiting = asyncio.ensure_future(anext(chunks, None))
+        try:
+            while not (await asyncio.wait({waiting}, timeout=KEEP_ALIVE_SECONDS))[0]:
+                yield None
+            if (chunk := waiting.result()) is None:
+                return
+            yield chunk
+        finally:
+            if not waiting.done():
+                waiting.cancel()
+                with suppress(asyncio.CancelledError):
+                    await waiting
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+async def unless_disconnected(request: Request, answer: Awaitable[T]) -> T:
+    """The answer; it is given up when the client goes away.
+
+    Raises:
+        ApiError: nobody is there to read it.
+    """
+    working = asyncio.ensure_future(answer)
+    watching = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ApiError(CLIENT_CLOSED, "the client closed the connection", code="client_closed")
+    finally:
+        for task in (working, watching):
+            if not task.done():
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

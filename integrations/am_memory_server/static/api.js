@@ -1,0 +1,57 @@
+// The server: OpenAI's API, and what it says of its memory.
+
+export class ApiError extends Error {
+  constructor(status, body) {
+    super(body?.error?.message ?? `the server answered with status ${status}`);
+    this.status = status;
+    this.code = body?.error?.code;
+  }
+}
+
+export class Api {
+  key = "";
+
+  async request(path, options = {}) {
+    const headers = { ...(options.body ? { "Content-Type": "application/json" } : {}), ...(this.key ? { Authorization: `Bearer ${this.key}` } : {}) };
+    const response = await fetch(path, { ...options, headers });
+    if (!response.ok) throw new ApiError(response.status, await response.json().catch(() => null));
+    return response;
+  }
+
+  async model() {
+    return (await (await this.request("/v1/models")).json()).data[0].id;
+  }
+
+  async memory(id) {
+    return (await this.request(`/v1/memory/sessions/${encodeURIComponent(id)}`)).json();
+  }
+
+  async compact(id) {
+    return (await this.request(`/v1/memory/sessions/${encodeURIComponent(id)}/compact`, { method: "POST", body: "{}" })).json();
+  }
+
+  async forget(id) {
+    await this.request(`/v1/memory/sessions/${encodeURIComponent(id)}`, { method: "DELETE" }).catch((error) => {
+      if (error.status !== 404) throw error;
+    });
+  }
+
+  /** The chunks of an answer, as they come. */
+  async *chat(body, signal) {
+    const response = await this.request("/v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal });
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    let text = "";
+    for (let read; !(read = await reader.read()).done; ) {
+      const events = (text + read.value).split("\n\n");
+      text = events.pop();
+      for (const event of events) {
+        if (!event.startsWith("data: ")) continue;
+        if (event === "data: [DONE]") return;
+        const chunk = JSON.parse(event.slice(6));
+        if (chunk.error) throw new ApiError(200, chunk);
+        yield chunk;
+      }
+    }
+    throw new Error("the connection ended before the answer did");
+  }
+}

@@ -1,0 +1,109 @@
+// Messages in view: the conversation as nodes, the answer that is being written, and what can be done with each.
+
+import { render } from "./markdown.js";
+
+const byId = (id) => document.getElementById(id);
+
+export class ChatView {
+  #actions;
+  #frame = 0;
+
+  /** @param actions what the buttons of a message do: copy, retry, fork. */
+  constructor(actions) {
+    this.#actions = actions;
+    this.scroll = byId("scroll");
+    this.list = byId("messages");
+    this.scroll.addEventListener("scroll", () => { byId("jump").hidden = this.#isAtEnd(); });
+    byId("jump").addEventListener("click", () => this.toEnd());
+  }
+
+  show(conversation) {
+    this.list.replaceChildren();
+    conversation.messages.forEach((message, index) => this.add(message, index));
+    byId("welcome").hidden = conversation.messages.length > 0;
+    this.toEnd();
+  }
+
+  /** One message; returns its node. */
+  add(message, index) {
+    byId("welcome").hidden = true;
+    const node = make("article", `message ${message.role}`);
+    node.append(Object.assign(make("span", "sr"), { textContent: message.role === "user" ? "You said:" : "The model said:" }));
+    node.append(make("div", "body"), make("div", "tools"));
+    this.list.append(node);
+    this.#write(node, message);
+    this.#tools(node, message, index);
+    return node;
+  }
+
+  /** What a node says by now; at most once a frame. */
+  update(node, message) {
+    cancelAnimationFrame(this.#frame);
+    this.#frame = requestAnimationFrame(() => {
+      const isAtEnd = this.#isAtEnd();
+      this.#write(node, message);
+      if (isAtEnd) this.toEnd();
+    });
+  }
+
+  #write(node, message) {
+    const body = node.querySelector(".body");
+    if (message.role === "user") body.textContent = message.content;
+    else body.replaceChildren(render(message.content));
+    node.querySelector(".note")?.remove();
+    if (message.note) node.append(Object.assign(make("div", "note"), { textContent: message.note }));
+  }
+
+  #tools(node, message, index) {
+    const tools = node.querySelector(".tools");
+    const offer = (text, action) => {
+      const button = make("button", "");
+      button.type = "button";
+      button.textContent = text;
+      button.addEventListener("click", () => action(index, button));
+      tools.append(button);
+    };
+    offer("Copy", this.#actions.copy);
+    if (message.role === "assistant") {
+      offer("Retry", this.#actions.retry);
+      offer("Fork", this.#actions.fork);
+    }
+  }
+
+  setWriting(node, isWriting) {
+    node.classList.toggle("writing", isWriting);
+    this.list.setAttribute("aria-busy", String(isWriting));
+  }
+
+  /** A line across the conversation before the answer in which memory was compacted; one for all of its compactions. */
+  mark(numTokens, before) {
+    const isMore = before.previousSibling?.className === "mark";
+    const node = isMore ? before.previousSibling : make("div", "mark");
+    node.dataset.tokens = Number(node.dataset.tokens ?? 0) + numTokens;
+    node.dataset.count = Number(node.dataset.count ?? 0) + 1;
+    const times = node.dataset.count === "1" ? "" : ` in ${node.dataset.count} compactions`;
+    node.textContent = `${Number(node.dataset.tokens).toLocaleString("en")} tokens compacted${times}`;
+    this.list.insertBefore(node, before);
+    if (this.#isAtEnd()) this.toEnd();
+  }
+
+  fail(text) {
+    const node = make("div", "failure");
+    node.setAttribute("role", "alert");
+    node.textContent = text;
+    this.list.append(node);
+    this.toEnd();
+  }
+
+  toEnd() {
+    this.scroll.scrollTop = this.scroll.scrollHeight;
+  }
+
+  #isAtEnd() {
+    return this.scroll.scrollHeight - this.scroll.scrollTop - this.scroll.clientHeight < 80;
+  }
+}
+
+function make(name, className) {
+  return Object.assign(document.createElement(name), { className });
+}

@@ -1,0 +1,136 @@
+// The memory in view: a gauge, the strip of segments, the map of slots, the list of compactions.
+
+const byId = (id) => document.getElementById(id);
+const whole = new Intl.NumberFormat("en");
+const MIB = 2 ** 20, CUTS_WIDTH = 18;
+
+const count = (value) => whole.format(Math.round(value));
+const mib = (bytes) => `${(bytes / MIB).toFixed(bytes < 100 * MIB ? 1 : 0)} MiB`;
+const seconds = (value) => (value < 1 ? `${Math.round(value * 1000)} ms` : `${value.toFixed(1)} s`);
+const percent = (share) => `${(share * 100).toFixed(share < 0.1 ? 1 : 0)} %`;
+
+const EMPTY = {
+  stats: { logical_tokens: 0, kv_tokens: 0, exact_tokens: 0, kv_bytes: 0, exact_kv_bytes: 0, num_compactions: 0, num_segments: 0 },
+  segments: [], compactions: [], layers: [], trigger_tokens: 0,
+};
+
+export class MemoryView {
+  #memory = EMPTY;
+
+  /** Everything of one conversation; null: nothing yet. */
+  show(memory) {
+    this.#memory = memory ?? { ...EMPTY, trigger_tokens: this.#memory.trigger_tokens };
+    this.#gauge(this.#memory.stats);
+    this.#strip();
+    this.#heat();
+    this.#log();
+    byId("compact").disabled = !memory;
+  }
+
+  /** Sizes alone, while an answer is written. */
+  resize(stats) {
+    this.#memory = { ...this.#memory, stats };
+    this.#gauge(stats);
+    this.#strip();
+  }
+
+  /** What is going on, in a few words. */
+  say(text, isBusy = false) {
+    byId("activity").textContent = text;
+    byId("activity").classList.toggle("busy", isBusy);
+  }
+
+  #gauge(stats) {
+    const trigger = this.#memory.trigger_tokens || Math.max(stats.kv_tokens, 1);
+    const pinned = this.#memory.segments.find((part) => part.kind === "pinned")?.slots ?? 0;
+    const parts = { pinned: Math.min(pinned, stats.exact_tokens), compacted: stats.kv_tokens - stats.exact_tokens };
+    parts.exact = stats.kv_tokens - parts.pinned - parts.compacted;
+    for (const [kind, size] of Object.entries(parts)) {
+      byId("gauge").querySelector(`.${kind}`).style.width = `${(100 * size) / trigger}%`;
+    }
+    byId("gauge").setAttribute("aria-valuenow", Math.round(stats.kv_tokens));
+    byId("gauge").setAttribute("aria-valuemax", trigger);
+    byId("gauge").setAttribute("aria-valuetext", `${count(stats.kv_tokens)} of ${count(trigger)} tokens, for ${count(stats.logical_tokens)} of conversation`);
+    byId("physical").textContent = count(stats.kv_tokens);
+    byId("logical").textContent = count(stats.logical_tokens);
+    byId("gauge-left").textContent = stats.logical_tokens ? `${percent(stats.kv_tokens / trigger)} full` : "empty";
+    byId("gauge-right").textContent = this.#memory.trigger_tokens ? `compacts at ${count(trigger)}` : "";
+    const most = Math.max(stats.kv_bytes, stats.exact_kv_bytes, 1);
+    byId("bytes-bar").style.width = `${Math.max((100 * stats.kv_bytes) / most, 2)}%`;
+    byId("bytes-full-bar").style.width = `${Math.max((100 * stats.exact_kv_bytes) / most, 2)}%`;
+    byId("bytes-held").textContent = mib(stats.kv_bytes);
+    byId("bytes-full").textContent = mib(stats.exact_kv_bytes);
+    byId("pill-text").textContent = stats.logical_tokens ? `${count(stats.kv_tokens)} of ${count(stats.logical_tokens)}` : "Memory";
+    byId("toggle-memory").setAttribute("aria-label", stats.logical_tokens ? `Memory: ${count(stats.kv_tokens)} tokens in the cache for ${count(stats.logical_tokens)} of conversation` : "Memory");
+  }
+
+  /** The segments with the exact tail as long as it is by now. */
+  #parts() {
+    const parts = this.#memory.segments.filter((part) => part.kind !== "exact");
+    const start = parts.at(-1)?.end ?? 0, end = this.#memory.stats.logical_tokens;
+    return end > start ? [...parts, { kind: "exact", start, end, slots: end - start, num_cuts: 0 }] : parts;
+  }
+
+  #strip() {
+    const strip = byId("strip"), parts = this.#parts();
+    while (strip.children.length > parts.length) strip.lastChild.remove();
+    parts.forEach((part, number) => {
+      let item = strip.children[number];
+      if (!item) {
+        item = document.createElement("li");
+        item.append(document.createElement("i"), Object.assign(document.createElement("span"), { className: "cuts" }), Object.assign(document.createElement("span"), { className: "sr" }));
+        strip.append(item);
+      }
+      const [fill, cuts, told] = item.children, tokens = part.end - part.start, share = part.slots / tokens;
+      const kept = part.kind === "compacted" ? `compacted to ${part.slots.toFixed(1)} slots a head, ${percent(share)}` : part.kind;
+      const text = `tokens ${count(part.start)} to ${count(part.end)}: ${kept}${part.num_cuts ? `, cut ${part.num_cuts} times` : ""}`;
+      item.className = part.kind;
+      item.style.flexGrow = tokens;
+      item.title = told.textContent = text;
+      fill.style.height = `${Math.max(100 * share, 4)}%`;
+      const width = (strip.clientWidth * tokens) / Math.max(parts.at(-1).end, 1);
+      cuts.textContent = part.num_cuts && width >= CUTS_WIDTH ? part.num_cuts : "";
+    });
+    byId("strip-end").textContent = parts.length ? `${count(parts.at(-1).end)} tokens` : "";
+  }
+
+  #heat() {
+    const layers = this.#memory.layers.filter((layer) => layer.kind === "full");
+    const box = byId("heat"), most = Math.max(0, ...layers.flatMap((layer) => layer.slots));
+    box.replaceChildren();
+    byId("heat-left").textContent = most ? `layer ${layers[0].index}` : "no compact slots yet";
+    byId("heat-right").textContent = most ? `most: ${count(most)} slots · layer ${layers.at(-1).index}` : "";
+    if (!most) return;
+    const heads = layers[0].slots.length, cell = 10, height = Math.max(cell, Math.ceil((layers.length * cell) / 4.5 / heads));
+    const svg = svgElement("svg", { viewBox: `0 0 ${layers.length * cell} ${heads * height}`, role: "img" });
+    const busiest = layers.reduce((one, other) => (Math.max(...other.slots) > Math.max(...one.slots) ? other : one));
+    svg.setAttribute("aria-label", `Compact slots of ${heads} heads in ${layers.length} layers; layer ${busiest.index} has the most, ${count(most)} in one head`);
+    layers.forEach((layer, column) => layer.slots.forEach((slots, head) => {
+      const cellOf = svgElement("rect", { x: column * cell + 0.5, y: head * height + 0.5, width: cell - 1, height: height - 1, rx: 1.5 });
+      if (slots) cellOf.style.fillOpacity = 0.1 + 0.9 * Math.sqrt(slots / most);
+      else cellOf.classList.add("none");
+      cellOf.append(Object.assign(svgElement("title"), { textContent: `layer ${layer.index}, head ${head}: ${count(slots)} slots, ${mib(layer.bytes[head])}` }));
+      svg.append(cellOf);
+    }));
+    box.append(svg);
+  }
+
+  #log() {
+    byId("log").replaceChildren(...this.#memory.compactions.toReversed().map((made) => {
+      const item = document.createElement("li");
+      const line = (text, name = "span", className = "") => item.append(Object.assign(document.createElement(name), { textContent: text, className }));
+      line(`${count(made.start)}–${count(made.end)} → ${made.num_slots.toFixed(0)} slots`);
+      line(seconds(made.seconds), "span", "right");
+      line(`${count(made.kv_tokens_before)} → ${count(made.kv_tokens_after)} in the cache`, "small");
+      line(`error ${percent(made.output_error)}`, "small", "right");
+      item.title = `attention mass error ${percent(made.mass_error)}, output error ${percent(made.output_error)}; ${new Date(made.created * 1000).toLocaleTimeString()}`;
+      return item;
+    }));
+  }
+}
+
+function svgElement(name, attributes = {}) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  return made;
+}

@@ -1,0 +1,64 @@
+"""Servers on a free port of this machine, each in a thread of its own, and clients of them."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from threading import Thread
+from time import monotonic, sleep
+from typing import Any
+
+import httpx
+import openai
+import uvicorn
+from am_memory_server import ServerSettings, create_app
+from am_memory_server.service import Service
+
+from am_memory import Memory, MemoryPolicy
+
+POLICY = MemoryPolicy(trigger_tokens=300, keep_ratio=0.25, pinned=3, keep_recent=16, chunk_tokens=64)
+
+
+@dataclass
+class Server:
+    """One that runs."""
+
+    url: str
+    service: Service
+
+    def client(self, key: str = "no key") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def http(self, key: str | None = None) -> httpx.Client:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60)
+
+
+NewServer = Callable[..., AbstractContextManager[Server]]
+
+
+@contextmanager
+def running(memory: Memory, **settings: Any) -> Iterator[Server]:
+    app = create_app(memory, ServerSettings(**{"model_name": "tiny", "max_tokens": 8, **settings}))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10))
+        thread = Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        try:
+            until(lambda: server.started)
+            yield Server(f"http://127.0.0.1:{listener.getsockname()[1]}", app.state.service)
+        finally:
+            server.should_exit = True
+            thread.join(timeout=30)
+            assert not thread.is_alive()
+
+
+def until(holds: Callable[[], object], seconds: float = 30) -> None:
+    """Wait for something that is bound to happen."""
+    end = monotonic() + seconds
+    while not holds():
+        assert monotonic() < end, "it did not happen"
+        sleep(0.01)

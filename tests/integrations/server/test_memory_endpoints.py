@@ -1,0 +1,150 @@
+"""The memory over HTTP: what is told of it is what is there, and what is done to it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from serving import NewServer, Server
+
+SESSIONS = "/v1/memory/sessions"
+LONG = "a prompt longer than the cache, which is compacted as it is read. " * 12
+
+
+@pytest.fixture
+def server(new_server: NewServer, tmp_path: Path) -> Iterator[Server]:
+    with new_server(store=tmp_path) as server:
+        yield server
+
+
+@pytest.fixture
+def http(server: Server) -> Iterator[httpx.Client]:
+    with server.http() as http:
+        yield http
+
+
+def say(http: httpx.Client, text: str, conversation: str = "tea", **options: Any) -> httpx.Response:
+    asked = {"messages": [{"role": "user", "content": text}], "metadata": {"conversation_id": conversation}}
+    return http.post("/v1/chat/completions", json={**asked, "temperature": 0, **options})
+
+
+def test_a_view_accounts_for_every_token_slot_and_byte(http: httpx.Client) -> None:
+    say(http, LONG)
+    view = http.get(f"{SESSIONS}/tea").json()
+    stats, segments, layers = view["stats"], view["segments"], view["layers"]
+    assert stats["num_compactions"] == len(view["compactions"]) > 1
+    assert segments[0]["start"] == 0
+    assert [part["end"] for part in segments[:-1]] == [part["start"] for part in segments[1:]]
+    assert segments[-1]["end"] == stats["logical_tokens"] - 1  # the last token is read with what follows it
+    assert sum(part["slots"] for part in segments) == pytest.approx(stats["kv_tokens"], abs=0.1)
+    assert sum(sum(layer["bytes"]) for layer in layers) == stats["kv_bytes"]
+    num_heads = sum(len(layer["slots"]) for layer in layers)
+    compact = sum(part["slots"] for part in segments if part["kind"] == "compacted")
+    assert sum(sum(layer["slots"]) for layer in layers) / num_heads == pytest.approx(compact, abs=0.1)
+
+
+def test_older_segments_are_told_how_often_they_were_cut(http: httpx.Client) -> None:
+    say(http, LONG)
+    cuts = [part["num_cuts"] for part in http.get(f"{SESSIONS}/tea").json()["segments"] if part["kind"] == "compacted"]
+    assert cuts[-1] == 0
+    assert cuts == sorted(cuts, reverse=True)
+    assert cuts[0] > 0
+
+
+def test_compacting_now_makes_the_cache_smaller(http: httpx.Client) -> None:
+    say(http, "short enough to be exact, long enough to be compacted. " * 3)
+    before = http.get(f"{SESSIONS}/tea").json()
+    report = http.post(f"{SESSIONS}/tea/compact", json={"fraction": 0.8}).json()
+    after = http.get(f"{SESSIONS}/tea").json()
+    assert before["stats"]["num_compactions"] == 0
+    assert report["kv_tokens_after"] == pytest.approx(after["stats"]["kv_tokens"])
+    assert after["stats"]["kv_tokens"] < before["stats"]["kv_tokens"]
+    assert after["compactions"][0]["start"] == report["start"]
+
+
+def test_a_conversation_goes_on_after_it_was_compacted(http: httpx.Client) -> None:
+    text = "short enough to be exact, long enough to be compacted. " * 3
+    first = say(http, text).json()
+    http.post(f"{SESSIONS}/tea/compact", json={"fraction": 0.8})
+    told = [
+        {"role": "user", "content": text},
+        {"role": "assistant", "content": first["choices"][0]["message"]["content"]},
+        {"role": "user", "content": "and?"},
+    ]
+    second = say(http, "", messages=told).json()
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == first["usage"]["total_tokens"]
+
+
+def test_where_nothing_can_be_compacted_that_is_said(http: httpx.Client) -> None:
+    say(http, "hi")
+    assert http.post(f"{SESSIONS}/tea/compact", json={"fraction": 1}).status_code == 200
+    answer = http.post(f"{SESSIONS}/tea/compact", json={"fraction": 1})
+    assert answer.status_code == 409
+    assert answer.json()["error"]["code"] == "nothing_to_compact"
+
+
+def test_a_fork_goes_its_own_way(http: httpx.Client) -> None:
+    say(http, "hello there")
+    assert http.post(f"{SESSIONS}/tea/fork", json={"id": "coffee"}).status_code == 201
+    assert http.post(f"{SESSIONS}/tea/fork", json={"id": "coffee"}).status_code == 409
+    assert http.delete(f"{SESSIONS}/tea").json() == {"id": "tea", "object": "memory.session", "deleted": True}
+    assert [entry["id"] for entry in http.get(SESSIONS).json()["data"]] == ["coffee"]
+    assert http.get(f"{SESSIONS}/coffee").json()["stats"]["logical_tokens"] > 0
+
+
+def test_what_is_not_there_is_not_found(http: httpx.Client) -> None:
+    for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/compact"), ("POST", "/fork")):
+        answer = http.request(method, f"{SESSIONS}/nothing{path}", json={"id": "x"} if path == "/fork" else {})
+        assert answer.status_code == 404
+        assert answer.json()["error"]["code"] == "session_not_found"
+
+
+def test_names_with_slashes_and_accents_work(http: httpx.Client) -> None:
+    say(http, "hello", "Zoë/2024 ☕")
+    assert http.get(SESSIONS).json()["data"][0]["id"] == "Zoë/2024 ☕"
+    assert http.get(f"{SESSIONS}/Zo%C3%AB%2F2024%20%E2%98%95").status_code == 200
+
+
+def test_a_conversation_is_looked_at_after_a_restart(new_server: NewServer, tmp_path: Path) -> None:
+    views = []
+    for _ in range(2):
+        with new_server(store=tmp_path / "own") as server, server.http() as http:
+            if not views:
+                say(http, LONG)
+            views.append(http.get(f"{SESSIONS}/tea").json())
+    for view in views:
+        view["stats"].pop("kv_bytes")  # spare room is not saved
+        for layer in view["layers"]:
+            layer.pop("bytes")
+    assert views[0] == views[1]
+
+
+def test_a_hint_in_a_header_names_the_conversation(http: httpx.Client) -> None:
+    asked = {"messages": [{"role": "user", "content": "hello"}]}
+    http.post("/v1/chat/completions", json=asked, headers={"X-Conversation-Id": "from a header"})
+    http.post("/v1/chat/completions", json={**asked, "user": "somebody"})
+    http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "no hint"}]})
+    names = [entry["id"] for entry in http.get(SESSIONS).json()["data"]]
+    assert {"from a header", "somebody"} <= {*names}
+    assert any(name.startswith("auto-") for name in names)
+
+
+def test_metrics_count_what_was_done(http: httpx.Client) -> None:
+    usage = say(http, LONG).json()["usage"]
+    view = http.get(f"{SESSIONS}/tea").json()
+    text = http.get("/metrics").text
+    assert f"am_memory_prompt_tokens_total {float(usage['prompt_tokens'])}" in text
+    assert f"am_memory_compactions_total {float(view['stats']['num_compactions'])}" in text
+    assert f"am_memory_kv_bytes {float(view['stats']['kv_bytes'])}" in text
+    assert 'am_memory_requests_total{route="/v1/chat/completions",status="200"} 1.0' in text
+
+
+def test_the_page_and_all_that_it_needs_come_from_the_server(http: httpx.Client) -> None:
+    page = http.get("/")
+    assert page.status_code == 200
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    for path in ("style.css", "app.js", "api.js", "chat.js", "markdown.js", "memory.js", "store.js", "icon.svg"):
+        assert http.get(f"/static/{path}").status_code == 200

@@ -1,0 +1,235 @@
+"""The official `openai` client against the server: every option it takes does what OpenAI's API says."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import openai
+import pytest
+
+Message = dict[str, Any]
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Add two digits.",
+        "parameters": {
+            "type": "object",
+            "properties": {"a": {"enum": [1, 2]}, "b": {"enum": [3, 4]}},
+            "required": ["a", "b"],
+        },
+    },
+}
+
+
+def user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def ask(client: openai.OpenAI, messages: list[Message], **options: Any) -> Any:
+    return client.chat.completions.create(model="tiny", messages=messages, **{"temperature": 0, **options})
+
+
+def test_an_answer_has_openais_form(client: openai.OpenAI) -> None:
+    completion = ask(client, [user("hello")], max_tokens=5)
+    assert completion.object == "chat.completion"
+    assert completion.model == "tiny"
+    assert completion.choices[0].finish_reason == "length"
+    assert completion.usage.completion_tokens == 5
+    assert completion.usage.total_tokens == completion.usage.prompt_tokens + 5
+
+
+def test_a_conversation_that_comes_back_reads_only_what_is_new(client: openai.OpenAI) -> None:
+    messages = [user("this is a conversation that comes back")]
+    first = ask(client, messages)
+    messages += [{"role": "assistant", "content": first.choices[0].message.content}, user("and?")]
+    second = ask(client, messages)
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    assert second.usage.prompt_tokens_details.cached_tokens == first.usage.total_tokens
+
+
+def test_the_whole_message_of_the_client_can_be_sent_back(client: openai.OpenAI) -> None:
+    messages: list[Any] = [user("the whole message is sent back")]
+    first = ask(client, messages)
+    second = ask(client, [*messages, first.choices[0].message, user("and?")])
+    assert second.usage.prompt_tokens_details.cached_tokens == first.usage.total_tokens
+
+
+def test_a_stream_says_what_a_whole_answer_says(client: openai.OpenAI) -> None:
+    whole = ask(client, [user("stream this")], max_tokens=12)
+    chunks = list(
+        ask(client, [user("stream this")], max_tokens=12, stream=True, stream_options={"include_usage": True})
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
+    assert chunks[-1].usage.completion_tokens == 12
+    assert chunks[-1].choices == []
+
+
+def test_a_stream_without_options_tells_no_usage(client: openai.OpenAI) -> None:
+    chunks = list(ask(client, [user("stream this")], stream=True))
+    assert all(chunk.choices and chunk.usage is None for chunk in chunks)
+
+
+def test_the_memory_tells_itself_where_it_is_asked_to(client: openai.OpenAI) -> None:
+    long = user("a prompt longer than the cache, which is compacted as it is read. " * 8)
+    chunks = list(ask(client, [long], stream=True, stream_options={"include_memory": True}))
+    told = [chunk.am_memory for chunk in chunks if not chunk.choices]
+    assert {"reading", "compacting", "compacted", "size", "memory"} <= {item["event"] for item in told}
+    last = told[-1]["memory"]
+    assert last["stats"]["kv_tokens"] <= 300 < last["stats"]["logical_tokens"]
+    assert [part["kind"] for part in last["segments"]][0] == "pinned"
+    assert len(last["compactions"]) == last["stats"]["num_compactions"] >= 1
+
+
+def test_a_prompt_longer_than_the_window_is_compacted_as_it_is_read(client: openai.OpenAI) -> None:
+    long = "many words, far more than the model's window of 4096 positions. " * 80
+    completion = ask(client, [user(long)], max_tokens=3)
+    assert completion.usage.prompt_tokens > 4096
+
+
+def test_the_same_seed_gives_the_same_answer(client: openai.OpenAI) -> None:
+    answers = [
+        ask(client, [user("dice")], temperature=1.5, seed=seed, max_tokens=16).choices[0].message.content
+        for seed in (1, 1, 2)
+    ]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_a_stop_text_ends_the_answer_and_is_not_in_it(client: openai.OpenAI) -> None:
+    text = ask(client, [user("go on")], max_tokens=24).choices[0].message.content
+    stop = text[5:7]
+    stopped = ask(client, [user("go on")], max_tokens=24, stop=[stop, "never said"])
+    assert stopped.choices[0].message.content == text[: text.index(stop)]
+    assert stopped.choices[0].finish_reason == "stop"
+
+
+def test_log_probabilities_come_with_each_token(client: openai.OpenAI) -> None:
+    completion = ask(client, [user("hello")], max_tokens=6, logprobs=True, top_logprobs=3)
+    tokens = completion.choices[0].logprobs.content
+    assert len(tokens) == 6
+    for token in tokens:
+        assert len(token.top_logprobs) == 3
+        assert token.top_logprobs[0].logprob == pytest.approx(token.logprob)  # greedy: the likeliest was taken
+        assert token.logprob <= 0
+
+
+def test_log_probabilities_of_a_stream_are_those_of_the_whole(client: openai.OpenAI) -> None:
+    whole = ask(client, [user("hello")], max_tokens=6, logprobs=True)
+    chunks = ask(client, [user("hello")], max_tokens=6, logprobs=True, stream=True)
+    streamed = [token for chunk in chunks if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.content]
+    assert [token.token for token in streamed] == [token.token for token in whole.choices[0].logprobs.content]
+
+
+def test_a_forced_tool_is_called_with_arguments_of_its_schema(client: openai.OpenAI) -> None:
+    choice = {"type": "function", "function": {"name": "add"}}
+    completion = ask(client, [user("add something")], tools=[TOOL], tool_choice=choice, max_tokens=200)
+    (call,) = completion.choices[0].message.tool_calls
+    arguments = json.loads(call.function.arguments)
+    assert call.function.name == "add"
+    assert arguments["a"] in (1, 2)
+    assert arguments["b"] in (3, 4)
+    assert completion.choices[0].finish_reason == "tool_calls"
+
+
+def test_a_result_of_a_tool_goes_on_from_the_call(client: openai.OpenAI) -> None:
+    messages: list[Any] = [user("add something, and say it")]
+    options = {"tools": [TOOL], "max_tokens": 200}
+    first = ask(client, messages, tool_choice="required", parallel_tool_calls=False, **options)
+    message = first.choices[0].message
+    result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "5"}
+    second = ask(client, [*messages, message, result], tool_choice="auto", **{**options, "max_tokens": 4})
+    assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens
+
+
+def test_tool_calls_stream_whole(client: openai.OpenAI) -> None:
+    chunks = list(
+        ask(client, [user("add something")], tools=[TOOL], tool_choice="required", max_tokens=400, stream=True)
+    )
+    calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+    assert [call.index for call in calls] == list(range(len(calls)))
+    assert all(call.function.name == "add" and json.loads(call.function.arguments) for call in calls)
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_an_answer_follows_its_json_schema(client: openai.OpenAI) -> None:
+    schema = {"type": "object", "properties": {"size": {"enum": ["small", "large"]}}, "required": ["size"]}
+    form = {"type": "json_schema", "json_schema": {"name": "size", "schema": schema, "strict": True}}
+    completion = ask(client, [user("how large?")], response_format=form, max_tokens=60)
+    assert json.loads(completion.choices[0].message.content)["size"] in ("small", "large")
+
+
+def test_json_mode_gives_an_object(client: openai.OpenAI) -> None:
+    completion = ask(client, [user("json")], response_format={"type": "json_object"}, max_tokens=60)
+    assert isinstance(json.loads(completion.choices[0].message.content), dict)
+
+
+def test_the_model_is_listed_and_any_other_is_not_found(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt-4'"):
+        client.chat.completions.create(model="gpt-4", messages=[{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"temperature": 3}, "temperature"),
+        ({"n": 2}, "n"),
+        ({"presence_penalty": 1.0}, "presence_penalty"),
+        ({"max_tokens": 10**6}, "limit of 16384"),
+        ({"top_logprobs": 2}, "logprobs: true"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 5}}}}, "schema"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "sub"}}}, "sub"),
+        ({"extra_body": {"nonsense": 1}}, "nonsense"),
+        ({"extra_body": {"metadata": {"conversation_id": "\n"}}}, "cannot name a conversation"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(client: openai.OpenAI, options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=problem):
+        ask(client, [user("hello")], **options)
+
+
+def test_images_are_refused(client: openai.OpenAI) -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
+    with pytest.raises(openai.BadRequestError, match="takes text alone"):
+        ask(client, [{"role": "user", "content": [image]}])
+
+
+def test_parts_of_text_are_one_text(client: openai.OpenAI) -> None:
+    ask(client, [user("two parts")])
+    parts = [{"type": "text", "text": "two "}, {"type": "text", "text": "parts"}]
+    again = ask(client, [{"role": "user", "content": parts}])
+    assert again.usage.prompt_tokens_details.cached_tokens > 0
+
+
+def test_plain_completions_go_on_from_their_longest_known_beginning(client: openai.OpenAI) -> None:
+    prompt = "Once upon a time there was a server"
+    first = client.completions.create(model="tiny", prompt=prompt, max_tokens=6, temperature=0)
+    text = first.choices[0].text
+    second = client.completions.create(model="tiny", prompt=prompt + text + " and", max_tokens=4, temperature=0)
+    assert first.usage is not None
+    assert first.usage.prompt_tokens == len(prompt)
+    assert second.usage is not None
+    assert second.usage.prompt_tokens_details is not None
+    assert second.usage.prompt_tokens_details.cached_tokens == pytest.approx(len(prompt + text), abs=6)
+
+
+def test_plain_completions_of_several_prompts_stream(client: openai.OpenAI) -> None:
+    prompts = ["one", "two, which is longer"]
+    whole = client.completions.create(model="tiny", prompt=prompts, max_tokens=5, temperature=0, logprobs=1)
+    texts = ["", ""]
+    for chunk in client.completions.create(model="tiny", prompt=prompts, max_tokens=5, temperature=0, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [choice.text for choice in whole.choices]
+    assert all(len(choice.logprobs.tokens) == 5 for choice in whole.choices if choice.logprobs)
+
+
+async def test_the_async_client_streams_as_well(server: Any) -> None:
+    client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="no key")
+    messages: list[Any] = [user("hello")]
+    stream = await client.chat.completions.create(model="tiny", messages=messages, stream=True, max_tokens=4)
+    assert len([chunk async for chunk in stream]) >= 2
+    await client.close()

@@ -1,0 +1,206 @@
+"""The page in headless Chromium: a chat past several compactions, the memory in view, reload, stop, other conversations."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import NewServer, Server, until
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+DRIVER = shutil.which("chromedriver")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="there is no Chromium with its driver on this machine"),
+]
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --window-size=1400,900"
+)
+LONG = "a message which is long enough that some of them fill the cache of this very small model. "
+
+
+class Page:
+    """What a person does with the page."""
+
+    def __init__(self, browser: Any, server: Server) -> None:
+        self.browser, self.server = browser, server
+        browser.get(server.url)
+        until(lambda: self.text("#model") == "tiny")
+
+    def all(self, selector: str) -> list[Any]:
+        return list(self.browser.find_elements("css selector", selector))
+
+    def text(self, selector: str) -> str:
+        return str(self.browser.execute_script("return document.querySelector(arguments[0])?.textContent", selector))
+
+    def number(self, selector: str) -> int:
+        return int(self.text(selector).replace(",", ""))
+
+    def click(self, selector: str) -> None:
+        self.browser.find_element("css selector", selector).click()
+
+    def is_writing(self) -> bool:
+        return bool(self.browser.execute_script("return document.querySelector('#send').hidden"))
+
+    def type(self, text: str) -> None:
+        self.browser.find_element("css selector", "#input").send_keys(f"{text}\n")
+        until(lambda: self.is_writing() or self.all(".message.assistant"))
+
+    def say(self, text: str) -> None:
+        """Ask, and wait for the whole answer."""
+        count = len(self.all(".message.assistant"))
+        self.type(text)
+        until(lambda: len(self.all(".message.assistant")) > count and not self.is_writing())
+
+    def reload(self) -> None:
+        self.browser.refresh()
+        until(lambda: self.text("#model") == "tiny")
+
+    def messages(self) -> list[str]:
+        found: list[str] = self.browser.execute_script(
+            "return [...document.querySelectorAll('.message .body')].map(body => body.textContent)"
+        )
+        return found
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def page(browser: Any, new_server: NewServer, tmp_path: Path) -> Iterator[Page]:
+    """On a server, and so an origin, of its own: nothing is left of the test before."""
+    with new_server(store=tmp_path, max_tokens=20) as server:
+        page = Page(browser, server)
+        yield page
+        problems = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+        assert not [problem for problem in problems if "404" not in problem]
+        browser.get("about:blank")
+
+
+def test_a_chat_goes_on_past_three_compactions_and_shows_them(page: Page) -> None:
+    page.say("hello")
+    sizes = [page.number("#logical")]
+    while len(page.all("#log li")) < 3:
+        page.say(LONG)
+        sizes.append(page.number("#logical"))
+    assert sizes == sorted({*sizes})
+    assert page.number("#physical") <= 300 < page.number("#logical")
+    kinds = [item.get_attribute("class") for item in page.all("#strip li")]
+    assert kinds[0] == "pinned"
+    assert kinds.count("compacted") >= 3
+    assert kinds[-1] == "exact"
+    assert len(page.all("#heat rect")) == 3 * 2
+    assert page.all(".mark")
+    meter = page.browser.find_element("css selector", "#gauge")
+    assert int(meter.get_attribute("aria-valuenow")) == page.number("#physical")
+
+
+def test_history_and_memory_are_there_after_a_reload(page: Page) -> None:
+    page.say(LONG * 4)
+    said, logical = page.messages(), page.text("#logical")
+    page.reload()
+    until(lambda: page.text("#logical") == logical)
+    assert page.messages() == said
+    page.say("and now?")
+    assert page.messages()[:2] == said
+
+
+def test_an_answer_can_be_stopped_and_the_chat_goes_on(page: Page) -> None:
+    page.click("#open-settings")
+    page.browser.find_element("css selector", "#set-max").send_keys("16000")
+    page.click("#settings .primary")
+    page.type("go on for ever")
+    until(lambda: len(page.messages()) == 2 and len(page.messages()[1]) > 5)
+    page.click("#stop")
+    until(lambda: not page.is_writing())
+    until(lambda: page.server.service.scheduler.num_active == 0)
+    assert page.text(".message .note") == "stopped"
+    page.click("#open-settings")
+    field = page.browser.find_element("css selector", "#set-max")
+    field.clear()
+    field.send_keys("5")
+    page.click("#settings .primary")
+    page.say("hello again")
+    assert len(page.messages()) == 4
+
+
+def test_conversations_are_kept_apart_forked_and_deleted(page: Page) -> None:
+    page.say("the first conversation")
+    first = page.messages()
+    page.click("#new")
+    until(lambda: not page.messages())
+    page.say("the second one")
+    assert len(page.all("#conversations li")) == 2
+    page.all("#conversations .open")[1].click()
+    until(lambda: page.messages() == first)
+    page.browser.execute_script("document.querySelectorAll('.message.assistant .tools button')[2].click()")
+    until(lambda: len(page.all("#conversations li")) == 3)
+    assert page.messages() == first
+    page.browser.execute_script("window.confirm = () => true")
+    page.all("#conversations .remove")[0].click()
+    until(lambda: len(page.all("#conversations li")) == 2)
+
+
+def test_what_the_model_says_is_never_markup(page: Page) -> None:
+    script = """
+        const done = arguments[arguments.length - 1];
+        import('/static/markdown.js').then(({ render }) => {
+            const box = document.createElement('div');
+            box.append(render(arguments[0]));
+            done([box.innerHTML, [...box.querySelectorAll('*')].map(node => node.tagName).join(' ')]);
+        });
+    """
+    text = (
+        "<img src=x onerror=alert(1)> **bold** `<b>`\n\n[bad](javascript:alert(1)) [good](https://example.org)\n\n"
+        "# Title\n\n- one\n  - two\n\n1. first\n\n```js\n<script>\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n> said"
+    )
+    html, tags = page.browser.execute_async_script(script, text)
+    assert "&lt;img" in html
+    assert "javascript:" not in "".join(part for part in html.split('"') if part.startswith("javascript"))
+    assert {"STRONG", "H1", "UL", "OL", "PRE", "TABLE", "BLOCKQUOTE", "A"} <= {*tags.split()}
+    assert not {"IMG", "SCRIPT", "B"} & {*tags.split()}
+    assert tags.split().count("A") == 1
+
+
+def test_the_keyboard_is_enough(page: Page) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    box = page.browser.switch_to.active_element
+    assert box.get_attribute("id") == "input"
+    box.send_keys("one line", Keys.SHIFT, Keys.ENTER, Keys.NULL, "and another", Keys.ENTER)
+    until(lambda: len(page.messages()) == 2 and not page.is_writing())
+    assert page.messages()[0] == "one line\nand another"
+    unnamed = page.browser.execute_script(
+        "return [...document.querySelectorAll('button')].filter(b => !b.textContent.trim() && !b.ariaLabel).length"
+    )
+    assert unnamed == 0
+
+
+def test_a_small_screen_has_the_memory_in_a_drawer(page: Page) -> None:
+    size = {"width": 390, "height": 780, "deviceScaleFactor": 1, "mobile": True}
+    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        page.say("hello from a phone")
+        width = page.browser.execute_script("return document.documentElement.scrollWidth")
+        assert width <= 390
+        page.click("#toggle-memory")
+        until(lambda: page.browser.find_element("css selector", "#close-memory").is_displayed())
+        page.click("#close-memory")
+        until(lambda: not page.browser.find_element("css selector", "#memory").is_displayed())
+    finally:
+        page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

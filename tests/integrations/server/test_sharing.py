@@ -1,0 +1,194 @@
+"""Many clients: what one key may see, how the device is shared, what is too much, and clients that go away."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from am_memory_server import ServerSettings
+from serving import NewServer, Server, until
+
+from am_memory.errors import InvalidInput
+
+ALICE, BOB = "key-of-alice", "key-of-bob"
+HELLO = {"role": "user", "content": "hello, this is a secret that nobody else may see"}
+
+
+def ask(client: openai.OpenAI, text: str, **options: Any) -> Any:
+    messages: list[Any] = [{"role": "user", "content": text}]
+    return client.chat.completions.create(model="tiny", messages=messages, **{"temperature": 0, **options})
+
+
+def test_nothing_of_one_key_is_seen_by_another(new_server: NewServer, tmp_path: Path) -> None:
+    with new_server(api_keys=[ALICE, BOB], store=tmp_path) as server:
+        asked: dict[str, Any] = {"model": "tiny", "messages": [HELLO], "metadata": {"conversation_id": "one"}}
+        with server.http(ALICE) as alice, server.http(BOB) as bob:
+            assert alice.post("/v1/chat/completions", json=asked).status_code == 200
+            again = alice.post("/v1/chat/completions", json=asked).json()
+            other = bob.post("/v1/chat/completions", json={**asked, "metadata": {"conversation_id": "two"}}).json()
+            assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+            assert other["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+            assert [entry["id"] for entry in alice.get("/v1/memory/sessions").json()["data"]] == ["one"]
+            assert [entry["id"] for entry in bob.get("/v1/memory/sessions").json()["data"]] == ["two"]
+            assert bob.get("/v1/memory/sessions/one").status_code == 404
+            assert bob.delete("/v1/memory/sessions/one").status_code == 404
+            assert bob.post("/v1/memory/sessions/one/fork", json={"id": "mine"}).status_code == 404
+            assert alice.get("/v1/memory/sessions/one").status_code == 200
+
+
+def test_plain_texts_of_one_key_are_not_known_to_another(new_server: NewServer) -> None:
+    with new_server(api_keys=[ALICE, BOB]) as server:
+        asked = {"model": "tiny", "prompt": "a plain text, which is a secret as well"}
+        cached = []
+        for key in (ALICE, ALICE, BOB):
+            with server.http(key) as http:
+                usage = http.post("/v1/completions", json=asked).json()["usage"]
+                cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+        assert cached[0] == cached[2] == 0 < cached[1]
+
+
+def test_a_name_cannot_reach_into_the_conversations_of_another(new_server: NewServer) -> None:
+    with new_server(api_keys=[ALICE, BOB]) as server:
+        with server.http(ALICE) as alice:
+            asked = {"model": "tiny", "messages": [HELLO], "metadata": {"conversation_id": "one"}}
+            alice.post("/v1/chat/completions", json=asked)
+        thread = server.service.threads.names()[0]
+        with server.http(BOB) as bob:
+            for name in (thread, f"../{thread}", f"/{thread}", "../one"):
+                assert bob.get(f"/v1/memory/sessions/{name}").status_code == 404
+
+
+def test_without_a_right_key_nothing_is_answered(new_server: NewServer) -> None:
+    with new_server(api_keys=[ALICE]) as server:
+        for key in (None, "key-of-mallory"):
+            with server.http(key) as http:
+                for path in ("/v1/models", "/v1/memory/sessions", "/metrics"):
+                    answer = http.get(path)
+                    assert answer.status_code == 401
+                    assert answer.json()["error"]["code"] == "invalid_api_key"
+                assert http.get("/health").status_code == 200
+        with pytest.raises(openai.AuthenticationError):
+            server.client("key-of-mallory").models.list()
+
+
+def test_a_page_cannot_have_a_browser_call_under_another_name(server: Server) -> None:
+    with server.http() as http:
+        answer = http.get("/v1/models", headers={"Host": "evil.example"})
+    assert answer.status_code == 403
+    assert answer.json()["error"]["code"] == "wrong_host"
+
+
+def test_a_server_is_not_open_to_other_machines_by_accident() -> None:
+    with pytest.raises(InvalidInput, match="no API key"):
+        ServerSettings(host="0.0.0.0")
+    assert ServerSettings(host="0.0.0.0", allow_anonymous=True).host == "0.0.0.0"
+
+
+def test_settings_out_of_range_do_not_tell_the_key() -> None:
+    with pytest.raises(InvalidInput) as refused:
+        ServerSettings(api_keys=("short",))
+    assert "short" not in str(refused.value).replace("shorter", "")
+
+
+def test_answers_are_written_in_turn(new_server: NewServer) -> None:
+    """A short answer that is asked for second does not wait for the end of a long one."""
+    with new_server() as server:
+        client, seen = server.client(), []
+
+        def long() -> None:
+            for _ in ask(client, "write a long answer", max_tokens=400, stream=True):
+                seen.append("long")
+
+        thread = threading.Thread(target=long)
+        thread.start()
+        until(lambda: len(seen) > 3)
+        ask(client, "write a short one", max_tokens=4)
+        num_before = len(seen)
+        thread.join()
+        assert num_before < len(seen)
+
+
+def test_many_at_once_get_the_answers_that_they_get_alone(new_server: NewServer) -> None:
+    with new_server(max_active=3, max_tokens=12) as server, ThreadPoolExecutor(8) as pool:
+        client = server.client()
+        texts = [f"question number {number}" for number in range(8)]
+        together = list(pool.map(lambda text: ask(client, text).choices[0].message.content, texts))
+    with new_server(max_tokens=12) as server:
+        client = server.client()
+        assert together == [ask(client, text).choices[0].message.content for text in texts]
+
+
+def test_too_many_requests_are_told_to_come_back(new_server: NewServer) -> None:
+    with new_server(max_active=1, max_queued=1) as server:
+        client = server.client()
+        streams = [ask(client, "one", max_tokens=2000, stream=True)]
+        waiting = threading.Thread(target=lambda: streams.append(ask(client, "two", max_tokens=4, stream=True)))
+        waiting.start()
+        until(lambda: server.service.scheduler.num_waiting == 1)
+        with pytest.raises(openai.RateLimitError, match="waiting already"):
+            ask(client, "three")
+        streams[0].close()
+        waiting.join(timeout=30)
+        assert len(list(streams[1])) >= 2
+
+
+def test_a_client_that_goes_away_stops_its_answer(new_server: NewServer) -> None:
+    with new_server() as server:
+        scheduler, client = server.service.scheduler, server.client()
+        stream = ask(client, "go on for ever", max_tokens=16000, stream=True)
+        next(iter(stream))
+        stream.close()
+        until(lambda: scheduler.num_active == 0)
+        with pytest.raises(openai.APITimeoutError):
+            ask(client.with_options(timeout=0.5), "go on for ever", max_tokens=16000)
+        until(lambda: scheduler.num_active == 0)
+        with server.http() as http:
+            metrics = http.get("/metrics").text
+        assert "am_memory_cancelled_total 2.0" in metrics
+        assert server.service.threads.names() == []
+
+
+def test_a_request_that_is_too_large_is_refused(new_server: NewServer) -> None:
+    with new_server(max_body_bytes=1000) as server, server.http() as http:
+        answer = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x" * 2000}]})
+        assert answer.status_code == 413
+        assert answer.json()["error"]["code"] == "request_too_large"
+
+
+def test_memory_is_bounded_and_what_left_it_comes_back_from_the_store(new_server: NewServer, tmp_path: Path) -> None:
+    with new_server(max_sessions=2, store=tmp_path) as server:
+        client = server.client()
+        answers = [ask(client, f"conversation {number}") for number in range(5)]
+        assert len(server.service.threads.all_branches()) <= 2
+        assert len(server.service.threads.names()) == 5
+        told: list[Any] = [{"role": "user", "content": "conversation 0"}, answers[0].choices[0].message, HELLO]
+        again = client.chat.completions.create(model="tiny", messages=told)
+        assert again.usage is not None
+        assert again.usage.prompt_tokens_details is not None
+        assert again.usage.prompt_tokens_details.cached_tokens == answers[0].usage.total_tokens
+
+
+def test_pages_of_other_origins_may_call_only_where_that_was_said(new_server: NewServer, server: Server) -> None:
+    origin = {"Origin": "https://chat.example", "Access-Control-Request-Method": "POST"}
+    with server.http() as http:
+        assert "access-control-allow-origin" not in http.options("/v1/chat/completions", headers=origin).headers
+    with new_server(cors_origins=["https://chat.example"]) as open_server, open_server.http() as http:
+        allowed = http.options("/v1/chat/completions", headers=origin).headers
+        assert allowed["access-control-allow-origin"] == "https://chat.example"
+
+
+def test_an_answer_under_way_comes_to_its_end_when_the_server_stops(new_server: NewServer, tmp_path: Path) -> None:
+    chunks: list[Any] = []
+    with new_server(store=tmp_path) as server:
+        stream = iter(ask(server.client(), "finish this", max_tokens=60, stream=True))
+        chunks.append(next(stream))
+        reader = threading.Thread(target=lambda: chunks.extend(stream))
+        reader.start()
+    reader.join()
+    assert chunks[-1].choices[0].finish_reason == "length"
+    with new_server(store=tmp_path) as server:
+        assert len(server.service.threads.names()) == 1
