@@ -7,13 +7,14 @@ goes on. The tokens are the truth; tokens and schedule together rebuild the cach
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from torch import Tensor, cat
 
+from am_memory.boundaries import best_boundary
 from am_memory.cache import KVCache
 from am_memory.compaction import Progress, compact, failures
 from am_memory.engines.base import Engine
@@ -31,6 +32,9 @@ from am_memory.events import (
 from am_memory.policy import SINK_TOKENS, MemoryPolicy, Plan, ScheduledCompaction, Sizes, plan, trigger_tokens
 from am_memory.queries import LiveQueries, ReferenceQueries, repeat_queries
 
+Weights = Callable[[int, int], Sequence[float] | None]
+"""How much it counts that the tokens from one position to another can be repeated; None: all alike."""
+
 
 @dataclass
 class Context:
@@ -41,6 +45,7 @@ class Context:
         tokens: every token, read or not; the cache holds the first `cache.num_tokens` of them.
         schedule: the compactions made so far, in order.
         num_pinned: tokens at the start that stay exact.
+        weights: how much it counts that the tokens from one position to another can be repeated.
     """
 
     name: str
@@ -51,6 +56,7 @@ class Context:
     tokens: list[int] = field(default_factory=list)
     schedule: list[ScheduledCompaction] = field(default_factory=list)
     num_pinned: int = SINK_TOKENS
+    weights: Weights = lambda start, end: None
 
     def __post_init__(self) -> None:
         self._live = LiveQueries() if "live" in self.policy.reference_queries else None
@@ -185,7 +191,13 @@ class Context:
 
     def compact(self, fraction: float | None = None) -> CompactionReport:
         """Compact the oldest part now; None: the policy's fraction, sparing the recent tokens."""
-        return self._apply(plan(self.policy, self.sizes, self.trigger, fraction))
+        return self._apply(plan(self.policy, self.sizes, self.trigger, fraction, self._boundary))
+
+    def _boundary(self, earliest: int, latest: int) -> int:
+        """Where a block should end, which may be behind all that has been said."""
+        if latest >= len(self.tokens):
+            return latest
+        return best_boundary(self.engine, self.tokens, earliest, latest)
 
     def _apply(self, plan: Plan) -> CompactionReport:
         """Make one planned compaction and swap it in."""
@@ -232,6 +244,7 @@ class Context:
                     self.tokens[start:end],
                     chunk_tokens=self.policy.chunk_tokens,
                     on_progress=lambda done, total: progress("repeat", done, total),
+                    weights=self.weights(start, end),
                 )
             )
         if self._live is not None:
@@ -282,6 +295,7 @@ class Context:
             self.engine.new_cache(),
             self.tokens[:num_tokens],
             num_pinned=self.num_pinned,
+            weights=self.weights,
         )
         for entry in self.schedule:
             if entry.at_tokens > num_tokens - 1:

@@ -34,6 +34,7 @@ from am_memory.errors import CompactionFailed, InvalidInput, InvalidPolicy, Prom
 from am_memory.threads import Threads
 from am_memory.tool_calls import InvalidCall
 from langchain_am_memory import threads_of
+from langchain_am_memory.compactions import Run, ToldLater, listener
 from langchain_am_memory.messages import to_openai
 
 PROVIDER = "am_memory"
@@ -267,7 +268,7 @@ class ChatAMMemory(BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         thread = threads_of.of_call(kwargs, run_manager)
-        return _whole(list(self._chunks(messages, stop, thread, **kwargs)))
+        return _whole(list(self._chunks(messages, stop, thread, Run.of_call(run_manager).tell, **kwargs)))
 
     def _stream(
         self,
@@ -277,7 +278,7 @@ class ChatAMMemory(BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         thread = threads_of.of_call(kwargs, run_manager)
-        for chunk in self._chunks(messages, stop, thread, **kwargs):
+        for chunk in self._chunks(messages, stop, thread, Run.of_call(run_manager).tell, **kwargs):
             if run_manager is not None:
                 run_manager.on_llm_new_token(chunk.text, chunk=chunk)
             yield chunk
@@ -290,7 +291,9 @@ class ChatAMMemory(BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         thread = threads_of.of_call(kwargs, run_manager)
-        return _whole([chunk async for chunk in self._achunks(messages, stop, thread, **kwargs)])
+        return _whole(
+            [chunk async for chunk in self._achunks(messages, stop, thread, Run.of_call(run_manager), **kwargs)]
+        )
 
     async def _astream(
         self,
@@ -300,32 +303,49 @@ class ChatAMMemory(BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         thread = threads_of.of_call(kwargs, run_manager)
-        async for chunk in self._achunks(messages, stop, thread, **kwargs):
+        async for chunk in self._achunks(messages, stop, thread, Run.of_call(run_manager), **kwargs):
             if run_manager is not None:
                 await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
             yield chunk
 
     async def _achunks(
-        self, messages: list[BaseMessage], stop: list[str] | None, thread: str, **kwargs: Any
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None,
+        thread: str,
+        run: Run,
+        **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         """`_chunks`, each step of it on the memory's worker."""
         loop = asyncio.get_running_loop()
         memory = (await asyncio.to_thread(self.threads, kwargs.get("model"))).memory
-        worker = _worker(memory)
-        chunks = self._chunks(messages, stop, thread, **kwargs)
+        worker, tell = _worker(memory), ToldLater(run, loop)
+        chunks = self._chunks(messages, stop, thread, tell, **kwargs)
         try:
             while (chunk := await loop.run_in_executor(worker, next, chunks, None)) is not None:
+                await tell.settle()
                 yield chunk
         finally:
             worker.submit(chunks.close)  # behind a step that may still be under way
 
     def _chunks(
-        self, messages: list[BaseMessage], stop: list[str] | None, thread: str, **kwargs: Any
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None,
+        thread: str,
+        tell: Callable[[dict[str, Any]], object],
+        **kwargs: Any,
     ) -> Generator[ChatGenerationChunk, None, None]:
         """The answer, piece by piece; the conversation is kept when it is complete, and not otherwise."""
         call = _Call(self, kwargs, stop)
+        with call.threads.memory.listening(listener(thread, tell)):
+            yield from self._answer(call, to_openai(messages), thread)
+
+    def _answer(
+        self, call: _Call, messages: list[dict[str, Any]], thread: str
+    ) -> Generator[ChatGenerationChunk, None, None]:
         started = time.monotonic()
-        answer = ChatAnswer(call.threads, call.request(to_openai(messages), thread))
+        answer = ChatAnswer(call.threads, call.request(messages, thread))
         self._read(answer)
         said = _Chunks()
         for delta in answer.generate():
