@@ -132,7 +132,7 @@ async function answer() {
     running = null;
     writing(node, false);
     if (current === conversation) {
-      if (message.content) chat.update(node, message);
+      if (message.content) chat.finish(node, message);
       else node.remove();
       memory.say("");
     }

@@ -39,11 +39,15 @@ export class ChatView {
   /** What a node says by now; at most once a frame. */
   update(node, message) {
     cancelAnimationFrame(this.#frame);
-    this.#frame = requestAnimationFrame(() => {
-      const isAtEnd = this.#isAtEnd();
-      this.#write(node, message);
-      if (isAtEnd) this.toEnd();
-    });
+    this.#frame = requestAnimationFrame(() => this.finish(node, message));
+  }
+
+  /** What a node says in the end; at once, as the next answer's frame would take the place of this one's. */
+  finish(node, message) {
+    cancelAnimationFrame(this.#frame);
+    const isAtEnd = this.#isAtEnd();
+    this.#write(node, message);
+    if (isAtEnd) this.toEnd();
   }
 
   #write(node, message) {

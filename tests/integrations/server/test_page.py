@@ -139,6 +139,13 @@ def test_an_answer_can_be_stopped_and_the_chat_goes_on(page: Page) -> None:
     assert len(page.messages()) == 4
 
 
+def test_an_answer_that_was_cut_off_says_so(page: Page) -> None:
+    page.say("hello")
+    until(lambda: page.text(".message .note") == "cut off at the longest answer allowed")
+    page.reload()
+    assert page.text(".message .note") == "cut off at the longest answer allowed"
+
+
 def test_conversations_are_kept_apart_forked_and_deleted(page: Page) -> None:
     page.say("the first conversation")
     first = page.messages()
