@@ -205,7 +205,8 @@ def main() -> None:
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         results += run(memory, seed, args.ratios or ratios, schemes)
         write_json(args.out, [asdict(result) for result in results])
-    print(f"\n{args.model}, {args.engine}, {args.seeds} seeds, mean ± standard deviation; {machine()}\n\n{summary(results)}")
+    caption = f"{args.model}, {args.engine}, {args.seeds} seeds, mean ± standard deviation; {machine()}"
+    print(f"\n{caption}\n\n{summary(results)}")
 
 
 if __name__ == "__main__":

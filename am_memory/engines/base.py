@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from am_memory.cache import Segment, Slots, Snapshot
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 Message = Mapping[str, object]
 """One chat message as chat templates take it: {"role": ..., "content": ...}."""
@@ -197,4 +200,15 @@ class Engine(Protocol):
         self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, add_generation_prompt: bool = False
     ) -> str:
         """The messages as the model's chat template writes them; it may leave out `tools`."""
+        ...
+
+
+@runtime_checkable
+class OwnVocabulary(Protocol):
+    """What an engine answers beside, for constrained answers, where it has no `tokenizer` of transformers."""
+
+    def grammar_tokenizer(self) -> LLTokenizer: ...
+
+    def token_texts(self) -> Mapping[str, int]:
+        """Tokens by their text."""
         ...
