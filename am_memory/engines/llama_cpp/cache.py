@@ -110,6 +110,8 @@ class Content:
     @property
     def layers(self) -> tuple[TailState, ...]:
         """The cache as tensors, for whoever saves it; keys have their bias in them."""
+        if self.num_tokens == 0:
+            return (TailState(None, None, 0, 0),) * len(self.model.layers)
         return tuple(CellLayer(self, index).state() for index in range(len(self.model.layers)))
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from am_memory.engines.llama_cpp.capture import Capture, OnAttention
-from am_memory.engines.llama_cpp.library import library
+from am_memory.engines.llama_cpp.library import captured_log, library, reason, type_name
 from am_memory.engines.llama_cpp.state import Blob, SequenceState
 from am_memory.errors import EngineFailed
 
@@ -205,16 +205,22 @@ class Decoder:
         old = self._num_cells
         self._park()
         self._free_context()
-        for wanted in _sizes(num_cells, old):
-            self._params.n_ctx = wanted
-            self._context = self._lib.llama_init_from_model(self._model, self._params)
-            if self._context is not None:
-                self._num_cells = self._lib.llama_n_ctx(self._context)
-                return
+        with captured_log() as lines:
+            for wanted in _sizes(num_cells, old):
+                self._params.n_ctx = wanted
+                self._context = self._lib.llama_init_from_model(self._model, self._params)
+                if self._context is not None:
+                    self._num_cells = self._lib.llama_n_ctx(self._context)
+                    return
         raise EngineFailed(
-            f"llama.cpp cannot make a context of {num_cells} cells, for want of memory; nothing was changed: lower "
-            "trigger_tokens, or give kv_type='q8_0'"
+            f"llama.cpp cannot make a context of {num_cells} cells of {self.kv_types}: {reason(lines)}; nothing was "
+            "changed: if memory is wanting, lower trigger_tokens; not every model takes every type of keys and values"
         )
+
+    @property
+    def kv_types(self) -> str:
+        """What keys and values are stored as."""
+        return "/".join(type_name(kind) for kind in (self._params.type_k, self._params.type_v))
 
     def _free_context(self) -> None:
         if self._context is not None:

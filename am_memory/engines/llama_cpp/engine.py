@@ -18,7 +18,7 @@ from am_memory.engines.llama_cpp import support
 from am_memory.engines.llama_cpp.cache import CellCache
 from am_memory.engines.llama_cpp.capture import Attention
 from am_memory.engines.llama_cpp.decoder import Decoder
-from am_memory.engines.llama_cpp.library import TORCH_TYPES, ggml_type, library
+from am_memory.engines.llama_cpp.library import TORCH_TYPES, captured_log, ggml_type, library, reason
 from am_memory.engines.llama_cpp.self_test import tested_model
 from am_memory.engines.llama_cpp.vocabulary import Vocabulary
 from am_memory.engines.templates import template_errors
@@ -93,8 +93,7 @@ class LlamaCppEngine:
         return cls(model, kv_type=kv_type, num_gpu_layers=0 if device == "cpu" else -1)
 
     def _model_info(self, handle: Any, path: Path) -> ModelInfo:
-        kinds = "/".join(f"{column.kind}" for column in (self._model.template.keys[0], self._model.template.values[0]))
-        digest = hashlib.sha256(f"llama.cpp {file_fingerprint(path)} {kinds}".encode())
+        digest = hashlib.sha256(f"llama.cpp {file_fingerprint(path)} {self._decoder.kv_types}".encode())
         return ModelInfo(
             name=path.stem,
             fingerprint=digest.hexdigest()[:16],
@@ -156,10 +155,10 @@ class _Weights:
         params = self._lib.llama_model_default_params()
         params.n_gpu_layers = num_gpu_layers
         self.path = path
-        with support.captured_log() as lines:
+        with captured_log() as lines:
             self.model = self._lib.llama_model_load_from_file(os.fsencode(path), params)
         if self.model is None:
-            raise ModelNotFound(f"{path} cannot be read by llama.cpp: {support.reason(lines)}")
+            raise ModelNotFound(f"{path} cannot be read by llama.cpp: {reason(lines)}")
 
     def __del__(self) -> None:
         if getattr(self, "model", None) is not None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -146,3 +147,29 @@ def ggml_type(kind: str) -> int:
     if kind.upper() not in KV_TYPES:
         raise InvalidInput(f"kv_type {kind!r} is none of {', '.join(name.lower() for name in KV_TYPES)}")
     return int(GGMLQuantizationType[kind.upper()])
+
+
+def type_name(number: int) -> str:
+    """The inverse of `ggml_type`."""
+    return GGMLQuantizationType(number).name.lower()
+
+
+@contextmanager
+def captured_log() -> Iterator[list[str]]:
+    """What llama.cpp logs while the body runs; its log is one for the whole process."""
+    lib = library()
+    lines: list[str] = []
+    from llama_cpp._logger import llama_log_callback
+
+    callback = lib.llama_log_callback(lambda level, text, _: lines.append(text.decode("utf-8", "replace")))
+    lib.llama_log_set(callback, ctypes.c_void_p(0))
+    try:
+        yield lines
+    finally:
+        lib.llama_log_set(llama_log_callback, ctypes.c_void_p(0))
+
+
+def reason(lines: list[str]) -> str:
+    """Of what was logged, the last line that tells of an error."""
+    told = [line.strip() for line in "".join(lines).splitlines()]
+    return next((line for line in reversed(told) if "error" in line.lower()), told[-1] if told else "no reason given")

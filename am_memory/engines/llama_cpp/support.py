@@ -1,10 +1,8 @@
-"""Which GGUF models can be compacted, by what the file says of itself; and what llama.cpp says when it fails."""
+"""Which GGUF models can be compacted, by what the file says of itself."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from am_memory.engines.llama_cpp.library import library
@@ -59,24 +57,3 @@ def meta(model: Any, key: str) -> str | None:
     buffer = ctypes.create_string_buffer(size + 1)
     lib.llama_model_meta_val_str(model, key.encode(), buffer, size + 1)
     return buffer.value.decode("utf-8", "replace")
-
-
-@contextmanager
-def captured_log() -> Iterator[list[str]]:
-    """What llama.cpp logs while the body runs; its log is one for the whole process."""
-    lib = library()
-    lines: list[str] = []
-    from llama_cpp._logger import llama_log_callback
-
-    callback = lib.llama_log_callback(lambda level, text, _: lines.append(text.decode("utf-8", "replace")))
-    lib.llama_log_set(callback, ctypes.c_void_p(0))
-    try:
-        yield lines
-    finally:
-        lib.llama_log_set(llama_log_callback, ctypes.c_void_p(0))
-
-
-def reason(lines: list[str]) -> str:
-    """Of what was logged, the last line that tells of an error."""
-    told = [line.strip() for line in "".join(lines).splitlines()]
-    return next((line for line in reversed(told) if "error" in line.lower()), told[-1] if told else "no reason given")
