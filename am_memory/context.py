@@ -14,6 +14,7 @@ from functools import partial
 
 from torch import Tensor, cat
 
+from am_memory.boundaries import best_boundary
 from am_memory.cache import KVCache
 from am_memory.compaction import Progress, compact, failures
 from am_memory.engines.base import Engine, SessionCache
@@ -204,7 +205,13 @@ class Context:
 
     def compact(self, fraction: float | None = None) -> CompactionReport:
         """Compact the oldest part now; None: the policy's fraction, sparing the recent tokens."""
-        return self._apply(plan(self.policy, self.sizes, self.trigger, fraction))
+        return self._apply(plan(self.policy, self.sizes, self.trigger, fraction, self._boundary))
+
+    def _boundary(self, earliest: int, latest: int) -> int:
+        """Where a block should end, which may be behind all that has been said."""
+        if latest >= len(self.tokens):
+            return latest
+        return best_boundary(self.engine, self.tokens, earliest, latest)
 
     def _apply(self, plan: Plan) -> CompactionReport:
         """Make one planned compaction and swap it in."""

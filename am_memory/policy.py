@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -15,6 +15,13 @@ from am_memory.solver import OMP, HighestAttention, KeySelection
 
 SINK_TOKENS = 4
 """The first tokens of a text, on which models rest the attention that they need nowhere else."""
+
+
+BOUNDARY_SLACK = 0.25
+"""How much of a block may be left for the next one, so that it ends where the text has a boundary."""
+
+Boundary = Callable[[int, int], int]
+"""Where, from one position to another, both included, a block should end."""
 
 
 class MemoryPolicy(BaseModel):
@@ -192,6 +199,11 @@ def min_block_tokens(policy: MemoryPolicy, trigger: int, num_pinned: int) -> int
     return min(covered, trigger - num_pinned - compact - policy.keep_recent)
 
 
+def _floor_tokens(policy: MemoryPolicy) -> int:
+    """The smallest block in which each head gets its floor of slots."""
+    return math.ceil(policy.min_slots / policy.keep_ratio)
+
+
 def _check_floor(policy: MemoryPolicy, block_tokens: int) -> None:
     if block_tokens * policy.keep_ratio < min(policy.min_slots, block_tokens):
         raise BudgetTooSmall(
@@ -201,11 +213,19 @@ def _check_floor(policy: MemoryPolicy, block_tokens: int) -> None:
         )
 
 
-def plan(policy: MemoryPolicy, sizes: Sizes, trigger: int, fraction: float | None = None) -> Plan:
+def plan(
+    policy: MemoryPolicy,
+    sizes: Sizes,
+    trigger: int,
+    fraction: float | None = None,
+    boundary: Boundary = lambda earliest, latest: latest,
+) -> Plan:
     """What a compaction does now.
 
     Args:
-        fraction: of the cache without its pinned tokens, oldest first; None: the policy's, sparing the recent tokens.
+        fraction: of the cache without its pinned tokens, oldest first; None: the policy's, sparing the recent tokens
+            and ending where the text has a boundary.
+        boundary: where among the positions from one to another, both included, the block should end.
 
     Raises:
         CompactionFailed: there is no exact token to compact.
@@ -213,10 +233,10 @@ def plan(policy: MemoryPolicy, sizes: Sizes, trigger: int, fraction: float | Non
     """
     available = sizes.num_tokens - sizes.exact_start
     if fraction is None:
-        fraction, spared = policy.compact_fraction, policy.keep_recent
+        share, spared = policy.compact_fraction, policy.keep_recent
     else:
-        spared = 0
-    covered = math.ceil(fraction * (available + sizes.compact_slots) - sizes.compact_slots)
+        share, spared = fraction, 0
+    covered = math.ceil(share * (available + sizes.compact_slots) - sizes.compact_slots)
     end = sizes.exact_start + min(covered, available - spared)
     if end <= sizes.exact_start:
         raise CompactionFailed(
@@ -225,6 +245,9 @@ def plan(policy: MemoryPolicy, sizes: Sizes, trigger: int, fraction: float | Non
         )
     is_refit = policy.recompaction == "refit"
     start = sizes.num_pinned if is_refit else sizes.exact_start
+    if fraction is None:
+        least = max(math.ceil((1 - BOUNDARY_SLACK) * (end - sizes.exact_start)), _floor_tokens(policy))
+        end = boundary(min(sizes.exact_start + least, end), end)
     older = () if is_refit else sizes.segments
     _check_floor(policy, end - start)
     newest = Segment(start, end, round(policy.keep_ratio * (end - start) * sizes.num_heads))

@@ -34,6 +34,19 @@ CLOSING_SHARE = 0.25
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the model found a token, before temperature, cuts and constraints.
+
+    Attributes:
+        top: the likeliest tokens at its place and their log probabilities, the likeliest first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Piece:
     """Some generated text.
 
@@ -42,11 +55,13 @@ class Piece:
         token_ids: the tokens generated since the last piece.
         finish_reason: in the last piece, why it is the last: the model ended its turn, the limit was reached, or a
             stop text came or the constraint was complete.
+        logprobs: of each of the tokens, where they were asked for.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: Literal["eos", "length", "stop"] | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,12 +151,41 @@ class Session:
             CompactionFailed: a compaction on the way failed.
         """
         with self._step():
-            token_ids = self._encode(content)
-            if not self._context.schedule:
-                self._pin()
-            self._context.tokens.extend(token_ids)
+            num_tokens = self._tell(content)
             self._context.read(len(self._context.tokens) - 1)
+        return num_tokens
+
+    def tell(self, content: Content) -> int:
+        """`append`, but nothing is read yet: `read` does that bit by bit, or the next call that needs it.
+
+        Returns:
+            The number of tokens added.
+
+        Raises:
+            InvalidInput, PromptTooLong: as `append`.
+        """
+        with self._step():
+            return self._tell(content)
+
+    def _tell(self, content: Content) -> int:
+        token_ids = self._encode(content)
+        if not self._context.schedule:
+            self._pin()
+        self._context.tokens.extend(token_ids)
         return len(token_ids)
+
+    def read(self, max_tokens: int | None = None) -> int:
+        """Read what was told and not read yet, up to `max_tokens` of it; returns how many tokens are left.
+
+        The very last token is always left to `generate`, and not counted.
+
+        Raises:
+            CompactionFailed: a compaction on the way failed; nothing of this call was read.
+        """
+        context, end = self._context, max(len(self._context.tokens) - 1, 0)
+        with self._step():
+            context.read(end if max_tokens is None else min(end, context.cache.num_tokens + max_tokens))
+        return max(end - context.cache.num_tokens, 0)
 
     def _encode(self, content: Content) -> list[int]:
         """The token ids of something new, which the history takes note of."""
@@ -186,7 +230,12 @@ class Session:
         return bool(tokens) and tokens[-1] in self.engine.info.eos_token_ids
 
     def generate(
-        self, max_new_tokens: int = 256, sampling: Sampling | None = None, constraint: Constraint | None = None
+        self,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+        constraint: Constraint | None = None,
+        *,
+        top_logprobs: int | None = None,
     ) -> Iterator[Piece]:
         """Let the model go on; what it generates becomes part of the conversation, token by token.
 
@@ -199,6 +248,8 @@ class Session:
             constraint: what tokens may be chosen at all; the generation stops as soon as it is complete, and in the
                 last quarter of `max_new_tokens` it is brought to an end. An answer that was cut off all the same goes
                 on with the constraint that it began with.
+            top_logprobs: give the log probability of each token, and of so many of the likeliest ones beside it; None:
+                none at all.
 
         Raises:
             InvalidInput: an empty conversation, a complete answer with nothing said since, a limit below 1, or a
@@ -209,9 +260,11 @@ class Session:
         if constraint is not None and constraint.is_complete:
             raise InvalidInput("the constraint is complete, and allows nothing more: make a new one for each answer")
         self._require_tokens()
-        return self._generate(max_new_tokens, sampling or self._memory.sampling, constraint)
+        return self._generate(max_new_tokens, sampling or self._memory.sampling, constraint, top_logprobs)
 
-    def _generate(self, max_new_tokens: int, sampling: Sampling, constraint: Constraint | None) -> Iterator[Piece]:
+    def _generate(
+        self, max_new_tokens: int, sampling: Sampling, constraint: Constraint | None, top_logprobs: int | None
+    ) -> Iterator[Piece]:
         context, eos_token_ids = self._context, self.engine.info.eos_token_ids
         sampler = Sampler(sampling)
         stream = TextStream(lambda ids: self.engine.decode(ids, skip_special=True), sampling.stop)
@@ -225,7 +278,7 @@ class Session:
                         f"session {self.name!r} changed while it was generating: finish one generation before the next "
                         "call, or fork the session"
                     )
-                logits = context.next_logits()
+                logits = expectation = context.next_logits()
                 if constraint is not None:
                     logits = constraint.mask(logits, is_closing=number > max_new_tokens * (1 - CLOSING_SHARE))
                 token_id = sampler.choose(logits, context.tokens)
@@ -240,7 +293,8 @@ class Session:
                     text += stream.finish()
                 if self._history.is_answering:
                     self._history = self._history.answered(text)
-            yield Piece(text, (token_id,), finish_reason)
+            logprobs = () if top_logprobs is None else (_logprob(expectation, token_id, top_logprobs),)
+            yield Piece(text, (token_id,), finish_reason, logprobs)
             if finish_reason is not None:
                 return
 
@@ -346,24 +400,25 @@ class Session:
         Raises:
             StorageError: the memory has no store, or it cannot be written.
         """
-        context = self._context
         with self._memory.device:
-            self._memory.require_store().save(
-                self.name,
-                SavedSession(
-                    fingerprint=self.engine.info.fingerprint,
-                    policy=context.policy.model_dump(mode="json"),
-                    tokens=tuple(context.tokens),
-                    schedule=tuple(context.schedule),
-                    messages=self._history.messages,
-                    message_starts=self._history.starts,
-                    is_answering=self._history.is_answering,
-                    tools=self._history.tools,
-                    metadata=self.metadata,
-                    num_pinned=context.num_pinned,
-                    state=context.cache.state(),
-                ),
-            )
+            self._memory.require_store().save(self.name, self.snapshot())
+
+    def snapshot(self) -> SavedSession:
+        """All that the session is, as it would be saved; by reference, for reading only."""
+        context = self._context
+        return SavedSession(
+            fingerprint=self.engine.info.fingerprint,
+            policy=context.policy.model_dump(mode="json"),
+            tokens=tuple(context.tokens),
+            schedule=tuple(context.schedule),
+            messages=self._history.messages,
+            message_starts=self._history.starts,
+            is_answering=self._history.is_answering,
+            tools=self._history.tools,
+            metadata=self.metadata,
+            num_pinned=context.num_pinned,
+            state=context.cache.state(),
+        )
 
     @property
     def stats(self) -> Stats:
@@ -381,3 +436,11 @@ class Session:
     def _require_tokens(self) -> None:
         if not self._context.tokens:
             raise InvalidInput(f"session {self.name!r} is empty: append something before asking what follows")
+
+
+def _logprob(logits: Tensor, token_id: int, num_top: int) -> TokenLogprob:
+    """Of one token, by (vocab_size,) logits."""
+    logprobs = logits.float().log_softmax(dim=-1)
+    values, ids = logprobs.topk(min(num_top, len(logprobs)))
+    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return TokenLogprob(token_id, float(logprobs[token_id]), top)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -67,10 +67,10 @@ class Branch:
 
 @dataclass
 class Turn:
-    """One call: a session that has read the prompt, and is kept when `keep` is called.
+    """One call: a session that has been told the prompt, and is kept when `keep` is called.
 
     Attributes:
-        session: ready to `generate`; a scratch branch of its own.
+        session: a scratch branch of its own, to `generate` with.
         num_cached_tokens: of the conversation, how many were not read in this call.
         rebuilt: why tokens that a branch had read were read again; None where they were not.
     """
@@ -83,6 +83,17 @@ class Turn:
     _thread: str = field(repr=False)
     _keys: tuple[str, ...] = field(repr=False)
     _ends: tuple[int | None, ...] = field(repr=False)
+
+    def read(self) -> Iterator[int]:
+        """Read the prompt, one chunk after another; gives the number of tokens that are left after each.
+
+        Raises:
+            CompactionFailed: a compaction on the way failed.
+        """
+        left = 1
+        while left:
+            left = self.session.read(self._threads.memory.policy.chunk_tokens)
+            yield left
 
     def keep(self, answer: Message) -> None:
         """Keep the conversation with the model's answer, as the application will send it back.
@@ -123,12 +134,33 @@ class Threads:
         thread: str = "default",
         policy: MemoryPolicy | None = None,
     ) -> Turn:
-        """Find what is known of a conversation and read the rest.
+        """`begin`, and read the whole prompt.
+
+        Raises:
+            CompactionFailed: a compaction on the way failed.
+            InvalidInput, PromptTooLong: as `begin`.
+        """
+        turn = self.begin(messages, tools, thread=thread, policy=policy)
+        for _ in turn.read():
+            pass
+        return turn
+
+    def begin(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Message] = (),
+        *,
+        thread: str = "default",
+        owner: str = "",
+        policy: MemoryPolicy | None = None,
+    ) -> Turn:
+        """Find what is known of a conversation; the rest is still to be read, by `Turn.read`.
 
         Args:
             messages: all of it, in the form of OpenAI's API: role, content, tool_calls, tool_call_id, name.
             tools: functions that the model may call, in the form of OpenAI's API.
             thread: a name for what belongs together, and for events.
+            owner: whose it is: nothing that was read for another owner is used, or can be told from an answer's time.
             policy: None: the memory's. Conversations under another policy are others.
 
         Raises:
@@ -138,7 +170,8 @@ class Threads:
         if not messages:
             raise InvalidInput("there are no messages: give at least one")
         policy = policy or self.memory.policy
-        keys = (_digest([policy.model_dump(mode="json"), *tools]), *(key_of(message) for message in messages))
+        told = [policy.model_dump(mode="json"), *tools, *([{"owner": owner}] if owner else [])]
+        keys = (_digest(told), *(key_of(message) for message in messages))
         with self._lock:
             branch, count, rebuilt = self._best(thread, keys)
         prepared, template_tools = prepare(self.memory.engine, messages, tools)
@@ -152,7 +185,7 @@ class Threads:
         num_cached = len(session.tokens)
         num_known = _num_prepared(self.memory, messages[: len(ends) - 1], tools)
         if prepared[num_known:]:
-            session.append(prepared[num_known:])
+            session.tell(prepared[num_known:])
         ends = (*ends, *self._ends(session, messages, tools, len(ends) - 1, prepared))
         return Turn(session, num_cached, rebuilt, self, branch, thread, keys, ends)
 

@@ -537,7 +537,7 @@ def test_few_pinned_tokens_may_have_a_tiny_trigger(engine: TransformersEngine) -
 
 def test_a_compaction_by_hand_reports_what_it_did(session: Session) -> None:
     session.append(TEXT * 2)
-    report = session.compact()
+    report = session.compact(0.5)
     assert (report.start, report.end) == (4, 4 + 49)  # half of what is in the cache behind the sinks, rounded up
     assert report.kv_tokens_after == session.stats.kv_tokens < report.kv_tokens_before == 101
     assert report.kv_bytes_after == session.stats.kv_bytes < report.kv_bytes_before

@@ -18,10 +18,11 @@ LAYERS: tuple[set[str], ...] = (
     {"errors", "events"},
     {"cache", "solver", "models", "tokens", "token_counts", "byte_level", "sampling"},
     {"engines"},
-    {"policy", "budgets", "queries", "storage", "history", "constraints", "tool_calls"},
+    {"policy", "budgets", "queries", "storage", "history", "boundaries", "constraints", "tool_calls"},
     {"compaction"},
     {"memory", "context", "session"},
     {"threads"},
+    {"chat"},
     {"cli", "demo", "display"},
 )
 LAYER_OF = {part: level for level, parts in enumerate(LAYERS) for part in parts}

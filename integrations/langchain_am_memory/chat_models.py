@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
@@ -30,13 +29,14 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 from am_memory import Memory, MemoryPolicy, Sampling
-from am_memory.constraints import Constraint, json_schema
+from am_memory.chat import ChatAnswer, ChatRequest, Part
 from am_memory.engines.base import EngineName
 from am_memory.errors import CompactionFailed, InvalidInput, InvalidPolicy, PromptTooLong
-from am_memory.threads import Threads, Turn
-from am_memory.tool_calls import InvalidCall, ParsedCall, ToolCallStream, answer_text, tool_call_constraint, tool_format
+from am_memory.threads import Threads
+from am_memory.tool_calls import InvalidCall
 from langchain_am_memory import threads_of
-from langchain_am_memory.messages import to_openai, tool_call
+from langchain_am_memory.compactions import Run, ToldLater, listener
+from langchain_am_memory.messages import to_openai
 
 PROVIDER = "am_memory"
 Limit = tuple[str, int | float]
@@ -270,7 +270,7 @@ class ChatAMMemory(BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         thread = threads_of.of_call(kwargs, run_manager)
-        return _whole(list(self._chunks(messages, stop, thread, **kwargs)))
+        return _whole(list(self._chunks(messages, stop, thread, Run.of_call(run_manager).tell, **kwargs)))
 
     def _stream(
         self,
@@ -280,7 +280,7 @@ class ChatAMMemory(BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         thread = threads_of.of_call(kwargs, run_manager)
-        for chunk in self._chunks(messages, stop, thread, **kwargs):
+        for chunk in self._chunks(messages, stop, thread, Run.of_call(run_manager).tell, **kwargs):
             if run_manager is not None:
                 run_manager.on_llm_new_token(chunk.text, chunk=chunk)
             yield chunk
@@ -293,7 +293,9 @@ class ChatAMMemory(BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         thread = threads_of.of_call(kwargs, run_manager)
-        return _whole([chunk async for chunk in self._achunks(messages, stop, thread, **kwargs)])
+        return _whole(
+            [chunk async for chunk in self._achunks(messages, stop, thread, Run.of_call(run_manager), **kwargs)]
+        )
 
     async def _astream(
         self,
@@ -303,55 +305,72 @@ class ChatAMMemory(BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         thread = threads_of.of_call(kwargs, run_manager)
-        async for chunk in self._achunks(messages, stop, thread, **kwargs):
+        async for chunk in self._achunks(messages, stop, thread, Run.of_call(run_manager), **kwargs):
             if run_manager is not None:
                 await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
             yield chunk
 
     async def _achunks(
-        self, messages: list[BaseMessage], stop: list[str] | None, thread: str, **kwargs: Any
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None,
+        thread: str,
+        run: Run,
+        **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         """`_chunks`, each step of it on the memory's worker."""
         loop = asyncio.get_running_loop()
         memory = (await asyncio.to_thread(self.threads, kwargs.get("model"))).memory
-        worker = _worker(memory)
-        chunks = self._chunks(messages, stop, thread, **kwargs)
+        worker, tell = _worker(memory), ToldLater(run, loop)
+        chunks = self._chunks(messages, stop, thread, tell, **kwargs)
         try:
             while (chunk := await loop.run_in_executor(worker, next, chunks, None)) is not None:
+                await tell.settle()
                 yield chunk
         finally:
             worker.submit(chunks.close)  # behind a step that may still be under way
 
     def _chunks(
-        self, messages: list[BaseMessage], stop: list[str] | None, thread: str, **kwargs: Any
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None,
+        thread: str,
+        tell: Callable[[dict[str, Any]], object],
+        **kwargs: Any,
     ) -> Generator[ChatGenerationChunk, None, None]:
         """The answer, piece by piece; the conversation is kept when it is complete, and not otherwise."""
         call = _Call(self, kwargs, stop)
+        with call.threads.memory.listening(listener(thread, tell)):
+            yield from self._answer(call, to_openai(messages), thread)
+
+    def _answer(
+        self, call: _Call, messages: list[dict[str, Any]], thread: str
+    ) -> Generator[ChatGenerationChunk, None, None]:
         started = time.monotonic()
-        turn = self._turn(call, to_openai(messages), thread)
-        num_compactions = turn.session.stats.num_compactions
-        answer = _Answer(call, turn)
-        for piece in turn.session.generate(call.max_tokens, call.sampling, call.constraint):
+        answer = ChatAnswer(call.threads, call.request(messages, thread))
+        self._read(answer)
+        said = _Chunks()
+        for delta in answer.generate():
             if self.timeout is not None and time.monotonic() - started > self.timeout:
                 raise TimeoutError(
                     f"no complete answer after {self.timeout} s: raise timeout, or lower max_tokens ({call.max_tokens})"
                 )
-            yield from answer.push(piece.text, piece.token_ids)
-            finish_reason = piece.finish_reason
-        last = answer.finish(finish_reason, turn.session.stats.num_compactions - num_compactions)
-        turn.keep(answer.message)
-        yield from last
+            for part in delta.parts:
+                yield said.chunk(part)
+        answer.keep()
+        yield said.last(answer, call.model_name)
 
-    def _turn(self, call: _Call, messages: list[dict[str, Any]], thread: str) -> Turn:
+    def _read(self, answer: ChatAnswer) -> None:
         for attempt in range(self.max_retries + 1):
             try:
-                return call.threads.turn(messages, call.tools, thread=thread, policy=call.policy)
+                for _ in answer.read():
+                    pass
+                return
             except PromptTooLong as error:
                 raise ContextOverflowError(str(error)) from error
             except CompactionFailed:
                 if attempt == self.max_retries:
                     raise
-        raise AssertionError("unreachable: the last attempt returns or raises")
 
     # Tools and structure
 
@@ -430,32 +449,13 @@ class _Call:
         self.model_name = str(override or model._model_name)
         self.threads = model.threads(override)
         self.tools: list[dict[str, Any]] = _tools(kwargs.pop("tools", None))
-        choice = kwargs.pop("tool_choice", None)
-        if choice == "none":
-            self.tools = []
+        choice = _choice(kwargs.pop("tool_choice", None), self.tools)
+        self.tool_choice: str | None = "required" if choice == "any" else choice
         self.max_tokens = int(kwargs.pop("max_tokens", None) or model.max_tokens)
-        self.format = tool_format(self.threads.memory.engine) if self.tools else None
-        self.constraint = self._constraint(choice, kwargs.pop("response_format", None))
+        self.response_format = kwargs.pop("response_format", None)
         self.sampling = self._sampling(model, kwargs, stop)
         if kwargs:
             raise InvalidInput(f"unknown arguments {', '.join(sorted(kwargs))}: see ChatAMMemory for what a call takes")
-
-    def _constraint(self, choice: Any, response_format: Any) -> Constraint | None:
-        engine = self.threads.memory.engine
-        if self.tools and choice not in (None, "auto", "none"):
-            name = None if choice in ("any", "required", True) else _name(choice)
-            assert self.format is not None
-            return tool_call_constraint(engine, self.tools, self.format, name=name)
-        match response_format:
-            case None | {"type": "text"}:
-                return None
-            case {"type": "json_object"}:
-                return json_schema(engine, {"type": "object"})
-            case {"type": "json_schema", "json_schema": {"schema": schema}}:
-                return json_schema(engine, schema)
-        raise InvalidInput(
-            f"response_format {response_format!r}: give a type of text, json_object or json_schema (with its schema)"
-        )
 
     def _sampling(self, model: ChatAMMemory, kwargs: dict[str, Any], stop: list[str] | None) -> Sampling:
         own = {name: getattr(model, name) for name in Sampling.model_fields if name != "stop"}
@@ -464,91 +464,69 @@ class _Call:
         default = self.threads.memory.sampling
         return Sampling(**{**default.model_dump(), **values, "stop": tuple(stop or model.stop or default.stop)})
 
+    def request(self, messages: list[dict[str, Any]], thread: str) -> ChatRequest:
+        return ChatRequest(
+            messages,
+            tools=self.tools,
+            tool_choice=self.tool_choice,
+            response_format=self.response_format,
+            max_tokens=self.max_tokens,
+            sampling=self.sampling,
+            thread=thread,
+            policy=self.policy,
+        )
 
-class _Answer:
-    """An answer as it comes: text and tool calls out of the model's own format, and what is said of it at the end."""
 
-    def __init__(self, call: _Call, turn: Turn) -> None:
-        self.call = call
-        self.turn = turn
+class _Chunks:
+    """One answer in LangChain's form."""
+
+    def __init__(self) -> None:
         self.id = f"run-{uuid.uuid4()}"
-        self.content = ""
-        self.tool_calls: list[dict[str, Any]] = []
-        self.num_tokens = 0
-        self.stream = None
-        if call.format is not None:
-            self.stream = ToolCallStream(call.format)
-            self.text = answer_text(call.threads.memory.engine, call.format, call.sampling.stop)
+        self._num_invalid = 0
 
-    def push(self, text: str, token_ids: Sequence[int]) -> Iterator[ChatGenerationChunk]:
-        self.num_tokens += len(token_ids)
-        if self.stream is None:
-            yield from self._said(text)
-            return
-        text = "".join(self.text.push(token_id) for token_id in token_ids)
-        for part in self.stream.push(text):
-            yield from self._said(part)
-
-    def _said(self, part: str | ParsedCall | InvalidCall) -> Iterator[ChatGenerationChunk]:
+    def chunk(self, part: Part) -> ChatGenerationChunk:
         if isinstance(part, str):
-            self.content += part
-            if part:
-                yield self._chunk(content=part)
-            return
-        call_id, index = f"call_{uuid.uuid4().hex[:24]}", len(self.tool_calls)
+            return self._chunk(content=part)
         if isinstance(part, InvalidCall):  # LangChain has a place for those
             # With the error first it is no JSON, which LangChain would complete to a call that nobody made.
-            args = f"{part.error}: {part.text}"
-            invalid = tool_call_chunk(name=None, args=args, id=call_id, index=1000 + self.num_tokens)
-            yield self._chunk(tool_call_chunks=[invalid])
-            return
-        self.tool_calls.append(tool_call(part.name, part.arguments, call_id))
-        args = json.dumps(part.arguments, ensure_ascii=False)
-        yield self._chunk(tool_call_chunks=[tool_call_chunk(name=part.name, args=args, id=call_id, index=index)])
+            args, call_id = f"{part.error}: {part.text}", f"call_{uuid.uuid4().hex[:24]}"
+            self._num_invalid += 1
+            invalid = tool_call_chunk(name=None, args=args, id=call_id, index=1000 + self._num_invalid)
+            return self._chunk(tool_call_chunks=[invalid])
+        call = tool_call_chunk(name=part.name, args=part.arguments_json, id=part.id, index=part.index)
+        return self._chunk(tool_call_chunks=[call])
 
     def _chunk(self, **fields: Any) -> ChatGenerationChunk:
         fields.setdefault("content", "")
         message = AIMessageChunk(id=self.id, **fields)
         return ChatGenerationChunk(message=message)
 
-    def finish(self, finish_reason: str | None, num_compactions: int) -> list[ChatGenerationChunk]:
-        """What was held back, and the last chunk."""
-        left: list[str | ParsedCall | InvalidCall] = []
-        if self.stream is not None:
-            left = [*self.stream.push(self.text.finish()), *self.stream.finish()]
-        chunks = [chunk for part in left for chunk in self._said(part)]
-        turn, stats = self.turn, self.turn.session.stats
-        num_prompt = len(turn.session.tokens) - self.num_tokens
-        usage = UsageMetadata(
-            input_tokens=num_prompt,
-            output_tokens=self.num_tokens,
-            total_tokens=num_prompt + self.num_tokens,
-            input_token_details={"cache_read": turn.num_cached_tokens},
-        )
-        reason = "tool_calls" if self.tool_calls else {"eos": "stop"}.get(str(finish_reason), finish_reason)
+    def last(self, answer: ChatAnswer, model_name: str) -> ChatGenerationChunk:
+        """What is said of the answer when it is complete."""
+        stats, usage = answer.session.stats, answer.usage
         metadata = {
-            "model_name": self.call.model_name,
+            "model_name": model_name,
             "model_provider": PROVIDER,
-            "finish_reason": reason,
+            "finish_reason": answer.finish_reason,
             "am_memory": {
                 "logical_tokens": stats.logical_tokens,
                 "kv_tokens": round(stats.kv_tokens, 1),
                 "kv_bytes": stats.kv_bytes,
                 "compactions": stats.num_compactions,
-                "compactions_in_answer": num_compactions,
-                "rebuilt": turn.rebuilt,
+                "compactions_in_answer": answer.num_compactions,
+                "rebuilt": answer.turn.rebuilt,
             },
         }
-        last = AIMessageChunk(
-            content="", id=self.id, response_metadata=metadata, usage_metadata=usage, chunk_position="last"
+        said = UsageMetadata(
+            input_tokens=usage.prompt_tokens,
+            output_tokens=usage.completion_tokens,
+            total_tokens=usage.prompt_tokens + usage.completion_tokens,
+            input_token_details={"cache_read": usage.cached_tokens},
         )
-        return [*chunks, ChatGenerationChunk(message=last, generation_info={"finish_reason": reason})]
-
-    @property
-    def message(self) -> dict[str, Any]:
-        """The answer as the next call will bring it back."""
-        said: dict[str, Any] = {"role": "assistant", "content": self.content}
-        return {**said, "tool_calls": self.tool_calls} if self.tool_calls else said
+        last = AIMessageChunk(
+            content="", id=self.id, response_metadata=metadata, usage_metadata=said, chunk_position="last"
+        )
+        return ChatGenerationChunk(message=last, generation_info={"finish_reason": answer.finish_reason})
 
 
 def _whole(chunks: list[ChatGenerationChunk]) -> ChatResult:

@@ -9,7 +9,6 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 from langchain.agents.middleware import AgentMiddleware, AgentState, ModelRequest, ModelResponse
@@ -23,11 +22,10 @@ from typing_extensions import NotRequired
 
 from am_memory import MemoryPolicy
 from am_memory.errors import CompactionFailed, InvalidInput
-from am_memory.events import CompactionFinished, CompactionProgress, CompactionStarted, Event
 from langchain_am_memory import threads_of
 from langchain_am_memory.chat_models import ChatAMMemory
+from langchain_am_memory.compactions import listener
 
-EVENT = "am_memory.compaction"
 logger = logging.getLogger("am_memory.langchain")
 
 Response = ModelResponse[Any] | AIMessage | ExtendedModelResponse[Any]
@@ -130,11 +128,7 @@ class AMMemoryMiddleware(AgentMiddleware[MemoryState, Any, Any]):
             return
         thread = threads_of.of_call({}, None)
 
-        def tell(event: Event) -> None:
-            if getattr(event, "session", None) == thread and (said := _as_dict(event)) is not None:
-                write(said)
-
-        with model.memory.listening(tell):
+        with model.memory.listening(listener(thread, write)):
             yield
 
     def _compact_tool(self) -> BaseTool:
@@ -157,14 +151,3 @@ class AMMemoryMiddleware(AgentMiddleware[MemoryState, Any, Any]):
             )
 
         return compact_memory
-
-
-def _as_dict(event: Event) -> dict[str, Any] | None:
-    match event:
-        case CompactionStarted():
-            return {"type": EVENT, "event": "started", **asdict(event)}
-        case CompactionProgress():
-            return {"type": EVENT, "event": "progress", **asdict(event)}
-        case CompactionFinished():
-            return {"type": EVENT, "event": "finished", **asdict(event.report)}
-    return None

@@ -10,7 +10,7 @@ import pytest
 from langchain.agents import create_agent
 from langchain.agents.middleware import SummarizationMiddleware
 from langchain_am_memory import AMMemoryMiddleware, ChatAMMemory
-from langchain_am_memory.middleware import EVENT
+from langchain_am_memory.compactions import EVENT
 from langchain_core.language_models.fake_chat_models import FakeListChatModel
 from langchain_core.messages import HumanMessage
 from langgraph.checkpoint.memory import InMemorySaver
