@@ -144,15 +144,7 @@ class Decoder:
             return
         self._park()
         if sequence.blob is not None:
-            size = self._lib.llama_state_seq_set_data(
-                self._context, sequence.blob.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)), len(sequence.blob), 0
-            )
-            if size != len(sequence.blob):
-                self._lib.llama_memory_clear(self._memory, False)
-                raise EngineFailed(
-                    f"llama.cpp did not take a state of {len(sequence.blob)} bytes into {self._num_cells} cells; "
-                    "nothing was changed"
-                )
+            self._put_in(sequence.blob)
         self._live = weakref.ref(sequence)
 
     def _park(self) -> None:
@@ -163,6 +155,14 @@ class Decoder:
         self._live = None
         if self._context is not None:
             self._lib.llama_memory_clear(self._memory, False)
+
+    def _put_in(self, blob: Blob) -> None:
+        pointer = blob.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        if self._lib.llama_state_seq_set_data(self._context, pointer, len(blob), 0) != len(blob):
+            self._lib.llama_memory_clear(self._memory, False)
+            raise EngineFailed(
+                f"llama.cpp did not take a state of {len(blob)} bytes into {self._num_cells} cells; nothing was changed"
+            )
 
     def _write_out(self) -> Blob:
         size = self._lib.llama_state_seq_get_size(self._context, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -76,7 +77,9 @@ class Vocabulary:
         """For grammars: the tokens as bytes, and what ends a turn."""
         from llguidance.llamacpp import lltokenizer_from_vocab
 
-        return lltokenizer_from_vocab(self.handle, eos_token=sorted(self.eos_token_ids))
+        with warnings.catch_warnings():  # it calls a function of llama.cpp that has another name now, for every token
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return lltokenizer_from_vocab(self.handle, eos_token=sorted(self.eos_token_ids))
 
     def token_texts(self) -> dict[str, int]:
         """Every token that is text, as it is spelled."""

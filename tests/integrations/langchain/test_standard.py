@@ -36,6 +36,11 @@ def demo_memory() -> Memory:
     return Memory.from_pretrained("demo", policy=POLICY)
 
 
+@pytest.fixture(scope="module")
+def llama_memory() -> Memory:
+    return Memory.from_pretrained("demo", engine="llama_cpp", policy=POLICY)
+
+
 @pytest.mark.model
 class TestIntegration(ChatModelIntegrationTests):
     """The model is loaded once; what it can be forced to do does not depend on its size, nor on what runs it."""
@@ -70,9 +75,9 @@ class TestIntegration(ChatModelIntegrationTests):
 
 
 class TestLlamaCppIntegration(TestIntegration):
-    @pytest.fixture(scope="module")
-    def demo_memory(self) -> Memory:
-        return Memory.from_pretrained("demo", engine="llama_cpp", policy=POLICY)
+    @pytest.fixture
+    def model(self, llama_memory: Memory) -> BaseChatModel:
+        return ChatAMMemory(model=llama_memory, temperature=0, max_tokens=128)
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
