@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf_file import write_gguf
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Memory, MemoryPolicy
 from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.llama_cpp.library import library
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import EngineFailed, InvalidInput, ModelNotFound, UnsupportedModel
-from tests.engines.llama_cpp.conftest import write_gguf
 
 TOKENS = [ord(character) for character in "An owl is a bird that hunts at night, and sleeps by day."]
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you? <|im_end|>"}]
@@ -193,7 +193,7 @@ def test_another_engines_cache_is_refused(llama: LlamaCppEngine, engine: Transfo
         engine.forward(llama.new_cache(), TOKENS)
 
 
-def test_quantised_keys_and_values_are_compacted(tmp_path: Path) -> None:
+def test_quantised_keys_and_values_are_compacted(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerBase) -> None:
     """q8_0 asks for heads of 32 numbers or more."""
     torch.manual_seed(1)
     config = LlamaConfig(
@@ -201,7 +201,7 @@ def test_quantised_keys_and_values_are_compacted(tmp_path: Path) -> None:
         num_key_value_heads=1, head_dim=32, max_position_embeddings=512, initializer_range=0.15,
         tie_word_embeddings=False,
     )  # fmt: skip
-    path = write_gguf(LlamaForCausalLM(config).eval(), tmp_path / "wide.gguf")
+    path = write_gguf(tmp_path / "wide.gguf", LlamaForCausalLM(config).eval(), byte_tokenizer)
     policy = MemoryPolicy(trigger_tokens=400, keep_ratio=1.0, pinned=4, max_compact_tokens=150)
     session = Memory(LlamaCppEngine(path, kv_type="q8_0"), policy).session()
     session.append(TOKENS * 3)

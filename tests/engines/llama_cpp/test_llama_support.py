@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
+from gguf_file import write_gguf
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.llama_cpp import library as library_module
@@ -37,11 +38,14 @@ def fresh_library() -> Iterator[None]:
     ],
 )
 def test_a_model_of_another_attention_is_refused(
-    tiny_model: PreTrainedModel, tmp_path: Path, key: str, value: float | bool, reason: str
+    tiny_model: PreTrainedModel,
+    byte_tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    key: str,
+    value: float | bool,
+    reason: str,
 ) -> None:
-    from tests.engines.llama_cpp.conftest import write_gguf
-
-    path = write_gguf(tiny_model, tmp_path / "odd.gguf", **{key: value})
+    path = write_gguf(tmp_path / "odd.gguf", tiny_model, byte_tokenizer, **{key: value})
     with pytest.raises(UnsupportedModel, match=rf"tiny \(llama\) .*{reason}.*; use a decoder-only model"):
         LlamaCppEngine(path)
 

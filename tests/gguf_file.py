@@ -1,4 +1,4 @@
-"""The tiny random Llama of the other tests, with the same weights and tokens, as a GGUF file and behind llama.cpp."""
+"""A random Llama of transformers as a GGUF file, with the same weights and tokens: what llama.cpp is tested with."""
 
 from __future__ import annotations
 
@@ -6,12 +6,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import pytest
-from transformers import PreTrainedModel
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-from am_memory.engines.llama_cpp import LlamaCppEngine
-from tests.conftest import CHATML, IM_END, IM_END_ID, IM_START, IM_START_ID, PAD, PAD_ID
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -26,15 +21,16 @@ NAMES = {
 }
 
 
-def write_gguf(model: PreTrainedModel, path: Path, *, arch: str = "llama", **metadata: float | bool) -> Path:
-    """A random Llama in float32.
+def write_gguf(
+    path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **metadata: float | bool
+) -> Path:
+    """A Llama in float32, of a tokenizer that has a token for each byte.
 
     Args:
-        arch: what the file says it is.
         metadata: further keys of the architecture, with __ for a dot.
     """
     config = model.config
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -48,10 +44,10 @@ def write_gguf(model: PreTrainedModel, path: Path, *, arch: str = "llama", **met
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     for key, value in metadata.items():
-        name = f"{arch}.{key.replace('__', '.')}"
+        name = f"llama.{key.replace('__', '.')}"
         add = writer.add_bool if isinstance(value, bool) else writer.add_float32 if isinstance(value, float) else None
         writer.add_uint32(name, int(value)) if add is None else add(name, value)  # type: ignore[arg-type]
-    _add_tokens(writer, config.vocab_size)
+    _add_tokens(writer, tokenizer, config.vocab_size)
     for name, parameter in model.named_parameters():
         writer.add_tensor(*_tensor(name, parameter.detach().numpy(), config))
     writer.write_header_to_file()
@@ -61,23 +57,21 @@ def write_gguf(model: PreTrainedModel, path: Path, *, arch: str = "llama", **met
     return path
 
 
-def _add_tokens(writer: gguf.GGUFWriter, vocab_size: int) -> None:
-    bytes_of = bytes_to_unicode()
-    marks = [IM_START, IM_END, PAD]
-    texts = [*(bytes_of[byte] for byte in range(256)), *marks]
-    texts += [f"<unused{index}>" for index in range(len(texts), vocab_size)]
-    kinds = [gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.CONTROL] * 3
-    kinds += [gguf.TokenType.UNUSED] * (vocab_size - len(kinds))
+def _add_tokens(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    vocab, special = tokenizer.get_vocab(), set(tokenizer.all_special_ids)
+    texts = {index: text for text, index in vocab.items()}
+    kinds = [gguf.TokenType.CONTROL if index in special else gguf.TokenType.NORMAL for index in range(len(texts))]
+    kinds += [gguf.TokenType.UNUSED] * (vocab_size - len(texts))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(texts)
+    writer.add_token_list([texts.get(index, f"<unused{index}>") for index in range(vocab_size)])
     writer.add_token_types(kinds)
-    writer.add_token_merges([f"{bytes_of[0]} {bytes_of[0]}"])  # there must be one; it makes no token
-    writer.add_bos_token_id(IM_START_ID)
-    writer.add_eos_token_id(IM_END_ID)
-    writer.add_pad_token_id(PAD_ID)
+    writer.add_token_merges([f"{texts[0]} {texts[0]}"])  # there must be one; it makes no token
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(False)
-    writer.add_chat_template(CHATML)
+    writer.add_chat_template(tokenizer.chat_template)
 
 
 def _tensor(name: str, weight: np.ndarray, config: object) -> tuple[str, np.ndarray]:
@@ -95,14 +89,3 @@ def _tensor(name: str, weight: np.ndarray, config: object) -> tuple[str, np.ndar
         halves = weight.reshape(-1, 2, config.head_dim // 2, weight.shape[1])  # type: ignore[attr-defined]
         weight = halves.swapaxes(1, 2).reshape(weight.shape)
     return f"blk.{layer}.{NAMES[ours]}.weight", np.ascontiguousarray(weight)
-
-
-@pytest.fixture(scope="session")
-def tiny_gguf(tiny_model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_gguf(tiny_model, tmp_path_factory.mktemp("gguf") / "tiny.gguf")
-
-
-@pytest.fixture(scope="session")
-def llama(tiny_gguf: Path) -> LlamaCppEngine:
-    """The tiny model behind llama.cpp, all in float32: flash attention would take keys and values as float16."""
-    return LlamaCppEngine(tiny_gguf, kv_type="f32", flash_attention=False)
