@@ -22,7 +22,7 @@ NAMES = {
 
 
 def write_gguf(
-    path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **metadata: float | bool
+    path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **metadata: float | bool | str
 ) -> Path:
     """A Llama in float32, of a tokenizer that has a token for each byte.
 
@@ -45,8 +45,8 @@ def write_gguf(
     writer.add_vocab_size(config.vocab_size)
     for key, value in metadata.items():
         name = f"llama.{key.replace('__', '.')}"
-        add = writer.add_bool if isinstance(value, bool) else writer.add_float32 if isinstance(value, float) else None
-        writer.add_uint32(name, int(value)) if add is None else add(name, value)  # type: ignore[arg-type]
+        adders = {bool: writer.add_bool, float: writer.add_float32, str: writer.add_string, int: writer.add_uint32}
+        adders[type(value)](name, value)
     _add_tokens(writer, tokenizer, config.vocab_size)
     for name, parameter in model.named_parameters():
         writer.add_tensor(*_tensor(name, parameter.detach().numpy(), config))

@@ -57,15 +57,15 @@ class Decoder:
     """Reads tokens into sequences.
 
     Args:
-        model: llama.cpp's.
+        source: owns the model, `source.model`, which must live as long as a context of it.
         params: of the contexts, apart from what is set here.
         num_layers: that attend.
     """
 
-    def __init__(self, model: Any, params: Any, num_layers: int) -> None:
+    def __init__(self, source: Any, params: Any, num_layers: int) -> None:
         self._lib = library()
-        self._model = model
-        self._vocab_size = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(model))
+        self._source = source
+        self._vocab_size = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(source.model))
         self._capture = Capture(num_layers)
         self._params = params
         params.n_batch = params.n_ubatch = BATCH_TOKENS
@@ -208,7 +208,7 @@ class Decoder:
         with captured_log() as lines:
             for wanted in _sizes(num_cells, old):
                 self._params.n_ctx = wanted
-                self._context = self._lib.llama_init_from_model(self._model, self._params)
+                self._context = self._lib.llama_init_from_model(self._source.model, self._params)
                 if self._context is not None:
                     self._num_cells = self._lib.llama_n_ctx(self._context)
                     return

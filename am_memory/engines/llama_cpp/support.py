@@ -43,6 +43,8 @@ def _reason_against(model: Any) -> str | None:
         return f"caps its attention scores (attn_logit_softcapping={cap})"
     if says("attention.max_alibi_bias"):
         return "adds a bias by distance to its attention scores (ALiBi)"
+    if says("rope.scaling.type") == "longrope":
+        return "turns its keys by the size of llama.cpp's context (longrope), which grows here"
     if lib.llama_model_n_swa(model):
         return "has sliding-window layers, which this engine does not read yet: use engine='transformers'"
     return None

@@ -35,6 +35,7 @@ def fresh_library() -> Iterator[None]:
         ("attn_logit_softcapping", 30.0, "caps its attention scores"),
         ("attention__causal", False, "does not attend causally"),
         ("attention__max_alibi_bias", 8.0, "ALiBi"),
+        ("rope__scaling__type", "longrope", "longrope"),
     ],
 )
 def test_a_model_of_another_attention_is_refused(
@@ -42,7 +43,7 @@ def test_a_model_of_another_attention_is_refused(
     byte_tokenizer: PreTrainedTokenizerBase,
     tmp_path: Path,
     key: str,
-    value: float | bool,
+    value: float | bool | str,
     reason: str,
 ) -> None:
     path = write_gguf(tmp_path / "odd.gguf", tiny_model, byte_tokenizer, **{key: value})
