@@ -114,7 +114,7 @@ def read_tensor(address: int) -> Tensor:
     rows = np.lib.stride_tricks.as_strided(
         raw, (tensor.ne[2], tensor.ne[1], row_bytes), (tensor.nb[2], tensor.nb[1], 1)
     )
-    return from_rows(np.ascontiguousarray(rows), kind.name)
+    return from_rows(rows, kind.name)
 
 
 def row_size(kind: str, width: int) -> int:
