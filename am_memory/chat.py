@@ -18,7 +18,15 @@ from am_memory.policy import MemoryPolicy
 from am_memory.sampling import Sampling
 from am_memory.session import Piece, Session, TokenLogprob
 from am_memory.threads import Threads, Turn
-from am_memory.tool_calls import InvalidCall, ParsedCall, ToolCallStream, answer_text, tool_call_constraint, tool_format
+from am_memory.tool_calls import (
+    InvalidCall,
+    ParsedCall,
+    ToolCallStream,
+    answer_text,
+    no_call_constraint,
+    tool_call_constraint,
+    tool_format,
+)
 from am_memory.tool_calls.prompt import tool_name
 
 FinishReason = Literal["stop", "length", "tool_calls"]
@@ -114,15 +122,14 @@ class ChatAnswer:
         engine = threads.memory.engine
         self.request = request
         self.sampling = request.sampling or threads.memory.sampling
-        self.tools = () if request.tool_choice == "none" else tuple(request.tools)
-        self.constraint = _constraint(engine, self.tools, request)
+        self.constraint = _constraint(engine, request)
         self.content = ""
         self.tool_calls: list[ToolCall] = []
         self.finish_reason: FinishReason | None = None
         self.num_tokens = 0
         self._threads = threads
         self._turn: Turn | None = None
-        self._format = tool_format(engine) if self.tools else None
+        self._format = tool_format(engine) if request.tools and request.tool_choice != "none" else None
         if self._format is not None:
             self._calls = ToolCallStream(self._format)
             self._text = answer_text(engine, self._format, self.sampling.stop)
@@ -139,7 +146,7 @@ class ChatAnswer:
         """
         request = self.request
         self._turn = self._threads.begin(
-            request.messages, self.tools, thread=request.thread, owner=request.owner, policy=request.policy
+            request.messages, request.tools, thread=request.thread, owner=request.owner, policy=request.policy
         )
         self.num_compactions_before = self.session.stats.num_compactions
         yield from self._turn.read()
@@ -217,8 +224,9 @@ class ChatAnswer:
         self.turn.keep(self.message)
 
 
-def _constraint(engine: Engine, tools: Sequence[Tool], request: ChatRequest) -> Constraint | None:
+def _constraint(engine: Engine, request: ChatRequest) -> Constraint | None:
     """What was asked for, as a grammar; a forced call goes before the form of the answer."""
+    tools = request.tools
     if request.tool_choice not in (None, "auto", "none"):
         name = None if request.tool_choice == "required" else request.tool_choice
         names = [tool_name(tool) for tool in tools]
@@ -229,7 +237,8 @@ def _constraint(engine: Engine, tools: Sequence[Tool], request: ChatRequest) -> 
         return tool_call_constraint(engine, tools, tool_format(engine), name=name, parallel=request.parallel_calls)
     match request.response_format:
         case None | {"type": "text"}:
-            return None
+            is_forbidden = bool(tools) and request.tool_choice == "none"
+            return no_call_constraint(engine, tool_format(engine)) if is_forbidden else None
         case {"type": "json_object"}:
             return json_schema(engine, {"type": "object"})
         case {"type": "json_schema", "json_schema": {"schema": schema}}:

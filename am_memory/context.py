@@ -7,7 +7,7 @@ goes on. The tokens are the truth; tokens and schedule together rebuild the cach
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,6 +32,9 @@ from am_memory.events import (
 from am_memory.policy import SINK_TOKENS, MemoryPolicy, Plan, ScheduledCompaction, Sizes, plan, trigger_tokens
 from am_memory.queries import LiveQueries, ReferenceQueries, repeat_queries
 
+Weights = Callable[[int, int], Sequence[float] | None]
+"""How much it counts that the tokens from one position to another can be repeated; None: all alike."""
+
 
 @dataclass
 class Context:
@@ -42,6 +45,7 @@ class Context:
         tokens: every token, read or not; the cache holds the first `cache.num_tokens` of them.
         schedule: the compactions made so far, in order.
         num_pinned: tokens at the start that stay exact.
+        weights: how much it counts that the tokens from one position to another can be repeated.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Context:
     tokens: list[int] = field(default_factory=list)
     schedule: list[ScheduledCompaction] = field(default_factory=list)
     num_pinned: int = SINK_TOKENS
+    weights: Weights = lambda start, end: None
 
     def __post_init__(self) -> None:
         if self.policy.head_budget == "adaptive" and not self.cache.has_ragged_heads:
@@ -259,6 +264,7 @@ class Context:
                     self.tokens[start:end],
                     chunk_tokens=self.policy.chunk_tokens,
                     on_progress=lambda done, total: progress("repeat", done, total),
+                    weights=self.weights(start, end),
                 )
             )
         if self._live is not None:
@@ -309,6 +315,7 @@ class Context:
             self.engine.new_cache(),
             self.tokens[:num_tokens],
             num_pinned=self.num_pinned,
+            weights=self.weights,
         )
         for entry in self.schedule:
             if entry.at_tokens > num_tokens - 1:

@@ -14,6 +14,9 @@ from am_memory.engines.base import Engine, Message
 from am_memory.errors import InvalidInput
 from am_memory.tokens import REPLACEMENT
 
+IS_TOOL_RESULT = "is_tool_result"
+"""Marks a message that brings tools' results under another role, for a template that knows no tools."""
+
 MARK = "\u241e\u241e"
 """Stands for a generated answer while the template is rendered; no text contains it."""
 
@@ -34,6 +37,16 @@ class History:
     starts: tuple[int, ...] = ()
     is_answering: bool = False
     tools: tuple[Message, ...] = ()
+
+    @property
+    def tool_results(self) -> list[tuple[int, int | None]]:
+        """Where in the context they begin, and what follows them; None where nothing does."""
+        ends = itertools.chain(self.starts[1:], [None])
+        return [
+            (start, end)
+            for message, start, end in zip(self.messages, self.starts, ends, strict=False)
+            if message["role"] == "tool" or message.get(IS_TOOL_RESULT)
+        ]
 
     def _render(self, engine: Engine, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         return engine.render(messages, tools=self.tools, add_generation_prompt=add_generation_prompt)

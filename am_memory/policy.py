@@ -40,6 +40,8 @@ class MemoryPolicy(BaseModel):
         keep_recent: the last tokens, which no trigger compacts.
         reference_queries: the sample that a compaction is fitted on: "repeat" (one extra pass over the block), "live"
             (queries that passed since, free), or both.
+        tool_result_weight: how much it counts that a tool's result can be repeated, beside what people and the model
+            say; 1 is as much. Slots and fits follow it.
         key_selection: "highest_attention", "omp", "omp_fast", or any `KeySelection`.
         head_budget: "adaptive" (slots go where the scores are, over all layers and heads), "uniform", or "auto":
             adaptive where heads can differ in their slots, else as many for all heads as there are cells.
@@ -63,6 +65,7 @@ class MemoryPolicy(BaseModel):
     pinned: Literal["sinks", "system", "first_message"] | Annotated[int, Field(ge=0)] = "system"
     keep_recent: Annotated[int, Field(ge=0)] = 64
     reference_queries: Annotated[tuple[Literal["repeat", "live"], ...], Field(min_length=1)] = ("repeat",)
+    tool_result_weight: Annotated[float, Field(gt=0, le=1)] = 1.0
     key_selection: Any = HighestAttention()
     head_budget: Literal["auto", "adaptive", "uniform"] = "auto"
     recompaction: Literal["segments", "refit"] = "segments"

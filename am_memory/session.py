@@ -97,6 +97,7 @@ class Session:
         self._memory = memory
         self._context = context
         self._history = history
+        context.weights = self._weights
         self.engine = context.engine
         self.metadata: dict[str, Any] = {}
         """What the application wants to keep with the session, saved with it: anything that JSON can hold."""
@@ -119,6 +120,17 @@ class Session:
     def message_starts(self) -> tuple[int, ...]:
         """For each message, how many tokens stand before it."""
         return self._history.starts
+
+    def _weights(self, start: int, end: int) -> list[float] | None:
+        """How much it counts that the tokens [start, end) can be repeated; None: all alike."""
+        weight = self._context.policy.tool_result_weight
+        if weight == 1:
+            return None
+        weights = [1.0] * (end - start)
+        for first, last in self._history.tool_results:
+            for position in range(max(first, start), min(end if last is None else last, end)):
+                weights[position - start] = weight
+        return weights
 
     def rename(self, name: str) -> None:
         """Give it another name, for events and the store."""

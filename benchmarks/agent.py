@@ -138,7 +138,15 @@ def summarising(model: ChatAMMemory, limit_tokens: int, args: argparse.Namespace
 SCHEMES: dict[str, Callable[[ChatAMMemory, int, argparse.Namespace], list[Middleware]]] = {
     "full": lambda model, limit, args: [],
     "ours": lambda model, limit, args: [
-        AMMemoryMiddleware(policy=MemoryPolicy(trigger_tokens=limit, keep_ratio=args.keep_ratio))
+        AMMemoryMiddleware(
+            policy=MemoryPolicy(
+                trigger_tokens=limit,
+                keep_ratio=args.keep_ratio,
+                compact_fraction=args.compact_fraction,
+                max_compact_tokens=int(args.max_compact * limit),
+                tool_result_weight=args.tool_result_weight,
+            )
+        )
     ],
     "summary": lambda model, limit, args: [summarising(model, limit, args)],
     "summary-untrimmed": lambda model, limit, args: [summarising(model, limit, args, trim_tokens_to_summarize=None)],
@@ -242,7 +250,10 @@ def main() -> None:
     parser.add_argument("--facts", type=int, default=60)
     parser.add_argument("--sentences", type=int, default=16, help="of each page that the tool returns")
     parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
-    parser.add_argument("--keep-ratio", type=float, default=0.1, help="ours")
+    parser.add_argument("--keep-ratio", type=float, default=0.15, help="ours")
+    parser.add_argument("--compact-fraction", type=float, default=0.75, help="ours")
+    parser.add_argument("--max-compact", type=float, default=0.45, help="ours; a fraction of the limit")
+    parser.add_argument("--tool-result-weight", type=float, default=0.25, help="ours")
     parser.add_argument("--keep-messages", type=int, default=20, help="SummarizationMiddleware's keep; 20 is its own")
     parser.add_argument("--summary-tokens", type=int, default=512, help="of a summary at most")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,7 +1,7 @@
 """A LangChain agent with a tool, over a conversation several times longer than its cache.
 
-python examples/langchain_agent.py            some two minutes on two cores
-python examples/langchain_agent.py --turns 8  a shorter one
+python examples/langchain_agent.py             100 turns, some ten minutes on two cores
+python examples/langchain_agent.py --turns 12  a shorter one
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def show(message: BaseMessage) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=12)
+    parser.add_argument("--turns", type=int, default=100)
     args = parser.parse_args()
     agent = create_agent(
         ChatAMMemory(model="demo", temperature=0, repetition_penalty=1.15, max_tokens=24),

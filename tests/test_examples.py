@@ -14,8 +14,10 @@ SAYS = {
     "reasoning_loop.py": "compactions on the way",
     "new_key_selection.py": "largest_values",
     "langchain_agent.py": "tokens of the agent's conversation in",
+    "research_loop.py": "read through a cache of 768",
+    "message_history.py": "my name is Bob",
 }
-ARGUMENTS = {"langchain_agent.py": ["--turns", "5"]}
+ARGUMENTS = {"langchain_agent.py": ["--turns", "5"], "research_loop.py": ["--pages", "4"]}
 
 
 def test_every_example_is_run() -> None:

@@ -826,3 +826,49 @@ def test_what_an_application_keeps_with_a_session_is_saved_with_it(engine: Trans
     session.metadata["owner"] = {"name": "Ada", "owls": 2}
     session.save()
     assert Memory(engine, policy, store=tmp_path).session("alice").metadata == {"owner": {"name": "Ada", "owls": 2}}
+
+
+# What counts
+
+
+TOOL_TURN = [
+    {"role": "user", "content": "Look up the ships, and keep 4711 in mind."},
+    {"role": "tool", "content": "There are forty ships in the harbour, and they have long names."},
+    {"role": "user", "content": "Thank you."},
+]
+
+
+def test_the_tokens_of_a_tool_result_count_less(engine: TransformersEngine) -> None:
+    session = Memory(engine, MemoryPolicy(trigger_tokens=600, tool_result_weight=0.25)).session()
+    session.append(TOOL_TURN)
+    weights = session._weights(3, len(session.tokens))
+    assert weights is not None
+    light = [token for token, weight in zip(session.tokens[3:], weights, strict=True) if weight == 0.25]
+    assert engine.decode(light) == f"<|im_start|>tool\n{TOOL_TURN[1]['content']}<|im_end|>\n"
+    assert {*weights} == {1.0, 0.25}
+
+
+@pytest.mark.model
+def test_a_tool_result_that_counts_less_gets_fewer_slots(
+    demo: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> None:
+    shares = []
+    for weight in (1.0, 0.05):
+        policy = MemoryPolicy(trigger_tokens=600, keep_ratio=0.2, pinned="sinks", tool_result_weight=weight)
+        session = Memory(TransformersEngine(*demo), policy).session()
+        session.append(TOOL_TURN)
+        session.compact(1.0)
+        (start, end), *_ = session._history.tool_results
+        positions = torch.cat([layer.slots.positions for layer in session._context.cache.compactable])
+        shares.append(float(((positions >= start) & (positions < end)).float().mean()))
+    assert shares[1] < 0.8 * shares[0]
+
+
+def test_a_rebuilt_session_weighs_tool_results_as_before(engine: TransformersEngine) -> None:
+    policy = MemoryPolicy(trigger_tokens=600, keep_ratio=0.2, pinned="sinks", tool_result_weight=0.05)
+    session = Memory(engine, policy).session()
+    session.append(TOOL_TURN)
+    session.compact(1.0)
+    expected = session.logits("ships")
+    session._context.rebuild(len(session.tokens), "a test")
+    assert torch.equal(session.logits("ships"), expected)

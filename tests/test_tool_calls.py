@@ -24,6 +24,7 @@ from am_memory.tool_calls import (
     ToolCallStream,
     ToolFormat,
     answer_text,
+    no_call_constraint,
     parse,
     prepare,
     tool_call_constraint,
@@ -519,6 +520,31 @@ def test_a_forced_call_is_one_of_the_named_tool(
 def test_a_forced_call_is_written_as_the_format_writes_it(engine: TransformersEngine, format: ToolFormat) -> None:
     text = forced(engine, format, name="hail")
     assert text == format.write((made.name, made.arguments) for made in parse(text, format).tool_calls)
+
+
+@EACH
+@pytest.mark.parametrize("before", ["", "Well. ", "\n "], ids=repr)
+def test_a_call_that_is_forbidden_cannot_be_written(
+    engine: TransformersEngine, format: ToolFormat, before: str
+) -> None:
+    """It used to take the tools out of the prompt, so that the whole conversation was read again."""
+    written = before + format.write([("hail", {"ship": "Fairlea", "times": 2})])
+    constraint, accepted = no_call_constraint(engine, format), []
+    with pytest.raises(InvalidInput, match="does not follow the grammar"):
+        for token_id in engine.encode(written):
+            constraint.accept(token_id)
+            accepted.append(token_id)
+        if not parse(written, format).tool_calls:
+            raise InvalidInput("no call, so it does not follow the grammar of one")
+    assert not parse(engine.decode(accepted), format).tool_calls
+
+
+@EACH
+def test_where_calls_are_forbidden_other_text_is_not(engine: TransformersEngine, format: ToolFormat) -> None:
+    constraint = no_call_constraint(engine, format)
+    for token_id in engine.encode('Hail the "Fairlea" <twice> [in all].\n'):
+        constraint.accept(token_id)
+    assert not constraint.is_complete
 
 
 @EACH

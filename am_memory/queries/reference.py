@@ -23,10 +23,19 @@ class ReferenceQueries:
     log_mass: Tensor
 
     @classmethod
-    def pooled(cls, passes: Sequence[tuple[Tensor, Tensor]]) -> ReferenceQueries:
-        """From what `OnQuery` got in several forward passes."""
+    def pooled(
+        cls, passes: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float] | None = None
+    ) -> ReferenceQueries:
+        """From what `OnQuery` got in several forward passes.
+
+        Args:
+            weights: how much the queries of each token count; None: all alike. A query that saw more elsewhere has a
+                smaller share on the block, and so counts less: that is how a weight is told.
+        """
         query = torch.cat([query for query, _ in passes], dim=2)
         log_mass = torch.cat([log_mass for _, log_mass in passes], dim=2)
+        if weights is not None:
+            log_mass = log_mass - torch.tensor(weights, device=log_mass.device).log()
         return cls(query.flatten(1, 2), log_mass.flatten(1, 2))
 
     @classmethod

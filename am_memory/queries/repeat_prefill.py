@@ -33,6 +33,7 @@ def repeat_queries(
     *,
     chunk_tokens: int,
     on_progress: Callable[[int, int], None],
+    weights: Sequence[float] | None = None,
 ) -> list[ReferenceQueries]:
     """Read the request and the block again on scratch, and take the queries of the block's tokens.
 
@@ -41,6 +42,7 @@ def repeat_queries(
         token_ids: the block's tokens.
         chunk_tokens: read at once.
         on_progress: called with (tokens read, tokens to read).
+        weights: how much it counts that each of the tokens can be repeated; None: all alike.
 
     Returns:
         For each compactable layer num_key_value_groups * num_tokens queries.
@@ -61,4 +63,4 @@ def repeat_queries(
             on_progress(start + len(chunk), len(token_ids))
     finally:
         cache.restore(state)
-    return [ReferenceQueries.pooled(layer) for layer in passes]
+    return [ReferenceQueries.pooled(layer, weights) for layer in passes]

@@ -1,4 +1,4 @@
-"""Tool calls that a model has to make: grammars of its own format."""
+"""Tool calls that a model has to make, or may not make: grammars of its own format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from am_memory.constraints import Constraint, json_rule, json_schema, lark
 from am_memory.engines.base import Engine, Tool
 from am_memory.errors import InvalidInput
 from am_memory.tool_calls.formats import ToolFormat
+from am_memory.tool_calls.parsing import CALL_KEYS
 from am_memory.tool_calls.prompt import tool_name
+
+BARE_OPENING = rf'/\{{\s*"({"|".join(CALL_KEYS)})"/'
+"""How a call without markers begins, as a pattern of llguidance's grammars."""
 
 MAX_PARALLEL_CALLS = 16
 """A small model that may always call once more never comes to an end."""
@@ -51,6 +55,16 @@ def tool_call_constraint(
         if blamed is None:
             raise
         raise blamed from error
+
+
+def no_call_constraint(engine: Engine, format: ToolFormat) -> Constraint:
+    """An answer of at least one character in which `parse` finds no call.
+
+    Raises:
+        UnsupportedOperation: the engine's tokenizer cannot be constrained.
+    """
+    openings = [*map(json.dumps, format.markers), *([BARE_OPENING] if format.is_bare else [])]
+    return lark(engine, "start: TEXT\nTEXT: /.+/s" + "".join(f" & ~(/.*/s {each} /.*/s)" for each in openings))
 
 
 def _blamed(engine: Engine, tools: Sequence[Tool]) -> InvalidInput | None:

@@ -15,7 +15,7 @@ from am_memory.tokens import TextStream, overlap
 from am_memory.tool_calls.formats import ToolFormat
 
 THINK, END_OF_THINK = "<think>", "</think>"
-_KEYS = ("name", "arguments", "parameters", "function", "type", "id")
+CALL_KEYS = ("name", "arguments", "parameters", "function", "type", "id")
 """A bare object is watched as a call where its first key is one of these."""
 
 
@@ -304,8 +304,8 @@ def _begins_call(text: str) -> bool | None:
     assert found is not None
     _, key, quote = found.groups()
     if quote:
-        return key in _KEYS
-    return None if found.end() == len(text) and any(name.startswith(key or "") for name in _KEYS) else False
+        return key in CALL_KEYS
+    return None if found.end() == len(text) and any(name.startswith(key or "") for name in CALL_KEYS) else False
 
 
 def _resembles_call(text: str) -> bool:

@@ -10,6 +10,7 @@ from itertools import groupby
 
 from am_memory.engines.base import Engine, Message, Tool
 from am_memory.errors import InvalidInput
+from am_memory.history import IS_TOOL_RESULT
 from am_memory.tool_calls.formats import HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, template_format
 
 INSTRUCTIONS = """\
@@ -157,7 +158,7 @@ def _as_text(engine: Engine, messages: Sequence[dict[str, object]], tools: Seque
     for role, group in groupby(messages, key=lambda message: message.get("role")):
         if role == "tool":
             responses = (f"<tool_response>\n{message['content']}\n</tool_response>" for message in group)
-            told.append({"role": "user", "content": "\n".join(responses)})
+            told.append({"role": "user", "content": "\n".join(responses), IS_TOOL_RESULT: True})
         else:
             told.extend(_answer_as_text(message) for message in group)
     if not tools:
