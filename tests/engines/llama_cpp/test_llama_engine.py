@@ -210,3 +210,30 @@ def test_quantised_keys_and_values_are_compacted(tmp_path: Path, byte_tokenizer:
     difference = (session.logits(TOKENS) - before).square().mean().sqrt()
     assert session.stats.num_segments == 1
     assert difference < 0.05 * before.std()
+
+
+def test_a_memory_is_made_by_the_name_of_the_engine(tiny_gguf: Path, llama: LlamaCppEngine) -> None:
+    """`dtype` is that of keys and values."""
+    memory = Memory.from_pretrained(
+        tiny_gguf, engine="llama_cpp", device="cpu", dtype=torch.float16, policy=MemoryPolicy(trigger_tokens=120)
+    )
+    session = memory.session()
+    session.append("An owl is a bird. " * 20)
+    assert session.stats.num_compactions > 0
+    assert session.stats.exact_kv_bytes == 359 * 3 * 2 * 2 * 16 * 2  # layers, keys and values, heads, head_dim, float16
+    assert memory.engine.info.fingerprint != llama.info.fingerprint
+
+
+def test_keys_of_another_dtype_are_refused(tiny_gguf: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"torch.float64 are none that llama.cpp keeps: torch.float32"):
+        Memory.from_pretrained(tiny_gguf, engine="llama_cpp", dtype=torch.float64)
+
+
+def test_a_session_outlives_its_engine(tiny_gguf: Path, llama: LlamaCppEngine) -> None:
+    """Its cells are of no use without the weights: whoever has a cache has the model."""
+    engine = LlamaCppEngine(tiny_gguf, kv_type="f32", flash_attention=False)
+    cache = engine.new_cache()
+    engine.forward(cache, TOKENS[:20])
+    del engine
+    logits = cache.read(TOKENS[20:], len(TOKENS) - 20, None)
+    torch.testing.assert_close(logits, logits_of(llama)[20:], atol=1e-4, rtol=1e-4)
