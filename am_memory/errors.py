@@ -53,6 +53,10 @@ class ModelMismatch(StorageError):
     """The session was saved with another model."""
 
 
+class EngineFailed(AMMemoryError):
+    """The library that runs the model failed at what it was asked; the session is as it was before."""
+
+
 class CompactionFailed(AMMemoryError):
     """A compaction could not be made; the session is as it was before it."""
 

@@ -53,6 +53,7 @@ class CompactionReport:
         mass_error: RMS over heads and queries of the relative error of the block's attention mass.
         output_error: RMS over heads and queries of the output's error, relative to the output's RMS.
         query_seconds, score_seconds, fit_seconds: wall time by stage.
+        num_unbiased_heads: KV heads that do without biases, as the cache takes none and theirs are not a part of a key.
     """
 
     session: str
@@ -68,6 +69,7 @@ class CompactionReport:
     query_seconds: float
     score_seconds: float
     fit_seconds: float
+    num_unbiased_heads: int = 0
 
     @property
     def seconds(self) -> float:

@@ -12,11 +12,11 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import RLock
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from am_memory.cache import KVCache
 from am_memory.context import Context
-from am_memory.engines.base import Engine, Message
+from am_memory.engines.base import Engine, EngineName, Message
 from am_memory.errors import InvalidInput, ModelMismatch, SessionNotFound, StorageError
 from am_memory.events import Event, Listener, ignore, log
 from am_memory.history import History
@@ -68,7 +68,7 @@ class Memory:
         cls,
         model: str | os.PathLike[str],
         *,
-        engine: Literal["transformers"] = "transformers",
+        engine: EngineName = "transformers",
         policy: MemoryPolicy | None = None,
         device: str | None = None,
         dtype: torch.dtype | None = None,
@@ -79,12 +79,18 @@ class Memory:
 
         Args:
             model: a hub id, a local folder, a .gguf file, or "demo" for the bundled model.
-            device, dtype: None is the best there is.
+            engine: "llama_cpp" runs .gguf files and "demo" as they are, quantised, on the stock llama-cpp-python.
+            device, dtype: None is the best there is; for llama.cpp the dtype is that of keys and values.
 
         Raises:
             ModelNotFound: there is no such model.
             UnsupportedModel: its cache cannot be compacted.
         """
+        if engine == "llama_cpp":
+            from am_memory.engines.llama_cpp import LlamaCppEngine
+
+            runs = LlamaCppEngine.from_pretrained(model, device=device, dtype=dtype)
+            return cls(runs, policy, store=store, on_event=on_event)
         from am_memory.engines.transformers import TransformersEngine
         from am_memory.models import load_model
 

@@ -165,6 +165,19 @@ def _locate(model: str | os.PathLike[str]) -> Path | str:
     raise ModelNotFound(f"{os.fspath(model)}: no such file or folder; give a hub id, a folder, a .gguf file or 'demo'")
 
 
+def gguf_path(model: str | os.PathLike[str]) -> Path:
+    """The GGUF file of a model: the file itself, or that of "demo".
+
+    Raises:
+        ModelNotFound: there is no such file.
+        UnsupportedModel: it is something else.
+    """
+    source = _locate(model)
+    if not isinstance(source, Path) or not source.is_file():
+        raise UnsupportedModel(f"{model} is no GGUF file, which is what llama.cpp loads: give a .gguf file or 'demo'")
+    return source
+
+
 def _load_path(path: Path, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     if path.is_file():
         return _load_gguf(path, device, dtype)
@@ -229,10 +242,10 @@ def _converted_folder(path: Path, dtype: torch.dtype) -> Path:
     cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     root = Path(os.environ.get("AM_MEMORY_CACHE") or Path(cache_home) / "am_memory").expanduser()
     dtype_name = str(dtype).removeprefix("torch.")
-    return root / "models" / f"{path.stem}-{_file_fingerprint(path)}-{dtype_name}"
+    return root / "models" / f"{path.stem}-{file_fingerprint(path)}-{dtype_name}"
 
 
-def _file_fingerprint(path: Path, num_blocks: int = 64, block_bytes: int = 65536) -> str:
+def file_fingerprint(path: Path, num_blocks: int = 64, block_bytes: int = 65536) -> str:
     """Hash of the size and of blocks from the head to the tail: milliseconds, however large the file."""
     size = path.stat().st_size
     digest = hashlib.sha256(f"{_CONVERSION_FORMAT} {size}".encode())

@@ -43,7 +43,8 @@ class MemoryPolicy(BaseModel):
         tool_result_weight: how much it counts that a tool's result can be repeated, beside what people and the model
             say; 1 is as much. Slots and fits follow it.
         key_selection: "highest_attention", "omp", "omp_fast", or any `KeySelection`.
-        head_budget: "adaptive" (slots go where the scores are, over all layers and heads) or "uniform".
+        head_budget: "adaptive" (slots go where the scores are, over all layers and heads), "uniform", or "auto":
+            adaptive where heads can differ in their slots, else as many for all heads as there are cells.
         recompaction: "segments" (each token is compacted once, from its exact entry) or "refit" (the oldest half as it
             is, compact entries too, again and again: arXiv:2602.16284, online AIME).
         min_slots: slots that every head gets of a new segment before any head gets more.
@@ -66,7 +67,7 @@ class MemoryPolicy(BaseModel):
     reference_queries: Annotated[tuple[Literal["repeat", "live"], ...], Field(min_length=1)] = ("repeat",)
     tool_result_weight: Annotated[float, Field(gt=0, le=1)] = 1.0
     key_selection: Any = HighestAttention()
-    head_budget: Literal["adaptive", "uniform"] = "adaptive"
+    head_budget: Literal["auto", "adaptive", "uniform"] = "auto"
     recompaction: Literal["segments", "refit"] = "segments"
     min_slots: Annotated[int, Field(gt=0)] = 1
     fit: Literal["bias_and_values", "bias", "values", "nothing"] = "bias_and_values"

@@ -29,7 +29,7 @@ from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-
 from pydantic import BaseModel
 from torch import Tensor
 
-from am_memory.cache import CacheState, LayerState, Segment, SlidingState, Slots, TailBuffer, TailState
+from am_memory.cache import CacheState, LayerState, Segment, SlidingState, Slots, Snapshot, TailBuffer, TailState
 from am_memory.engines.base import Message
 from am_memory.errors import CorruptSession, NewerFormat, SessionNotFound, StorageError
 from am_memory.policy import ScheduledCompaction
@@ -70,7 +70,7 @@ class SavedSession:
     message_starts: tuple[int, ...]
     is_answering: bool
     num_pinned: int
-    state: CacheState
+    state: Snapshot
     tools: tuple[Message, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
 

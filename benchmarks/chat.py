@@ -14,12 +14,14 @@ import random
 import statistics
 import time
 from dataclasses import asdict, dataclass
+from typing import get_args
 
 import psutil
 from common import machine, table, write_json
 
 from am_memory import Memory, MemoryPolicy, Sampling
 from am_memory.demo import prose
+from am_memory.engines.base import EngineName
 
 BLOCK = 20
 
@@ -91,6 +93,7 @@ def growth(turns: list[Turn], what: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
+    parser.add_argument("--engine", choices=get_args(EngineName), default="transformers")
     parser.add_argument("--turns", type=int, default=200)
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--trigger-tokens", type=int, default=512)
@@ -99,9 +102,9 @@ def main() -> None:
     if args.turns < 2 * BLOCK:
         parser.error(f"--turns {args.turns}: growth is measured from turn {BLOCK} on, so give {2 * BLOCK} or more")
     policy = MemoryPolicy(trigger_tokens=args.trigger_tokens)
-    turns = talk(Memory.from_pretrained(args.model, policy=policy), args.turns, args.new_tokens)
+    turns = talk(Memory.from_pretrained(args.model, engine=args.engine, policy=policy), args.turns, args.new_tokens)
     write_json(args.out, [asdict(turn) for turn in turns])
-    print(f"\n{args.model}, {machine()}\n")
+    print(f"\n{args.model}, {args.engine}, {machine()}\n")
     print(table(HEADER, [row(turns, start) for start in range(0, len(turns), BLOCK)]))
     for what, name in (("seconds", "time of a turn"), ("rss_mib", "memory of the process")):
         print(f"from turn {BLOCK} to {len(turns)}, {name}: {growth(turns, what):+.1%}")

@@ -13,12 +13,14 @@ import argparse
 import random
 import time
 from dataclasses import asdict, dataclass
+from typing import get_args
 
 from common import kl_divergence, machine, mean_spread, table, write_json
 from torch import Tensor
 
 from am_memory import Memory, MemoryPolicy, Session
 from am_memory.demo import Fact, facts, hide, prose, question_text
+from am_memory.engines.base import EngineName
 
 CONTINUATION = (
     " Bread begins with flour, water, salt and time. The baker mixes the dough early in the morning, lets "
@@ -30,9 +32,9 @@ CONTINUATION = (
 )
 POLICY = MemoryPolicy(trigger_tokens=1.0, pinned="sinks", max_compact_tokens=8000)
 ONCE = {
-    "AM adaptive": {},
+    "AM (default)": {},
     "AM uniform": {"head_budget": "uniform"},
-    "eviction, adaptive": {"fit": "nothing"},
+    "eviction": {"fit": "nothing"},
     "eviction, uniform": {"fit": "nothing", "head_budget": "uniform"},
 }
 TURNS = {
@@ -189,20 +191,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=["once", "turns"])
     parser.add_argument("--model", default="demo")
+    parser.add_argument("--engine", choices=get_args(EngineName), default="transformers")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--ratios", type=float, nargs="+")
     parser.add_argument("--schemes", nargs="+", help="only these")
     parser.add_argument("--out")
     args = parser.parse_args()
-    memory = Memory.from_pretrained(args.model, policy=POLICY)
+    memory = Memory.from_pretrained(args.model, engine=args.engine, policy=POLICY)
     run, schemes, ratios = (once, ONCE, [5.0, 10.0]) if args.mode == "once" else (turns, TURNS, [10.0])
     schemes = {name: options for name, options in schemes.items() if args.schemes is None or name in args.schemes}
     results = []
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         results += run(memory, seed, args.ratios or ratios, schemes)
         write_json(args.out, [asdict(result) for result in results])
-    print(f"\n{args.model}, {args.seeds} seeds, mean ± standard deviation; {machine()}\n\n{summary(results)}")
+    caption = f"{args.model}, {args.engine}, {args.seeds} seeds, mean ± standard deviation; {machine()}"
+    print(f"\n{caption}\n\n{summary(results)}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a hub, and none may wait for one
@@ -23,6 +24,7 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 if TYPE_CHECKING:
+    from am_memory.engines.llama_cpp import LlamaCppEngine
     from am_memory.engines.transformers import TransformersEngine
 
 IM_START, IM_END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -145,3 +147,21 @@ def demo() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from am_memory.models import load_model
 
     return load_model("demo", device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(
+    tiny_model: PreTrainedModel, byte_tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The tiny model as a GGUF file."""
+    from gguf_file import write_gguf
+
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", tiny_model, byte_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def llama(tiny_gguf: Path) -> LlamaCppEngine:
+    """The tiny model behind llama.cpp, all in float32: flash attention would take keys and values as float16."""
+    from am_memory.engines.llama_cpp import LlamaCppEngine
+
+    return LlamaCppEngine(tiny_gguf, kv_type="f32", flash_attention=False)

@@ -40,10 +40,12 @@ def store(tmp_path: Path) -> Store:
 def tiny(monkeypatch: pytest.MonkeyPatch, engine: TransformersEngine) -> TransformersEngine:
     """Whatever model is asked for, the tiny one is loaded."""
 
+    tiny_engine = engine
+
     def from_pretrained(
-        model: str, *, policy: MemoryPolicy, store: str | None = None, on_event: Listener = ignore
+        model: str, *, engine: str, policy: MemoryPolicy, store: str | None = None, on_event: Listener = ignore
     ) -> Memory:
-        return Memory(engine, policy, store=store, on_event=on_event)
+        return Memory(tiny_engine, policy, store=store, on_event=on_event)
 
     monkeypatch.setattr(Memory, "from_pretrained", from_pretrained)
     return engine
@@ -245,6 +247,15 @@ def test_inspect_shows_the_segments_and_the_slots_of_every_head(run: CommandLine
             for begin, end in zip(layer.slots.cu_slots, layer.slots.cu_slots[1:], strict=False)
         ]
         assert re.search(r" +".join(map(str, slots)), result.output)
+
+
+def test_a_gguf_file_is_run_by_llama_cpp(run: CommandLine, tiny_gguf: Path) -> None:
+    """A chat that goes on after a restart, and what is left of it."""
+    chat = (*CHAT, "--engine", "llama_cpp", "--model", str(tiny_gguf))
+    assert "compacted tokens" in run(*chat, typed="Tell me of owls. " * 20 + "\n").output
+    assert "> Tell me of owls." in run(*chat, typed="/quit\n").output
+    shown = run("inspect", "default").output
+    assert re.search(r"4-\d+ +│ \d+\.\d slots per head", shown)
 
 
 @pytest.mark.usefixtures("tiny")

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from am_memory.cache import KVCache
+from am_memory.cache import Segment, Slots, Snapshot
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 Message = Mapping[str, object]
 """One chat message as chat templates take it: {"role": ..., "content": ...}."""
 
 Tool = Mapping[str, object]
 """A function that the model may call: {"type": "function", "function": {"name", "description", "parameters"}}."""
+
+EngineName = Literal["transformers", "llama_cpp"]
+"""What runs a model; a memory may be given any other `Engine`."""
 
 OnQuery = Callable[[int, Tensor, Tensor], None]
 """Called with (index among the compactable layers, query, log_mass).
@@ -46,16 +52,127 @@ class ModelInfo:
     eos_token_ids: frozenset[int]
 
 
+class SessionLayer(Protocol):
+    """What a compaction reads of one compactable layer."""
+
+    @property
+    def start(self) -> int:
+        """Logical position of the first exact entry."""
+        ...
+
+    @property
+    def scaling(self) -> float | None:
+        """Factor of the scores before the softmax."""
+        ...
+
+    @property
+    def slots(self) -> Slots | None:
+        """The compact entries before the exact ones."""
+        ...
+
+    def exact_entries(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """The exact keys and values at logical positions [start, end): (num_heads, end - start, head_dim)."""
+        ...
+
+
+class SessionCache(Protocol):
+    """The cache of one session: `am_memory.cache.KVCache`, or what an engine has in its place.
+
+    A snapshot must be cheap, as one is taken at every token, and restoring it exact, as long as nothing but what came
+    after it was forgotten before other tokens were read.
+    """
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether slots may have a bias; else it is folded into their keys."""
+        ...
+
+    @property
+    def has_ragged_heads(self) -> bool:
+        """Whether heads may differ in their number of slots; else a slot is one of every head."""
+        ...
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether the last exact tokens can be dropped."""
+        ...
+
+    @property
+    def segments(self) -> tuple[Segment, ...]: ...
+
+    @property
+    def compactable(self) -> Sequence[SessionLayer]:
+        """The layers of full attention."""
+        ...
+
+    @property
+    def num_pinned(self) -> int: ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Logical length."""
+        ...
+
+    @property
+    def num_tail_tokens(self) -> int:
+        """Exact tokens behind the segments; before the first compaction this is everything."""
+        ...
+
+    @property
+    def num_exact_tokens(self) -> int: ...
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads of all compactable layers together."""
+        ...
+
+    @property
+    def kv_tokens(self) -> float:
+        """Physical size: exact tokens + mean compact slots per head."""
+        ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def exact_nbytes(self) -> int:
+        """What an uncompacted cache of the same tokens would take."""
+        ...
+
+    def state(self) -> Snapshot: ...
+
+    def restore(self, state: Snapshot) -> None: ...
+
+    def truncate(self, num_tokens: int) -> None:
+        """Forget everything after the first `num_tokens` logical tokens; the rest must be in the exact tail."""
+        ...
+
+    def fork(self) -> SessionCache:
+        """A second cache with the same content."""
+        ...
+
+    def compacted(self, segments: Sequence[Segment], new_slots: Sequence[Slots], num_pinned: int) -> Snapshot:
+        """The state in which `new_slots` stand for the tail's tokens up to the end of the last of `segments`.
+
+        Args:
+            segments: all segments afterwards, the new one last; older ones are cut to their `num_slots`, and those that
+                are not among them give way to the new one.
+            new_slots: the new segment's slots of each compactable layer, ranked within the segment.
+            num_pinned: tokens at the start of the tail that stay exact (only before the first compaction).
+        """
+        ...
+
+
 class Engine(Protocol):
     """A model and its tokenizer, on one device."""
 
     @property
     def info(self) -> ModelInfo: ...
 
-    def new_cache(self) -> KVCache: ...
+    def new_cache(self) -> SessionCache: ...
 
     def forward(
-        self, cache: KVCache, token_ids: Sequence[int], *, num_logits: int = 0, on_query: OnQuery | None = None
+        self, cache: SessionCache, token_ids: Sequence[int], *, num_logits: int = 0, on_query: OnQuery | None = None
     ) -> Tensor:
         """Read tokens into the cache.
 
@@ -83,4 +200,15 @@ class Engine(Protocol):
         self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, add_generation_prompt: bool = False
     ) -> str:
         """The messages as the model's chat template writes them; it may leave out `tools`."""
+        ...
+
+
+@runtime_checkable
+class OwnVocabulary(Protocol):
+    """What an engine answers beside, for constrained answers, where it has no `tokenizer` of transformers."""
+
+    def grammar_tokenizer(self) -> LLTokenizer: ...
+
+    def token_texts(self) -> Mapping[str, int]:
+        """Tokens by their text."""
         ...

@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from am_memory.cache import KVCache
-from am_memory.engines.base import Engine
+from am_memory.engines.base import Engine, SessionCache
 from am_memory.queries.reference import ReferenceQueries
 
 REQUEST = "Repeat the previous context."
@@ -29,7 +28,7 @@ def repeat_request(engine: Engine) -> list[int]:
 
 def repeat_queries(
     engine: Engine,
-    cache: KVCache,
+    cache: SessionCache,
     token_ids: Sequence[int],
     *,
     chunk_tokens: int,

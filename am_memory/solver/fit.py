@@ -12,6 +12,7 @@ from am_memory.errors import InvalidInput
 from am_memory.solver.bias import solve_bias
 from am_memory.solver.block import Block, slot_mask
 from am_memory.solver.exact import ExactAttention, exact_attention
+from am_memory.solver.fold import fold
 from am_memory.solver.values import compact_attention, solve_values
 
 
@@ -20,11 +21,13 @@ class Fit:
     """A compact block, and how well it stands in for the exact one on the reference queries.
 
     Attributes:
-        key: (B, t, head_dim) float32, the kept keys; 0 in padding slots.
+        key: (B, t, head_dim) float32, the kept keys, with their bias where it is folded; 0 in padding slots.
         bias: (B, t) float32, added to the scaled logits; -inf in padding slots.
         value: (B, t, head_dim) float32; 0 in padding slots.
         mass_error: (B,) float32, RMS over queries of (compact mass / exact mass - 1).
         output_error: (B,) float32, RMS(compact output - exact output) / RMS(exact output).
+        fold_error: (B,) float32, how far off the biases are that were folded into the keys, relative to themselves.
+            None where they were not folded.
     """
 
     key: Tensor
@@ -32,6 +35,7 @@ class Fit:
     value: Tensor
     mass_error: Tensor
     output_error: Tensor
+    fold_error: Tensor | None = None
 
 
 def fit(  # noqa: PLR0913  every keyword is one switch of the method, of its own meaning
@@ -44,6 +48,7 @@ def fit(  # noqa: PLR0913  every keyword is one switch of the method, of its own
     ridge: float = 1e-2,
     fit_bias: bool = True,
     fit_values: bool = True,
+    fold_bias: bool = False,
     relative_mass: bool = True,
     exact: ExactAttention | None = None,
 ) -> Fit:
@@ -58,6 +63,8 @@ def fit(  # noqa: PLR0913  every keyword is one switch of the method, of its own
         ridge: pull of the values toward the originals, relative to the mean diagonal of their Gram matrix.
         fit_bias: False leaves every bias 0, for ablations and eviction.
         fit_values: False leaves the original values.
+        fold_bias: the biases are made part of the keys, for a cache that takes none; the values are then fitted to what
+            these keys do.
         relative_mass: weigh every query's mass alike; False weighs it by the mass over its largest exp(logit), as in
             the paper.
         exact: `exact_attention(block)`, where it is at hand: it spares half of the work.
@@ -81,6 +88,9 @@ def fit(  # noqa: PLR0913  every keyword is one switch of the method, of its own
     bias = inherited
     if fit_bias:
         bias = inherited + solve_bias(block, key, inherited, exact, bias_bounds, bias_ridge, relative_mass)
+    fold_error = None
+    if fold_bias:
+        key, bias, fold_error = fold(block, key, bias, exact.weight)
     attention = compact_attention(block, key, bias, value, exact)
     left = attention.missing_energy
     if fit_values:
@@ -94,4 +104,5 @@ def fit(  # noqa: PLR0913  every keyword is one switch of the method, of its own
         torch.where(is_slot[:, :, None], value, 0.0),
         attention.mass_error,
         (left / output_energy).sqrt().float(),
+        fold_error,
     )

@@ -30,6 +30,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 from am_memory import Memory, MemoryPolicy, Sampling
 from am_memory.chat import ChatAnswer, ChatRequest, Part
+from am_memory.engines.base import EngineName
 from am_memory.errors import CompactionFailed, InvalidInput, InvalidPolicy, PromptTooLong
 from am_memory.threads import Threads
 from am_memory.tool_calls import InvalidCall
@@ -63,6 +64,7 @@ class ChatAMMemory(BaseChatModel):
 
     Args:
         model: a hub id, a folder, a .gguf file, "demo" for the bundled model, or a `Memory`. Loaded at the first call.
+        engine: what runs it: "transformers", or "llama_cpp" for a .gguf file as it is, quantised.
         trigger: the cache's size that fires a compaction: ("tokens", 8192), or ("fraction", 0.8) of the window.
         keep: how much of the cache, the newest part, a compaction leaves exact: ("fraction", 0.5), or in tokens.
         policy: all of the memory's settings; `trigger` and `keep` are set in it where they are given.
@@ -77,7 +79,7 @@ class ChatAMMemory(BaseChatModel):
     model_config = ConfigDict(populate_by_name=True, arbitrary_types_allowed=True, protected_namespaces=())
 
     model: str | Memory = Field(alias="model_name")
-    engine: Literal["transformers"] = "transformers"
+    engine: EngineName = "transformers"
     trigger: Limit | None = None
     keep: Limit | None = None
     policy: MemoryPolicy | None = None

@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory.cache import KVCache
-from am_memory.engines.base import Message, ModelInfo, OnQuery, Tool
+from am_memory.engines.base import Message, ModelInfo, OnQuery, SessionCache, Tool
+from am_memory.engines.templates import template_errors
 from am_memory.engines.transformers import attention, support
 from am_memory.errors import InvalidInput, UnsupportedOperation
 from am_memory.models import fingerprint
@@ -47,8 +47,10 @@ class TransformersEngine:
 
     @torch.no_grad()
     def forward(
-        self, cache: KVCache, token_ids: Sequence[int], *, num_logits: int = 0, on_query: OnQuery | None = None
+        self, cache: SessionCache, token_ids: Sequence[int], *, num_logits: int = 0, on_query: OnQuery | None = None
     ) -> Tensor:
+        if not isinstance(cache, KVCache):
+            raise InvalidInput(f"a {type(cache).__name__} is another engine's cache: make one with new_cache()")
         ids = torch.tensor([list(token_ids)], device=self.model.device)
         with self._reading(cache, on_query):
             if num_logits == 0:
@@ -113,7 +115,7 @@ class TransformersEngine:
         self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, add_generation_prompt: bool = False
     ) -> str:
         told = [dict(message) for message in messages]
-        try:
+        with template_errors(self.info.name, told):
             return str(
                 self.tokenizer.apply_chat_template(
                     told,  # type: ignore[arg-type]
@@ -122,12 +124,6 @@ class TransformersEngine:
                     add_generation_prompt=add_generation_prompt,
                 )
             )
-        except (TemplateError, TypeError) as error:
-            roles = ", ".join(str(message.get("role")) for message in told)
-            raise InvalidInput(
-                f"the chat template of {self.info.name} does not take messages of roles {roles}: {error}; see which "
-                "roles, in which order, and what content it takes"
-            ) from error
 
 
 def _model_info(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ModelInfo:

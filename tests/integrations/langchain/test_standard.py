@@ -25,14 +25,25 @@ class TestUnit(ChatModelUnitTests):
         return {"model": "demo", "policy": POLICY}
 
 
+class TestLlamaCppUnit(TestUnit):
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        return {"model": "demo", "engine": "llama_cpp", "policy": POLICY}
+
+
 @pytest.fixture(scope="module")
 def demo_memory() -> Memory:
     return Memory.from_pretrained("demo", policy=POLICY)
 
 
+@pytest.fixture(scope="module")
+def llama_memory() -> Memory:
+    return Memory.from_pretrained("demo", engine="llama_cpp", policy=POLICY)
+
+
 @pytest.mark.model
 class TestIntegration(ChatModelIntegrationTests):
-    """The model is loaded once; what it can be forced to do does not depend on its size."""
+    """The model is loaded once; what it can be forced to do does not depend on its size, nor on what runs it."""
 
     @pytest.fixture
     def model(self, demo_memory: Memory) -> BaseChatModel:
@@ -61,3 +72,13 @@ class TestIntegration(ChatModelIntegrationTests):
     @pytest.mark.xfail(reason="135M parameters: left to itself, the demo model does not choose to call a tool")
     def test_agent_loop(self, model: BaseChatModel) -> None:
         super().test_agent_loop(model)
+
+
+class TestLlamaCppIntegration(TestIntegration):
+    @pytest.fixture
+    def model(self, llama_memory: Memory) -> BaseChatModel:
+        return ChatAMMemory(model=llama_memory, temperature=0, max_tokens=128)
+
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        return {"model": "demo", "engine": "llama_cpp"}

@@ -1,0 +1,148 @@
+"""Queries and keys of every attention of a graph, taken as llama.cpp computes it. Knows no cache and no session.
+
+llama.cpp asks a callback before each operation whether it wants to see the result. Where nothing is to be captured it
+says no, which costs nothing that can be measured; else the graph is halted after each attention, with its inputs still
+in place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from am_memory.engines.llama_cpp.library import GGMLTensor, ggml, library, read_tensor, tensor_at
+from am_memory.errors import UnsupportedModel
+
+MAX_SCORES = 2**20
+"""Attention scores held at once: a few MiB stay in a CPU's cache."""
+LOG2_E = math.log2(math.e)
+
+OP_OFFSET = GGMLTensor.op.offset
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention operation that has just been computed.
+
+    Attributes:
+        query: (num_attention_heads, num_tokens, head_dim) float32, after RoPE.
+        key: (num_key_value_heads, num_cells, head_dim), every cell of the cache, whosever they are.
+        mask: (num_tokens, num_cells) float32, 0 or -inf.
+        scaling: factor of the scores before the softmax.
+        address: of the operation's result.
+        is_flash: it gives the output; else it gives the weights.
+    """
+
+    query: Tensor
+    key: Tensor
+    mask: Tensor
+    scaling: float
+    address: int
+    is_flash: bool
+
+    @property
+    def grouped_query(self) -> Tensor:
+        """(num_key_value_heads, num_key_value_groups, num_tokens, head_dim)."""
+        return self.query.view(self.key.shape[0], -1, *self.query.shape[1:])
+
+    def log_mass(self) -> Tensor:
+        """Log of the sum of exp(score) of each query over all that it sees, as `grouped_query` without head_dim."""
+        num_heads, groups, num_tokens, head_dim = self.grouped_query.shape
+        query = self.grouped_query.transpose(1, 2).reshape(num_heads, -1, head_dim)  # a token's group side by side
+        key = (self.key.float() * (self.scaling * LOG2_E)).mT  # base 2 is faster, as in the solver
+        mask = self.mask.repeat_interleave(groups, dim=0)
+        log_mass = query.new_empty(query.shape[:2])
+        step = max(MAX_SCORES // (num_heads * key.shape[2]), 1)
+        for start in range(0, query.shape[1], step):
+            rows = slice(start, start + step)
+            scores = torch.bmm(query[:, rows], key).add_(mask[rows])
+            top = scores.amax(dim=-1, keepdim=True)
+            log_mass[:, rows] = scores.sub_(top).exp2_().sum(dim=-1).log2_().add_(top[:, :, 0]) / LOG2_E
+        return log_mass.view(num_heads, num_tokens, groups).transpose(1, 2)
+
+    def actual(self) -> Tensor:
+        """What the operation gave: the attention's output, or the weights where there is no flash attention."""
+        return read_tensor(self.address)
+
+    def expected(self) -> Tensor:
+        """The same, from query and key."""
+        weight = (self.grouped_query @ self.key.float().mT[:, None] * self.scaling + self.mask).softmax(dim=-1)
+        if not self.is_flash:
+            return weight.flatten(0, 1)  # (num_attention_heads, num_tokens, num_cells)
+        value = read_tensor(tensor_at(self.address).src[2]).float()
+        return (weight @ value[:, None]).flatten(0, 1).transpose(0, 1)  # (num_tokens, num_attention_heads, head_dim)
+
+
+OnAttention = Callable[[int, Attention], None]
+"""Called with the number of the layer, among those that attend, and its attention."""
+
+
+class Capture:
+    """The callback of one llama.cpp context.
+
+    Args:
+        num_layers: that attend, in each pass.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self._num_layers = num_layers
+        ops = ggml()[2]
+        self._flash, self._softmax = ops["FLASH_ATTN_EXT"], ops["SOFT_MAX"]
+        self._on_attention: OnAttention | None = None
+        self._layer = 0
+        self.error: BaseException | None = None
+        self.pointer = library().ggml_backend_sched_eval_callback(self._call)
+
+    @contextmanager
+    def taking(self, on_attention: OnAttention | None) -> Iterator[None]:
+        """While the body decodes; what `on_attention` raises ends the graph, and is raised here."""
+        self._on_attention, self._layer, self.error = on_attention, 0, None
+        try:
+            yield
+            if self.error is not None:
+                raise self.error
+        finally:
+            self._on_attention = self.error = None
+
+    def _call(self, address: int, is_asking: bool, _: int) -> bool:
+        if self._on_attention is None:
+            return False
+        op = ctypes.c_int.from_address(address + OP_OFFSET).value
+        is_attention = op in (self._flash, self._softmax)
+        if is_asking or not is_attention:
+            return is_attention or not is_asking
+        try:
+            self._on_attention(self._layer % self._num_layers, _attention(address, is_flash=op == self._flash))
+            self._layer += 1
+        except BaseException as error:  # it would be lost in llama.cpp: it is raised again once that has returned
+            self.error = error
+            return False
+        return True
+
+
+def _attention(address: int, *, is_flash: bool) -> Attention:
+    """Raises UnsupportedModel for scores that are more than a scaled and masked product of query and key."""
+    tensor = tensor_at(address)
+    scaling, max_bias, softcap = struct.unpack("<fff", bytes(tensor.op_params)[:12])
+    if is_flash:
+        query, key, mask, sinks = tensor.src[0], tensor.src[1], tensor.src[3], tensor.src[4]
+    else:
+        product = tensor_at(tensor.src[0])
+        query, key, mask, sinks, softcap = product.src[1], product.src[0], tensor.src[1], tensor.src[2], 0.0
+        if product.op != ggml()[2]["MUL_MAT"]:
+            raise UnsupportedModel("this model changes its attention scores before the softmax: use another model")
+    if max_bias or softcap or sinks or not mask or not math.isfinite(scaling):
+        raise UnsupportedModel(
+            f"this model's attention has more than a scale and a causal mask (ALiBi {max_bias}, softcap {softcap}, "
+            f"sinks {bool(sinks)}): use another model"
+        )
+    seen = read_tensor(mask)[0].float()
+    taken = read_tensor(query).float()
+    return Attention(taken, read_tensor(key), seen[: taken.shape[1]], scaling, address, is_flash)

@@ -1,0 +1,190 @@
+"""A GGUF model in llama.cpp behind the `Engine` protocol. Knows no policy and no compaction."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from llguidance import LLTokenizer
+from torch import Tensor
+
+from am_memory.engines.base import Message, ModelInfo, OnQuery, SessionCache, Tool
+from am_memory.engines.llama_cpp import support
+from am_memory.engines.llama_cpp.cache import CellCache
+from am_memory.engines.llama_cpp.capture import Attention
+from am_memory.engines.llama_cpp.decoder import Decoder
+from am_memory.engines.llama_cpp.library import TORCH_TYPES, captured_log, ggml_type, library, reason
+from am_memory.engines.llama_cpp.self_test import tested_model
+from am_memory.engines.llama_cpp.vocabulary import Vocabulary
+from am_memory.engines.templates import template_errors
+from am_memory.errors import InvalidInput, ModelNotFound
+from am_memory.models import file_fingerprint, gguf_path
+
+
+class LlamaCppEngine:
+    """Runs a GGUF model with the stock llama-cpp-python, over caches whose cells all heads share.
+
+    Args:
+        model: a .gguf file, "demo", or a `llama_cpp.Llama` made with any parameters; of that, the weights and the
+            settings are used, in a context of our own, which grows as it must.
+        kv_type: what keys and values are stored as: "f16", "f32", "bf16" or "q8_0". None: as the `Llama` has it, else
+            f16.
+        num_gpu_layers: offloaded to a GPU; -1 is all, where llama.cpp was built for one.
+        num_threads: None: as many as torch uses.
+        flash_attention: None: where llama.cpp can.
+
+    Raises:
+        ModelNotFound: there is no such file, or llama.cpp cannot read it.
+        UnsupportedModel: llama-cpp-python is not the pinned version, or the model's cache cannot be compacted.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        kv_type: str | None = None,
+        num_gpu_layers: int = -1,
+        num_threads: int | None = None,
+        flash_attention: bool | None = None,
+    ) -> None:
+        lib = library()
+        self._lib = lib
+        if isinstance(model, str | os.PathLike):
+            self._source: Any = _Weights(gguf_path(model), num_gpu_layers)
+            params = lib.llama_context_default_params()
+            params.type_k = params.type_v = ggml_type(kv_type or "f16")
+        else:
+            self._source = _UsersLlama(model)
+            params = self._source.params()
+        if kv_type is not None:
+            params.type_k = params.type_v = ggml_type(kv_type)
+        if flash_attention is not None:
+            params.flash_attn_type = int(flash_attention)
+        params.n_threads = params.n_threads_batch = num_threads or torch.get_num_threads()
+        handle = self._source.model
+        support.require_supported(handle)
+        self.vocabulary = Vocabulary(handle)
+        num_layers = lib.llama_model_n_layer(handle)
+        self._decoder = Decoder(self._source, params, num_layers)
+        self._model = tested_model(self._decoder, len(self.vocabulary), num_layers)
+        self.info = self._model_info(handle, self._source.path)
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str | os.PathLike[str], *, device: str | None = None, dtype: torch.dtype | None = None
+    ) -> LlamaCppEngine:
+        """As `Memory.from_pretrained` names things.
+
+        Args:
+            device: "cpu" leaves a GPU alone that llama.cpp was built for.
+            dtype: of keys and values.
+        """
+        kinds = {kind: name.lower() for name, kind in TORCH_TYPES.items()}
+        if dtype is not None and dtype not in kinds:
+            raise InvalidInput(
+                f"keys and values in {dtype} are none that llama.cpp keeps: {', '.join(map(str, kinds))}"
+            )
+        kv_type = None if dtype is None else kinds[dtype]
+        return cls(model, kv_type=kv_type, num_gpu_layers=0 if device == "cpu" else -1)
+
+    def _model_info(self, handle: Any, path: Path) -> ModelInfo:
+        digest = hashlib.sha256(f"llama.cpp {file_fingerprint(path)} {self._decoder.kv_types}".encode())
+        return ModelInfo(
+            name=path.stem,
+            fingerprint=digest.hexdigest()[:16],
+            vocab_size=len(self.vocabulary),
+            window_tokens=self._lib.llama_model_n_ctx_train(handle),
+            device=torch.device("cpu"),
+            eos_token_ids=self.vocabulary.eos_token_ids,
+        )
+
+    def new_cache(self) -> CellCache:
+        return CellCache(self._model)
+
+    def forward(
+        self, cache: SessionCache, token_ids: Sequence[int], *, num_logits: int = 0, on_query: OnQuery | None = None
+    ) -> Tensor:
+        if not isinstance(cache, CellCache):
+            raise InvalidInput(f"a {type(cache).__name__} is another engine's cache: make one with new_cache()")
+        if on_query is None:
+            return cache.read(token_ids, num_logits, None)
+        passes: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self._model.layers]
+
+        def take(layer: int, attention: Attention) -> None:
+            passes[layer].append((attention.grouped_query, attention.log_mass()))
+
+        logits = cache.read(token_ids, num_logits, take)
+        for layer, parts in enumerate(passes):
+            query, log_mass = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+            on_query(layer, query, log_mass)
+        return logits
+
+    def encode(self, text: str, *, add_special: bool = False) -> list[int]:
+        return self.vocabulary.encode(text, add_special=add_special)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special: bool = False) -> str:
+        return self.vocabulary.decode(token_ids, skip_special=skip_special)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.vocabulary.chat_template)
+
+    def render(
+        self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, add_generation_prompt: bool = False
+    ) -> str:
+        with template_errors(self.info.name, messages):
+            return self.vocabulary.render(messages, tools, add_generation_prompt)
+
+    def grammar_tokenizer(self) -> LLTokenizer:
+        return self.vocabulary.grammar_tokenizer()
+
+    def token_texts(self) -> dict[str, int]:
+        return self.vocabulary.token_texts()
+
+
+class _Weights:
+    """A model that llama.cpp loaded for us."""
+
+    def __init__(self, path: Path, num_gpu_layers: int) -> None:
+        self._lib = library()
+        params = self._lib.llama_model_default_params()
+        params.n_gpu_layers = num_gpu_layers
+        self.path = path
+        with captured_log() as lines:
+            self.model = self._lib.llama_model_load_from_file(os.fsencode(path), params)
+        if self.model is None:
+            raise ModelNotFound(f"{path} cannot be read by llama.cpp: {reason(lines)}")
+
+    def __del__(self) -> None:
+        if getattr(self, "model", None) is not None:
+            self._lib.llama_model_free(self.model)
+
+
+class _UsersLlama:
+    """A model that the user has loaded, kept alive."""
+
+    def __init__(self, llama: Any) -> None:
+        lib = library()
+        if not isinstance(llama, lib.Llama):
+            raise InvalidInput(f"{type(llama).__name__} is no model: give a .gguf file or a llama_cpp.Llama")
+        if llama.lora_path:
+            raise InvalidInput(
+                f"this Llama has a LoRA adapter ({llama.lora_path}), which belongs to its own context: merge it into "
+                "the weights, and load those"
+            )
+        if llama.context_params.embeddings or llama.model_params.vocab_only:
+            raise InvalidInput("this Llama was made for embeddings, or without weights: make one that generates text")
+        self._llama = llama
+        self.model = llama.model
+        self.path = Path(llama.model_path)
+
+    def params(self) -> Any:
+        """A copy of its context's parameters."""
+        params = library().llama_context_default_params()
+        ctypes.pointer(params)[0] = self._llama.context_params
+        return params

@@ -1,0 +1,94 @@
+"""Whether this llama.cpp, with this model, does what the engine relies on: tried at start, on a few tokens.
+
+Read and rebuilt, a state is the same bytes; queries and keys taken from the graph give the kernel's own attention; the
+keys of the state are those of the graph; a state with a cell left out goes in, and reading goes on behind it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from am_memory.engines.llama_cpp.cache import LayerShape, Model
+from am_memory.engines.llama_cpp.capture import Attention
+from am_memory.engines.llama_cpp.decoder import CellSequence, Decoder
+from am_memory.engines.llama_cpp.library import VERSION
+from am_memory.engines.llama_cpp.state import SequenceState
+from am_memory.errors import UnsupportedModel
+
+NUM_TOKENS = 8
+LEFT_OUT = 3
+TOLERANCE = 2e-2
+"""Of the RMS error of an attention's output or of logits, relative to their own RMS: all is in 16 bits, or less."""
+
+
+def tested_model(decoder: Decoder, vocab_size: int, num_layers: int) -> Model:
+    """What the layers of the model are, once all is as it must be.
+
+    Raises:
+        UnsupportedModel: something is not.
+    """
+    token_ids = [index * vocab_size // (NUM_TOKENS + 1) for index in range(1, NUM_TOKENS + 1)]
+    captured: list[Attention] = []
+    outputs: list[tuple[Tensor, Tensor]] = []
+
+    def take(_: int, attention: Attention) -> None:
+        captured.append(attention)
+        outputs.append((attention.expected(), attention.actual()))
+
+    sequence = CellSequence()
+    decoder.read(sequence, token_ids, 0, 0, 0, take)
+    state = decoder.take(sequence, NUM_TOKENS)
+    blob = sequence.blob
+    assert blob is not None
+    _require(np.array_equal(blob, state.pack()), "a state that was read and rebuilt is not the same bytes")
+    _require(len(captured) == len(state.keys) == num_layers, f"{len(captured)} attentions, {len(state.keys)} layers")
+    shapes = []
+    for index, (attention, (expected, actual)) in enumerate(zip(captured, outputs, strict=True)):
+        error = _relative_rms(actual, expected)
+        _require(error < TOLERANCE, f"layer {index}: attention from queries and keys is off by {error:.2g}")
+        shapes.append(_shape(attention, state, index))
+    _require_write(decoder, state, token_ids[-1])
+    return Model(decoder, tuple(shapes), state.take(slice(0, 1)))
+
+
+def _shape(attention: Attention, state: SequenceState, index: int) -> LayerShape:
+    num_heads, _, head_dim = attention.key.shape
+    key, value = state.keys[index], state.values[index]
+    held, computed = key.tensor(num_heads).float(), attention.key[:, :NUM_TOKENS].float()
+    is_same = held.shape == computed.shape and _relative_rms(held, computed) < TOLERANCE
+    _require(
+        is_same, f"layer {index}: the state's keys {tuple(held.shape)} are not the graph's {tuple(computed.shape)}"
+    )
+    width = value.tensor(num_heads).shape[-1]
+    _require(width == head_dim, f"layer {index}: keys have {head_dim} numbers a head, values {width}")
+    return LayerShape(num_heads, head_dim, attention.scaling, key.rows.shape[1] + value.rows.shape[1])
+
+
+def _require_write(decoder: Decoder, state: SequenceState, token_id: int) -> None:
+    """Put in states of the same cells, and of one fewer, in another order of positions; read on behind them."""
+
+    def logits(cells: SequenceState) -> Tensor:
+        return decoder.read(CellSequence(cells.pack()), [token_id], NUM_TOKENS, cells.num_cells, 1, None)
+
+    fewer = SequenceState.join([state.take(slice(0, LEFT_OUT)), state.take(slice(LEFT_OUT + 1, None))])
+    moved = fewer.at([*range(NUM_TOKENS - 2), NUM_TOKENS - 1])
+    whole, first, second = logits(state), logits(fewer), logits(moved)
+    error = _relative_rms(second, first)
+    _require(error < TOLERANCE, f"logits depend on where cells are said to stand (off by {error:.2g})")
+    _require(not torch.equal(whole, first), "a cell that was left out is still there")
+
+
+def _relative_rms(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).square().mean().sqrt() / expected.square().mean().sqrt().clamp_min(1e-12))
+
+
+def _require(is_so: bool, otherwise: Any) -> None:
+    if not is_so:
+        raise UnsupportedModel(
+            f"this llama.cpp does not do what the engine relies on: {otherwise}. It was written for llama-cpp-python "
+            f"{VERSION} and models of standard attention: use that version, another model, or engine='transformers'"
+        )

@@ -1,0 +1,97 @@
+"""A GGUF model's own tokenizer and chat template, as llama.cpp has them. Knows no cache and no session."""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+from llguidance import LLTokenizer
+
+from am_memory.engines.base import Message, Tool
+from am_memory.engines.llama_cpp.library import library
+from am_memory.engines.templates import render_template
+
+
+class Vocabulary:
+    """Text to tokens and back.
+
+    Args:
+        model: llama.cpp's; it must outlive this.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._lib = library()
+        self._model = model
+        self.handle = self._lib.llama_model_get_vocab(model)
+
+    def __len__(self) -> int:
+        return int(self._lib.llama_vocab_n_tokens(self.handle))
+
+    @cached_property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end a turn."""
+        return frozenset(index for index in range(len(self)) if self._lib.llama_vocab_is_eog(self.handle, index))
+
+    def encode(self, text: str, *, add_special: bool) -> list[int]:
+        data = text.encode("utf-8", "surrogatepass")
+        size = len(data) + 8  # a token for each byte, and what the model wants around them
+        tokens = (self._lib.llama_token * size)()
+        count = self._lib.llama_tokenize(self.handle, data, len(data), tokens, size, add_special, True)
+        assert 0 <= count <= size
+        return list(tokens[:count])
+
+    def decode(self, token_ids: Sequence[int], *, skip_special: bool) -> str:
+        tokens = (self._lib.llama_token * len(token_ids))(*token_ids)
+
+        def write(buffer: Any, size: int) -> int:
+            return int(
+                self._lib.llama_detokenize(
+                    self.handle, tokens, len(token_ids), buffer, size, skip_special, not skip_special
+                )
+            )
+
+        return _written(write, 16 * len(token_ids) + 16).decode("utf-8", "replace")
+
+    def text_of(self, token_id: int) -> str:
+        """A token as the vocabulary spells it; "" for none."""
+        text = self._lib.llama_vocab_get_text(self.handle, token_id) if token_id >= 0 else b""
+        return bytes(text or b"").decode("utf-8", "replace")
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        template = self._lib.llama_model_chat_template(self._model, None)
+        return None if template is None else bytes(template).decode("utf-8", "replace")
+
+    def render(self, messages: Sequence[Message], tools: Sequence[Tool] | None, add_generation_prompt: bool) -> str:
+        """The messages as the chat template writes them; there must be one."""
+        special = {
+            "bos_token": self.text_of(self._lib.llama_vocab_bos(self.handle)),
+            "eos_token": self.text_of(self._lib.llama_vocab_eos(self.handle)),
+        }
+        return render_template(self.chat_template or "", messages, tools, add_generation_prompt, special)
+
+    def grammar_tokenizer(self) -> LLTokenizer:
+        """For grammars: the tokens as bytes, and what ends a turn."""
+        from llguidance.llamacpp import lltokenizer_from_vocab
+
+        with warnings.catch_warnings():  # it calls a function of llama.cpp that has another name now, for every token
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return lltokenizer_from_vocab(self.handle, eos_token=sorted(self.eos_token_ids))
+
+    def token_texts(self) -> dict[str, int]:
+        """Every token that is text, as it is spelled."""
+        return {self.text_of(index): index for index in range(len(self))}
+
+
+def _written(write: Callable[[Any, int], int], size: int) -> bytes:
+    """What one of llama.cpp's functions writes into a buffer; a negative result asks for a larger one."""
+    for _ in range(2):
+        buffer = ctypes.create_string_buffer(size)
+        count = write(buffer, size)
+        if count >= 0:
+            return buffer.raw[:count]
+        size = -count
+    raise AssertionError(f"llama.cpp asked for {size} bytes twice")

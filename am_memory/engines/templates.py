@@ -1,0 +1,46 @@
+"""Chat templates: rendering one without a tokenizer of transformers, and what to say when one does not render."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from am_memory.engines.base import Message, Tool
+from am_memory.errors import InvalidInput
+
+
+def render_template(
+    template: str,
+    messages: Sequence[Message],
+    tools: Sequence[Tool] | None,
+    add_generation_prompt: bool,
+    special_tokens: Mapping[str, str],
+) -> str:
+    """What transformers' own `apply_chat_template` writes with this template."""
+    told = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    options: dict[str, Any] = {
+        "conversations": [told],
+        "tools": [dict(tool) for tool in tools] if tools else None,
+        "chat_template": template,
+        "add_generation_prompt": add_generation_prompt,
+        **special_tokens,
+    }
+    rendered, _ = cast("tuple[list[str], object]", render_jinja_template(**options))
+    return rendered[0]
+
+
+@contextmanager
+def template_errors(model_name: str, messages: Sequence[Message]) -> Iterator[None]:
+    """What a template raises, as InvalidInput that says which messages it was given."""
+    try:
+        yield
+    except (TemplateError, TypeError) as error:
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        raise InvalidInput(
+            f"the chat template of {model_name} does not take messages of roles {roles}: {error}; see which "
+            "roles, in which order, and what content it takes"
+        ) from error

@@ -1,0 +1,169 @@
+"""The llama.cpp engine: a long text in few cells, and what capturing, compacting and moving states cost.
+
+    python benchmarks/llama_engine.py long  --model MODEL     12,288 tokens with a limit of 768 cells
+    python benchmarks/llama_engine.py speed --model MODEL     decoding before and after a compaction, and its costs
+
+The long text is English prose that comes with Python, `pydoc_data.topics`. For recall and KL there is `recall.py
+--engine llama_cpp`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pydoc_data.topics import topics
+
+import llama_cpp
+import torch
+from common import machine, table
+from torch import Tensor
+
+from am_memory import Memory, MemoryPolicy, Session
+from am_memory.engines.llama_cpp import LlamaCppEngine
+from am_memory.engines.llama_cpp.decoder import Decoder
+from am_memory.models import gguf_path
+
+NUM_TOKENS, NUM_JUDGED, NUM_CELLS, STEP = 12_288, 2_048, 768, 64
+SINKS = 4
+LONG = MemoryPolicy(trigger_tokens=NUM_CELLS, keep_ratio=0.1, pinned=SINKS)
+SCHEMES = {"AM": {}, "AM, no bias": {"fit": "values"}, "eviction per head": {"fit": "nothing"}}
+
+
+def text_tokens(memory: Memory) -> list[int]:
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    return memory.tokenize(text[: 8 * NUM_TOKENS])[:NUM_TOKENS]
+
+
+def nll(logits: Tensor, token_ids: list[int]) -> Tensor:
+    return -logits.log_softmax(-1)[torch.arange(len(token_ids)), torch.tensor(token_ids)]
+
+
+def streamed(session: Session, token_ids: list[int]) -> float:
+    """Mean over the last tokens, each predicted before it is read."""
+    first = len(token_ids) - NUM_JUDGED
+    session.append(token_ids[:first])
+    losses = []
+    for start in range(first, len(token_ids), STEP):
+        chunk = token_ids[start : start + STEP]
+        losses.append(nll(session.logits(chunk), chunk))
+        session.append(chunk)
+    return float(torch.cat(losses).mean())
+
+
+def windowed(memory: Memory, token_ids: list[int]) -> float:
+    """The same with the first tokens and as many of the last ones as there are cells, read anew for each step."""
+    losses = []
+    for start in range(len(token_ids) - NUM_JUDGED, len(token_ids), STEP):
+        session, chunk = memory.scratch(), token_ids[start : start + STEP]
+        session.append([*token_ids[:SINKS], *token_ids[start - NUM_CELLS + SINKS : start]])
+        losses.append(nll(session.logits(chunk), chunk))
+    return float(torch.cat(losses).mean())
+
+
+def long(memory: Memory) -> None:
+    token_ids, rows = text_tokens(memory), []
+    for name, options in SCHEMES.items():
+        session = memory.session(name, policy=MemoryPolicy(**{**dict(LONG), **options}))
+        started = time.perf_counter()
+        loss = streamed(session, token_ids)
+        seconds = time.perf_counter() - started
+        layers = session._context.cache.state().layers
+        compact = max(float(layer.slots.value.abs().max()) for layer in layers)
+        exact = max(float(layer.buffer.value.abs().max()) for layer in layers)
+        stats = session.stats
+        rows.append(
+            (name, f"{loss:.3f}", stats.num_compactions, f"{stats.kv_tokens:.0f}", f"{compact:.1f}", f"{exact:.1f}")
+        )
+        print(*rows[-1], f"{seconds:.0f} s", flush=True)
+        memory.delete(name)
+    rows.append((f"window of {NUM_CELLS}, sinks", f"{windowed(memory, token_ids):.3f}", 0, NUM_CELLS, "", ""))
+    header = ("scheme", f"NLL of the last {NUM_JUDGED}", "compactions", "cells", "largest value, compact", "exact")
+    print(table(header, rows))
+
+
+def decode_rate(step: Callable[[], object], num_tokens: int) -> float:
+    """Tokens a second, median of three."""
+    rates = []
+    for _ in range(3):
+        started = time.perf_counter()
+        for _ in range(num_tokens):
+            step()
+        rates.append(num_tokens / (time.perf_counter() - started))
+    return statistics.median(rates)
+
+
+@contextmanager
+def timed(name: str) -> Iterator[list[float]]:
+    """Seconds of each call of a method of the decoder."""
+    method, seconds = getattr(Decoder, name), []
+
+    def call(*args: object) -> object:
+        started = time.perf_counter()
+        try:
+            return method(*args)
+        finally:
+            seconds.append(time.perf_counter() - started)
+
+    setattr(Decoder, name, call)
+    try:
+        yield seconds
+    finally:
+        setattr(Decoder, name, method)
+
+
+def speed(memory: Memory, model: str, num_tokens: int = 48) -> None:
+    token_ids = text_tokens(memory)[:1500]
+    stock = llama_cpp.Llama(
+        str(gguf_path(model)), n_ctx=2048, flash_attn=True, verbose=False, n_threads=torch.get_num_threads(),
+        n_threads_batch=torch.get_num_threads(),
+    )  # fmt: skip
+    started = time.perf_counter()
+    stock.eval(token_ids)
+    reading = len(token_ids) / (time.perf_counter() - started)
+    rows = [("reading 1,500 tokens: llama_cpp.Llama", f"{reading:.0f} tokens/s", "1.00x")]
+    session = memory.session("speed")
+    started = time.perf_counter()
+    session.append(token_ids)
+    ours = len(token_ids) / (time.perf_counter() - started)
+    rows.append(("ours", f"{ours:.0f} tokens/s", f"{ours / reading:.2f}x"))
+    base = decode_rate(lambda: stock.eval([token_ids[0]]), num_tokens)
+    rows.append(("decoding behind 1,500 tokens: llama_cpp.Llama", f"{base:.1f} tokens/s", "1.00x"))
+
+    def decoding(name: str, session: Session, **options: object) -> None:
+        cache = session._context.cache
+        rate = decode_rate(lambda: memory.engine.forward(cache, token_ids[:1], num_logits=1, **options), num_tokens)
+        rows.append((name, f"{rate:.1f} tokens/s", f"{rate / base:.2f}x"))
+
+    decoding("ours", session.fork())
+    decoding("ours, queries captured", session.fork(), on_query=lambda *_: None)
+    with timed("_write_out") as out, timed("_put_in") as put:
+        report = session.compact(1000 / 1496)
+        session.logits([token_ids[0]])
+    decoding(f"ours, 1,000 of them in {report.num_slots:.0f} cells", session.fork())
+    for name, seconds in (
+        ("compacting 1,000 tokens", report.seconds + sum(put)),
+        ("repeat pass", report.query_seconds),
+        ("scores, state out among them", report.score_seconds),
+        ("fit and new state", report.fit_seconds),
+        ("state out", sum(out)),
+        ("state in", sum(put)),
+    ):
+        rows.append((name, f"{seconds:.3f} s", f"{seconds * reading / 1000:.2f}x the reading"))
+    print(table(("what", "", ""), rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", choices=["long", "speed"])
+    parser.add_argument("--model", default="demo")
+    args = parser.parse_args()
+    memory = Memory(LlamaCppEngine(args.model), MemoryPolicy(trigger_tokens=8192, pinned=SINKS))
+    long(memory) if args.mode == "long" else speed(memory, args.model)
+    print(f"\n{args.model}; {machine()}, llama-cpp-python {llama_cpp.__version__}")
+
+
+if __name__ == "__main__":
+    main()

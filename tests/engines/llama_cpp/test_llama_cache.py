@@ -1,0 +1,368 @@
+"""Sessions over cells that all heads share: compacted, forked, rewound, saved, and several in one context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from am_memory import Memory, MemoryPolicy, Session
+from am_memory.cache import PINNED_RANK, TailState
+from am_memory.engines.llama_cpp import LlamaCppEngine
+from am_memory.engines.transformers import TransformersEngine
+from am_memory.errors import CompactionFailed, CorruptSession, EngineFailed, InvalidPolicy, UnsupportedOperation
+from am_memory.events import CompactionFinished, Event
+
+POLICY = MemoryPolicy(trigger_tokens=120, keep_ratio=0.25, pinned=4, keep_recent=8)
+TEXT = "An owl is a bird that hunts at night, and sleeps by day. It hears a mouse under the snow, and flies without a sound. "
+PROBE = "Owls"
+NewSession = Callable[..., Session]
+
+
+@pytest.fixture
+def memory(llama: LlamaCppEngine, tmp_path: Path) -> Memory:
+    return Memory(llama, POLICY, store=tmp_path)
+
+
+@pytest.fixture
+def new_session(memory: Memory) -> NewSession:
+    """A session of 100 tokens, below the trigger; keywords change the policy."""
+
+    def build(text: str = TEXT[:100], **changes: object) -> Session:
+        session = memory.session(policy=MemoryPolicy(**{**dict(POLICY), **changes}))
+        session.append(text)
+        return session
+
+    return build
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+# Compaction
+
+
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+def test_compacting_to_full_size_changes_nothing(new_session: NewSession, fraction: float) -> None:
+    session = new_session(keep_ratio=1.0, trigger_tokens=300, max_compact_tokens=100)
+    before = session.logits(PROBE)
+    session.compact(fraction)
+    assert session.stats.num_segments == 1
+    assert_same(session.logits(PROBE), before)
+
+
+def test_a_fit_of_nothing_is_the_same_cells(new_session: NewSession) -> None:
+    """Eviction: a fork that keeps the same keys, values and biases as they are has an exact reference in transformers."""
+    session = new_session(keep_ratio=1.0, trigger_tokens=300, max_compact_tokens=100, fit="nothing")
+    before = session.logits(PROBE)
+    session.compact(0.7)
+    assert_same(session.logits(PROBE), before)
+
+
+def test_every_head_has_a_slot_in_every_cell(new_session: NewSession) -> None:
+    session = new_session()
+    report = session.compact(0.5)
+    content = session._context.cache.state()
+    (num_cells,) = content.segment_cells
+    assert num_cells == int(report.num_slots) == content.base_cells - 4
+    for layer in content.layers:
+        assert layer.slots is not None
+        assert layer.slots.cu_slots == (0, num_cells + 4, 2 * (num_cells + 4))
+        assert layer.slots.ranks[: num_cells + 4].tolist() == [PINNED_RANK] * 4 + list(range(5, 6 * num_cells, 6))
+        assert not layer.slots.bias.any()
+
+
+def test_the_cache_takes_the_cells_that_it_says(new_session: NewSession, llama: LlamaCppEngine) -> None:
+    session = new_session()
+    before = session.stats
+    session.compact(0.5)
+    stats, cell_bytes = session.stats, 3 * 2 * 2 * 16 * 4  # layers, keys and values, heads, head_dim, float32
+    assert stats.kv_bytes == stats.kv_tokens * cell_bytes < before.kv_bytes == before.kv_tokens * cell_bytes
+    assert session._context.cache.state().sequence.blob.nbytes < stats.kv_bytes + 20 * stats.kv_tokens + 300
+    assert stats.exact_kv_bytes == 99 * cell_bytes
+
+
+def test_pinned_and_recent_cells_stay_as_they_are(new_session: NewSession) -> None:
+    session = new_session()
+    old = session._context.cache.state().cells
+    session.compact(0.5)
+    content = session._context.cache.state()
+    new, tail = content.cells, content.num_tail_tokens
+    for before, after in zip((*old.keys, *old.values), (*new.keys, *new.values), strict=True):
+        assert (before.rows[:4] == after.rows[:4]).all()
+        assert (before.rows[-tail:] == after.rows[-tail:]).all()
+
+
+def test_the_fit_is_nearer_than_eviction(new_session: NewSession) -> None:
+    """Keys with their biases in them, and values fitted to what these keys do, are worth their while."""
+    session = new_session(pinned=0)
+    exact = session.logits(TEXT[100:]).log_softmax(-1)
+    errors = []
+    for fit in ("bias_and_values", "nothing"):
+        branch = session.fork(policy=MemoryPolicy(**{**dict(POLICY), "fit": fit, "keep_ratio": 0.1}))
+        branch.compact(1.0)
+        errors.append((branch.logits(TEXT[100:]).log_softmax(-1) - exact).square().mean())
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_a_conversation_without_an_end_stays_below_the_trigger(new_session: NewSession) -> None:
+    session = new_session()
+    for _ in range(8):
+        session.append(TEXT)
+        assert session.stats.kv_tokens <= 120
+    assert session.stats.num_compactions > 10
+    assert session.logits(PROBE).isfinite().all()
+
+
+def test_older_segments_shrink_by_whole_cells(new_session: NewSession) -> None:
+    """All heads are cut at one rank, and the cells behind it are free."""
+    session = new_session(max_compact_tokens=16)
+    sizes = []
+    for _ in range(4):
+        session.append(TEXT)
+        sizes.append(session._context.cache.state().segment_cells)
+    assert sum(sizes[-1]) <= 16
+    assert all(later <= earlier for earlier, later in zip(sizes[0], sizes[-1], strict=False))
+
+
+def test_cutting_depends_on_the_size_alone(new_session: NewSession) -> None:
+    """A segment born with 20 cells and cut to 10 holds what it would hold had it been born with 10, before any fit."""
+    cells = []
+    for ratio in (0.2, 0.4):
+        session = new_session(keep_ratio=ratio, fit="nothing", trigger_tokens=300, max_compact_tokens=60)
+        session.compact(0.5)
+        content = session._context.cache.state()
+        cells.append(content.cells.take(slice(4, 4 + 8)))
+    for few, many in zip(cells[0].keys, cells[1].keys, strict=True):
+        assert (few.rows == many.rows).all()
+
+
+def test_everything_can_be_compacted_again_and_again(new_session: NewSession) -> None:
+    session = new_session(recompaction="refit")
+    for _ in range(4):
+        session.append(TEXT)
+    assert (session.stats.num_segments, session.stats.kv_tokens <= 120) == (1, True)
+    assert session.logits(PROBE).isfinite().all()
+
+
+def test_live_queries_need_no_pass_of_their_own(new_session: NewSession) -> None:
+    session = new_session(reference_queries=("live",))
+    session.append(TEXT)
+    assert session.stats.num_compactions > 0
+    assert session.logits(PROBE).isfinite().all()
+
+
+def test_heads_without_a_constant_direction_are_reported(
+    llama: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from am_memory.solver import fold
+
+    heard: list[Event] = []
+    memory = Memory(llama, POLICY, on_event=heard.append)
+    for limit, expected in ((10.0, 0), (-1.0, 6)):
+        monkeypatch.setattr(fold, "MAX_FOLD_ERROR", limit)
+        monkeypatch.setattr("am_memory.compaction.MAX_FOLD_ERROR", limit)
+        session = memory.session()
+        session.append(TEXT[:100])
+        session.compact(0.5)
+        finished = [event for event in heard if isinstance(event, CompactionFinished)]
+        assert finished[-1].report.num_unbiased_heads == expected
+
+
+def test_heads_cannot_differ_in_their_slots(llama: LlamaCppEngine) -> None:
+    memory = Memory(llama, MemoryPolicy(trigger_tokens=120, keep_ratio=0.25, keep_recent=8, head_budget="adaptive"))
+    with pytest.raises(InvalidPolicy, match="head_budget 'adaptive' needs a cache whose heads can differ"):
+        memory.session()
+
+
+def test_generate_of_transformers_is_refused(memory: Memory) -> None:
+    with pytest.raises(UnsupportedOperation, match=r"CellCache cannot go into generate\(\) of transformers"):
+        memory.cache()
+
+
+# Nothing changes on failure
+
+
+def test_a_failed_compaction_changes_nothing(new_session: NewSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = new_session()
+    before, stats = session.logits(PROBE), session.stats
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("am_memory.compaction.fit", fail)
+    with pytest.raises(CompactionFailed, match="out of memory"):
+        session.compact(0.5)
+    monkeypatch.undo()
+    assert session.stats == stats
+    assert torch.equal(session.logits(PROBE), before)
+
+
+def test_a_state_that_llama_cpp_does_not_take_changes_nothing(
+    new_session: NewSession, llama: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It erases what the context held before: that must be out by then."""
+    session = new_session()
+    before, stats = session.logits(PROBE), session.stats
+    monkeypatch.setattr(llama._decoder._lib, "llama_state_seq_set_data", lambda *_: 0)
+    with pytest.raises(EngineFailed, match="did not take a state of"):
+        session.append(TEXT)
+    monkeypatch.undo()
+    assert session.stats == stats
+    assert torch.equal(session.logits(PROBE), before)
+
+
+def test_a_pass_that_llama_cpp_refuses_changes_nothing(
+    new_session: NewSession, llama: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = new_session()
+    before = session.logits(PROBE)
+    monkeypatch.setattr(llama._decoder._lib, "llama_decode", lambda *_: -3)
+    with pytest.raises(EngineFailed, match=r"could not read .* \(status -3\)"):
+        session.append("x")
+    monkeypatch.undo()
+    assert torch.equal(session.logits(PROBE), before)
+
+
+# Forks, rewinds, files
+
+
+def test_sessions_take_turns_in_one_context(new_session: NewSession) -> None:
+    alone = [new_session(text) for text in (TEXT[:80], TEXT[20:110])]
+    expected = []
+    for session in alone:
+        session.append(" It is white.")
+        expected.append(session.logits(PROBE))
+    first, second = new_session(TEXT[:80]), new_session(TEXT[20:110])
+    for character in " It is white.":
+        first.append(character)
+        second.append(character)
+    assert_same(first.logits(PROBE), expected[0])
+    assert_same(second.logits(PROBE), expected[1])
+
+
+def test_a_fork_goes_its_own_way(new_session: NewSession) -> None:
+    session = new_session()
+    branch = session.fork()
+    before = session.logits(PROBE)
+    branch.append(" Cats do not.")
+    expected = branch.logits(PROBE)
+    session.append(" Dogs do.")
+    assert_same(branch.logits(PROBE), expected)
+    for each in (session, branch):
+        each.rewind(100)
+        assert_same(each.logits(PROBE), before)
+
+
+def test_a_fork_that_goes_on_first_copies_nothing(new_session: NewSession) -> None:
+    """This is how threads go on: the branch that they leave is hardly ever read again."""
+    session = new_session()
+    branch = session.fork()
+    branch.append(" Cats do not.")
+    assert branch._context.cache.state().sequence is session._context.cache.state().sequence
+    session.append(" Dogs do.")
+    assert branch._context.cache.state().sequence is not session._context.cache.state().sequence
+
+
+def test_a_fork_that_is_rewound_leaves_the_other_alone(new_session: NewSession) -> None:
+    session = new_session()
+    before = session.logits(PROBE)
+    branch = session.fork()
+    branch.rewind(60)
+    branch.append(" Cats do not.")
+    assert_same(session.logits(PROBE), before)
+
+
+def test_a_fork_of_a_compacted_session_is_compacted(new_session: NewSession) -> None:
+    session = new_session()
+    session.compact(0.5)
+    before = session.logits(PROBE)
+    branch = session.fork()
+    branch.compact(1.0)
+    assert_same(session.logits(PROBE), before)
+    assert branch.stats.kv_tokens < session.stats.kv_tokens
+
+
+def test_rewinding_into_a_segment_reads_again(new_session: NewSession) -> None:
+    session = new_session()
+    expected = new_session(TEXT[:30]).logits(PROBE)
+    session.compact(0.5)
+    session.rewind(30)
+    assert_same(session.logits(PROBE), expected)
+
+
+def test_rewinding_behind_a_segment_drops_cells(new_session: NewSession) -> None:
+    session = new_session()
+    session.compact(0.5)
+    assert session.can_rewind(90) is False  # the compaction came later
+    session.append("and so on")
+    before = session.logits(PROBE)
+    session.append(" and on")
+    session.rewind(109)
+    assert_same(session.logits(PROBE), before)
+
+
+@pytest.mark.parametrize("fraction", [None, 0.5, 1.0])
+def test_a_saved_session_goes_on_as_it_was(
+    new_session: NewSession, llama: LlamaCppEngine, memory: Memory, fraction: float | None
+) -> None:
+    session = new_session()
+    if fraction is not None:
+        session.compact(fraction)
+    session.save()
+    loaded = Memory(llama, POLICY, store=memory.store).session(session.name)
+    assert loaded.stats == session.stats
+    assert torch.equal(loaded.logits(PROBE), session.logits(PROBE))
+    for each in (loaded, session):
+        each.append(TEXT)
+    assert_same(loaded.logits(PROBE), session.logits(PROBE))
+
+
+def test_an_empty_session_is_saved(memory: Memory, llama: LlamaCppEngine) -> None:
+    session = memory.session("empty")
+    session.save()
+    again = Memory(llama, POLICY, store=memory.store).session("empty")
+    again.append(TEXT[:50])
+    session.append(TEXT[:50])
+    assert torch.equal(again.logits(PROBE), session.logits(PROBE))
+
+
+def test_a_cache_of_ragged_heads_is_not_taken(llama: LlamaCppEngine, engine: TransformersEngine) -> None:
+    session = Memory(engine, POLICY).session()
+    session.append(TEXT[:100])
+    session.compact(0.5)
+    state = session._context.cache.state()
+    assert any(isinstance(layer, TailState) for layer in state.layers)
+    with pytest.raises(CorruptSession, match="whose heads differ in their slots"):
+        llama.new_cache().restore(state)
+
+
+def test_the_context_grows_when_it_must(llama: LlamaCppEngine) -> None:
+    memory = Memory(llama, MemoryPolicy(trigger_tokens=4000))
+    session = memory.session()
+    session.append(TEXT[:100])
+    before = session.logits(PROBE)
+    branch = session.fork()
+    branch.append(TEXT * 20)
+    assert llama._decoder._num_cells > 2000
+    branch.rewind(100)
+    assert_same(branch.logits(PROBE), before)
+    assert_same(session.logits(PROBE), before)
+
+
+def test_a_session_that_is_gone_is_not_written_out(
+    new_session: NewSession, llama: LlamaCppEngine, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = memory.scratch()
+    scratch.append(TEXT[:50])
+    other, written = new_session(), []
+    scratch.append("x")
+    write_out = llama._decoder._write_out
+    monkeypatch.setattr(llama._decoder, "_write_out", lambda: written.append(1) or write_out())
+    del scratch
+    other.append("y")
+    assert not written

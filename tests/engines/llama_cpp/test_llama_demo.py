@@ -1,0 +1,95 @@
+"""The bundled model, quantised as its file has it: the same tokens and templates as elsewhere, and a memory that works."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from llama_cpp import Llama
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from am_memory import Memory, MemoryPolicy
+from am_memory.constraints import json_schema
+from am_memory.demo import prose
+from am_memory.models import demo_model_path
+
+pytestmark = pytest.mark.model
+
+ROOT = Path(__file__).parents[3]
+POLICY = MemoryPolicy(trigger_tokens=400, keep_ratio=0.25)
+
+
+@pytest.fixture(scope="module")
+def memory() -> Memory:
+    return Memory.from_pretrained("demo", engine="llama_cpp", policy=POLICY)
+
+
+def test_tokens_are_those_of_transformers(
+    memory: Memory, demo: tuple[PreTrainedModel, PreTrainedTokenizerBase]
+) -> None:
+    """On prose, code, digits, marks, scripts and the text of special tokens."""
+    files = ["README.md", "am_memory/compaction.py", "pyproject.toml"]
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in files]
+    texts += ["<|im_start|>user\n1234 567,89<|im_end|>\n", "Grüße  \n\n\t\u2603 \U0001f989 你好 مرحبا", " a", "a ", ""]
+    for text in texts:
+        token_ids = demo[1](text, add_special_tokens=False)["input_ids"]
+        assert memory.engine.encode(text) == token_ids
+        for skip in (False, True):
+            assert memory.engine.decode(token_ids, skip_special=skip) == demo[1].decode(
+                token_ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False
+            )
+
+
+def test_the_template_writes_what_transformers_writes(
+    memory: Memory, demo: tuple[PreTrainedModel, PreTrainedTokenizerBase]
+) -> None:
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    for told in (messages, messages[:1], [{"role": "system", "content": "Be brief."}, *messages]):
+        for opens in (False, True):
+            expected = demo[1].apply_chat_template(told, tokenize=False, add_generation_prompt=opens)
+            assert memory.engine.render(told, add_generation_prompt=opens) == expected
+
+
+def test_a_session_says_what_llama_cpp_says(memory: Memory) -> None:
+    text = "The owl is a bird of prey that hunts at night. It"
+    token_ids = memory.tokenize(text)
+    session = memory.scratch()
+    session.append(token_ids)
+    said = [piece.token_ids[0] for piece in session.generate(max_new_tokens=24)]
+    threads = torch.get_num_threads()
+    stock = Llama(str(demo_model_path()), n_ctx=256, flash_attn=True, verbose=False, n_threads=threads, logits_all=True)
+    stock.eval(token_ids)
+    for token_id in said:
+        assert int(stock.scores[stock.n_tokens - 1].argmax()) == token_id
+        stock.eval([token_id])
+
+
+def test_the_fit_is_nearer_than_eviction(memory: Memory) -> None:
+    """Asked for the text once more, with biases in the keys; every head has a direction that its queries share."""
+    text = " ".join(prose(random.Random(0), 10))
+    full = memory.scratch()
+    full.append(text)
+    repeated = f"\n\nOnce more: {text[:400]}"
+    exact = full.logits(repeated).log_softmax(-1)
+    divergence = []
+    for fit in ("bias_and_values", "nothing"):
+        branch = full.fork(policy=MemoryPolicy(**{**dict(POLICY), "fit": fit}))
+        assert branch.compact(1.0).num_unbiased_heads == 0
+        divergence.append((exact.exp() * (exact - branch.logits(repeated).log_softmax(-1))).sum(-1).mean())
+    assert divergence[0] < 0.95 * divergence[1]
+
+
+def test_answers_can_be_constrained(memory: Memory) -> None:
+    session = memory.scratch()
+    session.append([{"role": "user", "content": "Give an owl's name and age as JSON."}])
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+        "required": ["name", "age"],
+    }
+    pieces = list(session.generate(48, constraint=json_schema(memory.engine, schema)))
+    assert pieces[-1].finish_reason == "stop"
+    assert json.loads("".join(piece.text for piece in pieces)).keys() == {"name", "age"}
