@@ -100,7 +100,7 @@ def test_answers_are_written_in_turn(new_server: NewServer) -> None:
         client, seen = server.client(), []
 
         def long() -> None:
-            for _ in ask(client, "write a long answer", max_tokens=400, stream=True):
+            for _ in ask(client, "tell me everything", max_tokens=400, stream=True):
                 seen.append("long")
 
         thread = threading.Thread(target=long)
@@ -125,7 +125,7 @@ def test_many_at_once_get_the_answers_that_they_get_alone(new_server: NewServer)
 def test_too_many_requests_are_told_to_come_back(new_server: NewServer) -> None:
     with new_server(max_active=1, max_queued=1) as server:
         client = server.client()
-        streams = [ask(client, "one", max_tokens=2000, stream=True)]
+        streams = [ask(client, "tell me everything", max_tokens=2000, stream=True)]
         waiting = threading.Thread(target=lambda: streams.append(ask(client, "two", max_tokens=4, stream=True)))
         waiting.start()
         until(lambda: server.service.scheduler.num_waiting == 1)
@@ -139,12 +139,12 @@ def test_too_many_requests_are_told_to_come_back(new_server: NewServer) -> None:
 def test_a_client_that_goes_away_stops_its_answer(new_server: NewServer) -> None:
     with new_server() as server:
         scheduler, client = server.service.scheduler, server.client()
-        stream = ask(client, "go on for ever", max_tokens=16000, stream=True)
+        stream = ask(client, "tell me everything", max_tokens=16000, stream=True)
         next(iter(stream))
         stream.close()
         until(lambda: scheduler.num_active == 0)
         with pytest.raises(openai.APITimeoutError):
-            ask(client.with_options(timeout=0.5), "go on for ever", max_tokens=16000)
+            ask(client.with_options(timeout=0.5), "tell me everything", max_tokens=16000)
         until(lambda: scheduler.num_active == 0)
         with server.http() as http:
             metrics = http.get("/metrics").text
