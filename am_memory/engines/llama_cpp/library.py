@@ -53,8 +53,9 @@ def library() -> ModuleType:
 
     if logger.level == logging.NOTSET:  # nobody has asked for more
         set_verbose(False)
-    llama_cpp.llama_backend_init()
-    return llama_cpp
+    module: ModuleType = llama_cpp
+    module.llama_backend_init()
+    return module
 
 
 class GGMLTensor(ctypes.Structure):
