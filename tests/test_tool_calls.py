@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from am_memory import Memory, MemoryPolicy, Sampling
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidInput
+from am_memory.history import IS_TOOL_RESULT
 from am_memory.tool_calls import (
     InvalidCall,
     ParsedAnswer,
@@ -259,7 +260,7 @@ def test_a_call_is_told_as_the_model_wrote_it(engine: TransformersEngine) -> Non
 def test_results_in_a_row_are_one_message_of_the_user(engine: TransformersEngine) -> None:
     messages, _ = prepare(engine, [USER, CALLING, RESULT, {**RESULT, "content": "Aye."}])
     content = "<tool_response>\nAhoy.\n</tool_response>\n<tool_response>\nAye.\n</tool_response>"
-    assert messages[2:] == [{"role": "user", "content": content}]
+    assert messages[2:] == [{"role": "user", "content": content, IS_TOOL_RESULT: True}]
 
 
 def test_a_result_may_be_text_parts(engine: TransformersEngine) -> None:
