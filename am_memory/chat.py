@@ -22,6 +22,7 @@ from am_memory.tool_calls import (
     InvalidCall,
     ParsedCall,
     ToolCallStream,
+    ToolFormat,
     answer_text,
     no_call_constraint,
     tool_call_constraint,
@@ -122,14 +123,15 @@ class ChatAnswer:
         engine = threads.memory.engine
         self.request = request
         self.sampling = request.sampling or threads.memory.sampling
-        self.constraint = _constraint(engine, request)
+        format = tool_format(engine) if request.tools else None
+        self.constraint = _constraint(engine, request, format)
         self.content = ""
         self.tool_calls: list[ToolCall] = []
         self.finish_reason: FinishReason | None = None
         self.num_tokens = 0
         self._threads = threads
         self._turn: Turn | None = None
-        self._format = tool_format(engine) if request.tools and request.tool_choice != "none" else None
+        self._format = None if request.tool_choice == "none" else format
         if self._format is not None:
             self._calls = ToolCallStream(self._format)
             self._text = answer_text(engine, self._format, self.sampling.stop)
@@ -224,21 +226,26 @@ class ChatAnswer:
         self.turn.keep(self.message)
 
 
-def _constraint(engine: Engine, request: ChatRequest) -> Constraint | None:
-    """What was asked for, as a grammar; a forced call goes before the form of the answer."""
+def _constraint(engine: Engine, request: ChatRequest, format: ToolFormat | None) -> Constraint | None:
+    """What was asked for, as a grammar; a forced call goes before the form of the answer.
+
+    Args:
+        format: of the model's calls; None where there are no tools.
+    """
     tools = request.tools
     if request.tool_choice not in (None, "auto", "none"):
         name = None if request.tool_choice == "required" else request.tool_choice
         names = [tool_name(tool) for tool in tools]
-        if not tools or name not in (None, *names):
+        if format is None or name not in (None, *names):
             raise InvalidInput(
                 f"tool_choice {request.tool_choice!r} is none of the tools: {', '.join(names) or 'there are none'}"
             )
-        return tool_call_constraint(engine, tools, tool_format(engine), name=name, parallel=request.parallel_calls)
+        return tool_call_constraint(engine, tools, format, name=name, parallel=request.parallel_calls)
     match request.response_format:
         case None | {"type": "text"}:
-            is_forbidden = bool(tools) and request.tool_choice == "none"
-            return no_call_constraint(engine, tool_format(engine)) if is_forbidden else None
+            if format is None or request.tool_choice != "none":
+                return None
+            return no_call_constraint(engine, format)
         case {"type": "json_object"}:
             return json_schema(engine, {"type": "object"})
         case {"type": "json_schema", "json_schema": {"schema": schema}}:

@@ -8,12 +8,12 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from am_memory.errors import CompactionFailed, InvalidInput
-from am_memory.session import Session
+from am_memory.session import Session, Stats
 from am_memory.threads import Branch
 from am_memory_server.access import Owner
 from am_memory_server.chat_completions import checked_name, thread_of
 from am_memory_server.errors import ApiError
-from am_memory_server.memory_view import CompactionView, MemoryView, SizesView, view
+from am_memory_server.memory_view import CompactionView, MemoryView, view
 from am_memory_server.service import Compactions, Service, last_used, report_dict
 
 router = APIRouter(prefix="/v1/memory/sessions", tags=["Memory"])
@@ -25,7 +25,7 @@ class SessionEntry(BaseModel):
     id: str
     object: Literal["memory.session"] = "memory.session"
     num_branches: int
-    stats: SizesView | None
+    stats: Stats | None
 
 
 class SessionList(BaseModel):
@@ -67,7 +67,7 @@ class Conversations:
     def _entry(self, thread: str, id: str) -> SessionEntry:
         branches = self.threads.branches(thread)
         newest = max(branches, key=last_used, default=None)
-        stats = SizesView.of(newest.session.stats) if newest else None
+        stats = newest.session.stats if newest else None
         return SessionEntry(id=id, num_branches=len(branches), stats=stats)
 
     def view(self, id: str) -> MemoryView:

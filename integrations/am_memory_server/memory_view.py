@@ -15,22 +15,6 @@ from am_memory.storage import SavedSession
 from am_memory_server.service import kept_compactions
 
 
-class SizesView(BaseModel):
-    """The fields of `am_memory.Stats`."""
-
-    logical_tokens: int
-    kv_tokens: float
-    exact_tokens: int
-    kv_bytes: int
-    exact_kv_bytes: int
-    num_compactions: int
-    num_segments: int
-
-    @classmethod
-    def of(cls, stats: Stats) -> SizesView:
-        return cls.model_validate(stats, from_attributes=True)
-
-
 class SegmentView(BaseModel):
     """Tokens [start, end) of the conversation, and in how many slots per head they are held.
 
@@ -87,7 +71,7 @@ class MemoryView(BaseModel):
     num_messages: int
     trigger_tokens: int
     window_tokens: int
-    stats: SizesView
+    stats: Stats
     segments: list[SegmentView]
     compactions: list[CompactionView]
     layers: list[LayerView]
@@ -102,7 +86,7 @@ def view(id: str, session: Session, num_branches: int, trigger_tokens: int) -> M
         num_messages=len(saved.messages),
         trigger_tokens=trigger_tokens,
         window_tokens=session.engine.info.window_tokens,
-        stats=SizesView.of(session.stats),
+        stats=session.stats,
         segments=segments(saved),
         compactions=[CompactionView.model_validate(report) for report in kept_compactions(session)],
         layers=[_layer(index, layer, saved) for index, layer in enumerate(saved.state.layers)],
