@@ -66,7 +66,6 @@ class Context:
             )
         self._live = LiveQueries() if "live" in self.policy.reference_queries else None
         self._seek_live()
-        self._whole = self.cache.state()  # before somebody else's forward pass, in case it is interrupted
         self.trigger = trigger_tokens(self.policy, self.engine.info.window_tokens, self.num_pinned)
 
     def pin(self, num_tokens: int) -> None:
@@ -124,6 +123,7 @@ class Context:
         """
         cache = self._transformers_cache
         cache.before_forward = self._before_forward
+        self._whole = cache.state()  # to go back to, should their pass be interrupted
         return cache
 
     @property
