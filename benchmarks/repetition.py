@@ -19,6 +19,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 
 import torch
 from common import machine, table, write_json
@@ -84,7 +85,7 @@ def parts_of(text: Text, count: int) -> list[list[Message]]:
         for piece in text.pieces
     ]
     size = len(turns) // count
-    return [sum(turns[start : start + size], []) for start in range(0, len(turns), size)]
+    return [list(chain.from_iterable(turns[start : start + size])) for start in range(0, len(turns), size)]
 
 
 def compacting(**options: object) -> Scheme:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import am_memory
-from am_memory import MemoryPolicy
+from am_memory import Memory, MemoryPolicy
 from am_memory.cache import PINNED_RANK
 from am_memory.context import Context
 from am_memory.engines.transformers import TransformersEngine
@@ -686,3 +688,16 @@ def test_a_fit_that_is_not_finite_is_not_swapped_in(
             STEPS["append"](context)
     assert snapshot(context) == before
     STEPS["append"](context)
+
+
+def test_a_branch_that_goes_on_does_not_keep_its_parents_cache_alive(engine: TransformersEngine) -> None:
+    """Every fork held the state that it began with, for good: kept branches took twice the bytes that they said."""
+    memory = Memory(engine, MemoryPolicy(trigger_tokens=1000))
+    parent = memory.scratch()
+    parent.append(list(range(1, 60)))
+    branch = parent.fork()
+    branch.append([1, 2, 3])
+    held = [weakref.ref(layer.buffer) for layer in parent._context.cache.compactable]
+    del parent
+    gc.collect()
+    assert [buffer() for buffer in held] == [None] * len(held)
