@@ -96,6 +96,12 @@ class Slots:
         )
 
     @classmethod
+    def recalled(cls, key: Tensor, value: Tensor, start: int) -> Slots:
+        """A segment's entries as they were before it was compacted, each of the first rank; shapes as of `exact`."""
+        exact = cls.exact(key, value, start)
+        return replace(exact, ranks=torch.zeros_like(exact.ranks))
+
+    @classmethod
     def concat(cls, parts: Sequence[Slots]) -> Slots:
         """Head by head, one part after another; parts must come in the order of their tokens."""
         num_heads = parts[0].num_heads
@@ -117,6 +123,11 @@ class Slots:
     def _of(cls, fields: Iterable[Tensor], cu_slots: tuple[int, ...]) -> Slots:
         key, value, bias, positions, ranks = fields
         return cls(key, value, bias, positions, ranks, cu_slots)
+
+    def to(self, device: torch.device | str) -> Slots:
+        """The same slots with what attention needs on a device."""
+        key, value, bias = (tensor.to(device) for tensor in self.tensors)
+        return replace(self, key=key, value=value, bias=bias)
 
     def within(self, start: int, end: int) -> Slots:
         """The slots of the tokens at [start, end), pinned ones apart."""
@@ -506,6 +517,26 @@ class KVCache(Cache):
             tail = TailBuffer(key[None].clone(), value[None].clone())
             states.append(TailState(slots, tail, newest.end, key.shape[1]))
         return CacheState(tuple(states), tuple(segments), max(self.num_pinned, num_pinned))
+
+    def exchanged(self, segment: Segment, new_slots: Sequence[Slots]) -> CacheState:
+        """The state in which other slots stand for a segment's tokens; this cache is as it was.
+
+        Args:
+            segment: one of `segments`; it keeps its `num_slots`, whatever the number of the new ones.
+            new_slots: of each compactable layer.
+        """
+        slots_of_layer = iter(new_slots)
+        states: list[LayerState] = []
+        for layer in self.layers:
+            state = layer.state()
+            if isinstance(state, TailState):
+                assert state.slots is not None
+                positions = state.slots.positions
+                before = state.slots.where(positions < segment.start)
+                after = state.slots.where(positions >= segment.end)
+                state = state._replace(slots=Slots.concat([before, next(slots_of_layer), after]))
+            states.append(state)
+        return CacheState(tuple(states), self.segments, self.num_pinned)
 
     def reset(self) -> None:
         super().reset()  # type: ignore[no-untyped-call]

@@ -100,7 +100,36 @@ class SessionRebuilt:
     reason: str
 
 
-Event = ReadProgress | CompactionStarted | CompactionProgress | CompactionFinished | WindowExceeded | SessionRebuilt
+@dataclass(frozen=True)
+class SpanRecalled:
+    """The segment of the logical tokens [start, end) is exact again; the cache has `kv_tokens` now."""
+
+    session: str
+    start: int
+    end: int
+    kv_tokens: float
+
+
+@dataclass(frozen=True)
+class SpanPutAway:
+    """The segment of the logical tokens [start, end) is compact again, as it was before it was recalled."""
+
+    session: str
+    start: int
+    end: int
+    kv_tokens: float
+
+
+Event = (
+    ReadProgress
+    | CompactionStarted
+    | CompactionProgress
+    | CompactionFinished
+    | WindowExceeded
+    | SessionRebuilt
+    | SpanRecalled
+    | SpanPutAway
+)
 Listener = Callable[[Event], None]
 
 
@@ -127,6 +156,10 @@ def log(event: Event) -> None:
             )
         case SessionRebuilt(session, num_tokens, reason):
             logger.info("session %r: %d tokens are read again: %s", session, num_tokens, reason)
+        case SpanRecalled(session, start, end, kv_tokens):
+            logger.info("session %r: tokens %d to %d recalled; cache has %.0f tokens", session, start, end, kv_tokens)
+        case SpanPutAway(session, start, end, kv_tokens):
+            logger.info("session %r: tokens %d to %d put away; cache has %.0f tokens", session, start, end, kv_tokens)
 
 
 def ignore(event: Event) -> None:

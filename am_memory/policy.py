@@ -47,6 +47,8 @@ class MemoryPolicy(BaseModel):
             adaptive where heads can differ in their slots, else as many for all heads as there are cells.
         recompaction: "segments" (each token is compacted once, from its exact entry) or "refit" (the oldest half as it
             is, compact entries too, again and again: arXiv:2602.16284, online AIME).
+        originals: the exact entries of compacted tokens: "drop", or kept off the device, in "host" memory or on
+            "disk", so that `Session.recall` can bring them back.
         min_slots: slots that every head gets of a new segment before any head gets more.
         fit: what is fitted beside the choice of keys; anything but "bias_and_values" is for ablations.
         ridge: pull of the fitted values toward the originals, as a fraction of the mean diagonal.
@@ -69,6 +71,7 @@ class MemoryPolicy(BaseModel):
     key_selection: Any = HighestAttention()
     head_budget: Literal["auto", "adaptive", "uniform"] = "auto"
     recompaction: Literal["segments", "refit"] = "segments"
+    originals: Literal["drop", "host", "disk"] = "drop"
     min_slots: Annotated[int, Field(gt=0)] = 1
     fit: Literal["bias_and_values", "bias", "values", "nothing"] = "bias_and_values"
     ridge: Annotated[float, Field(ge=0)] = 1e-3

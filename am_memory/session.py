@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
+from am_memory.cache import Segment
 from am_memory.context import Context
 from am_memory.engines.base import Message
 from am_memory.errors import InvalidInput, InvalidPolicy, PromptTooLong, UnsupportedOperation
@@ -76,6 +77,8 @@ class Stats:
         exact_kv_bytes: what an uncompacted cache of the same conversation would take.
         num_compactions: made so far.
         num_segments: compact segments now.
+        originals_bytes: what the exact entries of compacted tokens take in host memory or on disk, where the policy
+            keeps them.
     """
 
     logical_tokens: int
@@ -85,6 +88,7 @@ class Stats:
     exact_kv_bytes: int
     num_compactions: int
     num_segments: int
+    originals_bytes: int = 0
 
 
 class Session:
@@ -360,6 +364,43 @@ class Session:
         with self._step():
             return self._context.compact(fraction)
 
+    def recall(self, span: Segment | tuple[int, int]) -> list[Segment]:
+        """Bring a span back exact, as it was before it was compacted; the policy must keep its originals.
+
+        Whole segments come back, in all layers and heads, until a compaction or the trigger needs their room: then they
+        go back to the slots that they had, the one recalled first before the others. Room for them is made by
+        compacting what is exact, if there is none. A session that is rebuilt has nothing recalled.
+
+        Args:
+            span: from one token to another, the second not included, or one of `segments`.
+
+        Returns:
+            The segments that are exact now and hold a token of the span; what was never compacted is in none.
+
+        Raises:
+            InvalidInput: a span that is not in the conversation, or whose originals were not kept.
+            PromptTooLong: it does not fit below the trigger.
+            StorageError: its originals cannot be read.
+        """
+        start, end = (span.start, span.end) if isinstance(span, Segment) else span
+        if not 0 <= start < end <= len(self._context.tokens):
+            raise InvalidInput(
+                f"there is nothing to recall between tokens {start} and {end}: give a span within the "
+                f"{len(self._context.tokens)} tokens of the session"
+            )
+        with self._step():
+            return self._context.recall(start, end)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The compact segments, oldest first."""
+        return self._context.cache.segments
+
+    @property
+    def recalled(self) -> tuple[Segment, ...]:
+        """The segments that are exact for now, the one recalled last at the end."""
+        return tuple(each.segment for each in self._context.recalled)
+
     def rewind(self, num_tokens: int) -> None:
         """Forget all but the first `num_tokens` tokens of the conversation.
 
@@ -429,7 +470,9 @@ class Session:
             tools=self._history.tools,
             metadata=self.metadata,
             num_pinned=context.num_pinned,
-            state=context.cache.state(),
+            state=context.state_at_rest,
+            originals=context.originals,
+            recalled=tuple(each.segment.start for each in context.recalled),
         )
 
     @property
@@ -443,6 +486,7 @@ class Session:
             exact_kv_bytes=cache.exact_nbytes,
             num_compactions=len(context.schedule),
             num_segments=len(cache.segments),
+            originals_bytes=context.off_device_bytes,
         )
 
     def _require_tokens(self) -> None:
