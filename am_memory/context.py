@@ -40,11 +40,16 @@ from am_memory.events import (
 )
 from am_memory.originals import Original, between, keep
 from am_memory.policy import SINK_TOKENS, MemoryPolicy, Plan, ScheduledCompaction, Sizes, plan, trigger_tokens
-from am_memory.queries import LiveQueries, ReferenceQueries, repeat_queries
+from am_memory.queries import LiveQueries, ReferenceQueries, as_turn, repeat_queries
 from am_memory.recall import Recalled, at_rest, brought_back, put_away
+from am_memory.search import Span, span_scores, taken_queries
 
 Weights = Callable[[int, int], Sequence[float] | None]
 """How much it counts that the tokens from one position to another can be repeated; None: all alike."""
+
+
+NEUTRAL_TEXT = "Hello, how are you today?"
+"""What a text draws from the model's attention beyond this one is its own."""
 
 
 @dataclass
@@ -362,6 +367,31 @@ class Context:
             self.compact()
         except (CompactionFailed, BudgetTooSmall) as error:
             raise refused from error
+
+    def search(self, text: str, span_tokens: int) -> list[Span]:
+        """All that was read, in spans of about `span_tokens`, with how much a text looks at each.
+
+        A span lies within one segment, or within the exact tokens behind them; pinned tokens are in none.
+        """
+        self.read(len(self.tokens) - 1)
+        last, chunk_tokens = self.tokens[-1], self.policy.chunk_tokens
+        asked, neutral = (
+            taken_queries(self.engine, self.cache, [last, *as_turn(self.engine, turn)], chunk_tokens)
+            for turn in (text, NEUTRAL_TEXT)
+        )
+        ends = [segment.end for segment in self.cache.segments]
+        edges = [self.num_pinned]
+        for end in sorted({*ends, self.cache.num_tokens}):
+            while end - edges[-1] > 1.5 * span_tokens:
+                earliest, latest = (edges[-1] + int(share * span_tokens) for share in (0.75, 1.25))
+                edges.append(best_boundary(self.engine, self.tokens, max(earliest, edges[-1] + 1), latest))
+            if end > edges[-1]:
+                edges.append(end)
+        scores = span_scores(self.cache, self.originals, asked, neutral, edges).tolist()
+        return [
+            Span(start, end, score, self.engine.decode(self.tokens[start:end]))
+            for start, end, score in zip(edges, edges[1:], scores, strict=False)
+        ]
 
     def _bring_back(self, segment: Segment) -> None:
         entries = between(self.originals, segment.start, segment.end)

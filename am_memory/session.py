@@ -21,6 +21,7 @@ from am_memory.events import CompactionReport
 from am_memory.history import History
 from am_memory.policy import MemoryPolicy
 from am_memory.sampling import Sampler, Sampling
+from am_memory.search import Span
 from am_memory.storage import SavedSession
 from am_memory.tokens import TextStream
 
@@ -364,7 +365,29 @@ class Session:
         with self._step():
             return self._context.compact(fraction)
 
-    def recall(self, span: Segment | tuple[int, int]) -> list[Segment]:
+    def search(self, text: str, top: int = 5, *, span_tokens: int = 32) -> list[Span]:
+        """Find what a text is about in the conversation, by the model's own attention to it.
+
+        The text is read as if somebody said it now; the session is afterwards as it was, but that all it was told is
+        read. Compacted tokens are found by their originals where the policy keeps them, else by what is left of them.
+
+        Args:
+            top: how many spans to give, the best first.
+            span_tokens: about how long they are; they end where the text has a boundary.
+
+        Raises:
+            InvalidInput: an empty text or conversation, or a number below 1.
+        """
+        self._require_tokens()
+        if not text.strip():
+            raise InvalidInput(f"{text!r} is nothing to search for: give a question, or some words")
+        if top < 1 or span_tokens < 1:
+            raise InvalidInput(f"top is {top} and span_tokens {span_tokens}: each must be at least 1")
+        with self._step():
+            spans = self._context.search(text, span_tokens)
+        return sorted(spans, key=lambda span: -span.score)[:top]
+
+    def recall(self, span: Segment | Span | tuple[int, int]) -> list[Segment]:
         """Bring a span back exact, as it was before it was compacted; the policy must keep its originals.
 
         Whole segments come back, in all layers and heads, until a compaction or the trigger needs their room: then they
@@ -372,7 +395,7 @@ class Session:
         compacting what is exact, if there is none. A session that is rebuilt has nothing recalled.
 
         Args:
-            span: from one token to another, the second not included, or one of `segments`.
+            span: from one token to another, the second not included; one of `segments`; or what `search` found.
 
         Returns:
             The segments that are exact now and hold a token of the span; what was never compacted is in none.
@@ -382,7 +405,7 @@ class Session:
             PromptTooLong: it does not fit below the trigger.
             StorageError: its originals cannot be read.
         """
-        start, end = (span.start, span.end) if isinstance(span, Segment) else span
+        start, end = span if isinstance(span, tuple) else (span.start, span.end)
         if not 0 <= start < end <= len(self._context.tokens):
             raise InvalidInput(
                 f"there is nothing to recall between tokens {start} and {end}: give a span within the "

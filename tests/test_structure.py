@@ -19,7 +19,7 @@ LAYERS: tuple[set[str], ...] = (
     {"cache", "solver", "models", "tokens", "token_counts", "byte_level", "sampling"},
     {"engines"},
     {"policy", "budgets", "queries", "originals", "storage", "history", "boundaries", "constraints", "tool_calls"},
-    {"compaction", "recall"},
+    {"compaction", "recall", "search"},
     {"memory", "context", "session"},
     {"threads", "texts"},
     {"chat"},
