@@ -16,7 +16,7 @@ from torch import Tensor, cat
 
 from am_memory.boundaries import best_boundary
 from am_memory.cache import KVCache, Segment, Snapshot
-from am_memory.compaction import Progress, compact, failures
+from am_memory.compaction import Progress, as_planned, compact, failures
 from am_memory.engines.base import Engine, SessionCache
 from am_memory.errors import (
     BudgetTooSmall,
@@ -31,6 +31,7 @@ from am_memory.events import (
     CompactionProgress,
     CompactionReport,
     CompactionStarted,
+    GateMissed,
     Listener,
     ReadProgress,
     SessionRebuilt,
@@ -39,7 +40,7 @@ from am_memory.events import (
     WindowExceeded,
 )
 from am_memory.originals import Original, between, keep
-from am_memory.policy import SINK_TOKENS, MemoryPolicy, Plan, ScheduledCompaction, Sizes, plan, trigger_tokens
+from am_memory.policy import SINK_TOKENS, MemoryPolicy, Plan, ScheduledCompaction, Sizes, plan, richer, trigger_tokens
 from am_memory.queries import LiveQueries, ReferenceQueries, as_turn, repeat_queries
 from am_memory.recall import Recalled, at_rest, brought_back, put_away
 from am_memory.search import Span, span_scores, taken_queries
@@ -254,8 +255,8 @@ class Context:
             return latest
         return best_boundary(self.engine, self.tokens, earliest, latest)
 
-    def _apply(self, plan: Plan) -> CompactionReport:
-        """Make one planned compaction and swap it in."""
+    def _apply(self, plan: Plan, *, is_replay: bool = False) -> CompactionReport:
+        """Make one planned compaction and swap it in; the gate may give it more slots, unless it is made again."""
         cache, segment = self.cache, plan.newest
         kv_tokens, kv_bytes, at_tokens = cache.kv_tokens, cache.nbytes, cache.num_tokens
         self.notify(CompactionStarted(self.name, segment.start, segment.end, kv_tokens))
@@ -268,7 +269,9 @@ class Context:
         with failures(segment):
             queries = self._reference_queries(exact_start, segment.end, progress)
         query_seconds = time.perf_counter() - started
-        result = compact(cache, plan, self.num_pinned, queries, self.policy, progress)
+        more = as_planned if is_replay else partial(richer, self.policy, self.trigger, cache.num_heads)
+        result = compact(cache, plan, self.num_pinned, queries, self.policy, progress, more)
+        plan, segment = result.plan, result.plan.newest
         originals = self.originals
         if self.policy.originals != "drop":
             entries = (layer.exact_entries(exact_start, segment.end) for layer in cache.compactable)
@@ -291,8 +294,12 @@ class Context:
             score_seconds=result.score_seconds,
             fit_seconds=result.fit_seconds,
             num_unbiased_heads=result.num_unbiased_heads,
+            held_out_error=result.held_out_error,
         )
         self.notify(CompactionFinished(self.name, report))
+        limit = self.policy.max_error
+        if limit is not None and result.held_out_error is not None and result.held_out_error > limit:
+            self.notify(GateMissed(self.name, segment.start, segment.end, result.held_out_error, limit))
         return report
 
     def _reference_queries(self, start: int, end: int, progress: Progress) -> list[ReferenceQueries]:
@@ -473,7 +480,7 @@ class Context:
     def _replay(self, entry: ScheduledCompaction) -> None:
         while (done := self.cache.num_tokens) < entry.at_tokens:
             self._forward(self.tokens[done : min(entry.at_tokens, done + self.policy.chunk_tokens)])
-        self._apply(entry.plan)
+        self._apply(entry.plan, is_replay=True)
 
     def fork(self, name: str, policy: MemoryPolicy | None = None) -> Context:
         """The same context under another name; memory is shared until the two differ."""

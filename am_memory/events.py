@@ -54,6 +54,7 @@ class CompactionReport:
         output_error: RMS over heads and queries of the output's error, relative to the output's RMS.
         query_seconds, score_seconds, fit_seconds: wall time by stage.
         num_unbiased_heads: KV heads that do without biases, as the cache takes none and theirs are not a part of a key.
+        held_out_error: the output error on queries that were held out of the fits; None where the policy has no gate.
     """
 
     session: str
@@ -70,6 +71,7 @@ class CompactionReport:
     score_seconds: float
     fit_seconds: float
     num_unbiased_heads: int = 0
+    held_out_error: float | None = None
 
     @property
     def seconds(self) -> float:
@@ -80,6 +82,17 @@ class CompactionReport:
 class CompactionFinished:
     session: str
     report: CompactionReport
+
+
+@dataclass(frozen=True)
+class GateMissed:
+    """The tokens [start, end) were compacted with an error above `max_error`: there was no room for more slots."""
+
+    session: str
+    start: int
+    end: int
+    held_out_error: float
+    max_error: float
 
 
 @dataclass(frozen=True)
@@ -125,6 +138,7 @@ Event = (
     | CompactionStarted
     | CompactionProgress
     | CompactionFinished
+    | GateMissed
     | WindowExceeded
     | SessionRebuilt
     | SpanRecalled
@@ -146,6 +160,16 @@ def log(event: Event) -> None:
                 report.seconds,
                 report.kv_tokens_before,
                 report.kv_tokens_after,
+            )
+        case GateMissed(session, start, end, held_out_error, max_error):
+            logger.info(
+                "session %r: tokens %d to %d are compacted with a held-out error of %.3f, above the %.3f of max_error: "
+                "there was no room for more slots",
+                session,
+                start,
+                end,
+                held_out_error,
+                max_error,
             )
         case WindowExceeded(session, logical_tokens, window_tokens):
             logger.info(

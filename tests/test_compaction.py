@@ -308,8 +308,8 @@ def test_heads_of_different_shapes_are_never_grouped() -> None:
 def test_a_group_fits_each_head_as_if_it_were_alone() -> None:
     torch.manual_seed(0)
     heads, segment = some_heads([9, 7, 12]), Segment(0, 40, 1000)
-    _, together = fit_heads(heads, segment, POLICY)
+    _, together, _ = fit_heads(heads, segment, POLICY)
     for head, slots in zip(heads, together, strict=True):
-        _, (alone,) = fit_heads([head], segment, POLICY)
+        _, (alone,), _ = fit_heads([head], segment, POLICY)
         for one, other in zip(slots.fields, alone.fields, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
