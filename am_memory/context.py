@@ -376,19 +376,17 @@ class Context:
             raise refused from error
 
     def search(self, text: str, span_tokens: int) -> list[Span]:
-        """All that was read, in spans of about `span_tokens`, with how much a text looks at each.
-
-        A span lies within one segment, or within the exact tokens behind them; pinned tokens are in none.
-        """
+        """All compacted tokens, in spans of about `span_tokens` within a segment, and how much a text looks at each."""
+        if not self.cache.segments:
+            return []
         self.read(len(self.tokens) - 1)
         last, chunk_tokens = self.tokens[-1], self.policy.chunk_tokens
         asked, neutral = (
             taken_queries(self.engine, self.cache, [last, *as_turn(self.engine, turn)], chunk_tokens)
             for turn in (text, NEUTRAL_TEXT)
         )
-        ends = [segment.end for segment in self.cache.segments]
-        edges = [self.num_pinned]
-        for end in sorted({*ends, self.cache.num_tokens}):
+        edges = [self.cache.segments[0].start]
+        for end in (segment.end for segment in self.cache.segments):
             while end - edges[-1] > 1.5 * span_tokens:
                 earliest, latest = (edges[-1] + int(share * span_tokens) for share in (0.75, 1.25))
                 edges.append(best_boundary(self.engine, self.tokens, max(earliest, edges[-1] + 1), latest))

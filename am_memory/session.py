@@ -366,10 +366,10 @@ class Session:
             return self._context.compact(fraction)
 
     def search(self, text: str, top: int = 5, *, span_tokens: int = 32) -> list[Span]:
-        """Find what a text is about in the conversation, by the model's own attention to it.
+        """Find what a text is about among the compacted tokens, by the model's own attention to them.
 
         The text is read as if somebody said it now; the session is afterwards as it was, but that all it was told is
-        read. Compacted tokens are found by their originals where the policy keeps them, else by what is left of them.
+        read. Tokens are found by their originals where the policy keeps them, else by the slots that are left of them.
 
         Args:
             top: how many spans to give, the best first.

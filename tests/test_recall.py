@@ -6,6 +6,7 @@ import gc
 import random
 import tempfile
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CorruptSession, InvalidInput, InvalidPolicy, PromptTooLong, StorageError
 from am_memory.events import Event, SpanPutAway, SpanRecalled
 from am_memory.originals import FileOriginal
-from am_memory.search import held_keys
+from am_memory.search import LEAST_SHARE, held_keys, span_scores, taken_queries
 
 POLICY = MemoryPolicy(
     trigger_tokens=128,
@@ -474,11 +475,11 @@ def test_searching_leaves_the_session_as_it_was(new_memory: NewMemory) -> None:
     assert_same(held(session), before)
 
 
-def test_spans_tile_what_is_not_pinned_and_cross_no_segment(new_memory: NewMemory) -> None:
+def test_spans_tile_what_is_compacted_and_cross_no_segment(new_memory: NewMemory) -> None:
     session = read_session(new_memory(), 400)
     spans = sorted((span.start, span.end) for span in session.search("what?", top=1000, span_tokens=10))
     assert [start for start, _ in spans] == [3, *(end for _, end in spans[:-1])]
-    assert spans[-1][1] == 399
+    assert spans[-1][1] == session.segments[-1].end
     assert {segment.end for segment in session.segments} <= {end for _, end in spans}
     assert all(end - start <= 15 for start, end in spans)
 
@@ -498,21 +499,36 @@ def test_a_span_that_was_found_can_be_recalled(new_memory: NewMemory) -> None:
     assert session.recall(span) == list(session.segments)
 
 
-@pytest.mark.parametrize("compacted", [0.3, 0.9])
-def test_originals_are_found_as_the_full_cache_finds_them(new_memory: NewMemory, compacted: float) -> None:
-    """The same keys, the queries those of a model that sees as much: all segments are recalled."""
-    session, full = (new_memory(trigger_tokens=1000).session(name) for name in ("alice", "full"))
-    for each in (session, full):
-        each.append(some_tokens(200))
-    session.compact(compacted)
-    session.recall((0, 200))
-    found, expected = (
-        {(span.start, span.end): span.score for span in each.search("what?", top=100, span_tokens=8)}
-        for each in (session, full)
+def test_before_anything_is_compacted_nothing_is_found(new_memory: NewMemory) -> None:
+    session = new_memory().session("alice")
+    session.append(some_tokens(60))
+    assert session.search("what?") == []
+
+
+def test_a_score_is_what_the_definition_gives(new_memory: NewMemory) -> None:
+    """By full softmax over the originals, one query head at a time."""
+    session = roomy_session(new_memory())
+    context, (original,) = session._context, session._context.originals
+    text, neutral = (
+        taken_queries(session.engine, context.cache, some_tokens(count, seed=count), 4) for count in (9, 6)
     )
-    shared = sorted(found.keys() & expected.keys())
-    assert len(shared) > 8
-    assert [found[span] for span in shared] == pytest.approx([expected[span] for span in shared], abs=1e-4)
+    edges = [original.start, 20, 33, original.end]
+    parts = []
+    for layer, (key, _) in enumerate(original.layers()):
+        for head in range(2):
+            for group in range(2):
+                weights = [
+                    (queries[layer].query[head, group] @ key[head].T / 4).softmax(-1) for queries in (text, neutral)
+                ]
+                shares = [
+                    torch.stack([each[:, a - edges[0] : b - edges[0]].sum(1) for a, b in pairwise(edges)], dim=1)
+                    for each in weights
+                ]
+                usual = shares[1].mean(0)
+                parts.append((shares[0] * ((shares[0] + LEAST_SHARE) / (usual + LEAST_SHARE)).log()).amax(0))
+    expected = torch.stack(parts).max(0).values  # a tenth of twelve query heads
+    scores = span_scores(context.cache, context.originals, text, neutral, edges)
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("originals", ["drop", "host"])
@@ -524,13 +540,8 @@ def test_every_key_is_counted_once(new_memory: NewMemory, originals: str) -> Non
             keys = [each for each in held_keys(cache, kept) if (each.layer, each.head) == (layer, head)]
             positions = torch.cat([each.positions for each in keys]).tolist()
             assert len(set(positions)) == len(positions)
-            if originals == "host":
-                assert sorted(positions) == list(range(399))
-            else:
-                assert sorted(positions) == [
-                    *cache.compactable[layer].slots.head(head).positions.tolist(),
-                    *range(cache.compactable[layer].start, 399),
-                ]
+            slots = cache.compactable[layer].slots.head(head).positions.tolist()
+            assert sorted(positions) == (slots if originals == "drop" else list(range(session.segments[-1].end)))
 
 
 @pytest.mark.parametrize(
