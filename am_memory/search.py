@@ -3,8 +3,8 @@
 The text is read on scratch and its queries are taken. In a few heads some token of it looks straight at what it is
 about; most heads look at what they always look at. So a span's score is its part in the divergence between where a
 token of the text looks and where a text about nothing does: share * log(share / usual share), for the token of which
-that is the most, in the heads in which it is the most. Of some fifty ways to add up attention this is the one that found
-the right span on two models (docs/log.md). Knows no text and no session.
+that is the most, in the heads in which it is the most. Of some fifty ways to add up attention this one found the right
+span on two models (docs/log.md). Knows no text and no session.
 """
 
 from __future__ import annotations
