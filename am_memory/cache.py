@@ -381,6 +381,25 @@ class CacheState:
     segments: tuple[Segment, ...]
     num_pinned: int
 
+    def exchanged(self, segment: Segment, new_slots: Sequence[Slots]) -> CacheState:
+        """The state in which other slots stand for a segment's tokens.
+
+        Args:
+            segment: one of `segments`; it keeps its `num_slots`, whatever the number of the new ones.
+            new_slots: of each compactable layer.
+        """
+        slots_of_layer = iter(new_slots)
+        states: list[LayerState] = []
+        for state in self.layers:
+            if isinstance(state, TailState):
+                assert state.slots is not None
+                before = state.slots.where(state.slots.positions < segment.start)
+                after = state.slots.where(state.slots.positions >= segment.end)
+                states.append(state._replace(slots=Slots.concat([before, next(slots_of_layer), after])))
+            else:
+                states.append(state)
+        return replace(self, layers=tuple(states))
+
 
 BeforeForward = Callable[[Sequence[int]], int]
 """Called with the tokens that a model is about to read into a cache; says how many of the first are read already."""
@@ -517,26 +536,6 @@ class KVCache(Cache):
             tail = TailBuffer(key[None].clone(), value[None].clone())
             states.append(TailState(slots, tail, newest.end, key.shape[1]))
         return CacheState(tuple(states), tuple(segments), max(self.num_pinned, num_pinned))
-
-    def exchanged(self, segment: Segment, new_slots: Sequence[Slots]) -> CacheState:
-        """The state in which other slots stand for a segment's tokens; this cache is as it was.
-
-        Args:
-            segment: one of `segments`; it keeps its `num_slots`, whatever the number of the new ones.
-            new_slots: of each compactable layer.
-        """
-        slots_of_layer = iter(new_slots)
-        states: list[LayerState] = []
-        for layer in self.layers:
-            state = layer.state()
-            if isinstance(state, TailState):
-                assert state.slots is not None
-                positions = state.slots.positions
-                before = state.slots.where(positions < segment.start)
-                after = state.slots.where(positions >= segment.end)
-                state = state._replace(slots=Slots.concat([before, next(slots_of_layer), after]))
-            states.append(state)
-        return CacheState(tuple(states), self.segments, self.num_pinned)
 
     def reset(self) -> None:
         super().reset()  # type: ignore[no-untyped-call]

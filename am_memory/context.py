@@ -41,16 +41,12 @@ from am_memory.events import (
 )
 from am_memory.originals import Original, between, keep
 from am_memory.policy import SINK_TOKENS, MemoryPolicy, Plan, ScheduledCompaction, Sizes, plan, richer, trigger_tokens
-from am_memory.queries import LiveQueries, ReferenceQueries, as_turn, repeat_queries
+from am_memory.queries import LiveQueries, ReferenceQueries, repeat_queries
 from am_memory.recall import Recalled, at_rest, brought_back, put_away
-from am_memory.search import Span, span_scores, taken_queries
+from am_memory.search import Span, search
 
 Weights = Callable[[int, int], Sequence[float] | None]
 """How much it counts that the tokens from one position to another can be repeated; None: all alike."""
-
-
-NEUTRAL_TEXT = "Hello, how are you today?"
-"""What a text draws from the model's attention beyond this one is its own."""
 
 
 @dataclass
@@ -376,27 +372,17 @@ class Context:
             raise refused from error
 
     def search(self, text: str, span_tokens: int) -> list[Span]:
-        """All compacted tokens, in spans of about `span_tokens` within a segment, and how much a text looks at each."""
-        if not self.cache.segments:
-            return []
+        """All compacted tokens, in spans of about `span_tokens`, and how much a text looks at each."""
         self.read(len(self.tokens) - 1)
-        last, chunk_tokens = self.tokens[-1], self.policy.chunk_tokens
-        asked, neutral = (
-            taken_queries(self.engine, self.cache, [last, *as_turn(self.engine, turn)], chunk_tokens)
-            for turn in (text, NEUTRAL_TEXT)
+        return search(
+            self.engine,
+            self.cache,
+            self.tokens,
+            self.originals,
+            text,
+            span_tokens=span_tokens,
+            chunk_tokens=self.policy.chunk_tokens,
         )
-        edges = [self.cache.segments[0].start]
-        for end in (segment.end for segment in self.cache.segments):
-            while end - edges[-1] > 1.5 * span_tokens:
-                earliest, latest = (edges[-1] + int(share * span_tokens) for share in (0.75, 1.25))
-                edges.append(best_boundary(self.engine, self.tokens, max(earliest, edges[-1] + 1), latest))
-            if end > edges[-1]:
-                edges.append(end)
-        scores = span_scores(self.cache, self.originals, asked, neutral, edges).tolist()
-        return [
-            Span(start, end, score, self.engine.decode(self.tokens[start:end]))
-            for start, end, score in zip(edges, edges[1:], scores, strict=False)
-        ]
 
     def _bring_back(self, segment: Segment) -> None:
         entries = between(self.originals, segment.start, segment.end)
@@ -405,7 +391,7 @@ class Context:
                 f"tokens {segment.start} to {segment.end} cannot be recalled: their originals were not kept when they "
                 "were compacted, or are lost; set the policy's originals to 'host' or 'disk' before that"
             )
-        state, recalled = brought_back(self._transformers_cache, segment, entries)
+        state, recalled = brought_back(self._transformers_cache.state(), segment, entries)
         self.cache.restore(state)
         self.recalled = (*self.recalled, recalled)
         self.notify(SpanRecalled(self.name, segment.start, segment.end, self.cache.kv_tokens))
@@ -413,14 +399,14 @@ class Context:
     def _put_away_oldest(self) -> None:
         """Of what is recalled."""
         oldest, *others = self.recalled
-        self.cache.restore(put_away(self._transformers_cache, oldest))
+        self.cache.restore(put_away(self._transformers_cache.state(), oldest))
         self.recalled = tuple(others)
         self.notify(SpanPutAway(self.name, oldest.segment.start, oldest.segment.end, self.cache.kv_tokens))
 
     @property
     def state_at_rest(self) -> Snapshot:
         """The cache with nothing recalled."""
-        return at_rest(self._transformers_cache, self.recalled) if self.recalled else self.cache.state()
+        return at_rest(self._transformers_cache.state(), self.recalled) if self.recalled else self.cache.state()
 
     @property
     def off_device_bytes(self) -> int:

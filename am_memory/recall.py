@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
-from torch import device
-
-from am_memory.cache import CacheState, KVCache, Segment, Slots
+from am_memory.cache import CacheState, Segment, Slots, TailState
 from am_memory.originals import LayerEntries
 
 
@@ -31,37 +30,30 @@ class Recalled:
         return sum(tensor.nbytes for slots in self.slots for tensor in slots.tensors)
 
 
-def brought_back(cache: KVCache, segment: Segment, entries: Sequence[LayerEntries]) -> tuple[CacheState, Recalled]:
-    """The state in which a segment is exact; the cache is as it was.
+def brought_back(state: CacheState, segment: Segment, entries: Sequence[LayerEntries]) -> tuple[CacheState, Recalled]:
+    """The state in which a segment is exact.
 
     Args:
         entries: of each compactable layer, the segment's tokens.
     """
     compact, exact = [], []
-    for layer, (key, value) in zip(cache.compactable, entries, strict=True):
-        assert layer.slots is not None
-        compact.append(layer.slots.within(segment.start, segment.end).to("cpu"))
-        exact.append(Slots.recalled(key, value, segment.start).to(layer.slots.key.device))
-    return cache.exchanged(segment, exact), Recalled(segment, tuple(compact))
+    for slots, (key, value) in zip(_slots(state), entries, strict=True):
+        compact.append(slots.within(segment.start, segment.end).to("cpu"))
+        exact.append(Slots.recalled(key, value, segment.start).to(slots.key.device))
+    return state.exchanged(segment, exact), Recalled(segment, tuple(compact))
 
 
-def put_away(cache: KVCache, recalled: Recalled) -> CacheState:
-    """The state in which a segment is compact again; the cache is as it was."""
-    return cache.exchanged(recalled.segment, [slots.to(_device(cache)) for slots in recalled.slots])
+def put_away(state: CacheState, recalled: Recalled) -> CacheState:
+    """The state in which a segment is compact again."""
+    compact = [mine.to(held.key.device) for mine, held in zip(recalled.slots, _slots(state), strict=True)]
+    return state.exchanged(recalled.segment, compact)
 
 
-def at_rest(cache: KVCache, recalled: Sequence[Recalled]) -> CacheState:
-    """The state in which nothing is recalled; the cache is as it was."""
-    state = cache.state()
-    try:
-        for each in recalled:
-            cache.restore(put_away(cache, each))
-        return cache.state()
-    finally:
-        cache.restore(state)
+def at_rest(state: CacheState, recalled: Sequence[Recalled]) -> CacheState:
+    """The state in which nothing is recalled."""
+    return reduce(put_away, recalled, state)
 
 
-def _device(cache: KVCache) -> device:
-    slots = cache.compactable[0].slots
-    assert slots is not None
-    return slots.key.device
+def _slots(state: CacheState) -> list[Slots]:
+    """Of each compactable layer; something is compacted."""
+    return [layer.slots for layer in state.layers if isinstance(layer, TailState) and layer.slots is not None]

@@ -4,7 +4,7 @@ The text is read on scratch and its queries are taken. In a few heads some token
 about; most heads look at what they always look at. So a span's score is its part in the divergence between where a
 token of the text looks and where a text about nothing does: share * log(share / usual share), for the token of which
 that is the most, in the heads in which it is the most. Of some fifty ways to add up attention this one found the right
-span on two models (docs/log.md). Knows no text and no session.
+span on two models (docs/log.md). Knows no session.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from am_memory.cache import Slots
+from am_memory.boundaries import best_boundary
+from am_memory.cache import Segment, Slots
 from am_memory.engines.base import Engine, SessionCache
 from am_memory.originals import Original
+from am_memory.queries import as_turn
 
 TOP_HEADS = 0.1
 """Share of all query heads that a span's score is the mean of."""
+NEUTRAL_TEXT = "Hello, how are you today?"
+"""Where the model looks when it reads this, it looks anyhow."""
 LEAST_SHARE = 1e-4
 """Added to both shares of a ratio: what is never looked at is not found by being looked at a little."""
 
@@ -63,6 +67,48 @@ class Queries(NamedTuple):
 
     query: Tensor  # (num_key_value_heads, num_key_value_groups, num_tokens, head_dim)
     log_mass: Tensor  # (num_key_value_heads, num_key_value_groups, num_tokens)
+
+
+def search(
+    engine: Engine,
+    cache: SessionCache,
+    tokens: Sequence[int],
+    originals: Sequence[Original],
+    text: str,
+    *,
+    span_tokens: int,
+    chunk_tokens: int,
+) -> list[Span]:
+    """All compacted tokens, in spans of about `span_tokens`, and how much a text looks at each.
+
+    Args:
+        cache: holds all tokens but the last; it is afterwards as it was.
+        tokens: of the conversation.
+        chunk_tokens: read at once.
+    """
+    if not cache.segments:
+        return []
+    asked, neutral = (
+        taken_queries(engine, cache, [tokens[-1], *as_turn(engine, turn)], chunk_tokens)
+        for turn in (text, NEUTRAL_TEXT)
+    )
+    edges = _edges(engine, tokens, cache.segments, span_tokens)
+    scores = span_scores(cache, originals, asked, neutral, edges).tolist()
+    return [
+        Span(start, end, score, engine.decode(tokens[start:end]))
+        for start, end, score in zip(edges, edges[1:], scores, strict=False)
+    ]
+
+
+def _edges(engine: Engine, tokens: Sequence[int], segments: Sequence[Segment], span_tokens: int) -> list[int]:
+    """Where spans begin, and the end: at boundaries of the text, and of the segments."""
+    edges = [segments[0].start]
+    for segment in segments:
+        while segment.end - edges[-1] > 1.5 * span_tokens:
+            earliest, latest = (edges[-1] + max(int(share * span_tokens), 1) for share in (0.75, 1.25))
+            edges.append(best_boundary(engine, tokens, earliest, latest))
+        edges.append(segment.end)
+    return edges
 
 
 def taken_queries(engine: Engine, cache: SessionCache, token_ids: Sequence[int], chunk_tokens: int) -> list[Queries]:
