@@ -96,6 +96,12 @@ class Slots:
         )
 
     @classmethod
+    def recalled(cls, key: Tensor, value: Tensor, start: int) -> Slots:
+        """A segment's entries as they were before it was compacted, each of the first rank; shapes as of `exact`."""
+        exact = cls.exact(key, value, start)
+        return replace(exact, ranks=torch.zeros_like(exact.ranks))
+
+    @classmethod
     def concat(cls, parts: Sequence[Slots]) -> Slots:
         """Head by head, one part after another; parts must come in the order of their tokens."""
         num_heads = parts[0].num_heads
@@ -117,6 +123,11 @@ class Slots:
     def _of(cls, fields: Iterable[Tensor], cu_slots: tuple[int, ...]) -> Slots:
         key, value, bias, positions, ranks = fields
         return cls(key, value, bias, positions, ranks, cu_slots)
+
+    def to(self, device: torch.device | str) -> Slots:
+        """The same slots with what attention needs on a device."""
+        key, value, bias = (tensor.to(device) for tensor in self.tensors)
+        return replace(self, key=key, value=value, bias=bias)
 
     def within(self, start: int, end: int) -> Slots:
         """The slots of the tokens at [start, end), pinned ones apart."""
@@ -369,6 +380,25 @@ class CacheState:
     layers: tuple[LayerState, ...]
     segments: tuple[Segment, ...]
     num_pinned: int
+
+    def exchanged(self, segment: Segment, new_slots: Sequence[Slots]) -> CacheState:
+        """The state in which other slots stand for a segment's tokens.
+
+        Args:
+            segment: one of `segments`; it keeps its `num_slots`, whatever the number of the new ones.
+            new_slots: of each compactable layer.
+        """
+        slots_of_layer = iter(new_slots)
+        states: list[LayerState] = []
+        for state in self.layers:
+            if isinstance(state, TailState):
+                assert state.slots is not None
+                before = state.slots.where(state.slots.positions < segment.start)
+                after = state.slots.where(state.slots.positions >= segment.end)
+                states.append(state._replace(slots=Slots.concat([before, next(slots_of_layer), after])))
+            else:
+                states.append(state)
+        return replace(self, layers=tuple(states))
 
 
 BeforeForward = Callable[[Sequence[int]], int]

@@ -21,7 +21,7 @@ from am_memory.engines.base import SessionCache, SessionLayer
 from am_memory.errors import CompactionFailed, InvalidInput
 from am_memory.policy import MemoryPolicy, Plan
 from am_memory.queries import ReferenceQueries
-from am_memory.solver import MAX_FOLD_ERROR, Block, ExactAttention, Fit, exact_attention, fit
+from am_memory.solver import MAX_FOLD_ERROR, Block, ExactAttention, Fit, exact_attention, fit, output_error
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, in all); stage is "score", counted in layers, or "fit", counted in KV heads."""
@@ -30,6 +30,11 @@ Progress = Callable[[str, int, int], None]
 LEAST_FILL, FREE_PADDING = 0.85, 8
 # ...and their reference queries, copied into one tensor, do not take too much.
 MAX_GROUP_HEADS = 32
+# Where there is a gate, every so many queries one is held out of the fits. Keys are chosen by all of them.
+HELD_OUT_INTERVAL = 8
+
+Richer = Callable[[Plan], Plan | None]
+"""The same plan with more slots for its newest segment, or None where there are no more."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +42,26 @@ class Compaction:
     """A finished compaction, not yet swapped in.
 
     Attributes:
+        plan: what was made; its newest segment may have more slots than was planned.
         state: the cache afterwards.
         mass_error, output_error: root mean square over all heads of the fit's errors on the reference queries.
+        held_out_error: the output error on queries that were held out of the fits; None where none were.
         num_unbiased_heads: KV heads that do without biases, as theirs cannot be folded into their keys.
         score_seconds, fit_seconds: wall time.
     """
 
+    plan: Plan
     state: Snapshot
     mass_error: float
     output_error: float
+    held_out_error: float | None
     num_unbiased_heads: int
     score_seconds: float
     fit_seconds: float
+
+
+def as_planned(plan: Plan) -> None:
+    """A `Richer` that never has more slots."""
 
 
 def compact(
@@ -58,6 +71,7 @@ def compact(
     queries: Sequence[ReferenceQueries],
     policy: MemoryPolicy,
     progress: Progress,
+    richer: Richer,
 ) -> Compaction:
     """Replace the plan's newest segment's entries by slots (arXiv:2602.16284, sections 3 and 4).
 
@@ -65,6 +79,7 @@ def compact(
         cache: afterwards as it was.
         num_pinned: tokens at the start that stay exact.
         queries: of each compactable layer.
+        richer: what to try next while the held-out error is above the policy's `max_error`.
 
     Raises:
         CompactionFailed: out of memory, or a result that is not finite.
@@ -90,21 +105,31 @@ def compact(
             for index, (block, exact, held, layer_ranks) in enumerate(zip(blocks, exacts, entries, ranks, strict=True))
             for head in range(block.num_heads)
         ]
-        fits: list[Fit] = []
-        slots: dict[Head, Slots] = {}
-        for group in groups_of_like_size(heads, segment.num_slots):
-            group_fit, group_slots = fit_heads(group, segment, policy, fold_bias=not cache.has_bias)
-            fits.append(group_fit)
-            slots.update(zip(group, group_slots, strict=True))
-            progress("fit", len(slots), len(heads))
+        while True:
+            fits: list[Fit] = []
+            slots: dict[Head, Slots] = {}
+            held_out: list[Tensor] = []
+            for group in groups_of_like_size(heads, plan.newest.num_slots):
+                group_fit, group_slots, error = fit_heads(group, plan.newest, policy, fold_bias=not cache.has_bias)
+                fits.append(group_fit)
+                slots.update(zip(group, group_slots, strict=True))
+                held_out += [] if error is None else [error]
+                progress("fit", len(slots), len(heads))
+            held_out_error = _rms(held_out) if held_out else None
+            is_good = held_out_error is None or policy.max_error is None or held_out_error <= policy.max_error
+            if is_good or (more := richer(plan)) is None:
+                break
+            plan = more
         new_slots = [
             Slots.stack([slots[head] for head in heads if head.layer == index]) for index in range(len(layers))
         ]
         state = cache.compacted(plan.segments, new_slots, num_pinned)
     return Compaction(
+        plan=plan,
         state=state,
         mass_error=_rms([layer_fit.mass_error for layer_fit in fits]),
         output_error=_rms([layer_fit.output_error for layer_fit in fits]),
+        held_out_error=held_out_error,
         num_unbiased_heads=sum(
             int((each.fold_error > MAX_FOLD_ERROR).sum()) for each in fits if each.fold_error is not None
         ),
@@ -220,21 +245,25 @@ def groups_of_like_size(heads: Sequence[Head], num_slots: int) -> Iterator[tuple
 
 def fit_heads(
     group: Sequence[Head], segment: Segment, policy: MemoryPolicy, *, fold_bias: bool = False
-) -> tuple[Fit, list[Slots]]:
+) -> tuple[Fit, list[Slots], Tensor | None]:
     """Choose and fit the slots of some heads, as one batch.
 
     Args:
         fold_bias: as `fit` takes it.
 
     Returns:
-        The fit, and each head's slots in the model's dtype, in the order of the tokens.
+        The fit; each head's slots in the model's dtype, in the order of the tokens; and the output error of each head
+        on queries that were held out of the fit, (number of heads,) float32, or None where none were.
     """
     block, exact = Block.stack([head.block for head in group]), ExactAttention.stack([head.exact for head in group])
     ranks = torch.stack([head.ranks for head in group])
     num_slots = (ranks < segment.num_slots).sum(dim=1).to(block.key.device).minimum(block.num_keys)
     indices = policy.key_selection(block, exact.scores, num_slots)
+    every = torch.arange(block.num_queries, device=block.key.device)
+    is_gated = policy.max_error is not None and block.num_queries >= HELD_OUT_INTERVAL
+    is_held_out = (every % HELD_OUT_INTERVAL == HELD_OUT_INTERVAL - 1) & is_gated
     group_fit = fit(
-        block,
+        block.queries(every[~is_held_out]) if is_gated else block,
         indices,
         num_slots,
         ridge=policy.ridge,
@@ -242,8 +271,12 @@ def fit_heads(
         fit_values=policy.fit in ("bias_and_values", "values"),
         fold_bias=fold_bias,
         relative_mass=False,
-        exact=exact,
+        exact=exact.queries(every[~is_held_out]) if is_gated else exact,
     )
+    held_out_error = None
+    if is_gated:
+        held_out = every[is_held_out]
+        held_out_error = output_error(block.queries(held_out), group_fit, exact.queries(held_out))
     dtype = block.key.dtype
     key, value, bias = (of.to(dtype) for of in (group_fit.key, group_fit.value, group_fit.bias))
     is_finite = key.isfinite().all() & value.isfinite().all() & (bias < torch.inf).all()
@@ -266,7 +299,7 @@ def fit_heads(
                 cu_slots=(0, count),
             )
         )
-    return group_fit, slots
+    return group_fit, slots, held_out_error
 
 
 @contextmanager

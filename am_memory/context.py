@@ -15,22 +15,35 @@ from functools import partial
 from torch import Tensor, cat
 
 from am_memory.boundaries import best_boundary
-from am_memory.cache import KVCache
-from am_memory.compaction import Progress, compact, failures
+from am_memory.cache import KVCache, Segment, Snapshot
+from am_memory.compaction import Progress, as_planned, compact, failures
 from am_memory.engines.base import Engine, SessionCache
-from am_memory.errors import CompactionFailed, InvalidInput, InvalidPolicy, UnsupportedOperation
+from am_memory.errors import (
+    BudgetTooSmall,
+    CompactionFailed,
+    InvalidInput,
+    InvalidPolicy,
+    PromptTooLong,
+    UnsupportedOperation,
+)
 from am_memory.events import (
     CompactionFinished,
     CompactionProgress,
     CompactionReport,
     CompactionStarted,
+    GateMissed,
     Listener,
     ReadProgress,
     SessionRebuilt,
+    SpanPutAway,
+    SpanRecalled,
     WindowExceeded,
 )
-from am_memory.policy import SINK_TOKENS, MemoryPolicy, Plan, ScheduledCompaction, Sizes, plan, trigger_tokens
+from am_memory.originals import Original, between, keep
+from am_memory.policy import SINK_TOKENS, MemoryPolicy, Plan, ScheduledCompaction, Sizes, plan, richer, trigger_tokens
 from am_memory.queries import LiveQueries, ReferenceQueries, repeat_queries
+from am_memory.recall import Recalled, at_rest, brought_back, put_away
+from am_memory.search import Span, search
 
 Weights = Callable[[int, int], Sequence[float] | None]
 """How much it counts that the tokens from one position to another can be repeated; None: all alike."""
@@ -46,6 +59,8 @@ class Context:
         schedule: the compactions made so far, in order.
         num_pinned: tokens at the start that stay exact.
         weights: how much it counts that the tokens from one position to another can be repeated.
+        originals: the exact entries of compacted tokens, as far as they are kept, in the order of the tokens.
+        recalled: segments that are exact for now, the one recalled last at the end.
     """
 
     name: str
@@ -57,12 +72,19 @@ class Context:
     schedule: list[ScheduledCompaction] = field(default_factory=list)
     num_pinned: int = SINK_TOKENS
     weights: Weights = lambda start, end: None
+    originals: tuple[Original, ...] = ()
+    recalled: tuple[Recalled, ...] = ()
 
     def __post_init__(self) -> None:
         if self.policy.head_budget == "adaptive" and not self.cache.has_ragged_heads:
             raise InvalidPolicy(
                 "head_budget 'adaptive' needs a cache whose heads can differ in their slots; this engine's heads share "
                 "every cell: leave it at 'auto'"
+            )
+        if self.policy.originals != "drop" and not isinstance(self.cache, KVCache):
+            raise InvalidPolicy(
+                f"originals {self.policy.originals!r} needs a cache that exact entries can come back into; this "
+                "engine's cells are shared by all heads: leave it at 'drop'"
             )
         self._live = LiveQueries() if "live" in self.policy.reference_queries else None
         self._seek_live()
@@ -97,6 +119,7 @@ class Context:
         state, pinned, live = self.cache.state(), (self.num_pinned, self.trigger), self._live and self._live.copy()
         # Inside, both lists are only added to, or replaced.
         tokens, num_tokens, schedule, num_compactions = self.tokens, len(self.tokens), self.schedule, len(self.schedule)
+        originals, recalled = self.originals, self.recalled
         try:
             yield
         except BaseException:
@@ -104,6 +127,7 @@ class Context:
             del tokens[num_tokens:], schedule[num_compactions:]
             self.tokens, self.schedule, self._live = tokens, schedule, live
             self.num_pinned, self.trigger = pinned
+            self.originals, self.recalled = originals, recalled
             raise
 
     def read(self, end: int) -> None:
@@ -168,9 +192,16 @@ class Context:
             self._seek_live()
 
     def make_room(self, num_tokens: int) -> int:
-        """Compact while the trigger is reached; return how many tokens may be read now, at most `num_tokens`."""
+        """Put away or compact while the trigger is reached.
+
+        Returns:
+            How many tokens may be read now, at most `num_tokens`.
+        """
         while self.cache.kv_tokens + 1 > self.trigger:
-            self.compact()
+            if self.recalled:
+                self._put_away_oldest()
+            else:
+                self.compact()
         return min(num_tokens, int(self.trigger - self.cache.kv_tokens))
 
     def next_logits(self) -> Tensor:
@@ -210,6 +241,8 @@ class Context:
 
     def compact(self, fraction: float | None = None) -> CompactionReport:
         """Compact the oldest part now; None: the policy's fraction, sparing the recent tokens."""
+        while self.recalled:
+            self._put_away_oldest()
         return self._apply(plan(self.policy, self.sizes, self.trigger, fraction, self._boundary))
 
     def _boundary(self, earliest: int, latest: int) -> int:
@@ -218,8 +251,8 @@ class Context:
             return latest
         return best_boundary(self.engine, self.tokens, earliest, latest)
 
-    def _apply(self, plan: Plan) -> CompactionReport:
-        """Make one planned compaction and swap it in."""
+    def _apply(self, plan: Plan, *, is_replay: bool = False) -> CompactionReport:
+        """Make one planned compaction and swap it in; the gate may give it more slots, unless it is made again."""
         cache, segment = self.cache, plan.newest
         kv_tokens, kv_bytes, at_tokens = cache.kv_tokens, cache.nbytes, cache.num_tokens
         self.notify(CompactionStarted(self.name, segment.start, segment.end, kv_tokens))
@@ -232,8 +265,15 @@ class Context:
         with failures(segment):
             queries = self._reference_queries(exact_start, segment.end, progress)
         query_seconds = time.perf_counter() - started
-        result = compact(cache, plan, self.num_pinned, queries, self.policy, progress)
+        more = as_planned if is_replay else partial(richer, self.policy, self.trigger, cache.num_heads)
+        result = compact(cache, plan, self.num_pinned, queries, self.policy, progress, more)
+        plan, segment = result.plan, result.plan.newest
+        originals = self.originals
+        if self.policy.originals != "drop":
+            entries = (layer.exact_entries(exact_start, segment.end) for layer in cache.compactable)
+            originals = (*originals, keep(exact_start, segment.end, entries, self.policy.originals))
         cache.restore(result.state)
+        self.originals = originals
         self.schedule.append(ScheduledCompaction(at_tokens, plan))
         report = CompactionReport(
             session=self.name,
@@ -250,8 +290,12 @@ class Context:
             score_seconds=result.score_seconds,
             fit_seconds=result.fit_seconds,
             num_unbiased_heads=result.num_unbiased_heads,
+            held_out_error=result.held_out_error,
         )
         self.notify(CompactionFinished(self.name, report))
+        limit = self.policy.max_error
+        if limit is not None and result.held_out_error is not None and result.held_out_error > limit:
+            self.notify(GateMissed(self.name, segment.start, segment.end, result.held_out_error, limit))
         return report
 
     def _reference_queries(self, start: int, end: int, progress: Progress) -> list[ReferenceQueries]:
@@ -277,6 +321,97 @@ class Context:
             if live:
                 sources.append(live)
         return [ReferenceQueries.union(samples) for samples in zip(*sources, strict=True)]
+
+    def recall(self, start: int, end: int) -> list[Segment]:
+        """Bring the segments that hold any of the tokens [start, end) back exact, compacting others to make room.
+
+        They stay until a compaction, or the trigger, needs the room: those go first that were recalled first.
+
+        Returns:
+            These segments.
+
+        Raises:
+            InvalidInput: there are no originals of them.
+            PromptTooLong: they do not fit below the trigger.
+        """
+        while True:
+            wanted = [segment for segment in self.cache.segments if segment.start < end and segment.end > start]
+            held = [each for each in self.recalled if each.segment in wanted]
+            self.recalled = (*(each for each in self.recalled if each not in held), *held)
+            missing = [segment for segment in wanted if segment not in [each.segment for each in held]]
+            growth = sum(segment.num_tokens - segment.num_slots / self.cache.num_heads for segment in missing)
+            if self.cache.kv_tokens + growth + 1 <= self.trigger:
+                break
+            self._make_room_to_recall(wanted, others=len(self.recalled) > len(held))
+        for segment in missing:
+            self._bring_back(segment)
+        return wanted
+
+    def recall_again(self, start: int) -> None:
+        """Bring back the segment that begins at `start`, where its originals are still there and it still fits."""
+        for segment in self.cache.segments:
+            growth = segment.num_tokens - segment.num_slots / self.cache.num_heads
+            is_held = between(self.originals, segment.start, segment.end) is not None
+            if segment.start == start and is_held and self.cache.kv_tokens + growth + 1 <= self.trigger:
+                self._bring_back(segment)
+
+    def _make_room_to_recall(self, wanted: Sequence[Segment], *, others: bool) -> None:
+        if others:
+            self._put_away_oldest()
+            return
+        num_tokens = sum(segment.num_tokens for segment in wanted)
+        refused = PromptTooLong(
+            f"the {num_tokens} tokens of the segments to recall do not fit below the trigger of {self.trigger} beside "
+            f"what else is held: recall a shorter span, or raise trigger_tokens"
+        )
+        if self.num_pinned + num_tokens + self.policy.keep_recent >= self.trigger:
+            raise refused
+        try:
+            self.compact()
+        except (CompactionFailed, BudgetTooSmall) as error:
+            raise refused from error
+
+    def search(self, text: str, span_tokens: int) -> list[Span]:
+        """All compacted tokens, in spans of about `span_tokens`, and how much a text looks at each."""
+        self.read(len(self.tokens) - 1)
+        return search(
+            self.engine,
+            self.cache,
+            self.tokens,
+            self.originals,
+            text,
+            span_tokens=span_tokens,
+            chunk_tokens=self.policy.chunk_tokens,
+        )
+
+    def _bring_back(self, segment: Segment) -> None:
+        entries = between(self.originals, segment.start, segment.end)
+        if entries is None:
+            raise InvalidInput(
+                f"tokens {segment.start} to {segment.end} cannot be recalled: their originals were not kept when they "
+                "were compacted, or are lost; set the policy's originals to 'host' or 'disk' before that"
+            )
+        state, recalled = brought_back(self._transformers_cache.state(), segment, entries)
+        self.cache.restore(state)
+        self.recalled = (*self.recalled, recalled)
+        self.notify(SpanRecalled(self.name, segment.start, segment.end, self.cache.kv_tokens))
+
+    def _put_away_oldest(self) -> None:
+        """Of what is recalled."""
+        oldest, *others = self.recalled
+        self.cache.restore(put_away(self._transformers_cache.state(), oldest))
+        self.recalled = tuple(others)
+        self.notify(SpanPutAway(self.name, oldest.segment.start, oldest.segment.end, self.cache.kv_tokens))
+
+    @property
+    def state_at_rest(self) -> Snapshot:
+        """The cache with nothing recalled."""
+        return at_rest(self._transformers_cache.state(), self.recalled) if self.recalled else self.cache.state()
+
+    @property
+    def off_device_bytes(self) -> int:
+        """What originals take, and the slots of recalled segments."""
+        return sum(original.nbytes for original in self.originals) + sum(each.nbytes for each in self.recalled)
 
     def rewind(self, num_tokens: int) -> None:
         """Forget all but the first `num_tokens` tokens; rebuild where a forgotten one is in a segment."""
@@ -324,11 +459,12 @@ class Context:
         fresh.read(num_tokens - 1)
         self.cache.restore(fresh.cache.state())
         self.tokens, self.schedule, self._live = fresh.tokens, fresh.schedule, fresh._live
+        self.originals, self.recalled = fresh.originals, ()
 
     def _replay(self, entry: ScheduledCompaction) -> None:
         while (done := self.cache.num_tokens) < entry.at_tokens:
             self._forward(self.tokens[done : min(entry.at_tokens, done + self.policy.chunk_tokens)])
-        self._apply(entry.plan)
+        self._apply(entry.plan, is_replay=True)
 
     def fork(self, name: str, policy: MemoryPolicy | None = None) -> Context:
         """The same context under another name; memory is shared until the two differ."""

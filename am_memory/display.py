@@ -17,6 +17,7 @@ from am_memory.events import (
     CompactionProgress,
     CompactionReport,
     Event,
+    GateMissed,
     ReadProgress,
     SessionRebuilt,
     WindowExceeded,
@@ -88,6 +89,9 @@ class EventBars:
                 )
             case CompactionFinished(_, report):
                 self._console.print(describe(report), soft_wrap=True)
+            case GateMissed(_, start, end, held_out_error, max_error):
+                error = f"an error of {held_out_error:.2f} is above the {max_error:g} of max_error"
+                self._warn(f"tokens {start:,}-{end:,}: {error}, and there was no room for more slots")
             case WindowExceeded(_, logical_tokens, window_tokens):
                 self._warn(f"{logical_tokens:,} tokens: past the {window_tokens:,} positions this model was trained on")
             case SessionRebuilt(_, num_tokens, reason):

@@ -54,6 +54,7 @@ class CompactionReport:
         output_error: RMS over heads and queries of the output's error, relative to the output's RMS.
         query_seconds, score_seconds, fit_seconds: wall time by stage.
         num_unbiased_heads: KV heads that do without biases, as the cache takes none and theirs are not a part of a key.
+        held_out_error: the output error on queries that were held out of the fits; None where the policy has no gate.
     """
 
     session: str
@@ -70,6 +71,7 @@ class CompactionReport:
     score_seconds: float
     fit_seconds: float
     num_unbiased_heads: int = 0
+    held_out_error: float | None = None
 
     @property
     def seconds(self) -> float:
@@ -80,6 +82,17 @@ class CompactionReport:
 class CompactionFinished:
     session: str
     report: CompactionReport
+
+
+@dataclass(frozen=True)
+class GateMissed:
+    """The tokens [start, end) were compacted with an error above `max_error`: there was no room for more slots."""
+
+    session: str
+    start: int
+    end: int
+    held_out_error: float
+    max_error: float
 
 
 @dataclass(frozen=True)
@@ -100,7 +113,37 @@ class SessionRebuilt:
     reason: str
 
 
-Event = ReadProgress | CompactionStarted | CompactionProgress | CompactionFinished | WindowExceeded | SessionRebuilt
+@dataclass(frozen=True)
+class SpanRecalled:
+    """The segment of the logical tokens [start, end) is exact again; the cache has `kv_tokens` now."""
+
+    session: str
+    start: int
+    end: int
+    kv_tokens: float
+
+
+@dataclass(frozen=True)
+class SpanPutAway:
+    """The segment of the logical tokens [start, end) is compact again, as it was before it was recalled."""
+
+    session: str
+    start: int
+    end: int
+    kv_tokens: float
+
+
+Event = (
+    ReadProgress
+    | CompactionStarted
+    | CompactionProgress
+    | CompactionFinished
+    | GateMissed
+    | WindowExceeded
+    | SessionRebuilt
+    | SpanRecalled
+    | SpanPutAway
+)
 Listener = Callable[[Event], None]
 
 
@@ -118,6 +161,16 @@ def log(event: Event) -> None:
                 report.kv_tokens_before,
                 report.kv_tokens_after,
             )
+        case GateMissed(session, start, end, held_out_error, max_error):
+            logger.info(
+                "session %r: tokens %d to %d are compacted with a held-out error of %.3f, above the %.3f of max_error: "
+                "there was no room for more slots",
+                session,
+                start,
+                end,
+                held_out_error,
+                max_error,
+            )
         case WindowExceeded(session, logical_tokens, window_tokens):
             logger.info(
                 "session %r has %d tokens, past the %d positions that the model was trained on",
@@ -127,6 +180,10 @@ def log(event: Event) -> None:
             )
         case SessionRebuilt(session, num_tokens, reason):
             logger.info("session %r: %d tokens are read again: %s", session, num_tokens, reason)
+        case SpanRecalled(session, start, end, kv_tokens):
+            logger.info("session %r: tokens %d to %d recalled; cache has %.0f tokens", session, start, end, kv_tokens)
+        case SpanPutAway(session, start, end, kv_tokens):
+            logger.info("session %r: tokens %d to %d put away; cache has %.0f tokens", session, start, end, kv_tokens)
 
 
 def ignore(event: Event) -> None:

@@ -143,7 +143,7 @@ class Memory:
             self._listeners.remove(listener)
 
     def _resume(self, name: str, policy: MemoryPolicy) -> Session:
-        saved = self.require_store().load(name, device=self.engine.info.device)
+        saved = self.require_store().load(name, device=self.engine.info.device, originals=policy.originals)
         if saved.fingerprint != self.engine.info.fingerprint:
             raise ModelMismatch(
                 f"session {name!r} was saved with model {saved.fingerprint}, this one is "
@@ -161,7 +161,10 @@ class Memory:
             list(saved.tokens),
             list(saved.schedule),
             saved.num_pinned,
+            originals=saved.originals,
         )
+        for start in saved.recalled:
+            context.recall_again(start)
         history = History(saved.messages, saved.message_starts, saved.is_answering, saved.tools)
         session = Session(self, context, history)
         session.metadata = saved.metadata

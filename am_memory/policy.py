@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
@@ -47,6 +47,13 @@ class MemoryPolicy(BaseModel):
             adaptive where heads can differ in their slots, else as many for all heads as there are cells.
         recompaction: "segments" (each token is compacted once, from its exact entry) or "refit" (the oldest half as it
             is, compact entries too, again and again: arXiv:2602.16284, online AIME).
+        originals: the exact entries of compacted tokens: "drop", or kept off the device, in "host" memory or on
+            "disk", so that `Session.recall` can bring them back.
+        max_error: the gate: an eighth of the reference queries is held out of the fits, and while the relative error of
+            the attention output on them is above this, a new segment gets twice the slots, as far as
+            `max_compact_tokens` leaves room. Where it does not, the compaction is made all the same, since the
+            conversation could not go on, and `GateMissed` says so. It holds at birth: later, segments shrink. None: no
+            gate, and nothing held out.
         min_slots: slots that every head gets of a new segment before any head gets more.
         fit: what is fitted beside the choice of keys; anything but "bias_and_values" is for ablations.
         ridge: pull of the fitted values toward the originals, as a fraction of the mean diagonal.
@@ -69,6 +76,8 @@ class MemoryPolicy(BaseModel):
     key_selection: Any = HighestAttention()
     head_budget: Literal["auto", "adaptive", "uniform"] = "auto"
     recompaction: Literal["segments", "refit"] = "segments"
+    originals: Literal["drop", "host", "disk"] = "drop"
+    max_error: Annotated[float, Field(gt=0)] | None = None
     min_slots: Annotated[int, Field(gt=0)] = 1
     fit: Literal["bias_and_values", "bias", "values", "nothing"] = "bias_and_values"
     ridge: Annotated[float, Field(ge=0)] = 1e-3
@@ -260,6 +269,16 @@ def plan(
     if segments[-1].num_slots < floor:  # so long a conversation that an equal share is too little to begin with
         segments = [*shrink(older, bound - floor), resized(newest, floor)]
     return Plan(tuple(segments), is_refit)
+
+
+def richer(policy: MemoryPolicy, trigger: int, num_heads: int, plan: Plan) -> Plan | None:
+    """The same plan with twice the slots for its newest segment, or what the bound leaves; None where that is none."""
+    newest, older = plan.newest, plan.segments[:-1]
+    room = max_compact_tokens(policy, trigger) * num_heads - sum(segment.num_slots for segment in older)
+    num_slots = min(2 * newest.num_slots, newest.num_tokens * num_heads, room)
+    if num_slots <= newest.num_slots:
+        return None
+    return replace(plan, segments=(*older, replace(newest, num_slots=num_slots)))
 
 
 def shrink(segments: Sequence[Segment], max_slots: int) -> list[Segment]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
+from am_memory.cache import Segment
 from am_memory.context import Context
 from am_memory.engines.base import Message
 from am_memory.errors import InvalidInput, InvalidPolicy, PromptTooLong, UnsupportedOperation
@@ -20,6 +21,7 @@ from am_memory.events import CompactionReport
 from am_memory.history import History
 from am_memory.policy import MemoryPolicy
 from am_memory.sampling import Sampler, Sampling
+from am_memory.search import Span
 from am_memory.storage import SavedSession
 from am_memory.tokens import TextStream
 
@@ -76,6 +78,8 @@ class Stats:
         exact_kv_bytes: what an uncompacted cache of the same conversation would take.
         num_compactions: made so far.
         num_segments: compact segments now.
+        originals_bytes: what the exact entries of compacted tokens take in host memory or on disk, where the policy
+            keeps them.
     """
 
     logical_tokens: int
@@ -85,6 +89,7 @@ class Stats:
     exact_kv_bytes: int
     num_compactions: int
     num_segments: int
+    originals_bytes: int = 0
 
 
 class Session:
@@ -360,6 +365,65 @@ class Session:
         with self._step():
             return self._context.compact(fraction)
 
+    def search(self, text: str, top: int = 5, *, span_tokens: int = 32) -> list[Span]:
+        """Find what a text is about among the compacted tokens, by the model's own attention to them.
+
+        The text is read as if somebody said it now; the session is afterwards as it was, but that all it was told is
+        read. Tokens are found by their originals where the policy keeps them, else by the slots that are left of them.
+
+        Args:
+            top: how many spans to give, the best first.
+            span_tokens: about how long they are; they end where the text has a boundary.
+
+        Raises:
+            InvalidInput: an empty text or conversation, or a number below 1.
+        """
+        self._require_tokens()
+        if not text.strip():
+            raise InvalidInput(f"{text!r} is nothing to search for: give a question, or some words")
+        if top < 1 or span_tokens < 1:
+            raise InvalidInput(f"top is {top} and span_tokens {span_tokens}: each must be at least 1")
+        with self._step():
+            spans = self._context.search(text, span_tokens)
+        return sorted(spans, key=lambda span: -span.score)[:top]
+
+    def recall(self, span: Segment | Span | tuple[int, int]) -> list[Segment]:
+        """Bring a span back exact, as it was before it was compacted; the policy must keep its originals.
+
+        Whole segments come back, in all layers and heads, until a compaction or the trigger needs their room: then they
+        go back to the slots that they had, the one recalled first before the others. Room for them is made by
+        compacting what is exact, if there is none. A session that is rebuilt has nothing recalled.
+
+        Args:
+            span: from one token to another, the second not included; one of `segments`; or what `search` found.
+
+        Returns:
+            The segments that are exact now and hold a token of the span; what was never compacted is in none.
+
+        Raises:
+            InvalidInput: a span that is not in the conversation, or whose originals were not kept.
+            PromptTooLong: it does not fit below the trigger.
+            StorageError: its originals cannot be read.
+        """
+        start, end = span if isinstance(span, tuple) else (span.start, span.end)
+        if not 0 <= start < end <= len(self._context.tokens):
+            raise InvalidInput(
+                f"there is nothing to recall between tokens {start} and {end}: give a span within the "
+                f"{len(self._context.tokens)} tokens of the session"
+            )
+        with self._step():
+            return self._context.recall(start, end)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The compact segments, oldest first."""
+        return self._context.cache.segments
+
+    @property
+    def recalled(self) -> tuple[Segment, ...]:
+        """The segments that are exact for now, the one recalled last at the end."""
+        return tuple(each.segment for each in self._context.recalled)
+
     def rewind(self, num_tokens: int) -> None:
         """Forget all but the first `num_tokens` tokens of the conversation.
 
@@ -429,7 +493,9 @@ class Session:
             tools=self._history.tools,
             metadata=self.metadata,
             num_pinned=context.num_pinned,
-            state=context.cache.state(),
+            state=context.state_at_rest,
+            originals=context.originals,
+            recalled=tuple(each.segment.start for each in context.recalled),
         )
 
     @property
@@ -443,6 +509,7 @@ class Session:
             exact_kv_bytes=cache.exact_nbytes,
             num_compactions=len(context.schedule),
             num_segments=len(cache.segments),
+            originals_bytes=context.off_device_bytes,
         )
 
     def _require_tokens(self) -> None:

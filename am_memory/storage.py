@@ -7,6 +7,10 @@ Owns the file's layout, its checksum, and how a session's name becomes a file's.
     tokens                   int64
     layers.3.key, .value     the exact tail without its spare room, or the sliding window
     layers.3.slots.key, ...  the fields of `Slots`, where there are any
+
+The exact entries of compacted spans, where they are kept, lie beside in `originals/`: a file for each span, named by
+its digest and shared by all sessions that have it, with an empty file for each of these sessions. What has no such mark
+any more is deleted.
 """
 
 from __future__ import annotations
@@ -15,12 +19,13 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote_to_bytes
+from weakref import WeakValueDictionary
 
 import fsspec  # type: ignore[import-untyped]
 import safetensors.torch
@@ -32,6 +37,7 @@ from torch import Tensor
 from am_memory.cache import CacheState, LayerState, Segment, SlidingState, Slots, Snapshot, TailBuffer, TailState
 from am_memory.engines.base import Message
 from am_memory.errors import CorruptSession, NewerFormat, SessionNotFound, StorageError
+from am_memory.originals import Original, Place, received
 from am_memory.policy import ScheduledCompaction
 
 FORMAT, NEEDS = 1, "0.1.0"
@@ -40,6 +46,7 @@ SUFFIX = ".safetensors"
 MAX_PART_CHARS = 200
 """Of a file's name, where file systems take 255: a longer one is cut into folders."""
 SLOT_FIELDS = ("key", "value", "bias", "positions", "ranks")
+ORIGINALS, DIGEST_CHARS = "originals", 64
 CHECKSUM_KEY, ZEROS = b'"sha256":"', b"0" * 64
 """The checksum is of the whole file with zeros in its own place."""
 
@@ -59,7 +66,9 @@ class SavedSession:
         tools: that the chat template tells the model of.
         metadata: what the application keeps with the session.
         num_pinned: tokens at the start that stay exact.
-        state: the cache.
+        state: the cache, with nothing recalled.
+        originals: the exact entries of compacted tokens, where they are kept.
+        recalled: where the segments begin that were exact for the time being.
     """
 
     fingerprint: str
@@ -73,6 +82,8 @@ class SavedSession:
     state: Snapshot
     tools: tuple[Message, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
+    originals: tuple[Original, ...] = ()
+    recalled: tuple[int, ...] = ()
 
 
 class Store:
@@ -89,6 +100,7 @@ class Store:
         self.url = re.sub(r"(//[^/:@]*:)[^/@]*@", r"\1***@", url)  # for people, so without a password
         with self._reaching("open"):
             self._files, self._root = fsspec.url_to_fs(url)
+        self._loaded: WeakValueDictionary[tuple[str, Place], Original] = WeakValueDictionary()
 
     def save(self, name: str, saved: SavedSession) -> None:
         """Put this session in place of the saved one, which stays if anything fails.
@@ -96,7 +108,18 @@ class Store:
         Raises:
             StorageError: the store cannot be written to, or a message holds what JSON cannot.
         """
-        data, path = _packed(saved), self._path(name)
+        data = _packed(saved)
+        held, mark = self._held_originals(), _mark(name)
+        for original in saved.originals:
+            if (original.digest, mark) not in held:
+                self._write(self._original(original.digest, mark), b"")
+            if (original.digest, "") not in held:
+                self._write(self._original(original.digest), original.packed())
+        self._write(self._path(name), data)
+        self._drop_originals(held, mark, {original.digest for original in saved.originals})
+
+    def _write(self, path: str, data: bytes) -> None:
+        """Whole, or not at all."""
         temporary = f"{path}.{secrets.token_hex(4)}.tmp"
         with self._reaching("write to"):
             self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
@@ -115,8 +138,58 @@ class Store:
                     self._files.rm_file(temporary)
                 raise
 
-    def load(self, name: str, *, device: torch.device | str | None = None) -> SavedSession:
+    def _original(self, digest: str, mark: str = "") -> str:
+        return f"{self._root.rstrip('/')}/{ORIGINALS}/{digest}{mark}{SUFFIX}"
+
+    def _held_originals(self) -> set[tuple[str, str]]:
+        """(digest, mark) of all files that hold originals, whose mark is empty, or say who needs them."""
+        with self._reaching("list"):
+            self._files.invalidate_cache()
+            try:
+                paths = self._files.ls(f"{self._root.rstrip('/')}/{ORIGINALS}", detail=False)
+            except FileNotFoundError:
+                return set()
+        names = [path.rpartition("/")[2].removesuffix(SUFFIX) for path in paths if path.endswith(SUFFIX)]
+        return {(name[:DIGEST_CHARS], name[DIGEST_CHARS:]) for name in names}
+
+    def _drop_originals(self, held: set[tuple[str, str]], mark: str, needed: Collection[str] = ()) -> None:
+        """Take away a session's marks but those of what it needs, and what nobody else has marked."""
+        gone = {digest for digest, whose in held if whose == mark and digest not in needed}
+        others = {digest for digest, whose in held if whose not in ("", mark)}
+        with self._reaching("delete from"):
+            for digest in gone:
+                for path in [self._original(digest, mark), *([] if digest in others else [self._original(digest)])]:
+                    with suppress(FileNotFoundError):
+                        self._files.rm_file(path)
+
+    def _load_original(self, place: Place, digest: str, start: int, end: int) -> Original | None:
+        """None where another process has deleted it with a session of its own."""
+        if (known := self._loaded.get((digest, place))) is not None:
+            return known
+        with self._reaching("read"):
+            try:
+                data: bytes = self._files.cat_file(self._original(digest))
+            except FileNotFoundError:
+                return None
+        if sha256(data).hexdigest() != digest:
+            raise CorruptSession(
+                f"the original entries of tokens {start} to {end} in {self.url!r} are not what was written: restore "
+                f"{self._original(digest)} from a copy, or delete it"
+            )
+        original = self._loaded[digest, place] = received(start, end, data, place)
+        return original
+
+    def load(
+        self,
+        name: str,
+        *,
+        device: torch.device | str | None = None,
+        originals: Literal["drop", "host", "disk"] = "host",
+    ) -> SavedSession:
         """The session as it was saved, with its cache on `device` (None: the CPU).
+
+        Args:
+            originals: where the exact entries of compacted tokens go; those that are not there any more are left out.
 
         Raises:
             SessionNotFound: there is none of that name.
@@ -137,11 +210,15 @@ class Store:
                     f"{where} has format {header['format']}, and this version reads up to {FORMAT}: "
                     f"upgrade attention-matching-memory to {header['needs']} or newer"
                 )
-            return _unpacked(safetensors.torch.load(data), target)
+            saved, kept = _unpacked(safetensors.torch.load(data), target)
         except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CorruptSession(
                 f"{where} cannot be read: {error}; restore {self._path(name)} from a copy, or delete it"
             ) from error
+        if originals == "drop":
+            return saved
+        found = [self._load_original(originals, each.digest, each.start, each.end) for each in kept]
+        return replace(saved, originals=tuple(original for original in found if original is not None))
 
     def exists(self, name: str) -> bool:
         """Whether a session of that name is saved; raises StorageError where that cannot be known."""
@@ -163,6 +240,7 @@ class Store:
         """Forget the session of that name, if there is one."""
         with self._reaching("delete from"), suppress(FileNotFoundError):
             self._files.rm_file(self._path(name))
+        self._drop_originals(self._held_originals(), _mark(name))
 
     @contextmanager
     def _reaching(self, action: str) -> Iterator[None]:
@@ -201,6 +279,11 @@ def _encoded(name: str) -> str:
     return re.sub(rb"[^a-z0-9._-]", lambda found: b"%%%02x" % ord(found[0]), data).decode()
 
 
+def _mark(name: str) -> str:
+    """Of a session, behind the digest of what it needs."""
+    return f".{sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:24]}"
+
+
 class _Layer(BaseModel, from_attributes=True):
     num_tokens: int | None = None  # that a sliding window has seen; None for full attention
 
@@ -209,6 +292,12 @@ class _Cache(BaseModel, from_attributes=True):
     layers: tuple[_Layer, ...]
     segments: tuple[Segment, ...]
     num_pinned: int
+
+
+class _Original(BaseModel, from_attributes=True):
+    start: int
+    end: int
+    digest: str
 
 
 class _Content(BaseModel, from_attributes=True):
@@ -224,6 +313,8 @@ class _Content(BaseModel, from_attributes=True):
     state: _Cache
     tools: tuple[dict[str, Any], ...] = ()
     metadata: dict[str, Any] = {}
+    originals: tuple[_Original, ...] = ()
+    recalled: tuple[int, ...] = ()
 
 
 def _packed(saved: SavedSession) -> bytes:
@@ -268,8 +359,11 @@ def _verified_metadata(data: bytes) -> dict[str, str]:
     return dict(header["__metadata__"])
 
 
-def _unpacked(tensors: dict[str, Tensor], device: torch.device) -> SavedSession:
-    """Raises KeyError or ValueError for what cannot be a session."""
+def _unpacked(tensors: dict[str, Tensor], device: torch.device) -> tuple[SavedSession, tuple[_Original, ...]]:
+    """A session without its originals, and which these are.
+
+    Raises KeyError or ValueError for what cannot be a session.
+    """
     content = _Content.model_validate(json.loads(bytes(tensors["session"].numpy())))
     tokens = tuple(tensors["tokens"].tolist())
     _require(len(content.messages) == len(content.message_starts), "not every message has a start")
@@ -284,7 +378,8 @@ def _unpacked(tensors: dict[str, Tensor], device: torch.device) -> SavedSession:
     is_consistent = len(ends) == 1 and max(ends) <= len(tokens)
     _require(is_consistent, f"layers of {ends} tokens in a session of {len(tokens)}")
     cache = CacheState(tuple(layers), segments, content.state.num_pinned)
-    return SavedSession(**{**dict(content), "tokens": tokens, "state": cache})
+    saved = SavedSession(**{**dict(content), "tokens": tokens, "state": cache, "originals": ()})
+    return saved, content.originals
 
 
 def _layer(layer: _Layer, parts: dict[str, Tensor], tail_start: int, device: torch.device) -> LayerState:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from am_memory import Memory, MemoryPolicy, Session
 from am_memory.cli import app
+from am_memory.display import EventBars
 from am_memory.engines.transformers import TransformersEngine
-from am_memory.events import Listener, ignore
+from am_memory.events import GateMissed, Listener, ignore
 from am_memory.storage import Store
 
 CommandLine = Callable[..., Result]
@@ -286,3 +289,9 @@ def test_the_demo_recalls_more_than_a_cache_of_the_same_size(run: CommandLine) -
     assert found is not None
     memory, truncated, everything = map(int, found.groups())
     assert truncated < memory <= everything + 2
+
+
+def test_a_missed_gate_is_a_warning() -> None:
+    console = Console(file=StringIO(), width=200)
+    EventBars(console)(GateMissed("alice", 4, 1239, 0.52, 0.3))
+    assert "tokens 4-1,239: an error of 0.52 is above the 0.3 of max_error" in console.file.getvalue()

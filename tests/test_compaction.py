@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,7 @@ from am_memory.cache import PINNED_RANK, Segment
 from am_memory.compaction import Head, fit_heads, groups_of_like_size
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CompactionFailed
+from am_memory.events import Event, GateMissed
 from am_memory.solver import OMP, Block, HighestAttention, exact_attention
 
 TOKENS = [(17 * position * position + 5 * position) % 256 for position in range(240)]
@@ -308,8 +310,91 @@ def test_heads_of_different_shapes_are_never_grouped() -> None:
 def test_a_group_fits_each_head_as_if_it_were_alone() -> None:
     torch.manual_seed(0)
     heads, segment = some_heads([9, 7, 12]), Segment(0, 40, 1000)
-    _, together = fit_heads(heads, segment, POLICY)
+    _, together, _ = fit_heads(heads, segment, POLICY)
     for head, slots in zip(heads, together, strict=True):
-        _, (alone,) = fit_heads([head], segment, POLICY)
+        _, (alone,), _ = fit_heads([head], segment, POLICY)
         for one, other in zip(slots.fields, alone.fields, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+# The gate
+
+
+def test_without_a_gate_nothing_is_held_out(new_session: NewSession) -> None:
+    assert new_session().compact(1.0).held_out_error is None
+
+
+def test_the_held_out_error_is_that_of_queries_that_were_not_fitted(new_session: NewSession) -> None:
+    """It is near the fitted one, and above it: a fit does best on what it was made on."""
+    report = new_session(max_error=1e9).compact(1.0)
+    assert report.output_error < report.held_out_error < 3 * report.output_error
+
+
+def test_the_held_out_error_is_what_the_definition_gives() -> None:
+    """Softmax over the fitted slots, by hand, on every eighth query."""
+    (head,) = some_heads([9])
+    policy = POLICY.model_copy(update={"max_error": 1.0})
+    group_fit, _, error = fit_heads([head], Segment(0, 40, 1000), policy)
+    held = slice(7, None, 8)
+    logits = head.block.query[0, held] @ group_fit.key[0].T * head.block.scaling + group_fit.bias[0]
+    output = logits.softmax(-1) @ group_fit.value[0]
+    weight = head.exact.weight[0, held, None]
+    exact = head.exact.output[0, held]
+    expected = ((output - exact) * weight).square().sum().sqrt() / (exact * weight).square().sum().sqrt()
+    torch.testing.assert_close(error[0], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_keys_are_chosen_by_all_queries_with_a_gate_too(new_session: NewSession) -> None:
+    gated, other = new_session(max_error=1e9), new_session()
+    for session in (gated, other):
+        session.compact(1.0)
+    assert slots_of(gated) == slots_of(other)
+
+
+def test_a_compaction_above_the_gate_gets_more_slots(new_session: NewSession) -> None:
+    plain = new_session(max_error=1e9, keep_ratio=0.05, max_compact_tokens=400).compact(1.0)
+    session = new_session(max_error=plain.held_out_error / 2, keep_ratio=0.05, max_compact_tokens=400)
+    report = session.compact(1.0)
+    doublings = math.log2(report.num_slots / plain.num_slots)
+    assert doublings >= 1
+    assert doublings == round(doublings) or report.num_slots == report.end - report.start
+    assert report.held_out_error <= plain.held_out_error / 2
+    assert session.segments[0].num_slots == session._context.schedule[0].plan.newest.num_slots
+    assert session.stats.kv_tokens == pytest.approx(4 + report.num_slots)
+
+
+def test_where_there_is_no_room_for_more_slots_the_gate_is_missed_and_said(engine: TransformersEngine) -> None:
+    events: list[Event] = []
+    policy = POLICY.model_copy(update={"max_error": 1e-6, "max_compact_tokens": 80})
+    session = Memory(engine, policy, on_event=events.append).session()
+    session.append(TOKENS)
+    report = session.compact(1.0)
+    assert report.num_slots == pytest.approx(80, abs=0.2)
+    (missed,) = [event for event in events if isinstance(event, GateMissed)]
+    assert (missed.start, missed.end, missed.held_out_error) == (4, 239, report.held_out_error)
+    assert missed.max_error == 1e-6 < missed.held_out_error
+
+
+def test_the_gate_does_not_let_a_cache_outgrow_its_trigger(engine: TransformersEngine) -> None:
+    policy = POLICY.model_copy(update={"max_error": 1e-6, "trigger_tokens": 96})
+    session = Memory(engine, policy).session()
+    session.append(TOKENS)
+    assert session.stats.num_compactions > 3
+    assert session.stats.kv_tokens <= 96
+
+
+def test_a_rebuilt_session_has_the_slots_that_the_gate_gave(engine: TransformersEngine) -> None:
+    policy = POLICY.model_copy(update={"max_error": 1e-6, "trigger_tokens": 96, "keep_ratio": 0.05})
+    session = Memory(engine, policy).session()
+    session.append(TOKENS)
+    made = session._context.schedule
+    session.rewind(session.segments[-1].end - 1)
+    assert session._context.schedule == made[: len(session._context.schedule)]
+    assert session._context.schedule
+
+
+def test_too_few_queries_to_hold_any_out_have_no_gate(new_session: NewSession) -> None:
+    session = new_session(TOKENS[:8], max_error=1e-6, keep_ratio=0.5)
+    report = session.compact(1.0)
+    assert (report.end - report.start) * 2 < 8
+    assert report.held_out_error is None

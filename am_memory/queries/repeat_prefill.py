@@ -18,10 +18,15 @@ REQUEST = "Repeat the previous context."
 
 def repeat_request(engine: Engine) -> list[int]:
     """The request to repeat, as a turn of its own where the model has a chat template."""
+    return as_turn(engine, REQUEST)
+
+
+def as_turn(engine: Engine, text: str) -> list[int]:
+    """A text as a turn of its own in the midst of a chat, where the model has a chat template."""
     if not engine.has_chat_template:
-        return engine.encode(f"\n\n{REQUEST}\n\n")
+        return engine.encode(f"\n\n{text}\n\n")
     mark = "\u241e"
-    turns = [("user", REQUEST), ("assistant", mark), ("user", REQUEST)]
+    turns = [("user", text), ("assistant", mark), ("user", text)]
     text = engine.render([{"role": role, "content": content} for role, content in turns], add_generation_prompt=True)
     return engine.encode(text.split(mark, 1)[-1])
 

@@ -2,7 +2,7 @@
 
 from am_memory.solver.block import Block
 from am_memory.solver.exact import ExactAttention, exact_attention
-from am_memory.solver.fit import Fit, fit
+from am_memory.solver.fit import Fit, fit, output_error
 from am_memory.solver.fold import MAX_FOLD_ERROR
 from am_memory.solver.keys import HighestAttention, KeySelection, attention_scores
 from am_memory.solver.omp import OMP
@@ -18,4 +18,5 @@ __all__ = [
     "attention_scores",
     "exact_attention",
     "fit",
+    "output_error",
 ]

@@ -75,6 +75,11 @@ class Block:
         query, key, value = (of[index, None] for of in (self.query, self.key, self.value))
         return Block(query, key, value, self.scaling, log_mass, key_bias)
 
+    def queries(self, where: Tensor) -> Block:
+        """The same keys, seen by some of the queries; where: int64 indices of them."""
+        log_mass = None if self.log_mass is None else self.log_mass[:, where]
+        return Block(self.query[:, where], self.key, self.value, self.scaling, log_mass, self.key_bias)
+
     @classmethod
     def stack(cls, blocks: Sequence[Block]) -> Block:
         """The heads of several blocks of equal shapes, scaling and options."""

@@ -34,6 +34,11 @@ class ExactAttention:
         """One head, as views."""
         return ExactAttention(*(of[index, None] for of in self._tensors))
 
+    def queries(self, where: Tensor) -> ExactAttention:
+        """Of some of the queries, int64 indices; the scores are still those of all."""
+        by_query = (of[:, where] for of in (self.max_logit, self.log_mass, self.output, self.weight))
+        return ExactAttention(self.scores, *by_query)
+
     @classmethod
     def stack(cls, heads: Sequence[ExactAttention]) -> ExactAttention:
         """The heads of several blocks, in their order."""

@@ -38,6 +38,19 @@ class Fit:
     fold_error: Tensor | None = None
 
 
+def output_error(block: Block, compact: Fit, exact: ExactAttention) -> Tensor:
+    """(B,) float32: the `output_error` of a fit on the queries of `block`, on which it need not have been made."""
+    missing = compact_attention(block, compact.key, compact.bias, compact.value, exact).missing_energy
+    return _relative(missing, exact)
+
+
+def _relative(missing_energy: Tensor, exact: ExactAttention) -> Tensor:
+    """(B,) float32: root of the energy of an error, relative to that of the exact output."""
+    counted = exact.output * exact.weight[:, :, None]
+    energy = counted.square().sum((1, 2)).clamp_min(torch.finfo(torch.float32).tiny)
+    return (missing_energy / energy).sqrt().float()
+
+
 def fit(  # noqa: PLR0913  every keyword is one switch of the method, of its own meaning
     block: Block,
     indices: Tensor,
@@ -96,13 +109,11 @@ def fit(  # noqa: PLR0913  every keyword is one switch of the method, of its own
     if fit_values:
         change, left = solve_values(attention, is_slot, ridge)
         value = value + change.float()
-    counted = exact.output * exact.weight[:, :, None]
-    output_energy = counted.square().sum((1, 2)).clamp_min(torch.finfo(torch.float32).tiny)
     return Fit(
         torch.where(is_slot[:, :, None], key, 0.0),
         bias,
         torch.where(is_slot[:, :, None], value, 0.0),
         attention.mass_error,
-        (left / output_energy).sqrt().float(),
+        _relative(left, exact),
         fold_error,
     )

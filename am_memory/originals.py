@@ -1,0 +1,177 @@
+"""The exact entries of compacted spans, kept off the device: in host memory, or in files that go with their last user.
+
+Owns how they are written as bytes. Immutable, so that branches share them. Knows no policy and no session.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal, Protocol
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from am_memory.errors import StorageError
+
+Place = Literal["host", "disk"]
+
+LayerEntries = tuple[Tensor, Tensor]
+"""Keys and values of one layer: (num_key_value_heads, num_tokens, head_dim)."""
+
+
+class Original(Protocol):
+    """The exact entries of the logical tokens [start, end), in every compactable layer."""
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def end(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int:
+        """What they take off the device."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Of `packed`."""
+        ...
+
+    def layers(self) -> list[LayerEntries]:
+        """In host memory.
+
+        Raises:
+            StorageError: their file cannot be read.
+        """
+        ...
+
+    def packed(self) -> bytes:
+        """As one safetensors file; raises StorageError as `layers` does."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class HostOriginal:
+    """In host memory."""
+
+    start: int
+    end: int
+    entries: tuple[LayerEntries, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(key.nbytes + value.nbytes for key, value in self.entries)
+
+    @cached_property
+    def digest(self) -> str:
+        return sha256(self.packed()).hexdigest()
+
+    def layers(self) -> list[LayerEntries]:
+        return list(self.entries)
+
+    def packed(self) -> bytes:
+        return _packed(self.entries)
+
+
+@dataclass(frozen=True, eq=False)
+class FileOriginal:
+    """In a file of its own, which is deleted when nobody needs it any more."""
+
+    start: int
+    end: int
+    digest: str
+    nbytes: int
+    path: Path
+
+    @classmethod
+    def write(cls, start: int, end: int, data: bytes) -> FileOriginal:
+        """Into the folder for temporary files.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        try:
+            with tempfile.NamedTemporaryFile(prefix="am-memory-", suffix=".safetensors", delete=False) as file:
+                path = Path(file.name)
+                try:
+                    file.write(data)
+                except BaseException:
+                    path.unlink(missing_ok=True)
+                    raise
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {len(data)} bytes of original entries to {tempfile.gettempdir()!r}: {error}; set TMPDIR "
+                "to a folder with room, or originals to 'host' or 'drop'"
+            ) from error
+        original = cls(start, end, sha256(data).hexdigest(), len(data), path)
+        weakref.finalize(original, path.unlink, missing_ok=True)
+        return original
+
+    def layers(self) -> list[LayerEntries]:
+        return unpacked(self.packed())
+
+    def packed(self) -> bytes:
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise StorageError(
+                f"the original entries of tokens {self.start} to {self.end} cannot be read: {error}; what is compact "
+                "stays as it is"
+            ) from error
+
+
+def keep(start: int, end: int, entries: Iterable[LayerEntries], place: Place) -> Original:
+    """Copy exact entries to where they are kept; raises StorageError if they cannot be."""
+    if place == "disk":
+        return FileOriginal.write(start, end, _packed(entries))
+    # A copy even from a device that is the host: the entries are views of a tail that goes on to change.
+    return HostOriginal(start, end, tuple((_to_host(key), _to_host(value)) for key, value in entries))
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def received(start: int, end: int, data: bytes, place: Place) -> Original:
+    """From the bytes that `Original.packed` gave; raises StorageError or ValueError for others."""
+    if place == "disk":
+        return FileOriginal.write(start, end, data)
+    return HostOriginal(start, end, tuple(unpacked(data)))
+
+
+def _packed(entries: Iterable[LayerEntries]) -> bytes:
+    tensors = {}
+    for index, (key, value) in enumerate(entries):
+        tensors[f"{index}.key"], tensors[f"{index}.value"] = key.cpu().contiguous(), value.cpu().contiguous()
+    return safetensors.torch.save(tensors)
+
+
+def unpacked(data: bytes) -> list[LayerEntries]:
+    """Raises StorageError for bytes that `Original.packed` did not give."""
+    try:
+        tensors = safetensors.torch.load(data)
+        return [(tensors[f"{index}.key"], tensors[f"{index}.value"]) for index in range(len(tensors) // 2)]
+    except (safetensors.SafetensorError, KeyError) as error:
+        raise StorageError(f"what should be original entries is something else: {error}") from error
+
+
+def between(originals: Sequence[Original], start: int, end: int) -> list[LayerEntries] | None:
+    """The entries of the tokens [start, end), which some originals must tile; None where they do not."""
+    parts = [original for original in originals if original.start < end and original.end > start]
+    edges = [start, *itertools.chain.from_iterable((part.start, part.end) for part in parts), end]
+    if any(one != other for one, other in zip(edges[::2], edges[1::2], strict=True)):
+        return None
+    layers = zip(*(part.layers() for part in parts), strict=True)
+    return [
+        (torch.cat([key for key, _ in pieces], dim=1), torch.cat([value for _, value in pieces], dim=1))
+        for pieces in layers
+    ]
