@@ -184,3 +184,16 @@ def test_a_gpu_takes_this_path_unless_a_gradient_is_asked_for() -> None:
     assert not fused.can_attend(query.requires_grad_())
     assert not fused.can_attend(torch.ones(1, 2, 3, 512, device="cuda"))
     assert not fused.can_attend(torch.ones(1, 2, 3, 16, device="cuda", dtype=torch.float64))
+
+
+@pytest.mark.gpu
+def test_no_step_waits_for_the_gpu() -> None:
+    case = random_case([500, 0, 63], 1, 300, 2, 64, torch.bfloat16)
+    expected = fused.attend(*case, SCALING)  # compiles, and puts the slots' bounds on the device
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        actual = fused.attend(*case, SCALING)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)

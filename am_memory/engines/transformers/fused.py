@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+import shutil
 
 import torch
 from torch import Tensor
@@ -38,7 +40,12 @@ def can_attend(query: Tensor) -> bool:
 
 @functools.cache
 def _runs_triton(device: torch.device) -> bool:
-    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether Triton is there, a GPU that it knows well, and the C compiler that builds its launcher."""
+    return (
+        importlib.util.find_spec("triton") is not None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    )
 
 
 def block_sizes(num_rows: int, head_dim: int, element_size: int) -> tuple[int, int, int]:
