@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import math
+import itertools
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -32,28 +29,14 @@ def bandwidth(device: torch.device, clock: Callable[[], float] = time.perf_count
     return statistics.median(rates[1:])
 
 
-def peak_bytes(device: torch.device, run: Callable[[], object]) -> float:
-    """What the run held beyond what was held before it, at its peak; NaN where nobody counts.
-
-    On a GPU, of its memory; else of the process's, which only Linux tells.
-    """
+def peak_bytes(device: torch.device, run: Callable[[], object]) -> int:
+    """What the tensors that a run makes take at their peak, beyond what was held before; results that stay included."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    if not reset.exists():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
-        return math.nan
-    gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # what was freed before must not hide what comes
-        libc.malloc_trim(0)
-    reset.write_text("5")
-    before = _kibibytes(status, "VmRSS")
-    run()
-    return (_kibibytes(status, "VmHWM") - before) * 1024
-
-
-def _kibibytes(status: Path, name: str) -> int:
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(f"{name}:"))
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
+from am_memory.compaction import MAX_GROUP_HEADS
+
 SHAPES: dict[str, PreTrainedConfig] = {
     "qwen3-4b": Qwen3Config(
         vocab_size=151_936,
@@ -65,14 +67,16 @@ class CacheShape:
         """Keys and values of an uncompacted cache."""
         return 2 * self.num_layers * self.num_key_value_heads * self.head_dim * self.element_size * num_tokens
 
-    def event_bytes(self, num_tokens: int) -> int:
-        """What compacting `num_tokens` tokens holds at its peak, beside the cache as it was.
+    def event_bytes(self, num_tokens: int, max_chunk_elements: int) -> int:
+        """What compacting `num_tokens` tokens holds at its peak, beside the cache as it was (docs/performance.md).
 
-        All layers' reference queries are captured by chunks and then joined, which takes them twice; or they are held
-        once, with an output in float32 and three numbers for each of them. During the capture the cache has a scratch
-        tail, the old one and the repeated tokens; during the fit, the new cache, which is smaller.
+        Args:
+            max_chunk_elements: of the solver's scores, held at once.
         """
-        num_queries = self.num_layers * self.num_key_value_heads * self.num_key_value_groups * num_tokens
-        queries = num_queries * (self.head_dim * self.element_size + 4)
-        capture = 2 * queries + self.exact_bytes(2 * num_tokens)
-        return max(capture, queries + num_queries * 4 * (self.head_dim + 3))
+        num_heads = self.num_layers * self.num_key_value_heads
+        per_head = self.num_key_value_groups * num_tokens  # queries
+        queries = num_heads * per_head * (self.head_dim * self.element_size + 4)
+        outputs = num_heads * per_head * (self.head_dim + 3) * 4
+        batch = min(MAX_GROUP_HEADS, num_heads) * per_head * self.head_dim * (self.element_size + 12)
+        scratch = self.exact_bytes(2 * num_tokens)
+        return max(2 * queries + scratch, queries + outputs + batch + 2 * 4 * max_chunk_elements)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 import random
 import statistics
 import time
@@ -38,6 +37,7 @@ from am_memory.engines.transformers.attention import attend
 from am_memory.events import CompactionProgress, CompactionStarted, Event
 from am_memory.models import load_model
 from am_memory.policy import SINK_TOKENS
+from am_memory.solver.block import MAX_CHUNK_ELEMENTS, MAX_CHUNK_ELEMENTS_CPU
 
 KEEP_RATIO = 0.1
 
@@ -234,19 +234,19 @@ class Stages:
 
 def event(bench: Bench, stages: Stages, num_tokens: int) -> dict[str, float]:
     """Seconds of one compaction, by stage, and of reading its block once; the ratio is a median of its own."""
-    memory, rounds, peaks = bench.memory, [], []
+    memory, rounds = bench.memory, []
     for _ in range(bench.repeats + 1):
         session = memory.session()
         read = bench.seconds(lambda session=session: session.append(bench.ids[: num_tokens + SINK_TOKENS + 1]))
-        branch = session.fork()
+        branch = session.fork()  # for the peak, which is measured apart: counting takes time
         compact = bench.seconds(lambda session=session: session.compact(1.0))
         rounds.append({"read": read, **stages.seconds, "compact": compact, "compact / read": compact / read})
-        peaks.append(peak_bytes(bench.model.device, lambda branch=branch: branch.compact(1.0)))
-        for done in (session, branch):
-            memory.delete(done.name)
+        memory.delete(session.name)
+    peak = peak_bytes(bench.model.device, lambda: branch.compact(1.0))
     took = {name: statistics.median(took[name] for took in rounds[1:]) for name in rounds[0]}
-    formula = CacheShape.of(bench.model).event_bytes(num_tokens)
-    return {**took, "peak_bytes": statistics.median(peaks[1:]), "formula_bytes": formula}
+    chunk = MAX_CHUNK_ELEMENTS_CPU if bench.model.device.type == "cpu" else MAX_CHUNK_ELEMENTS
+    formula = CacheShape.of(bench.model).event_bytes(num_tokens, chunk)
+    return {**took, "peak_bytes": peak, "formula_bytes": formula}
 
 
 Row = tuple[str, ...]
@@ -298,12 +298,11 @@ def reading_rows(took: dict[str, float], num_tokens: int) -> Iterator[Row]:
 
 def event_row(took: dict[str, float], num_tokens: int) -> Row:
     stages = (f"{took[name]:.2f}" for name in ("read", "compact", "repeat", "score", "fit"))
-    peak = "" if math.isnan(took["peak_bytes"]) else f"{took['peak_bytes'] / MEBIBYTE:.0f}"
     return (
         f"{num_tokens:,}",
         *stages,
         f"{took['compact / read']:.2f}x",
-        peak,
+        f"{took['peak_bytes'] / MEBIBYTE:.0f}",
         f"{took['formula_bytes'] / MEBIBYTE:.0f}",
     )
 
