@@ -132,7 +132,7 @@ class Context:
         }
 
 
-def decoding(bench: Bench, context: Context, num_tokens: int = 24) -> dict[str, float]:
+def decoding(bench: Bench, context: Context, num_tokens: int) -> dict[str, float]:
     """Seconds for each decoded token."""
     uncompacted = bench.memory.engine.new_cache()
     bench.read(uncompacted, bench.ids[: context.physical.get_seq_length()], bench.memory.policy.chunk_tokens)
@@ -315,6 +315,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", choices=["decoding", "reading", "event"], help="default: all three")
     parser.add_argument("--compacted-tokens", type=int, default=2300, help="of the context that is decoded on")
     parser.add_argument("--exact-tokens", type=int, default=700, help="of the same context, behind them")
+    parser.add_argument("--decode-tokens", type=int, default=24)
     parser.add_argument("--read-tokens", type=int, default=2048)
     parser.add_argument("--compact-tokens", type=int, nargs="+", default=[1024], help="sizes of an event")
     parser.add_argument("--repeats", type=int, default=3)
@@ -357,7 +358,7 @@ def main() -> None:
     results: dict[str, object] = {"name": name, "machine": machine(), "cpu_time": args.cpu_time, "bandwidth": rate}
     if args.only in (None, "decoding"):
         context = Context.of(bench, args.compacted_tokens, args.exact_tokens)
-        took, alone, nbytes = decoding(bench, context), attention(bench, context), context.nbytes
+        took, alone, nbytes = decoding(bench, context, args.decode_tokens), attention(bench, context), context.nbytes
         results |= {"decoding": took, "attention": alone, "bytes": nbytes}
         print(
             f"{context.session.stats.kv_tokens:.0f} physical and {context.session.stats.logical_tokens} logical tokens"
