@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -16,7 +15,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def bandwidth(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
+def bandwidth(device: torch.device, clock: Callable[[], float]) -> float:
     """Bytes per second of memory read and written by a copy that no cache holds, median of five."""
     source = torch.ones(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
     target, rates = torch.empty_like(source), []

@@ -349,7 +349,7 @@ def main() -> None:
     stages = Stages(clock)
     memory, ids = memory_of(args, stages)
     bench = Bench(memory, ids, clock, args.repeats)
-    rate = bandwidth(bench.model.device)
+    rate = bandwidth(bench.model.device, clock)
     weight_bytes = sum(weight.nbytes for weight in bench.model.parameters())
     layers = bench.model.config.get_text_config().num_hidden_layers
     name = args.model if args.shape is None else f"{args.shape}, random weights, {layers} layers"
