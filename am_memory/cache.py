@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -172,6 +173,16 @@ class Slots:
     @property
     def num_heads(self) -> int:
         return len(self.cu_slots) - 1
+
+    @cached_property
+    def longest(self) -> int:
+        """Slots of the head that has the most."""
+        return max(end - begin for begin, end in itertools.pairwise(self.cu_slots))
+
+    @cached_property
+    def cu_slots_tensor(self) -> Tensor:
+        """`cu_slots` as int32 in the device's memory, for kernels."""
+        return torch.tensor(self.cu_slots, dtype=torch.int32, device=self.key.device)
 
 
 QuerySink = Callable[[Tensor, Tensor], None]

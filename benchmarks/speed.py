@@ -2,9 +2,11 @@
 
     python benchmarks/speed.py --model MODEL
     python benchmarks/speed.py --model MODEL --threads 1 --cpu-time     on a machine that does other work as well
+    python benchmarks/speed.py --shape llama-3.1-8b --compacted-tokens 32000 --compact-tokens 1024 4096     on a GPU
 
 Every figure is a median. What is compared is measured in turn (A, B, A, B...), so that noise hits all alike. The
-baseline is transformers' own: DynamicCache with sdpa attention.
+baseline is transformers' own: DynamicCache with sdpa attention. Ceilings are bytes over the bandwidth of a large copy,
+which is measured first. docs/performance.md says what the columns mean.
 """
 
 from __future__ import annotations
@@ -14,24 +16,30 @@ import copy
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import torch
+from ceilings import bandwidth, peak_bytes, synchronize
 from common import machine, table, write_json
+from shapes import SHAPES, CacheShape, random_model
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 
-from am_memory import Memory, MemoryPolicy, Sampling
+from am_memory import Memory, MemoryPolicy, Sampling, Session
+from am_memory.cache import KVCache
 from am_memory.demo import prose
+from am_memory.engines.transformers import TransformersEngine
+from am_memory.engines.transformers.attention import attend
 from am_memory.events import CompactionProgress, CompactionStarted, Event
+from am_memory.models import load_model
 from am_memory.policy import SINK_TOKENS
+from am_memory.solver.block import MAX_CHUNK_ELEMENTS, MAX_CHUNK_ELEMENTS_CPU
 
-POLICY = MemoryPolicy(trigger_tokens=1.0, pinned="sinks", keep_ratio=0.1, max_compact_tokens=800)
-COMPACTED_TOKENS, EXACT_TOKENS = 2300, 700
-"""Of the context that is decoded on: 230 slots for each head and 700 exact tokens."""
+KEEP_RATIO = 0.1
 
 
 @dataclass(frozen=True)
@@ -48,8 +56,10 @@ class Bench:
         return self.memory.engine.model
 
     def seconds(self, run: Callable[[], object]) -> float:
+        synchronize()
         started = self.clock()
         run()
+        synchronize()
         return self.clock() - started
 
     def medians(self, runs: dict[str, Callable[[], float]]) -> dict[str, float]:
@@ -86,36 +96,96 @@ class Bench:
             return self.seconds(lambda: [step() for _ in range(num_tokens)]) / num_tokens
 
 
-def decoding(bench: Bench, num_tokens: int = 24) -> dict[str, float]:
-    """Seconds for each decoded token, at one physical length of the cache."""
-    memory = bench.memory
-    session = memory.session("decoding")
-    session.append(bench.ids[: COMPACTED_TOKENS + EXACT_TOKENS + 1])
-    session.compact(COMPACTED_TOKENS / (COMPACTED_TOKENS + EXACT_TOKENS))
-    physical = round(session.stats.kv_tokens)
+@dataclass(frozen=True)
+class Context:
+    """One compacted session, and stock caches as long as it is: in what they hold, and in what they stand for."""
+
+    session: Session
+    physical: DynamicCache
+    logical: DynamicCache
+
+    @classmethod
+    def of(cls, bench: Bench, compacted_tokens: int, exact_tokens: int) -> Context:
+        num_tokens = compacted_tokens + exact_tokens
+        session = bench.memory.session("decoding")
+        session.append(bench.ids[: num_tokens + 1])
+        session.compact(compacted_tokens / num_tokens)
+        caches = []
+        with bench.stock_attention():
+            for length in (round(session.stats.kv_tokens), num_tokens):
+                caches.append(DynamicCache())
+                bench.read(caches[-1], bench.ids[:length], bench.memory.policy.chunk_tokens)
+        return cls(session, *caches)
+
+    @property
+    def cache(self) -> KVCache:
+        """To be forked, not written to."""
+        return self.session._context.cache  # type: ignore[return-value]
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """What attention reads for each token."""
+        stock = {"DynamicCache": self.physical, "DynamicCache, logical": self.logical}
+        return {
+            "compacted": self.cache.nbytes,
+            **{name: sum(of.keys.nbytes + of.values.nbytes for of in each.layers) for name, each in stock.items()},
+        }
+
+
+def decoding(bench: Bench, context: Context, num_tokens: int) -> dict[str, float]:
+    """Seconds for each decoded token."""
+    uncompacted = bench.memory.engine.new_cache()
+    bench.read(uncompacted, bench.ids[: context.physical.get_seq_length()], bench.memory.policy.chunk_tokens)
 
     def with_session() -> float:
-        pieces = session.fork().generate(num_tokens + 3, Sampling())
+        pieces = context.session.fork().generate(num_tokens + 3, Sampling())
         for _ in range(3):
             next(pieces)
         return bench.seconds(lambda: [next(pieces) for _ in range(num_tokens)]) / num_tokens
 
-    uncompacted, dynamic = memory.engine.new_cache(), DynamicCache()
-    for cache in (uncompacted, dynamic):
-        bench.read(cache, bench.ids[:physical], physical)
-
-    def with_stock() -> float:
+    def with_stock(cache: DynamicCache) -> float:
         with bench.stock_attention():
-            return bench.decode(copy.deepcopy(dynamic), num_tokens)
+            return bench.decode(copy.deepcopy(cache), num_tokens)
 
-    runs = {
-        "compacted": lambda: bench.decode(session.fork()._context.cache, num_tokens),
-        "session": with_session,
-        "uncompacted": lambda: bench.decode(uncompacted.fork(), num_tokens),
-        "DynamicCache": with_stock,
-        "DynamicCache, our engine": lambda: bench.decode(copy.deepcopy(dynamic), num_tokens),
-    }
-    return {"physical_tokens": physical, **bench.medians(runs)}
+    return bench.medians(
+        {
+            "compacted": lambda: bench.decode(context.cache.fork(), num_tokens),
+            "session": with_session,
+            "uncompacted": lambda: bench.decode(uncompacted.fork(), num_tokens),
+            "DynamicCache": lambda: with_stock(context.physical),
+            "DynamicCache, our engine": lambda: bench.decode(copy.deepcopy(context.physical), num_tokens),
+            "DynamicCache, logical": lambda: with_stock(context.logical),
+        }
+    )
+
+
+def attention(bench: Bench, context: Context) -> dict[str, float]:
+    """Seconds of one token's attention over the caches of all layers, without the model around it."""
+    config = bench.model.config.get_text_config()
+    layers = context.cache.compactable
+    heads, tail = config.num_attention_heads, layers[0].exact_entries(layers[0].start, layers[0].get_seq_length())[0]
+    query = torch.randn(1, heads, 1, tail.shape[-1], device=tail.device, dtype=tail.dtype)
+    ours = [
+        (*(of[None] for of in layer.exact_entries(layer.start, layer.get_seq_length())), layer.slots)
+        for layer in layers
+    ]
+
+    def with_ours() -> None:
+        for key, value, slots in ours:
+            attend(query, key, value, slots, layers[0].scaling or 1.0)
+
+    def with_stock(cache: DynamicCache) -> None:
+        for layer in cache.layers:
+            scaled_dot_product_attention(query, layer.keys, layer.values, enable_gqa=True)
+
+    with torch.no_grad():
+        return bench.medians(
+            {
+                "compacted": lambda: bench.seconds(with_ours),
+                "DynamicCache": lambda: bench.seconds(lambda: with_stock(context.physical)),
+                "DynamicCache, logical": lambda: bench.seconds(lambda: with_stock(context.logical)),
+            }
+        )
 
 
 def reading(bench: Bench, num_tokens: int) -> dict[str, float]:
@@ -168,94 +238,148 @@ def event(bench: Bench, stages: Stages, num_tokens: int) -> dict[str, float]:
     for _ in range(bench.repeats + 1):
         session = memory.session()
         read = bench.seconds(lambda session=session: session.append(bench.ids[: num_tokens + SINK_TOKENS + 1]))
+        branch = session.fork()  # for the peak, which is measured apart: counting takes time
         compact = bench.seconds(lambda session=session: session.compact(1.0))
         rounds.append({"read": read, **stages.seconds, "compact": compact, "compact / read": compact / read})
         memory.delete(session.name)
-    return {name: statistics.median(took[name] for took in rounds[1:]) for name in rounds[0]}
+    peak = peak_bytes(bench.model.device, lambda: branch.compact(1.0))
+    took = {name: statistics.median(took[name] for took in rounds[1:]) for name in rounds[0]}
+    chunk = MAX_CHUNK_ELEMENTS_CPU if bench.model.device.type == "cpu" else MAX_CHUNK_ELEMENTS
+    formula = CacheShape.of(bench.model).event_bytes(num_tokens, chunk)
+    return {**took, "peak_bytes": peak, "formula_bytes": formula}
 
 
-Row = tuple[str, str, str]
+Row = tuple[str, ...]
+MEBIBYTE = 2**20
+TITLES = {
+    "compacted": "compacted cache",
+    "session": "the same, by Session.generate",
+    "uncompacted": "our cache, nothing compacted",
+    "DynamicCache, our engine": "DynamicCache on our engine",
+    "DynamicCache": "DynamicCache, sdpa, equal physical length",
+    "DynamicCache, logical": "DynamicCache, sdpa, equal logical length",
+}
 
 
-def decoding_rows(took: dict[str, float]) -> list[Row]:
-    titles = {
-        "compacted": "compacted cache",
-        "session": "compacted cache, by Session.generate",
-        "uncompacted": "our cache, nothing compacted",
-        "DynamicCache, our engine": "DynamicCache on our engine",
-        "DynamicCache": "DynamicCache, sdpa",
-    }
-    return [
-        (
-            f"decoding at {took['physical_tokens']} physical tokens: {title}",
-            f"{1 / took[name]:.1f} tokens/s",
+def decoding_rows(took: dict[str, float], nbytes: dict[str, int], weight_bytes: int, rate: float) -> Iterator[Row]:
+    """The ceiling: all weights and the cache read once for each token, and nothing else."""
+    for name, title in TITLES.items():
+        size = nbytes.get(name, nbytes["compacted" if name == "session" else "DynamicCache"])
+        yield (
+            f"decoding: {title}",
+            f"{1 / took[name]:.1f}",
             f"{took['DynamicCache'] / took[name]:.2f}x",
+            f"{size / MEBIBYTE:.1f}",
+            f"{rate / (weight_bytes + size):.1f}",
         )
-        for name, title in titles.items()
-    ]
 
 
-def reading_rows(took: dict[str, float], num_tokens: int) -> list[Row]:
+def attention_rows(took: dict[str, float], nbytes: dict[str, int], rate: float) -> Iterator[Row]:
+    for name, seconds in took.items():
+        yield (
+            f"attention alone: {TITLES[name]}",
+            f"{seconds * 1e3:.2f}",
+            f"{took['DynamicCache'] / seconds:.2f}x",
+            f"{nbytes[name] / seconds / 1e9:.1f}",
+            f"{nbytes[name] / seconds / rate:.0%}",
+        )
+
+
+def reading_rows(took: dict[str, float], num_tokens: int) -> Iterator[Row]:
     titles = {
         "ours": "ours",
         "DynamicCache, chunks": "DynamicCache, the same chunks",
         "DynamicCache": "DynamicCache, at once",
     }
-    return [
-        (
-            f"reading {num_tokens:,} tokens: {title}",
-            f"{num_tokens / took[name]:.0f} tokens/s",
-            f"{took['DynamicCache'] / took[name]:.2f}x",
-        )
-        for name, title in titles.items()
-    ]
+    for name, title in titles.items():
+        ratio = f"{took['DynamicCache'] / took[name]:.2f}x"
+        yield f"reading {num_tokens:,} tokens: {title}", f"{num_tokens / took[name]:.0f}", ratio
 
 
-def event_rows(took: dict[str, float], num_tokens: int) -> list[Row]:
-    stages = ", ".join(f"{stage} {took[stage]:.2f}" for stage in ("repeat", "score", "fit"))
-    return [
-        (
-            f"compacting {num_tokens:,} tokens {1 / POLICY.keep_ratio:.0f}x",
-            f"{took['compact']:.2f} s ({stages})",
-            f"{took['compact / read']:.2f}x the {took['read']:.2f} s of reading them",
-        )
-    ]
+def event_row(took: dict[str, float], num_tokens: int) -> Row:
+    stages = (f"{took[name]:.2f}" for name in ("read", "compact", "repeat", "score", "fit"))
+    return (
+        f"{num_tokens:,}",
+        *stages,
+        f"{took['compact / read']:.2f}x",
+        f"{took['peak_bytes'] / MEBIBYTE:.0f}",
+        f"{took['formula_bytes'] / MEBIBYTE:.0f}",
+    )
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo")
+    parser.add_argument("--model", default="demo", help="a hub id, a folder, a .gguf file or demo")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights in this shape instead, in bfloat16")
+    parser.add_argument("--layers", type=int, help="of the shape; default: all")
     parser.add_argument("--only", choices=["decoding", "reading", "event"], help="default: all three")
+    parser.add_argument("--compacted-tokens", type=int, default=2300, help="of the context that is decoded on")
+    parser.add_argument("--exact-tokens", type=int, default=700, help="of the same context, behind them")
+    parser.add_argument("--decode-tokens", type=int, default=24)
     parser.add_argument("--read-tokens", type=int, default=2048)
-    parser.add_argument("--compact-tokens", type=int, default=1024)
+    parser.add_argument("--compact-tokens", type=int, nargs="+", default=[1024], help="sizes of an event")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu-time", action="store_true", help="CPU instead of wall time; with --threads 1")
     parser.add_argument("--out", help="write the figures as JSON")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def memory_of(args: argparse.Namespace, stages: Stages) -> tuple[Memory, list[int]]:
+    """The memory, and tokens enough for everything."""
+    num_tokens = max(args.compacted_tokens + args.exact_tokens, args.read_tokens, *args.compact_tokens) + 8
+    policy = MemoryPolicy(trigger_tokens=1.0, pinned="sinks", keep_ratio=KEEP_RATIO, max_compact_tokens=num_tokens)
+    if args.shape is None:
+        memory = Memory.from_pretrained(args.model, policy=policy, on_event=stages)
+        ids = memory.tokenize(" ".join(prose(random.Random(0), num_tokens // 5)))
+        assert len(ids) >= num_tokens
+        return memory, ids
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = random_model(args.shape, args.layers, device, torch.bfloat16)
+    _, tokenizer = load_model("demo", device="cpu")
+    memory = Memory(TransformersEngine(model, tokenizer), policy, on_event=stages)
+    numbers = random.Random(0)
+    return memory, [numbers.randrange(1000, 40_000) for _ in range(num_tokens)]
+
+
+def main() -> None:
+    args = arguments()
     torch.set_num_threads(args.threads)
     clock = time.process_time if args.cpu_time else time.perf_counter
     stages = Stages(clock)
-    memory = Memory.from_pretrained(args.model, policy=POLICY, on_event=stages)
-    ids = memory.tokenize(" ".join(prose(random.Random(0), 400)))
+    memory, ids = memory_of(args, stages)
     bench = Bench(memory, ids, clock, args.repeats)
+    rate = bandwidth(bench.model.device, clock)
+    weight_bytes = sum(weight.nbytes for weight in bench.model.parameters())
+    layers = bench.model.config.get_text_config().num_hidden_layers
+    name = args.model if args.shape is None else f"{args.shape}, random weights, {layers} layers"
     unit = "CPU" if args.cpu_time else "wall"
-    print(f"{args.model}, medians of {args.repeats}, {unit} time; {machine()}\n")
-    results: dict[str, dict[str, float]] = {}
+    print(f"{name}, medians of {args.repeats}, {unit} time; {machine()}; memory {rate / 1e9:.1f} GB/s\n")
+    results: dict[str, object] = {"name": name, "machine": machine(), "cpu_time": args.cpu_time, "bandwidth": rate}
     if args.only in (None, "decoding"):
-        results["decoding"] = decoding(bench)
-        show(decoding_rows(results["decoding"]))
+        context = Context.of(bench, args.compacted_tokens, args.exact_tokens)
+        took, alone, nbytes = decoding(bench, context, args.decode_tokens), attention(bench, context), context.nbytes
+        results |= {"decoding": took, "attention": alone, "bytes": nbytes}
+        print(
+            f"{context.session.stats.kv_tokens:.0f} physical and {context.session.stats.logical_tokens} logical tokens"
+        )
+        header = ("what", "tokens/s", "of the baseline", "cache read, MiB/token", "tokens/s at most")
+        show(header, decoding_rows(took, nbytes, weight_bytes, rate))
+        header = ("what", "ms/token, all layers", "of the baseline", "GB/s", "of the memory's")
+        show(header, attention_rows(alone, nbytes, rate))
     if args.only in (None, "reading"):
-        results["reading"] = reading(bench, args.read_tokens)
-        show(reading_rows(results["reading"], args.read_tokens))
+        results["reading"] = took = reading(bench, args.read_tokens)
+        show(("what", "tokens/s", "of the baseline"), reading_rows(took, args.read_tokens))
     if args.only in (None, "event"):
-        results["event"] = event(bench, stages, args.compact_tokens)
-        show(event_rows(results["event"], args.compact_tokens))
-    write_json(args.out, {"model": args.model, "machine": machine(), "cpu_time": args.cpu_time, **results})
+        events = {size: event(bench, stages, size) for size in args.compact_tokens}
+        results["event"] = events
+        header = (f"tokens compacted {1 / KEEP_RATIO:.0f}x", "read, s", "compact, s", "repeat", "score", "fit")
+        show((*header, "compact / read", "peak, MiB", "formula, MiB"), (event_row(events[n], n) for n in events))
+    write_json(args.out, results)
 
 
-def show(rows: list[Row]) -> None:
-    print(table(("what", "measured", "of the baseline"), rows), end="\n\n", flush=True)
+def show(header: Row, rows: Iterable[Row]) -> None:
+    print(table(header, rows), end="\n\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a hub, and none ma
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before transformers imports Triton: the GPU's kernels run in its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma3ForCausalLM,

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from am_memory.cache import PINNED_RANK, CompactableLayer, Slots
-from am_memory.engines.transformers import attention
-from am_memory.engines.transformers.attention import attend, attention_forward, merge, partial_attention
+from am_memory.engines.transformers import partwise
+from am_memory.engines.transformers.attention import attend, attention_forward
+from am_memory.engines.transformers.partwise import merge, partial_attention
 from am_memory.errors import UnsupportedOperation
 
 NUM_HEADS, HEAD_DIM = 3, 16
@@ -164,7 +165,7 @@ def test_the_kernel_equals_the_plain_definition(
     key, value = torch.randn(2, 1, NUM_HEADS, num_keys, HEAD_DIM).to(dtype)
     bias = torch.randn(1, 1, 1, num_keys).to(dtype) if has_bias else None
     actual = partial_attention(query, key, value, bias, SCALING, is_causal=is_causal)
-    plain = attention.plain_partial_attention(query, key, value, bias, SCALING, is_causal=is_causal)
+    plain = partwise.plain_partial_attention(query, key, value, bias, SCALING, is_causal=is_causal)
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(actual[0], plain[0], rtol=0, atol=tolerance)
     torch.testing.assert_close(actual[1], plain[1], rtol=0, atol=tolerance)
@@ -173,9 +174,9 @@ def test_the_kernel_equals_the_plain_definition(
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_the_plain_path_gives_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch, is_causal: bool) -> None:
     query, (key, value) = torch.randn(1, NUM_HEADS, 63, HEAD_DIM), torch.randn(2, 1, NUM_HEADS, 63, HEAD_DIM)
-    whole = attention.plain_partial_attention(query, key, value, None, SCALING, is_causal=is_causal)
-    monkeypatch.setattr(attention, "MAX_SCORES", 10 * NUM_HEADS * 63)
-    blocks = attention.plain_partial_attention(query, key, value, None, SCALING, is_causal=is_causal)
+    whole = partwise.plain_partial_attention(query, key, value, None, SCALING, is_causal=is_causal)
+    monkeypatch.setattr(partwise, "MAX_SCORES", 10 * NUM_HEADS * 63)
+    blocks = partwise.plain_partial_attention(query, key, value, None, SCALING, is_causal=is_causal)
     torch.testing.assert_close(blocks, whole)
 
 

@@ -1,0 +1,132 @@
+"""Attention over ragged, biased slots and an exact tail on a GPU: one launch for all of it, and one to merge its parts.
+
+Few queries see their keys in parts of `KEYS_PER_PART`, so that one token's work fills the machine; many queries fill it
+by themselves, and see all their keys in one go. No step waits for the device, and what is allocated comes from torch's
+pool. The definition is `partwise.attend`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+
+import torch
+from torch import Tensor
+
+from am_memory.cache import Slots
+
+KEYS_PER_PART = 256
+MAX_SPLIT_ROWS = 64
+"""Queries of one KV head (tokens times its group) up to which its keys are split."""
+BLOCK_PARTS = 16
+"""Parts merged at a time."""
+LAUNCH_OPTIONS = {"num_warps": 4, "num_stages": 2}
+MAX_HEAD_DIM = 256
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def can_attend(query: Tensor) -> bool:
+    """Whether there is a kernel for these queries' device, dtype and head_dim, and no gradient to take through it."""
+    return (
+        query.is_cuda
+        and query.dtype in DTYPES
+        and query.shape[-1] <= MAX_HEAD_DIM
+        and not (query.requires_grad and torch.is_grad_enabled())
+        and _runs_triton(query.device)
+    )
+
+
+@functools.cache
+def _runs_triton(device: torch.device) -> bool:
+    """Whether Triton is there, a GPU that it knows well, and the C compiler that builds its launcher."""
+    return (
+        importlib.util.find_spec("triton") is not None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    )
+
+
+def block_sizes(num_rows: int, head_dim: int, element_size: int) -> tuple[int, int, int]:
+    """What a program works on at a time: (padded head_dim, queries, keys), powers of two and at least 16.
+
+    A block of keys, and one of values, take 16 KiB each, so that two of each fit in the shared memory of any GPU that
+    `can_attend` takes. In float32 there are no tensor cores: of more queries, the products would not fit in registers.
+    """
+    padded_dim = max(_power_of_two_from(head_dim), 16)
+    block_rows = min(max(_power_of_two_from(num_rows), 16), 64 if element_size == 2 else 16)
+    return padded_dim, block_rows, max(min(64, 2**14 // (padded_dim * element_size)), 16)
+
+
+def _power_of_two_from(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scaling: float) -> tuple[Tensor, Tensor]:
+    """`attention.attend`, of which the arguments and results are.
+
+    All of one dtype of `DTYPES`; the last axis of query, key and value is contiguous, and key and value are laid out
+    alike, as a `TailBuffer`'s are.
+    """
+    import triton
+    import triton.language as tl
+
+    from am_memory.engines.transformers.kernels import attend_kernel, merge_kernel
+
+    _, num_attention_heads, num_tokens, head_dim = query.shape
+    num_heads, tail_tokens = key.shape[1:3]
+    groups = num_attention_heads // num_heads
+    num_rows = num_tokens * groups
+    query = query if query.stride(3) == 1 else query.contiguous()
+    assert key.stride() == value.stride()
+    assert key.stride(3) == 1
+
+    longest = 0 if slots is None else slots.longest
+    if num_rows <= MAX_SPLIT_ROWS:
+        keys_per_part = KEYS_PER_PART
+        num_slot_parts = triton.cdiv(longest, keys_per_part)
+        num_parts = num_slot_parts + triton.cdiv(tail_tokens, keys_per_part)
+    else:  # slots and tail in one part
+        keys_per_part, num_slot_parts, num_parts = max(longest, tail_tokens), 0, 1
+    is_split = num_parts > 1
+
+    shape = num_tokens, num_attention_heads, head_dim
+    output, log_mass = query.new_empty(shape), query.new_empty(num_attention_heads, num_tokens, dtype=torch.float32)
+    parts = output, log_mass
+    if is_split:
+        parts = log_mass.new_empty(num_parts, *shape), log_mass.new_empty(num_parts, *log_mass.shape)
+    padded_dim, block_rows, block_keys = block_sizes(num_rows, head_dim, query.element_size())
+    is_interpreted = not isinstance(attend_kernel, triton.JITFunction)
+    # Triton's interpreter multiplies the bit patterns of bfloat16.
+    dot_dtype = tl.float32 if is_interpreted else getattr(tl, str(query.dtype).removeprefix("torch."))
+    with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
+        attend_kernel[num_parts, num_heads, triton.cdiv(num_rows, block_rows)](
+            query,
+            key,
+            value,
+            *((key, value, key, key) if slots is None else (*slots.tensors, slots.cu_slots_tensor)),
+            *parts,
+            scaling,
+            num_tokens,
+            tail_tokens,
+            num_slot_parts,
+            keys_per_part,
+            query.stride(1),
+            query.stride(2),
+            key.stride(1),
+            key.stride(2),
+            HAS_SLOTS=longest > 0,
+            GROUPS=groups,
+            HEAD_DIM=head_dim,
+            PADDED_DIM=padded_dim,
+            BLOCK_ROWS=block_rows,
+            BLOCK_KEYS=block_keys,
+            DOT_DTYPE=dot_dtype,
+            **LAUNCH_OPTIONS,
+        )
+        if is_split:
+            merge_kernel[num_tokens, num_attention_heads](
+                *parts, output, log_mass, num_parts, HEAD_DIM=head_dim, PADDED_DIM=padded_dim, BLOCK_PARTS=BLOCK_PARTS
+            )
+    return output.transpose(0, 1)[None], log_mass[None]

@@ -1,0 +1,162 @@
+"""Two Triton programs: attention over a part of each head's keys, and the merge of the parts.
+
+`fused.py` launches them and knows the shapes. A head's keys are its ragged slots, with a bias each, and then its exact
+tail. Scores are kept in base 2, as flash-attention kernels do: the GPU's own exponential is that of 2.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "tail_tokens", "num_slot_parts", "keys_per_part"])
+def attend_kernel(  # noqa: PLR0913, PLR0917  Triton takes pointers, sizes and strides one by one
+    query,  # (num_key_value_heads * GROUPS, num_tokens, HEAD_DIM)
+    key,  # (num_key_value_heads, tail_tokens, HEAD_DIM), as is `value`: the tail, the new tokens last
+    value,
+    slot_key,  # (total_slots, HEAD_DIM), as is `slot_value`
+    slot_value,
+    slot_bias,  # (total_slots,)
+    cu_slots,  # (num_key_value_heads + 1,) int32
+    output,  # (num_parts, num_tokens, num_key_value_heads * GROUPS, HEAD_DIM)
+    log_mass,  # (num_parts, num_key_value_heads * GROUPS, num_tokens) float32
+    scaling,
+    num_tokens,
+    tail_tokens,
+    num_slot_parts,
+    keys_per_part,
+    query_head_stride,
+    query_token_stride,
+    tail_head_stride,
+    tail_token_stride,
+    HAS_SLOTS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+):
+    """One part of one KV head's keys, seen by a block of its group's queries; grid (parts, heads, blocks of rows).
+
+    Part p is slots [p, p + 1) * keys_per_part of the head, and the same of the tail behind `num_slot_parts` parts.
+    A row is a query: a token's whole group, then the next token's. Its output is normalised within the part; where the
+    part has no key for it, its log mass is -inf and its output is not written.
+    """
+    part, head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    num_heads = tl.num_programs(1) * GROUPS
+    row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    token, query_head = row // GROUPS, head * GROUPS + row % GROUPS
+    is_row = token < num_tokens
+    dim = tl.arange(0, PADDED_DIM)
+    is_dim = dim < HEAD_DIM
+    query_at = query_head.to(tl.int64) * query_head_stride + token.to(tl.int64) * query_token_stride
+    queries = tl.load(query + query_at[:, None] + dim[None], mask=is_row[:, None] & is_dim[None], other=0.0)
+    queries = queries.to(DOT_DTYPE)
+    scale = scaling * LOG2_E
+    column = tl.arange(0, BLOCK_KEYS)
+    # 64 bits for where a block of keys begins, 32 within it: 64-bit tensors would take up the registers.
+    slot_key_at, slot_value_at = column[None] * HEAD_DIM + dim[:, None], column[:, None] * HEAD_DIM + dim[None]
+    key_at, value_at = column[None] * tail_token_stride + dim[:, None], column[:, None] * tail_token_stride + dim[None]
+
+    top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    mixed = tl.zeros([BLOCK_ROWS, PADDED_DIM], tl.float32)
+
+    if HAS_SLOTS:
+        begin = tl.load(cu_slots + head) + part * keys_per_part
+        end = tl.minimum(tl.load(cu_slots + head + 1), begin + keys_per_part)
+        for start in range(begin, end, BLOCK_KEYS):
+            is_key = start + column < end
+            at = tl.cast(start, tl.int64) * HEAD_DIM
+            keys = tl.load(slot_key + at + slot_key_at, mask=is_key[None] & is_dim[:, None], other=0.0)
+            values = tl.load(slot_value + at + slot_value_at, mask=is_key[:, None] & is_dim[None], other=0.0)
+            bias = tl.load(slot_bias + start + column, mask=is_key, other=float("-inf")).to(tl.float32)
+            scores = tl.dot(queries, keys.to(DOT_DTYPE), input_precision="ieee") * scale + bias[None] * LOG2_E
+            mixed, top, total = _add(scores, values, mixed, top, total, DOT_DTYPE)
+
+    # A new token sees the past and the new ones up to itself; the block's last token sees the most.
+    visible = tail_tokens - num_tokens + 1 + token
+    begin = tl.maximum((part - num_slot_parts) * keys_per_part, 0)
+    last_token = tl.minimum((block * BLOCK_ROWS + BLOCK_ROWS - 1) // GROUPS, num_tokens - 1)
+    end = tl.minimum(tail_tokens - num_tokens + 1 + last_token, (part - num_slot_parts + 1) * keys_per_part)
+    tail_at = head.to(tl.int64) * tail_head_stride
+    for start in range(begin, end, BLOCK_KEYS):
+        place = start + column
+        is_key = place < end
+        at = tail_at + tl.cast(start, tl.int64) * tail_token_stride
+        keys = tl.load(key + at + key_at, mask=is_key[None] & is_dim[:, None], other=0.0)
+        values = tl.load(value + at + value_at, mask=is_key[:, None] & is_dim[None], other=0.0)
+        scores = tl.dot(queries, keys.to(DOT_DTYPE), input_precision="ieee") * scale
+        scores = tl.where(is_key[None] & (place[None] < visible[:, None]), scores, float("-inf"))
+        mixed, top, total = _add(scores, values, mixed, top, total, DOT_DTYPE)
+
+    is_seen = total > 0
+    divisor = tl.where(is_seen, total, 1.0)
+    output_at = ((part.to(tl.int64) * num_tokens + token) * num_heads + query_head) * HEAD_DIM
+    tl.store(
+        output + output_at[:, None] + dim[None],
+        (mixed / divisor[:, None]).to(output.dtype.element_ty),
+        mask=(is_row & is_seen)[:, None] & is_dim[None],
+    )
+    mass_at = (part.to(tl.int64) * num_heads + query_head) * num_tokens + token
+    mass = tl.where(is_seen, (top + tl.log2(divisor)) / LOG2_E, float("-inf"))
+    tl.store(log_mass + mass_at, mass, mask=is_row)
+
+
+@triton.jit
+def _add(scores, values, mixed, top, total, DOT_DTYPE: tl.constexpr):
+    """A block of keys more in a softmax that runs: base-2 scores (rows, keys), values (keys, dim)."""
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    # Nothing seen so far: any finite number does, as everything subtracted from is -inf.
+    finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weight = tl.exp2(scores - finite_top[:, None])
+    kept = tl.exp2(top - finite_top)
+    rounded = weight.to(values.dtype).to(DOT_DTYPE)
+    mixed = tl.dot(rounded, values.to(DOT_DTYPE), mixed * kept[:, None], input_precision="ieee")
+    return mixed, new_top, total * kept + tl.sum(weight, 1)
+
+
+@triton.jit(do_not_specialize=["num_parts"])
+def merge_kernel(
+    part_output,  # (num_parts, num_tokens, num_attention_heads, HEAD_DIM) float32; unwritten where the mass is -inf
+    part_log_mass,  # (num_parts, num_attention_heads, num_tokens) float32
+    output,  # (num_tokens, num_attention_heads, HEAD_DIM)
+    log_mass,  # (num_attention_heads, num_tokens) float32
+    num_parts,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+):
+    """The parts' outputs, weighted by their share of the mass; grid (num_tokens, num_attention_heads)."""
+    token, head = tl.program_id(0), tl.program_id(1)
+    num_tokens, num_heads = tl.num_programs(0), tl.num_programs(1)
+    dim, index = tl.arange(0, PADDED_DIM), tl.arange(0, BLOCK_PARTS)
+    is_dim = dim < HEAD_DIM
+    output_at, mass_at = token * num_heads + head, head * num_tokens + token
+
+    top = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    mixed = tl.zeros([PADDED_DIM], tl.float32)
+    for start in range(0, num_parts, BLOCK_PARTS):
+        part = tl.cast(start + index, tl.int64) * num_tokens * num_heads
+        mass = tl.load(part_log_mass + part + mass_at, mask=start + index < num_parts, other=float("-inf"))
+        mass *= LOG2_E
+        is_seen = mass > float("-inf")
+        new_top = tl.maximum(top, tl.max(mass, 0))
+        finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weight = tl.exp2(mass - finite_top)
+        kept = tl.exp2(top - finite_top)
+        at = (part + output_at) * HEAD_DIM
+        outputs = tl.load(part_output + at[:, None] + dim[None], mask=is_seen[:, None] & is_dim[None], other=0.0)
+        mixed = mixed * kept + tl.sum(outputs * weight[:, None], 0)
+        total = total * kept + tl.sum(weight, 0)
+        top = new_top
+    merged = mixed / total
+    tl.store(output + output_at * HEAD_DIM + dim, merged.to(output.dtype.element_ty), mask=is_dim)
+    tl.store(log_mass + mass_at + tl.zeros([1], tl.int32), (top + tl.log2(total)) / LOG2_E)

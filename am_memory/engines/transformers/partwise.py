@@ -1,0 +1,111 @@
+"""Attention over ragged, biased slots and an exact tail, part by part: the path of CPUs, and of any device there is.
+
+Attention over two sets of keys is a mixture of each set's own output, weighted by each set's share of the mass (the
+FlashAttention merge). So every part is computed where it lies, by the fastest kernel there is, and the parts are merged
+by their log-sum-exp; nothing is padded, concatenated or masked.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from am_memory.cache import Slots
+
+MAX_SCORES = 2**24
+"""Attention scores held at once by the plain operations."""
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scaling: float) -> tuple[Tensor, Tensor]:
+    """`attention.attend`, of which the arguments and results are."""
+    num_heads, num_tokens, head_dim = key.shape[1], query.shape[2], query.shape[3]
+    # A group's query heads see the same keys: pool them, and no key is ever repeated.
+    packed = query.reshape(1, num_heads, -1, head_dim)
+    if num_tokens == 1:
+        parts = [partial_attention(packed, key, value, None, scaling)]
+    else:
+        num_past = key.shape[2] - num_tokens
+        parts = [_causal_part(query, key[:, :, num_past:], value[:, :, num_past:], scaling)]
+        if num_past:
+            parts.append(partial_attention(packed, key[:, :, :num_past], value[:, :, :num_past], None, scaling))
+    if slots is not None:
+        parts.append(_slots_part(packed, slots, scaling))
+    output, log_mass = merge(parts)
+    return output.view(query.shape), log_mass.reshape(query.shape[:3])
+
+
+def _causal_part(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """The new tokens among themselves, in the packed shapes of `partial_attention`."""
+    num_heads, groups = key.shape[1], query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    output, lse = partial_attention(query, key, value, None, scaling, is_causal=True)
+    return output.reshape(1, num_heads, -1, output.shape[-1]), lse.reshape(1, num_heads, -1)
+
+
+def _slots_part(query: Tensor, slots: Slots, scaling: float) -> tuple[Tensor, Tensor]:
+    """Each head over its own number of slots; a head without any has no mass."""
+    outputs, lses = [], []
+    for head, (key, value, bias) in enumerate(slots.heads):
+        if key.shape[2]:
+            output, lse = partial_attention(query[:, head : head + 1], key, value, bias, scaling)
+        else:
+            output = torch.zeros_like(query[:, head : head + 1])
+            lse = output.new_full(output.shape[:-1], -torch.inf, dtype=torch.float32)
+        outputs.append(output)
+        lses.append(lse)
+    return torch.cat(outputs, dim=1), torch.cat(lses, dim=1)
+
+
+def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The attention over the union of disjoint sets of keys, from each set's own (output, log-sum-exp).
+
+    The first part must have some mass for every query.
+    """
+    total, log_mass = parts[0]
+    for output, lse in parts[1:]:
+        before, log_mass = log_mass, torch.logaddexp(log_mass, lse)
+        total = torch.lerp(output.float(), total.float(), (before - log_mass).exp_()[..., None])
+    return total.to(parts[0][0].dtype), log_mass
+
+
+def partial_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float, *, is_causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over one set of keys, and the log of its mass.
+
+    Args:
+        query: (1, num_heads, num_queries, head_dim).
+        key, value: (1, num_heads, num_keys, head_dim).
+        bias: (1, 1, 1, num_keys), added to every score; None for zero.
+        is_causal: query i sees keys 0..i only.
+
+    Returns:
+        output (1, num_heads, num_queries, head_dim); log-sum-exp (1, num_heads, num_queries), float32.
+    """
+    if query.device.type == "cpu":
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, is_causal, attn_mask=bias, scale=scaling
+        )
+        return output, lse
+    return plain_partial_attention(query, key, value, bias, scaling, is_causal=is_causal)
+
+
+def plain_partial_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float, *, is_causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`partial_attention` in plain operations, a block of queries at a time; the definition, and the fallback."""
+    block = max(MAX_SCORES // max(key.shape[1] * key.shape[2], 1), 1)
+    outputs, lses = [], []
+    for start in range(0, query.shape[2], block):
+        # In float32, as every fused kernel has them: in bfloat16 a score of 20 is known to 0.1 only.
+        scores = query[:, :, start : start + block].float() @ key.float().transpose(-1, -2) * scaling
+        if bias is not None:
+            scores = scores + bias.float()
+        if is_causal:
+            rows = torch.arange(start, start + scores.shape[2], device=scores.device)
+            columns = torch.arange(key.shape[2], device=scores.device)
+            scores.masked_fill_(columns[None] > rows[:, None], -torch.inf)
+        lse = scores.logsumexp(dim=-1, keepdim=True)
+        outputs.append((scores - lse).exp_().to(value.dtype) @ value)
+        lses.append(lse[..., 0])
+    return torch.cat(outputs, dim=2), torch.cat(lses, dim=2)

@@ -1,0 +1,68 @@
+"""Compiles the attention kernels for two kinds of GPU, neither of which need be there; prints shared memory in bytes.
+
+python tests/engines/compile_kernels.py
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from am_memory.engines.transformers import fused
+from am_memory.engines.transformers.kernels import attend_kernel, merge_kernel
+
+COMPUTE_CAPABILITIES = (80, 90)
+CASES = (("bf16", 128, 1), ("fp16", 256, 512), ("fp32", 128, 1))  # dtype, head_dim, tokens
+GROUPS = 4
+DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+IN_FLOAT32 = {"part_output", "part_log_mass", "log_mass"}
+
+
+def compiled(kernel: triton.JITFunction, dtype: str, constants: dict[str, object], capability: int) -> int:
+    """Shared memory of one variant, in bytes; pointers and strides are multiples of 16, as those of a cache are."""
+
+    def type_of(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        if name == "scaling":
+            return "fp32"
+        if name == "cu_slots":
+            return "*i32"
+        if name.endswith("stride") or name.startswith("num_") or name in ("tail_tokens", "keys_per_part"):
+            return "i32"
+        return "*fp32" if name in IN_FLOAT32 else f"*{dtype}"
+
+    signature = {name: type_of(name) for name in kernel.arg_names}
+    places = {name: (index,) for index, name in enumerate(kernel.arg_names)}
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={places[name]: value for name, value in constants.items()},
+        attrs={
+            places[name]: [["tt.divisibility", 16]]
+            for name, kind in signature.items()
+            if kind.startswith("*") or name.endswith("stride")
+        },
+    )
+    target = GPUTarget("cuda", capability, 32)
+    return int(triton.compile(source, target=target, options=fused.LAUNCH_OPTIONS).metadata.shared)
+
+
+def main() -> None:
+    for capability in COMPUTE_CAPABILITIES:
+        for dtype, head_dim, num_tokens in CASES:
+            padded_dim, block_rows, block_keys = fused.block_sizes(
+                num_tokens * GROUPS, head_dim, DTYPES[dtype].primitive_bitwidth // 8
+            )
+            dims = {"HEAD_DIM": head_dim, "PADDED_DIM": padded_dim}
+            blocks = {"BLOCK_ROWS": block_rows, "BLOCK_KEYS": block_keys}
+            rest = {"HAS_SLOTS": True, "GROUPS": GROUPS, "DOT_DTYPE": DTYPES[dtype]}
+            attend = compiled(attend_kernel, dtype, {**dims, **blocks, **rest}, capability)
+            merge = compiled(merge_kernel, dtype, {**dims, "BLOCK_PARTS": fused.BLOCK_PARTS}, capability)
+            print(max(attend, merge), flush=True)
+
+
+if __name__ == "__main__":
+    main()
