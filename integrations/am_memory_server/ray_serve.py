@@ -112,7 +112,7 @@ class Replica:
         return Whole(self._name, start["status"], list(start["headers"]), text)
 
 
-@serve.deployment(max_ongoing_requests=MAX_ONGOING)
+@serve.deployment(max_ongoing_requests=MAX_ONGOING, ray_actor_options={"num_cpus": 0})  # it only waits
 class Ingress:
     """Hands each request to the replica whose conversation it is, and its answer back. Knows no model."""
 
