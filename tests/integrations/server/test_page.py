@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,11 @@ class Page:
 
     def click(self, selector: str) -> None:
         self.browser.find_element("css selector", selector).click()
+
+    def point_at(self, item: Any) -> None:
+        from selenium.webdriver import ActionChains
+
+        ActionChains(self.browser).move_to_element(item).perform()
 
     def is_writing(self) -> bool:
         return bool(self.browser.execute_script("return document.querySelector('#send').hidden"))
@@ -119,7 +125,13 @@ def test_a_chat_goes_on_past_three_compactions_and_shows_them(page: Page) -> Non
     assert kinds[0] == "pinned"
     assert kinds.count("compacted") >= 3
     assert kinds[-1] == "exact"
-    assert len(page.all("#heat rect")) == 3 * 2
+    cells = page.all("#heat rect")
+    assert len(cells) == 3 * 2
+    page.point_at(cells[3])
+    assert re.fullmatch(r"layer 1, head 1: \d+ slots, 0\.\d MiB", page.text("#heat-left"))
+    page.point_at(page.all("#strip li")[1])
+    assert re.fullmatch(r"tokens 3 to \d+: compacted to [\d.]+ slots a head, .*", page.text("#strip-left"))
+    assert page.text("#heat-left") == "layer 0"
     assert page.all(".mark")
     meter = page.browser.find_element("css selector", "#gauge")
     assert int(meter.get_attribute("aria-valuenow")) == page.number("#physical")
