@@ -137,6 +137,19 @@ def test_a_chat_goes_on_past_three_compactions_and_shows_them(page: Page) -> Non
     assert int(meter.get_attribute("aria-valuenow")) == page.number("#physical")
 
 
+def test_the_page_itself_never_scrolls(page: Page) -> None:
+    """What only screen readers see was placed beyond its end: below a long chat lay an empty page."""
+    for _ in range(3):
+        page.say(LONG * 3 + "\n" * 20)
+    size = page.browser.execute_script(
+        "const { scrollHeight, clientHeight } = document.documentElement; return [scrollHeight, clientHeight]"
+    )
+    assert size[0] == size[1]
+    assert page.browser.execute_script(
+        "const box = document.querySelector('#scroll'); return box.scrollHeight > box.clientHeight"
+    )
+
+
 def test_history_and_memory_are_there_after_a_reload(page: Page) -> None:
     page.say(LONG * 4)
     said, logical = page.messages(), page.text("#logical")
