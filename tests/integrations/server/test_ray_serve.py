@@ -12,7 +12,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from pydantic import ValidationError
 from serving import until
+
+from am_memory.cli_serve import KEYS_VARIABLE
+from am_memory.errors import InvalidInput
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'attention-matching-memory[ray]'")
 pytestmark = [
@@ -58,6 +62,8 @@ def cluster(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         port = listener.getsockname()[1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        for name in ("READY_CHECK", "HEALTH_CHECK"):  # on a busy machine, else, each proxy is killed while it starts
+            patch.setenv(f"RAY_SERVE_PROXY_{name}_TIMEOUT_S", "120")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray leaves one in the user's home
         ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, **LOOPBACK_ALONE, **SMALL)
         serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -171,6 +177,24 @@ def test_what_is_deleted_is_forgotten_by_all_replicas(cluster: Cluster) -> None:
         assert "secret" not in [entry["id"] for entry in http.get(SESSIONS).json()["data"]]
         assert http.delete(f"{SESSIONS}/secret").status_code == 404
     assert [answer.status for answer in handle.broadcast("whole", asked, b"").results()] == [404, 404]
+
+
+def test_an_application_that_is_open_to_everybody_by_accident_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    from am_memory_server.ray_serve import RaySettings, build
+
+    settings = RaySettings(store="somewhere", server={"host": "0.0.0.0"})
+    monkeypatch.delenv(KEYS_VARIABLE, raising=False)
+    with pytest.raises(InvalidInput, match="there is no API key"):
+        build(settings)
+    monkeypatch.setenv(KEYS_VARIABLE, ALICE)
+    assert build(settings)
+
+
+def test_a_store_is_asked_for() -> None:
+    from am_memory_server.ray_serve import RaySettings
+
+    with pytest.raises(ValidationError, match="store"):
+        RaySettings()
 
 
 def test_a_conversation_survives_its_replica(cluster: Cluster) -> None:
