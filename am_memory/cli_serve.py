@@ -52,12 +52,11 @@ def serve(  # noqa: PLR0913, PLR0917  # each is an option of the command
         from am_memory_server.settings import ServerSettings
     except ModuleNotFoundError as error:
         raise InvalidInput(f"the server needs {error.name}: pip install 'attention-matching-memory[server]'") from error
-    keys = [*(api_key or ()), *filter(None, re.split(r"[,\s]+", os.environ.get(KEYS_VARIABLE, "")))]
     settings = ServerSettings(
         model_name=model_name or name_of(model),
         host=host,
         port=port,
-        api_keys=tuple(keys),
+        api_keys=(*(api_key or ()), *keys_of_environment()),
         allow_anonymous=allow_anonymous,
         cors_origins=tuple(cors_origin or ()),
         max_tokens=max_tokens,
@@ -70,6 +69,11 @@ def serve(  # noqa: PLR0913, PLR0917  # each is an option of the command
     )
     policy = MemoryPolicy(trigger_tokens=trigger_tokens, keep_ratio=keep_ratio)
     run(Memory.from_pretrained(model, policy=policy, store=store, device=device), settings)
+
+
+def keys_of_environment() -> tuple[str, ...]:
+    """The API keys that the environment names."""
+    return tuple(filter(None, re.split(r"[,\s]+", os.environ.get(KEYS_VARIABLE, ""))))
 
 
 def name_of(model: str) -> str:

@@ -147,7 +147,7 @@ class Context:
         """
         cache = self._transformers_cache
         cache.before_forward = self._before_forward
-        self._whole = cache.state()  # to go back to, should their pass be interrupted
+        self._whole: Snapshot = cache.state()  # to go back to, should their pass be interrupted
         return cache
 
     @property

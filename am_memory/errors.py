@@ -63,3 +63,10 @@ class CompactionFailed(AMMemoryError):
 
 class UnsupportedOperation(AMMemoryError):
     """A call that a compacted cache cannot serve (batches, beams, padding)."""
+
+
+def require_room(kept: str, **limits: int) -> None:
+    """Raise InvalidInput for a limit that leaves no room for what is to be kept."""
+    for name, limit in limits.items():
+        if limit < 1:
+            raise InvalidInput(f"{name} is {limit}: give what kept {kept} may take, at least 1")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from am_memory.errors import InvalidInput
+from am_memory.errors import require_room
 from am_memory.memory import Memory
 from am_memory.session import Session
 
@@ -38,9 +38,7 @@ class Texts:
     """
 
     def __init__(self, memory: Memory, *, max_bytes: int, max_texts: int = MAX_TEXTS) -> None:
-        for name, limit in (("max_bytes", max_bytes), ("max_texts", max_texts)):
-            if limit < 1:
-                raise InvalidInput(f"{name} is {limit}: give what kept texts may take, at least 1")
+        require_room("texts", max_bytes=max_bytes, max_texts=max_texts)
         self.memory, self.max_bytes, self.max_texts = memory, max_bytes, max_texts
         self._kept: list[tuple[str, Session]] = []  # least recently used first
 

@@ -18,7 +18,7 @@ from hashlib import sha256
 from threading import RLock
 
 from am_memory.engines.base import Message
-from am_memory.errors import InvalidInput, SessionNotFound, StorageError
+from am_memory.errors import InvalidInput, SessionNotFound, StorageError, require_room
 from am_memory.memory import Memory
 from am_memory.policy import MemoryPolicy
 from am_memory.session import Session
@@ -116,9 +116,7 @@ class Threads:
     """
 
     def __init__(self, memory: Memory, *, max_bytes: int = MAX_BYTES, max_branches: int = MAX_BRANCHES) -> None:
-        for name, limit in (("max_bytes", max_bytes), ("max_branches", max_branches)):
-            if limit < 1:
-                raise InvalidInput(f"{name} is {limit}: give what kept caches may take, at least 1")
+        require_room("caches", max_bytes=max_bytes, max_branches=max_branches)
         self.memory = memory
         self.max_bytes = max_bytes
         self.max_branches = max_branches

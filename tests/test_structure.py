@@ -30,7 +30,7 @@ LAYER_OF = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 ENGINES_MAY_IMPORT = {"engines", "cache", "errors", "events", "models", "tokens", "sampling"}
 SOLVER_MAY_IMPORT = {"solver", "errors"}
 CHOOSES_AN_ENGINE = {"memory", "cli", "demo"}  # inside a function only: a heavy engine loads when asked for
-NEVER_IN_THE_LIBRARY = {"langchain", "langchain_core", "langgraph", "fastapi", "starlette", "uvicorn"}
+NEVER_IN_THE_LIBRARY = {"langchain", "langchain_core", "langgraph", "fastapi", "starlette", "uvicorn", "ray"}
 STARTS = {("cli", "am_memory_server")}  # inside a function only: a command starts what is built on the library
 PACKAGES_ABOVE = {"langchain_am_memory", "am_memory_server", "integrations", "examples", "benchmarks", "tests"}
 

@@ -11,6 +11,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from am_memory_server.errors import ApiError
@@ -61,6 +62,25 @@ def _host_name(request: Request) -> str:
     return host.rpartition(":")[0] if ":" in host.rpartition("]")[2] else host
 
 
+async def read_body(receive: Receive, max_bytes: int) -> bytes:
+    """The whole body of a request.
+
+    Raises:
+        ApiError: it is larger than that.
+        ClientDisconnect: the client went away before its end.
+    """
+    body, has_more = bytearray(), True
+    while has_more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        body += message.get("body", b"")
+        has_more = message.get("more_body", False)
+        if len(body) > max_bytes:
+            raise ApiError(413, f"the request is larger than {max_bytes} bytes: send less", code="request_too_large")
+    return bytes(body)
+
+
 class BodyLimit:
     """Reads the body of a request before anybody else, up to a limit."""
 
@@ -71,20 +91,14 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        body, has_more = bytearray(), True
-        while has_more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            has_more = message.get("more_body", False)
-            if len(body) > self.max_bytes:
-                error = ApiError(
-                    413, f"the request is larger than {self.max_bytes} bytes: send less", code="request_too_large"
-                )
-                await error.response()(scope, receive, send)
-                return
-        unread: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+        try:
+            body = await read_body(receive, self.max_bytes)
+        except ClientDisconnect:
+            return
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Message:
             return unread.pop() if unread else await receive()

@@ -34,9 +34,9 @@ class Sizes:
 SIZES = {
     "active": "Answers being written.",
     "waiting": "Requests that wait for the device.",
-    "sessions": "Conversations in memory.",
+    "sessions": "Conversations in memory, each of their branches counted.",
     "kv_bytes": "Bytes of their caches.",
-    "logical_tokens": "Tokens of these conversations.",
+    "logical_tokens": "Tokens of these.",
     "kv_tokens": "Tokens that their caches hold, compact slots counted as their mean over heads.",
 }
 

@@ -26,7 +26,7 @@ class ServerSettings(BaseModel):
         max_body_bytes: of a request.
         max_active: answers that are written at the same time, token by token in turn.
         max_queued: requests of one key that wait for their turn.
-        max_sessions: conversations kept in memory.
+        max_sessions: conversations kept in memory, each of their branches counted.
         max_session_bytes: what their caches may take.
         shutdown_seconds: that answers get to come to their end when the server stops.
 

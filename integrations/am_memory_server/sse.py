@@ -16,6 +16,7 @@ T = TypeVar("T")
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 KEEP_ALIVE_SECONDS = 15.0
 CLIENT_CLOSED = 499
+DONE = "data: [DONE]\n\n"
 
 
 async def events(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncIterator[str]:
@@ -28,8 +29,14 @@ async def events(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncIterator[
             async for chunk in _kept_alive(chunks):
                 yield ": still at work\n\n" if chunk is None else f"data: {_json(chunk)}\n\n"
         except Exception as error:  # the status is sent already, so it is told in the stream
-            yield f"data: {_json(as_api_error(error).body)}\n\n"
-    yield "data: [DONE]\n\n"
+            yield failure(error)
+            return
+    yield DONE
+
+
+def failure(error: Exception) -> str:
+    """The end of a stream in which an answer could not be told as a status."""
+    return f"data: {_json(as_api_error(error).body)}\n\n{DONE}"
 
 
 async def _kept_alive(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncIterator[dict[str, Any] | None]:

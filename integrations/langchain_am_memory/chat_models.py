@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
-from typing import Any, Literal, cast
-from weakref import WeakKeyDictionary
+from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.exceptions import ContextOverflowError
@@ -17,42 +14,28 @@ from langchain_core.language_models import LanguageModelInput, ModelProfile
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
-from langchain_core.messages.ai import UsageMetadata
-from langchain_core.messages.tool import tool_call_chunk
-from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
-from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
-from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda, RunnablePassthrough
+from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.tools import BaseTool
-from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
-from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 from am_memory import Memory, MemoryPolicy, Sampling
-from am_memory.chat import ChatAnswer, ChatRequest, Part
+from am_memory.chat import ChatAnswer
 from am_memory.engines.base import EngineName
 from am_memory.errors import CompactionFailed, InvalidInput, InvalidPolicy, PromptTooLong
 from am_memory.threads import Threads
-from am_memory.tool_calls import InvalidCall
 from langchain_am_memory import threads_of
+from langchain_am_memory.answers import PROVIDER, Chunks, whole
+from langchain_am_memory.calls import Call, one_choice, openai_tools
 from langchain_am_memory.compactions import Run, ToldLater, listener
 from langchain_am_memory.messages import to_openai
+from langchain_am_memory.structured import Method, structured
+from langchain_am_memory.workers import worker_of
 
-PROVIDER = "am_memory"
 Limit = tuple[str, int | float]
 """("tokens", a number) or ("fraction", a share), as LangChain's middleware has them."""
 
-_workers: WeakKeyDictionary[Memory, ThreadPoolExecutor] = WeakKeyDictionary()
-"""One for each memory: the engine works on one thing at a time, and the event loop never waits for it."""
-_starting = Lock()
 _loading = Lock()
-
-
-def _worker(memory: Memory) -> ThreadPoolExecutor:
-    with _starting:  # not the other lock: the event loop must not wait for a model that is loaded elsewhere
-        if memory not in _workers:
-            _workers[memory] = ThreadPoolExecutor(1, thread_name_prefix="am_memory")
-        return _workers[memory]
 
 
 class ChatAMMemory(BaseChatModel):
@@ -231,7 +214,7 @@ class ChatAMMemory(BaseChatModel):
 
     def get_num_tokens_from_messages(self, messages: Sequence[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """Exactly what reading these messages and tools takes, the opening of the answer included."""
-        return self.threads().num_tokens(to_openai(messages), _tools(tools))
+        return self.threads().num_tokens(to_openai(messages), openai_tools(tools))
 
     # The thread of a config, which a bare model's own methods do not pass on
 
@@ -270,7 +253,7 @@ class ChatAMMemory(BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         thread = threads_of.of_call(kwargs, run_manager)
-        return _whole(list(self._chunks(messages, stop, thread, Run.of_call(run_manager).tell, **kwargs)))
+        return whole(list(self._chunks(messages, stop, thread, Run.of_call(run_manager).tell, **kwargs)))
 
     def _stream(
         self,
@@ -293,7 +276,7 @@ class ChatAMMemory(BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         thread = threads_of.of_call(kwargs, run_manager)
-        return _whole(
+        return whole(
             [chunk async for chunk in self._achunks(messages, stop, thread, Run.of_call(run_manager), **kwargs)]
         )
 
@@ -321,7 +304,7 @@ class ChatAMMemory(BaseChatModel):
         """`_chunks`, each step of it on the memory's worker."""
         loop = asyncio.get_running_loop()
         memory = (await asyncio.to_thread(self.threads, kwargs.get("model"))).memory
-        worker, tell = _worker(memory), ToldLater(run, loop)
+        worker, tell = worker_of(memory), ToldLater(run, loop)
         chunks = self._chunks(messages, stop, thread, tell, **kwargs)
         try:
             while (chunk := await loop.run_in_executor(worker, next, chunks, None)) is not None:
@@ -339,17 +322,17 @@ class ChatAMMemory(BaseChatModel):
         **kwargs: Any,
     ) -> Generator[ChatGenerationChunk, None, None]:
         """The answer, piece by piece; the conversation is kept when it is complete, and not otherwise."""
-        call = _Call(self, kwargs, stop)
+        call = Call(self, kwargs, stop)
         with call.threads.memory.listening(listener(thread, tell)):
             yield from self._answer(call, to_openai(messages), thread)
 
     def _answer(
-        self, call: _Call, messages: list[dict[str, Any]], thread: str
+        self, call: Call, messages: list[dict[str, Any]], thread: str
     ) -> Generator[ChatGenerationChunk, None, None]:
         started = time.monotonic()
         answer = ChatAnswer(call.threads, call.request(messages, thread))
         self._read(answer)
-        said = _Chunks()
+        said = Chunks()
         for delta in answer.generate():
             if self.timeout is not None and time.monotonic() - started > self.timeout:
                 raise TimeoutError(
@@ -389,14 +372,14 @@ class ChatAMMemory(BaseChatModel):
                 forces one, and so does the name of a tool, or {"type": "function", "function": {"name": ...}}. What is
                 forced is guaranteed, by constrained decoding.
         """
-        schemas = _tools(tools)
-        return self.bind(tools=schemas, tool_choice=_choice(tool_choice, schemas), **kwargs)
+        schemas = openai_tools(tools)
+        return self.bind(tools=schemas, tool_choice=one_choice(tool_choice, schemas), **kwargs)
 
     def with_structured_output(
         self,
         schema: dict[str, Any] | type,
         *,
-        method: Literal["function_calling", "json_schema", "json_mode"] = "json_schema",
+        method: Method = "json_schema",
         include_raw: bool = False,
         strict: bool | None = None,
         **kwargs: Any,
@@ -412,161 +395,4 @@ class ChatAMMemory(BaseChatModel):
         """
         if kwargs:
             raise ValueError(f"Received unsupported arguments {kwargs}")
-        is_pydantic = isinstance(schema, type) and is_basemodel_subclass(schema)
-        tool = convert_to_openai_tool(schema)
-        format_of = {"ls_structured_output_format": {"kwargs": {"method": method}, "schema": tool}}
-        model: Runnable[LanguageModelInput, Any]
-        parser: Any
-        if method == "function_calling":
-            name = tool["function"]["name"]
-            model = self.bind_tools([tool], tool_choice=name, **format_of)
-            parser = (
-                PydanticToolsParser(tools=[schema], first_tool_only=True)  # type: ignore[list-item]
-                if is_pydantic
-                else JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
-            )
-        else:
-            named = {"name": tool["function"]["name"], "schema": convert_to_json_schema(schema)}
-            wanted = {"type": "json_schema", "json_schema": named}
-            model = self.bind(response_format=wanted, **format_of)
-            parser = PydanticOutputParser(pydantic_object=cast(type, schema)) if is_pydantic else JsonOutputParser()
-        if not include_raw:
-            return cast("Runnable[LanguageModelInput, Any]", model | parser)
-        parsed = RunnablePassthrough.assign(
-            parsed=RunnableLambda(lambda output: output["raw"]) | parser, parsing_error=lambda _: None
-        )
-        failed = RunnablePassthrough.assign(parsed=lambda _: None)
-        return {"raw": model} | parsed.with_fallbacks([failed], exception_key="parsing_error")
-
-
-class _Call:
-    """What one call asks for, beside its messages."""
-
-    def __init__(self, model: ChatAMMemory, kwargs: dict[str, Any], stop: list[str] | None) -> None:
-        kwargs = {name: value for name, value in kwargs.items() if not name.startswith("ls_")}
-        override = kwargs.pop("model", None)
-        self.policy: MemoryPolicy = kwargs.pop("memory_policy", None) or model._memory_policy()
-        self.model_name = str(override or model._model_name)
-        self.threads = model.threads(override)
-        self.tools: list[dict[str, Any]] = _tools(kwargs.pop("tools", None))
-        choice = _choice(kwargs.pop("tool_choice", None), self.tools)
-        self.tool_choice: str | None = "required" if choice == "any" else choice
-        self.max_tokens = int(kwargs.pop("max_tokens", None) or model.max_tokens)
-        self.response_format = kwargs.pop("response_format", None)
-        self.sampling = self._sampling(model, kwargs, stop)
-        if kwargs:
-            raise InvalidInput(f"unknown arguments {', '.join(sorted(kwargs))}: see ChatAMMemory for what a call takes")
-
-    def _sampling(self, model: ChatAMMemory, kwargs: dict[str, Any], stop: list[str] | None) -> Sampling:
-        own = {name: getattr(model, name) for name in Sampling.model_fields if name != "stop"}
-        asked = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
-        values = {name: value for name, value in {**own, **asked}.items() if value is not None}
-        default = self.threads.memory.sampling
-        return Sampling(**{**default.model_dump(), **values, "stop": tuple(stop or model.stop or default.stop)})
-
-    def request(self, messages: list[dict[str, Any]], thread: str) -> ChatRequest:
-        return ChatRequest(
-            messages,
-            tools=self.tools,
-            tool_choice=self.tool_choice,
-            response_format=self.response_format,
-            max_tokens=self.max_tokens,
-            sampling=self.sampling,
-            thread=thread,
-            policy=self.policy,
-        )
-
-
-class _Chunks:
-    """One answer in LangChain's form."""
-
-    def __init__(self) -> None:
-        self.id = f"run-{uuid.uuid4()}"
-        self._num_invalid = 0
-
-    def chunk(self, part: Part) -> ChatGenerationChunk:
-        if isinstance(part, str):
-            return self._chunk(content=part)
-        if isinstance(part, InvalidCall):  # LangChain has a place for those
-            # With the error first it is no JSON, which LangChain would complete to a call that nobody made.
-            args, call_id = f"{part.error}: {part.text}", f"call_{uuid.uuid4().hex[:24]}"
-            self._num_invalid += 1
-            invalid = tool_call_chunk(name=None, args=args, id=call_id, index=1000 + self._num_invalid)
-            return self._chunk(tool_call_chunks=[invalid])
-        call = tool_call_chunk(name=part.name, args=part.arguments_json, id=part.id, index=part.index)
-        return self._chunk(tool_call_chunks=[call])
-
-    def _chunk(self, **fields: Any) -> ChatGenerationChunk:
-        fields.setdefault("content", "")
-        message = AIMessageChunk(id=self.id, **fields)
-        return ChatGenerationChunk(message=message)
-
-    def last(self, answer: ChatAnswer, model_name: str) -> ChatGenerationChunk:
-        """What is said of the answer when it is complete."""
-        stats, usage = answer.session.stats, answer.usage
-        metadata = {
-            "model_name": model_name,
-            "model_provider": PROVIDER,
-            "finish_reason": answer.finish_reason,
-            "am_memory": {
-                "logical_tokens": stats.logical_tokens,
-                "kv_tokens": round(stats.kv_tokens, 1),
-                "kv_bytes": stats.kv_bytes,
-                "compactions": stats.num_compactions,
-                "compactions_in_answer": answer.num_compactions,
-                "rebuilt": answer.turn.rebuilt,
-            },
-        }
-        said = UsageMetadata(
-            input_tokens=usage.prompt_tokens,
-            output_tokens=usage.completion_tokens,
-            total_tokens=usage.prompt_tokens + usage.completion_tokens,
-            input_token_details={"cache_read": usage.cached_tokens},
-        )
-        last = AIMessageChunk(
-            content="", id=self.id, response_metadata=metadata, usage_metadata=said, chunk_position="last"
-        )
-        return ChatGenerationChunk(message=last, generation_info={"finish_reason": answer.finish_reason})
-
-
-def _whole(chunks: list[ChatGenerationChunk]) -> ChatResult:
-    """One message of all chunks."""
-    merged = chunks[0]
-    for chunk in chunks[1:]:
-        merged += chunk
-    said = merged.message
-    assert isinstance(said, AIMessageChunk)
-    message = AIMessage(
-        content=said.content,
-        id=said.id,
-        tool_calls=said.tool_calls,
-        invalid_tool_calls=said.invalid_tool_calls,
-        response_metadata=said.response_metadata,
-        usage_metadata=said.usage_metadata,
-    )
-    return ChatResult(generations=[ChatGeneration(message=message, generation_info=merged.generation_info)])
-
-
-def _tools(tools: Sequence[Any] | None) -> list[dict[str, Any]]:
-    return [convert_to_openai_tool(tool) for tool in tools or ()]
-
-
-def _choice(choice: dict[str, Any] | str | bool | None, tools: list[dict[str, Any]]) -> Any:
-    """The choice in one form: None, "auto", "none", "any", or a tool's name.
-
-    Raises:
-        InvalidInput: the name of no tool.
-    """
-    if choice in (None, False, "auto", "none"):
-        return choice or None
-    if choice in ("any", "required", True):
-        return "any"
-    name = _name(choice)
-    names = [tool["function"]["name"] for tool in tools]
-    if name not in names:
-        raise InvalidInput(f"tool_choice {name!r} is none of the tools: {', '.join(names) or 'there are none'}")
-    return name
-
-
-def _name(choice: Any) -> str:
-    return str(choice["function"]["name"] if isinstance(choice, dict) else choice)
+        return structured(self, schema, method, include_raw=include_raw)

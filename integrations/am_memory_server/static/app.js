@@ -117,6 +117,7 @@ async function answer() {
       }
       if (chunk.choices[0]?.finish_reason === "length") message.note = "cut off at the longest answer allowed";
     }
+    if (!message.content) message.note = "the model ended without a word";
     say("The answer is complete.");
   } catch (error) {
     if (signal.aborted) {
@@ -126,13 +127,13 @@ async function answer() {
       if (error.status === 401) askForKey();
       if (current === conversation) chat.fail(error.message);
     }
-    if (!message.content) conversation.messages.pop();
+    if (!message.content) conversation.messages.splice(conversation.messages.indexOf(message), 1);
   } finally {
     clearInterval(saving);
     running = null;
     writing(node, false);
     if (current === conversation) {
-      if (message.content) chat.finish(node, message);
+      if (conversation.messages.includes(message)) chat.finish(node, message);
       else node.remove();
       memory.say("");
     }

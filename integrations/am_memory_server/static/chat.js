@@ -55,7 +55,7 @@ export class ChatView {
     if (message.role === "user") body.textContent = message.content;
     else body.replaceChildren(render(message.content));
     node.querySelector(".note")?.remove();
-    if (message.note) node.append(Object.assign(make("div", "note"), { textContent: message.note }));
+    if (message.note) node.querySelector(".tools").before(Object.assign(make("div", "note"), { textContent: message.note }));
   }
 
   #tools(node, message, index) {

@@ -78,6 +78,7 @@ export class MemoryView {
       let item = strip.children[number];
       if (!item) {
         item = document.createElement("li");
+        telling(item, "strip", () => item.title);
         item.append(document.createElement("i"), Object.assign(document.createElement("span"), { className: "cuts" }), Object.assign(document.createElement("span"), { className: "sr" }));
         strip.append(item);
       }
@@ -91,15 +92,15 @@ export class MemoryView {
       const width = (strip.clientWidth * tokens) / Math.max(parts.at(-1).end, 1);
       cuts.textContent = part.num_cuts && width >= CUTS_WIDTH ? part.num_cuts : "";
     });
-    byId("strip-end").textContent = parts.length ? `${count(parts.at(-1).end)} tokens` : "";
+    caption("strip", "0", parts.length ? `${count(parts.at(-1).end)} tokens` : "");
   }
 
   #heat() {
     const layers = this.#memory.layers.filter((layer) => layer.kind === "full");
     const box = byId("heat"), most = Math.max(0, ...layers.flatMap((layer) => layer.slots));
     box.replaceChildren();
-    byId("heat-left").textContent = most ? `layer ${layers[0].index}` : "no compact slots yet";
-    byId("heat-right").textContent = most ? `most: ${count(most)} slots · layer ${layers.at(-1).index}` : "";
+    if (most) caption("heat", `layer ${layers[0].index}`, `most: ${count(most)} slots · layer ${layers.at(-1).index}`);
+    else caption("heat", "no compact slots yet", "");
     if (!most) return;
     const heads = layers[0].slots.length, cell = 10, height = Math.max(cell, Math.ceil((layers.length * cell) / 4.5 / heads));
     const svg = svgElement("svg", { viewBox: `0 0 ${layers.length * cell} ${heads * height}`, role: "img" });
@@ -109,7 +110,9 @@ export class MemoryView {
       const cellOf = svgElement("rect", { x: column * cell + 0.5, y: head * height + 0.5, width: cell - 1, height: height - 1, rx: 1.5 });
       if (slots) cellOf.style.fillOpacity = 0.1 + 0.9 * Math.sqrt(slots / most);
       else cellOf.classList.add("none");
-      cellOf.append(Object.assign(svgElement("title"), { textContent: `layer ${layer.index}, head ${head}: ${count(slots)} slots, ${mib(layer.bytes[head])}` }));
+      const text = `layer ${layer.index}, head ${head}: ${count(slots)} slots, ${mib(layer.bytes[head])}`;
+      cellOf.append(Object.assign(svgElement("title"), { textContent: text }));
+      telling(cellOf, "heat", () => text);
       svg.append(cellOf);
     }));
     box.append(svg);
@@ -127,6 +130,24 @@ export class MemoryView {
       return item;
     }));
   }
+}
+
+const captions = {};
+
+function caption(name, left, right) {
+  captions[name] = [left, right];
+  write(name, left, right);
+}
+
+function write(name, left, right) {
+  byId(`${name}-left`).textContent = left;
+  byId(`${name}-right`).textContent = right;
+}
+
+/** What is pointed at takes the place of the captions; after a finger it stays there. */
+function telling(item, name, text) {
+  item.addEventListener("pointerenter", () => write(name, text(), ""));
+  item.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") write(name, ...captions[name]); });
 }
 
 function svgElement(name, attributes = {}) {

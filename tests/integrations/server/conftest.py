@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from serving import POLICY, NewServer, Server, running
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Memory, MemoryPolicy
 from am_memory.engines.transformers import TransformersEngine
@@ -36,3 +38,14 @@ def server(new_server: NewServer) -> Iterator[Server]:
 @pytest.fixture
 def client(server: Server) -> openai.OpenAI:
     return server.client()
+
+
+@pytest.fixture(scope="session")
+def model_folder(
+    tiny_model: PreTrainedModel, byte_tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The tiny model, for servers that are processes of their own."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model.save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    return folder

@@ -56,8 +56,8 @@ def running(memory: Memory, **settings: Any) -> Iterator[Server]:
             assert not thread.is_alive()
 
 
-def until(holds: Callable[[], object], seconds: float = 30) -> None:
-    """Wait for something that is bound to happen."""
+def until(holds: Callable[[], object], seconds: float = 120) -> None:
+    """Wait for something that is bound to happen, sooner or later: a machine may be busy."""
     end = monotonic() + seconds
     while not holds():
         assert monotonic() < end, "it did not happen"

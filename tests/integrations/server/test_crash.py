@@ -15,7 +15,6 @@ from typing import Any
 import httpx
 import pytest
 from serving import NewServer, until
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import MemoryPolicy
 
@@ -50,16 +49,6 @@ SERVE = dedent("""
     os.rename(port_file + ".new", port_file)
     server.run([socket])
 """)
-
-
-@pytest.fixture(scope="module")
-def model_folder(
-    tiny_model: PreTrainedModel, byte_tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model.save_pretrained(folder)
-    byte_tokenizer.save_pretrained(folder)
-    return folder
 
 
 @contextmanager

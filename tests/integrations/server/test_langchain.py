@@ -50,6 +50,12 @@ def test_it_answers_and_tells_what_it_knew(model: ChatOpenAI) -> None:
     assert cached(second) == answer.usage_metadata["total_tokens"]  # type: ignore[index]
 
 
+def test_a_conversation_can_be_named(model: ChatOpenAI, server: Server) -> None:
+    model.bind(extra_body={"metadata": {"conversation_id": "named by LangChain"}}).invoke("hi", max_completion_tokens=2)
+    with server.http() as http:
+        assert http.get("/v1/memory/sessions/named by LangChain").status_code == 200
+
+
 def test_it_streams(model: ChatOpenAI) -> None:
     chunks = list(model.stream("stream for LangChain", max_completion_tokens=8))
     whole = model.invoke("stream for LangChain", max_completion_tokens=8)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 from serving import NewServer, Server, until
+
+from am_memory.chat import ChatAnswer, Delta
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -42,6 +46,11 @@ class Page:
 
     def click(self, selector: str) -> None:
         self.browser.find_element("css selector", selector).click()
+
+    def point_at(self, item: Any) -> None:
+        from selenium.webdriver import ActionChains
+
+        ActionChains(self.browser).move_to_element(item).perform()
 
     def is_writing(self) -> bool:
         return bool(self.browser.execute_script("return document.querySelector('#send').hidden"))
@@ -116,10 +125,29 @@ def test_a_chat_goes_on_past_three_compactions_and_shows_them(page: Page) -> Non
     assert kinds[0] == "pinned"
     assert kinds.count("compacted") >= 3
     assert kinds[-1] == "exact"
-    assert len(page.all("#heat rect")) == 3 * 2
+    cells = page.all("#heat rect")
+    assert len(cells) == 3 * 2
+    page.point_at(cells[3])
+    assert re.fullmatch(r"layer 1, head 1: \d+ slots, 0\.\d MiB", page.text("#heat-left"))
+    page.point_at(page.all("#strip li")[1])
+    assert re.fullmatch(r"tokens 3 to \d+: compacted to [\d.]+ slots a head, .*", page.text("#strip-left"))
+    assert page.text("#heat-left") == "layer 0"
     assert page.all(".mark")
     meter = page.browser.find_element("css selector", "#gauge")
     assert int(meter.get_attribute("aria-valuenow")) == page.number("#physical")
+
+
+def test_the_page_itself_never_scrolls(page: Page) -> None:
+    """What only screen readers see was placed beyond its end: below a long chat lay an empty page."""
+    for _ in range(3):
+        page.say(LONG * 3 + "\n" * 20)
+    size = page.browser.execute_script(
+        "const { scrollHeight, clientHeight } = document.documentElement; return [scrollHeight, clientHeight]"
+    )
+    assert size[0] == size[1]
+    assert page.browser.execute_script(
+        "const box = document.querySelector('#scroll'); return box.scrollHeight > box.clientHeight"
+    )
 
 
 def test_history_and_memory_are_there_after_a_reload(page: Page) -> None:
@@ -132,20 +160,55 @@ def test_history_and_memory_are_there_after_a_reload(page: Page) -> None:
     assert page.messages()[:2] == said
 
 
-@pytest.mark.xfail(
-    reason="passes on a quiet machine; failed on one four times overloaded, for a reason that is not understood yet"
-)
-def test_an_answer_can_be_stopped_and_the_chat_goes_on(page: Page) -> None:
+@pytest.fixture
+def going_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Event]:
+    """In the middle of a long answer the model waits for this event, so that a browser may take its time."""
+    generate, event = ChatAnswer.generate, Event()
+
+    def hesitant(answer: ChatAnswer) -> Iterator[Delta]:
+        for number, delta in enumerate(generate(answer)):
+            if number == 40:
+                event.wait()
+            yield delta
+
+    monkeypatch.setattr(ChatAnswer, "generate", hesitant)
+    yield event
+    event.set()
+
+
+def test_an_answer_can_be_stopped_and_the_chat_goes_on(page: Page, going_on: Event) -> None:
+    """It failed on busy machines: the model had said thousands of tokens before the browser came to stop it, all of
+    which the next turn had to read again.
+    """
     page.set_longest_answer(16000)
     page.type("tell me everything")
-    until(lambda: len(page.messages()) == 2 and len(page.messages()[1]) > 5)
+    until(lambda: len(page.messages()) == 2 and page.messages()[1])
     page.click("#stop")
     until(lambda: not page.is_writing())
-    until(lambda: page.server.service.scheduler.num_active == 0)
     assert page.text(".message .note") == "stopped"
+    going_on.set()
+    until(lambda: page.server.service.scheduler.num_active == 0)
+    with page.server.http() as http:
+        assert "am_memory_cancelled_total 1.0" in http.get("/metrics").text
+    said = page.messages()
     page.set_longest_answer(5)
     page.say("hello again")
+    assert page.messages()[:3] == [*said, "hello again"]
     assert len(page.messages()) == 4
+
+
+def test_an_answer_without_a_word_says_so(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It vanished, and left a question that looked as if nobody had heard it."""
+
+    def silent(answer: ChatAnswer) -> Iterator[Delta]:
+        answer.finish_reason = "stop"
+        yield Delta()
+
+    monkeypatch.setattr(ChatAnswer, "generate", silent)
+    page.say("are you there?")
+    assert page.text(".message.assistant .note") == "the model ended without a word"
+    page.reload()
+    assert page.text(".message.assistant .note") == "the model ended without a word"
 
 
 def test_an_answer_that_was_cut_off_says_so(page: Page) -> None:

@@ -172,6 +172,17 @@ def test_memory_is_bounded_and_what_left_it_comes_back_from_the_store(new_server
         assert again.usage.prompt_tokens_details.cached_tokens == answers[0].usage.total_tokens
 
 
+def test_the_bytes_of_all_caches_are_bounded(new_server: NewServer, tmp_path: Path) -> None:
+    limit = 400_000  # a few conversations of the tiny model; three quarters of it are for chats
+    with new_server(max_session_bytes=limit, store=tmp_path) as server:
+        client, kept = server.client(), []
+        for number in range(12):
+            ask(client, f"conversation {number}, with a few words more than that")
+            kept.append(sum(branch.session.stats.kv_bytes for branch in server.service.threads.all_branches()))
+        assert limit * 0.3 < max(kept) <= limit * 0.75
+        assert len(server.service.threads.all_branches()) < 12 == len(server.service.threads.names())
+
+
 def test_pages_of_other_origins_may_call_only_where_that_was_said(new_server: NewServer, server: Server) -> None:
     origin = {"Origin": "https://chat.example", "Access-Control-Request-Method": "POST"}
     with server.http() as http:

@@ -1,0 +1,78 @@
+"""What one call asks for: its keyword arguments, over what the model was made with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from langchain_core.utils.function_calling import convert_to_openai_tool
+
+from am_memory import MemoryPolicy, Sampling
+from am_memory.chat import ChatRequest
+from am_memory.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from langchain_am_memory.chat_models import ChatAMMemory
+
+
+class Call:
+    """What one call asks for, beside its messages."""
+
+    def __init__(self, model: ChatAMMemory, kwargs: dict[str, Any], stop: list[str] | None) -> None:
+        kwargs = {name: value for name, value in kwargs.items() if not name.startswith("ls_")}
+        override = kwargs.pop("model", None)
+        self.policy: MemoryPolicy = kwargs.pop("memory_policy", None) or model._memory_policy()
+        self.model_name = str(override or model._model_name)
+        self.threads = model.threads(override)
+        self.tools: list[dict[str, Any]] = openai_tools(kwargs.pop("tools", None))
+        choice = one_choice(kwargs.pop("tool_choice", None), self.tools)
+        self.tool_choice: str | None = "required" if choice == "any" else choice
+        self.max_tokens = int(kwargs.pop("max_tokens", None) or model.max_tokens)
+        self.response_format = kwargs.pop("response_format", None)
+        self.sampling = self._sampling(model, kwargs, stop)
+        if kwargs:
+            raise InvalidInput(f"unknown arguments {', '.join(sorted(kwargs))}: see ChatAMMemory for what a call takes")
+
+    def _sampling(self, model: ChatAMMemory, kwargs: dict[str, Any], stop: list[str] | None) -> Sampling:
+        own = {name: getattr(model, name) for name in Sampling.model_fields if name != "stop"}
+        asked = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
+        values = {name: value for name, value in {**own, **asked}.items() if value is not None}
+        default = self.threads.memory.sampling
+        return Sampling(**{**default.model_dump(), **values, "stop": tuple(stop or model.stop or default.stop)})
+
+    def request(self, messages: list[dict[str, Any]], thread: str) -> ChatRequest:
+        return ChatRequest(
+            messages,
+            tools=self.tools,
+            tool_choice=self.tool_choice,
+            response_format=self.response_format,
+            max_tokens=self.max_tokens,
+            sampling=self.sampling,
+            thread=thread,
+            policy=self.policy,
+        )
+
+
+def openai_tools(tools: Sequence[Any] | None) -> list[dict[str, Any]]:
+    return [convert_to_openai_tool(tool) for tool in tools or ()]
+
+
+def one_choice(choice: dict[str, Any] | str | bool | None, tools: list[dict[str, Any]]) -> Any:
+    """The choice in one form: None, "auto", "none", "any", or a tool's name.
+
+    Raises:
+        InvalidInput: the name of no tool.
+    """
+    if choice in (None, False, "auto", "none"):
+        return choice or None
+    if choice in ("any", "required", True):
+        return "any"
+    name = _name(choice)
+    names = [tool["function"]["name"] for tool in tools]
+    if name not in names:
+        raise InvalidInput(f"tool_choice {name!r} is none of the tools: {', '.join(names) or 'there are none'}")
+    return name
+
+
+def _name(choice: Any) -> str:
+    return str(choice["function"]["name"] if isinstance(choice, dict) else choice)
