@@ -34,12 +34,14 @@ class LayerShape:
     Attributes:
         scaling: factor of the scores before the softmax.
         cell_bytes: keys and values of one cell.
+        rotations: (num_distances, head_dim, head_dim) float32, what turns a query to later positions.
     """
 
     num_heads: int
     head_dim: int
     scaling: float
     cell_bytes: int
+    rotations: Tensor = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,10 @@ class CellLayer:
         return self.shape.scaling
 
     @property
+    def rotations(self) -> Tensor:
+        return self.shape.rotations
+
+    @property
     def shape(self) -> LayerShape:
         return self.content.model.layers[self.index]
 
@@ -175,7 +181,6 @@ class CellLayer:
 class CellCache:
     """The cache of one session; see `am_memory.engines.base.SessionCache` for what it answers."""
 
-    has_bias = False
     has_ragged_heads = False
     is_croppable = True
 

@@ -71,7 +71,7 @@ class LlamaCppEngine:
         self.vocabulary = Vocabulary(handle)
         num_layers = lib.llama_model_n_layer(handle)
         self._decoder = Decoder(self._source, params, num_layers)
-        self._model = tested_model(self._decoder, len(self.vocabulary), num_layers)
+        self._model = tested_model(self._decoder, handle, len(self.vocabulary), num_layers)
         self.info = self._model_info(handle, self._source.path)
 
     @classmethod

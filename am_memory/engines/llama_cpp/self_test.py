@@ -1,7 +1,7 @@
 """Whether this llama.cpp, with this model, does what the engine relies on: tried at start, on a few tokens.
 
 Read and rebuilt, a state is the same bytes; queries and keys taken from the graph give the kernel's own attention; the
-keys of the state are those of the graph; a state with a cell left out goes in, and reading goes on behind it.
+keys of the state are those of the graph; queries change with their position by a turn; a state with a cell left out goes in, and reading goes on behind it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from am_memory.engines.llama_cpp.cache import LayerShape, Model
 from am_memory.engines.llama_cpp.capture import Attention
 from am_memory.engines.llama_cpp.decoder import CellSequence, Decoder
 from am_memory.engines.llama_cpp.library import VERSION
+from am_memory.engines.llama_cpp.rotation import measured_rotations
 from am_memory.engines.llama_cpp.state import SequenceState
 from am_memory.errors import UnsupportedModel
 
@@ -25,8 +26,11 @@ TOLERANCE = 2e-2
 """Of the RMS error of an attention's output or of logits, relative to their own RMS: all is in 16 bits, or less."""
 
 
-def tested_model(decoder: Decoder, vocab_size: int, num_layers: int) -> Model:
+def tested_model(decoder: Decoder, model: Any, vocab_size: int, num_layers: int) -> Model:
     """What the layers of the model are, once all is as it must be.
+
+    Args:
+        model: llama.cpp's.
 
     Raises:
         UnsupportedModel: something is not.
@@ -46,16 +50,16 @@ def tested_model(decoder: Decoder, vocab_size: int, num_layers: int) -> Model:
     assert blob is not None
     _require(np.array_equal(blob, state.pack()), "a state that was read and rebuilt is not the same bytes")
     _require(len(captured) == len(state.keys) == num_layers, f"{len(captured)} attentions, {len(state.keys)} layers")
-    shapes = []
+    rotations, shapes = measured_rotations(decoder, model, token_ids[0]), []
     for index, (attention, (expected, actual)) in enumerate(zip(captured, outputs, strict=True)):
         error = _relative_rms(actual, expected)
         _require(error < TOLERANCE, f"layer {index}: attention from queries and keys is off by {error:.2g}")
-        shapes.append(_shape(attention, state, index))
+        shapes.append(_shape(attention, state, index, rotations[index]))
     _require_write(decoder, state, token_ids[-1])
     return Model(decoder, tuple(shapes), state.take(slice(0, 1)))
 
 
-def _shape(attention: Attention, state: SequenceState, index: int) -> LayerShape:
+def _shape(attention: Attention, state: SequenceState, index: int, rotations: Tensor) -> LayerShape:
     num_heads, _, head_dim = attention.key.shape
     key, value = state.keys[index], state.values[index]
     held, computed = key.tensor(num_heads).float(), attention.key[:, :NUM_TOKENS].float()
@@ -65,7 +69,7 @@ def _shape(attention: Attention, state: SequenceState, index: int) -> LayerShape
     )
     width = value.tensor(num_heads).shape[-1]
     _require(width == head_dim, f"layer {index}: keys have {head_dim} numbers a head, values {width}")
-    return LayerShape(num_heads, head_dim, attention.scaling, key.rows.shape[1] + value.rows.shape[1])
+    return LayerShape(num_heads, head_dim, attention.scaling, key.rows.shape[1] + value.rows.shape[1], rotations)
 
 
 def _require_write(decoder: Decoder, state: SequenceState, token_id: int) -> None:
