@@ -3,8 +3,9 @@
     [pinned exact][segment 1]...[segment n][exact tail]      the cells of one sequence, in this order
 
 A cell is a slot of every head of every layer at once, so a segment of n cells gives n slots to each head: where the
-other cache is ragged, this one cannot be. It has no place for biases either; they come folded into the keys. The cells
-of a segment stand in the order of their rank, so that cutting a segment drops its last cells.
+other cache is ragged, this one cannot be. It has no place for biases either: they come folded into the keys,
+or are kept beside the cells and added to the scores as these are computed. The cells of a segment stand in the order of
+their rank, so that cutting a segment drops its last cells.
 
 As with the other cache, a snapshot is a handful of references: what has been read once stays, until something is read
 in its place.
@@ -50,11 +51,13 @@ class Model:
 
     Attributes:
         template: one cell of any content, which says how states of this model look.
+        has_bias: biases are kept beside the cells, not folded into the keys.
     """
 
     decoder: Decoder
     layers: tuple[LayerShape, ...]
     template: SequenceState
+    has_bias: bool = False
 
     @property
     def num_heads(self) -> int:
@@ -74,6 +77,7 @@ class Content:
         num_tokens: logical.
         segments: compact ones.
         num_pinned: tokens at the start that stay exact; 0 before the first compaction.
+        biases: of each layer, (num_heads, base_cells) float32, where they are kept beside the cells and there are any.
     """
 
     model: Model = field(repr=False)
@@ -81,6 +85,7 @@ class Content:
     num_tokens: int = 0
     segments: tuple[Segment, ...] = ()
     num_pinned: int = 0
+    biases: tuple[Tensor, ...] = ()
 
     @property
     def tail_start(self) -> int:
@@ -103,6 +108,10 @@ class Content:
     @property
     def num_cells(self) -> int:
         return self.base_cells + self.num_tail_tokens
+
+    @property
+    def nbytes(self) -> int:
+        return self.num_cells * self.model.cell_bytes + sum(bias.nbytes for bias in self.biases)
 
     @cached_property
     def cells(self) -> SequenceState:
@@ -133,8 +142,8 @@ class CellLayer:
         return self.shape.scaling
 
     @property
-    def rotations(self) -> Tensor:
-        return self.shape.rotations
+    def rotations(self) -> Tensor | None:
+        return None if self.content.model.has_bias else self.shape.rotations
 
     @property
     def shape(self) -> LayerShape:
@@ -164,10 +173,11 @@ class CellLayer:
         ranks = [PINNED_RANK] * content.num_pinned
         for count in content.segment_cells:
             ranks += [cell_rank(index, content.model.num_heads) for index in range(count)]
+        biases = content.biases
         return Slots(
             key=key.reshape(-1, self.shape.head_dim),
             value=value.reshape(-1, self.shape.head_dim),
-            bias=key.new_zeros(num_heads * num_slots),
+            bias=biases[self.index].flatten() if biases else key.new_zeros(num_heads * num_slots),
             positions=positions.int().repeat(num_heads),
             ranks=torch.tensor(ranks, dtype=torch.int32).repeat(num_heads),
             cu_slots=tuple(index * num_slots for index in range(num_heads + 1)),
@@ -230,8 +240,8 @@ class CellCache:
 
     @property
     def nbytes(self) -> int:
-        """What the cells take."""
-        return self._content.num_cells * self._model.cell_bytes
+        """What the cells take, and biases beside them."""
+        return self._content.nbytes
 
     @property
     def exact_nbytes(self) -> int:
@@ -293,16 +303,17 @@ class CellCache:
         old, newest = self._content, segments[-1]
         kept = {segment.start: num_cells(segment, self.num_heads) for segment in segments[:-1]}
         num_pinned = max(old.num_pinned, num_pinned)
-        parts, first = [old.cells.take(slice(0, num_pinned))], old.num_pinned
+        places, first = [slice(0, num_pinned)], old.num_pinned
         for segment, count in zip(old.segments, old.segment_cells, strict=True):
-            parts.append(old.cells.take(slice(first, first + min(kept.get(segment.start, 0), count))))
+            if segment.start in kept:
+                places.append(slice(first, first + min(kept[segment.start], count)))
             first += count
-        parts.append(_new_cells(old.cells, new_slots))
+        parts = [*map(old.cells.take, places), _new_cells(old.cells, new_slots)]
         tail = slice(old.base_cells + newest.end - old.tail_start, old.num_cells)
         cells = SequenceState.join([*parts, old.cells.take(tail)])
-        is_kept = [segment.start in kept for segment in old.segments]
-        counts = [part.num_cells for part, is_in in zip(parts[1:], [*is_kept, True], strict=False) if is_in]
-        return packed(old.model, cells, tuple(segments), counts, num_pinned, old.num_tokens)
+        counts = [part.num_cells for part in parts[1:]]
+        content = packed(old.model, cells, tuple(segments), counts, num_pinned, old.num_tokens)
+        return with_biases(content, _joined_biases(old, places, new_slots)) if old.model.has_bias else content
 
 
 def num_cells(segment: Segment, num_heads: int) -> int:
@@ -343,11 +354,32 @@ def packed(
     return Content(model, CellSequence(placed.pack()), num_tokens, segments, num_pinned)
 
 
+def with_biases(content: Content, biases: tuple[Tensor, ...]) -> Content:
+    """The same cells, as they are still to be put in, with biases beside them."""
+    unscaled = [bias / layer.scaling for bias, layer in zip(biases, content.model.layers, strict=True)]
+    return replace(content, sequence=CellSequence(content.sequence.blob, unscaled), biases=biases)
+
+
+def _joined_biases(old: Content, places: Sequence[slice], new_slots: Sequence[Slots]) -> tuple[Tensor, ...]:
+    """Of the cells that are kept, 0 for pinned ones, and of a new segment's."""
+    joined = []
+    for index, slots in enumerate(new_slots):
+        held = old.biases[index] if old.biases else torch.zeros(slots.num_heads, places[0].stop)
+        new = slots.bias.view(slots.num_heads, -1).take_along_dim(_by_rank(slots), dim=1).float()
+        joined.append(torch.cat([*(held[:, where] for where in places), new], dim=1))
+    return tuple(joined)
+
+
+def _by_rank(slots: Slots) -> Tensor:
+    """(num_heads, slots of a head): the highest rank first."""
+    return slots.ranks.view(slots.num_heads, -1).argsort(dim=1)
+
+
 def _new_cells(like: SequenceState, new_slots: Sequence[Slots]) -> SequenceState:
     """Cells of a new segment, the highest rank first."""
     keys, values, count = [], [], 0
     for slots, key, value in zip(new_slots, like.keys, like.values, strict=True):
-        order = slots.ranks.view(slots.num_heads, -1).argsort(dim=1)[:, :, None]
+        order = _by_rank(slots)[:, :, None]
         keys.append(key.like(_heads(slots.key, slots).take_along_dim(order, dim=1)))
         values.append(value.like(_heads(slots.value, slots).take_along_dim(order, dim=1)))
         count = order.shape[1]
@@ -384,4 +416,8 @@ def from_tensors(model: Model, saved: Snapshot) -> Content:
         values.append(Column.join([value.like(part) for _, part in parts]))
     num_tokens = layers[0].start + layers[0].length
     cells = SequenceState(model.template.positions, tuple(keys), tuple(values), model.template.is_transposed)
-    return packed(model, cells, segments, counts, num_pinned, num_tokens)
+    content = packed(model, cells, segments, counts, num_pinned, num_tokens)
+    if not (model.has_bias and segments):
+        return content
+    biases = (layer.slots.bias.view(layer.slots.num_heads, -1) for layer in layers if layer.slots is not None)
+    return with_biases(content, tuple(bias.float() for bias in biases))

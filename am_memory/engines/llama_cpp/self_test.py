@@ -1,11 +1,13 @@
 """Whether this llama.cpp, with this model, does what the engine relies on: tried at start, on a few tokens.
 
 Read and rebuilt, a state is the same bytes; queries and keys taken from the graph give the kernel's own attention; the
-keys of the state are those of the graph; queries change with their position by a turn; a state with a cell left out goes in, and reading goes on behind it.
+keys of the state are those of the graph; queries change with their position by a turn; a state with a cell left out goes
+in, and reading goes on behind it; a bias that leaves nothing of a cell is as good as to leave it out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,11 +28,16 @@ TOLERANCE = 2e-2
 """Of the RMS error of an attention's output or of logits, relative to their own RMS: all is in 16 bits, or less."""
 
 
-def tested_model(decoder: Decoder, model: Any, vocab_size: int, num_layers: int) -> Model:
+HEAVY = -1e4
+"""A bias that no score makes up for."""
+
+
+def tested_model(decoder: Decoder, model: Any, vocab_size: int, num_layers: int, *, has_bias: bool = False) -> Model:
     """What the layers of the model are, once all is as it must be.
 
     Args:
         model: llama.cpp's.
+        has_bias: biases are to be kept beside the cells, without flash attention.
 
     Raises:
         UnsupportedModel: something is not.
@@ -55,8 +62,9 @@ def tested_model(decoder: Decoder, model: Any, vocab_size: int, num_layers: int)
         error = _relative_rms(actual, expected)
         _require(error < TOLERANCE, f"layer {index}: attention from queries and keys is off by {error:.2g}")
         shapes.append(_shape(attention, state, index, rotations[index]))
-    _require_write(decoder, state, token_ids[-1])
-    return Model(decoder, tuple(shapes), state.take(slice(0, 1)))
+    biases = [torch.zeros(shape.num_heads, LEFT_OUT + 1) for shape in shapes] if has_bias else []
+    _require_write(decoder, state, token_ids[-1], biases)
+    return Model(decoder, tuple(shapes), state.take(slice(0, 1)), has_bias)
 
 
 def _shape(attention: Attention, state: SequenceState, index: int, rotations: Tensor) -> LayerShape:
@@ -72,11 +80,11 @@ def _shape(attention: Attention, state: SequenceState, index: int, rotations: Te
     return LayerShape(num_heads, head_dim, attention.scaling, key.rows.shape[1] + value.rows.shape[1], rotations)
 
 
-def _require_write(decoder: Decoder, state: SequenceState, token_id: int) -> None:
+def _require_write(decoder: Decoder, state: SequenceState, token_id: int, biases: Sequence[Tensor]) -> None:
     """Put in states of the same cells, and of one fewer, in another order of positions; read on behind them."""
 
-    def logits(cells: SequenceState) -> Tensor:
-        return decoder.read(CellSequence(cells.pack()), [token_id], NUM_TOKENS, cells.num_cells, 1, None)
+    def logits(cells: SequenceState, biases: Sequence[Tensor] = ()) -> Tensor:
+        return decoder.read(CellSequence(cells.pack(), biases), [token_id], NUM_TOKENS, cells.num_cells, 1, None)
 
     fewer = SequenceState.join([state.take(slice(0, LEFT_OUT)), state.take(slice(LEFT_OUT + 1, None))])
     moved = fewer.at([*range(NUM_TOKENS - 2), NUM_TOKENS - 1])
@@ -84,6 +92,11 @@ def _require_write(decoder: Decoder, state: SequenceState, token_id: int) -> Non
     error = _relative_rms(second, first)
     _require(error < TOLERANCE, f"logits depend on where cells are said to stand (off by {error:.2g})")
     _require(not torch.equal(whole, first), "a cell that was left out is still there")
+    for bias in biases:
+        bias[:, LEFT_OUT] = HEAVY
+    if biases:
+        error = _relative_rms(logits(state, biases), first)
+        _require(error < TOLERANCE, f"biases are not added to the scores (off by {error:.2g})")
 
 
 def _relative_rms(actual: Tensor, expected: Tensor) -> float:
