@@ -22,6 +22,7 @@ from common import machine, table
 from torch import Tensor
 
 from am_memory import Memory, MemoryPolicy, Session
+from am_memory.cache import Segment, Slots
 from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.llama_cpp.decoder import Decoder
 from am_memory.models import gguf_path
@@ -63,9 +64,30 @@ def windowed(memory: Memory, token_ids: list[int]) -> float:
     return float(torch.cat(losses).mean())
 
 
-def long(memory: Memory) -> None:
-    token_ids, rows = text_tokens(memory), []
-    for name, options in SCHEMES.items():
+def rolling(memory: Memory, token_ids: list[int]) -> float:
+    """The same with the first tokens and the last ones as they were read, at their own positions: nothing else is kept."""
+    engine, losses = memory.engine, []
+    cache, before = engine.new_cache(), torch.empty(0, 0)
+    for start in range(0, len(token_ids), STEP):
+        if cache.num_exact_tokens + STEP > NUM_CELLS:
+            empty = [
+                Slots.exact(*(held[:, :0] for held in layer.exact_entries(layer.start, layer.start + 1)), start=0)
+                for layer in cache.compactable
+            ]
+            dropped = Segment(SINKS, start - (NUM_CELLS - SINKS - STEP), 0)
+            cache.restore(cache.compacted([dropped], empty, SINKS))
+        chunk = token_ids[start : start + STEP]
+        logits = engine.forward(cache, chunk, num_logits=len(chunk))
+        if start >= len(token_ids) - NUM_JUDGED:
+            losses.append(nll(torch.cat([before, logits[:-1]]), chunk))
+        before = logits[-1:]
+    return float(torch.cat(losses).mean())
+
+
+def long(memory: Memory, num_tokens: int, schemes: list[str]) -> None:
+    token_ids, rows = text_tokens(memory)[:num_tokens], []
+    for name in schemes:
+        options = SCHEMES[name]
         session = memory.session(name, policy=MemoryPolicy(**{**dict(LONG), **options}))
         started = time.perf_counter()
         loss = streamed(session, token_ids)
@@ -79,9 +101,14 @@ def long(memory: Memory) -> None:
         )
         print(*rows[-1], f"{seconds:.0f} s", flush=True)
         memory.delete(name)
-    rows.append((f"window of {NUM_CELLS}, sinks", f"{windowed(memory, token_ids):.3f}", 0, NUM_CELLS, "", ""))
+    for name, baseline in BASELINES.items():
+        rows.append((name, f"{baseline(memory, token_ids):.3f}", 0, NUM_CELLS, "", ""))
+        print(*rows[-1], flush=True)
     header = ("scheme", f"NLL of the last {NUM_JUDGED}", "compactions", "cells", "largest value, compact", "exact")
     print(table(header, rows))
+
+
+BASELINES = {"window, as read": rolling, "window, read anew at positions from 0": windowed}
 
 
 def decode_rate(step: Callable[[], object], num_tokens: int) -> float:
@@ -159,9 +186,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=["long", "speed"])
     parser.add_argument("--model", default="demo")
+    parser.add_argument("--tokens", type=int, default=NUM_TOKENS, help="of the long text")
+    parser.add_argument("--schemes", nargs="*", choices=SCHEMES, default=list(SCHEMES), help="for the long text")
     args = parser.parse_args()
     memory = Memory(LlamaCppEngine(args.model), MemoryPolicy(trigger_tokens=8192, pinned=SINKS))
-    long(memory) if args.mode == "long" else speed(memory, args.model)
+    long(memory, args.tokens, args.schemes) if args.mode == "long" else speed(memory, args.model)
     print(f"\n{args.model}; {machine()}, llama-cpp-python {llama_cpp.__version__}")
 
 
