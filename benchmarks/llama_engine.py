@@ -65,7 +65,7 @@ def windowed(memory: Memory, token_ids: list[int]) -> float:
 
 
 def rolling(memory: Memory, token_ids: list[int]) -> float:
-    """The same with the first tokens and the last ones as they were read, at their own positions: nothing else is kept."""
+    """The same with the first tokens and the last ones as they were read, at their own positions, and nothing else."""
     engine, losses = memory.engine, []
     cache, before = engine.new_cache(), torch.empty(0, 0)
     for start in range(0, len(token_ids), STEP):
@@ -188,8 +188,10 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--tokens", type=int, default=NUM_TOKENS, help="of the long text")
     parser.add_argument("--schemes", nargs="*", choices=SCHEMES, default=list(SCHEMES), help="for the long text")
+    parser.add_argument("--close-gaps", action="store_true", help="as LlamaCppEngine takes it")
     args = parser.parse_args()
-    memory = Memory(LlamaCppEngine(args.model), MemoryPolicy(trigger_tokens=8192, pinned=SINKS))
+    engine = LlamaCppEngine(args.model, close_gaps=args.close_gaps)
+    memory = Memory(engine, MemoryPolicy(trigger_tokens=8192, pinned=SINKS))
     long(memory, args.tokens, args.schemes) if args.mode == "long" else speed(memory, args.model)
     print(f"\n{args.model}; {machine()}, llama-cpp-python {llama_cpp.__version__}")
 

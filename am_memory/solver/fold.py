@@ -43,9 +43,7 @@ def constant_direction(block: Block, weight: Tensor, rotations: Tensor) -> tuple
     return delta[:, :, 0].float(), missing.clamp_min(0.0).sqrt().float()
 
 
-def fold(
-    block: Block, key: Tensor, bias: Tensor, weight: Tensor, rotations: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def fold(block: Block, key: Tensor, bias: Tensor, weight: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Keys that bring their bias with them.
 
     Args:

@@ -24,6 +24,7 @@ from torch import Tensor
 from am_memory.cache import PINNED_RANK, Segment, Slots, Snapshot, TailBuffer, TailState
 from am_memory.engines.llama_cpp.capture import OnAttention
 from am_memory.engines.llama_cpp.decoder import CellSequence, Decoder
+from am_memory.engines.llama_cpp.rotation import Rotation
 from am_memory.engines.llama_cpp.state import Column, SequenceState
 from am_memory.errors import CorruptSession, UnsupportedOperation
 
@@ -35,14 +36,14 @@ class LayerShape:
     Attributes:
         scaling: factor of the scores before the softmax.
         cell_bytes: keys and values of one cell.
-        rotations: (num_distances, head_dim, head_dim) float32, what turns a query to later positions.
+        rotation: how its queries and keys turn with their position.
     """
 
     num_heads: int
     head_dim: int
     scaling: float
     cell_bytes: int
-    rotations: Tensor = field(repr=False)
+    rotation: Rotation = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,14 @@ class Model:
     Attributes:
         template: one cell of any content, which says how states of this model look.
         has_bias: biases are kept beside the cells, not folded into the keys.
+        closes_gaps: a compaction moves what is before its block up to it, by as many positions as it frees cells.
     """
 
     decoder: Decoder
     layers: tuple[LayerShape, ...]
     template: SequenceState
     has_bias: bool = False
+    closes_gaps: bool = False
 
     @property
     def num_heads(self) -> int:
@@ -143,7 +146,7 @@ class CellLayer:
 
     @property
     def rotations(self) -> Tensor | None:
-        return None if self.content.model.has_bias else self.shape.rotations
+        return None if self.content.model.has_bias else self.shape.rotation.later
 
     @property
     def shape(self) -> LayerShape:
@@ -308,7 +311,9 @@ class CellCache:
             if segment.start in kept:
                 places.append(slice(first, first + min(kept[segment.start], count)))
             first += count
-        parts = [*map(old.cells.take, places), _new_cells(old.cells, new_slots)]
+        new = _new_cells(old.cells, new_slots)
+        gap = newest.num_tokens - new.num_cells if old.model.closes_gaps else 0
+        parts = [*(_moved(old.cells.take(place), old.model.layers, gap) for place in places), new]
         tail = slice(old.base_cells + newest.end - old.tail_start, old.num_cells)
         cells = SequenceState.join([*parts, old.cells.take(tail)])
         counts = [part.num_cells for part in parts[1:]]
@@ -368,6 +373,17 @@ def _joined_biases(old: Content, places: Sequence[slice], new_slots: Sequence[Sl
         new = slots.bias.view(slots.num_heads, -1).take_along_dim(_by_rank(slots), dim=1).float()
         joined.append(torch.cat([*(held[:, where] for where in places), new], dim=1))
     return tuple(joined)
+
+
+def _moved(cells: SequenceState, layers: Sequence[LayerShape], distance: int) -> SequenceState:
+    """The cells as if their tokens had come so much later: their keys are turned."""
+    if not distance or not cells.num_cells:
+        return cells
+    keys = []
+    for key, layer in zip(cells.keys, layers, strict=True):
+        turned = key.tensor(layer.num_heads).float() @ layer.rotation.by(distance).mT
+        keys.append(key.like(turned))
+    return replace(cells, keys=tuple(keys))
 
 
 def _by_rank(slots: Slots) -> Tensor:

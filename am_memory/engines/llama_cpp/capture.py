@@ -26,7 +26,7 @@ LOG2_E = math.log2(math.e)
 
 OP_OFFSET = GGMLTensor.op.offset
 PRODUCT = b"kq-"
-"""What llama.cpp calls the product of queries and keys, before the number of the layer; there is none in flash attention."""
+"""What llama.cpp calls the product of queries and keys, before the layer's number; flash attention has none."""
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,11 @@ class LlamaCppEngine:
         num_gpu_layers: offloaded to a GPU; -1 is all, where llama.cpp was built for one.
         num_threads: None: as many as torch uses.
         flash_attention: None: where llama.cpp can.
-        exact_bias: keep the biases of compact cells beside them, and add them to the scores as these are computed, instead
-            of folding them into the keys. Slower, and without flash attention.
+        exact_bias: keep the biases of compact cells beside them, and add them to the scores as these are computed,
+            instead of folding them into the keys. Slower, and without flash attention.
+        close_gaps: a compaction moves all that is before its block up to it, by the positions that it frees, so that a
+            conversation may outgrow those that the model was trained on. What is pinned or compact then no longer
+            stands where it was said.
 
     Raises:
         InvalidInput: exact biases with flash attention; a `Llama` that cannot be used.
@@ -55,6 +58,7 @@ class LlamaCppEngine:
         num_threads: int | None = None,
         flash_attention: bool | None = None,
         exact_bias: bool = False,
+        close_gaps: bool = False,
     ) -> None:
         if exact_bias and flash_attention:
             raise InvalidInput(
@@ -80,7 +84,14 @@ class LlamaCppEngine:
         self.vocabulary = Vocabulary(handle)
         num_layers = lib.llama_model_n_layer(handle)
         self._decoder = Decoder(self._source, params, num_layers)
-        self._model = tested_model(self._decoder, handle, len(self.vocabulary), num_layers, has_bias=exact_bias)
+        self._model = tested_model(
+            self._decoder,
+            handle,
+            len(self.vocabulary),
+            num_layers,
+            has_bias=exact_bias,
+            closes_gaps=close_gaps,
+        )
         self.info = self._model_info(handle, self._source.path)
 
     @classmethod

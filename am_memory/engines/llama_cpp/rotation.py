@@ -7,6 +7,8 @@ layers that do not turn their queries come out as such.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,37 +20,62 @@ from am_memory.engines.llama_cpp.library import library
 from am_memory.engines.llama_cpp.support import meta
 from am_memory.errors import UnsupportedModel
 
-DISTANCES = (0, *(2**exponent for exponent in range(5, 13)))
+LADDER = tuple(2**exponent for exponent in range(13))
+"""Distances at which the turn is measured: any other, up to the sum, is made of them."""
+DISTANCES = (0, *LADDER[5:])
 """Tokens that a query may be later than those that a compaction is fitted to; what holds at these holds between."""
 TOLERANCE = 2e-2
 """Of what a turned query is off, relative to it."""
 
 
-def measured_rotations(decoder: Decoder, model: Any, token_id: int) -> list[Tensor]:
-    """What turns the queries of each layer to each of `DISTANCES` later positions.
+@dataclass(frozen=True)
+class Rotation:
+    """How queries and keys of one layer turn.
+
+    Attributes:
+        steps: (len(LADDER), head_dim, head_dim) float32, what turns a query to each distance, multiplied from the left.
+    """
+
+    steps: Tensor
+
+    def by(self, distance: int) -> Tensor:
+        """(head_dim, head_dim) float32: what turns a query or a key to a position that is so much later."""
+        assert distance < 2 * LADDER[-1]
+        turn = torch.eye(self.steps.shape[-1], dtype=torch.float64)
+        for exponent, step in enumerate(self.steps.double()):
+            if distance >> exponent & 1:
+                turn = step @ turn
+        return turn.float()
+
+    @cached_property
+    def later(self) -> Tensor:
+        """(len(DISTANCES), head_dim, head_dim) float32, for each of `DISTANCES`."""
+        return torch.stack([self.by(distance) for distance in DISTANCES])
+
+
+def measured_rotations(decoder: Decoder, model: Any, token_id: int) -> list[Rotation]:
+    """How the queries of each layer turn.
 
     Args:
         model: llama.cpp's.
         token_id: any ordinary one.
 
-    Returns:
-        For each layer (num_distances, head_dim, head_dim) float32, to be multiplied with a query from the left.
-
     Raises:
         UnsupportedModel: queries change with their position in another way.
     """
-    by_distance = [_queries(decoder, token_id, distance) for distance in DISTANCES]
+    start = _queries(decoder, token_id, 0)
+    by_distance = [_queries(decoder, token_id, distance) for distance in LADDER]
     rotations = []
-    for layer, base in enumerate(by_distance[0]):
+    for layer, base in enumerate(start):
         first, second = _pairs(model, base.shape[-1])
-        turns = torch.stack([_rotation(base, turned[layer], first, second) for turned in by_distance])
-        rotations.append(turns)
-        for turn, turned in zip(turns, by_distance, strict=True):
+        steps = torch.stack([_rotation(base, turned[layer], first, second) for turned in by_distance])
+        rotations.append(Rotation(steps))
+        for turn, turned in zip(steps, by_distance, strict=True):
             error = float((base @ turn.mT - turned[layer]).norm() / turned[layer].norm().clamp_min(1e-12))
             if error > TOLERANCE:
                 raise UnsupportedModel(
-                    f"queries of layer {layer} change with their position by more than a turn (off by {error:.2g}): use "
-                    "a model with rotary positions, or engine='transformers'"
+                    f"queries of layer {layer} change with their position by more than a turn (off by {error:.2g}): "
+                    "use a model with rotary positions, or engine='transformers'"
                 )
     return rotations
 

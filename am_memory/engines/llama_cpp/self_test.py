@@ -1,8 +1,8 @@
 """Whether this llama.cpp, with this model, does what the engine relies on: tried at start, on a few tokens.
 
 Read and rebuilt, a state is the same bytes; queries and keys taken from the graph give the kernel's own attention; the
-keys of the state are those of the graph; queries change with their position by a turn; a state with a cell left out goes
-in, and reading goes on behind it; a bias that leaves nothing of a cell is as good as to leave it out.
+keys of the state are those of the graph; queries change with their position by a turn; a state with a cell left out
+goes in, and reading goes on behind it; a bias that leaves nothing of a cell is as good as to leave it out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from am_memory.engines.llama_cpp.cache import LayerShape, Model
 from am_memory.engines.llama_cpp.capture import Attention
 from am_memory.engines.llama_cpp.decoder import CellSequence, Decoder
 from am_memory.engines.llama_cpp.library import VERSION
-from am_memory.engines.llama_cpp.rotation import measured_rotations
+from am_memory.engines.llama_cpp.rotation import Rotation, measured_rotations
 from am_memory.engines.llama_cpp.state import SequenceState
 from am_memory.errors import UnsupportedModel
 
@@ -32,12 +32,20 @@ HEAVY = -1e4
 """A bias that no score makes up for."""
 
 
-def tested_model(decoder: Decoder, model: Any, vocab_size: int, num_layers: int, *, has_bias: bool = False) -> Model:
+def tested_model(
+    decoder: Decoder,
+    model: Any,
+    vocab_size: int,
+    num_layers: int,
+    *,
+    has_bias: bool = False,
+    closes_gaps: bool = False,
+) -> Model:
     """What the layers of the model are, once all is as it must be.
 
     Args:
         model: llama.cpp's.
-        has_bias: biases are to be kept beside the cells, without flash attention.
+        has_bias, closes_gaps: as the `Model` is to have them.
 
     Raises:
         UnsupportedModel: something is not.
@@ -64,10 +72,10 @@ def tested_model(decoder: Decoder, model: Any, vocab_size: int, num_layers: int,
         shapes.append(_shape(attention, state, index, rotations[index]))
     biases = [torch.zeros(shape.num_heads, LEFT_OUT + 1) for shape in shapes] if has_bias else []
     _require_write(decoder, state, token_ids[-1], biases)
-    return Model(decoder, tuple(shapes), state.take(slice(0, 1)), has_bias)
+    return Model(decoder, tuple(shapes), state.take(slice(0, 1)), has_bias, closes_gaps)
 
 
-def _shape(attention: Attention, state: SequenceState, index: int, rotations: Tensor) -> LayerShape:
+def _shape(attention: Attention, state: SequenceState, index: int, rotation: Rotation) -> LayerShape:
     num_heads, _, head_dim = attention.key.shape
     key, value = state.keys[index], state.values[index]
     held, computed = key.tensor(num_heads).float(), attention.key[:, :NUM_TOKENS].float()
@@ -77,7 +85,7 @@ def _shape(attention: Attention, state: SequenceState, index: int, rotations: Te
     )
     width = value.tensor(num_heads).shape[-1]
     _require(width == head_dim, f"layer {index}: keys have {head_dim} numbers a head, values {width}")
-    return LayerShape(num_heads, head_dim, attention.scaling, key.rows.shape[1] + value.rows.shape[1], rotations)
+    return LayerShape(num_heads, head_dim, attention.scaling, key.rows.shape[1] + value.rows.shape[1], rotation)
 
 
 def _require_write(decoder: Decoder, state: SequenceState, token_id: int, biases: Sequence[Tensor]) -> None:

@@ -25,7 +25,7 @@ def turned(query: Tensor, distance: float, base: float = 10_000.0) -> Tensor:
 
 
 def rotations_of(engine: LlamaCppEngine) -> list[Tensor]:
-    return [layer.rotations for layer in engine._model.layers]
+    return [layer.rotation.later for layer in engine._model.layers]
 
 
 def test_queries_turn_as_rope_says(llama: LlamaCppEngine) -> None:
@@ -43,6 +43,12 @@ def test_scaled_positions_need_not_be_known(
     engine = LlamaCppEngine(write_gguf(tmp_path / "scaled.gguf", tiny_model, byte_tokenizer, **scaled))
     query, rotation = torch.randn(5, 16), rotations_of(engine)[1][-1]
     torch.testing.assert_close(query @ rotation.mT, turned(query, DISTANCES[-1] / 4), atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("distance", [1, 37, 3000, 8191])
+def test_any_distance_is_made_of_those_that_were_measured(llama: LlamaCppEngine, distance: int) -> None:
+    key, rotation = torch.randn(5, 16), llama._model.layers[0].rotation.by(distance)
+    torch.testing.assert_close(key @ rotation.mT, turned(key, distance), atol=1e-2, rtol=0)
 
 
 def test_the_first_rotation_turns_nothing(llama: LlamaCppEngine) -> None:
