@@ -31,6 +31,9 @@ from am_memory.models import gguf_path
 
 NUM_TOKENS, NUM_JUDGED, NUM_CELLS, STEP = 12_288, 2_048, 768, 64
 SINKS = 4
+EXACT = "AM, exact biases"
+KL_SCHEMES = {"drop": None, "eviction per head": "nothing", "AM, no bias": "values"}
+KL_SCHEMES |= {"AM": "bias_and_values", EXACT: "bias_and_values"}
 COUNTS, BLOCK, KEPT, NUM_AFTER = (1, 2, 4, 8), 256, 64, 128
 LONG = MemoryPolicy(trigger_tokens=NUM_CELLS, keep_ratio=0.1, pinned=SINKS)
 SCHEMES = {"AM": {}, "AM, no bias": {"fit": "values"}, "eviction per head": {"fit": "nothing"}}
@@ -118,7 +121,7 @@ def long(memory: Memory, num_tokens: int, schemes: list[str]) -> None:
 BASELINES = {"window, as read": rolling, "window, read anew at positions from 0": windowed}
 
 
-def kl(model: str, ratio: float) -> None:
+def kl(model: str, ratio: float, names: list[str]) -> None:
     """Blocks of a text, compacted one by one but for their last tokens; then what follows is predicted."""
     policy = MemoryPolicy(trigger_tokens=1.0, pinned=SINKS, keep_ratio=1 / ratio, max_compact_tokens=4000)
     folding = Memory(LlamaCppEngine(model), policy)
@@ -129,10 +132,9 @@ def kl(model: str, ratio: float) -> None:
         full.append(token_ids[(count - 1) * BLOCK : count * BLOCK])
         if count in COUNTS:
             expected[count] = full.logits(token_ids[count * BLOCK :][:NUM_AFTER])
-    schemes = {"drop": (folding, None), "eviction": (folding, "nothing"), "AM, no bias": (folding, "values")}
-    schemes |= {"AM, folded": (folding, "bias_and_values"), "AM, exact": (exact, "bias_and_values")}
     rows = []
-    for name, (memory, fit) in schemes.items():
+    for name in names:
+        memory, fit = (exact if name == EXACT else folding), KL_SCHEMES[name]
         session = memory.session(name, policy=policy.model_copy(update={"fit": fit or "nothing"}))
         row: list[object] = [name]
         for count in range(1, max(COUNTS) + 1):
@@ -228,16 +230,20 @@ def main() -> None:
     parser.add_argument("mode", choices=["long", "kl", "speed"])
     parser.add_argument("--model", default="demo")
     parser.add_argument("--tokens", type=int, default=NUM_TOKENS, help="of the long text")
-    parser.add_argument("--schemes", nargs="*", choices=SCHEMES, default=list(SCHEMES), help="for the long text")
+    parser.add_argument("--schemes", nargs="*", default=[], help="some of those that are compared")
     parser.add_argument("--ratio", type=float, default=5.0, help="of the compactions for KL")
     parser.add_argument("--close-gaps", action="store_true", help="as LlamaCppEngine takes it")
     args = parser.parse_args()
+    known = KL_SCHEMES if args.mode == "kl" else SCHEMES
+    if unknown := set(args.schemes) - set(known):
+        parser.error(f"--schemes {', '.join(sorted(unknown))}: {args.mode} has {', '.join(known)}")
+    schemes = args.schemes or list(known)
     if args.mode == "kl":
-        kl(args.model, args.ratio)
+        kl(args.model, args.ratio, schemes)
     else:
         engine = LlamaCppEngine(args.model, close_gaps=args.close_gaps)
         memory = Memory(engine, MemoryPolicy(trigger_tokens=8192, pinned=SINKS))
-        long(memory, args.tokens, args.schemes) if args.mode == "long" else speed(memory, args.model)
+        long(memory, args.tokens, schemes) if args.mode == "long" else speed(memory, args.model)
     print(f"\n{args.model}; {machine()}, llama-cpp-python {llama_cpp.__version__}")
 
 
