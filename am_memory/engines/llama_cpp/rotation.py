@@ -21,7 +21,7 @@ from am_memory.engines.llama_cpp.support import meta
 from am_memory.errors import UnsupportedModel
 
 LADDER = tuple(2**exponent for exponent in range(13))
-"""Distances at which the turn is measured: any other, up to the sum, is made of them."""
+"""Distances at which the turn is measured: any other is made of them."""
 DISTANCES = (0, *LADDER[5:])
 """Tokens that a query may be later than those that a compaction is fitted to; what holds at these holds between."""
 TOLERANCE = 2e-2
@@ -40,10 +40,11 @@ class Rotation:
 
     def by(self, distance: int) -> Tensor:
         """(head_dim, head_dim) float32: what turns a query or a key to a position that is so much later."""
-        assert distance < 2 * LADDER[-1]
-        turn = torch.eye(self.steps.shape[-1], dtype=torch.float64)
-        for exponent, step in enumerate(self.steps.double()):
-            if distance >> exponent & 1:
+        *steps, longest = self.steps.double()
+        times, rest = divmod(distance, LADDER[-1])
+        turn = torch.linalg.matrix_power(longest, times)
+        for exponent, step in enumerate(steps):
+            if rest >> exponent & 1:
                 turn = step @ turn
         return turn.float()
 

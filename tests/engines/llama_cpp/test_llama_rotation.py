@@ -45,10 +45,10 @@ def test_scaled_positions_need_not_be_known(
     torch.testing.assert_close(query @ rotation.mT, turned(query, DISTANCES[-1] / 4), atol=5e-3, rtol=0)
 
 
-@pytest.mark.parametrize("distance", [1, 37, 3000, 8191])
+@pytest.mark.parametrize("distance", [0, 1, 37, 4096, 20_000])
 def test_any_distance_is_made_of_those_that_were_measured(llama: LlamaCppEngine, distance: int) -> None:
     key, rotation = torch.randn(5, 16), llama._model.layers[0].rotation.by(distance)
-    torch.testing.assert_close(key @ rotation.mT, turned(key, distance), atol=1e-2, rtol=0)
+    torch.testing.assert_close(key @ rotation.mT, turned(key, distance), atol=2e-2, rtol=0)
 
 
 def test_the_first_rotation_turns_nothing(llama: LlamaCppEngine) -> None:
