@@ -42,7 +42,7 @@ class Rotation:
         """(head_dim, head_dim) float32: what turns a query or a key to a position that is so much later."""
         *steps, longest = self.steps.double()
         times, rest = divmod(distance, LADDER[-1])
-        turn = torch.linalg.matrix_power(longest, times)
+        turn: Tensor = torch.linalg.matrix_power(longest, times)
         for exponent, step in enumerate(steps):
             if rest >> exponent & 1:
                 turn = step @ turn
