@@ -237,6 +237,7 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     is_sliding = False
     is_croppable = True
+    rotations: Tensor | None = None  # slots have biases of their own
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -427,7 +428,6 @@ class KVCache(Cache):
     """
 
     layers: list[CompactableLayer | SlidingLayer]  # type: ignore[assignment]
-    has_bias = True
     has_ragged_heads = True
 
     def __init__(self, sliding_windows: Sequence[int | None]) -> None:

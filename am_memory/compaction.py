@@ -101,8 +101,10 @@ def compact(
         scored = time.perf_counter()
 
         heads = [
-            Head(index, block.head(head), exact.head(head), held.positions[head], layer_ranks[head])
-            for index, (block, exact, held, layer_ranks) in enumerate(zip(blocks, exacts, entries, ranks, strict=True))
+            Head(index, block.head(head), exact.head(head), held.positions[head], layer_ranks[head], layer.rotations)
+            for index, (layer, block, exact, held, layer_ranks) in enumerate(
+                zip(layers, blocks, exacts, entries, ranks, strict=True)
+            )
             for head in range(block.num_heads)
         ]
         while True:
@@ -110,7 +112,7 @@ def compact(
             slots: dict[Head, Slots] = {}
             held_out: list[Tensor] = []
             for group in groups_of_like_size(heads, plan.newest.num_slots):
-                group_fit, group_slots, error = fit_heads(group, plan.newest, policy, fold_bias=not cache.has_bias)
+                group_fit, group_slots, error = fit_heads(group, plan.newest, policy)
                 fits.append(group_fit)
                 slots.update(zip(group, group_slots, strict=True))
                 held_out += [] if error is None else [error]
@@ -211,6 +213,7 @@ class Head:
         block, exact: of this head alone.
         positions: (seq_len,) int32 in host memory, logical, of the block's keys.
         ranks: (seq_len,) int64 in host memory, of its first slot, second slot...
+        rotations: of its layer, where biases are to be folded into the keys.
     """
 
     layer: int
@@ -218,6 +221,7 @@ class Head:
     exact: ExactAttention
     positions: Tensor
     ranks: Tensor
+    rotations: Tensor | None = None
 
 
 def groups_of_like_size(heads: Sequence[Head], num_slots: int) -> Iterator[tuple[Head, ...]]:
@@ -243,13 +247,8 @@ def groups_of_like_size(heads: Sequence[Head], num_slots: int) -> Iterator[tuple
         remaining = remaining[size:]
 
 
-def fit_heads(
-    group: Sequence[Head], segment: Segment, policy: MemoryPolicy, *, fold_bias: bool = False
-) -> tuple[Fit, list[Slots], Tensor | None]:
+def fit_heads(group: Sequence[Head], segment: Segment, policy: MemoryPolicy) -> tuple[Fit, list[Slots], Tensor | None]:
     """Choose and fit the slots of some heads, as one batch.
-
-    Args:
-        fold_bias: as `fit` takes it.
 
     Returns:
         The fit; each head's slots in the model's dtype, in the order of the tokens; and the output error of each head
@@ -257,6 +256,7 @@ def fit_heads(
     """
     block, exact = Block.stack([head.block for head in group]), ExactAttention.stack([head.exact for head in group])
     ranks = torch.stack([head.ranks for head in group])
+    rotations = [head.rotations for head in group if head.rotations is not None]
     num_slots = (ranks < segment.num_slots).sum(dim=1).to(block.key.device).minimum(block.num_keys)
     indices = policy.key_selection(block, exact.scores, num_slots)
     every = torch.arange(block.num_queries, device=block.key.device)
@@ -269,7 +269,7 @@ def fit_heads(
         ridge=policy.ridge,
         fit_bias=policy.fit in ("bias_and_values", "bias"),
         fit_values=policy.fit in ("bias_and_values", "values"),
-        fold_bias=fold_bias,
+        rotations=torch.stack(rotations) if rotations else None,
         relative_mass=False,
         exact=exact.queries(every[~is_held_out]) if is_gated else exact,
     )

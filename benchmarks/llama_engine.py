@@ -1,6 +1,7 @@
 """The llama.cpp engine: a long text in few cells, and what capturing, compacting and moving states cost.
 
     python benchmarks/llama_engine.py long  --model MODEL     12,288 tokens with a limit of 768 cells
+    python benchmarks/llama_engine.py kl    --model MODEL     KL against the full cache, by number of compactions
     python benchmarks/llama_engine.py speed --model MODEL     decoding before and after a compaction, and its costs
 
 The long text is English prose that comes with Python, `pydoc_data.topics`. For recall and KL there is `recall.py
@@ -18,16 +19,22 @@ from pydoc_data.topics import topics
 
 import llama_cpp
 import torch
-from common import machine, table
+from common import kl_divergence, machine, table
 from torch import Tensor
 
 from am_memory import Memory, MemoryPolicy, Session
+from am_memory.cache import Segment, Slots
+from am_memory.engines.base import SessionCache
 from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.llama_cpp.decoder import Decoder
 from am_memory.models import gguf_path
 
 NUM_TOKENS, NUM_JUDGED, NUM_CELLS, STEP = 12_288, 2_048, 768, 64
 SINKS = 4
+EXACT = "AM, exact biases"
+KL_SCHEMES = {"drop": None, "eviction per head": "nothing", "AM, no bias": "values"}
+KL_SCHEMES |= {"AM": "bias_and_values", EXACT: "bias_and_values"}
+COUNTS, BLOCK, KEPT, NUM_AFTER = (1, 2, 4, 8), 256, 64, 128
 LONG = MemoryPolicy(trigger_tokens=NUM_CELLS, keep_ratio=0.1, pinned=SINKS)
 SCHEMES = {"AM": {}, "AM, no bias": {"fit": "values"}, "eviction per head": {"fit": "nothing"}}
 
@@ -63,9 +70,34 @@ def windowed(memory: Memory, token_ids: list[int]) -> float:
     return float(torch.cat(losses).mean())
 
 
-def long(memory: Memory) -> None:
-    token_ids, rows = text_tokens(memory), []
-    for name, options in SCHEMES.items():
+def drop(cache: SessionCache, end: int) -> None:
+    """Keep nothing of what is before `end`, the first tokens apart."""
+    empty = [
+        Slots.exact(*(held[:, :0] for held in layer.exact_entries(layer.start, layer.start + 1)), start=0)
+        for layer in cache.compactable
+    ]
+    cache.restore(cache.compacted([Segment(SINKS, end, 0)], empty, SINKS))
+
+
+def rolling(memory: Memory, token_ids: list[int]) -> float:
+    """The same with the first tokens and the last ones as they were read, at their own positions, and nothing else."""
+    engine, losses = memory.engine, []
+    cache, before = engine.new_cache(), torch.empty(0, 0)
+    for start in range(0, len(token_ids), STEP):
+        if cache.num_exact_tokens + STEP > NUM_CELLS:
+            drop(cache, start - (NUM_CELLS - SINKS - STEP))
+        chunk = token_ids[start : start + STEP]
+        logits = engine.forward(cache, chunk, num_logits=len(chunk))
+        if start >= len(token_ids) - NUM_JUDGED:
+            losses.append(nll(torch.cat([before, logits[:-1]]), chunk))
+        before = logits[-1:]
+    return float(torch.cat(losses).mean())
+
+
+def long(memory: Memory, num_tokens: int, schemes: list[str]) -> None:
+    token_ids, rows = text_tokens(memory)[:num_tokens], []
+    for name in schemes:
+        options = SCHEMES[name]
         session = memory.session(name, policy=MemoryPolicy(**{**dict(LONG), **options}))
         started = time.perf_counter()
         loss = streamed(session, token_ids)
@@ -79,9 +111,47 @@ def long(memory: Memory) -> None:
         )
         print(*rows[-1], f"{seconds:.0f} s", flush=True)
         memory.delete(name)
-    rows.append((f"window of {NUM_CELLS}, sinks", f"{windowed(memory, token_ids):.3f}", 0, NUM_CELLS, "", ""))
+    for name, baseline in BASELINES.items():
+        rows.append((name, f"{baseline(memory, token_ids):.3f}", 0, NUM_CELLS, "", ""))
+        print(*rows[-1], flush=True)
     header = ("scheme", f"NLL of the last {NUM_JUDGED}", "compactions", "cells", "largest value, compact", "exact")
     print(table(header, rows))
+
+
+BASELINES = {"window, as read": rolling, "window, read anew at positions from 0": windowed}
+
+
+def kl(model: str, ratio: float, names: list[str]) -> None:
+    """Blocks of a text, compacted one by one but for their last tokens; then what follows is predicted."""
+    policy = MemoryPolicy(trigger_tokens=1.0, pinned=SINKS, keep_ratio=1 / ratio, max_compact_tokens=4000)
+    folding = Memory(LlamaCppEngine(model), policy)
+    exact = Memory(LlamaCppEngine(model, exact_bias=True), policy)
+    token_ids, full = text_tokens(folding), folding.session("full")
+    expected = {}
+    for count in range(1, max(COUNTS) + 1):
+        full.append(token_ids[(count - 1) * BLOCK : count * BLOCK])
+        if count in COUNTS:
+            expected[count] = full.logits(token_ids[count * BLOCK :][:NUM_AFTER])
+    rows = []
+    for name in names:
+        memory, fit = (exact if name == EXACT else folding), KL_SCHEMES[name]
+        session = memory.session(name, policy=policy.model_copy(update={"fit": fit or "nothing"}))
+        row: list[object] = [name]
+        for count in range(1, max(COUNTS) + 1):
+            session.append(token_ids[(count - 1) * BLOCK : count * BLOCK])
+            cache = session._context.cache
+            if fit is None:
+                drop(cache, count * BLOCK - KEPT)
+            else:
+                size = cache.kv_tokens - SINKS
+                session.compact((size - KEPT) / size)
+            if count in COUNTS:
+                logits = session.logits(token_ids[count * BLOCK :][:NUM_AFTER])
+                row.append(f"{kl_divergence(expected[count], logits):.3f}")
+        rows.append(row)
+        print(*row, f"{session.stats.kv_tokens:.0f} cells", flush=True)
+        memory.delete(name)
+    print(table(("scheme", *(f"{count} compactions" for count in COUNTS)), rows))
 
 
 def decode_rate(step: Callable[[], object], num_tokens: int) -> float:
@@ -157,11 +227,23 @@ def speed(memory: Memory, model: str, num_tokens: int = 48) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=["long", "speed"])
+    parser.add_argument("mode", choices=["long", "kl", "speed"])
     parser.add_argument("--model", default="demo")
+    parser.add_argument("--tokens", type=int, default=NUM_TOKENS, help="of the long text")
+    parser.add_argument("--schemes", nargs="*", default=[], help="some of those that are compared")
+    parser.add_argument("--ratio", type=float, default=5.0, help="of the compactions for KL")
+    parser.add_argument("--close-gaps", action="store_true", help="as LlamaCppEngine takes it")
     args = parser.parse_args()
-    memory = Memory(LlamaCppEngine(args.model), MemoryPolicy(trigger_tokens=8192, pinned=SINKS))
-    long(memory) if args.mode == "long" else speed(memory, args.model)
+    known = KL_SCHEMES if args.mode == "kl" else SCHEMES
+    if unknown := set(args.schemes) - set(known):
+        parser.error(f"--schemes {', '.join(sorted(unknown))}: {args.mode} has {', '.join(known)}")
+    schemes = args.schemes or list(known)
+    if args.mode == "kl":
+        kl(args.model, args.ratio, schemes)
+    else:
+        engine = LlamaCppEngine(args.model, close_gaps=args.close_gaps)
+        memory = Memory(engine, MemoryPolicy(trigger_tokens=8192, pinned=SINKS))
+        long(memory, args.tokens, schemes) if args.mode == "long" else speed(memory, args.model)
     print(f"\n{args.model}; {machine()}, llama-cpp-python {llama_cpp.__version__}")
 
 

@@ -70,6 +70,15 @@ class SessionLayer(Protocol):
         """The compact entries before the exact ones."""
         ...
 
+    @property
+    def rotations(self) -> Tensor | None:
+        """What turns a query to each of some later positions, (num_distances, head_dim, head_dim).
+
+        For slots that have no bias of their own: it is folded into their keys, and has to hold for later queries too.
+        None: slots have one.
+        """
+        ...
+
     def exact_entries(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         """The exact keys and values at logical positions [start, end): (num_heads, end - start, head_dim)."""
         ...
@@ -81,11 +90,6 @@ class SessionCache(Protocol):
     A snapshot must be cheap, as one is taken at every token, and restoring it exact, as long as nothing but what came
     after it was forgotten before other tokens were read.
     """
-
-    @property
-    def has_bias(self) -> bool:
-        """Whether slots may have a bias; else it is folded into their keys."""
-        ...
 
     @property
     def has_ragged_heads(self) -> bool:

@@ -61,7 +61,7 @@ def fit(  # noqa: PLR0913  every keyword is one switch of the method, of its own
     ridge: float = 1e-2,
     fit_bias: bool = True,
     fit_values: bool = True,
-    fold_bias: bool = False,
+    rotations: Tensor | None = None,
     relative_mass: bool = True,
     exact: ExactAttention | None = None,
 ) -> Fit:
@@ -76,8 +76,9 @@ def fit(  # noqa: PLR0913  every keyword is one switch of the method, of its own
         ridge: pull of the values toward the originals, relative to the mean diagonal of their Gram matrix.
         fit_bias: False leaves every bias 0, for ablations and eviction.
         fit_values: False leaves the original values.
-        fold_bias: the biases are made part of the keys, for a cache that takes none; the values are then fitted to what
-            these keys do.
+        rotations: (B, num_distances, head_dim, head_dim), what turns a query to later positions: the biases are made
+            part of the keys, for a cache that takes none, in a way that holds there; the values are then fitted to what
+            these keys do. None: the cache has room for biases.
         relative_mass: weigh every query's mass alike; False weighs it by the mass over its largest exp(logit), as in
             the paper.
         exact: `exact_attention(block)`, where it is at hand: it spares half of the work.
@@ -102,8 +103,8 @@ def fit(  # noqa: PLR0913  every keyword is one switch of the method, of its own
     if fit_bias:
         bias = inherited + solve_bias(block, key, inherited, exact, bias_bounds, bias_ridge, relative_mass)
     fold_error = None
-    if fold_bias:
-        key, bias, fold_error = fold(block, key, bias, exact.weight)
+    if rotations is not None:
+        key, bias, fold_error = fold(block, key, bias, exact.weight, rotations)
     attention = compact_attention(block, key, bias, value, exact)
     left = attention.missing_energy
     if fit_values:

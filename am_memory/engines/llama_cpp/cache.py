@@ -3,8 +3,9 @@
     [pinned exact][segment 1]...[segment n][exact tail]      the cells of one sequence, in this order
 
 A cell is a slot of every head of every layer at once, so a segment of n cells gives n slots to each head: where the
-other cache is ragged, this one cannot be. It has no place for biases either; they come folded into the keys. The cells
-of a segment stand in the order of their rank, so that cutting a segment drops its last cells.
+other cache is ragged, this one cannot be. It has no place for biases either: they come folded into the keys,
+or are kept beside the cells and added to the scores as these are computed. The cells of a segment stand in the order of
+their rank, so that cutting a segment drops its last cells.
 
 As with the other cache, a snapshot is a handful of references: what has been read once stays, until something is read
 in its place.
@@ -23,6 +24,7 @@ from torch import Tensor
 from am_memory.cache import PINNED_RANK, Segment, Slots, Snapshot, TailBuffer, TailState
 from am_memory.engines.llama_cpp.capture import OnAttention
 from am_memory.engines.llama_cpp.decoder import CellSequence, Decoder
+from am_memory.engines.llama_cpp.rotation import Rotation
 from am_memory.engines.llama_cpp.state import Column, SequenceState
 from am_memory.errors import CorruptSession, UnsupportedOperation
 
@@ -34,12 +36,14 @@ class LayerShape:
     Attributes:
         scaling: factor of the scores before the softmax.
         cell_bytes: keys and values of one cell.
+        rotation: how its queries and keys turn with their position.
     """
 
     num_heads: int
     head_dim: int
     scaling: float
     cell_bytes: int
+    rotation: Rotation = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,15 @@ class Model:
 
     Attributes:
         template: one cell of any content, which says how states of this model look.
+        has_bias: biases are kept beside the cells, not folded into the keys.
+        closes_gaps: a compaction moves what is before its block up to it, by as many positions as it frees cells.
     """
 
     decoder: Decoder
     layers: tuple[LayerShape, ...]
     template: SequenceState
+    has_bias: bool = False
+    closes_gaps: bool = False
 
     @property
     def num_heads(self) -> int:
@@ -72,6 +80,7 @@ class Content:
         num_tokens: logical.
         segments: compact ones.
         num_pinned: tokens at the start that stay exact; 0 before the first compaction.
+        biases: of each layer, (num_heads, base_cells) float32, where they are kept beside the cells and there are any.
     """
 
     model: Model = field(repr=False)
@@ -79,6 +88,7 @@ class Content:
     num_tokens: int = 0
     segments: tuple[Segment, ...] = ()
     num_pinned: int = 0
+    biases: tuple[Tensor, ...] = ()
 
     @property
     def tail_start(self) -> int:
@@ -101,6 +111,10 @@ class Content:
     @property
     def num_cells(self) -> int:
         return self.base_cells + self.num_tail_tokens
+
+    @property
+    def nbytes(self) -> int:
+        return self.num_cells * self.model.cell_bytes + sum(bias.nbytes for bias in self.biases)
 
     @cached_property
     def cells(self) -> SequenceState:
@@ -131,6 +145,10 @@ class CellLayer:
         return self.shape.scaling
 
     @property
+    def rotations(self) -> Tensor | None:
+        return None if self.content.model.has_bias else self.shape.rotation.later
+
+    @property
     def shape(self) -> LayerShape:
         return self.content.model.layers[self.index]
 
@@ -158,10 +176,11 @@ class CellLayer:
         ranks = [PINNED_RANK] * content.num_pinned
         for count in content.segment_cells:
             ranks += [cell_rank(index, content.model.num_heads) for index in range(count)]
+        biases = content.biases
         return Slots(
             key=key.reshape(-1, self.shape.head_dim),
             value=value.reshape(-1, self.shape.head_dim),
-            bias=key.new_zeros(num_heads * num_slots),
+            bias=biases[self.index].flatten() if biases else key.new_zeros(num_heads * num_slots),
             positions=positions.int().repeat(num_heads),
             ranks=torch.tensor(ranks, dtype=torch.int32).repeat(num_heads),
             cu_slots=tuple(index * num_slots for index in range(num_heads + 1)),
@@ -175,7 +194,6 @@ class CellLayer:
 class CellCache:
     """The cache of one session; see `am_memory.engines.base.SessionCache` for what it answers."""
 
-    has_bias = False
     has_ragged_heads = False
     is_croppable = True
 
@@ -225,8 +243,8 @@ class CellCache:
 
     @property
     def nbytes(self) -> int:
-        """What the cells take."""
-        return self._content.num_cells * self._model.cell_bytes
+        """What the cells take, and biases beside them."""
+        return self._content.nbytes
 
     @property
     def exact_nbytes(self) -> int:
@@ -288,16 +306,19 @@ class CellCache:
         old, newest = self._content, segments[-1]
         kept = {segment.start: num_cells(segment, self.num_heads) for segment in segments[:-1]}
         num_pinned = max(old.num_pinned, num_pinned)
-        parts, first = [old.cells.take(slice(0, num_pinned))], old.num_pinned
+        places, first = [slice(0, num_pinned)], old.num_pinned
         for segment, count in zip(old.segments, old.segment_cells, strict=True):
-            parts.append(old.cells.take(slice(first, first + min(kept.get(segment.start, 0), count))))
+            if segment.start in kept:
+                places.append(slice(first, first + min(kept[segment.start], count)))
             first += count
-        parts.append(_new_cells(old.cells, new_slots))
+        new = _new_cells(old.cells, new_slots)
+        gap = newest.num_tokens - new.num_cells if old.model.closes_gaps else 0
+        parts = [*(_moved(old.cells.take(place), old.model.layers, gap) for place in places), new]
         tail = slice(old.base_cells + newest.end - old.tail_start, old.num_cells)
         cells = SequenceState.join([*parts, old.cells.take(tail)])
-        is_kept = [segment.start in kept for segment in old.segments]
-        counts = [part.num_cells for part, is_in in zip(parts[1:], [*is_kept, True], strict=False) if is_in]
-        return packed(old.model, cells, tuple(segments), counts, num_pinned, old.num_tokens)
+        counts = [part.num_cells for part in parts[1:]]
+        content = packed(old.model, cells, tuple(segments), counts, num_pinned, old.num_tokens)
+        return with_biases(content, _joined_biases(old, places, new_slots)) if old.model.has_bias else content
 
 
 def num_cells(segment: Segment, num_heads: int) -> int:
@@ -338,11 +359,43 @@ def packed(
     return Content(model, CellSequence(placed.pack()), num_tokens, segments, num_pinned)
 
 
+def with_biases(content: Content, biases: tuple[Tensor, ...]) -> Content:
+    """The same cells, as they are still to be put in, with biases beside them."""
+    unscaled = [bias / layer.scaling for bias, layer in zip(biases, content.model.layers, strict=True)]
+    return replace(content, sequence=CellSequence(content.sequence.blob, unscaled), biases=biases)
+
+
+def _joined_biases(old: Content, places: Sequence[slice], new_slots: Sequence[Slots]) -> tuple[Tensor, ...]:
+    """Of the cells that are kept, 0 for pinned ones, and of a new segment's."""
+    joined = []
+    for index, slots in enumerate(new_slots):
+        held = old.biases[index] if old.biases else torch.zeros(slots.num_heads, places[0].stop)
+        new = slots.bias.view(slots.num_heads, -1).take_along_dim(_by_rank(slots), dim=1).float()
+        joined.append(torch.cat([*(held[:, where] for where in places), new], dim=1))
+    return tuple(joined)
+
+
+def _moved(cells: SequenceState, layers: Sequence[LayerShape], distance: int) -> SequenceState:
+    """The cells as if their tokens had come so much later: their keys are turned."""
+    if not distance or not cells.num_cells:
+        return cells
+    keys = []
+    for key, layer in zip(cells.keys, layers, strict=True):
+        turned = key.tensor(layer.num_heads).float() @ layer.rotation.by(distance).mT
+        keys.append(key.like(turned))
+    return replace(cells, keys=tuple(keys))
+
+
+def _by_rank(slots: Slots) -> Tensor:
+    """(num_heads, slots of a head): the highest rank first."""
+    return slots.ranks.view(slots.num_heads, -1).argsort(dim=1)
+
+
 def _new_cells(like: SequenceState, new_slots: Sequence[Slots]) -> SequenceState:
     """Cells of a new segment, the highest rank first."""
     keys, values, count = [], [], 0
     for slots, key, value in zip(new_slots, like.keys, like.values, strict=True):
-        order = slots.ranks.view(slots.num_heads, -1).argsort(dim=1)[:, :, None]
+        order = _by_rank(slots)[:, :, None]
         keys.append(key.like(_heads(slots.key, slots).take_along_dim(order, dim=1)))
         values.append(value.like(_heads(slots.value, slots).take_along_dim(order, dim=1)))
         count = order.shape[1]
@@ -379,4 +432,8 @@ def from_tensors(model: Model, saved: Snapshot) -> Content:
         values.append(Column.join([value.like(part) for _, part in parts]))
     num_tokens = layers[0].start + layers[0].length
     cells = SequenceState(model.template.positions, tuple(keys), tuple(values), model.template.is_transposed)
-    return packed(model, cells, segments, counts, num_pinned, num_tokens)
+    content = packed(model, cells, segments, counts, num_pinned, num_tokens)
+    if not (model.has_bias and segments):
+        return content
+    biases = (layer.slots.bias.view(layer.slots.num_heads, -1) for layer in layers if layer.slots is not None)
+    return with_biases(content, tuple(bias.float() for bias in biases))

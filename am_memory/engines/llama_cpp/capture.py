@@ -1,8 +1,8 @@
-"""Queries and keys of every attention of a graph, taken as llama.cpp computes it. Knows no cache and no session.
+"""Queries and keys of every attention of a graph, taken as llama.cpp computes it, and biases put in. Knows no cache.
 
 llama.cpp asks a callback before each operation whether it wants to see the result. Where nothing is to be captured it
 says no, which costs nothing that can be measured; else the graph is halted after each attention, with its inputs still
-in place.
+in place. Where cells have biases, it is halted after each product of queries and keys, too, and they are added to that.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 import ctypes
 import math
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from am_memory.engines.llama_cpp.library import GGMLTensor, ggml, library, read_tensor, tensor_at
+from am_memory.engines.llama_cpp.library import GGMLTensor, ggml, library, read_tensor, tensor_at, write_tensor
 from am_memory.errors import UnsupportedModel
 
 MAX_SCORES = 2**20
@@ -25,6 +25,8 @@ MAX_SCORES = 2**20
 LOG2_E = math.log2(math.e)
 
 OP_OFFSET = GGMLTensor.op.offset
+PRODUCT = b"kq-"
+"""What llama.cpp calls the product of queries and keys, before the layer's number; flash attention has none."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Attention:
         scaling: factor of the scores before the softmax.
         address: of the operation's result.
         is_flash: it gives the output; else it gives the weights.
+        bias: (num_key_value_heads, n) float32, added to the products of queries with the first n cells before they are
+            scaled; None: there is none.
     """
 
     query: Tensor
@@ -46,6 +50,7 @@ class Attention:
     scaling: float
     address: int
     is_flash: bool
+    bias: Tensor | None = None
 
     @property
     def grouped_query(self) -> Tensor:
@@ -63,6 +68,8 @@ class Attention:
         for start in range(0, query.shape[1], step):
             rows = slice(start, start + step)
             scores = torch.bmm(query[:, rows], key).add_(mask[rows])
+            if self.bias is not None:
+                scores[:, :, : self.bias.shape[1]] += self.bias[:, None] * (self.scaling * LOG2_E)
             top = scores.amax(dim=-1, keepdim=True)
             log_mass[:, rows] = scores.sub_(top).exp2_().sum(dim=-1).log2_().add_(top[:, :, 0]) / LOG2_E
         return log_mass.view(num_heads, num_tokens, groups).transpose(1, 2)
@@ -73,7 +80,10 @@ class Attention:
 
     def expected(self) -> Tensor:
         """The same, from query and key."""
-        weight = (self.grouped_query @ self.key.float().mT[:, None] * self.scaling + self.mask).softmax(dim=-1)
+        product = self.grouped_query @ self.key.float().mT[:, None]
+        if self.bias is not None:
+            product[..., : self.bias.shape[1]] += self.bias[:, None, None]
+        weight = (product * self.scaling + self.mask).softmax(dim=-1)
         if not self.is_flash:
             return weight.flatten(0, 1)  # (num_attention_heads, num_tokens, num_cells)
         value = read_tensor(tensor_at(self.address).src[2]).float()
@@ -93,41 +103,63 @@ class Capture:
 
     def __init__(self, num_layers: int) -> None:
         self._num_layers = num_layers
-        ops = ggml()[2]
-        self._flash, self._softmax = ops["FLASH_ATTN_EXT"], ops["SOFT_MAX"]
+        ops = ggml()[3]
+        self._flash, self._softmax, self._product = ops["FLASH_ATTN_EXT"], ops["SOFT_MAX"], ops["MUL_MAT"]
         self._on_attention: OnAttention | None = None
+        self._biases: Sequence[Tensor] = ()
         self._layer = 0
         self.error: BaseException | None = None
         self.pointer = library().ggml_backend_sched_eval_callback(self._call)
 
     @contextmanager
-    def taking(self, on_attention: OnAttention | None) -> Iterator[None]:
-        """While the body decodes; what `on_attention` raises ends the graph, and is raised here."""
-        self._on_attention, self._layer, self.error = on_attention, 0, None
+    def taking(self, on_attention: OnAttention | None, biases: Sequence[Tensor] = ()) -> Iterator[None]:
+        """While the body decodes; what `on_attention` raises ends the graph, and is raised here.
+
+        Args:
+            biases: of each layer, as an `Attention` has them; none: ().
+        """
+        self._on_attention, self._biases, self._layer, self.error = on_attention, biases, 0, None
         try:
             yield
             if self.error is not None:
                 raise self.error
         finally:
-            self._on_attention = self.error = None
+            self._on_attention, self._biases, self.error = None, (), None
 
     def _call(self, address: int, is_asking: bool, _: int) -> bool:
-        if self._on_attention is None:
+        if self._on_attention is None and not self._biases:
             return False
         op = ctypes.c_int.from_address(address + OP_OFFSET).value
-        is_attention = op in (self._flash, self._softmax)
-        if is_asking or not is_attention:
-            return is_attention or not is_asking
+        is_attention = self._on_attention is not None and op in (self._flash, self._softmax)
+        is_product = bool(self._biases) and op == self._product and tensor_at(address).name.startswith(PRODUCT)
+        if is_asking or not (is_attention or is_product):
+            return is_attention or is_product or not is_asking
         try:
-            self._on_attention(self._layer % self._num_layers, _attention(address, is_flash=op == self._flash))
-            self._layer += 1
+            if is_product:
+                _add_bias(address, self._biases[int(tensor_at(address).name.removeprefix(PRODUCT))])
+            else:
+                self._take(address, is_flash=op == self._flash)
         except BaseException as error:  # it would be lost in llama.cpp: it is raised again once that has returned
             self.error = error
             return False
         return True
 
+    def _take(self, address: int, *, is_flash: bool) -> None:
+        assert self._on_attention is not None
+        layer = self._layer % self._num_layers
+        self._on_attention(layer, _attention(address, self._biases[layer] if self._biases else None, is_flash=is_flash))
+        self._layer += 1
 
-def _attention(address: int, *, is_flash: bool) -> Attention:
+
+def _add_bias(address: int, bias: Tensor) -> None:
+    """To the product of queries and keys, (num_attention_heads, num_tokens, num_cells), in place."""
+    product = read_tensor(address)
+    groups = product.shape[0] // bias.shape[0]
+    product[:, :, : bias.shape[1]] += bias.repeat_interleave(groups, dim=0)[:, None]
+    write_tensor(address, product)
+
+
+def _attention(address: int, bias: Tensor | None, *, is_flash: bool) -> Attention:
     """Raises UnsupportedModel for scores that are more than a scaled and masked product of query and key."""
     tensor = tensor_at(address)
     scaling, max_bias, softcap = struct.unpack("<fff", bytes(tensor.op_params)[:12])
@@ -136,7 +168,7 @@ def _attention(address: int, *, is_flash: bool) -> Attention:
     else:
         product = tensor_at(tensor.src[0])
         query, key, mask, sinks, softcap = product.src[1], product.src[0], tensor.src[1], tensor.src[2], 0.0
-        if product.op != ggml()[2]["MUL_MAT"]:
+        if product.op != ggml()[3]["MUL_MAT"]:
             raise UnsupportedModel("this model changes its attention scores before the softmax: use another model")
     if max_bias or softcap or sinks or not mask or not math.isfinite(scaling):
         raise UnsupportedModel(
@@ -145,4 +177,4 @@ def _attention(address: int, *, is_flash: bool) -> Attention:
         )
     seen = read_tensor(mask)[0].float()
     taken = read_tensor(query).float()
-    return Attention(taken, read_tensor(key), seen[: taken.shape[1]], scaling, address, is_flash)
+    return Attention(taken, read_tensor(key), seen[: taken.shape[1]], scaling, address, is_flash, bias)

@@ -32,10 +32,13 @@ class CellSequence:
     Attributes:
         blob: its cells as they were taken out; None while the ones in the context are newer, or while there are none.
         num_shared: logical tokens at its beginning that somebody else than its writer stands on.
+        biases: of its first cells, for each layer (num_key_value_heads, num_cells) float32, added to the products of
+            queries and keys before they are scaled; () where there are none.
     """
 
-    def __init__(self, blob: Blob | None = None) -> None:
+    def __init__(self, blob: Blob | None = None, biases: Sequence[Tensor] = ()) -> None:
         self.blob = blob
+        self.biases = biases
         self.num_shared = 0
         self._writer: weakref.ref[object] | None = None
 
@@ -115,7 +118,7 @@ class Decoder:
         for start in range(0, len(token_ids), BATCH_TOKENS):
             chunk = token_ids[start : start + BATCH_TOKENS]
             first = max(len(token_ids) - num_logits - start, 0)  # of the chunk whose logits are wanted
-            with self._capture.taking(on_attention):
+            with self._capture.taking(on_attention, sequence.biases):
                 self._decode(chunk, position + start, first)
             if first < len(chunk):
                 rows.append(self._logits(len(chunk) - first))
@@ -130,7 +133,7 @@ class Decoder:
 
     def copy(self, sequence: CellSequence) -> CellSequence:
         """Another sequence of the same cells."""
-        return CellSequence(self._blob(sequence))
+        return CellSequence(self._blob(sequence), sequence.biases)
 
     def _blob(self, sequence: CellSequence) -> Blob | None:
         """All that it holds, as bytes; None if it was never read into."""

@@ -37,8 +37,14 @@ class LlamaCppEngine:
         num_gpu_layers: offloaded to a GPU; -1 is all, where llama.cpp was built for one.
         num_threads: None: as many as torch uses.
         flash_attention: None: where llama.cpp can.
+        exact_bias: keep the biases of compact cells beside them, and add them to the scores as these are computed,
+            instead of folding them into the keys. Slower, and without flash attention.
+        close_gaps: a compaction moves all that is before its block up to it, by the positions that it frees, so that a
+            conversation may outgrow those that the model was trained on. What is pinned or compact then no longer
+            stands where it was said.
 
     Raises:
+        InvalidInput: exact biases with flash attention; a `Llama` that cannot be used.
         ModelNotFound: there is no such file, or llama.cpp cannot read it.
         UnsupportedModel: llama-cpp-python is not the pinned version, or the model's cache cannot be compacted.
     """
@@ -51,7 +57,14 @@ class LlamaCppEngine:
         num_gpu_layers: int = -1,
         num_threads: int | None = None,
         flash_attention: bool | None = None,
+        exact_bias: bool = False,
+        close_gaps: bool = False,
     ) -> None:
+        if exact_bias and flash_attention:
+            raise InvalidInput(
+                "exact_bias adds biases to the scores, which flash attention does not have in memory: leave out one of "
+                "the two; without exact_bias the biases are folded into the keys"
+            )
         lib = library()
         self._lib = lib
         if isinstance(model, str | os.PathLike):
@@ -63,15 +76,22 @@ class LlamaCppEngine:
             params = self._source.params()
         if kv_type is not None:
             params.type_k = params.type_v = ggml_type(kv_type)
-        if flash_attention is not None:
-            params.flash_attn_type = int(flash_attention)
+        if flash_attention is not None or exact_bias:
+            params.flash_attn_type = int(bool(flash_attention))
         params.n_threads = params.n_threads_batch = num_threads or torch.get_num_threads()
         handle = self._source.model
         support.require_supported(handle)
         self.vocabulary = Vocabulary(handle)
         num_layers = lib.llama_model_n_layer(handle)
         self._decoder = Decoder(self._source, params, num_layers)
-        self._model = tested_model(self._decoder, len(self.vocabulary), num_layers)
+        self._model = tested_model(
+            self._decoder,
+            handle,
+            len(self.vocabulary),
+            num_layers,
+            has_bias=exact_bias,
+            closes_gaps=close_gaps,
+        )
         self.info = self._model_info(handle, self._source.path)
 
     @classmethod
@@ -93,7 +113,8 @@ class LlamaCppEngine:
         return cls(model, kv_type=kv_type, num_gpu_layers=0 if device == "cpu" else -1)
 
     def _model_info(self, handle: Any, path: Path) -> ModelInfo:
-        digest = hashlib.sha256(f"llama.cpp {file_fingerprint(path)} {self._decoder.kv_types}".encode())
+        bias = " exact bias" if self._model.has_bias else ""
+        digest = hashlib.sha256(f"llama.cpp {file_fingerprint(path)} {self._decoder.kv_types}{bias}".encode())
         return ModelInfo(
             name=path.stem,
             fingerprint=digest.hexdigest()[:16],

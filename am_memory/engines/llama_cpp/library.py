@@ -77,9 +77,13 @@ class GGMLTensor(ctypes.Structure):
     )
 
 
+Access = Callable[[int, Any, int, int], None]
+"""Called with a tensor's address, one in host memory, and the offset and the number of bytes."""
+
+
 @cache
-def ggml() -> tuple[Callable[[int, Any, int, int], None], Callable[[int], int], dict[str, int]]:
-    """ggml's functions to read a tensor and to know its size, and the numbers of its operations."""
+def ggml() -> tuple[Access, Access, Callable[[int], int], dict[str, int]]:
+    """ggml's functions to read a tensor, to write it and to know its size, and the numbers of its operations."""
     library()
     from llama_cpp._ggml import libggml
 
@@ -87,15 +91,16 @@ def ggml() -> tuple[Callable[[int, Any, int, int], None], Callable[[int], int], 
     libggml.ggml_op_name.argtypes = [ctypes.c_int]
     libggml.ggml_nbytes.restype = ctypes.c_size_t
     libggml.ggml_nbytes.argtypes = [ctypes.c_void_p]
-    libggml.ggml_backend_tensor_get.restype = None
-    libggml.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+    for access in (libggml.ggml_backend_tensor_get, libggml.ggml_backend_tensor_set):
+        access.restype = None
+        access.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
     ops: dict[str, int] = {}
     for number in range(256):
         name = libggml.ggml_op_name(number).decode()
         ops[name] = number
         if name == "GLU":  # the last one
             break
-    return libggml.ggml_backend_tensor_get, libggml.ggml_nbytes, ops
+    return libggml.ggml_backend_tensor_get, libggml.ggml_backend_tensor_set, libggml.ggml_nbytes, ops
 
 
 def tensor_at(address: int) -> GGMLTensor:
@@ -105,7 +110,7 @@ def tensor_at(address: int) -> GGMLTensor:
 def read_tensor(address: int) -> Tensor:
     """A tensor of the graph on whatever device, as floats: (ne[2], ne[1], ne[0]); it must have three axes."""
     tensor = tensor_at(address)
-    tensor_get, nbytes, _ = ggml()
+    tensor_get, _, nbytes, _ = ggml()
     raw = np.empty(nbytes(address), dtype=np.uint8)
     tensor_get(address, raw.ctypes.data, 0, raw.nbytes)
     kind = GGMLQuantizationType(tensor.type)
@@ -116,6 +121,13 @@ def read_tensor(address: int) -> Tensor:
         raw, (tensor.ne[2], tensor.ne[1], row_bytes), (tensor.nb[2], tensor.nb[1], 1)
     )
     return from_rows(rows, kind.name)
+
+
+def write_tensor(address: int, numbers: Tensor) -> None:
+    """The inverse of `read_tensor`, for a contiguous tensor of float32."""
+    data = numbers.contiguous()
+    assert tensor_at(address).type == GGMLQuantizationType.F32 and data.dtype == torch.float32
+    ggml()[1](address, data.data_ptr(), 0, data.nbytes)
 
 
 def row_size(kind: str, width: int) -> int:

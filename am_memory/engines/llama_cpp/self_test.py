@@ -1,11 +1,13 @@
 """Whether this llama.cpp, with this model, does what the engine relies on: tried at start, on a few tokens.
 
 Read and rebuilt, a state is the same bytes; queries and keys taken from the graph give the kernel's own attention; the
-keys of the state are those of the graph; a state with a cell left out goes in, and reading goes on behind it.
+keys of the state are those of the graph; queries change with their position by a turn; a state with a cell left out
+goes in, and reading goes on behind it; a bias that leaves nothing of a cell is as good as to leave it out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from am_memory.engines.llama_cpp.cache import LayerShape, Model
 from am_memory.engines.llama_cpp.capture import Attention
 from am_memory.engines.llama_cpp.decoder import CellSequence, Decoder
 from am_memory.engines.llama_cpp.library import VERSION
+from am_memory.engines.llama_cpp.rotation import Rotation, measured_rotations
 from am_memory.engines.llama_cpp.state import SequenceState
 from am_memory.errors import UnsupportedModel
 
@@ -25,8 +28,24 @@ TOLERANCE = 2e-2
 """Of the RMS error of an attention's output or of logits, relative to their own RMS: all is in 16 bits, or less."""
 
 
-def tested_model(decoder: Decoder, vocab_size: int, num_layers: int) -> Model:
+HEAVY = -1e4
+"""A bias that no score makes up for."""
+
+
+def tested_model(
+    decoder: Decoder,
+    model: Any,
+    vocab_size: int,
+    num_layers: int,
+    *,
+    has_bias: bool = False,
+    closes_gaps: bool = False,
+) -> Model:
     """What the layers of the model are, once all is as it must be.
+
+    Args:
+        model: llama.cpp's.
+        has_bias, closes_gaps: as the `Model` is to have them.
 
     Raises:
         UnsupportedModel: something is not.
@@ -46,16 +65,17 @@ def tested_model(decoder: Decoder, vocab_size: int, num_layers: int) -> Model:
     assert blob is not None
     _require(np.array_equal(blob, state.pack()), "a state that was read and rebuilt is not the same bytes")
     _require(len(captured) == len(state.keys) == num_layers, f"{len(captured)} attentions, {len(state.keys)} layers")
-    shapes = []
+    rotations, shapes = measured_rotations(decoder, model, token_ids[0]), []
     for index, (attention, (expected, actual)) in enumerate(zip(captured, outputs, strict=True)):
         error = _relative_rms(actual, expected)
         _require(error < TOLERANCE, f"layer {index}: attention from queries and keys is off by {error:.2g}")
-        shapes.append(_shape(attention, state, index))
-    _require_write(decoder, state, token_ids[-1])
-    return Model(decoder, tuple(shapes), state.take(slice(0, 1)))
+        shapes.append(_shape(attention, state, index, rotations[index]))
+    biases = [torch.zeros(shape.num_heads, LEFT_OUT + 1) for shape in shapes] if has_bias else []
+    _require_write(decoder, state, token_ids[-1], biases)
+    return Model(decoder, tuple(shapes), state.take(slice(0, 1)), has_bias, closes_gaps)
 
 
-def _shape(attention: Attention, state: SequenceState, index: int) -> LayerShape:
+def _shape(attention: Attention, state: SequenceState, index: int, rotation: Rotation) -> LayerShape:
     num_heads, _, head_dim = attention.key.shape
     key, value = state.keys[index], state.values[index]
     held, computed = key.tensor(num_heads).float(), attention.key[:, :NUM_TOKENS].float()
@@ -65,14 +85,14 @@ def _shape(attention: Attention, state: SequenceState, index: int) -> LayerShape
     )
     width = value.tensor(num_heads).shape[-1]
     _require(width == head_dim, f"layer {index}: keys have {head_dim} numbers a head, values {width}")
-    return LayerShape(num_heads, head_dim, attention.scaling, key.rows.shape[1] + value.rows.shape[1])
+    return LayerShape(num_heads, head_dim, attention.scaling, key.rows.shape[1] + value.rows.shape[1], rotation)
 
 
-def _require_write(decoder: Decoder, state: SequenceState, token_id: int) -> None:
+def _require_write(decoder: Decoder, state: SequenceState, token_id: int, biases: Sequence[Tensor]) -> None:
     """Put in states of the same cells, and of one fewer, in another order of positions; read on behind them."""
 
-    def logits(cells: SequenceState) -> Tensor:
-        return decoder.read(CellSequence(cells.pack()), [token_id], NUM_TOKENS, cells.num_cells, 1, None)
+    def logits(cells: SequenceState, biases: Sequence[Tensor] = ()) -> Tensor:
+        return decoder.read(CellSequence(cells.pack(), biases), [token_id], NUM_TOKENS, cells.num_cells, 1, None)
 
     fewer = SequenceState.join([state.take(slice(0, LEFT_OUT)), state.take(slice(LEFT_OUT + 1, None))])
     moved = fewer.at([*range(NUM_TOKENS - 2), NUM_TOKENS - 1])
@@ -80,6 +100,11 @@ def _require_write(decoder: Decoder, state: SequenceState, token_id: int) -> Non
     error = _relative_rms(second, first)
     _require(error < TOLERANCE, f"logits depend on where cells are said to stand (off by {error:.2g})")
     _require(not torch.equal(whole, first), "a cell that was left out is still there")
+    for bias in biases:
+        bias[:, LEFT_OUT] = HEAVY
+    if biases:
+        error = _relative_rms(logits(state, biases), first)
+        _require(error < TOLERANCE, f"biases are not added to the scores (off by {error:.2g})")
 
 
 def _relative_rms(actual: Tensor, expected: Tensor) -> float:

@@ -185,6 +185,45 @@ def test_generate_of_transformers_is_refused(memory: Memory) -> None:
         memory.cache()
 
 
+# Gaps closed
+
+
+@pytest.fixture
+def closing(tiny_gguf: Path) -> Memory:
+    return Memory(LlamaCppEngine(tiny_gguf, kv_type="f32", flash_attention=False, close_gaps=True), POLICY)
+
+
+def test_what_is_before_a_block_moves_up_to_it(closing: Memory) -> None:
+    """The keys are those of the same text at later positions, by as many as the compaction freed cells."""
+    session = closing.session()
+    session.append(TEXT[:100])
+    old = session._context.cache.state()
+    session.compact(0.5)
+    new = session._context.cache.state()
+    gap = old.num_cells - new.num_cells
+    assert gap == 36
+    for layer, before, after in zip(new.model.layers, old.cells.keys, new.cells.keys, strict=True):
+        expected = before.tensor(2)[:, :4] @ layer.rotation.by(gap).mT
+        torch.testing.assert_close(after.tensor(2)[:, :4], expected, atol=1e-5, rtol=1e-5)
+    session.compact(0.8)
+    again, (cells, _) = session._context.cache.state(), session._context.cache.state().segment_cells
+    gap = new.num_cells - again.num_cells
+    segment = slice(4, 4 + cells)
+    for layer, before, after in zip(new.model.layers, new.cells.keys, again.cells.keys, strict=True):
+        expected = before.tensor(2)[:, segment] @ layer.rotation.by(gap).mT
+        torch.testing.assert_close(after.tensor(2)[:, segment], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_closing_a_gap_of_no_width_changes_nothing(closing: Memory) -> None:
+    session = closing.session(
+        policy=POLICY.model_copy(update={"keep_ratio": 1.0, "trigger_tokens": 300, "max_compact_tokens": 100})
+    )
+    session.append(TEXT[:100])
+    before = session.logits(PROBE)
+    session.compact(0.5)
+    assert_same(session.logits(PROBE), before)
+
+
 # Nothing changes on failure
 
 
