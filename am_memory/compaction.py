@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from am_memory.budgets import adaptive_ranks, shared_ranks, uniform_ranks
-from am_memory.cache import Segment, Slots, Snapshot
+from am_memory.cache import Snapshot
 from am_memory.engines.base import SessionCache, SessionLayer
 from am_memory.errors import CompactionFailed, InvalidInput
 from am_memory.policy import MemoryPolicy, Plan
 from am_memory.queries import ReferenceQueries
+from am_memory.slots import Segment, Slots
 from am_memory.solver import MAX_FOLD_ERROR, Block, ExactAttention, Fit, exact_attention, fit, output_error
 
 Progress = Callable[[str, int, int], None]

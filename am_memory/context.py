@@ -15,7 +15,7 @@ from functools import partial
 from torch import Tensor, cat
 
 from am_memory.boundaries import best_boundary
-from am_memory.cache import KVCache, Segment, Snapshot
+from am_memory.cache import KVCache, Snapshot
 from am_memory.compaction import Progress, as_planned, compact, failures
 from am_memory.engines.base import Engine, SessionCache
 from am_memory.errors import (
@@ -44,6 +44,7 @@ from am_memory.policy import SINK_TOKENS, MemoryPolicy, Plan, ScheduledCompactio
 from am_memory.queries import LiveQueries, ReferenceQueries, repeat_queries
 from am_memory.recall import Recalled, at_rest, brought_back, put_away
 from am_memory.search import Span, search
+from am_memory.slots import Segment
 
 Weights = Callable[[int, int], Sequence[float] | None]
 """How much it counts that the tokens from one position to another can be repeated; None: all alike."""

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 
-from am_memory.cache import Segment, resized
 from am_memory.errors import BudgetTooSmall, CompactionFailed, InvalidPolicy
+from am_memory.slots import Segment, resized
 from am_memory.solver import OMP, HighestAttention, KeySelection
 
 SINK_TOKENS = 4

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
-from am_memory.cache import CacheState, Segment, Slots, TailState
+from am_memory.cache import CacheState, TailState
 from am_memory.originals import LayerEntries
+from am_memory.slots import Segment, Slots
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from am_memory.boundaries import best_boundary
-from am_memory.cache import Segment, Slots
 from am_memory.engines.base import Engine, SessionCache
 from am_memory.originals import Original
 from am_memory.queries import as_turn
+from am_memory.slots import Segment, Slots
 
 TOP_HEADS = 0.1
 """Share of all query heads that a span's score is the mean of."""

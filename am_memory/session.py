@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from am_memory.cache import Segment
 from am_memory.context import Context
 from am_memory.engines.base import Message
 from am_memory.errors import InvalidInput, InvalidPolicy, PromptTooLong, UnsupportedOperation
@@ -22,6 +21,7 @@ from am_memory.history import History
 from am_memory.policy import MemoryPolicy
 from am_memory.sampling import Sampler, Sampling
 from am_memory.search import Span
+from am_memory.slots import Segment
 from am_memory.storage import SavedSession
 from am_memory.tokens import TextStream
 

@@ -34,11 +34,12 @@ from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-
 from pydantic import BaseModel
 from torch import Tensor
 
-from am_memory.cache import CacheState, LayerState, Segment, SlidingState, Slots, Snapshot, TailBuffer, TailState
+from am_memory.cache import CacheState, LayerState, SlidingState, Snapshot, TailBuffer, TailState
 from am_memory.engines.base import Message
 from am_memory.errors import CorruptSession, NewerFormat, SessionNotFound, StorageError
 from am_memory.originals import Original, Place, received
 from am_memory.policy import ScheduledCompaction
+from am_memory.slots import Segment, Slots
 
 FORMAT, NEEDS = 1, "0.1.0"
 """How a file is written, and the first version of this project that reads it; the metadata never changes."""

@@ -23,11 +23,11 @@ from common import kl_divergence, machine, table
 from torch import Tensor
 
 from am_memory import Memory, MemoryPolicy, Session
-from am_memory.cache import Segment, Slots
 from am_memory.engines.base import SessionCache
 from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.llama_cpp.decoder import Decoder
 from am_memory.models import gguf_path
+from am_memory.slots import Segment, Slots
 
 NUM_TOKENS, NUM_JUDGED, NUM_CELLS, STEP = 12_288, 2_048, 768, 64
 SINKS = 4

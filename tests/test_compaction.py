@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from am_memory import Memory, MemoryPolicy, Session
-from am_memory.cache import PINNED_RANK, Segment
 from am_memory.compaction import Head, fit_heads, groups_of_like_size
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CompactionFailed
 from am_memory.events import Event, GateMissed
+from am_memory.slots import PINNED_RANK, Segment
 from am_memory.solver import OMP, Block, HighestAttention, exact_attention
 
 TOKENS = [(17 * position * position + 5 * position) % 256 for position in range(240)]

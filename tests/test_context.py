@@ -22,7 +22,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import am_memory
 from am_memory import Memory, MemoryPolicy
-from am_memory.cache import PINNED_RANK
 from am_memory.context import Context
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CompactionFailed, InvalidInput, InvalidPolicy
@@ -36,6 +35,7 @@ from am_memory.events import (
     WindowExceeded,
     ignore,
 )
+from am_memory.slots import PINNED_RANK
 
 POLICY = MemoryPolicy(trigger_tokens=64, keep_ratio=0.25, keep_recent=6, pinned=3, chunk_tokens=16)
 LIVE = ("live",)

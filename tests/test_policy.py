@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from am_memory import AMMemoryError, MemoryPolicy
-from am_memory.cache import Segment
 from am_memory.errors import BudgetTooSmall, CompactionFailed, InvalidPolicy
 from am_memory.policy import Sizes, max_compact_tokens, min_block_tokens, plan, shrink, trigger_tokens
+from am_memory.slots import Segment
 from am_memory.solver import OMP, HighestAttention
 
 NUM_HEADS = 6

@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Memory, MemoryPolicy, Sampling, Session
-from am_memory.cache import Segment
 from am_memory.demo import facts, hide
 from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.transformers import TransformersEngine
@@ -23,6 +22,7 @@ from am_memory.errors import CorruptSession, InvalidInput, InvalidPolicy, Prompt
 from am_memory.events import Event, SpanPutAway, SpanRecalled
 from am_memory.originals import FileOriginal
 from am_memory.search import LEAST_SHARE, held_keys, span_scores, taken_queries
+from am_memory.slots import Segment
 
 POLICY = MemoryPolicy(
     trigger_tokens=128,

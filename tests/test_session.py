@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Memory, MemoryPolicy, Sampling, Session
-from am_memory.cache import PINNED_RANK
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import (
     BudgetTooSmall,
@@ -24,6 +23,7 @@ from am_memory.errors import (
     StorageError,
     UnsupportedOperation,
 )
+from am_memory.slots import PINNED_RANK
 
 POLICY = MemoryPolicy(trigger_tokens=2000, keep_ratio=0.25, keep_recent=8, pinned="sinks", chunk_tokens=64)
 SMALL = POLICY.model_copy(update={"trigger_tokens": 96})

@@ -18,10 +18,11 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from am_memory import Memory, MemoryPolicy, Sampling, Session, storage
-from am_memory.cache import CacheState, CompactableLayer, Segment, SlidingState, Slots, TailBuffer, TailState
+from am_memory.cache import CacheState, CompactableLayer, SlidingState, TailBuffer, TailState
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CorruptSession, NewerFormat, SessionNotFound, StorageError
 from am_memory.policy import Plan, ScheduledCompaction
+from am_memory.slots import Segment, Slots
 from am_memory.storage import SavedSession, Store
 
 NUM_TOKENS, TAIL_START, CAPACITY = 50, 41, 13

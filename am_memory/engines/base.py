@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from am_memory.cache import Segment, Slots, Snapshot
+from am_memory.cache import Snapshot
+from am_memory.slots import Segment, Slots
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer

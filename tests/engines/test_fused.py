@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Memory, MemoryPolicy, Sampling
-from am_memory.cache import Slots
 from am_memory.engines.transformers import TransformersEngine, fused, partwise
+from am_memory.slots import Slots
 
 pytest.importorskip("triton", reason="Triton has no build for this machine")
 

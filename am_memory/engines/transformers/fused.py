@@ -15,7 +15,7 @@ import shutil
 import torch
 from torch import Tensor
 
-from am_memory.cache import Slots
+from am_memory.slots import Slots
 
 KEYS_PER_PART = 256
 MAX_SPLIT_ROWS = 64

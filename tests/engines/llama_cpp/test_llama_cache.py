@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from am_memory import Memory, MemoryPolicy, Session
-from am_memory.cache import PINNED_RANK, TailState
+from am_memory.cache import TailState
 from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CompactionFailed, CorruptSession, EngineFailed, InvalidPolicy, UnsupportedOperation
 from am_memory.events import CompactionFinished, Event
+from am_memory.slots import PINNED_RANK
 
 POLICY = MemoryPolicy(trigger_tokens=120, keep_ratio=0.25, pinned=4, keep_recent=8)
 TEXT = "An owl is a bird that hunts at night, and sleeps by day. It hears a mouse under the snow, and flies without a sound. "
