@@ -38,6 +38,7 @@ class TransformersEngine:
         self.model = model
         self.tokenizer = tokenizer
         self._windows = support.layer_windows(model)
+        self._cache_argument = support.cache_argument(model)
         support.probe(model, self.new_cache())
         self.info = _model_info(model, tokenizer)
         model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
@@ -54,9 +55,11 @@ class TransformersEngine:
         ids = torch.tensor([list(token_ids)], device=self.model.device)
         with self._reading(cache, on_query):
             if num_logits == 0:
-                self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+                self.model.base_model(input_ids=ids, use_cache=True, **{self._cache_argument: cache})
                 return torch.empty(0, self.info.vocab_size)
-            output = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=num_logits)
+            output = self.model(
+                input_ids=ids, use_cache=True, logits_to_keep=num_logits, **{self._cache_argument: cache}
+            )
         return output.logits[0, :, : self.info.vocab_size].float()  # type: ignore[no-any-return]
 
     @contextmanager
@@ -78,7 +81,7 @@ class TransformersEngine:
         self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Let a watched cache see the tokens first; it may read the beginning of a long prompt itself."""
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
         if not isinstance(cache, KVCache) or cache.before_forward is None:
             return None
         input_ids: Tensor | None = args[0] if args else kwargs.get("input_ids")

@@ -6,6 +6,8 @@ refused by name; what looks right is run for a few tokens beside transformers' o
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
@@ -68,6 +70,11 @@ def _reason_against(model: PreTrainedModel, config: PreTrainedConfig) -> str | N
     return None
 
 
+def cache_argument(model: PreTrainedModel) -> str:
+    """What the model's forward pass calls its cache: `past_key_values` became `cache` within transformers 5."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 @torch.no_grad()
 def probe(model: PreTrainedModel, cache: KVCache) -> None:
     """Read a few tokens with transformers' attention and with ours, and compare; leaves the model set to ours.
@@ -115,11 +122,12 @@ def _probe_errors(model: PreTrainedModel, cache: KVCache) -> tuple[float, float]
     model.set_attn_implementation("sdpa")
     expected = model(ids, use_cache=False).logits[0].float()
     stock_cache = DynamicCache(config=model.config)
-    stock = [model(ids[:, start:end], past_key_values=stock_cache).logits[0].float() for start, end in PROBE_STEPS]
+    argument = cache_argument(model)
+    stock = [model(ids[:, start:end], **{argument: stock_cache}).logits[0].float() for start, end in PROBE_STEPS]
     model.set_attn_implementation(ATTENTION_NAME)
     ours = []
     for start, end in PROBE_STEPS:
-        ours.append(model(ids[:, start:end], past_key_values=cache).logits[0].float())
+        ours.append(model(ids[:, start:end], **{argument: cache}).logits[0].float())
         if start == 0:
             slots = [Slots.exact(*layer.exact_entries(2, 3), start=2) for layer in cache.compactable]
             cache.restore(cache.compacted([Segment(2, 3, 0)], slots, num_pinned=2))
