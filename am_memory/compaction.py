@@ -108,33 +108,22 @@ def compact(
             )
             for head in range(block.num_heads)
         ]
-        while True:
-            fits: list[Fit] = []
-            slots: dict[Head, Slots] = {}
-            held_out: list[Tensor] = []
-            for group in groups_of_like_size(heads, plan.newest.num_slots):
-                group_fit, group_slots, error = fit_heads(group, plan.newest, policy)
-                fits.append(group_fit)
-                slots.update(zip(group, group_slots, strict=True))
-                held_out += [] if error is None else [error]
-                progress("fit", len(slots), len(heads))
-            held_out_error = _rms(held_out) if held_out else None
-            is_good = held_out_error is None or policy.max_error is None or held_out_error <= policy.max_error
-            if is_good or (more := richer(plan)) is None:
-                break
+        fitted = fit_all(heads, plan, policy, progress)
+        while not fitted.passes(policy.max_error) and (more := richer(plan)) is not None:
             plan = more
+            fitted = fit_all(heads, plan, policy, progress)
         new_slots = [
-            Slots.stack([slots[head] for head in heads if head.layer == index]) for index in range(len(layers))
+            Slots.stack([fitted.slots[head] for head in heads if head.layer == index]) for index in range(len(layers))
         ]
         state = cache.compacted(plan.segments, new_slots, num_pinned)
     return Compaction(
         plan=plan,
         state=state,
-        mass_error=_rms([layer_fit.mass_error for layer_fit in fits]),
-        output_error=_rms([layer_fit.output_error for layer_fit in fits]),
-        held_out_error=held_out_error,
+        mass_error=_rms([group.mass_error for group in fitted.fits]),
+        output_error=_rms([group.output_error for group in fitted.fits]),
+        held_out_error=fitted.held_out_error,
         num_unbiased_heads=sum(
-            int((each.fold_error > MAX_FOLD_ERROR).sum()) for each in fits if each.fold_error is not None
+            int((group.fold_error > MAX_FOLD_ERROR).sum()) for group in fitted.fits if group.fold_error is not None
         ),
         score_seconds=scored - started,
         fit_seconds=time.perf_counter() - scored,
@@ -223,6 +212,38 @@ class Head:
     positions: Tensor
     ranks: Tensor
     rotations: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """All heads of a compaction, fitted.
+
+    Attributes:
+        fits: of each batch of heads.
+        held_out_error: RMS over heads of the output error on queries that were held out; None where none were.
+    """
+
+    fits: list[Fit]
+    slots: dict[Head, Slots]
+    held_out_error: float | None
+
+    def passes(self, max_error: float | None) -> bool:
+        """Whether the gate lets it through."""
+        return max_error is None or self.held_out_error is None or self.held_out_error <= max_error
+
+
+def fit_all(heads: Sequence[Head], plan: Plan, policy: MemoryPolicy, progress: Progress) -> Fitted:
+    """Fit the slots that the plan gives its newest segment, in batches of heads of like size."""
+    fits: list[Fit] = []
+    slots: dict[Head, Slots] = {}
+    held_out: list[Tensor] = []
+    for group in groups_of_like_size(heads, plan.newest.num_slots):
+        group_fit, group_slots, error = fit_heads(group, plan.newest, policy)
+        fits.append(group_fit)
+        slots.update(zip(group, group_slots, strict=True))
+        held_out += [] if error is None else [error]
+        progress("fit", len(slots), len(heads))
+    return Fitted(fits, slots, _rms(held_out) if held_out else None)
 
 
 def groups_of_like_size(heads: Sequence[Head], num_slots: int) -> Iterator[tuple[Head, ...]]:

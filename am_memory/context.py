@@ -340,8 +340,7 @@ class Context:
             held = [each for each in self.recalled if each.segment in wanted]
             self.recalled = (*(each for each in self.recalled if each not in held), *held)
             missing = [segment for segment in wanted if segment not in [each.segment for each in held]]
-            growth = sum(segment.num_tokens - segment.num_slots / self.cache.num_heads for segment in missing)
-            if self.cache.kv_tokens + growth + 1 <= self.trigger:
+            if self._have_room_for(missing):
                 break
             self._make_room_to_recall(wanted, others=len(self.recalled) > len(held))
         for segment in missing:
@@ -351,10 +350,14 @@ class Context:
     def recall_again(self, start: int) -> None:
         """Bring back the segment that begins at `start`, where its originals are still there and it still fits."""
         for segment in self.cache.segments:
-            growth = segment.num_tokens - segment.num_slots / self.cache.num_heads
             is_held = between(self.originals, segment.start, segment.end) is not None
-            if segment.start == start and is_held and self.cache.kv_tokens + growth + 1 <= self.trigger:
+            if segment.start == start and is_held and self._have_room_for([segment]):
                 self._bring_back(segment)
+
+    def _have_room_for(self, segments: Sequence[Segment]) -> bool:
+        """Whether these compact segments fit below the trigger when they are exact."""
+        growth = sum(segment.num_tokens - segment.num_slots / self.cache.num_heads for segment in segments)
+        return self.cache.kv_tokens + growth + 1 <= self.trigger
 
     def _make_room_to_recall(self, wanted: Sequence[Segment], *, others: bool) -> None:
         if others:

@@ -19,7 +19,7 @@ from torch import Tensor
 from am_memory.boundaries import best_boundary
 from am_memory.engines.base import Engine, SessionCache
 from am_memory.originals import Original
-from am_memory.queries import as_turn
+from am_memory.queries import as_turn, queries_on_scratch
 from am_memory.slots import Segment, Slots
 
 TOP_HEADS = 0.1
@@ -113,17 +113,8 @@ def _edges(engine: Engine, tokens: Sequence[int], segments: Sequence[Segment], s
 
 def taken_queries(engine: Engine, cache: SessionCache, token_ids: Sequence[int], chunk_tokens: int) -> list[Queries]:
     """Read tokens on scratch; their queries in each compactable layer. The cache is afterwards as it was."""
-    passes: list[list[tuple[Tensor, Tensor]]] = [[] for _ in cache.compactable]
-    state = cache.state()
-    try:
-        for start in range(0, len(token_ids), chunk_tokens):
-            engine.forward(
-                cache,
-                token_ids[start : start + chunk_tokens],
-                on_query=lambda index, query, log_mass: passes[index].append((query, log_mass)),
-            )
-    finally:
-        cache.restore(state)
+    chunks = (token_ids[start : start + chunk_tokens] for start in range(0, len(token_ids), chunk_tokens))
+    passes = queries_on_scratch(engine, cache, chunks)
     return [Queries(*(torch.cat(parts, dim=2) for parts in zip(*layer, strict=True))) for layer in passes]
 
 

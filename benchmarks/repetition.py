@@ -127,9 +127,7 @@ def summarised(full: Session, memory: Memory, text: Text, count: int, ratio: flo
 SCHEMES: dict[str, Scheme] = {
     "ours": compacting(),
     "recompact everything": compacting(recompaction="refit"),
-    "eviction, observed (SnapKV style)": compacting(
-        fit="nothing", head_budget="uniform", reference_queries=("live",), keep_recent=0
-    ),
+    "eviction, observed (SnapKV style)": compacting(fit="nothing", head_budget="uniform", reference_queries=("live",)),
     "eviction, repeated (KVzip style)": compacting(fit="nothing", key_selection=LargestAttention()),
     "window": window,
     "summary": summarised,

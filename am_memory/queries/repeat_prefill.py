@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from torch import Tensor
-
 from am_memory.engines.base import Engine, SessionCache
 from am_memory.queries.reference import ReferenceQueries
+from am_memory.queries.scratch import queries_on_scratch
 
 REQUEST = "Repeat the previous context."
 
@@ -52,20 +51,16 @@ def repeat_queries(
     Returns:
         For each compactable layer num_key_value_groups * num_tokens queries.
     """
-    passes: list[list[tuple[Tensor, Tensor]]] = [[] for _ in cache.compactable]
     request = repeat_request(engine)
-    state = cache.state()
-    try:
-        for start in range(0, len(token_ids), chunk_tokens):
-            # The request is read together with the first chunk: a pass of its own would cost as much as a longer one.
-            prefix = [] if start else request
-            chunk = token_ids[start : start + chunk_tokens]
-
-            def take(index: int, query: Tensor, log_mass: Tensor, skip: int = len(prefix)) -> None:
-                passes[index].append((query[:, :, skip:], log_mass[:, :, skip:]))
-
-            engine.forward(cache, [*prefix, *chunk], on_query=take)
-            on_progress(start + len(chunk), len(token_ids))
-    finally:
-        cache.restore(state)
-    return [ReferenceQueries.pooled(layer, weights) for layer in passes]
+    first, *others = (token_ids[start : start + chunk_tokens] for start in range(0, len(token_ids), chunk_tokens))
+    # The request is read together with the first chunk: a pass of its own would cost as much as a longer one.
+    layers = queries_on_scratch(
+        engine,
+        cache,
+        [[*request, *first], *others],
+        lambda num_read: on_progress(num_read - len(request), len(token_ids)),
+    )
+    for passes in layers:
+        query, log_mass = passes[0]
+        passes[0] = query[:, :, len(request) :], log_mass[:, :, len(request) :]
+    return [ReferenceQueries.pooled(passes, weights) for passes in layers]
