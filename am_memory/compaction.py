@@ -33,6 +33,8 @@ LEAST_FILL, FREE_PADDING = 0.85, 8
 MAX_GROUP_HEADS = 32
 # Where there is a gate, every so many queries one is held out of the fits. Keys are chosen by all of them.
 HELD_OUT_INTERVAL = 8
+# Pull of the biases toward none: reference queries that look alike leave some of them undecided.
+BIAS_RIDGE = 1e-2
 
 Richer = Callable[[Plan], Plan | None]
 """The same plan with more slots for its newest segment, or None where there are no more."""
@@ -288,6 +290,7 @@ def fit_heads(group: Sequence[Head], segment: Segment, policy: MemoryPolicy) -> 
         block.queries(every[~is_held_out]) if is_gated else block,
         indices,
         num_slots,
+        bias_ridge=BIAS_RIDGE,
         ridge=policy.ridge,
         fit_bias=policy.fit in ("bias_and_values", "bias"),
         fit_values=policy.fit in ("bias_and_values", "values"),

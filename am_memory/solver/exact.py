@@ -10,6 +10,9 @@ from torch import Tensor
 
 from am_memory.solver.block import LOG2_E, Block
 
+SMALL_BLOCK_TOKENS = 200
+"""In a block of so many keys, a query of the mean share counts half as much as it would if its share were all."""
+
 
 @dataclass(frozen=True)
 class ExactAttention:
@@ -20,8 +23,7 @@ class ExactAttention:
         max_logit: (B, num_queries) float32, largest scaled logit of each query.
         log_mass: (B, num_queries) float32, log of the sum over the keys of exp(logit).
         output: (B, num_queries, head_dim) float32, softmax(logits) V.
-        weight: (B, num_queries) float32, how much each query counts: its share of attention on this block, since an
-            error in the block reaches the model's output scaled by that share. Relative to the head's largest share.
+        weight: (B, num_queries) float32, how much each query counts in a fit, as `fit_weights` has it.
     """
 
     scores: Tensor
@@ -63,8 +65,29 @@ def exact_attention(block: Block) -> ExactAttention:
         if block.log_mass is not None:
             share[:, rows] = (log_mass[:, rows] - block.log_mass[:, rows]).exp_()
         add_squared_weights(energy, weight, total, share[:, rows])
-    largest = share.amax(1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
-    return ExactAttention(rms_scores(energy, block), max_logit, log_mass, output, share / largest)
+    weight = fit_weights(share, block.num_keys)
+    return ExactAttention(rms_scores(energy, block), max_logit, log_mass, output, weight)
+
+
+def fit_weights(share: Tensor, num_keys: Tensor) -> Tensor:
+    """How much each query counts in the fits of a block.
+
+    An error in a block reaches the model's output scaled by the query's share of attention on that block: so the share
+    is the weight where a block is long. Of a short one there are many in a text, most of them not what a query is
+    about. Each gets little of its attention, but their errors add up: so there the weight saturates, and queries of a
+    small share count nearly as much as those of a large one.
+
+    Args:
+        share: (B, num_queries) float32, of each query's attention, on this block.
+        num_keys: (B,) int64, of the block.
+
+    Returns:
+        (B, num_queries) float32, relative to the head's largest.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    share = share / share.amax(1, keepdim=True).clamp_min(tiny)
+    half = (num_keys[:, None] / SMALL_BLOCK_TOKENS) ** 2 * share.mean(1, keepdim=True)
+    return share * (1 + half) / (share + half).clamp_min(tiny)
 
 
 def unnormalised_weights(block: Block) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from am_memory.solver.block import Block
+from am_memory.solver.exact import SMALL_BLOCK_TOKENS
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Head:
     K: Tensor
     V: Tensor
     L: Tensor
-    share: Tensor  # (n,): how much each query counts, by its attention on the block
+    share: Tensor  # (n,): of each query's attention, on the block
+    weight: Tensor  # (n,): how much each query counts in the fits, relative to the most
 
     @classmethod
     def of(cls, block: Block, index: int) -> Head:
@@ -37,7 +39,9 @@ class Head:
         share = torch.ones(len(Q), dtype=torch.float64)
         if block.log_mass is not None:
             share = torch.exp(L.logsumexp(1) - block.log_mass[index].double())
-        return cls(Q, K, V, L, share)
+        relative = share / share.max()
+        half = (int(block.num_keys[index]) / SMALL_BLOCK_TOKENS) ** 2 * relative.mean()
+        return cls(Q, K, V, L, share, relative * (1 + half) / (relative + half))
 
 
 def attention_scores(head: Head) -> Tensor:
@@ -55,7 +59,7 @@ def omp(head: Head, t: int, is_relative: bool = False, picks_per_refit: int = 1)
 
     Negative weights count as 0, since no bias makes them.
     """
-    A, b = mass_system(head, is_relative)
+    A, b = mass_system(head, head.share, is_relative)
     S: list[int] = []
     residual = b
     while len(S) < t:
@@ -67,13 +71,13 @@ def omp(head: Head, t: int, is_relative: bool = False, picks_per_refit: int = 1)
     return S
 
 
-def mass_system(head: Head, is_relative: bool = True) -> tuple[Tensor, Tensor]:
-    """A (n, T) and b (n,) with A 1 = b: exp(L) and its row sums, the mass of the block for each query.
+def mass_system(head: Head, weight: Tensor, is_relative: bool = True) -> tuple[Tensor, Tensor]:
+    """A (n, T) and b (n,) with A 1 = b: weighted exp(L) and its row sums, the mass of the block for each query.
 
     A row may be scaled at will: the paper divides it by its largest exp(logit); relative divides it by b.
     """
     shift = head.L.logsumexp(1) if is_relative else head.L.amax(1)
-    A = head.share[:, None] * torch.exp(head.L - shift[:, None])
+    A = weight[:, None] * torch.exp(head.L - shift[:, None])
     return A, A.sum(1)
 
 
@@ -95,8 +99,8 @@ def values(head: Head, S: list[int], log_w: Tensor, ridge: float) -> Tensor:
     """C_v (t, d): least squares of the output, with a ridge toward the original values."""
     Y = torch.softmax(head.L, dim=1) @ head.V
     X = torch.softmax(head.L[:, S] + log_w, dim=1)
-    missing = head.share[:, None] * (Y - X @ head.V[S])
-    X = head.share[:, None] * X
+    missing = head.weight[:, None] * (Y - X @ head.V[S])
+    X = head.weight[:, None] * X
     G = X.T @ X
     damping = ridge * G.diagonal().mean() * torch.eye(len(S), dtype=torch.float64)
     D: Tensor = torch.linalg.solve(G + damping, X.T @ missing)
@@ -112,7 +116,7 @@ def compact(
 ) -> tuple[Tensor, Tensor]:
     """log w (t,) and C_v (t, d) of the kept keys S; beta is log w and what bias the keys had."""
     low, high = torch.tensor(bounds, dtype=torch.float64).exp().tolist()
-    A, b = mass_system(head, is_relative)
+    A, b = mass_system(head, head.weight, is_relative)
     log_w = bounded_nnls(A[:, S], b, low, high).log()
     return log_w, values(head, S, log_w, ridge)
 
@@ -120,7 +124,7 @@ def compact(
 def errors(head: Head, compact_L: Tensor, C_v: Tensor) -> tuple[Tensor, Tensor]:
     """Fit.mass_error and Fit.output_error, given the logits (n, t) on the kept keys with their biases."""
     mass_ratio = torch.exp(compact_L.logsumexp(1) - head.L.logsumexp(1))
-    Y = head.share[:, None] * (torch.softmax(head.L, dim=1) @ head.V)
-    error = head.share[:, None] * (torch.softmax(compact_L, dim=1) @ C_v.double()) - Y
-    mass_error = (head.share * (mass_ratio - 1)).norm() / head.share.norm()
+    Y = head.weight[:, None] * (torch.softmax(head.L, dim=1) @ head.V)
+    error = head.weight[:, None] * (torch.softmax(compact_L, dim=1) @ C_v.double()) - Y
+    mass_error = (head.weight * (mass_ratio - 1)).norm() / head.weight.norm()
     return mass_error, error.norm() / Y.norm()

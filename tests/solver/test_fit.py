@@ -132,7 +132,8 @@ def test_the_bias_is_at_least_as_good_as_least_squares_and_a_clamp(make_block):
     block = make_block(1, 300, 400)
     indices, slots = select(block, [40])
     result = fit(block, indices, slots, bias_bounds=(-0.5, 0.5))
-    columns, mass = naive.mass_system(naive.Head.of(block, 0))
+    head = naive.Head.of(block, 0)
+    columns, mass = naive.mass_system(head, head.weight)
     columns = columns[:, indices[0]]
     low, high = torch.tensor([-0.5, 0.5]).exp().tolist()
     clamped = torch.linalg.lstsq(columns, mass[:, None]).solution[:, 0].clamp(low, high)

@@ -88,6 +88,7 @@ def test_the_panels_of_the_gram_matrix_make_it_whole(make_block, monkeypatch):
     block = make_block(1)
     monkeypatch.setattr(omp, "GRAM_PANEL", 10)
     gram, target = omp.mass_system([block], is_relative=True)
-    column, mass = naive.mass_system(naive.Head.of(block, 0))
+    head = naive.Head.of(block, 0)
+    column, mass = naive.mass_system(head, head.share)
     torch.testing.assert_close(gram[0].double(), column.T @ column, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(target[0].double(), column.T @ mass, rtol=1e-4, atol=1e-6)

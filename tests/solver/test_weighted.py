@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from am_memory.solver import OMP, Block, HighestAttention, attention_scores, exact_attention, fit, naive
+from am_memory.solver.exact import SMALL_BLOCK_TOKENS, fit_weights
 
 
 @pytest.fixture
@@ -26,8 +27,27 @@ def test_queries_count_by_their_share_of_attention(block):
     share = torch.stack([head.share for head in heads(block)])
     assert share.min() < 0.06
     assert 0.9 < share.max() < 1
-    weight = exact_attention(block).weight.double()
-    torch.testing.assert_close(weight, share / share.amax(1, keepdim=True), rtol=1e-4, atol=0)
+    weight = torch.stack([head.weight for head in heads(block)])
+    torch.testing.assert_close(exact_attention(block).weight.double(), weight, rtol=1e-4, atol=0)
+
+
+def test_in_a_long_block_the_share_is_the_weight():
+    share = torch.tensor([[0.5, 0.1, 0.001, 0.0]])
+    weight = fit_weights(share, torch.tensor([100 * SMALL_BLOCK_TOKENS]))
+    torch.testing.assert_close(weight, 2 * share, rtol=1e-2, atol=0)
+
+
+def test_in_a_short_block_queries_of_a_small_share_count_too():
+    share = torch.tensor([[0.5, 0.1, 0.001]])
+    weights = fit_weights(share.expand(3, -1), torch.tensor([1, SMALL_BLOCK_TOKENS // 4, SMALL_BLOCK_TOKENS]))
+    assert weights[0].min() > 0.9
+    mean = share.mean()
+    torch.testing.assert_close(weights[2], share[0] / (share[0] + mean) * (0.5 + mean) / 0.5)
+    assert (weights.diff(dim=0) <= 0).all()
+
+
+def test_queries_without_any_attention_on_a_block_weigh_nothing():
+    assert fit_weights(torch.zeros(1, 3), torch.tensor([10])).tolist() == [[0, 0, 0]]
 
 
 def test_scores_are_the_attention_that_keys_get(block):
