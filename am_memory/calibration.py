@@ -1,6 +1,6 @@
 """How much a model needs each of its KV heads: what is lost where one head's block alone is compacted.
 
-    a block in the cache  ->  fits of every head at every ratio  ->  one pass for each of them  ->  KL against the full cache
+    a block in the cache  ->  fits of every head at every ratio  ->  a pass for each of them  ->  KL from the full cache
 
 Measured once for a model (arXiv:2602.16284, head budgets). Knows nothing of how slots are shared out.
 """
@@ -25,10 +25,12 @@ from am_memory.queries.repeat_prefill import repeat_request
 from am_memory.slots import Segment, Slots
 from am_memory.solver import Block, exact_attention
 
-NUM_SLOTS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5)
+RATIOS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5)
 """Of each key of the block; at least one slot."""
 CONTINUATION_TOKENS = 64
 """Read behind the block."""
+MIN_BLOCK_TOKENS = 100
+"""In a smaller one the ratios are no different numbers of slots."""
 
 
 def calibrate(
@@ -58,23 +60,23 @@ def calibrate(
         raise UnsupportedOperation(
             "a calibration compacts one head alone, and this engine's heads share every cell: use engine='transformers'"
         )
-    if not texts or block_tokens < 1 / NUM_SLOTS[1]:
+    if not texts or block_tokens < MIN_BLOCK_TOKENS:
         raise InvalidInput(
             f"{len(texts)} texts with blocks of {block_tokens} tokens; give at least one text, and blocks of at least "
-            f"{1 / NUM_SLOTS[1]:.0f} tokens"
+            f"{MIN_BLOCK_TOKENS} tokens"
         )
     needed = SINK_TOKENS + block_tokens + CONTINUATION_TOKENS
     tokens = [engine.encode(text, add_special=True)[:needed] for text in texts]
     for number, ids in enumerate(tokens, 1):
         if len(ids) < needed:
             raise InvalidInput(
-                f"text {number} has {len(ids)} tokens; a block of {block_tokens} takes {needed}: give a longer text, or "
-                "smaller blocks"
+                f"text {number} has {len(ids)} tokens; a block of {block_tokens} takes {needed}: give a longer text, "
+                "or smaller blocks"
             )
     passages = [Passage.read(engine, ids) for ids in tokens]
-    counts = [max(round(ratio * block_tokens), 1) for ratio in NUM_SLOTS]
+    counts = [max(round(ratio * block_tokens), 1) for ratio in RATIOS]
     trials = [(passage, count) for passage in passages for count in counts]
-    losses = torch.zeros(len(NUM_SLOTS), passages[0].cache.num_heads)
+    losses = torch.zeros(len(RATIOS), passages[0].cache.num_heads)
     for number, (passage, count) in enumerate(trials):
         for head, loss in enumerate(passage.losses(count)):
             losses[number % len(counts), head] += loss / len(texts)

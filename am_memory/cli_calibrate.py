@@ -10,10 +10,10 @@ from rich.console import Console
 
 from am_memory.budgets import Calibration, calibrated_ranks
 from am_memory.calibration import calibrate as measure
+from am_memory.demo import PLAIN
 from am_memory.display import EventBars
 from am_memory.errors import InvalidInput
 from am_memory.memory import Memory
-from am_memory.policy import MemoryPolicy
 
 SHOWN_RATIOS = (0.05, 0.1, 0.2)
 """At which the plot shows what each head gets."""
@@ -40,7 +40,7 @@ def calibrate(
     console = Console(highlight=False)
     bars = EventBars(console)
     with bars.showing(f"loading {model}"):
-        engine = Memory.from_pretrained(model, engine="transformers", policy=MemoryPolicy()).engine
+        engine = Memory.from_pretrained(model, engine="transformers", policy=PLAIN).engine
     with bars.showing():
         calibration = measure(
             engine,

@@ -81,8 +81,8 @@ class Context:
         budget = self.policy.head_budget
         if budget not in ("auto", "uniform") and not self.cache.has_ragged_heads:
             raise InvalidPolicy(
-                f"head_budget {budget!r} needs a cache whose heads can differ in their slots; this engine's heads share "
-                "every cell: leave it at 'auto'"
+                f"head_budget {budget!r} needs a cache whose heads can differ in their slots; this engine's heads "
+                "share every cell: leave it at 'auto'"
             )
         self._calibration = calibration_for(budget, self.engine.info)
         if self.policy.originals != "drop" and not isinstance(self.cache, KVCache):

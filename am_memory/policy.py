@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
@@ -101,6 +102,11 @@ class MemoryPolicy(BaseModel):
     def num_sinks(self) -> int:
         """Tokens that stay exact whatever the conversation; a system prompt or first message may pin more."""
         return self.pinned if isinstance(self.pinned, int) else SINK_TOKENS
+
+    @field_validator("head_budget", mode="before")
+    @classmethod
+    def _path_as_text(cls, budget: object) -> object:
+        return os.fspath(budget) if isinstance(budget, os.PathLike) else budget
 
     @field_validator("key_selection")
     @classmethod

@@ -1,6 +1,6 @@
 """Slots go where a measurement on the model says that they are needed; decided once, whatever the text.
 
-Owns the measured curves, their file, and the way from curves to a ranking. How they are measured: `am_memory.calibration`.
+Owns the measured curves, their file, and the way from curves to a ranking; `am_memory.calibration` measures them.
 """
 
 from __future__ import annotations
@@ -79,8 +79,9 @@ def _slope(left: tuple[float, float], right: tuple[float, float]) -> float:
 def calibrated_ranks(scores: Tensor, min_slots: int, calibration: Calibration) -> Tensor:
     """Rank the slots of all heads by what each saves.
 
-    This is where greedy exchange (arXiv:2602.16284) ends, at every total at once: with convex curves, moving a slot from
-    the head that it costs least to the head that it helps most goes on until no slot outside saves more than one inside.
+    This is where greedy exchange (arXiv:2602.16284) ends, at every total at once: with convex curves, moving a slot
+    from the head that it costs least to the head that it helps most goes on until no slot that is out saves more than
+    one that is in.
 
     Args:
         scores: (num_heads, seq_len); only the shape counts.
@@ -107,8 +108,8 @@ def calibration_for(head_budget: str, info: ModelInfo) -> Calibration | None:
         shipped = resources.files(__package__) / "calibrations" / f"{info.fingerprint}.json"
         if not shipped.is_file():
             raise InvalidPolicy(
-                f"head_budget 'calibrated': no calibration ships for model {info.fingerprint} ({info.name}): measure one "
-                "with am-memory calibrate, and give the path of its file"
+                f"head_budget 'calibrated': no calibration ships for model {info.fingerprint} ({info.name}): "
+                "measure one with am-memory calibrate, and give the path of its file"
             )
         return Calibration.model_validate_json(shipped.read_text(encoding="utf-8"))
     return load_calibration(head_budget, info) if head_budget.endswith(".json") else None
@@ -122,13 +123,14 @@ def load_calibration(path: str | os.PathLike[str], info: ModelInfo) -> Calibrati
     """
     try:
         calibration = Calibration.model_validate_json(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
+    except (OSError, ValueError) as error:
+        problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise InvalidPolicy(
-            f"head_budget {os.fspath(path)!r} cannot be read ({error}): give a file that am-memory calibrate wrote"
+            f"head_budget {os.fspath(path)!r} cannot be read ({problem}): give a file that am-memory calibrate wrote"
         ) from error
     if calibration.fingerprint != info.fingerprint:
         raise InvalidPolicy(
-            f"head_budget {os.fspath(path)!r} was measured on model {calibration.fingerprint} ({calibration.model}), this "
-            f"one is {info.fingerprint} ({info.name}): run am-memory calibrate on this one, in the same dtype"
+            f"head_budget {os.fspath(path)!r} was measured on model {calibration.fingerprint} ({calibration.model}), "
+            f"this one is {info.fingerprint} ({info.name}): run am-memory calibrate on this one, in the same dtype"
         )
     return calibration
