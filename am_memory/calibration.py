@@ -26,7 +26,7 @@ from am_memory.slots import Segment, Slots
 from am_memory.solver import Block, exact_attention
 
 RATIOS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5)
-"""Of each key of the block; at least one slot."""
+"""Slots for each key of the block, at least one in all."""
 CONTINUATION_TOKENS = 64
 """Read behind the block."""
 MIN_BLOCK_TOKENS = 100
@@ -143,8 +143,8 @@ class Passage:
             for index, head in enumerate(heads):
                 rows = self.log_probabilities(self._with(head.layer, index, slots[head]))
                 kl = torch.nn.functional.kl_div(rows, self.full, reduction="none", log_target=True).sum(dim=-1)
-                continued, repeated = kl.split([len(self.continuation), len(self.block)])
-                yield max(float(continued.mean() + repeated.mean()), 0.0)
+                num_continued = len(self.continuation)
+                yield max(float(kl[:num_continued].mean() + kl[num_continued:].mean()), 0.0)
 
     def _with(self, layer_index: int, head_index: int, slots: Slots) -> CacheState:
         """The state in which one head of one layer has slots in place of the block, and all else is exact."""
