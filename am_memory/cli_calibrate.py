@@ -79,7 +79,8 @@ def draw(calibration: Calibration, path: Path, seq_len: int) -> None:
     for losses in calibration.losses:
         curves.plot(calibration.ratios, losses, linewidth=0.8, alpha=0.6)
     curves.set(xscale="log", yscale="log", xlabel="slots per key", ylabel="KL, nats per token")
-    curves.set_title(f"What is lost with one head compacted ({calibration.model})", fontsize=9)
+    figure.suptitle(calibration.model, fontsize=10)
+    curves.set_title("What is lost with one head compacted", fontsize=9)
     num_heads = len(calibration.losses)
     ranks = calibrated_ranks(calibration.gains(seq_len), 1, calibration)
     for ratio in SHOWN_RATIOS:
