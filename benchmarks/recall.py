@@ -37,7 +37,6 @@ ONCE = {
     "eviction": {"fit": "nothing"},
     "eviction, uniform": {"fit": "nothing", "head_budget": "uniform"},
 }
-CALIBRATED = "AM calibrated"
 TURNS = {
     "segments (ours)": {},
     "segments, nothing fitted": {"fit": "nothing"},
@@ -203,7 +202,7 @@ def main() -> None:
     memory = Memory.from_pretrained(args.model, engine=args.engine, policy=POLICY)
     run, schemes, ratios = (once, ONCE, [5.0, 10.0]) if args.mode == "once" else (turns, TURNS, [10.0])
     if args.calibration:
-        schemes = {**schemes, CALIBRATED: {"head_budget": args.calibration}}
+        schemes = {**schemes, "AM calibrated": {"head_budget": args.calibration}}
     schemes = {name: options for name, options in schemes.items() if args.schemes is None or name in args.schemes}
     results = []
     for seed in range(args.first_seed, args.first_seed + args.seeds):
