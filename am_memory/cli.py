@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.text import Text
 from typer.core import TyperGroup
 
+from am_memory.cli_calibrate import calibrate
 from am_memory.cli_serve import serve
 from am_memory.demo import run_demo
 from am_memory.display import (
@@ -61,6 +62,7 @@ app = typer.Typer(
 
 
 app.command()(serve)
+app.command()(calibrate)
 
 STORE_HELP = "Where sessions are saved: a folder or any fsspec URL [default: ~/.local/share/am_memory/sessions]."
 

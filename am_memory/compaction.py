@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from am_memory.budgets import adaptive_ranks, shared_ranks, uniform_ranks
+from am_memory.budgets import Calibration, adaptive_ranks, calibrated_ranks, shared_ranks, uniform_ranks
 from am_memory.cache import Snapshot
 from am_memory.engines.base import SessionCache, SessionLayer
 from am_memory.errors import CompactionFailed, InvalidInput
@@ -75,6 +75,7 @@ def compact(
     policy: MemoryPolicy,
     progress: Progress,
     richer: Richer,
+    calibration: Calibration | None = None,
 ) -> Compaction:
     """Replace the plan's newest segment's entries by slots (arXiv:2602.16284, sections 3 and 4).
 
@@ -83,6 +84,7 @@ def compact(
         num_pinned: tokens at the start that stay exact.
         queries: of each compactable layer.
         richer: what to try next while the held-out error is above the policy's `max_error`.
+        calibration: of the model, where the policy's `head_budget` asks for one.
 
     Raises:
         CompactionFailed: out of memory, or a result that is not finite.
@@ -100,7 +102,7 @@ def compact(
             exacts.append(exact_attention(block))
             progress("score", index + 1, len(blocks))
         scores = [exact.scores for exact in exacts]
-        ranks = slot_ranks(scores, policy, is_shared=not cache.has_ragged_heads)
+        ranks = slot_ranks(scores, policy, calibration, is_shared=not cache.has_ragged_heads)
         scored = time.perf_counter()
 
         heads = [
@@ -172,7 +174,9 @@ class Entries:
         )
 
 
-def slot_ranks(scores: Sequence[Tensor], policy: MemoryPolicy, *, is_shared: bool = False) -> tuple[Tensor, ...]:
+def slot_ranks(
+    scores: Sequence[Tensor], policy: MemoryPolicy, calibration: Calibration | None = None, *, is_shared: bool = False
+) -> tuple[Tensor, ...]:
     """When each head gets its k-th slot, ranked over the heads of all layers.
 
     Args:
@@ -192,6 +196,9 @@ def slot_ranks(scores: Sequence[Tensor], policy: MemoryPolicy, *, is_shared: boo
             ranks = adaptive_ranks(together, policy.min_slots)
         case "uniform":
             ranks = uniform_ranks(together, policy.min_slots)
+        case _:
+            assert calibration is not None
+            ranks = calibrated_ranks(together, policy.min_slots, calibration)
     split = torch.split(ranks.cpu(), [each.shape[0] for each in scores])
     return tuple(layer_ranks[:, : each.shape[1]] for layer_ranks, each in zip(split, scores, strict=True))
 

@@ -15,6 +15,7 @@ from functools import partial
 from torch import Tensor, cat
 
 from am_memory.boundaries import best_boundary
+from am_memory.budgets import calibration_for
 from am_memory.cache import KVCache, Snapshot
 from am_memory.compaction import Progress, as_planned, compact, failures
 from am_memory.engines.base import Engine, SessionCache
@@ -77,11 +78,13 @@ class Context:
     recalled: tuple[Recalled, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.policy.head_budget == "adaptive" and not self.cache.has_ragged_heads:
+        budget = self.policy.head_budget
+        if budget not in ("auto", "uniform") and not self.cache.has_ragged_heads:
             raise InvalidPolicy(
-                "head_budget 'adaptive' needs a cache whose heads can differ in their slots; this engine's heads share "
-                "every cell: leave it at 'auto'"
+                f"head_budget {budget!r} needs a cache whose heads can differ in their slots; this engine's heads "
+                "share every cell: leave it at 'auto'"
             )
+        self._calibration = calibration_for(budget, self.engine.info)
         if self.policy.originals != "drop" and not isinstance(self.cache, KVCache):
             raise InvalidPolicy(
                 f"originals {self.policy.originals!r} needs a cache that exact entries can come back into; this "
@@ -267,7 +270,7 @@ class Context:
             queries = self._reference_queries(exact_start, segment.end, progress)
         query_seconds = time.perf_counter() - started
         more = as_planned if is_replay else partial(richer, self.policy, self.trigger, cache.num_heads)
-        result = compact(cache, plan, self.num_pinned, queries, self.policy, progress, more)
+        result = compact(cache, plan, self.num_pinned, queries, self.policy, progress, more, self._calibration)
         plan, segment = result.plan, result.plan.newest
         originals = self.originals
         if self.policy.originals != "drop":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
@@ -43,8 +44,10 @@ class MemoryPolicy(BaseModel):
         tool_result_weight: how much it counts that a tool's result can be repeated, beside what people and the model
             say; 1 is as much. Slots and fits follow it.
         key_selection: "highest_attention", "omp", "omp_fast", or any `KeySelection`.
-        head_budget: "adaptive" (slots go where the scores are, over all layers and heads), "uniform", or "auto":
-            adaptive where heads can differ in their slots, else as many for all heads as there are cells.
+        head_budget: "adaptive" (slots go where the scores are, over all layers and heads), "uniform", "calibrated"
+            (where a measurement on the model says that they are needed, for models that one ships for) or the path of
+            such a measurement, a .json file of `am-memory calibrate`; or "auto": adaptive where heads can differ in
+            their slots, else as many for all heads as there are cells.
         recompaction: "segments" (each token is compacted once, from its exact entry) or "refit" (the oldest half as it
             is, compact entries too, again and again: arXiv:2602.16284, online AIME).
         originals: the exact entries of compacted tokens: "drop", or kept off the device, in "host" memory or on
@@ -74,7 +77,9 @@ class MemoryPolicy(BaseModel):
     reference_queries: Annotated[tuple[Literal["repeat", "live"], ...], Field(min_length=1)] = ("repeat",)
     tool_result_weight: Annotated[float, Field(gt=0, le=1)] = 1.0
     key_selection: Any = HighestAttention()
-    head_budget: Literal["auto", "adaptive", "uniform"] = "auto"
+    head_budget: Literal["auto", "adaptive", "uniform", "calibrated"] | Annotated[str, Field(pattern=r"\.json$")] = (
+        "auto"
+    )
     recompaction: Literal["segments", "refit"] = "segments"
     originals: Literal["drop", "host", "disk"] = "drop"
     max_error: Annotated[float, Field(gt=0)] | None = None
@@ -97,6 +102,11 @@ class MemoryPolicy(BaseModel):
     def num_sinks(self) -> int:
         """Tokens that stay exact whatever the conversation; a system prompt or first message may pin more."""
         return self.pinned if isinstance(self.pinned, int) else SINK_TOKENS
+
+    @field_validator("head_budget", mode="before")
+    @classmethod
+    def _path_as_text(cls, budget: object) -> object:
+        return os.fspath(budget) if isinstance(budget, os.PathLike) else budget
 
     @field_validator("key_selection")
     @classmethod

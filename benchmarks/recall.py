@@ -195,11 +195,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--ratios", type=float, nargs="+")
+    parser.add_argument("--calibration", help='a file of am-memory calibrate, or "calibrated": one scheme more')
     parser.add_argument("--schemes", nargs="+", help="only these")
     parser.add_argument("--out")
     args = parser.parse_args()
     memory = Memory.from_pretrained(args.model, engine=args.engine, policy=POLICY)
     run, schemes, ratios = (once, ONCE, [5.0, 10.0]) if args.mode == "once" else (turns, TURNS, [10.0])
+    if args.calibration:
+        schemes = {**schemes, "AM calibrated": {"head_budget": args.calibration}}
     schemes = {name: options for name, options in schemes.items() if args.schemes is None or name in args.schemes}
     results = []
     for seed in range(args.first_seed, args.first_seed + args.seeds):

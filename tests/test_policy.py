@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
@@ -330,6 +331,7 @@ def test_a_bound_below_the_floor_of_a_head_is_refused() -> None:
         ("key_selection", "random"),
         ("key_selection", 7),
         ("head_budget", "lottery"),
+        ("head_budget", "curves.txt"),
         ("recompaction", "never"),
         ("min_slots", 0),
         ("fit", "all"),
@@ -366,8 +368,9 @@ def test_a_policy_is_frozen() -> None:
         MemoryPolicy(trigger_tokens=1.0, pinned=12, reference_queries=("repeat", "live"), max_compact_tokens=77),
         MemoryPolicy(key_selection="omp", recompaction="refit", head_budget="uniform", fit="values"),
         MemoryPolicy(key_selection="omp_fast", pinned="first_message"),
+        MemoryPolicy(head_budget=Path("folder") / "curves.json"),
     ],
-    ids=["default", "numbers", "omp", "omp_fast"],
+    ids=["default", "numbers", "omp", "omp_fast", "calibrated"],
 )
 def test_a_policy_survives_json(policy: MemoryPolicy) -> None:
     back = MemoryPolicy.model_validate_json(policy.model_dump_json())

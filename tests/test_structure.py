@@ -19,7 +19,7 @@ LAYERS: tuple[set[str], ...] = (
     {"slots", "cache", "solver", "models", "tokens", "token_counts", "byte_level", "sampling"},
     {"engines"},
     {"policy", "budgets", "queries", "originals", "storage", "history", "boundaries", "constraints", "tool_calls"},
-    {"compaction", "recall", "search"},
+    {"compaction", "recall", "search", "calibration"},
     {"memory", "context", "session"},
     {"threads", "texts"},
     {"chat"},

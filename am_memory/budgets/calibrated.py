@@ -1,0 +1,136 @@
+"""Slots go where a measurement on the model says that they are needed; decided once, whatever the text.
+
+Owns the measured curves, their file, and the way from curves to a ranking; `am_memory.calibration` measures them.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from torch import Tensor
+
+from am_memory.budgets.adaptive import adaptive_ranks
+from am_memory.engines.base import ModelInfo
+from am_memory.errors import InvalidPolicy
+
+LEAST_GAIN = 1e-12
+"""What a slot of a head that loses nothing is taken to save, so that it has a logarithm."""
+
+
+class Calibration(BaseModel):
+    """Sensitivity curves of a model's KV heads (arXiv:2602.16284, head budgets); frozen, kept as JSON.
+
+    Attributes:
+        fingerprint: of the model that they were measured on, as `ModelInfo` has it.
+        model: its name, for people.
+        ratios: slots for each key of a block, ascending, between 0 and 1.
+        losses: of each KV head of all compactable layers, layer after layer, what is lost at each of the ratios where
+            only this head is compacted: KL against the full cache, in nats per token. With all slots, nothing is.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    fingerprint: str
+    model: str
+    ratios: tuple[float, ...]
+    losses: tuple[tuple[float, ...], ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> Calibration:
+        if not all(low < high for low, high in pairwise([0.0, *self.ratios, 1.0])):
+            raise ValueError(f"ratios {self.ratios} must ascend between 0 and 1")
+        if not self.losses or any(len(head) != len(self.ratios) or min(head) < 0 for head in self.losses):
+            raise ValueError(f"losses must be {len(self.ratios)} numbers for each head, none below 0")
+        return self
+
+    def gains(self, seq_len: int) -> Tensor:
+        """What each head's k-th slot of a block saves.
+
+        Returns:
+            (num_heads, seq_len) float32, in nats per token and share of the block; falls along k.
+        """
+        ratio = np.arange(1, seq_len + 1) / seq_len
+        return torch.from_numpy(np.stack([_gain(self.ratios, head, ratio) for head in self.losses])).float()
+
+
+def _gain(ratios: tuple[float, ...], losses: tuple[float, ...], at: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The slope of one head's curve, made convex, at some ratios; between its pieces it falls as a power."""
+    points: list[tuple[float, float]] = []
+    for point in zip((*ratios, 1.0), (*losses, 0.0), strict=True):
+        while len(points) >= 2 and _slope(points[-1], point) <= _slope(points[-2], points[-1]):
+            points.pop()  # above the line between its neighbours
+        points.append(point)
+    middles = [(left[0] + right[0]) / 2 for left, right in pairwise(points)]
+    slopes = [max(-_slope(left, right), LEAST_GAIN) for left, right in pairwise(points)]
+    return np.exp(np.interp(np.log(at), np.log(middles), np.log(slopes)))
+
+
+def _slope(left: tuple[float, float], right: tuple[float, float]) -> float:
+    return (right[1] - left[1]) / (right[0] - left[0])
+
+
+def calibrated_ranks(scores: Tensor, min_slots: int, calibration: Calibration) -> Tensor:
+    """Rank the slots of all heads by what each saves.
+
+    This is where greedy exchange (arXiv:2602.16284) ends, at every total at once: with convex curves, moving a slot
+    from the head that it costs least to the head that it helps most goes on until no slot that is out saves more than
+    one that is in.
+
+    Args:
+        scores: (num_heads, seq_len); only the shape counts.
+        min_slots: each head gets its first `min_slots` before any head gets more.
+        calibration: of the model; its heads are those of `scores`.
+
+    Returns:
+        (num_heads, seq_len) int64; entry [h, k] is the rank of the k-th slot of head h. Ascending along k.
+    """
+    return adaptive_ranks(calibration.gains(scores.shape[1]), min_slots)
+
+
+def calibration_for(head_budget: str, info: ModelInfo) -> Calibration | None:
+    """The curves that a policy's `head_budget` asks for; None where it asks for none.
+
+    Args:
+        head_budget: "calibrated" is what ships for the model; what ends in .json is a file.
+        info: of the model.
+
+    Raises:
+        InvalidPolicy: there is no such file, it is none of ours, or another model's.
+    """
+    if head_budget == "calibrated":
+        shipped = resources.files(__package__) / "calibrations" / f"{info.fingerprint}.json"
+        if not shipped.is_file():
+            raise InvalidPolicy(
+                f"head_budget 'calibrated': no calibration ships for model {info.fingerprint} ({info.name}): "
+                "measure one with am-memory calibrate, and give the path of its file"
+            )
+        return Calibration.model_validate_json(shipped.read_text(encoding="utf-8"))
+    return load_calibration(head_budget, info) if head_budget.endswith(".json") else None
+
+
+def load_calibration(path: str | os.PathLike[str], info: ModelInfo) -> Calibration:
+    """Read a file of `am-memory calibrate` for a model.
+
+    Raises:
+        InvalidPolicy: there is no such file, it is none of ours, or another model's.
+    """
+    try:
+        calibration = Calibration.model_validate_json(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise InvalidPolicy(
+            f"head_budget {os.fspath(path)!r} cannot be read ({problem}): give a file that am-memory calibrate wrote"
+        ) from error
+    if calibration.fingerprint != info.fingerprint:
+        raise InvalidPolicy(
+            f"head_budget {os.fspath(path)!r} was measured on model {calibration.fingerprint} ({calibration.model}), "
+            f"this one is {info.fingerprint} ({info.name}): run am-memory calibrate on this one, in the same dtype"
+        )
+    return calibration
