@@ -283,8 +283,8 @@ def test_the_union_has_the_queries_of_both(new_context: NewContext) -> None:
     context, alone = new_context(reference_queries=BOTH), new_context()
     for each in (context, alone):
         read(each, some_tokens(60))
-    repeat = alone._reference_queries(3, 33, lambda *_: None)
-    union = context._reference_queries(3, 33, lambda *_: None)
+    repeat = alone._reference_queries(3, 33, (), lambda *_: None)
+    union = context._reference_queries(3, 33, (), lambda *_: None)
     groups = 2
     for both, one in zip(union, repeat, strict=True):
         assert one.query.shape[1] == groups * 30
@@ -301,7 +301,7 @@ def test_live_queries_are_those_that_passed(new_context: NewContext) -> None:
     read(in_pieces, tokens[40:])
     read(at_once, tokens)
     for one, other in zip(
-        *(each._reference_queries(3, 33, lambda *_: None) for each in (in_pieces, at_once)), strict=True
+        *(each._reference_queries(3, 33, (), lambda *_: None) for each in (in_pieces, at_once)), strict=True
     ):
         torch.testing.assert_close(one.query.sort(dim=1).values, other.query.sort(dim=1).values)
         torch.testing.assert_close(one.log_mass.sort(dim=1).values, other.log_mass.sort(dim=1).values)
