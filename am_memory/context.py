@@ -42,12 +42,12 @@ from am_memory.events import (
 from am_memory.originals import Original, between, keep
 from am_memory.policy import SINK_TOKENS, MemoryPolicy, Plan, ScheduledCompaction, Sizes, plan, richer, trigger_tokens
 from am_memory.queries import (
-    Answers,
+    Conversations,
     LiveQueries,
     ReferenceQueries,
     repeat_queries,
+    self_study,
     self_study_queries,
-    written_answers,
 )
 from am_memory.recall import Recalled, at_rest, brought_back, put_away
 from am_memory.search import Span, search
@@ -271,8 +271,8 @@ class Context:
         started = time.perf_counter()
         exact_start = max(segment.start, cache.num_tokens - cache.num_tail_tokens)
         with failures(segment):
-            answers = self._answers(exact_start, segment.end, made, progress)
-            queries = self._reference_queries(exact_start, segment.end, answers, progress)
+            conversations = self._conversations(exact_start, segment.end, made, progress)
+            queries = self._reference_queries(exact_start, segment.end, conversations, progress)
         query_seconds = time.perf_counter() - started
         more = as_planned if made else partial(richer, self.policy, self.trigger, cache.num_heads)
         result = compact(cache, plan, self.num_pinned, queries, self.policy, progress, more)
@@ -283,7 +283,7 @@ class Context:
             originals = (*originals, keep(exact_start, segment.end, entries, self.policy.originals))
         cache.restore(result.state)
         self.originals = originals
-        self.schedule.append(ScheduledCompaction(at_tokens, plan, answers))
+        self.schedule.append(ScheduledCompaction(at_tokens, plan, conversations))
         report = CompactionReport(
             session=self.name,
             start=segment.start,
@@ -307,13 +307,15 @@ class Context:
             self.notify(GateMissed(self.name, segment.start, segment.end, result.held_out_error, limit))
         return report
 
-    def _answers(self, start: int, end: int, made: ScheduledCompaction | None, progress: Progress) -> Answers:
-        """What the model writes in self-study, or wrote when the compaction was made; nothing without self-study."""
+    def _conversations(
+        self, start: int, end: int, made: ScheduledCompaction | None, progress: Progress
+    ) -> Conversations:
+        """Of self-study: those that it was `made` with, or new ones; none where the policy does without."""
         if "self_study" not in self.policy.reference_queries:
             return ()
-        if made is not None and made.answers:
-            return made.answers
-        return written_answers(
+        if made is not None and made.conversations:
+            return made.conversations
+        return self_study(
             self.engine,
             self.cache,
             self.tokens[start:end],
@@ -321,7 +323,9 @@ class Context:
             on_progress=partial(progress, "self_study"),
         )
 
-    def _reference_queries(self, start: int, end: int, answers: Answers, progress: Progress) -> list[ReferenceQueries]:
+    def _reference_queries(
+        self, start: int, end: int, conversations: Conversations, progress: Progress
+    ) -> list[ReferenceQueries]:
         sources = []
         if "repeat" in self.policy.reference_queries:
             sources.append(
@@ -334,11 +338,9 @@ class Context:
                     weights=self.weights(start, end),
                 )
             )
-        if answers:
+        if conversations:
             sources.append(
-                self_study_queries(
-                    self.engine, self.cache, self.tokens[start:end], answers, chunk_tokens=self.policy.chunk_tokens
-                )
+                self_study_queries(self.engine, self.cache, conversations, chunk_tokens=self.policy.chunk_tokens)
             )
         if self._live is not None:
             live = self._live.after(end)

@@ -166,13 +166,13 @@ class ScheduledCompaction:
     """A compaction that was made when the cache held `at_tokens` logical tokens.
 
     Attributes:
-        answers: what the model wrote in self-study, token ids for each prompt: where the compaction is made again they
-            are read, not written anew, as rounding alone may make a model write something else.
+        conversations: of self-study, token ids of each prompt with the model's answer. Where the compaction is made
+            again they are read, not written anew: rounding alone may make a model write something else.
     """
 
     at_tokens: int
     plan: Plan
-    answers: tuple[tuple[int, ...], ...] = ()
+    conversations: tuple[tuple[int, ...], ...] = ()
 
 
 def trigger_tokens(policy: MemoryPolicy, window_tokens: int, num_pinned: int) -> int:

@@ -4,15 +4,15 @@ from am_memory.queries.live import LiveQueries
 from am_memory.queries.reference import ReferenceQueries
 from am_memory.queries.repeat_prefill import as_turn, repeat_queries
 from am_memory.queries.scratch import queries_on_scratch
-from am_memory.queries.self_study import Answers, self_study_queries, written_answers
+from am_memory.queries.self_study import Conversations, self_study, self_study_queries
 
 __all__ = [
-    "Answers",
+    "Conversations",
     "LiveQueries",
     "ReferenceQueries",
     "as_turn",
     "queries_on_scratch",
     "repeat_queries",
+    "self_study",
     "self_study_queries",
-    "written_answers",
 ]

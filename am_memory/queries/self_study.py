@@ -24,8 +24,8 @@ PROMPTS = (
 """About what is to be compacted; each is a conversation of its own, in which the block's first words are quoted."""
 QUOTED_TOKENS = 24
 
-Answers = tuple[tuple[int, ...], ...]
-"""Token ids of the answer to each of the prompts."""
+Conversations = tuple[tuple[int, ...], ...]
+"""Token ids of each prompt with its answer, in the order of the prompts."""
 
 
 def study_prompts(engine: Engine, token_ids: Sequence[int]) -> list[list[int]]:
@@ -34,36 +34,39 @@ def study_prompts(engine: Engine, token_ids: Sequence[int]) -> list[list[int]]:
     return [as_turn(engine, f'{prompt}\n\n"{quoted}"') for prompt in PROMPTS]
 
 
-def written_answers(
+def self_study(
     engine: Engine,
     cache: SessionCache,
     token_ids: Sequence[int],
     *,
     max_tokens: int,
     on_progress: Callable[[int, int], None],
-) -> Answers:
+) -> Conversations:
     """Let the model answer the prompts on scratch, greedily, one after the other, as a cache holds one sequence.
 
     Args:
         cache: holds the block; it is afterwards as it was, whatever happens.
         token_ids: the block's tokens.
         max_tokens: of all answers together. Each ends with its turn, or with its share of what those before it left.
-        on_progress: called with (tokens of the budget that are used or not needed, budget).
+        on_progress: called with (tokens of the budget that are used, or not needed; budget).
     """
-    prompts, answers, left = study_prompts(engine, token_ids), [], max_tokens
+    prompts, conversations, num_used = study_prompts(engine, token_ids), [], 0
+
+    def on_written(num_written: int) -> None:
+        on_progress(num_used + num_written, max_tokens)
+
     for index, prompt in enumerate(prompts):
-        used = max_tokens - left
-        share = left // (len(prompts) - index)
-        answer = _written(engine, cache, prompt, share, lambda count: on_progress(used + count, max_tokens))  # noqa: B023
-        answers.append(answer)
-        left -= len(answer)
+        share = (max_tokens - num_used) // (len(prompts) - index)
+        answer = _answer(engine, cache, prompt, share, on_written)
+        conversations.append((*prompt, *answer))
+        num_used += len(answer)
     on_progress(max_tokens, max_tokens)
-    return tuple(answers)
+    return tuple(conversations)
 
 
-def _written(
+def _answer(
     engine: Engine, cache: SessionCache, prompt: Sequence[int], max_tokens: int, on_written: Callable[[int], None]
-) -> tuple[int, ...]:
+) -> list[int]:
     state, chunk = cache.state(), prompt
     answer: list[int] = []
     try:
@@ -71,32 +74,29 @@ def _written(
             token_id = int(engine.forward(cache, chunk, num_logits=1)[0].argmax())
             if token_id in engine.info.eos_token_ids:
                 break
-            answer.append(token_id)
             chunk = [token_id]
+            answer += chunk
             on_written(len(answer))
     finally:
         cache.restore(state)
-    return tuple(answer)
+    return answer
 
 
 def self_study_queries(
-    engine: Engine, cache: SessionCache, token_ids: Sequence[int], answers: Answers, *, chunk_tokens: int
+    engine: Engine, cache: SessionCache, conversations: Conversations, *, chunk_tokens: int
 ) -> list[ReferenceQueries]:
-    """Read each prompt and its answer on scratch, and take the queries of both.
+    """Read each conversation on scratch, and take the queries of all its tokens.
 
     Args:
         cache: holds the block; it is afterwards as it was, whatever happens.
-        token_ids: the block's tokens.
-        answers: of `written_answers`.
         chunk_tokens: read at once.
 
     Returns:
-        For each compactable layer num_key_value_groups queries for each token of the prompts and the answers.
+        For each compactable layer num_key_value_groups queries for each token.
     """
-    studies = []
-    for prompt, answer in zip(study_prompts(engine, token_ids), answers, strict=True):
-        turns = [*prompt, *answer]
-        chunks = (turns[start : start + chunk_tokens] for start in range(0, len(turns), chunk_tokens))
+    samples = []
+    for conversation in conversations:
+        chunks = (conversation[start : start + chunk_tokens] for start in range(0, len(conversation), chunk_tokens))
         passes = queries_on_scratch(engine, cache, chunks)
-        studies.append([ReferenceQueries.pooled(layer) for layer in passes])
-    return [ReferenceQueries.union(layer) for layer in zip(*studies, strict=True)]
+        samples.append([ReferenceQueries.pooled(layer) for layer in passes])
+    return [ReferenceQueries.union(layer) for layer in zip(*samples, strict=True)]
