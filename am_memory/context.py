@@ -271,7 +271,7 @@ class Context:
         started = time.perf_counter()
         exact_start = max(segment.start, cache.num_tokens - cache.num_tail_tokens)
         with failures(segment):
-            conversations = self._conversations(exact_start, segment.end, made, progress)
+            conversations = self._conversations(made, progress)
             queries = self._reference_queries(exact_start, segment.end, conversations, progress)
         query_seconds = time.perf_counter() - started
         more = as_planned if made else partial(richer, self.policy, self.trigger, cache.num_heads)
@@ -307,10 +307,8 @@ class Context:
             self.notify(GateMissed(self.name, segment.start, segment.end, result.held_out_error, limit))
         return report
 
-    def _conversations(
-        self, start: int, end: int, made: ScheduledCompaction | None, progress: Progress
-    ) -> Conversations:
-        """Of self-study: those that it was `made` with, or new ones; none where the policy does without."""
+    def _conversations(self, made: ScheduledCompaction | None, progress: Progress) -> Conversations:
+        """Of self-study: those that a compaction was `made` with, or new ones; none where the policy does without."""
         if "self_study" not in self.policy.reference_queries:
             return ()
         if made is not None and made.conversations:
@@ -318,7 +316,6 @@ class Context:
         return self_study(
             self.engine,
             self.cache,
-            self.tokens[start:end],
             max_tokens=self.policy.self_study_tokens,
             on_progress=partial(progress, "self_study"),
         )

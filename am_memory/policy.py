@@ -39,7 +39,7 @@ class MemoryPolicy(BaseModel):
             number of tokens.
         keep_recent: the last tokens, which no trigger compacts.
         reference_queries: the sample that a compaction is fitted on, any of "repeat" (one extra pass over the block),
-            "self_study" (the model answers prompts about the block: a forward pass for each token of the answers) and
+            "self_study" (the model answers prompts about what it was told: a pass for each token of the answers) and
             "live" (queries that passed since, free).
         self_study_tokens: how long these answers may be, all together.
         tool_result_weight: how much it counts that a tool's result can be repeated, beside what people and the model

@@ -1,4 +1,4 @@
-"""Self-study: the model answers prompts about the block, and the queries of prompts and answers are taken.
+"""Self-study: the model answers prompts about what it was told, and the queries of prompts and answers are taken.
 
 What it looks up while it sums up, asks, lists and structures is what later turns look up (arXiv:2602.16284, section
 3.1). Writing an answer costs a forward pass for each token; a written one is read in one. The two are apart, so that
@@ -14,43 +14,36 @@ from am_memory.queries.reference import ReferenceQueries
 from am_memory.queries.repeat_prefill import as_turn
 from am_memory.queries.scratch import queries_on_scratch
 
-SUBJECT = "the part of our conversation that begins with the words quoted below"
 PROMPTS = (
-    f"Sum up, in a few sentences, {SUBJECT}.",
-    f"Which details might somebody ask about in {SUBJECT}? Write short questions, each with its answer.",
-    f"List the facts in {SUBJECT}: names, numbers, dates, places, decisions, each in a few words, exactly as told.",
-    f"Write down as JSON {SUBJECT}: its persons and things, their properties, and the values of these.",
+    "Sum up what has been said so far in a few sentences.",
+    "Which questions might somebody ask about the details of what has been said so far? Write short questions, each with "
+    "its answer.",
+    "List the facts that have been told so far: names, numbers, dates, places, decisions, each in a few words, exactly as "
+    "they were told.",
+    "Write down as JSON what has been told so far: persons and things, their properties, and the values of these.",
 )
-"""About what is to be compacted; each is a conversation of its own, in which the block's first words are quoted."""
-QUOTED_TOKENS = 24
+"""Each is a conversation of its own."""
 
 Conversations = tuple[tuple[int, ...], ...]
 """Token ids of each prompt with its answer, in the order of the prompts."""
 
 
-def study_prompts(engine: Engine, token_ids: Sequence[int]) -> list[list[int]]:
-    """The prompts about the block of these tokens, each as a turn of its own where the model has a chat template."""
-    quoted = engine.decode(token_ids[:QUOTED_TOKENS], skip_special=True).strip()
-    return [as_turn(engine, f'{prompt}\n\n"{quoted}"') for prompt in PROMPTS]
+def study_prompts(engine: Engine) -> list[list[int]]:
+    """The prompts, each as a turn of its own where the model has a chat template."""
+    return [as_turn(engine, prompt) for prompt in PROMPTS]
 
 
 def self_study(
-    engine: Engine,
-    cache: SessionCache,
-    token_ids: Sequence[int],
-    *,
-    max_tokens: int,
-    on_progress: Callable[[int, int], None],
+    engine: Engine, cache: SessionCache, *, max_tokens: int, on_progress: Callable[[int, int], None]
 ) -> Conversations:
     """Let the model answer the prompts on scratch, greedily, one after the other, as a cache holds one sequence.
 
     Args:
         cache: holds the block; it is afterwards as it was, whatever happens.
-        token_ids: the block's tokens.
         max_tokens: of all answers together. Each ends with its turn, or with its share of what those before it left.
         on_progress: called with (tokens of the budget that are used, or not needed; budget).
     """
-    prompts, conversations, num_used = study_prompts(engine, token_ids), [], 0
+    prompts, conversations, num_used = study_prompts(engine), [], 0
 
     def on_written(num_written: int) -> None:
         on_progress(num_used + num_written, max_tokens)

@@ -11,10 +11,9 @@ from torch import Tensor
 from am_memory.cache import KVCache
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.queries import Conversations, queries_on_scratch, self_study, self_study_queries
-from am_memory.queries.self_study import PROMPTS, QUOTED_TOKENS, study_prompts
+from am_memory.queries.self_study import PROMPTS, study_prompts
 
 TOKENS = list(range(30, 130))
-BLOCK = TOKENS[:40]
 EOS = 257
 CONVERSATIONS = (tuple(range(40)), (7,), tuple(range(99, 121)))  # 63 tokens
 
@@ -66,7 +65,7 @@ class Failing:
 
 @pytest.fixture
 def cache(engine: TransformersEngine) -> KVCache:
-    """Holds the block and what came after it."""
+    """Holds what the conversations are about."""
     cache = engine.new_cache()
     engine.forward(cache, TOKENS)
     return cache
@@ -82,23 +81,21 @@ def is_as_it_was(cache: KVCache, before: list[Tensor]) -> bool:
 
 def answers(engine: TransformersEngine, conversations: Conversations) -> list[tuple[int, ...]]:
     """What follows the prompts."""
-    prompts = study_prompts(engine, BLOCK)
+    prompts = study_prompts(engine)
     for prompt, conversation in zip(prompts, conversations, strict=True):
         assert conversation[: len(prompt)] == tuple(prompt)
     return [conversation[len(prompt) :] for prompt, conversation in zip(prompts, conversations, strict=True)]
 
 
-def test_a_prompt_quotes_the_block_in_a_turn_of_its_own(engine: TransformersEngine) -> None:
-    quoted = engine.decode(BLOCK[:QUOTED_TOKENS]).strip()
-    for prompt, ids in zip(PROMPTS, study_prompts(engine, BLOCK), strict=True):
-        turn = f'<|im_end|>\n<|im_start|>user\n{prompt}\n\n"{quoted}"<|im_end|>\n<|im_start|>assistant\n'
-        assert engine.decode(ids) == turn
+def test_a_prompt_is_a_turn_of_its_own(engine: TransformersEngine) -> None:
+    for prompt, ids in zip(PROMPTS, study_prompts(engine), strict=True):
+        assert engine.decode(ids) == f"<|im_end|>\n<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize("max_tokens", [1, 3, 4, 10, 50])
 def test_all_answers_together_keep_to_the_budget(engine: TransformersEngine, cache: KVCache, max_tokens: int) -> None:
     endless = Answering(engine, [100] * len(PROMPTS))
-    conversations = self_study(endless, cache, BLOCK, max_tokens=max_tokens, on_progress=ignore)
+    conversations = self_study(endless, cache, max_tokens=max_tokens, on_progress=ignore)
     lengths = [len(answer) for answer in answers(engine, conversations)]
     assert sum(lengths) == max_tokens
     assert max(lengths) - min(lengths) <= 1
@@ -108,13 +105,13 @@ def test_an_answer_ends_with_its_turn_and_leaves_its_share_to_those_after_it(
     engine: TransformersEngine, cache: KVCache
 ) -> None:
     answering = Answering(engine, [0, 4, 100, 100])
-    written = answers(engine, self_study(answering, cache, BLOCK, max_tokens=40, on_progress=ignore))
+    written = answers(engine, self_study(answering, cache, max_tokens=40, on_progress=ignore))
     assert [len(answer) for answer in written] == [0, 4, 18, 18]
     assert written[1] == (97, 98, 99, 100)
 
 
 def test_answers_are_what_the_model_says_behind_the_prompt(engine: TransformersEngine, cache: KVCache) -> None:
-    conversations = self_study(engine, cache, BLOCK, max_tokens=20, on_progress=ignore)
+    conversations = self_study(engine, cache, max_tokens=20, on_progress=ignore)
     written = answers(engine, conversations)
     assert sum(map(len, written)) > len(PROMPTS)
     for conversation, answer in zip(conversations, written, strict=True):
@@ -129,7 +126,7 @@ def test_the_same_is_written_again(engine: TransformersEngine, cache: KVCache) -
     for start in range(0, len(TOKENS), 7):
         engine.forward(read_bit_by_bit, TOKENS[start : start + 7])
     first, second, other = (
-        self_study(engine, each, BLOCK, max_tokens=20, on_progress=ignore) for each in (cache, cache, read_bit_by_bit)
+        self_study(engine, each, max_tokens=20, on_progress=ignore) for each in (cache, cache, read_bit_by_bit)
     )
     assert first == second == other
 
@@ -137,7 +134,7 @@ def test_the_same_is_written_again(engine: TransformersEngine, cache: KVCache) -
 def test_progress_goes_up_to_the_budget(engine: TransformersEngine, cache: KVCache) -> None:
     events: list[tuple[int, int]] = []
     answering = Answering(engine, [2, 0, 3, 1])
-    self_study(answering, cache, BLOCK, max_tokens=40, on_progress=lambda *done: events.append(done))
+    self_study(answering, cache, max_tokens=40, on_progress=lambda *done: events.append(done))
     assert events == [(1, 40), (2, 40), (3, 40), (4, 40), (5, 40), (6, 40), (40, 40)]
 
 
@@ -158,7 +155,7 @@ def test_each_conversation_is_read_behind_the_cache_alone(engine: TransformersEn
 
 def test_the_cache_is_afterwards_as_it_was(engine: TransformersEngine, cache: KVCache) -> None:
     before = held(cache)
-    conversations = self_study(engine, cache, BLOCK, max_tokens=20, on_progress=ignore)
+    conversations = self_study(engine, cache, max_tokens=20, on_progress=ignore)
     assert is_as_it_was(cache, before)
     self_study_queries(engine, cache, conversations, chunk_tokens=16)
     assert is_as_it_was(cache, before)
@@ -168,7 +165,7 @@ def test_the_cache_is_afterwards_as_it_was(engine: TransformersEngine, cache: KV
 def test_a_failing_pass_leaves_the_cache_as_it_was(engine: TransformersEngine, cache: KVCache, at_call: int) -> None:
     before = held(cache)
     with pytest.raises(Boom):
-        self_study(Failing(engine, at_call), cache, BLOCK, max_tokens=20, on_progress=ignore)
+        self_study(Failing(engine, at_call), cache, max_tokens=20, on_progress=ignore)
     assert is_as_it_was(cache, before)
     with pytest.raises(Boom):
         self_study_queries(Failing(engine, at_call), cache, CONVERSATIONS, chunk_tokens=6)
@@ -182,5 +179,5 @@ def test_an_interrupt_while_it_writes_leaves_the_cache_as_it_was(engine: Transfo
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        self_study(engine, cache, BLOCK, max_tokens=20, on_progress=interrupt)
+        self_study(engine, cache, max_tokens=20, on_progress=interrupt)
     assert is_as_it_was(cache, before)
