@@ -16,10 +16,10 @@ from am_memory.queries.scratch import queries_on_scratch
 
 PROMPTS = (
     "Sum up what has been said so far in a few sentences.",
-    "Which questions might somebody ask about the details of what has been said so far? Write short questions, each with "
-    "its answer.",
-    "List the facts that have been told so far: names, numbers, dates, places, decisions, each in a few words, exactly as "
-    "they were told.",
+    "Which questions might somebody ask about the details of what has been said so far? Write short questions, each "
+    "with its answer.",
+    "List the facts that have been told so far: names, numbers, dates, places, decisions, each in a few words, exactly "
+    "as they were told.",
     "Write down as JSON what has been told so far: persons and things, their properties, and the values of these.",
 )
 """Each is a conversation of its own."""
