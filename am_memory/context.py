@@ -42,7 +42,14 @@ from am_memory.events import (
 )
 from am_memory.originals import Original, between, keep
 from am_memory.policy import SINK_TOKENS, MemoryPolicy, Plan, ScheduledCompaction, Sizes, plan, richer, trigger_tokens
-from am_memory.queries import LiveQueries, ReferenceQueries, repeat_queries
+from am_memory.queries import (
+    Conversations,
+    LiveQueries,
+    ReferenceQueries,
+    repeat_queries,
+    self_study,
+    self_study_queries,
+)
 from am_memory.recall import Recalled, at_rest, brought_back, put_away
 from am_memory.search import Span, search
 from am_memory.slots import Segment
@@ -255,8 +262,8 @@ class Context:
             return latest
         return best_boundary(self.engine, self.tokens, earliest, latest)
 
-    def _apply(self, plan: Plan, *, is_replay: bool = False) -> CompactionReport:
-        """Make one planned compaction and swap it in; the gate may give it more slots, unless it is made again."""
+    def _apply(self, plan: Plan, made: ScheduledCompaction | None = None) -> CompactionReport:
+        """Make one planned compaction and swap it in; the gate may give it more slots, unless it is `made` already."""
         cache, segment = self.cache, plan.newest
         kv_tokens, kv_bytes, at_tokens = cache.kv_tokens, cache.nbytes, cache.num_tokens
         self.notify(CompactionStarted(self.name, segment.start, segment.end, kv_tokens))
@@ -267,9 +274,10 @@ class Context:
         started = time.perf_counter()
         exact_start = max(segment.start, cache.num_tokens - cache.num_tail_tokens)
         with failures(segment):
-            queries = self._reference_queries(exact_start, segment.end, progress)
+            conversations = self._conversations(made, progress)
+            queries = self._reference_queries(exact_start, segment.end, conversations, progress)
         query_seconds = time.perf_counter() - started
-        more = as_planned if is_replay else partial(richer, self.policy, self.trigger, cache.num_heads)
+        more = as_planned if made else partial(richer, self.policy, self.trigger, cache.num_heads)
         result = compact(cache, plan, self.num_pinned, queries, self.policy, progress, more, self._calibration)
         plan, segment = result.plan, result.plan.newest
         originals = self.originals
@@ -278,7 +286,7 @@ class Context:
             originals = (*originals, keep(exact_start, segment.end, entries, self.policy.originals))
         cache.restore(result.state)
         self.originals = originals
-        self.schedule.append(ScheduledCompaction(at_tokens, plan))
+        self.schedule.append(ScheduledCompaction(at_tokens, plan, conversations))
         report = CompactionReport(
             session=self.name,
             start=segment.start,
@@ -302,7 +310,22 @@ class Context:
             self.notify(GateMissed(self.name, segment.start, segment.end, result.held_out_error, limit))
         return report
 
-    def _reference_queries(self, start: int, end: int, progress: Progress) -> list[ReferenceQueries]:
+    def _conversations(self, made: ScheduledCompaction | None, progress: Progress) -> Conversations:
+        """Of self-study: those that a compaction was `made` with, or new ones; none where the policy does without."""
+        if "self_study" not in self.policy.reference_queries:
+            return ()
+        if made is not None and made.conversations:
+            return made.conversations
+        return self_study(
+            self.engine,
+            self.cache,
+            max_tokens=self.policy.self_study_tokens,
+            on_progress=partial(progress, "self_study"),
+        )
+
+    def _reference_queries(
+        self, start: int, end: int, conversations: Conversations, progress: Progress
+    ) -> list[ReferenceQueries]:
         sources = []
         if "repeat" in self.policy.reference_queries:
             sources.append(
@@ -311,9 +334,13 @@ class Context:
                     self.cache,
                     self.tokens[start:end],
                     chunk_tokens=self.policy.chunk_tokens,
-                    on_progress=lambda done, total: progress("repeat", done, total),
+                    on_progress=partial(progress, "repeat"),
                     weights=self.weights(start, end),
                 )
+            )
+        if conversations:
+            sources.append(
+                self_study_queries(self.engine, self.cache, conversations, chunk_tokens=self.policy.chunk_tokens)
             )
         if self._live is not None:
             live = self._live.after(end)
@@ -471,7 +498,7 @@ class Context:
     def _replay(self, entry: ScheduledCompaction) -> None:
         while (done := self.cache.num_tokens) < entry.at_tokens:
             self._forward(self.tokens[done : min(entry.at_tokens, done + self.policy.chunk_tokens)])
-        self._apply(entry.plan, is_replay=True)
+        self._apply(entry.plan, entry)
 
     def fork(self, name: str, policy: MemoryPolicy | None = None) -> Context:
         """The same context under another name; memory is shared until the two differ."""

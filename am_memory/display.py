@@ -25,7 +25,12 @@ from am_memory.events import (
 from am_memory.session import Session
 from am_memory.storage import SavedSession
 
-STAGES = {"repeat": "  repeating the block", "score": "  scoring its keys", "fit": "  fitting its heads"}
+STAGES = {
+    "repeat": "  repeating the block",
+    "self_study": "  writing about what was said",
+    "score": "  scoring its keys",
+    "fit": "  fitting its heads",
+}
 BAR_CELLS = 20
 MIB = 2**20
 LEVELS = " ▁▂▃▄▅▆▇█"

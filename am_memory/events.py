@@ -33,7 +33,7 @@ class CompactionStarted:
 
 @dataclass(frozen=True)
 class CompactionProgress:
-    """One stage of a compaction moved on; `stage` is "repeat", "score" or "fit"."""
+    """One stage of a compaction moved on; `stage` is "repeat", "self_study", "score" or "fit"."""
 
     session: str
     stage: str

@@ -39,8 +39,10 @@ class MemoryPolicy(BaseModel):
             prompt ("system"; the sinks where there is none), that and the first message ("first_message"), or a
             number of tokens.
         keep_recent: the last tokens, which no trigger compacts.
-        reference_queries: the sample that a compaction is fitted on: "repeat" (one extra pass over the block), "live"
-            (queries that passed since, free), or both.
+        reference_queries: the sample that a compaction is fitted on, any of "repeat" (one extra pass over the block),
+            "self_study" (the model answers prompts about what it was told: a pass for each token of the answers) and
+            "live" (queries that passed since, free).
+        self_study_tokens: how long these answers may be, all together.
         tool_result_weight: how much it counts that a tool's result can be repeated, beside what people and the model
             say; 1 is as much. Slots and fits follow it.
         key_selection: "highest_attention", "omp", "omp_fast", or any `KeySelection`.
@@ -74,7 +76,8 @@ class MemoryPolicy(BaseModel):
     max_compact_tokens: Annotated[int, Field(gt=0)] | None = None
     pinned: Literal["sinks", "system", "first_message"] | Annotated[int, Field(ge=0)] = "system"
     keep_recent: Annotated[int, Field(ge=0)] = 64
-    reference_queries: Annotated[tuple[Literal["repeat", "live"], ...], Field(min_length=1)] = ("repeat",)
+    reference_queries: Annotated[tuple[Literal["repeat", "self_study", "live"], ...], Field(min_length=1)] = ("repeat",)
+    self_study_tokens: Annotated[int, Field(gt=0)] = 512
     tool_result_weight: Annotated[float, Field(gt=0, le=1)] = 1.0
     key_selection: Any = HighestAttention()
     head_budget: Literal["auto", "adaptive", "uniform", "calibrated"] | Annotated[str, Field(pattern=r"\.json$")] = (
@@ -170,10 +173,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class ScheduledCompaction:
-    """A compaction that was made when the cache held `at_tokens` logical tokens."""
+    """A compaction that was made when the cache held `at_tokens` logical tokens.
+
+    Attributes:
+        conversations: of self-study, token ids of each prompt with the model's answer. Where the compaction is made
+            again they are read, not written anew: rounding alone may make a model write something else.
+    """
 
     at_tokens: int
     plan: Plan
+    conversations: tuple[tuple[int, ...], ...] = ()
 
 
 def trigger_tokens(policy: MemoryPolicy, window_tokens: int, num_pinned: int) -> int:

@@ -33,6 +33,8 @@ CONTINUATION = (
 POLICY = MemoryPolicy(trigger_tokens=1.0, pinned="sinks", max_compact_tokens=4000)
 ONCE = {
     "AM (default)": {},
+    "AM, self-study": {"reference_queries": ("self_study",)},
+    "AM, repeat and self-study": {"reference_queries": ("repeat", "self_study")},
     "AM uniform": {"head_budget": "uniform"},
     "eviction": {"fit": "nothing"},
     "eviction, uniform": {"fit": "nothing", "head_budget": "uniform"},

@@ -271,6 +271,14 @@ def test_running_out_of_memory_in_the_repeat_pass_leaves_the_session_as_it_was(
     check_running_out_of_memory(new_session(), monkeypatch, "am_memory.context.repeat_queries", error)
 
 
+@pytest.mark.parametrize("function", ["self_study", "self_study_queries"])
+def test_running_out_of_memory_in_self_study_leaves_the_session_as_it_was(
+    new_session: NewSession, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    session = new_session(reference_queries=("self_study",), self_study_tokens=8)
+    check_running_out_of_memory(session, monkeypatch, f"am_memory.context.{function}", MemoryError())
+
+
 def test_keys_that_are_not_finite_cannot_be_compacted_and_say_so(new_session: NewSession) -> None:
     session = new_session()
     stats = session.stats

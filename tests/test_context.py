@@ -40,6 +40,7 @@ from am_memory.slots import PINNED_RANK
 POLICY = MemoryPolicy(trigger_tokens=64, keep_ratio=0.25, keep_recent=6, pinned=3, chunk_tokens=16)
 LIVE = ("live",)
 BOTH = ("repeat", "live")
+STUDY = {"reference_queries": ("repeat", "self_study"), "self_study_tokens": 8}
 PACKAGE = str(Path(am_memory.__file__).parent)
 
 NewContext = Callable[..., Context]
@@ -283,13 +284,67 @@ def test_the_union_has_the_queries_of_both(new_context: NewContext) -> None:
     context, alone = new_context(reference_queries=BOTH), new_context()
     for each in (context, alone):
         read(each, some_tokens(60))
-    repeat = alone._reference_queries(3, 33, lambda *_: None)
-    union = context._reference_queries(3, 33, lambda *_: None)
+    repeat = alone._reference_queries(3, 33, (), lambda *_: None)
+    union = context._reference_queries(3, 33, (), lambda *_: None)
     groups = 2
     for both, one in zip(union, repeat, strict=True):
         assert one.query.shape[1] == groups * 30
         assert both.query.shape[1] == groups * (30 + 59 - 33)
         assert torch.equal(both.query[:, : groups * 30], one.query)
+
+
+def test_self_study_adds_the_queries_of_its_conversations(new_context: NewContext) -> None:
+    context, alone = new_context(**STUDY), new_context()
+    for each in (context, alone):
+        read(each, some_tokens(60))
+    conversations = (tuple(some_tokens(9)), tuple(some_tokens(4)))
+    repeat = alone._reference_queries(3, 33, (), lambda *_: None)
+    union = context._reference_queries(3, 33, conversations, lambda *_: None)
+    groups = 2
+    for both, one in zip(union, repeat, strict=True):
+        assert both.query.shape[1] == groups * (30 + 9 + 4)
+        assert torch.equal(both.query[:, : groups * 30], one.query)
+
+
+@pytest.mark.parametrize(
+    "sources", [("self_study",), ("self_study", "live"), ("repeat", "self_study", "live")], ids=str
+)
+def test_self_study_serves_alone_and_with_others(new_context: NewContext, sources: tuple[str, ...]) -> None:
+    context = new_context(reference_queries=sources, self_study_tokens=8)
+    read(context, some_tokens(100))
+    write(context, 10)
+    assert context.schedule
+    assert all(made.conversations for made in context.schedule)
+
+
+def test_without_self_study_nothing_is_written(new_context: NewContext) -> None:
+    context = new_context(reference_queries=BOTH)
+    read(context, some_tokens(100))
+    assert context.schedule
+    assert not any(made.conversations for made in context.schedule)
+
+
+def test_a_rebuild_reads_what_was_written_and_writes_nothing(
+    new_context: NewContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = new_context(**STUDY)
+    read(context, some_tokens(90))
+    before = context.fork("before")
+    read(context, some_tokens(60, seed=1))
+    monkeypatch.setattr("am_memory.context.self_study", lambda *_args, **_options: pytest.fail("written anew"))
+    context.rewind(90)
+    assert context.schedule == before.schedule
+    assert_same_entries(context, before, atol=1e-4)
+
+
+def test_a_branch_that_takes_self_study_up_can_be_rebuilt(new_context: NewContext) -> None:
+    """The compactions that were made without it have no conversations; they are made again with new ones."""
+    context = new_context()
+    read(context, some_tokens(150))
+    branch = context.fork("branch", context.policy.model_copy(update=STUDY))
+    branch.rewind(90)
+    assert [made.plan for made in branch.schedule] == [made.plan for made in context.schedule[: len(branch.schedule)]]
+    assert all(made.conversations for made in branch.schedule)
 
 
 def test_live_queries_are_those_that_passed(new_context: NewContext) -> None:
@@ -301,7 +356,7 @@ def test_live_queries_are_those_that_passed(new_context: NewContext) -> None:
     read(in_pieces, tokens[40:])
     read(at_once, tokens)
     for one, other in zip(
-        *(each._reference_queries(3, 33, lambda *_: None) for each in (in_pieces, at_once)), strict=True
+        *(each._reference_queries(3, 33, (), lambda *_: None) for each in (in_pieces, at_once)), strict=True
     ):
         torch.testing.assert_close(one.query.sort(dim=1).values, other.query.sort(dim=1).values)
         torch.testing.assert_close(one.log_mass.sort(dim=1).values, other.log_mass.sort(dim=1).values)
@@ -460,6 +515,17 @@ def test_reading_in_chunks_reports_progress(new_context: NewContext) -> None:
     assert [event for event in events] == [ReadProgress("test", done, 49) for done in (16, 32, 48, 49)]
 
 
+def test_self_study_reports_its_progress_in_tokens(new_context: NewContext) -> None:
+    events: list[Event] = []
+    context = new_context(notify=events.append, **STUDY)
+    read(context, some_tokens(50))
+    events.clear()
+    context.compact()
+    stages = {stage: [(event.done, event.total) for event in group] for stage, group in by_stage(events)}
+    assert list(stages) == ["self_study", "repeat", "score", "fit"]
+    assert stages["self_study"][-1] == (8, 8)
+
+
 def by_stage(events: list[Event]) -> Iterator[tuple[str, Iterator[CompactionProgress]]]:
     progress = [event for event in events if isinstance(event, CompactionProgress)]
     return groupby(progress, key=lambda event: event.stage)
@@ -553,7 +619,7 @@ def atomic(context: Context, step: Callable[[], object]) -> None:
 @pytest.fixture(scope="module")
 def origin(engine: TransformersEngine) -> Context:
     """At its trigger, after compactions; tests go on with branches of it."""
-    policy = POLICY.model_copy(update={"reference_queries": BOTH})
+    policy = POLICY.model_copy(update={"reference_queries": ("repeat", "self_study", "live"), "self_study_tokens": 4})
     context = Context("test", engine, policy, ignore, engine.new_cache(), num_pinned=3)
     read(context, some_tokens(110))
     read(context, some_tokens(int(context.trigger - context.cache.kv_tokens)))

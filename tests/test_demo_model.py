@@ -56,3 +56,20 @@ def test_a_bfloat16_model_compacts_and_recalls() -> None:
     assert session.stats.num_compactions >= 1
     ship = written[0].facts[0]
     assert ask(session, [ship]) == {ship: ship.code}
+
+
+def test_self_study_writes_about_the_block_and_a_rebuild_reads_that_again(demo: Demo) -> None:
+    policy = MemoryPolicy(
+        trigger_tokens=384, keep_ratio=0.25, reference_queries=("repeat", "self_study"), self_study_tokens=96
+    )
+    session = Memory(TransformersEngine(*demo), policy).session()
+    written = letters(seed=0, num_letters=3, num_facts=1)
+    for letter in written:
+        session.append(letter.messages)
+    ship, made = written[0].facts[0], session.snapshot().schedule
+    assert made
+    assert all(len(entry.conversations) == 4 for entry in made)
+    assert ask(session, [ship]) == {ship: ship.code}
+    session._context.rebuild(len(session.tokens), "to compare")
+    assert session.snapshot().schedule == made
+    assert ask(session, [ship]) == {ship: ship.code}

@@ -328,6 +328,7 @@ def test_a_bound_below_the_floor_of_a_head_is_refused() -> None:
         ("keep_recent", -1),
         ("reference_queries", ()),
         ("reference_queries", ("telepathy",)),
+        ("self_study_tokens", 0),
         ("key_selection", "random"),
         ("key_selection", 7),
         ("head_budget", "lottery"),
@@ -369,8 +370,9 @@ def test_a_policy_is_frozen() -> None:
         MemoryPolicy(key_selection="omp", recompaction="refit", head_budget="uniform", fit="values"),
         MemoryPolicy(key_selection="omp_fast", pinned="first_message"),
         MemoryPolicy(head_budget=Path("folder") / "curves.json"),
+        MemoryPolicy(reference_queries=("repeat", "self_study"), self_study_tokens=200),
     ],
-    ids=["default", "numbers", "omp", "omp_fast", "calibrated"],
+    ids=["default", "numbers", "omp", "omp_fast", "calibrated", "self_study"],
 )
 def test_a_policy_survives_json(policy: MemoryPolicy) -> None:
     back = MemoryPolicy.model_validate_json(policy.model_dump_json())

@@ -57,7 +57,7 @@ def saved_session(dtype: torch.dtype = torch.float32) -> SavedSession:
         tokens=tuple(range(NUM_TOKENS + 1)),
         schedule=(
             ScheduledCompaction(30, Plan((Segment(4, 20, 5),))),
-            ScheduledCompaction(48, Plan(segments, is_refit=True)),
+            ScheduledCompaction(48, Plan(segments, is_refit=True), conversations=((7, 8, 9), (7,))),
         ),
         messages=(
             {"role": "user", "content": "snow ☃, half a character \udcff, nothing \0"},

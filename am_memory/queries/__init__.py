@@ -4,5 +4,15 @@ from am_memory.queries.live import LiveQueries
 from am_memory.queries.reference import ReferenceQueries
 from am_memory.queries.repeat_prefill import as_turn, repeat_queries
 from am_memory.queries.scratch import queries_on_scratch
+from am_memory.queries.self_study import Conversations, self_study, self_study_queries
 
-__all__ = ["LiveQueries", "ReferenceQueries", "as_turn", "queries_on_scratch", "repeat_queries"]
+__all__ = [
+    "Conversations",
+    "LiveQueries",
+    "ReferenceQueries",
+    "as_turn",
+    "queries_on_scratch",
+    "repeat_queries",
+    "self_study",
+    "self_study_queries",
+]

@@ -158,6 +158,19 @@ def test_live_queries_need_no_pass_of_their_own(new_session: NewSession) -> None
     assert session.logits(PROBE).isfinite().all()
 
 
+def test_self_study_compacts_and_a_rebuild_gives_the_same(new_session: NewSession) -> None:
+    policy = {"reference_queries": ("repeat", "self_study"), "self_study_tokens": 8}
+    session, other = new_session(**policy), new_session(**policy)
+    for each in (session, other):
+        each.append(TEXT[:100])
+    session.append(TEXT)
+    session.rewind(len(other.tokens))
+    made = session.snapshot().schedule
+    assert made
+    assert made == other.snapshot().schedule
+    assert_same(session.logits(PROBE), other.logits(PROBE))
+
+
 def test_heads_without_a_constant_direction_are_reported(
     llama: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

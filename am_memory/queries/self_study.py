@@ -1,0 +1,95 @@
+"""Self-study: the model answers prompts about what it was told, and the queries of prompts and answers are taken.
+
+What it looks up while it sums up, asks, lists and structures is what later turns look up (arXiv:2602.16284, section
+3.1). Writing an answer costs a forward pass for each token; a written one is read in one. The two are apart, so that
+whoever keeps the answers has the same queries again. Knows nothing of how they are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from am_memory.engines.base import Engine, SessionCache
+from am_memory.queries.reference import ReferenceQueries
+from am_memory.queries.repeat_prefill import as_turn
+from am_memory.queries.scratch import queries_on_scratch
+
+PROMPTS = (
+    "Sum up what has been said so far in a few sentences.",
+    "Which questions might somebody ask about the details of what has been said so far? Write short questions, each "
+    "with its answer.",
+    "List the facts that have been told so far: names, numbers, dates, places, decisions, each in a few words, exactly "
+    "as they were told.",
+    "Write down as JSON what has been told so far: persons and things, their properties, and the values of these.",
+)
+"""Each is a conversation of its own."""
+
+Conversations = tuple[tuple[int, ...], ...]
+"""Token ids of each prompt with its answer, in the order of the prompts."""
+
+
+def study_prompts(engine: Engine) -> list[list[int]]:
+    """The prompts, each as a turn of its own where the model has a chat template."""
+    return [as_turn(engine, prompt) for prompt in PROMPTS]
+
+
+def self_study(
+    engine: Engine, cache: SessionCache, *, max_tokens: int, on_progress: Callable[[int, int], None]
+) -> Conversations:
+    """Let the model answer the prompts on scratch, greedily, one after the other, as a cache holds one sequence.
+
+    Args:
+        cache: holds the block; it is afterwards as it was, whatever happens.
+        max_tokens: of all answers together. Each ends with its turn, or with its share of what those before it left.
+        on_progress: called with (tokens of the budget that are used, or not needed; budget).
+    """
+    prompts, conversations, num_used = study_prompts(engine), [], 0
+
+    def on_written(num_written: int) -> None:
+        on_progress(num_used + num_written, max_tokens)
+
+    for index, prompt in enumerate(prompts):
+        share = (max_tokens - num_used) // (len(prompts) - index)
+        answer = _answer(engine, cache, prompt, share, on_written)
+        conversations.append((*prompt, *answer))
+        num_used += len(answer)
+    on_progress(max_tokens, max_tokens)
+    return tuple(conversations)
+
+
+def _answer(
+    engine: Engine, cache: SessionCache, prompt: Sequence[int], max_tokens: int, on_written: Callable[[int], None]
+) -> list[int]:
+    state, chunk = cache.state(), prompt
+    answer: list[int] = []
+    try:
+        while len(answer) < max_tokens:
+            token_id = int(engine.forward(cache, chunk, num_logits=1)[0].argmax())
+            if token_id in engine.info.eos_token_ids:
+                break
+            chunk = [token_id]
+            answer += chunk
+            on_written(len(answer))
+    finally:
+        cache.restore(state)
+    return answer
+
+
+def self_study_queries(
+    engine: Engine, cache: SessionCache, conversations: Conversations, *, chunk_tokens: int
+) -> list[ReferenceQueries]:
+    """Read each conversation on scratch, and take the queries of all its tokens.
+
+    Args:
+        cache: holds the block; it is afterwards as it was, whatever happens.
+        chunk_tokens: read at once.
+
+    Returns:
+        For each compactable layer num_key_value_groups queries for each token.
+    """
+    samples = []
+    for conversation in conversations:
+        chunks = (conversation[start : start + chunk_tokens] for start in range(0, len(conversation), chunk_tokens))
+        passes = queries_on_scratch(engine, cache, chunks)
+        samples.append([ReferenceQueries.pooled(layer) for layer in passes])
+    return [ReferenceQueries.union(layer) for layer in zip(*samples, strict=True)]
