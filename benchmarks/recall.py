@@ -33,12 +33,15 @@ CONTINUATION = (
 POLICY = MemoryPolicy(trigger_tokens=1.0, pinned="sinks", max_compact_tokens=4000)
 ONCE = {
     "AM (default)": {},
-    "AM, self-study": {"reference_queries": ("self_study",)},
-    "AM, repeat and self-study": {"reference_queries": ("repeat", "self_study")},
     "AM uniform": {"head_budget": "uniform"},
     "eviction": {"fit": "nothing"},
     "eviction, uniform": {"fit": "nothing", "head_budget": "uniform"},
 }
+SELF_STUDY = {
+    "AM, self-study": {"reference_queries": ("self_study",)},
+    "AM, repeat and self-study": {"reference_queries": ("repeat", "self_study")},
+}
+"""Ten times as slow as the others, so only where they are named."""
 TURNS = {
     "segments (ours)": {},
     "segments, nothing fitted": {"fit": "nothing"},
@@ -205,7 +208,8 @@ def main() -> None:
     run, schemes, ratios = (once, ONCE, [5.0, 10.0]) if args.mode == "once" else (turns, TURNS, [10.0])
     if args.calibration:
         schemes = {**schemes, "AM calibrated": {"head_budget": args.calibration}}
-    schemes = {name: options for name, options in schemes.items() if args.schemes is None or name in args.schemes}
+    if args.schemes:
+        schemes = {name: options for name, options in (schemes | SELF_STUDY).items() if name in args.schemes}
     results = []
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         results += run(memory, seed, args.ratios or ratios, schemes)
