@@ -37,8 +37,13 @@ def bounded_least_squares(gram: Tensor, target: Tensor, lower: float, upper: flo
     x = solution
     for _ in range(MAX_ITERATIONS):
         gradient = _multiply(gram, x) - target
-        step = x - (x - gradient / gram.diagonal(dim1=1, dim2=2)).clamp(lower, upper)
-        is_solved = step.abs().amax(1) <= KKT_TOLERANCE
+        wanted = (x - gradient / gram.diagonal(dim1=1, dim2=2)).clamp(lower, upper)
+        is_near = (x - wanted).abs() <= KKT_TOLERANCE
+        is_held = is_near & (x != wanted) & ((wanted == lower) | (wanted == upper))
+        if is_held.any():  # what rests a hair inside a bound that it is pushed against rests on it
+            x = torch.where(is_held, wanted, x)
+            continue
+        is_solved = is_near.all(1)
         if is_solved.any():  # the others go on alone
             solution[unsolved[is_solved]] = x[is_solved]
             if is_solved.all():

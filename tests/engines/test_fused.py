@@ -29,7 +29,7 @@ pytest.importorskip("triton", reason="Triton has no build for this machine")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALING = 0.2
 TENSORS = ("key", "value", "bias")
-TOLERANCE = {torch.float32: 4e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
@@ -68,6 +68,7 @@ def random_case(
     """Queries as a model makes them, (tokens, heads) transposed, and a tail with spare room behind it."""
     num_heads = 3 if counts is None else len(counts)
     query = 2 * torch.randn(1, num_tokens, num_heads * groups, head_dim).transpose(1, 2)
+    query *= (64 / head_dim) ** 0.5  # scores of one size, whatever the head_dim: the rounding grows with them
     tail = torch.randn(2, 1, num_heads, num_past + num_tokens, head_dim)
     key, value = (poisoned(of.to(DEVICE, dtype), 5) for of in tail)
     slots = None if counts is None else random_slots(counts, head_dim, dtype)
