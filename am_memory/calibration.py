@@ -23,7 +23,7 @@ from am_memory.policy import SINK_TOKENS, MemoryPolicy, Plan
 from am_memory.queries import ReferenceQueries, repeat_queries
 from am_memory.queries.repeat_prefill import repeat_request
 from am_memory.slots import Segment, Slots
-from am_memory.solver import Block, exact_attention
+from am_memory.solver import exact_attention
 
 RATIOS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5)
 """Slots for each key of the block, at least one in all."""
@@ -167,7 +167,7 @@ class Passage:
 def _heads(index: int, layer: CompactableLayer, queries: ReferenceQueries, segment: Segment) -> list[Head]:
     """The heads of one layer, each of which gets its first slots first."""
     held = Entries.of(layer, segment)
-    block = Block(queries.query, held.key, held.value, float(layer.scaling or 0), queries.log_mass, held.bias)
+    block = held.block(layer, queries)
     exact, ranks = exact_attention(block), torch.arange(segment.num_tokens)
     return [
         Head(index, block.head(head), exact.head(head), held.positions[head], ranks, layer.rotations)

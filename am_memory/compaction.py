@@ -93,10 +93,7 @@ def compact(
     segment, layers = plan.newest, cache.compactable
     with failures(segment):
         entries = [Entries.of(layer, segment) for layer in layers]
-        blocks = [
-            Block(sample.query, held.key, held.value, float(layer.scaling or 0), sample.log_mass, held.bias)
-            for layer, held, sample in zip(layers, entries, queries, strict=True)
-        ]
+        blocks = [held.block(layer, sample) for layer, held, sample in zip(layers, entries, queries, strict=True)]
         exacts = []
         for index, block in enumerate(blocks):
             exacts.append(exact_attention(block))
@@ -157,6 +154,10 @@ class Entries:
         exact = cls(key, value, None, positions.expand(key.shape[0], -1))
         return exact if segment.start >= layer.start else exact._after(layer.slots, segment)
 
+    def block(self, layer: SessionLayer, queries: ReferenceQueries) -> Block:
+        """What the solver takes, of all heads of the layer."""
+        return Block(queries.query, self.key, self.value, float(layer.scaling or 0), queries.log_mass, self.bias)
+
     def _after(self, slots: Slots | None, segment: Segment) -> Entries:
         """These entries with a segment's slots before them, padded to the head that has the most."""
         assert slots is not None
@@ -198,7 +199,7 @@ def slot_ranks(
             ranks = uniform_ranks(together, policy.min_slots)
         case _:
             assert calibration is not None
-            ranks = calibrated_ranks(together, policy.min_slots, calibration)
+            ranks = calibrated_ranks(calibration, longest, policy.min_slots)
     split = torch.split(ranks.cpu(), [each.shape[0] for each in scores])
     return tuple(layer_ranks[:, : each.shape[1]] for layer_ranks, each in zip(split, scores, strict=True))
 

@@ -76,7 +76,7 @@ def _slope(left: tuple[float, float], right: tuple[float, float]) -> float:
     return (right[1] - left[1]) / (right[0] - left[0])
 
 
-def calibrated_ranks(scores: Tensor, min_slots: int, calibration: Calibration) -> Tensor:
+def calibrated_ranks(calibration: Calibration, seq_len: int, min_slots: int) -> Tensor:
     """Rank the slots of all heads by what each saves.
 
     This is where greedy exchange (arXiv:2602.16284) ends, at every total at once: with convex curves, moving a slot
@@ -84,14 +84,13 @@ def calibrated_ranks(scores: Tensor, min_slots: int, calibration: Calibration) -
     one that is in.
 
     Args:
-        scores: (num_heads, seq_len); only the shape counts.
+        seq_len: keys of the block.
         min_slots: each head gets its first `min_slots` before any head gets more.
-        calibration: of the model; its heads are those of `scores`.
 
     Returns:
         (num_heads, seq_len) int64; entry [h, k] is the rank of the k-th slot of head h. Ascending along k.
     """
-    return adaptive_ranks(calibration.gains(scores.shape[1]), min_slots)
+    return adaptive_ranks(calibration.gains(seq_len), min_slots)
 
 
 def calibration_for(head_budget: str, info: ModelInfo) -> Calibration | None:

@@ -37,19 +37,19 @@ def written(folder: Path, calibration: Calibration) -> str:
 @pytest.mark.parametrize("seq_len", [1, 63, 500])
 def test_every_slot_has_a_rank_of_its_own_and_a_head_takes_its_best_first(seq_len: int) -> None:
     calibration = curves(NEEDS_MUCH, NEEDS_LITTLE, NEEDS_NOTHING)
-    ranks = calibrated_ranks(torch.rand(3, seq_len), 2, calibration)
+    ranks = calibrated_ranks(calibration, seq_len, 2)
     assert ranks.flatten().sort().values.tolist() == list(range(3 * seq_len))
     assert (ranks.diff(dim=1) > 0).all()
 
 
 def test_a_head_that_loses_more_gets_more() -> None:
-    ranks = calibrated_ranks(torch.rand(3, 200), 1, curves(NEEDS_LITTLE, NEEDS_MUCH, NEEDS_NOTHING))
+    ranks = calibrated_ranks(curves(NEEDS_LITTLE, NEEDS_MUCH, NEEDS_NOTHING), 200, 1)
     little, much, nothing = (ranks < 60).sum(dim=1).tolist()
     assert much > 2 * little > nothing == 1
 
 
 def test_no_head_gets_more_before_every_head_has_its_least() -> None:
-    ranks = calibrated_ranks(torch.rand(3, 200), 4, curves(NEEDS_LITTLE, NEEDS_MUCH, NEEDS_NOTHING))
+    ranks = calibrated_ranks(curves(NEEDS_LITTLE, NEEDS_MUCH, NEEDS_NOTHING), 200, 4)
     assert (ranks < 12).sum(dim=1).tolist() == [4, 4, 4]
 
 
@@ -80,7 +80,7 @@ def test_exchanging_slots_greedily_ends_at_the_ranking() -> None:
         counts[taker] += 1
         counts[giver] -= 1
     assert counts != [12] * 4
-    assert (calibrated_ranks(torch.rand(4, 80), 1, calibration) < 48).sum(dim=1).tolist() == counts
+    assert (calibrated_ranks(calibration, 80, 1) < 48).sum(dim=1).tolist() == counts
 
 
 @pytest.mark.parametrize(
