@@ -49,6 +49,7 @@ from am_memory.queries import (
     repeat_queries,
     self_study,
     self_study_queries,
+    spoken_positions,
 )
 from am_memory.recall import Recalled, at_rest, brought_back, put_away
 from am_memory.search import Span, search
@@ -328,14 +329,15 @@ class Context:
     ) -> list[ReferenceQueries]:
         sources = []
         if "repeat" in self.policy.reference_queries:
+            spoken, weights = spoken_positions(self.engine, self.tokens, start, end), self.weights(start, end)
             sources.append(
                 repeat_queries(
                     self.engine,
                     self.cache,
-                    self.tokens[start:end],
+                    [self.tokens[position] for position in spoken],
                     chunk_tokens=self.policy.chunk_tokens,
                     on_progress=partial(progress, "repeat"),
-                    weights=self.weights(start, end),
+                    weights=None if weights is None else [weights[position - start] for position in spoken],
                 )
             )
         if conversations:

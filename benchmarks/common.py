@@ -7,6 +7,7 @@ import platform
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,11 @@ def machine() -> str:
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
     return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+
+
+def read_json(path: str | None) -> Any:
+    """What `write_json` wrote; an empty list where there is no such file."""
+    return json.loads(Path(path).read_text()) if path is not None and Path(path).exists() else []
 
 
 def write_json(path: str | None, content: object) -> None:

@@ -2,9 +2,10 @@
 
     python benchmarks/repetition.py --model MODEL --compactions 1 2 5 10 25 50
 
-Codes lie all over a text of some 6,000 tokens. It is read in 50 pieces; with n compactions everything read so far is
-compacted after each 50/n of them, so that in the end every scheme holds the same slots, whatever n is. Then all codes
-are asked for, and an unrelated continuation is read. Recalled and KL are those of recall.py.
+Codes lie all over a text of some 6,000 tokens. It is read in 50 pieces; with n compactions everything read so far, but
+for the last --recent tokens, is compacted after each 50/n of them, so that in the end every scheme holds as much,
+whatever n is. (There is one compaction less where the first part is not longer than these tokens.) Then all codes are
+asked for, and an unrelated continuation is read. Recalled and KL are those of recall.py.
 
 Schemes: ours; everything compacted anew each time ("refit"); eviction by the queries of the last 32 tokens, the same
 number of slots for every head (as SnapKV); eviction by the largest attention while the text is repeated, slots shared
@@ -22,7 +23,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 
 import torch
-from common import machine, table, write_json
+from common import machine, read_json, table, write_json
 from recall import CONTINUATION, POLICY, Judge, Result, report
 from torch import Tensor
 
@@ -38,8 +39,8 @@ OBSERVED_TOKENS = 32
 SINKS = 4
 READ = "I have read it."
 GREEDY = Sampling(temperature=0.0)
-Scheme = Callable[[Session, Memory, "Text", int, float], Session]
-"""From the full session, the memory, the text, the number of compactions and the ratio."""
+Scheme = Callable[[Session, Memory, "Text", int, "Size"], Session]
+"""From the full session, the memory, the text, the number of compactions and the size to come to."""
 SUMMARY_REQUEST = (
     "Sum up everything that you have read so far, with every name and every number, as briefly as you can."
 )
@@ -57,6 +58,18 @@ class LargestAttention:
             torch.maximum(largest, (weight / total[:, :, None]).amax(1), out=largest)
         ranking = largest.sort(dim=1, descending=True, stable=True).indices
         return repeat_first_in_padding(ranking[:, : int(num_slots.max())], num_slots)
+
+
+@dataclass(frozen=True)
+class Size:
+    """One slot for `ratio` tokens, and the last tokens exact."""
+
+    ratio: float
+    recent_tokens: int
+
+    def tokens(self, full: Session) -> int:
+        """What the whole text comes to."""
+        return int((len(full.tokens) - self.recent_tokens) / self.ratio) + self.recent_tokens
 
 
 @dataclass(frozen=True)
@@ -89,31 +102,32 @@ def parts_of(text: Text, count: int) -> list[list[Message]]:
 
 
 def compacting(**options: object) -> Scheme:
-    """Everything read so far is compacted after each part, but for what it is observed with."""
+    """Everything read so far is compacted after each part, but for what is recent or it is observed with."""
 
-    def run(full: Session, memory: Memory, text: Text, count: int, ratio: float) -> Session:
-        policy = POLICY.model_copy(update={"keep_ratio": 1 / ratio, **options})
+    def run(full: Session, memory: Memory, text: Text, count: int, size: Size) -> Session:
+        policy = POLICY.model_copy(update={"keep_ratio": 1 / size.ratio, **options})
         session = memory.scratch(policy=policy)
-        spared = OBSERVED_TOKENS if policy.reference_queries == ("live",) else 0
+        spared = max(size.recent_tokens, OBSERVED_TOKENS if policy.reference_queries == ("live",) else 0)
         for part in parts_of(text, count):
             session.append(part)
             available = session.stats.kv_tokens - SINKS
-            session.compact((available - spared) / available)
+            if session.stats.exact_tokens - SINKS - spared >= size.ratio:
+                session.compact((available - spared) / available)
         return session
 
     return run
 
 
-def window(full: Session, memory: Memory, text: Text, count: int, ratio: float) -> Session:
-    """The first tokens and the last ones, as many as the others have slots; read anew, so that nothing else is left."""
+def window(full: Session, memory: Memory, text: Text, count: int, size: Size) -> Session:
+    """The first tokens and the last ones, as many as the others hold; read anew, so that nothing else is left."""
     session = memory.scratch()
-    session.append([*full.tokens[:SINKS], *full.tokens[-int(len(full.tokens) / ratio) :]])
+    session.append([*full.tokens[:SINKS], *full.tokens[-size.tokens(full) :]])
     return session
 
 
-def summarised(full: Session, memory: Memory, text: Text, count: int, ratio: float) -> Session:
-    """A summary of the last summary and the next part, again and again."""
-    limit, summary = int(len(full.tokens) / ratio), ""
+def summarised(full: Session, memory: Memory, text: Text, count: int, size: Size) -> Session:
+    """A summary of the last summary and the next part, again and again; all that the others hold may be summary."""
+    limit, summary = size.tokens(full), ""
     for part in parts_of(text, count):
         session = memory.scratch()
         before = [{"role": "user", "content": summary}, {"role": "assistant", "content": READ}] if summary else []
@@ -136,20 +150,24 @@ REPEATS = {"window": (1,)}
 """Schemes that do not depend on the number of compactions."""
 
 
-def run(memory: Memory, seed: int, args: argparse.Namespace) -> list[dict[str, object]]:
+def run(memory: Memory, seed: int, args: argparse.Namespace, rows: list[dict[str, object]]) -> None:
+    """Add what is not among the rows yet."""
+    done = {(one["scheme"], one["compactions"]) for one in rows if one["seed"] == seed}
     text = write_text(seed, args.facts, args.pieces, args.sentences)
     full = memory.scratch()
     full.append(parts_of(text, 1)[0])
     judge = Judge(full, text.told, CONTINUATION)
-    rows = [row(0, judge.judge(full, "full cache", 1.0, seed, 0.0))]
+    if ("full cache", 0) not in done:
+        rows.append(row(0, judge.judge(full, "full cache", 1.0, seed, 0.0)))
     for scheme in args.schemes:
         for count in REPEATS.get(scheme, args.compactions):
+            if (scheme, count) in done:
+                continue
             started = time.perf_counter()
-            session = SCHEMES[scheme](full, memory, text, count, args.ratio)
+            session = SCHEMES[scheme](full, memory, text, count, Size(args.ratio, args.recent))
             seconds = time.perf_counter() - started
             rows.append(row(count, judge.judge(session, scheme, args.ratio, seed, seconds)))
             write_json(args.out, rows)
-    return rows
 
 
 def row(count: int, result: Result) -> dict[str, object]:
@@ -218,18 +236,23 @@ def main() -> None:
     parser.add_argument("--compactions", type=int, nargs="+", default=[1, 2, 5, 10, 25, 50])
     parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
     parser.add_argument("--ratio", type=float, default=10.0)
+    parser.add_argument("--recent", type=int, default=128, help="the last tokens, which stay exact")
     parser.add_argument("--facts", type=int, default=24)
     parser.add_argument("--pieces", type=int, default=50)
     parser.add_argument("--sentences", type=int, default=6, help="of prose in each piece")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--out", help="write the figures as JSON")
+    parser.add_argument("--out", help="write the figures as JSON; what is in it already is not run again")
     parser.add_argument("--plot", help="draw recall by number of compactions to this file")
     args = parser.parse_args()
     for count in args.compactions:
         if count < 1 or args.pieces % count:
             parser.error(f"--compactions {count}: {args.pieces} pieces cannot be cut in as many equal parts")
     memory = Memory.from_pretrained(args.model, policy=POLICY)
-    rows = [one for seed in range(args.seeds) for one in run(memory, seed, args)]
+    rows: list[dict[str, object]] = read_json(args.out)
+    for seed in range(args.seeds):
+        run(memory, seed, args, rows)
+    order = ["full cache", *SCHEMES]
+    rows.sort(key=lambda one: (one["seed"], order.index(one["scheme"]), one["compactions"]))
     write_json(args.out, rows)
     if args.plot:
         plot(rows, args.plot)

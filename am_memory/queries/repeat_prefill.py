@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from am_memory.engines.base import Engine, SessionCache
 from am_memory.queries.reference import ReferenceQueries
 from am_memory.queries.scratch import queries_on_scratch
+from am_memory.queries.spoken import MARK
 
 REQUEST = "Repeat the previous context."
 
@@ -24,10 +25,9 @@ def as_turn(engine: Engine, text: str) -> list[int]:
     """A text as a turn of its own in the midst of a chat, where the model has a chat template."""
     if not engine.has_chat_template:
         return engine.encode(f"\n\n{text}\n\n")
-    mark = "\u241e"
-    turns = [("user", text), ("assistant", mark), ("user", text)]
+    turns = [("user", text), ("assistant", MARK), ("user", text)]
     text = engine.render([{"role": role, "content": content} for role, content in turns], add_generation_prompt=True)
-    return engine.encode(text.split(mark, 1)[-1])
+    return engine.encode(text.split(MARK, 1)[-1])
 
 
 def repeat_queries(
@@ -43,7 +43,7 @@ def repeat_queries(
 
     Args:
         cache: holds the block; it is afterwards as it was.
-        token_ids: the block's tokens.
+        token_ids: the block's tokens, as far as they are to be repeated.
         chunk_tokens: read at once.
         on_progress: called with (tokens read, tokens to read).
         weights: how much it counts that each of the tokens can be repeated; None: all alike.

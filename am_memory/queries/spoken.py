@@ -1,0 +1,52 @@
+"""What was said: the tokens of a chat without the marks that its template puts between messages.
+
+A model that is shown the next speaker's header no longer repeats, it goes on with the chat. So the marks are left out
+of what it repeats; they stay in the cache, and in what is compacted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from am_memory.engines.base import Engine
+
+MARK = "\u241e"
+"""Stands for a message's content where a chat template is asked what it writes around it."""
+
+
+def spoken_positions(engine: Engine, token_ids: Sequence[int], start: int, end: int) -> list[int]:
+    """The positions of a block whose tokens somebody said.
+
+    What stands between two messages counts as one white space, if it ends in one.
+
+    Args:
+        token_ids: of the whole conversation; the block is `token_ids[start:end]`.
+
+    Returns:
+        Rising positions in [start, end); all of them if nothing but marks is in the block.
+    """
+    separators = _separators(engine)
+    marks = {token_id for token_id in set(token_ids[start:end]) if _is_special(engine, token_id)}
+    longest = max(map(len, separators), default=0)
+    left_out: set[int] = set()
+    for first in range(max(start - longest, 0), end):
+        for separator in separators:
+            last = first + len(separator) - 1
+            if list(token_ids[first : last + 1]) == separator:
+                ends_in_space = not engine.decode(separator[-1:]).strip()
+                left_out.update(range(first, last if ends_in_space else last + 1))
+    spoken = [position for position in range(start, end) if position not in left_out]
+    return [position for position in spoken if token_ids[position] not in marks] or list(range(start, end))
+
+
+def _separators(engine: Engine) -> list[list[int]]:
+    """What the chat template writes between a user's message and the model's, and the other way round."""
+    if not engine.has_chat_template:
+        return []
+    roles = ("user", "assistant", "user")
+    text = engine.render([{"role": role, "content": MARK} for role in roles], add_generation_prompt=False)
+    return [engine.encode(separator) for separator in text.split(MARK)[1:-1]]
+
+
+def _is_special(engine: Engine, token_id: int) -> bool:
+    return engine.decode([token_id], skip_special=True) == "" != engine.decode([token_id])
