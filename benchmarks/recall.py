@@ -20,7 +20,7 @@ from torch import Tensor
 
 from am_memory import Memory, MemoryPolicy, Session
 from am_memory.demo import Fact, facts, hide, prose, question_text
-from am_memory.engines.base import EngineName
+from am_memory.engines.base import EngineName, Message
 
 CONTINUATION = (
     " Bread begins with flour, water, salt and time. The baker mixes the dough early in the morning, lets "
@@ -99,29 +99,53 @@ class Judge:
         )
 
 
-def once(memory: Memory, seed: int, ratios: list[float], schemes: dict[str, dict]) -> list[Result]:
-    """12 codes in about 750 tokens, about 330 exact tokens after them, one compaction of the 750."""
+@dataclass(frozen=True)
+class Scene:
+    """12 codes in about 750 tokens, and about 330 tokens after them.
+
+    Attributes:
+        full: has read all of it.
+        recent: what comes after the codes.
+        old_fraction: of the cache, as `Session.compact` has it: all but what is recent.
+    """
+
+    full: Session
+    recent: list[Message]
+    judge: Judge
+    old_fraction: float
+
+
+def set_scene(memory: Memory, seed: int) -> Scene:
     rng = random.Random(seed)
     told = facts(rng, 12)
     full = memory.session(f"once-{seed}")
     report_turn = {"role": "user", "content": "Read this report. " + hide(rng, told, 32)}
     full.append([report_turn, {"role": "assistant", "content": "I have read it."}])
     num_old = full.stats.logical_tokens
-    recent = [{"role": "user", "content": " ".join(prose(rng, 18))}, {"role": "assistant", "content": "I see."}]
+    recent: list[Message] = [
+        {"role": "user", "content": " ".join(prose(rng, 18))},
+        {"role": "assistant", "content": "I see."},
+    ]
     full.append(recent)
-    judge = Judge(full, [told], CONTINUATION)
     fraction = (num_old - 4) / (full.stats.logical_tokens - 1 - 4)
+    return Scene(full, recent, Judge(full, [told], CONTINUATION), fraction)
+
+
+def once(memory: Memory, seed: int, ratios: list[float], schemes: dict[str, dict]) -> list[Result]:
+    """One compaction of what has the codes in it."""
+    scene = set_scene(memory, seed)
+    full, judge = scene.full, scene.judge
     results = [judge.judge(full, "full cache", 1.0, seed, 0.0)]
     report(results[-1])
     for ratio in ratios:
         for scheme, options in schemes.items():
             session = full.fork(policy=POLICY.model_copy(update={"keep_ratio": 1 / ratio, **options}))
             started = time.perf_counter()
-            session.compact(fraction)
+            session.compact(scene.old_fraction)
             results.append(judge.judge(session, scheme, ratio, seed, time.perf_counter() - started))
             report(results[-1])
     dropped = memory.session(f"dropped-{seed}")
-    dropped.append(recent)
+    dropped.append(scene.recent)
     results.append(judge.judge(dropped, "truncation", float("inf"), seed, 0.0))
     report(results[-1])
     memory.delete(full.name)
