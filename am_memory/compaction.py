@@ -20,6 +20,7 @@ from am_memory.cache import Snapshot
 from am_memory.engines.base import SessionCache, SessionLayer
 from am_memory.errors import CompactionFailed, InvalidInput
 from am_memory.policy import MemoryPolicy, Plan
+from am_memory.quantised import decoded
 from am_memory.queries import ReferenceQueries
 from am_memory.slots import Segment, Slots
 from am_memory.solver import MAX_FOLD_ERROR, Block, ExactAttention, Fit, exact_attention, fit, output_error
@@ -114,7 +115,8 @@ def compact(
             plan = more
             fitted = fit_all(heads, plan, policy, progress)
         new_slots = [
-            Slots.stack([fitted.slots[head] for head in heads if head.layer == index]) for index in range(len(layers))
+            stacked([fitted.slots[head] for head in heads if head.layer == index], policy)
+            for index in range(len(layers))
         ]
         state = cache.compacted(plan.segments, new_slots, num_pinned)
     return Compaction(
@@ -168,8 +170,8 @@ class Entries:
             return padded.to(pieces[0].dtype)
 
         return Entries(
-            torch.cat([pad([head.key for head in heads], 0), self.key], dim=1),
-            torch.cat([pad([head.value for head in heads], 0), self.value], dim=1),
+            torch.cat([pad([decoded(head.key) for head in heads], 0), self.key], dim=1),
+            torch.cat([pad([decoded(head.value) for head in heads], 0), self.value], dim=1),
             torch.cat([pad([head.bias for head in heads], -torch.inf), self.key.new_zeros(self.key.shape[:2])], dim=1),
             torch.cat([pad([head.positions for head in heads], 0), self.positions], dim=1),
         )
@@ -333,6 +335,11 @@ def fit_heads(group: Sequence[Head], segment: Segment, policy: MemoryPolicy) -> 
             )
         )
     return group_fit, slots, held_out_error
+
+
+def stacked(heads: Sequence[Slots], policy: MemoryPolicy) -> Slots:
+    """One layer from its heads, in the dtype in which the policy keeps segments."""
+    return Slots.stack([slots.quantised() for slots in heads] if policy.segment_dtype == "int8" else heads)
 
 
 @contextmanager

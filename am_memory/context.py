@@ -98,6 +98,11 @@ class Context:
                 f"originals {self.policy.originals!r} needs a cache that exact entries can come back into; this "
                 "engine's cells are shared by all heads: leave it at 'drop'"
             )
+        if self.policy.segment_dtype != "model" and not isinstance(self.cache, KVCache):
+            raise InvalidPolicy(
+                f"segment_dtype {self.policy.segment_dtype!r} is for engine='transformers'; this engine keeps all "
+                "cells in one type: leave it at 'model', and give the engine kv_type='q8_0'"
+            )
         self._live = LiveQueries() if "live" in self.policy.reference_queries else None
         self._seek_live()
         self.trigger = trigger_tokens(self.policy, self.engine.info.window_tokens, self.num_pinned)

@@ -54,6 +54,9 @@ class MemoryPolicy(BaseModel):
             is, compact entries too, again and again: arXiv:2602.16284, online AIME).
         originals: the exact entries of compacted tokens: "drop", or kept off the device, in "host" memory or on
             "disk", so that `Session.recall` can bring them back.
+        segment_dtype: what keys and values of compact segments are kept in: "model", its own dtype, or "int8", with a
+            scale for each channel of each segment and head, and decoded whenever they are attended to. Biases, and
+            pinned and recalled entries, keep the model's; reported errors are those before rounding.
         max_error: the gate: an eighth of the reference queries is held out of the fits, and while the relative error of
             the attention output on them is above this, a new segment gets twice the slots, as far as
             `max_compact_tokens` leaves room. Where it does not, the compaction is made all the same, since the
@@ -85,6 +88,7 @@ class MemoryPolicy(BaseModel):
     )
     recompaction: Literal["segments", "refit"] = "segments"
     originals: Literal["drop", "host", "disk"] = "drop"
+    segment_dtype: Literal["model", "int8"] = "model"
     max_error: Annotated[float, Field(gt=0)] | None = None
     min_slots: Annotated[int, Field(gt=0)] = 1
     fit: Literal["bias_and_values", "bias", "values", "nothing"] = "bias_and_values"

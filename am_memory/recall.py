@@ -40,13 +40,13 @@ def brought_back(state: CacheState, segment: Segment, entries: Sequence[LayerEnt
     compact, exact = [], []
     for slots, (key, value) in zip(_slots(state), entries, strict=True):
         compact.append(slots.within(segment.start, segment.end).to("cpu"))
-        exact.append(Slots.recalled(key, value, segment.start).to(slots.key.device))
+        exact.append(Slots.recalled(key, value, segment.start).to(slots.bias.device))
     return state.exchanged(segment, exact), Recalled(segment, tuple(compact))
 
 
 def put_away(state: CacheState, recalled: Recalled) -> CacheState:
     """The state in which a segment is compact again."""
-    compact = [mine.to(held.key.device) for mine, held in zip(recalled.slots, _slots(state), strict=True)]
+    compact = [mine.to(held.bias.device) for mine, held in zip(recalled.slots, _slots(state), strict=True)]
     return state.exchanged(recalled.segment, compact)
 
 

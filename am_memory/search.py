@@ -19,6 +19,7 @@ from torch import Tensor
 from am_memory.boundaries import best_boundary
 from am_memory.engines.base import Engine, SessionCache
 from am_memory.originals import Original
+from am_memory.quantised import decoded
 from am_memory.queries import as_turn, queries_on_scratch
 from am_memory.slots import Segment, Slots
 
@@ -129,7 +130,7 @@ def held_keys(cache: SessionCache, originals: Sequence[Original]) -> Iterator[He
         if layer.slots is not None:
             for head in range(layer.slots.num_heads):
                 slots = _without(layer.slots.head(head), originals)
-                yield HeadKeys(index, head, slots.key, slots.bias, slots.positions)
+                yield HeadKeys(index, head, decoded(slots.key), slots.bias, slots.positions)
 
 
 def _without(slots: Slots, originals: Sequence[Original]) -> Slots:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from am_memory.quantised import Quantised, Rows, cat, decoded, tensors
 
 PINNED_RANK = -1
 """The rank of an entry that no budget cuts."""
@@ -53,7 +55,8 @@ class Slots:
     """The compact entries of one layer, ragged over its KV heads; immutable, so forks share them.
 
     Attributes:
-        key, value: (total_slots, head_dim), head after head; within a head in the order of the tokens.
+        key, value: (total_slots, head_dim), head after head; within a head in the order of the tokens. Where segments
+            are kept in int8, they are `Quantised`, with pinned and recalled entries as they were.
         bias: (total_slots,), log of how many exact entries a slot weighs; zero for pinned exact entries.
         positions: (total_slots,) int32, the logical position that a slot's key was written at.
         ranks: (total_slots,) int32, the slot's place in its segment's ranking at birth, or `PINNED_RANK`. Attention
@@ -61,24 +64,12 @@ class Slots:
         cu_slots: where each head begins, and the end: num_key_value_heads + 1 numbers.
     """
 
-    key: Tensor
-    value: Tensor
+    key: Rows
+    value: Rows
     bias: Tensor
     positions: Tensor
     ranks: Tensor
     cu_slots: tuple[int, ...]
-    heads: tuple[HeadSlots, ...] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        heads = tuple(
-            HeadSlots(
-                self.key[None, None, begin:end],
-                self.value[None, None, begin:end],
-                self.bias[None, None, None, begin:end],
-            )
-            for begin, end in itertools.pairwise(self.cu_slots)
-        )
-        object.__setattr__(self, "heads", heads)
 
     @classmethod
     def exact(cls, key: Tensor, value: Tensor, start: int) -> Slots:
@@ -108,25 +99,35 @@ class Slots:
         return replace(stacked, cu_slots=stacked.cu_slots[:: len(parts)])
 
     def head(self, index: int) -> Slots:
-        """One head's slots, as a layer of one head; views."""
+        """One head's slots, as a layer of one head; views, but of what is in int8."""
         where = slice(self.cu_slots[index], self.cu_slots[index + 1])
         return self._of((field[where] for field in self.fields), (0, where.stop - where.start))
 
     @classmethod
     def stack(cls, heads: Sequence[Slots]) -> Slots:
         """One layer from its heads, given one by one."""
-        fields = (torch.cat(field) for field in zip(*(head.fields for head in heads), strict=True))
+        fields = (cat(field) for field in zip(*(head.fields for head in heads), strict=True))
         return cls._of(fields, (0, *itertools.accumulate(head.num_slots for head in heads)))
 
     @classmethod
-    def _of(cls, fields: Iterable[Tensor], cu_slots: tuple[int, ...]) -> Slots:
+    def _of(cls, fields: Iterable[Any], cu_slots: tuple[int, ...]) -> Slots:
         key, value, bias, positions, ranks = fields
         return cls(key, value, bias, positions, ranks, cu_slots)
 
     def to(self, device: torch.device | str) -> Slots:
         """The same slots with what attention needs on a device."""
-        key, value, bias = (tensor.to(device) for tensor in self.tensors)
-        return replace(self, key=key, value=value, bias=bias)
+        return replace(self, key=self.key.to(device), value=self.value.to(device), bias=self.bias.to(device))
+
+    def quantised(self) -> Slots:
+        """One head's slots with keys and values in int8."""
+        assert self.num_heads == 1
+        return replace(self, key=Quantised.of(decoded(self.key)), value=Quantised.of(decoded(self.value)))
+
+    def decoded(self) -> Slots:
+        """The same slots with keys and values in the model's dtype, for attention."""
+        if isinstance(self.key, Tensor):
+            return self
+        return replace(self, key=decoded(self.key), value=decoded(self.value))
 
     def within(self, start: int, end: int) -> Slots:
         """The slots of the tokens at [start, end), pinned ones apart."""
@@ -138,7 +139,8 @@ class Slots:
         kept_before = [0, *keep.cumsum(0).tolist()]
         cu_slots = tuple(kept_before[start] for start in self.cu_slots)
         kept = keep.nonzero()[:, 0]
-        return self._of((field[kept.to(field.device)] for field in self.fields), cu_slots)
+        fields = (field[kept if isinstance(field, Quantised) else kept.to(field.device)] for field in self.fields)
+        return self._of(fields, cu_slots)
 
     def cut(self, segments: Sequence[Segment]) -> Slots:
         """Drop the slots that no longer fit in their segment's `num_slots`.
@@ -155,13 +157,22 @@ class Slots:
         return self if bool(keep.all()) else self.where(keep)
 
     @property
-    def fields(self) -> tuple[Tensor, ...]:
-        return *self.tensors, self.positions, self.ranks
+    def fields(self) -> tuple[Rows, ...]:
+        return self.key, self.value, self.bias, self.positions, self.ranks
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What attention needs, in the device's memory."""
-        return self.key, self.value, self.bias
+        """What attention needs, in the device's memory: key, value and bias where nothing is in int8."""
+        return *tensors(self.key), *tensors(self.value), self.bias
+
+    @cached_property
+    def heads(self) -> tuple[HeadSlots, ...]:
+        """Views, so not of what is in int8."""
+        key, value, bias = self.tensors
+        return tuple(
+            HeadSlots(key[None, None, begin:end], value[None, None, begin:end], bias[None, None, None, begin:end])
+            for begin, end in itertools.pairwise(self.cu_slots)
+        )
 
     @property
     def num_slots(self) -> int:
@@ -180,4 +191,4 @@ class Slots:
     @cached_property
     def cu_slots_tensor(self) -> Tensor:
         """`cu_slots` as int32 in the device's memory, for kernels."""
-        return torch.tensor(self.cu_slots, dtype=torch.int32, device=self.key.device)
+        return torch.tensor(self.cu_slots, dtype=torch.int32, device=self.bias.device)

@@ -6,7 +6,8 @@ Owns the file's layout, its checksum, and how a session's name becomes a file's.
     session                  what is no tensor, as JSON in bytes: safetensors bounds its own header to 100 MB
     tokens                   int64
     layers.3.key, .value     the exact tail without its spare room, or the sliding window
-    layers.3.slots.key, ...  the fields of `Slots`, where there are any
+    layers.3.slots.key, ...  the fields of `Slots`, where there are any; where they are in int8 those of `Quantised`
+                             in place of a key or value: layers.3.slots.key.codes, ...
 
 The exact entries of compacted spans, where they are kept, lie beside in `originals/`: a file for each span, named by
 its digest and shared by all sessions that have it, with an empty file for each of these sessions. What has no such mark
@@ -39,6 +40,7 @@ from am_memory.engines.base import Message
 from am_memory.errors import CorruptSession, NewerFormat, SessionNotFound, StorageError
 from am_memory.originals import Original, Place, received
 from am_memory.policy import ScheduledCompaction
+from am_memory.quantised import NOT_CODED, Quantised, Rows
 from am_memory.slots import Segment, Slots
 
 FORMAT, NEEDS = 1, "0.1.0"
@@ -47,6 +49,7 @@ SUFFIX = ".safetensors"
 MAX_PART_CHARS = 200
 """Of a file's name, where file systems take 255: a longer one is cut into folders."""
 SLOT_FIELDS = ("key", "value", "bias", "positions", "ranks")
+QUANTISED_FIELDS = ("codes", "scale", "exact", "group")
 ORIGINALS, DIGEST_CHARS = "originals", 64
 CHECKSUM_KEY, ZEROS = b'"sha256":"', b"0" * 64
 """The checksum is of the whole file with zeros in its own place."""
@@ -344,7 +347,11 @@ def _parts(layer: LayerState) -> dict[str, Tensor | None]:
         parts["key"] = layer.buffer.key[:, :, : layer.length]
         parts["value"] = layer.buffer.value[:, :, : layer.length]
     if layer.slots is not None:
-        parts.update({f"slots.{name}": getattr(layer.slots, name) for name in SLOT_FIELDS})
+        for name, field in zip(SLOT_FIELDS, layer.slots.fields, strict=True):
+            if isinstance(field, Quantised):
+                parts.update({f"slots.{name}.{of}": getattr(field, of) for of in QUANTISED_FIELDS})
+            else:
+                parts[f"slots.{name}"] = field
         parts["slots.cu_slots"] = torch.tensor(layer.slots.cu_slots)
     return parts
 
@@ -392,14 +399,24 @@ def _layer(layer: _Layer, parts: dict[str, Tensor], tail_start: int, device: tor
         return SlidingState(key, value, layer.num_tokens)
     slots = None
     if "slots.cu_slots" in parts:
-        fields = {name: parts[f"slots.{name}"] for name in SLOT_FIELDS}
+        fields: dict[str, Any] = {name: _slot_field(parts, f"slots.{name}") for name in SLOT_FIELDS}
         cu_slots = parts["slots.cu_slots"].tolist()
-        sizes = {len(tensor) for tensor in fields.values()}
+        sizes = {len(field) for field in fields.values()}
         is_ascending = cu_slots == sorted(cu_slots) and len(cu_slots) == key.shape[1] + 1
         _require(is_ascending and sizes == {cu_slots[-1]}, f"slots {cu_slots} in tensors of {sizes}")
-        on_device = {name: fields[name].to(device) for name in ("key", "value", "bias")}
-        slots = Slots(**{**fields, **on_device}, cu_slots=tuple(cu_slots))
+        slots = Slots(**fields, cu_slots=tuple(cu_slots)).to(device)
     return TailState(slots, TailBuffer(key, value), tail_start, key.shape[2])
+
+
+def _slot_field(parts: dict[str, Tensor], name: str) -> Rows:
+    if name in parts:
+        return parts[name]
+    rows = Quantised(*(parts[f"{name}.{of}"] for of in QUANTISED_FIELDS))
+    coded = rows.group[rows.group != NOT_CODED]
+    sizes = [len(tensor) for tensor in rows.tensors]
+    is_whole = sizes == [len(coded), len(set(coded.tolist())), len(rows) - len(coded)]
+    _require(is_whole, f"{len(coded)} of {len(rows)} rows coded in tensors of {sizes}")
+    return rows
 
 
 def _require(is_so: bool, otherwise: str) -> None:

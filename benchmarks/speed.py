@@ -98,9 +98,10 @@ class Bench:
 
 @dataclass(frozen=True)
 class Context:
-    """One compacted session, and stock caches as long as it is: in what they hold, and in what they stand for."""
+    """A compacted session, the same in int8, and stock caches as long: in what they hold, in what they stand for."""
 
     session: Session
+    int8: Session
     physical: DynamicCache
     logical: DynamicCache
 
@@ -109,13 +110,15 @@ class Context:
         num_tokens = compacted_tokens + exact_tokens
         session = bench.memory.session("decoding")
         session.append(bench.ids[: num_tokens + 1])
-        session.compact(compacted_tokens / num_tokens)
+        int8 = session.fork(policy=bench.memory.policy.model_copy(update={"segment_dtype": "int8"}))
+        for each in (session, int8):
+            each.compact(compacted_tokens / num_tokens)
         caches = []
         with bench.stock_attention():
             for length in (round(session.stats.kv_tokens), num_tokens):
                 caches.append(DynamicCache())
                 bench.read(caches[-1], bench.ids[:length], bench.memory.policy.chunk_tokens)
-        return cls(session, *caches)
+        return cls(session, int8, *caches)
 
     @property
     def cache(self) -> KVCache:
@@ -123,11 +126,17 @@ class Context:
         return self.session._context.cache  # type: ignore[return-value]
 
     @property
+    def int8_cache(self) -> KVCache:
+        """To be forked, not written to."""
+        return self.int8._context.cache  # type: ignore[return-value]
+
+    @property
     def nbytes(self) -> dict[str, int]:
         """What attention reads for each token."""
         stock = {"DynamicCache": self.physical, "DynamicCache, logical": self.logical}
         return {
             "compacted": self.cache.nbytes,
+            "int8": self.int8_cache.nbytes,
             **{name: sum(of.keys.nbytes + of.values.nbytes for of in each.layers) for name, each in stock.items()},
         }
 
@@ -150,6 +159,7 @@ def decoding(bench: Bench, context: Context, num_tokens: int) -> dict[str, float
     return bench.medians(
         {
             "compacted": lambda: bench.decode(context.cache.fork(), num_tokens),
+            "int8": lambda: bench.decode(context.int8_cache.fork(), num_tokens),
             "session": with_session,
             "uncompacted": lambda: bench.decode(uncompacted.fork(), num_tokens),
             "DynamicCache": lambda: with_stock(context.physical),
@@ -165,14 +175,11 @@ def attention(bench: Bench, context: Context) -> dict[str, float]:
     layers = context.cache.compactable
     heads, tail = config.num_attention_heads, layers[0].exact_entries(layers[0].start, layers[0].get_seq_length())[0]
     query = torch.randn(1, heads, 1, tail.shape[-1], device=tail.device, dtype=tail.dtype)
-    ours = [
-        (*(of[None] for of in layer.exact_entries(layer.start, layer.get_seq_length())), layer.slots)
-        for layer in layers
-    ]
 
-    def with_ours() -> None:
-        for key, value, slots in ours:
-            attend(query, key, value, slots, layers[0].scaling or 1.0)
+    def with_ours(cache: KVCache) -> None:
+        for layer in cache.compactable:
+            key, value = layer.exact_entries(layer.start, layer.get_seq_length())
+            attend(query, key[None], value[None], layer.slots, layer.scaling or 1.0)
 
     def with_stock(cache: DynamicCache) -> None:
         for layer in cache.layers:
@@ -181,7 +188,8 @@ def attention(bench: Bench, context: Context) -> dict[str, float]:
     with torch.no_grad():
         return bench.medians(
             {
-                "compacted": lambda: bench.seconds(with_ours),
+                "compacted": lambda: bench.seconds(lambda: with_ours(context.cache)),
+                "int8": lambda: bench.seconds(lambda: with_ours(context.int8_cache)),
                 "DynamicCache": lambda: bench.seconds(lambda: with_stock(context.physical)),
                 "DynamicCache, logical": lambda: bench.seconds(lambda: with_stock(context.logical)),
             }
@@ -253,6 +261,7 @@ Row = tuple[str, ...]
 MEBIBYTE = 2**20
 TITLES = {
     "compacted": "compacted cache",
+    "int8": "compacted cache, segments in int8",
     "session": "the same, by Session.generate",
     "uncompacted": "our cache, nothing compacted",
     "DynamicCache, our engine": "DynamicCache on our engine",

@@ -22,6 +22,7 @@ from am_memory.cache import CacheState, CompactableLayer, SlidingState, TailBuff
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CorruptSession, NewerFormat, SessionNotFound, StorageError
 from am_memory.policy import Plan, ScheduledCompaction
+from am_memory.quantised import Quantised, cat
 from am_memory.slots import Segment, Slots
 from am_memory.storage import SavedSession, Store
 
@@ -396,6 +397,19 @@ def test_a_damaged_session_can_be_replaced_and_deleted(folder: Store, tmp_path: 
     assert folder.load("alice").num_pinned == 4
 
 
+def rows_in_int8() -> Quantised:
+    """3 of 11 rows as they are, the others of two groups."""
+    rows = cat([torch.randn(3, 4), Quantised.of(torch.randn(6, 4)), Quantised.of(torch.randn(2, 4))])
+    assert isinstance(rows, Quantised)
+    return rows
+
+
+def test_slots_in_int8_are_loaded_as_they_were_saved(folder: Store) -> None:
+    saved = with_slots(key=rows_in_int8(), value=rows_in_int8())
+    folder.save("alice", saved)
+    assert plain(folder.load("alice")) == plain(saved)
+
+
 def with_slots(**changes: object) -> SavedSession:
     saved = saved_session()
     tail, window = saved.state.layers
@@ -415,6 +429,9 @@ def with_tail(**changes: object) -> SavedSession:
     lambda: with_slots(cu_slots=(0, 11)),
     lambda: with_slots(bias=torch.zeros(10)),
     lambda: with_slots(value=torch.zeros(10, 4)),
+    lambda: with_slots(key=replace(rows_in_int8(), codes=torch.zeros(7, 4, dtype=torch.int8))),
+    lambda: with_slots(value=replace(rows_in_int8(), scale=torch.ones(1, 4))),
+    lambda: with_slots(key=replace(rows_in_int8(), exact=torch.zeros(4, 4))),
     lambda: with_tail(length=3),
     lambda: with_tail(buffer=TailBuffer(torch.zeros(1, 2, 9, 4), torch.zeros(1, 3, 9, 4))),
     lambda: with_tail(slots=None, buffer=None),

@@ -27,6 +27,7 @@ from am_memory.engines.llama_cpp.decoder import CellSequence, Decoder
 from am_memory.engines.llama_cpp.rotation import Rotation
 from am_memory.engines.llama_cpp.state import Column, SequenceState
 from am_memory.errors import CorruptSession, UnsupportedOperation
+from am_memory.quantised import Rows, decoded
 from am_memory.slots import PINNED_RANK, Segment, Slots
 
 
@@ -403,8 +404,9 @@ def _new_cells(like: SequenceState, new_slots: Sequence[Slots]) -> SequenceState
     return SequenceState(np.zeros(count, dtype=np.int32), tuple(keys), tuple(values), like.is_transposed)
 
 
-def _heads(entries: Tensor, slots: Slots) -> Tensor:
+def _heads(rows: Rows, slots: Slots) -> Tensor:
     """(num_heads, slots of a head, head_dim)."""
+    entries = decoded(rows)
     return entries.view(slots.num_heads, -1, entries.shape[-1])
 
 

@@ -1,0 +1,128 @@
+"""Rows of keys or values at rest in int8, with a scale for each channel of a group, others among them as they are.
+
+Owns how numbers are rounded, and the order of rows of both kinds. Knows no slots, no model and no policy.
+
+A scale for each channel and not for each row: some models have key channels of a hundred and more beside others of one,
+and a row whose scale such a channel sets has all others rounded away (docs/log.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+LARGEST = 127
+NOT_CODED = -1
+"""The group of a row that is as it was."""
+
+
+@dataclass(frozen=True, eq=False)
+class Quantised:
+    """(num_rows, head_dim) numbers, most of them in int8; immutable.
+
+    Attributes:
+        codes: (num_coded, head_dim) int8; a row is its codes times its group's scale.
+        scale: (num_groups, head_dim) float32, each channel's largest number in the group over the largest code.
+        exact: (num_rows - num_coded, head_dim), the other rows, in the dtype that all are decoded to.
+        group: (num_rows,) int64 in host memory, ascending over the coded rows, `NOT_CODED` for the others.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    exact: Tensor
+    group: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Quantised:
+        """(num_rows, head_dim) finite numbers as one group; unchanged where its scale would take what codes save."""
+        numbers = rows.float()
+        if len(rows) * (rows.element_size() - 1) <= numbers.element_size():
+            return cls.unchanged(rows)
+        scale = (numbers.abs().amax(dim=0, keepdim=True) / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
+        codes = (numbers / scale).round().clamp(-LARGEST, LARGEST).to(torch.int8)
+        return cls(codes, scale, rows[:0], torch.zeros(len(rows), dtype=torch.int64))
+
+    @classmethod
+    def unchanged(cls, rows: Tensor) -> Quantised:
+        """All rows as they are."""
+        group = torch.full((len(rows),), NOT_CODED)
+        return cls(rows[:0].to(torch.int8), rows[:0].float(), rows, group)
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    def __getitem__(self, where: slice | Tensor) -> Quantised:
+        """Some rows; an index must be in host memory."""
+        place, group = self._place[where], self.group[where].clone()
+        is_coded = group != NOT_CODED
+        kept, group[is_coded] = torch.unique_consecutive(group[is_coded], return_inverse=True)
+        coded, exact, kept = (of.to(self.codes.device) for of in (place[is_coded], place[~is_coded], kept))
+        return Quantised(self.codes[coded], self.scale[kept], self.exact[exact], group)
+
+    def to(self, device: torch.device | str) -> Quantised:
+        codes, scale, exact = (tensor.to(device) for tensor in self.tensors)
+        return replace(self, codes=codes, scale=scale, exact=exact)
+
+    def decoded(self) -> Tensor:
+        """(num_rows, head_dim), all rows; waits for no device."""
+        scale = self.scale.repeat_interleave(self._group_sizes, dim=0, output_size=len(self.codes))
+        coded = (self.codes * scale).to(self.exact.dtype)
+        pieces = ((coded if is_coded else self.exact)[where] for is_coded, where in self._runs)
+        return torch.cat([self.exact[:0], *pieces])
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What is held in the device's memory."""
+        return self.codes, self.scale, self.exact
+
+    @cached_property
+    def _place(self) -> Tensor:
+        """(num_rows,) int64, where a row stands among those of its kind."""
+        is_coded = self.group != NOT_CODED
+        return torch.where(is_coded, is_coded.cumsum(0), (~is_coded).cumsum(0)) - 1
+
+    @cached_property
+    def _runs(self) -> list[tuple[bool, slice]]:
+        """Rows of one kind that follow each other: whether they are coded, and where among those of their kind."""
+        kinds, counts = torch.unique_consecutive(self.group != NOT_CODED, return_counts=True)
+        first = self._place[counts.cumsum(0) - counts]
+        runs = zip(kinds.tolist(), first.tolist(), counts.tolist(), strict=True)
+        return [(is_coded, slice(start, start + count)) for is_coded, start, count in runs]
+
+    @cached_property
+    def _group_sizes(self) -> Tensor:
+        """(num_groups,) int64 in the device's memory."""
+        return self.group[self.group != NOT_CODED].bincount(minlength=len(self.scale)).to(self.codes.device)
+
+
+Rows: TypeAlias = Tensor | Quantised
+"""(num_rows, head_dim) keys or values, however they are held."""
+
+
+def decoded(rows: Rows) -> Tensor:
+    """In the model's dtype."""
+    return rows.decoded() if isinstance(rows, Quantised) else rows
+
+
+def tensors(rows: Rows) -> tuple[Tensor, ...]:
+    """What rows take in the device's memory."""
+    return rows.tensors if isinstance(rows, Quantised) else (rows,)
+
+
+def cat(parts: Sequence[Rows]) -> Rows:
+    """One after another; as a plain tensor where all are."""
+    plain = [part for part in parts if isinstance(part, Tensor)]
+    if len(plain) == len(parts):
+        return torch.cat(plain)
+    held = [part if isinstance(part, Quantised) else Quantised.unchanged(part) for part in parts]
+    groups, num_groups = [], 0
+    for part in held:
+        groups.append(torch.where(part.group == NOT_CODED, NOT_CODED, part.group + num_groups))
+        num_groups += len(part.scale)
+    codes, scale, exact = (torch.cat(of) for of in zip(*(part.tensors for part in held), strict=True))
+    return Quantised(codes, scale, exact, torch.cat(groups))
