@@ -140,6 +140,7 @@ class Sizes:
         num_tail_tokens: exact tokens behind the segments, the pinned ones among them before the first compaction.
         segments: as they are.
         num_heads: KV heads of all compactable layers.
+        reach_tokens: how far behind a token what it looks at may stand; None: what is compact cannot be moved.
     """
 
     num_tokens: int
@@ -147,6 +148,7 @@ class Sizes:
     num_tail_tokens: int
     segments: tuple[Segment, ...]
     num_heads: int
+    reach_tokens: int | None = None
 
     @property
     def exact_start(self) -> int:
@@ -287,7 +289,30 @@ def plan(
     floor = min(policy.min_slots * sizes.num_heads, newest.num_slots)
     if segments[-1].num_slots < floor:  # so long a conversation that an equal share is too little to begin with
         segments = [*shrink(older, bound - floor), resized(newest, floor)]
-    return Plan(tuple(segments), is_refit)
+    return Plan(tuple(within_reach(segments, sizes, trigger)), is_refit)
+
+
+def within_reach(segments: Sequence[Segment], sizes: Sizes, trigger: int) -> Sequence[Segment]:
+    """Moved up to the newest segment, with the gaps between them closed, where the first token would else get too far
+    away before the next compaction. A segment moves as it is, so that its first tokens overlap with the one before it.
+
+    Args:
+        segments: after a compaction, the new one last, which stays.
+    """
+    *older, newest = segments
+    if not older or sizes.reach_tokens is None:
+        return segments
+    num_kept = sizes.num_pinned + sizes.num_tokens - newest.end
+    num_slots = sum(segment.num_slots for segment in segments) / sizes.num_heads
+    next_tokens = sizes.num_tokens + trigger - num_kept - num_slots
+    if next_tokens - older[0].shift <= sizes.reach_tokens:
+        return segments
+    moved, slots_between = [newest], 0
+    for segment in reversed(older):
+        end = newest.start - round(slots_between / sizes.num_heads)
+        moved.append(replace(segment, shift=end - segment.end))
+        slots_between += segment.num_slots
+    return moved[::-1]
 
 
 def richer(policy: MemoryPolicy, trigger: int, num_heads: int, plan: Plan) -> Plan | None:
