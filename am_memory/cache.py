@@ -278,7 +278,7 @@ class KVCache(Cache):
     has_ragged_heads = True
 
     def __init__(self, sliding_windows: Sequence[int | None], rotations: Sequence[Rotation] | None = None) -> None:
-        each = rotations or [None] * len(sliding_windows)
+        each: Sequence[Rotation | None] = rotations or [None] * len(sliding_windows)
         super().__init__(
             layers=[
                 CompactableLayer(rotation) if window is None else SlidingLayer(window)

@@ -283,7 +283,9 @@ def plan(
         end = boundary(min(sizes.exact_start + least, end), end)
     older = () if is_refit else sizes.segments
     _check_floor(policy, end - start)
-    newest = Segment(start, end, round(policy.keep_ratio * (end - start) * sizes.num_heads))
+    # What is refit stays where it stands, moved up before or not, and so do the pinned tokens.
+    shift = sizes.segments[0].shift if is_refit and sizes.segments else 0
+    newest = Segment(start, end, round(policy.keep_ratio * (end - start) * sizes.num_heads), shift)
     bound = max_compact_tokens(policy, trigger) * sizes.num_heads
     segments = shrink([*older, newest], bound)
     floor = min(policy.min_slots * sizes.num_heads, newest.num_slots)
@@ -292,27 +294,29 @@ def plan(
     return Plan(tuple(within_reach(segments, sizes, trigger)), is_refit)
 
 
-def within_reach(segments: Sequence[Segment], sizes: Sizes, trigger: int) -> Sequence[Segment]:
-    """Moved up to the newest segment, with the gaps between them closed, where the first token would else get too far
-    away before the next compaction. A segment moves as it is, so that its first tokens overlap with the one before it.
+def within_reach(segments: Sequence[Segment], sizes: Sizes, trigger: int) -> list[Segment]:
+    """Those moved up to half the reach that would else get out of it before the next compaction.
+
+    A segment moves as it is, so that old ones come to stand at the same positions; pinned tokens go with the oldest.
 
     Args:
         segments: after a compaction, the new one last, which stays.
     """
-    *older, newest = segments
-    if not older or sizes.reach_tokens is None:
-        return segments
-    num_kept = sizes.num_pinned + sizes.num_tokens - newest.end
+    reach, newest = sizes.reach_tokens, segments[-1]
+    if reach is None:
+        return list(segments)
     num_slots = sum(segment.num_slots for segment in segments) / sizes.num_heads
-    next_tokens = sizes.num_tokens + trigger - num_kept - num_slots
-    if next_tokens - older[0].shift <= sizes.reach_tokens:
-        return segments
-    moved, slots_between = [newest], 0
-    for segment in reversed(older):
-        end = newest.start - round(slots_between / sizes.num_heads)
-        moved.append(replace(segment, shift=end - segment.end))
-        slots_between += segment.num_slots
-    return moved[::-1]
+    num_exact = sizes.num_pinned + sizes.num_tokens - newest.end
+    next_tokens = sizes.num_tokens + trigger - num_exact - num_slots
+
+    def moved(segment: Segment, first: int) -> Segment:
+        if next_tokens - first - segment.shift <= reach:
+            return segment
+        shift = min(sizes.num_tokens - reach // 2 - segment.start, newest.start - segment.end)
+        return replace(segment, shift=max(shift, segment.shift))
+
+    firsts = [0, *(segment.start for segment in segments[1:])]
+    return [*map(moved, segments[:-1], firsts), newest]
 
 
 def richer(policy: MemoryPolicy, trigger: int, num_heads: int, plan: Plan) -> Plan | None:

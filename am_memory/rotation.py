@@ -32,7 +32,7 @@ class Rotation:
             distance: in positions, (num_keys,) or () for all alike, int64 in host memory.
         """
         angle = distance.double()[..., None] * self.speeds  # in float32, 60,000 positions are known to 0.004 radians
-        cos, sin = (of.to(key.device, key.float().dtype) for of in (angle.cos(), angle.sin()))
+        cos, sin = (of.float().to(key.device) for of in (angle.cos(), angle.sin()))
         first, second = (of.to(key.device) for of in (self.first, self.second))
         one, other = key[..., first].float(), key[..., second].float()
         turned = key.clone()

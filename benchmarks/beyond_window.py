@@ -1,14 +1,16 @@
-"""A conversation far longer than the model's window: what it expects, what it recalls, and whether it still talks sense.
+"""A conversation far longer than the model's window: what it expects, what it recalls, whether it still talks sense.
 
     python benchmarks/beyond_window.py --model MODEL --tokens 61440
 
-Turns of English prose that comes with Python (`pydoc_data.topics`), every few with a fact in it (`am_memory.demo.Ship`).
-After each stretch of the conversation
+Turns of prose that comes with Python (`pydoc_data.topics`), some with a fact in them (`am_memory.demo.Ship`). After
+each stretch of it:
+
     NLL        of the last tokens of the stretch, predicted before they are read
-    recent     facts of the last two stretches that are recalled, old: facts from before
-    answer     greedy, to a question about nothing that was said; its NLL when the model reads it with the question alone
-"moved up" is the memory, "as written" the same with entries that stay at their positions, "window" the first tokens and as many
-of the last ones as the limit allows, read anew.
+    recent     facts of the last two stretches that are recalled; old: those from before
+    answer     greedy, to a question about nothing that was said; its NLL when the question alone was read
+
+"moved up" is the memory; "as written" is the same, but entries stay where they are; "window" is the first tokens and as
+many of the last ones as the limit allows, read anew.
 """
 
 from __future__ import annotations
@@ -90,7 +92,7 @@ def readings(
     for end in range(stretch, len(talk.tokens), stretch):
         judged = talk.tokens[end - NUM_JUDGED : end]
         if scheme == WINDOW:
-            session = memory.scratch()
+            session = memory.scratch(policy=PLAIN)
             room = min(limit, end) - SINKS - NUM_JUDGED
             session.append([*talk.tokens[:SINKS], *talk.tokens[end - NUM_JUDGED - room : end - NUM_JUDGED]])
         else:
@@ -116,7 +118,7 @@ def turn(memory: Memory) -> list[int]:
 
 def answered(memory: Memory, session: Session) -> tuple[str, float]:
     """What a branch answers, and its NLL when only the question was read."""
-    branch, alone = session.fork(policy=PLAIN), memory.scratch()
+    branch, alone = session.fork(policy=PLAIN), memory.scratch(policy=PLAIN)
     branch.append(turn(memory))
     ids = [token for piece in branch.generate(NUM_ANSWERED, GREEDY) for token in piece.token_ids]
     alone.append(turn(memory))

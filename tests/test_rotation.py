@@ -132,3 +132,23 @@ def moved(cache: KVCache, distance: int) -> None:
     for layer in cache.compactable:
         layer.slots = layer.slots.turned(layer.rotation, [Segment(3, 20, 0)], [distance])
         layer.buffer.key = layer.turned(layer.buffer.key[0], distance)[None]
+
+
+def test_many_turns_in_bfloat16_add_up_to_little() -> None:
+    """A conversation of 60,000 tokens turns what is oldest some fifteen times; each rounds once."""
+    rotation, *_ = layer_rotations(build("Llama", {}))
+    key = torch.randn(64, 8).bfloat16()
+    turned = key
+    for _ in range(15):
+        turned = rotation.turned(turned, torch.tensor(4096))
+    expected = rotation.turned(key.float(), torch.tensor(15 * 4096))
+    assert (turned.float() - expected).norm() < 1.5e-2 * expected.norm()
+
+
+@pytest.mark.model
+def test_keys_of_the_demo_model_turn_to_positions_far_past_its_window(demo) -> None:
+    """The model knows its own angles at position 60,000 to 0.004 radians in float32."""
+    model, _ = demo
+    for rotation, here, there in zip(layer_rotations(model), keys(model, 7), keys(model, 60_007), strict=True):
+        turned = rotation.turned(here, torch.tensor(60_000))
+        assert (turned - there).norm() < 5e-3 * there.norm()

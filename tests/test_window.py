@@ -81,7 +81,7 @@ def test_no_token_is_further_away_than_the_window(new_memory: NewMemory) -> None
     for token in some_tokens(500):
         session.append([token])
         shift = session.segments[0].shift if session.segments else 0
-        distances.append(len(session.tokens) - shift)  # of the first token, which is pinned
+        distances.append(len(session.tokens) - 1 - shift)  # between the first token, which is pinned, and the last
     assert max(distances) <= WINDOW
     assert any(later < earlier for earlier, later in pairwise(distances))
 
@@ -94,20 +94,23 @@ def test_no_token_is_further_away_than_the_window(new_memory: NewMemory) -> None
     reach=st.integers(1, 2000),
 )
 @settings(deadline=None)
-def test_segments_keep_their_order_and_never_overtake(
+def test_segments_only_move_up_and_never_past_the_newest(
     sizes: list[tuple[int, int]], num_pinned: int, num_recent: int, trigger: int, reach: int
 ) -> None:
     segments, start = [], num_pinned
-    for num_tokens, num_slots in sizes:
-        segments.append(Segment(start, start + num_tokens, num_slots))
+    for shift, (num_tokens, num_slots) in enumerate(sizes):
+        is_newest = shift == len(sizes) - 1
+        segments.append(Segment(start, start + num_tokens, num_slots, 0 if is_newest else min(shift, sizes[-1][0])))
         start += num_tokens
     held = Sizes(start + num_recent, num_pinned, num_recent, tuple(segments[:-1]), num_heads=3, reach_tokens=reach)
     moved = within_reach(segments, held, trigger)
-    assert [replace(segment, shift=0) for segment in moved] == segments
-    assert moved[-1].shift == 0
-    ends = [segment.end + segment.shift for segment in moved]
-    assert ends == sorted(ends)
-    assert all(segment.shift >= 0 for segment in moved) or any(slots > 3 * tokens for tokens, slots in sizes)
+    newest = segments[-1]
+    assert moved[-1] == newest
+    for before, after in zip(segments, moved, strict=True):
+        assert replace(after, shift=before.shift) == before
+        assert before.shift <= after.shift <= max(newest.start - before.end, before.shift)
+    again = [segment.start + segment.shift for segment in within_reach(moved, held, trigger)]
+    assert again == [segment.start + segment.shift for segment in moved]
 
 
 def test_what_cannot_be_moved_stays() -> None:
@@ -125,6 +128,14 @@ def test_a_refit_has_one_segment_that_stays(new_memory: NewMemory) -> None:
     (exceeded,) = [event for event in events if isinstance(event, WindowExceeded)]
     assert exceeded.immovable == "recompaction 'refit' has one segment for all that was said"
     assert str(exceeded).endswith("what is compact stays: recompaction 'refit' has one segment for all that was said")
+
+
+def test_what_is_refit_stays_where_it_was_moved_to() -> None:
+    """Pinned tokens count to the first segment, whichever that is: one that began anew would turn them twice."""
+    sizes = Sizes(400, 3, 60, (Segment(3, 200, 30, shift=90), Segment(200, 340, 30)), num_heads=2)
+    assert [each.shift for each in plan(POLICY.model_copy(update={"recompaction": "refit"}), sizes, 64).segments] == [
+        90
+    ]
 
 
 def test_leaving_the_window_says_that_what_is_old_moves(new_memory: NewMemory) -> None:

@@ -52,7 +52,7 @@ def _candidates(model: PreTrainedModel) -> Iterator[Rotation]:
         if name.endswith("inv_freq") and "original" not in name:
             speeds = frequencies.detach().double().cpu()
             elements = torch.arange(2 * len(speeds))
-            yield Rotation(*elements.chunk(2), speeds)
+            yield Rotation(elements[: len(speeds)], elements[len(speeds) :], speeds)
             yield Rotation(elements[::2], elements[1::2], speeds)
 
 
@@ -62,8 +62,11 @@ def _lone_keys(model: PreTrainedModel, position: int) -> list[Tensor]:
     ids = torch.tensor([[model.config.get_text_config(decoder=True).vocab_size // 2]], device=model.device)
     cache = DynamicCache(config=model.config)
     positions = torch.tensor([[position]], device=model.device)
-    model.base_model(input_ids=ids, position_ids=positions, use_cache=True, **{cache_argument(model): cache})
-    return [layer.keys[0] for layer in cache.layers]  # type: ignore[index]
+    try:
+        model.base_model(input_ids=ids, position_ids=positions, use_cache=True, **{cache_argument(model): cache})
+    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as reason:
+        raise UnsupportedModel(f"it cannot read a token at position {position}: {reason}") from reason
+    return [layer.keys[0] for layer in cache.layers]  # type: ignore[index, union-attr]
 
 
 def _fitting(candidates: list[Rotation], start: Tensor, later: Tensor, distance: int) -> Rotation:
