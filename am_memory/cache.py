@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
 from am_memory.errors import UnsupportedOperation
+from am_memory.rotation import Rotation
 from am_memory.slots import Segment, Slots
 
 QuerySink = Callable[[Tensor, Tensor], None]
@@ -67,14 +68,18 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     The keys that `update` returns are the exact tail alone. They carry this layer as `am_layer`, which is how the
     attention function finds the slots that belong before them.
+
+    Args:
+        rotation: how the layer turns its keys with their position; None: slots stay where they were written.
     """
 
     is_sliding = False
     is_croppable = True
     rotations: Tensor | None = None  # slots have biases of their own
 
-    def __init__(self) -> None:
+    def __init__(self, rotation: Rotation | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.rotation = rotation
         self.slots: Slots | None = None
         self.buffer: TailBuffer | None = None
         self.start = 0  # logical position of the first exact entry
@@ -113,6 +118,13 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         assert self.start <= start <= end <= self.start + self.length
         where = slice(start - self.start, end - self.start)
         return self.buffer.key[0, :, where], self.buffer.value[0, :, where]
+
+    def turned(self, key: Tensor, distance: int) -> Tensor:
+        """Keys of the layer, (num_key_value_heads, num_keys, head_dim), as they would be so many positions later."""
+        if not distance:
+            return key
+        assert self.rotation is not None
+        return self.rotation.turned(key, tensor(distance))
 
     @property
     def num_heads(self) -> int:
@@ -256,6 +268,7 @@ class KVCache(Cache):
 
     Args:
         sliding_windows: for each layer of the model its sliding window in tokens, or None for full attention.
+        rotations: how each layer of the model turns its keys; None: slots stay where they were written.
 
     Attributes:
         before_forward: set where somebody else drives the model (`generate`), to watch what it reads.
@@ -264,11 +277,15 @@ class KVCache(Cache):
     layers: list[CompactableLayer | SlidingLayer]  # type: ignore[assignment]
     has_ragged_heads = True
 
-    def __init__(self, sliding_windows: Sequence[int | None]) -> None:
+    def __init__(self, sliding_windows: Sequence[int | None], rotations: Sequence[Rotation] | None = None) -> None:
+        each: Sequence[Rotation | None] = rotations or [None] * len(sliding_windows)
         super().__init__(
-            layers=[CompactableLayer() if window is None else SlidingLayer(window) for window in sliding_windows]
+            layers=[
+                CompactableLayer(rotation) if window is None else SlidingLayer(window)
+                for window, rotation in zip(sliding_windows, each, strict=True)
+            ]
         )
-        self.sliding_windows = tuple(sliding_windows)
+        self.sliding_windows, self.rotations = tuple(sliding_windows), rotations
         self.segments: tuple[Segment, ...] = ()
         self.num_pinned = 0
         self.before_forward: BeforeForward | None = None
@@ -340,7 +357,7 @@ class KVCache(Cache):
 
     def fork(self) -> KVCache:
         """A second cache with the same content; memory is shared until one of the two appends."""
-        branch = KVCache(self.sliding_windows)
+        branch = KVCache(self.sliding_windows, self.rotations)
         for mine, other in zip(self.layers, branch.layers, strict=True):
             other.restore(mine.state())
             if isinstance(mine, CompactableLayer) and isinstance(other, CompactableLayer):
@@ -354,8 +371,8 @@ class KVCache(Cache):
         """The state in which `new_slots` stand for the tail's tokens up to the end of the last of `segments`.
 
         Args:
-            segments: all segments afterwards, the new one last; older ones are cut to their `num_slots`, and those that
-                are not among them give way to the new one.
+            segments: all segments afterwards, the new one last; older ones are cut to their `num_slots` and turned to
+                their `shift`, and those that are not among them give way to the new one.
             new_slots: the new segment's slots of each compactable layer, ranked within the segment.
             num_pinned: tokens at the start of the tail that stay exact (only before the first compaction).
 
@@ -365,6 +382,7 @@ class KVCache(Cache):
         newest = segments[-1]
         resized = {segment.start: segment for segment in segments[:-1]}
         older = [resized.get(segment.start, replace(segment, num_slots=0)) for segment in self.segments]
+        distances = [after.shift - before.shift for before, after in zip(self.segments, older, strict=True)]
         slots_of_layer = iter(new_slots)
         states: list[LayerState] = []
         for layer in self.layers:
@@ -373,7 +391,8 @@ class KVCache(Cache):
                 continue
             parts = []
             if layer.slots is not None:
-                parts.append(layer.slots.cut(older))
+                kept = layer.slots.cut(older)
+                parts.append(kept.turned(layer.rotation, older, distances) if layer.rotation else kept)
             elif num_pinned:
                 parts.append(Slots.exact(*layer.exact_entries(0, num_pinned), start=0))
             slots = Slots.concat([*parts, next(slots_of_layer)])

@@ -249,12 +249,26 @@ class Context:
         """Say so when the next tokens are the first at positions that the model was not trained on."""
         before, window = self.cache.num_tokens, self.engine.info.window_tokens
         if before <= window < before + num_tokens:
-            self.notify(WindowExceeded(self.name, before + num_tokens, window))
+            self.notify(WindowExceeded(self.name, before + num_tokens, window, self._immovable))
 
     @property
     def sizes(self) -> Sizes:
         cache = self.cache
-        return Sizes(cache.num_tokens, self.num_pinned, cache.num_tail_tokens, cache.segments, cache.num_heads)
+        return Sizes(
+            cache.num_tokens,
+            self.num_pinned,
+            cache.num_tail_tokens,
+            cache.segments,
+            cache.num_heads,
+            reach_tokens=self.engine.info.window_tokens if self._immovable is None else None,
+        )
+
+    @property
+    def _immovable(self) -> str | None:
+        """Why what is compact cannot be moved up when it gets too far away; None: it can."""
+        if self.policy.recompaction == "refit":
+            return "recompaction 'refit' has one segment for all that was said"
+        return self.engine.info.immovable
 
     def compact(self, fraction: float | None = None) -> CompactionReport:
         """Compact the oldest part now; None: the policy's fraction, sparing the recent tokens."""
@@ -432,6 +446,8 @@ class Context:
                 f"tokens {segment.start} to {segment.end} cannot be recalled: their originals were not kept when they "
                 "were compacted, or are lost; set the policy's originals to 'host' or 'disk' before that"
             )
+        layers = zip(self.cache.compactable, entries, strict=True)
+        entries = [(layer.turned(key, segment.shift), value) for layer, (key, value) in layers]
         state, recalled = brought_back(self._transformers_cache.state(), segment, entries)
         self.cache.restore(state)
         self.recalled = (*self.recalled, recalled)

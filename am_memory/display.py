@@ -97,8 +97,8 @@ class EventBars:
             case GateMissed(_, start, end, held_out_error, max_error):
                 error = f"an error of {held_out_error:.2f} is above the {max_error:g} of max_error"
                 self._warn(f"tokens {start:,}-{end:,}: {error}, and there was no room for more slots")
-            case WindowExceeded(_, logical_tokens, window_tokens):
-                self._warn(f"{logical_tokens:,} tokens: past the {window_tokens:,} positions this model was trained on")
+            case WindowExceeded():
+                self._warn(str(event))
             case SessionRebuilt(_, num_tokens, reason):
                 self._warn(f"reading {num_tokens:,} tokens again: {reason}")
 

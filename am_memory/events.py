@@ -97,11 +97,23 @@ class GateMissed:
 
 @dataclass(frozen=True)
 class WindowExceeded:
-    """The logical length went past the positions that the model was trained on."""
+    """The logical length went past the positions that the model was trained on.
+
+    Attributes:
+        immovable: why what is compact cannot be moved up to stay within as many positions; None: it is moved.
+    """
 
     session: str
     logical_tokens: int
     window_tokens: int
+    immovable: str | None = None
+
+    def __str__(self) -> str:
+        moved = "what is compact is moved up" if self.immovable is None else f"what is compact stays: {self.immovable}"
+        return (
+            f"{self.logical_tokens:,} tokens, past the {self.window_tokens:,} positions that the model was trained on; "
+            f"{moved}"
+        )
 
 
 @dataclass(frozen=True)
@@ -171,13 +183,8 @@ def log(event: Event) -> None:
                 held_out_error,
                 max_error,
             )
-        case WindowExceeded(session, logical_tokens, window_tokens):
-            logger.info(
-                "session %r has %d tokens, past the %d positions that the model was trained on",
-                session,
-                logical_tokens,
-                window_tokens,
-            )
+        case WindowExceeded(session):
+            logger.info("session %r has %s", session, event)
         case SessionRebuilt(session, num_tokens, reason):
             logger.info("session %r: %d tokens are read again: %s", session, num_tokens, reason)
         case SpanRecalled(session, start, end, kv_tokens):

@@ -144,6 +144,7 @@ class Sizes:
         num_tail_tokens: exact tokens behind the segments, the pinned ones among them before the first compaction.
         segments: as they are.
         num_heads: KV heads of all compactable layers.
+        reach_tokens: how far behind a token what it looks at may stand; None: what is compact cannot be moved.
     """
 
     num_tokens: int
@@ -151,6 +152,7 @@ class Sizes:
     num_tail_tokens: int
     segments: tuple[Segment, ...]
     num_heads: int
+    reach_tokens: int | None = None
 
     @property
     def exact_start(self) -> int:
@@ -285,13 +287,40 @@ def plan(
         end = boundary(min(sizes.exact_start + least, end), end)
     older = () if is_refit else sizes.segments
     _check_floor(policy, end - start)
-    newest = Segment(start, end, round(policy.keep_ratio * (end - start) * sizes.num_heads))
+    # What is refit stays where it stands, moved up before or not, and so do the pinned tokens.
+    shift = sizes.segments[0].shift if is_refit and sizes.segments else 0
+    newest = Segment(start, end, round(policy.keep_ratio * (end - start) * sizes.num_heads), shift)
     bound = max_compact_tokens(policy, trigger) * sizes.num_heads
     segments = shrink([*older, newest], bound)
     floor = min(policy.min_slots * sizes.num_heads, newest.num_slots)
     if segments[-1].num_slots < floor:  # so long a conversation that an equal share is too little to begin with
         segments = [*shrink(older, bound - floor), resized(newest, floor)]
-    return Plan(tuple(segments), is_refit)
+    return Plan(tuple(within_reach(segments, sizes, trigger)), is_refit)
+
+
+def within_reach(segments: Sequence[Segment], sizes: Sizes, trigger: int) -> list[Segment]:
+    """Those moved up to half the reach that would else get out of it before the next compaction.
+
+    A segment moves as it is, so that old ones come to stand at the same positions; pinned tokens go with the oldest.
+
+    Args:
+        segments: after a compaction, the new one last, which stays.
+    """
+    reach, newest = sizes.reach_tokens, segments[-1]
+    if reach is None:
+        return list(segments)
+    num_slots = sum(segment.num_slots for segment in segments) / sizes.num_heads
+    num_exact = sizes.num_pinned + sizes.num_tokens - newest.end
+    next_tokens = sizes.num_tokens + trigger - num_exact - num_slots
+
+    def moved(segment: Segment, first: int) -> Segment:
+        if next_tokens - first - segment.shift <= reach:
+            return segment
+        shift = min(sizes.num_tokens - reach // 2 - segment.start, newest.start - segment.end)
+        return replace(segment, shift=max(shift, segment.shift))
+
+    firsts = [0, *(segment.start for segment in segments[1:])]
+    return [*map(moved, segments[:-1], firsts), newest]
 
 
 def richer(policy: MemoryPolicy, trigger: int, num_heads: int, plan: Plan) -> Plan | None:

@@ -40,12 +40,11 @@ class Quantised:
     @classmethod
     def of(cls, rows: Tensor) -> Quantised:
         """(num_rows, head_dim) finite numbers as one group; unchanged where its scale would take what codes save."""
-        numbers = rows.float()
-        if len(rows) * (rows.element_size() - 1) <= numbers.element_size():
+        if len(rows) * (rows.element_size() - 1) <= torch.float32.itemsize:
             return cls.unchanged(rows)
-        scale = (numbers.abs().amax(dim=0, keepdim=True) / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
-        codes = (numbers / scale).round().clamp(-LARGEST, LARGEST).to(torch.int8)
-        return cls(codes, scale, rows[:0], torch.zeros(len(rows), dtype=torch.int64))
+        return cls(
+            *_coded(rows, rows.new_zeros(len(rows), dtype=torch.int64), 1), rows[:0], torch.zeros(len(rows)).long()
+        )
 
     @classmethod
     def unchanged(cls, rows: Tensor) -> Quantised:
@@ -63,6 +62,12 @@ class Quantised:
         kept, group[is_coded] = torch.unique_consecutive(group[is_coded], return_inverse=True)
         coded, exact, kept = (of.to(self.codes.device) for of in (place[is_coded], place[~is_coded], kept))
         return Quantised(self.codes[coded], self.scale[kept], self.exact[exact], group)
+
+    def recoded(self, rows: Tensor) -> Quantised:
+        """Other numbers, (num_rows, head_dim), in the same groups."""
+        is_coded = (self.group != NOT_CODED).to(rows.device)
+        group = self.group[self.group != NOT_CODED].to(rows.device)
+        return Quantised(*_coded(rows[is_coded], group, len(self.scale)), rows[~is_coded], self.group)
 
     def to(self, device: torch.device | str) -> Quantised:
         codes, scale, exact = (tensor.to(device) for tensor in self.tensors)
@@ -98,6 +103,15 @@ class Quantised:
     def _group_sizes(self) -> Tensor:
         """(num_groups,) int64 in the device's memory."""
         return self.group[self.group != NOT_CODED].bincount(minlength=len(self.scale)).to(self.codes.device)
+
+
+def _coded(rows: Tensor, group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales of rows, each in one of the groups."""
+    numbers = rows.float()
+    index = group[:, None].expand_as(numbers)
+    largest = numbers.new_zeros(num_groups, rows.shape[1]).scatter_reduce(0, index, numbers.abs(), "amax")
+    scale = (largest / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
+    return (numbers / scale[group]).round().clamp(-LARGEST, LARGEST).to(torch.int8), scale
 
 
 Rows: TypeAlias = Tensor | Quantised

@@ -123,9 +123,11 @@ def held_keys(cache: SessionCache, originals: Sequence[Original]) -> Iterator[He
     """Every key that stands for a compacted token, once: originals where there are any, else slots."""
     for original in originals:
         positions = torch.arange(original.start, original.end)
-        for index, (key, _) in enumerate(original.layers()):
+        shift = next((each.shift for each in cache.segments if each.start <= original.start < each.end), 0)
+        for index, (layer, (key, _)) in enumerate(zip(cache.compactable, original.layers(), strict=True)):
+            standing = layer.turned(key, shift)
             for head in range(key.shape[0]):
-                yield HeadKeys(index, head, key[head], None, positions)
+                yield HeadKeys(index, head, standing[head], None, positions)
     for index, layer in enumerate(cache.compactable):
         if layer.slots is not None:
             for head in range(layer.slots.num_heads):

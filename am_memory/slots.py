@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from am_memory.quantised import Quantised, Rows, cat, decoded, tensors
+from am_memory.rotation import Rotation
 
 PINNED_RANK = -1
 """The rank of an entry that no budget cuts."""
@@ -26,11 +27,15 @@ class Segment:
 
     Cutting a segment is a cut in the ranking that its slots were born with: slots of rank >= num_slots go. It depends
     on the size alone, never on the path.
+
+    Attributes:
+        shift: by how many positions its keys stand later than they were written.
     """
 
     start: int
     end: int
     num_slots: int
+    shift: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -150,11 +155,26 @@ class Slots:
         """
         if not segments:
             return self
-        starts = self.positions.new_tensor([segment.start for segment in segments])
         limits = self.ranks.new_tensor([segment.num_slots for segment in segments])
-        # A pinned slot comes before all of them, hence the index -1; its rank is below any limit.
-        keep = self.ranks < limits[torch.searchsorted(starts, self.positions, right=True) - 1]
+        keep = self.ranks < limits[self._segment_indices(segments)]  # a pinned slot's rank is below any limit
         return self if bool(keep.all()) else self.where(keep)
+
+    def turned(self, rotation: Rotation, segments: Sequence[Segment], distances: Sequence[int]) -> Slots:
+        """The keys of each segment so many positions later, pinned ones with the oldest segment.
+
+        Args:
+            segments: all that the slots are of, in the order of their tokens.
+        """
+        if not any(distances):
+            return self
+        distance = torch.tensor(distances)[self._segment_indices(segments)]
+        key = rotation.turned(decoded(self.key), distance)
+        return replace(self, key=self.key.recoded(key) if isinstance(self.key, Quantised) else key)
+
+    def _segment_indices(self, segments: Sequence[Segment]) -> Tensor:
+        """(total_slots,): which segment each slot is of; a pinned one, before all of them, counts to the first."""
+        starts = self.positions.new_tensor([segment.start for segment in segments])
+        return (torch.searchsorted(starts, self.positions, right=True) - 1).clamp_min(0)
 
     @property
     def fields(self) -> tuple[Rows, ...]:

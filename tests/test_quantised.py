@@ -103,6 +103,17 @@ def test_rows_of_both_kinds_are_indexed_and_joined_as_any_tensor(data: st.DataOb
         )
 
 
+def test_other_numbers_are_coded_in_the_same_groups() -> None:
+    first, pinned, second = torch.randn(9, 4), torch.randn(2, 4), 50 * torch.randn(20, 4)
+    rows = cat([Quantised.of(first), Quantised.unchanged(pinned), Quantised.of(second)])
+    assert isinstance(rows, Quantised)
+    changed = torch.cat([second[:9], pinned + 1, first.repeat(3, 1)[:20]])
+    recoded = rows.recoded(changed)
+    assert torch.equal(recoded.group, rows.group)
+    expected = cat([Quantised.of(changed[:9]), Quantised.unchanged(changed[9:11]), Quantised.of(changed[11:])])
+    torch.testing.assert_close(recoded.decoded(), decoded(expected), atol=0, rtol=0)
+
+
 def test_scales_go_with_the_last_row_that_needs_them() -> None:
     joined = cat([Quantised.of(torch.randn(4, HEAD_DIM)) for _ in range(5)])
     assert len(joined[6:9].scale) == 2

@@ -16,7 +16,7 @@ INTEGRATIONS = ROOT / "integrations"
 # From the bottom up; a part may import its own layer and those below.
 LAYERS: tuple[set[str], ...] = (
     {"errors", "events"},
-    {"quantised", "slots", "cache", "solver", "models", "tokens", "token_counts", "byte_level", "sampling"},
+    {"quantised", "rotation", "slots", "cache", "solver", "models", "tokens", "token_counts", "byte_level", "sampling"},
     {"engines"},
     {"policy", "budgets", "queries", "originals", "storage", "history", "boundaries", "constraints", "tool_calls"},
     {"compaction", "recall", "search", "calibration"},
@@ -27,7 +27,18 @@ LAYERS: tuple[set[str], ...] = (
 )
 LAYER_OF = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
-ENGINES_MAY_IMPORT = {"engines", "quantised", "slots", "cache", "errors", "events", "models", "tokens", "sampling"}
+ENGINES_MAY_IMPORT = {
+    "engines",
+    "quantised",
+    "rotation",
+    "slots",
+    "cache",
+    "errors",
+    "events",
+    "models",
+    "tokens",
+    "sampling",
+}
 SOLVER_MAY_IMPORT = {"solver", "errors"}
 CHOOSES_AN_ENGINE = {"memory", "cli", "demo"}  # inside a function only: a heavy engine loads when asked for
 NEVER_IN_THE_LIBRARY = {"langchain", "langchain_core", "langgraph", "fastapi", "starlette", "uvicorn", "ray"}

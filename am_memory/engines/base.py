@@ -43,6 +43,8 @@ class ModelInfo:
         window_tokens: positions that the model was trained on.
         device: where caches live.
         eos_token_ids: any of them ends a turn.
+        immovable: why what is compact stays at the positions at which it was written, however far behind that gets;
+            None: its keys can be turned to others.
     """
 
     name: str
@@ -51,6 +53,7 @@ class ModelInfo:
     window_tokens: int
     device: torch.device
     eos_token_ids: frozenset[int]
+    immovable: str | None = "its engine turns no keys"
 
 
 class SessionLayer(Protocol):
@@ -82,6 +85,10 @@ class SessionLayer(Protocol):
 
     def exact_entries(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         """The exact keys and values at logical positions [start, end): (num_heads, end - start, head_dim)."""
+        ...
+
+    def turned(self, key: Tensor, distance: int) -> Tensor:
+        """Keys of the layer, (num_heads, num_keys, head_dim), as they would be so many positions later."""
         ...
 
 
@@ -160,8 +167,8 @@ class SessionCache(Protocol):
         """The state in which `new_slots` stand for the tail's tokens up to the end of the last of `segments`.
 
         Args:
-            segments: all segments afterwards, the new one last; older ones are cut to their `num_slots`, and those that
-                are not among them give way to the new one.
+            segments: all segments afterwards, the new one last; older ones are cut to their `num_slots` and turned to
+                their `shift`, and those that are not among them give way to the new one.
             new_slots: the new segment's slots of each compactable layer, ranked within the segment.
             num_pinned: tokens at the start of the tail that stay exact (only before the first compaction).
         """

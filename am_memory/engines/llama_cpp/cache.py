@@ -167,6 +167,10 @@ class CellLayer:
         first = content.base_cells - content.tail_start
         return self._entries(slice(first + start, first + end))
 
+    def turned(self, key: Tensor, distance: int) -> Tensor:
+        """Keys of the layer, (num_heads, num_keys, head_dim), as they would be so many positions later."""
+        return key @ self.shape.rotation.by(distance).mT.to(key.dtype) if distance else key
+
     @property
     def slots(self) -> Slots | None:
         content = self.content

@@ -122,6 +122,7 @@ class LlamaCppEngine:
             window_tokens=self._lib.llama_model_n_ctx_train(handle),
             device=torch.device("cpu"),
             eos_token_ids=self.vocabulary.eos_token_ids,
+            immovable="on llama.cpp close_gaps moves it, or nothing does",
         )
 
     def new_cache(self) -> CellCache:

@@ -15,8 +15,10 @@ from am_memory.cache import KVCache
 from am_memory.engines.base import Message, ModelInfo, OnQuery, SessionCache, Tool
 from am_memory.engines.templates import template_errors
 from am_memory.engines.transformers import attention, support
-from am_memory.errors import InvalidInput, UnsupportedOperation
+from am_memory.engines.transformers.rotary import layer_rotations
+from am_memory.errors import InvalidInput, UnsupportedModel, UnsupportedOperation
 from am_memory.models import fingerprint
+from am_memory.rotation import Rotation
 
 
 class TransformersEngine:
@@ -38,13 +40,19 @@ class TransformersEngine:
         self.model = model
         self.tokenizer = tokenizer
         self._windows = support.layer_windows(model)
+        self._rotations: list[Rotation] | None = None
         self._cache_argument = support.cache_argument(model)
         support.probe(model, self.new_cache())
-        self.info = _model_info(model, tokenizer)
+        immovable = None
+        try:
+            self._rotations = layer_rotations(model)
+        except UnsupportedModel as error:
+            immovable = str(error)
+        self.info = _model_info(model, tokenizer, immovable)
         model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     def new_cache(self) -> KVCache:
-        return KVCache(self._windows)
+        return KVCache(self._windows, self._rotations)
 
     @torch.no_grad()
     def forward(
@@ -129,7 +137,7 @@ class TransformersEngine:
             )
 
 
-def _model_info(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ModelInfo:
+def _model_info(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, immovable: str | None) -> ModelInfo:
     config = model.config.get_text_config(decoder=True)
     sources = (tokenizer.eos_token_id, config.eos_token_id, model.generation_config.eos_token_id)
     return ModelInfo(
@@ -139,6 +147,7 @@ def _model_info(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> M
         window_tokens=config.max_position_embeddings,
         device=model.device,
         eos_token_ids=frozenset(id for ids in sources for id in _as_list(ids)),
+        immovable=immovable,
     )
 
 
