@@ -17,7 +17,7 @@ from torch import Tensor, cat
 from am_memory.boundaries import best_boundary
 from am_memory.budgets import calibration_for
 from am_memory.cache import KVCache, Snapshot
-from am_memory.compaction import Progress, as_planned, compact, failures
+from am_memory.compaction import as_planned, compact, failures
 from am_memory.engines.base import Engine, SessionCache
 from am_memory.errors import (
     BudgetTooSmall,
@@ -42,15 +42,7 @@ from am_memory.events import (
 )
 from am_memory.originals import Original, between, keep
 from am_memory.policy import SINK_TOKENS, MemoryPolicy, Plan, ScheduledCompaction, Sizes, plan, richer, trigger_tokens
-from am_memory.queries import (
-    Conversations,
-    LiveQueries,
-    ReferenceQueries,
-    repeat_queries,
-    self_study,
-    self_study_queries,
-    spoken_positions,
-)
+from am_memory.queries import LiveQueries, QuerySources
 from am_memory.recall import Recalled, at_rest, brought_back, put_away
 from am_memory.search import Span, search
 from am_memory.slots import Segment
@@ -293,17 +285,18 @@ class Context:
 
         started = time.perf_counter()
         exact_start = max(segment.start, cache.num_tokens - cache.num_tail_tokens)
+        sources, block = QuerySources(self.engine, self.policy, self._live, progress), (exact_start, segment.end)
         with failures(segment):
-            conversations = self._conversations(made, progress)
-            queries = self._reference_queries(exact_start, segment.end, conversations, progress)
+            conversations = made.conversations if made and made.conversations else sources.converse(cache)
+            queries = sources.sample(cache, self.tokens, block, self.weights(*block), conversations)
         query_seconds = time.perf_counter() - started
         more = as_planned if made else partial(richer, self.policy, self.trigger, cache.num_heads)
         result = compact(cache, plan, self.num_pinned, queries, self.policy, progress, more, self._calibration)
         plan, segment = result.plan, result.plan.newest
         originals = self.originals
         if self.policy.originals != "drop":
-            entries = (layer.exact_entries(exact_start, segment.end) for layer in cache.compactable)
-            originals = (*originals, keep(exact_start, segment.end, entries, self.policy.originals))
+            entries = (layer.exact_entries(*block) for layer in cache.compactable)
+            originals = (*originals, keep(*block, entries, self.policy.originals))
         cache.restore(result.state)
         self.originals = originals
         self.schedule.append(ScheduledCompaction(at_tokens, plan, conversations))
@@ -329,50 +322,6 @@ class Context:
         if limit is not None and result.held_out_error is not None and result.held_out_error > limit:
             self.notify(GateMissed(self.name, segment.start, segment.end, result.held_out_error, limit))
         return report
-
-    def _conversations(self, made: ScheduledCompaction | None, progress: Progress) -> Conversations:
-        """Of self-study: those that a compaction was `made` with, or new ones; none where the policy does without."""
-        if "self_study" not in self.policy.reference_queries:
-            return ()
-        if made is not None and made.conversations:
-            return made.conversations
-        return self_study(
-            self.engine,
-            self.cache,
-            max_tokens=self.policy.self_study_tokens,
-            on_progress=partial(progress, "self_study"),
-        )
-
-    def _reference_queries(
-        self, start: int, end: int, conversations: Conversations, progress: Progress
-    ) -> list[ReferenceQueries]:
-        sources = []
-        if "repeat" in self.policy.reference_queries:
-            spoken, weights = spoken_positions(self.engine, self.tokens, start, end), self.weights(start, end)
-            sources.append(
-                repeat_queries(
-                    self.engine,
-                    self.cache,
-                    [self.tokens[position] for position in spoken],
-                    chunk_tokens=self.policy.chunk_tokens,
-                    on_progress=partial(progress, "repeat"),
-                    weights=None if weights is None else [weights[position - start] for position in spoken],
-                )
-            )
-        if conversations:
-            sources.append(
-                self_study_queries(self.engine, self.cache, conversations, chunk_tokens=self.policy.chunk_tokens)
-            )
-        if self._live is not None:
-            live = self._live.after(end)
-            if not live and not sources:
-                raise CompactionFailed(
-                    f"no query has passed since token {end}, and reference_queries is live alone: read more first, "
-                    'compact a smaller fraction, or add "repeat"'
-                )
-            if live:
-                sources.append(live)
-        return [ReferenceQueries.union(samples) for samples in zip(*sources, strict=True)]
 
     def recall(self, start: int, end: int) -> list[Segment]:
         """Bring the segments that hold any of the tokens [start, end) back exact, compacting others to make room.

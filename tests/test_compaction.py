@@ -268,7 +268,7 @@ def test_running_out_of_memory_in_the_repeat_pass_leaves_the_session_as_it_was(
     new_session: NewSession, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     """The pass was outside of what turned running out of memory into an error of ours."""
-    check_running_out_of_memory(new_session(), monkeypatch, "am_memory.context.repeat_queries", error)
+    check_running_out_of_memory(new_session(), monkeypatch, "am_memory.queries.sources.repeat_queries", error)
 
 
 @pytest.mark.parametrize("function", ["self_study", "self_study_queries"])
@@ -276,7 +276,7 @@ def test_running_out_of_memory_in_self_study_leaves_the_session_as_it_was(
     new_session: NewSession, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
     session = new_session(reference_queries=("self_study",), self_study_tokens=8)
-    check_running_out_of_memory(session, monkeypatch, f"am_memory.context.{function}", MemoryError())
+    check_running_out_of_memory(session, monkeypatch, f"am_memory.queries.sources.{function}", MemoryError())
 
 
 def test_keys_that_are_not_finite_cannot_be_compacted_and_say_so(new_session: NewSession) -> None:

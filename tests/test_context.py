@@ -35,6 +35,7 @@ from am_memory.events import (
     WindowExceeded,
     ignore,
 )
+from am_memory.queries import Conversations, QuerySources, ReferenceQueries
 from am_memory.slots import PINNED_RANK
 
 POLICY = MemoryPolicy(trigger_tokens=64, keep_ratio=0.25, keep_recent=6, pinned=3, chunk_tokens=16)
@@ -72,6 +73,12 @@ def write(context: Context, count: int) -> None:
     for _ in range(count):
         with context.transaction():
             context.tokens.append(int(context.next_logits().argmax()))
+
+
+def sampled(context: Context, conversations: Conversations = ()) -> list[ReferenceQueries]:
+    """The queries for tokens 3 to 33."""
+    sources = QuerySources(context.engine, context.policy, context._live, lambda *_: None)
+    return sources.sample(context.cache, context.tokens, (3, 33), None, conversations)
 
 
 def held(context: Context) -> list[Tensor]:
@@ -284,8 +291,8 @@ def test_the_union_has_the_queries_of_both(new_context: NewContext) -> None:
     context, alone = new_context(reference_queries=BOTH), new_context()
     for each in (context, alone):
         read(each, some_tokens(60))
-    repeat = alone._reference_queries(3, 33, (), lambda *_: None)
-    union = context._reference_queries(3, 33, (), lambda *_: None)
+    repeat = sampled(alone)
+    union = sampled(context)
     groups = 2
     for both, one in zip(union, repeat, strict=True):
         assert one.query.shape[1] == groups * 30
@@ -298,8 +305,8 @@ def test_self_study_adds_the_queries_of_its_conversations(new_context: NewContex
     for each in (context, alone):
         read(each, some_tokens(60))
     conversations = (tuple(some_tokens(9)), tuple(some_tokens(4)))
-    repeat = alone._reference_queries(3, 33, (), lambda *_: None)
-    union = context._reference_queries(3, 33, conversations, lambda *_: None)
+    repeat = sampled(alone)
+    union = sampled(context, conversations)
     groups = 2
     for both, one in zip(union, repeat, strict=True):
         assert both.query.shape[1] == groups * (30 + 9 + 4)
@@ -331,7 +338,7 @@ def test_a_rebuild_reads_what_was_written_and_writes_nothing(
     read(context, some_tokens(90))
     before = context.fork("before")
     read(context, some_tokens(60, seed=1))
-    monkeypatch.setattr("am_memory.context.self_study", lambda *_args, **_options: pytest.fail("written anew"))
+    monkeypatch.setattr("am_memory.queries.sources.self_study", lambda *_args, **_options: pytest.fail("written anew"))
     context.rewind(90)
     assert context.schedule == before.schedule
     assert_same_entries(context, before, atol=1e-4)
@@ -355,9 +362,7 @@ def test_live_queries_are_those_that_passed(new_context: NewContext) -> None:
     in_pieces.scratch_logits(some_tokens(9))
     read(in_pieces, tokens[40:])
     read(at_once, tokens)
-    for one, other in zip(
-        *(each._reference_queries(3, 33, (), lambda *_: None) for each in (in_pieces, at_once)), strict=True
-    ):
+    for one, other in zip(*(sampled(each) for each in (in_pieces, at_once)), strict=True):
         torch.testing.assert_close(one.query.sort(dim=1).values, other.query.sort(dim=1).values)
         torch.testing.assert_close(one.log_mass.sort(dim=1).values, other.log_mass.sort(dim=1).values)
 
