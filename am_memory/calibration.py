@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from am_memory.budgets import Calibration
-from am_memory.cache import CacheState, CompactableLayer, KVCache, TailBuffer, TailState
+from am_memory.cache import CacheState, KVCache
 from am_memory.compaction import Entries, Head, fit_all
 from am_memory.engines.base import Engine
 from am_memory.errors import InvalidInput, UnsupportedOperation
+from am_memory.layers import CompactableLayer, TailBuffer, TailState
 from am_memory.policy import SINK_TOKENS, MemoryPolicy, Plan
 from am_memory.queries import ReferenceQueries, repeat_queries
 from am_memory.queries.repeat_prefill import repeat_request

@@ -11,7 +11,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from am_memory.cache import LayerState, TailState
 from am_memory.events import (
     CompactionFinished,
     CompactionProgress,
@@ -22,6 +21,7 @@ from am_memory.events import (
     SessionRebuilt,
     WindowExceeded,
 )
+from am_memory.layers import LayerState, TailState
 from am_memory.session import Session
 from am_memory.storage import SavedSession
 

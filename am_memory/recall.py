@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
-from am_memory.cache import CacheState, TailState
+from am_memory.cache import CacheState
+from am_memory.layers import TailState
 from am_memory.originals import LayerEntries
 from am_memory.slots import Segment, Slots
 

@@ -35,9 +35,10 @@ from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-
 from pydantic import BaseModel
 from torch import Tensor
 
-from am_memory.cache import CacheState, LayerState, SlidingState, Snapshot, TailBuffer, TailState
+from am_memory.cache import CacheState, Snapshot
 from am_memory.engines.base import Message
 from am_memory.errors import CorruptSession, NewerFormat, SessionNotFound, StorageError
+from am_memory.layers import LayerState, SlidingState, TailBuffer, TailState
 from am_memory.originals import Original, Place, received
 from am_memory.policy import ScheduledCompaction
 from am_memory.quantised import NOT_CODED, Quantised, Rows

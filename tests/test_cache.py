@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from am_memory.cache import CacheState, CompactableLayer, KVCache, SlidingLayer, TailState
+from am_memory.cache import CacheState, KVCache
 from am_memory.errors import UnsupportedOperation
+from am_memory.layers import CompactableLayer, SlidingLayer, TailState
 from am_memory.slots import PINNED_RANK, Segment, Slots, resized
 
 NUM_LAYERS, NUM_HEADS, HEAD_DIM = 3, 2, 8

@@ -18,9 +18,10 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from am_memory import Memory, MemoryPolicy, Sampling, Session, storage
-from am_memory.cache import CacheState, CompactableLayer, SlidingState, TailBuffer, TailState
+from am_memory.cache import CacheState
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CorruptSession, NewerFormat, SessionNotFound, StorageError
+from am_memory.layers import CompactableLayer, SlidingState, TailBuffer, TailState
 from am_memory.policy import Plan, ScheduledCompaction
 from am_memory.quantised import Quantised, cat
 from am_memory.slots import Segment, Slots

@@ -16,7 +16,19 @@ INTEGRATIONS = ROOT / "integrations"
 # From the bottom up; a part may import its own layer and those below.
 LAYERS: tuple[set[str], ...] = (
     {"errors", "events"},
-    {"quantised", "rotation", "slots", "cache", "solver", "models", "tokens", "token_counts", "byte_level", "sampling"},
+    {
+        "quantised",
+        "rotation",
+        "slots",
+        "layers",
+        "cache",
+        "solver",
+        "models",
+        "tokens",
+        "token_counts",
+        "byte_level",
+        "sampling",
+    },
     {"engines"},
     {"policy", "budgets", "queries", "originals", "storage", "history", "boundaries", "constraints", "tool_calls"},
     {"compaction", "recall", "search", "calibration"},
@@ -32,6 +44,7 @@ ENGINES_MAY_IMPORT = {
     "quantised",
     "rotation",
     "slots",
+    "layers",
     "cache",
     "errors",
     "events",

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from am_memory.cache import LayerState, TailState
 from am_memory.display import head_slots
+from am_memory.layers import LayerState, TailState
 from am_memory.policy import ScheduledCompaction
 from am_memory.session import Session, Stats
 from am_memory.storage import SavedSession

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from am_memory.cache import CompactableLayer
 from am_memory.engines.transformers import partwise
 from am_memory.engines.transformers.attention import attend, attention_forward
 from am_memory.engines.transformers.partwise import merge, partial_attention
 from am_memory.errors import UnsupportedOperation
+from am_memory.layers import CompactableLayer
 from am_memory.slots import PINNED_RANK, Slots
 
 NUM_HEADS, HEAD_DIM = 3, 16

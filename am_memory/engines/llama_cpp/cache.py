@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from am_memory.cache import Snapshot, TailBuffer, TailState
+from am_memory.cache import Snapshot
 from am_memory.engines.llama_cpp.capture import OnAttention
 from am_memory.engines.llama_cpp.decoder import CellSequence, Decoder
 from am_memory.engines.llama_cpp.rotation import Rotation
 from am_memory.engines.llama_cpp.state import Column, SequenceState
 from am_memory.errors import CorruptSession, UnsupportedOperation
+from am_memory.layers import TailBuffer, TailState
 from am_memory.quantised import Rows, decoded
 from am_memory.slots import PINNED_RANK, Segment, Slots
 

@@ -13,9 +13,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from am_memory.cache import CompactableLayer
 from am_memory.engines.transformers import fused, partwise
 from am_memory.errors import UnsupportedOperation
+from am_memory.layers import CompactableLayer
 from am_memory.slots import Slots
 
 ATTENTION_NAME = "am_memory"

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from am_memory import Memory, MemoryPolicy, Session
-from am_memory.cache import TailState
 from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CompactionFailed, CorruptSession, EngineFailed, InvalidPolicy, UnsupportedOperation
 from am_memory.events import CompactionFinished, Event
+from am_memory.layers import TailState
 from am_memory.slots import PINNED_RANK
 
 POLICY = MemoryPolicy(trigger_tokens=120, keep_ratio=0.25, pinned=4, keep_recent=8)
