@@ -26,6 +26,7 @@ from statistics import mean
 from typing import get_args
 
 from common import machine, table, write_json
+from pydantic import TypeAdapter
 
 from am_memory import Memory, MemoryPolicy, Sampling
 from am_memory.engines.base import Engine, EngineName, Message
@@ -288,13 +289,13 @@ HEADER = (
 def summary(attempts: Sequence[Attempt]) -> str:
     """A line for each scheme and limit: means, and the range of the compactions."""
     groups = by_setting(attempts)
-    full = {attempt.problem: attempt.is_right for attempt in groups.get(("full cache", None), [])}
+    right = {attempt.problem for attempt in groups.get(("full cache", None), []) if attempt.is_right}
     lines = []
     for (scheme, limit), group in groups.items():
         answers, solved = [attempt.answer for attempt in group], sum(attempt.is_right for attempt in group)
         counts = [answer.compactions for answer in answers]
-        gained = sum(attempt.is_right and not full.get(attempt.problem, True) for attempt in group)
-        lost = sum(not attempt.is_right and full.get(attempt.problem, False) for attempt in group)
+        gained = sum(attempt.is_right and attempt.problem not in right for attempt in group)
+        lost = sum(not attempt.is_right and attempt.problem in right for attempt in group)
         old = sum(answer.old_question + answer.old_answer for answer in answers) / len(group)
         lines.append(
             (
@@ -305,8 +306,8 @@ def summary(attempts: Sequence[Attempt]) -> str:
                 f"{mean(answer.compactions_in_answer for answer in answers):.1f}" if any(counts) else "",
                 f"{old:.0f} tokens" if limit else "",
                 f"{solved} of {len(group)}",
-                f"{solved / sum(full.values()):.0%}" if any(full.values()) else "",
-                f"+{gained} -{lost}" if full and scheme != "full cache" else "",
+                f"{solved / (solved - gained + lost):.0%}" if solved - gained + lost else "",
+                f"+{gained} -{lost}",
             )
         )
     return table(HEADER, lines)
@@ -370,6 +371,9 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=200, help="of the longest answer")
     parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
     parser.add_argument("--out", help="write the answers and figures as JSON")
+    parser.add_argument(
+        "--earlier", type=Path, nargs="+", default=[], help="--out of runs before, to be in the table and the plot too"
+    )
     parser.add_argument("--plot", help="draw what is solved by physical limit to this file")
     args = parser.parse_args()
     memory = Memory.from_pretrained(args.model, engine=args.engine, policy=ROOMY)
@@ -379,7 +383,8 @@ def main() -> None:
         check_limits(args.limits, told)
     except ValueError as error:
         parser.error(str(error))
-    attempts = run(memory, told, args)
+    earlier = [one for path in args.earlier for one in TypeAdapter(list[Attempt]).validate_json(path.read_bytes())]
+    attempts = [*earlier, *run(memory, told, args)]
     if args.plot:
         plot(attempts, args.plot)
     caption = (

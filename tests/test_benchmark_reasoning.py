@@ -1,4 +1,4 @@
-"""The problems that `benchmarks/reasoning.py` comes with, and how it reads answers and drops tokens."""
+"""The problems that `benchmarks/reasoning.py` comes with, how it reads answers, and what its schemes hold."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from am_memory import Memory
+from am_memory.engines.transformers import TransformersEngine
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 HEAD, EXAMPLES, QUESTION = tuple(range(4)), tuple(range(100, 120)), tuple(range(200, 206))
@@ -82,3 +85,56 @@ def test_a_limit_without_room_for_the_longest_problem_is_refused(reasoning: Modu
     reasoning.check_limits([12], [prompt])
     with pytest.raises(ValueError, match=r"--limits 11: 10 tokens are taken .* give 12 or more"):
         reasoning.check_limits([11], [prompt])
+
+
+def tell(reasoning: ModuleType, engine: TransformersEngine, num_examples: int = 4) -> list:
+    """Three problems after some examples of 86 tokens; every byte is one."""
+    problems = [reasoning.Problem(f"What is {number} and one?", number + 1) for number in range(3)]
+    examples = [
+        reasoning.Problem(f"What is {number} and two?", number + 2, "One counts on.") for number in range(num_examples)
+    ]
+    return reasoning.prompts(engine, problems, examples)
+
+
+def test_a_prompt_is_cut_before_the_examples_and_before_the_problem(
+    reasoning: ModuleType, engine: TransformersEngine
+) -> None:
+    prompt = tell(reasoning, engine)[1]
+    head, examples, question = (engine.decode(ids) for ids in (prompt.head, prompt.examples, prompt.question))
+    assert reasoning.SYSTEM in head
+    assert "What" not in head
+    assert examples.count("The answer is") == 4
+    assert question.startswith("What is 1 and one?")
+
+
+def test_every_scheme_answers_every_problem_within_its_limit(reasoning: ModuleType, engine: TransformersEngine) -> None:
+    told, memory = tell(reasoning, engine), Memory(engine, reasoning.ROOMY)
+    for name, scheme in reasoning.SCHEMES.items():
+        is_limited = name in reasoning.LIMITED
+        answers = list(scheme(memory, told, 300 if is_limited else None, 200))
+        assert len(answers) == len(told)
+        assert all(answer.kv_tokens <= 300 for answer in answers) or not is_limited
+        assert all((answer.compactions > 0) == (name == "ours") for answer in answers)
+
+
+def test_reasoning_that_is_compacted_is_counted(reasoning: ModuleType, engine: TransformersEngine) -> None:
+    """The third problem's answer is the one of the random model that does not end at once."""
+    told, memory = tell(reasoning, engine, num_examples=2), Memory(engine, reasoning.ROOMY)
+    *_, answer = reasoning.SCHEMES["ours"](memory, told, 300, 200)
+    assert answer.answer_tokens == 200
+    assert answer.compactions == answer.compactions_in_answer > 0
+    assert answer.old_question == len(told[2].question)
+    assert 0 < answer.old_answer < 200
+
+
+def test_a_fork_of_what_has_read_the_examples_answers_as_if_it_had_read_all(
+    reasoning: ModuleType, engine: TransformersEngine
+) -> None:
+    told, memory = tell(reasoning, engine), Memory(engine, reasoning.ROOMY)
+    for prompt, answer in zip(told, reasoning.SCHEMES["ours"](memory, told, 300, 100), strict=True):
+        policy = reasoning.MemoryPolicy(trigger_tokens=300, pinned=len(prompt.head))
+        session = memory.scratch(policy=policy)
+        session.append(prompt.head + prompt.examples + prompt.question)
+        assert "".join(piece.text for piece in session.generate(100, reasoning.GREEDY)) == answer.text
+        assert session.stats.num_compactions == answer.compactions
+        assert session.stats.kv_tokens == answer.kv_tokens
