@@ -36,9 +36,9 @@ SYSTEM = "You solve problems step by step. Your last sentence says the answer, l
 ROOMY = MemoryPolicy(trigger_tokens=1.0)
 """Compacts nothing within the model's window: a plain cache."""
 GREEDY = Sampling(temperature=0.0)
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-MARKS = (re.compile(r"answer is(?=[^.]*\d)(?:[^.]*=)?", re.IGNORECASE), re.compile(r"\\boxed\{"))
-"""What an answer stands behind; the last one counts."""
+NUMBER = r"(-?\d[\d,]*(?:\.\d+)?)"
+SAID = re.compile(r"(?:answer is(?:[^.\n]*=)?[^.]*?|\\boxed\{)" + NUMBER, re.IGNORECASE)
+RESULT = re.compile(r"=[\s$]*" + NUMBER)
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,12 @@ def load(path: Path) -> list[Problem]:
 
 
 def extract(text: str) -> int | None:
-    """The integer behind the last mark of an answer, else the last number; None where there is none."""
-    starts = [mark.end() for pattern in MARKS for mark in pattern.finditer(text)]
-    numbers = NUMBER.findall(text, max(starts)) if starts else NUMBER.findall(text)[-1:]
-    if not numbers:
-        return None
-    value = float(numbers[0].replace(",", ""))
-    return int(value) if value.is_integer() else None
+    """The number last said to be the answer, else the last result, else the last number; None if it is no integer."""
+    for pattern in (SAID, RESULT, re.compile(NUMBER)):
+        if numbers := pattern.findall(text):
+            value = float(numbers[-1].replace(",", ""))
+            return int(value) if value.is_integer() else None
+    return None
 
 
 @dataclass(frozen=True)
@@ -235,33 +234,39 @@ class Attempt:
     scheme: str
     limit: int | None
     problem: Problem
-    given: int | None
     answer: Answer
 
     @property
     def is_right(self) -> bool:
-        return self.given == self.problem.answer
+        return extract(self.answer.text) == self.problem.answer
 
 
-def run(memory: Memory, prompts: Sequence[Prompt], args: argparse.Namespace) -> list[Attempt]:
-    """All schemes, one problem after another."""
+def run(
+    memory: Memory, prompts: Sequence[Prompt], earlier: Sequence[Attempt], args: argparse.Namespace
+) -> list[Attempt]:
+    """Each problem with all schemes that have not tried it earlier; the attempts of both."""
+    tried = {(attempt.scheme, attempt.limit, attempt.problem) for attempt in earlier}
     settings = [(scheme, limit) for scheme in args.schemes for limit in (args.limits if scheme in LIMITED else [None])]
-    solving = [SCHEMES[scheme](memory, prompts, limit, args.new_tokens) for scheme, limit in settings]
-    attempts: list[Attempt] = []
-    for prompt, *answers in zip(prompts, *solving, strict=True):
-        for (scheme, limit), answer in zip(settings, answers, strict=True):
-            attempts.append(Attempt(scheme, limit, prompt.problem, extract(answer.text), answer))
-            report(attempts[-1])
-        write_json(args.out, [asdict(attempt) for attempt in attempts])
+    solving = {}
+    for scheme, limit in settings:
+        pending = [prompt for prompt in prompts if (scheme, limit, prompt.problem) not in tried]
+        solving[scheme, limit] = SCHEMES[scheme](memory, pending, limit, args.new_tokens)
+    attempts = [*earlier]
+    for prompt in prompts:
+        for (scheme, limit), answers in solving.items():
+            if (scheme, limit, prompt.problem) not in tried:
+                attempts.append(Attempt(scheme, limit, prompt.problem, next(answers)))
+                report(attempts[-1])
+        write_json(args.out, [{**asdict(attempt), "is_right": attempt.is_right} for attempt in attempts])
     return attempts
 
 
 def report(attempt: Attempt) -> None:
-    answer, verdict = attempt.answer, "right" if attempt.is_right else "wrong"
+    answer, expected = attempt.answer, attempt.problem.answer
     print(
-        f"{attempt.scheme:11s} {attempt.limit or '':5}  {verdict}: {attempt.given} for {attempt.problem.answer}  "
-        f"{answer.logical_tokens} tokens in {answer.kv_tokens:.0f}  {answer.compactions} compactions, "
-        f"{answer.compactions_in_answer} of them in the answer",
+        f"{attempt.scheme:11s} {attempt.limit or '':5}  {'right' if attempt.is_right else 'wrong'}: "
+        f"{extract(answer.text)} for {expected}  {answer.logical_tokens} tokens in {answer.kv_tokens:.0f}  "
+        f"{answer.compactions} compactions, {answer.compactions_in_answer} of them in the answer",
         flush=True,
     )
 
@@ -273,21 +278,15 @@ def by_setting(attempts: Sequence[Attempt]) -> dict[tuple[str, int | None], list
     }
 
 
-HEADER = (
-    "scheme",
-    "physical limit",
-    "effective length",
-    "compactions",
-    "in the answer",
-    "old problem and answer",
-    "solved",
-    "of the full cache",
-    "gained and lost",
-)
+HEADER = ("scheme", "limit", "length", "compactions", "in answers", "old tokens", "solved", "of full", "flipped")
 
 
 def summary(attempts: Sequence[Attempt]) -> str:
-    """A line for each scheme and limit: means, and the range of the compactions."""
+    """A line for each scheme and limit: means, and the range of the compactions.
+
+    Length is logical; old tokens are those of the problem and of the answer that are compacted, or dropped, in the
+    end; flipped are the problems that the full cache fails and this solves, and the other way round.
+    """
     groups = by_setting(attempts)
     right = {attempt.problem for attempt in groups.get(("full cache", None), []) if attempt.is_right}
     lines = []
@@ -296,7 +295,7 @@ def summary(attempts: Sequence[Attempt]) -> str:
         counts = [answer.compactions for answer in answers]
         gained = sum(attempt.is_right and attempt.problem not in right for attempt in group)
         lost = sum(not attempt.is_right and attempt.problem in right for attempt in group)
-        old = sum(answer.old_question + answer.old_answer for answer in answers) / len(group)
+        old = [mean(answer.old_question for answer in answers), mean(answer.old_answer for answer in answers)]
         lines.append(
             (
                 scheme,
@@ -304,7 +303,7 @@ def summary(attempts: Sequence[Attempt]) -> str:
                 f"{mean(answer.logical_tokens for answer in answers):.0f}",
                 f"{mean(counts):.1f} ({min(counts)} to {max(counts)})" if any(counts) else "",
                 f"{mean(answer.compactions_in_answer for answer in answers):.1f}" if any(counts) else "",
-                f"{old:.0f} tokens" if limit else "",
+                f"{old[0]:.0f} + {old[1]:.0f}" if limit else "",
                 f"{solved} of {len(group)}",
                 f"{solved / (solved - gained + lost):.0%}" if solved - gained + lost else "",
                 f"+{gained} -{lost}",
@@ -371,9 +370,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=200, help="of the longest answer")
     parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
     parser.add_argument("--out", help="write the answers and figures as JSON")
-    parser.add_argument(
-        "--earlier", type=Path, nargs="+", default=[], help="--out of runs before, to be in the table and the plot too"
-    )
+    parser.add_argument("--earlier", type=Path, nargs="+", default=[], help="--out of runs, which are not repeated")
     parser.add_argument("--plot", help="draw what is solved by physical limit to this file")
     args = parser.parse_args()
     memory = Memory.from_pretrained(args.model, engine=args.engine, policy=ROOMY)
@@ -384,7 +381,7 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     earlier = [one for path in args.earlier for one in TypeAdapter(list[Attempt]).validate_json(path.read_bytes())]
-    attempts = [*earlier, *run(memory, told, args)]
+    attempts = run(memory, told, earlier, args)
     if args.plot:
         plot(attempts, args.plot)
     caption = (
