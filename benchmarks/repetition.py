@@ -205,7 +205,7 @@ def plot(rows: Sequence[dict[str, object]], path: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
     for scheme in dict.fromkeys(str(one["scheme"]) for one in rows):
         group = [one for one in rows if one["scheme"] == scheme]
         counts = sorted({int(str(one["compactions"])) for one in group})
@@ -215,9 +215,8 @@ def plot(rows: Sequence[dict[str, object]], path: str) -> None:
         ]
         means = [sum(each) / len(each) for each in shares]
         if len(counts) == 1:
-            axis.axhline(
-                means[0], linestyle=":", label=scheme, color="#555555" if scheme == "full cache" else "#bbbbbb"
-            )
+            style = {"full cache": "-", "window": ":"}.get(scheme, "--")
+            axis.axhline(means[0], linestyle=style, linewidth=1, label=scheme, color="#888888")
         else:
             axis.plot(counts, means, marker="o", label=scheme, linewidth=2.5 if scheme == "ours" else 1.2)
     axis.set_xscale("log")
@@ -226,7 +225,7 @@ def plot(rows: Sequence[dict[str, object]], path: str) -> None:
     axis.set_ylabel("codes recalled, of those told")
     axis.set_ylim(-0.03, 1.05)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.savefig(path, dpi=150)
 
 
