@@ -33,16 +33,7 @@ from statistics import fmean
 import torch
 from common import machine, read_json, table, write_json
 from qa_files import LETTERS, Document, Question, load
-from repetition import (
-    GREEDY,
-    KVZIP,
-    OBSERVED_TOKENS,
-    READ,
-    SNAPKV,
-    SUMMARY_REQUEST,
-    Size,
-    compact_but_last,
-)
+from repetition import GREEDY, KVZIP, OBSERVED_TOKENS, READ, SNAPKV, SUMMARY_REQUEST, Size, compact_but_last
 from torch import Tensor
 
 from am_memory import Memory, MemoryPolicy, Session
@@ -168,16 +159,13 @@ def check_window(memory: Memory, documents: Sequence[Document]) -> None:
 
 def run(memory: Memory, document: Document, args: argparse.Namespace, rows: list[dict[str, object]]) -> None:
     """Add what is not among the rows yet."""
-    wanted = {
-        (scheme, ratio)
-        for scheme in args.schemes
-        for ratio in ([None] if scheme in WITHOUT_RATIO else args.ratios)
-        if not any(key_of(row) == (args.model, document.name, scheme, ratio) for row in rows)
-    }
+    done = {(row["scheme"], row["ratio"]) for row in rows if is_of(row, args.model, [document])}
+    ratios = {scheme: (None,) if scheme in WITHOUT_RATIO else args.ratios for scheme in args.schemes}
+    wanted = [(scheme, ratio) for scheme in args.schemes for ratio in ratios[scheme] if (scheme, ratio) not in done]
     if not wanted:
         return
     full = read_document(memory, document.text)
-    for scheme, ratio in sorted(wanted, key=lambda each: (list(SCHEMES).index(each[0]), each[1] or 0)):
+    for scheme, ratio in wanted:
         started = time.perf_counter()
         session = SCHEMES[scheme](full, memory, Size(ratio or 1, OBSERVED_TOKENS))
         seconds = time.perf_counter() - started
@@ -199,8 +187,8 @@ def run(memory: Memory, document: Document, args: argparse.Namespace, rows: list
         print(f"{document.name}\n{table(HEADER, [line(scheme, ratio, rows[-1:])])}\n", flush=True)
 
 
-def key_of(row: dict[str, object]) -> tuple[object, ...]:
-    return row["model"], row["document"], row["scheme"], row["ratio"]
+def is_of(row: dict[str, object], model: str, documents: Sequence[Document]) -> bool:
+    return row["model"] == model and row["document"] in [document.name for document in documents]
 
 
 HEADER = ("scheme", "ratio", "right", "log probability of the right answer", "cache, tokens", "seconds")
@@ -275,8 +263,7 @@ def main() -> None:
     rows: list[dict[str, object]] = read_json(args.out)
     for document in documents:
         run(memory, document, args, rows)
-    names = [document.name for document in documents]
-    rows = [row for row in rows if row["model"] == args.model and row["document"] in names]
+    rows = [row for row in rows if is_of(row, args.model, documents)]
     if args.plot:
         plot(rows, args.plot)
     lines = (line(scheme, ratio, group) for (scheme, ratio), group in grouped(rows).items())
