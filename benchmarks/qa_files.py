@@ -153,8 +153,8 @@ def checked(model: type[Model], content: object, place: str) -> Model:
         return model.model_validate_json(content) if isinstance(content, str) else model.model_validate(content)
     except ValidationError as error:
         problem = error.errors()[0]
-        place = ", ".join([place, ".".join(map(str, problem["loc"]))] if problem["loc"] else [place])
-        raise InvalidInput(f"{place}: {problem['msg']}; {EXPECTED}") from error
+        key = ".".join(map(str, problem["loc"]))
+        raise InvalidInput(f"{', '.join(filter(None, (place, key)))}: {problem['msg']}; {EXPECTED}") from error
 
 
 def plain_text(article: str) -> str:
