@@ -227,9 +227,14 @@ def letters(seed: int, num_letters: int, num_facts: int = 2, num_sentences: int 
 
 def question_text(engine: Engine, fact: Fact) -> str:
     """The turn that asks for a fact, after any complete turn, and the opening of its answer."""
+    return asked_text(engine, fact.question, fact.opening)
+
+
+def asked_text(engine: Engine, question: str, opening: str) -> str:
+    """A question as a turn, after any complete turn, and the opening of its answer."""
     before = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello."}]
-    asked = [*before, {"role": "user", "content": fact.question}]
-    return engine.render(asked, add_generation_prompt=True).removeprefix(engine.render(before)) + fact.opening
+    asked = [*before, {"role": "user", "content": question}]
+    return engine.render(asked, add_generation_prompt=True).removeprefix(engine.render(before)) + opening
 
 
 def ask(session: Session, facts: Sequence[Fact]) -> dict[Fact, str]:

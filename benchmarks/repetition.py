@@ -60,6 +60,10 @@ class LargestAttention:
         return repeat_first_in_padding(ranking[:, : int(num_slots.max())], num_slots)
 
 
+SNAPKV: dict[str, object] = {"fit": "nothing", "head_budget": "uniform", "reference_queries": ("live",)}
+KVZIP: dict[str, object] = {"fit": "nothing", "key_selection": LargestAttention()}
+
+
 @dataclass(frozen=True)
 class Size:
     """One slot for `ratio` tokens, and the last tokens exact."""
@@ -101,6 +105,12 @@ def parts_of(text: Text, count: int) -> list[list[Message]]:
     return [list(chain.from_iterable(turns[start : start + size])) for start in range(0, len(turns), size)]
 
 
+def compact_but_last(session: Session, num_tokens: int) -> None:
+    """Compact everything but the first tokens, which are pinned, and the last ones."""
+    available = session.stats.kv_tokens - SINKS
+    session.compact((available - num_tokens) / available)
+
+
 def compacting(**options: object) -> Scheme:
     """Everything read so far is compacted after each part, but for what is recent or it is observed with."""
 
@@ -110,9 +120,8 @@ def compacting(**options: object) -> Scheme:
         spared = max(size.recent_tokens, OBSERVED_TOKENS if policy.reference_queries == ("live",) else 0)
         for part in parts_of(text, count):
             session.append(part)
-            available = session.stats.kv_tokens - SINKS
             if session.stats.exact_tokens - SINKS - spared >= size.ratio:
-                session.compact((available - spared) / available)
+                compact_but_last(session, spared)
         return session
 
     return run
@@ -141,8 +150,8 @@ def summarised(full: Session, memory: Memory, text: Text, count: int, size: Size
 SCHEMES: dict[str, Scheme] = {
     "ours": compacting(),
     "recompact everything": compacting(recompaction="refit"),
-    "eviction, observed (SnapKV style)": compacting(fit="nothing", head_budget="uniform", reference_queries=("live",)),
-    "eviction, repeated (KVzip style)": compacting(fit="nothing", key_selection=LargestAttention()),
+    "eviction, observed (SnapKV style)": compacting(**SNAPKV),
+    "eviction, repeated (KVzip style)": compacting(**KVZIP),
     "window": window,
     "summary": summarised,
 }
