@@ -332,22 +332,21 @@ class Context:
         self, plan: Plan, block: tuple[int, int], made: ScheduledCompaction | None, progress: Progress
     ) -> tuple[SessionCache, list[ReferenceQueries], ScheduledCompaction]:
         """What is compacted, the block or a summary in its place; by which queries; what was planned and written."""
-        cache, tokens, policy, weights = self.cache, self.tokens, self.policy, self.weights(*block)
+        cache, tokens, weights = self.cache, self.tokens, self.weights(*block)
+        policy, (start, end) = self.policy, block
         sources = QuerySources(self.engine, policy, self._live, progress)
         conversations = made.conversations if made and made.conversations else sources.converse(cache)
         summary = made.summary if made else None
         if made is None and policy.summary_tokens is not None:
-            start, end = block
             max_tokens, on_progress = min(policy.summary_tokens, end - start), partial(progress, "summary")
             summary = write_summary(self.engine, cache, end, max_tokens=max_tokens, on_progress=on_progress)
         if summary is not None and summary.answer:
-            cache = stand_in(
-                self.engine, cache, summary, plan.newest, self.num_pinned, chunk_tokens=policy.chunk_tokens
-            )
-            start = plan.newest.end - len(summary.answer)
-            tokens, block, weights = [*tokens[:start], *summary.answer], (start, plan.newest.end), None
-            newest = resized(plan.newest, len(summary.answer) * cache.num_heads)
+            newest, pinned, chunk_tokens = plan.newest, self.num_pinned, policy.chunk_tokens
+            cache = stand_in(self.engine, cache, summary, newest, pinned, chunk_tokens=chunk_tokens)
+            newest = resized(newest, len(summary.answer) * cache.num_heads)
             plan = replace(plan, segments=(*plan.segments[:-1], newest))
+            start, weights = end - len(summary.answer), None
+            tokens, block = [*tokens[:start], *summary.answer], (start, end)
         queries = sources.sample(cache, tokens, block, weights, conversations)
         return cache, queries, ScheduledCompaction(cache.num_tokens, plan, conversations, summary)
 

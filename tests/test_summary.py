@@ -103,7 +103,7 @@ def test_a_summary_no_longer_than_the_slots_stays_whole(new_memory: NewMemory) -
 
 
 def test_a_summary_is_never_longer_than_its_block(new_memory: NewMemory) -> None:
-    session = told_session(new_memory(summary_tokens=1000), 20)
+    session = told_session(new_memory(summary_tokens=1000, keep_ratio=0.25), 20)
     report = session.compact(0.5)
     assert 0 < report.summary_tokens <= report.end - report.start == 8
     assert compact_positions(session) <= set(range(report.start, report.end))
@@ -175,7 +175,7 @@ def test_where_nothing_is_written_the_block_is_compacted(
 
 def test_a_conversation_without_an_end_stays_below_the_trigger(new_memory: NewMemory) -> None:
     policy = {"reference_queries": ("repeat", "self_study", "live"), "self_study_tokens": 4, "segment_dtype": "int8"}
-    session = told_session(new_memory(trigger_tokens=100, **policy), 400)
+    session = told_session(new_memory(trigger_tokens=100, keep_recent=6, keep_ratio=0.1, **policy), 400)
     assert session.stats.kv_tokens <= 100
     assert len(session.segments) > 3
     assert len(answers(session)) == len(session.segments)
@@ -234,7 +234,7 @@ def test_recall_brings_back_the_block_and_then_the_summary(new_memory: NewMemory
     exact = session.logits(probe)
     report = session.compact(0.5)
     before = held(session)
-    session.recall(report.start, report.end)
+    session.recall((report.start, report.end))
     torch.testing.assert_close(session.logits(probe), exact, rtol=0, atol=1e-4)
     session._context._put_away_oldest()
     assert_same(held(session), before)
