@@ -2,9 +2,8 @@
 
     block, exact  ->  the model sums it up  ->  the summary's entries at the block's last positions  ->  a compaction
 
-That is how arXiv:2602.16284 comes to 200x: the text is some ten times shorter, the compaction takes the rest. Entries
-are taken as they were read, with the block in view, and turned back as one. Knows no policy, and not how compactions
-are made.
+That is how arXiv:2602.16284 comes to 200x: text first, entries then. These are taken as they were read, with the block
+in view, and turned back as one. Knows not when a summary is wanted, and not how compactions are made.
 """
 
 from __future__ import annotations
