@@ -17,7 +17,7 @@ from torch import Tensor, cat
 from am_memory.boundaries import best_boundary
 from am_memory.budgets import calibration_for
 from am_memory.cache import KVCache, Snapshot
-from am_memory.compaction import as_planned, compact, failures
+from am_memory.compaction import Progress, as_planned, compact, failures
 from am_memory.engines.base import Engine, SessionCache
 from am_memory.errors import (
     BudgetTooSmall,
@@ -42,10 +42,11 @@ from am_memory.events import (
 )
 from am_memory.originals import Original, between, keep
 from am_memory.policy import SINK_TOKENS, MemoryPolicy, Plan, ScheduledCompaction, Sizes, plan, richer, trigger_tokens
-from am_memory.queries import LiveQueries, QuerySources
+from am_memory.queries import LiveQueries, QuerySources, ReferenceQueries
 from am_memory.recall import Recalled, at_rest, brought_back, put_away
 from am_memory.search import Span, search
-from am_memory.slots import Segment
+from am_memory.slots import Segment, resized
+from am_memory.summary import stand_in, write_summary
 
 Weights = Callable[[int, int], Sequence[float] | None]
 """How much it counts that the tokens from one position to another can be repeated; None: all alike."""
@@ -94,6 +95,11 @@ class Context:
             raise InvalidPolicy(
                 f"segment_dtype {self.policy.segment_dtype!r} is for engine='transformers'; this engine keeps all "
                 "cells in one type: leave it at 'model', and give the engine kv_type='q8_0'"
+            )
+        if self.policy.summary_tokens is not None and self.engine.info.immovable is not None:
+            raise InvalidPolicy(
+                f"summary_tokens {self.policy.summary_tokens} needs keys that can be moved to where the block stood: "
+                f"{self.engine.info.immovable}; leave it at None"
             )
         self._live = LiveQueries() if "live" in self.policy.reference_queries else None
         self._seek_live()
@@ -277,29 +283,27 @@ class Context:
     def _apply(self, plan: Plan, made: ScheduledCompaction | None = None) -> CompactionReport:
         """Make one planned compaction and swap it in; the gate may give it more slots, unless it is `made` already."""
         cache, segment = self.cache, plan.newest
-        kv_tokens, kv_bytes, at_tokens = cache.kv_tokens, cache.nbytes, cache.num_tokens
+        kv_tokens, kv_bytes = cache.kv_tokens, cache.nbytes
         self.notify(CompactionStarted(self.name, segment.start, segment.end, kv_tokens))
 
         def progress(stage: str, done: int, total: int) -> None:
             self.notify(CompactionProgress(self.name, stage, done, total))
 
         started = time.perf_counter()
-        exact_start = max(segment.start, cache.num_tokens - cache.num_tail_tokens)
-        sources, block = QuerySources(self.engine, self.policy, self._live, progress), (exact_start, segment.end)
+        block = max(segment.start, cache.num_tokens - cache.num_tail_tokens), segment.end
         with failures(segment):
-            conversations = made.conversations if made and made.conversations else sources.converse(cache)
-            queries = sources.sample(cache, self.tokens, block, self.weights(*block), conversations)
+            held, queries, prepared = self._prepare(plan, block, made, progress)
         query_seconds = time.perf_counter() - started
         more = as_planned if made else partial(richer, self.policy, self.trigger, cache.num_heads)
-        result = compact(cache, plan, self.num_pinned, queries, self.policy, progress, more, self._calibration)
-        plan, segment = result.plan, result.plan.newest
+        result = compact(held, prepared.plan, self.num_pinned, queries, self.policy, progress, more, self._calibration)
+        segment = result.plan.newest
         originals = self.originals
         if self.policy.originals != "drop":
             entries = (layer.exact_entries(*block) for layer in cache.compactable)
             originals = (*originals, keep(*block, entries, self.policy.originals))
         cache.restore(result.state)
         self.originals = originals
-        self.schedule.append(ScheduledCompaction(at_tokens, plan, conversations))
+        self.schedule.append(replace(prepared, plan=result.plan))
         report = CompactionReport(
             session=self.name,
             start=segment.start,
@@ -316,12 +320,35 @@ class Context:
             fit_seconds=result.fit_seconds,
             num_unbiased_heads=result.num_unbiased_heads,
             held_out_error=result.held_out_error,
+            summary_tokens=len(prepared.summary.answer) if prepared.summary else 0,
         )
         self.notify(CompactionFinished(self.name, report))
         limit = self.policy.max_error
         if limit is not None and result.held_out_error is not None and result.held_out_error > limit:
             self.notify(GateMissed(self.name, segment.start, segment.end, result.held_out_error, limit))
         return report
+
+    def _prepare(
+        self, plan: Plan, block: tuple[int, int], made: ScheduledCompaction | None, progress: Progress
+    ) -> tuple[SessionCache, list[ReferenceQueries], ScheduledCompaction]:
+        """What is compacted, the block or a summary in its place; by which queries; what was planned and written."""
+        cache, tokens, weights = self.cache, self.tokens, self.weights(*block)
+        policy, (start, end) = self.policy, block
+        sources = QuerySources(self.engine, policy, self._live, progress)
+        conversations = made.conversations if made and made.conversations else sources.converse(cache)
+        summary = made.summary if made else None
+        if made is None and policy.summary_tokens is not None:
+            max_tokens, on_progress = min(policy.summary_tokens, end - start), partial(progress, "summary")
+            summary = write_summary(self.engine, cache, end, max_tokens=max_tokens, on_progress=on_progress)
+        if summary is not None and summary.answer:
+            newest, pinned, chunk_tokens = plan.newest, self.num_pinned, policy.chunk_tokens
+            cache = stand_in(self.engine, cache, summary, newest, pinned, chunk_tokens=chunk_tokens)
+            newest = resized(newest, len(summary.answer) * cache.num_heads)
+            plan = replace(plan, segments=(*plan.segments[:-1], newest))
+            start, weights = end - len(summary.answer), None
+            tokens, block = [*tokens[:start], *summary.answer], (start, end)
+        queries = sources.sample(cache, tokens, block, weights, conversations)
+        return cache, queries, ScheduledCompaction(cache.num_tokens, plan, conversations, summary)
 
     def recall(self, start: int, end: int) -> list[Segment]:
         """Bring the segments that hold any of the tokens [start, end) back exact, compacting others to make room.

@@ -28,6 +28,7 @@ from am_memory.storage import SavedSession
 STAGES = {
     "repeat": "  repeating the block",
     "self_study": "  writing about what was said",
+    "summary": "  summing up what was said",
     "score": "  scoring its keys",
     "fit": "  fitting its heads",
 }

@@ -33,7 +33,7 @@ class CompactionStarted:
 
 @dataclass(frozen=True)
 class CompactionProgress:
-    """One stage of a compaction moved on; `stage` is "repeat", "self_study", "score" or "fit"."""
+    """One stage of a compaction moved on; `stage` is "summary", "self_study", "repeat", "score" or "fit"."""
 
     session: str
     stage: str
@@ -55,6 +55,7 @@ class CompactionReport:
         query_seconds, score_seconds, fit_seconds: wall time by stage.
         num_unbiased_heads: KV heads that do without biases, as the cache takes none and theirs are not a part of a key.
         held_out_error: the output error on queries that were held out of the fits; None where the policy has no gate.
+        summary_tokens: of the summary that took the tokens' place, and was compacted; 0: there was none.
     """
 
     session: str
@@ -72,6 +73,7 @@ class CompactionReport:
     fit_seconds: float
     num_unbiased_heads: int = 0
     held_out_error: float | None = None
+    summary_tokens: int = 0
 
     @property
     def seconds(self) -> float:

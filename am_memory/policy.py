@@ -6,9 +6,9 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_serializer, field_validator
 
 from am_memory.errors import BudgetTooSmall, CompactionFailed, InvalidPolicy
 from am_memory.slots import Segment, resized
@@ -62,6 +62,12 @@ class MemoryPolicy(BaseModel):
             `max_compact_tokens` leaves room. Where it does not, the compaction is made all the same, since the
             conversation could not go on, and `GateMissed` says so. It holds at birth: later, segments shrink. None: no
             gate, and nothing held out.
+        summary_tokens: before a compaction the model sums up the block, in so many tokens at most, a forward pass for
+            each. The summary takes the block's place and is what is compacted, to the slots that the block would get;
+            where it is no longer than these, it stays whole, and where the model writes nothing, the block is compacted
+            as ever (`CompactionReport.summary_tokens` says 0). What it leaves out is lost, unless there are
+            `originals`: recall brings back the block. Not with recompaction "refit", `max_error` or llama.cpp. None:
+            no summary.
         min_slots: slots that every head gets of a new segment before any head gets more.
         fit: what is fitted beside the choice of keys; anything but "bias_and_values" is for ablations.
         ridge: pull of the fitted values toward the originals, as a fraction of the mean diagonal.
@@ -90,6 +96,7 @@ class MemoryPolicy(BaseModel):
     originals: Literal["drop", "host", "disk"] = "drop"
     segment_dtype: Literal["model", "int8"] = "model"
     max_error: Annotated[float, Field(gt=0)] | None = None
+    summary_tokens: Annotated[int, Field(gt=0)] | None = None
     min_slots: Annotated[int, Field(gt=0)] = 1
     fit: Literal["bias_and_values", "bias", "values", "nothing"] = "bias_and_values"
     ridge: Annotated[float, Field(ge=0)] = 1e-3
@@ -128,6 +135,17 @@ class MemoryPolicy(BaseModel):
             case KeySelection():
                 return selection
         raise ValueError("must be highest_attention, omp, omp_fast or an object with `name` and `__call__`")
+
+    @field_validator("summary_tokens")
+    @classmethod
+    def _summary_alone(cls, num_tokens: int | None, info: ValidationInfo) -> int | None:
+        if num_tokens is not None and info.data.get("recompaction") == "refit":
+            raise ValueError("recompaction 'refit' would sum up summaries: leave it at 'segments'")
+        if num_tokens is not None and info.data.get("max_error") is not None:
+            raise ValueError(
+                "max_error would be held against the summary, not what was said: leave one of them at None"
+            )
+        return num_tokens
 
     @field_serializer("key_selection")
     def _selection_name(self, selection: KeySelection) -> str:
@@ -177,6 +195,13 @@ class Plan:
         return self.segments[-1]
 
 
+class Summary(NamedTuple):
+    """Token ids of the prompt for a summary, and of what the model answered; it may be nothing."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class ScheduledCompaction:
     """A compaction that was made when the cache held `at_tokens` logical tokens.
@@ -184,11 +209,13 @@ class ScheduledCompaction:
     Attributes:
         conversations: of self-study, token ids of each prompt with the model's answer. Where the compaction is made
             again they are read, not written anew: rounding alone may make a model write something else.
+        summary: in the place of the block, where the policy wanted one; read again as well.
     """
 
     at_tokens: int
     plan: Plan
     conversations: tuple[tuple[int, ...], ...] = ()
+    summary: Summary | None = None
 
 
 def trigger_tokens(policy: MemoryPolicy, window_tokens: int, num_pinned: int) -> int:

@@ -42,6 +42,8 @@ SELF_STUDY = {
     "AM, repeat and self-study": {"reference_queries": ("repeat", "self_study")},
 }
 """Ten times as slow as the others, so only where they are named."""
+SUMMARY = {"AM of a summary": {"summary_tokens": 256}}
+"""Slow as well."""
 INT8 = {"AM, int8": {"segment_dtype": "int8"}}
 """Close to the default, so only where it is named."""
 TURNS = {
@@ -235,7 +237,9 @@ def main() -> None:
     if args.calibration:
         schemes = {**schemes, "AM calibrated": {"head_budget": args.calibration}}
     if args.schemes:
-        schemes = {name: options for name, options in (schemes | SELF_STUDY | INT8).items() if name in args.schemes}
+        schemes = {
+            name: options for name, options in (schemes | SELF_STUDY | SUMMARY | INT8).items() if name in args.schemes
+        }
     results = []
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         results += run(memory, seed, args.ratios or ratios, schemes)

@@ -31,7 +31,7 @@ LAYERS: tuple[set[str], ...] = (
     },
     {"engines"},
     {"policy", "budgets", "queries", "originals", "storage", "history", "boundaries", "constraints", "tool_calls"},
-    {"compaction", "recall", "search", "calibration"},
+    {"compaction", "recall", "search", "calibration", "summary"},
     {"memory", "context", "session"},
     {"threads", "texts"},
     {"chat"},

@@ -4,7 +4,7 @@ from am_memory.queries.live import LiveQueries
 from am_memory.queries.reference import ReferenceQueries
 from am_memory.queries.repeat_prefill import as_turn, repeat_queries
 from am_memory.queries.scratch import queries_on_scratch
-from am_memory.queries.self_study import Conversations, self_study, self_study_queries
+from am_memory.queries.self_study import Conversations, greedy_answer, self_study, self_study_queries
 from am_memory.queries.sources import QuerySources
 from am_memory.queries.spoken import spoken_positions
 
@@ -14,6 +14,7 @@ __all__ = [
     "QuerySources",
     "ReferenceQueries",
     "as_turn",
+    "greedy_answer",
     "queries_on_scratch",
     "repeat_queries",
     "self_study",

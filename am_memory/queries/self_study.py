@@ -50,16 +50,17 @@ def self_study(
 
     for index, prompt in enumerate(prompts):
         share = (max_tokens - num_used) // (len(prompts) - index)
-        answer = _answer(engine, cache, prompt, share, on_written)
+        answer = greedy_answer(engine, cache, prompt, share, on_written)
         conversations.append((*prompt, *answer))
         num_used += len(answer)
     on_progress(max_tokens, max_tokens)
     return tuple(conversations)
 
 
-def _answer(
+def greedy_answer(
     engine: Engine, cache: SessionCache, prompt: Sequence[int], max_tokens: int, on_written: Callable[[int], None]
 ) -> list[int]:
+    """What the model answers on scratch, without the end of its turn; `on_written` gets its length at each token."""
     state, chunk = cache.state(), prompt
     answer: list[int] = []
     try:
