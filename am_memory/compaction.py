@@ -21,12 +21,9 @@ from am_memory.engines.base import SessionCache, SessionLayer
 from am_memory.errors import CompactionFailed, InvalidInput
 from am_memory.policy import MemoryPolicy, Plan
 from am_memory.quantised import decoded
-from am_memory.queries import ReferenceQueries
+from am_memory.queries import Progress, ReferenceQueries
 from am_memory.slots import Segment, Slots
 from am_memory.solver import MAX_FOLD_ERROR, Block, ExactAttention, Fit, exact_attention, fit, output_error
-
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, in all); stage is "score", counted in layers, or "fit", counted in KV heads."""
 
 # What makes a batch of heads: each has at least this share of the slots of the richest, or some slots less than it...
 LEAST_FILL, FREE_PADDING = 0.85, 8
@@ -84,6 +81,7 @@ def compact(
         cache: afterwards as it was.
         num_pinned: tokens at the start that stay exact.
         queries: of each compactable layer.
+        progress: told of the stages "score", counted in layers, and "fit", counted in KV heads.
         richer: what to try next while the held-out error is above the policy's `max_error`.
         calibration: of the model, where the policy's `head_budget` asks for one.
 

@@ -17,7 +17,7 @@ from torch import Tensor, cat
 from am_memory.boundaries import best_boundary
 from am_memory.budgets import calibration_for
 from am_memory.cache import KVCache, Snapshot
-from am_memory.compaction import Progress, as_planned, compact, failures
+from am_memory.compaction import as_planned, compact, failures
 from am_memory.engines.base import Engine, SessionCache
 from am_memory.errors import (
     BudgetTooSmall,
@@ -42,7 +42,7 @@ from am_memory.events import (
 )
 from am_memory.originals import Original, between, keep
 from am_memory.policy import SINK_TOKENS, MemoryPolicy, Plan, ScheduledCompaction, Sizes, plan, richer, trigger_tokens
-from am_memory.queries import LiveQueries, QuerySources, ReferenceQueries
+from am_memory.queries import LiveQueries, Progress, QuerySources, ReferenceQueries
 from am_memory.recall import Recalled, at_rest, brought_back, put_away
 from am_memory.search import Span, search
 from am_memory.slots import Segment, resized

@@ -27,7 +27,7 @@ import torch
 from common import machine, table, write_json
 
 from am_memory import Memory, MemoryPolicy, Sampling, Session
-from am_memory.demo import PLAIN, TOWNS, Ship, ask
+from am_memory.demo import PLAIN, TOWNS, Ship, ask, asked_text
 from am_memory.engines.transformers import TransformersEngine
 
 SINKS, TURN_CHARS, FACT_EVERY = 4, 1200, 4
@@ -108,20 +108,13 @@ def recalled(session: Session, facts: list[Ship]) -> tuple[int, int]:
     return sum(said == fact.code for fact, said in ask(session, facts).items()), len(facts)
 
 
-def turn(memory: Memory) -> list[int]:
-    """The question, as a turn of its own after any complete one, with the answer opened."""
-    engine = memory.engine
-    before = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello."}]
-    asked = engine.render([*before, {"role": "user", "content": QUESTION}], add_generation_prompt=True)
-    return engine.encode(asked.removeprefix(engine.render(before)))
-
-
 def answered(memory: Memory, session: Session) -> tuple[str, float]:
     """What a branch answers, and its NLL when only the question was read."""
+    asked = memory.engine.encode(asked_text(memory.engine, QUESTION, ""))
     branch, alone = session.fork(policy=PLAIN), memory.scratch(policy=PLAIN)
-    branch.append(turn(memory))
+    branch.append(asked)
     ids = [token for piece in branch.generate(NUM_ANSWERED, GREEDY) for token in piece.token_ids]
-    alone.append(turn(memory))
+    alone.append(asked)
     return memory.engine.decode(ids, skip_special=True).strip(), mean_nll(alone, ids)
 
 

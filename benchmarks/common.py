@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def kl_divergence(full: Tensor, other: Tensor) -> float:
@@ -25,6 +29,11 @@ def mean_spread(values: Iterable[float], digits: int = 3) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
 
 
+def mean_of(rows: Sequence[Mapping[str, object]], name: str) -> float:
+    """Of one of the numbers of a JSON file's rows."""
+    return statistics.fmean(float(str(row[name])) for row in rows)
+
+
 def machine() -> str:
     """The machine, for the figures' caption."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
@@ -34,6 +43,21 @@ def machine() -> str:
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
     return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+
+
+@contextmanager
+def drawing(path: str, size: tuple[float, float], num_plots: int = 1) -> Iterator[Sequence[Axes]]:
+    """Plots beside each other, without a frame; the file is written when they are drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, grid = plt.subplots(1, num_plots, figsize=size, layout="constrained", squeeze=False)
+    yield grid[0]
+    for axis in grid[0]:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
 
 
 def read_json(path: str | None) -> Any:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from common import machine, read_json, table, write_json
+from common import drawing, machine, mean_of, read_json, table, write_json
 from recall import POLICY, Scene, report, set_scene
 
 from am_memory import Memory, MemoryPolicy, Session
@@ -62,10 +62,6 @@ def run(memory: Memory, seed: int, args: argparse.Namespace, rows: list[Row]) ->
     memory.delete(scene.full.name)
 
 
-def mean(rows: Sequence[Row], name: str) -> float:
-    return sum(float(str(row[name])) for row in rows) / len(rows)
-
-
 def groups(rows: Sequence[Row]) -> dict[float, dict[str, list[Row]]]:
     """By ratio, then by scheme."""
     ratios = sorted({float(str(row["ratio"])) for row in rows})
@@ -79,7 +75,7 @@ def groups(rows: Sequence[Row]) -> dict[float, dict[str, list[Row]]]:
 
 def front(schemes: dict[str, list[Row]]) -> set[str]:
     """Who has nobody that is both faster and nearer to the full cache."""
-    points = {name: (mean(group, "seconds"), mean(group, "kl_answer")) for name, group in schemes.items()}
+    points = {name: (mean_of(group, "seconds"), mean_of(group, "kl_answer")) for name, group in schemes.items()}
     return {
         name
         for name, (seconds, kl) in points.items()
@@ -95,10 +91,10 @@ def summary(rows: Sequence[Row]) -> str:
             (
                 f"{ratio:.0f}x",
                 name,
-                f"{mean(group, 'recalled'):.1f} of {group[0]['asked']}",
-                f"{mean(group, 'kl_answer'):.3f}",
-                f"{mean(group, 'kl_continuation'):.3f}",
-                f"{mean(group, 'seconds'):.1f}",
+                f"{mean_of(group, 'recalled'):.1f} of {group[0]['asked']}",
+                f"{mean_of(group, 'kl_answer'):.3f}",
+                f"{mean_of(group, 'kl_continuation'):.3f}",
+                f"{mean_of(group, 'seconds'):.1f}",
                 "yes" if name in best else "",
             )
             for name, group in schemes.items()
@@ -108,31 +104,24 @@ def summary(rows: Sequence[Row]) -> str:
 
 def plot(rows: Sequence[Row], path: str) -> None:
     """KL of the answer by ratio, and by seconds at the ratio nearest to 10."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (by_size, by_time) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    by_ratio = groups(rows)
-    shown = min(by_ratio, key=lambda ratio: abs(ratio - 10))
-    for name in dict.fromkeys(name for schemes in by_ratio.values() for name in schemes):
-        ratios = [ratio for ratio, schemes in by_ratio.items() if name in schemes]
-        kl = [mean(by_ratio[ratio][name], "kl_answer") for ratio in ratios]
-        width = 2.5 if name == DEFAULT else 1.2
-        (line,) = by_size.plot(ratios, kl, marker="o", linewidth=width, label=name)
-        if name in by_ratio[shown]:
-            group = by_ratio[shown][name]
-            by_time.plot(mean(group, "seconds"), mean(group, "kl_answer"), "o", color=line.get_color())
-    by_size.set_xlabel("tokens for each slot")
-    by_time.set_xlabel(f"seconds of a compaction at {shown:.0f}x")
-    for axis in (by_size, by_time):
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.set_ylabel("KL of the answer from the full cache")
-        axis.spines[["top", "right"]].set_visible(False)
-    by_size.legend(frameon=False, fontsize=7)
-    figure.savefig(path, dpi=150)
+    with drawing(path, (11, 4.2), 2) as (by_size, by_time):
+        by_ratio = groups(rows)
+        shown = min(by_ratio, key=lambda ratio: abs(ratio - 10))
+        for name in dict.fromkeys(name for schemes in by_ratio.values() for name in schemes):
+            ratios = [ratio for ratio, schemes in by_ratio.items() if name in schemes]
+            kl = [mean_of(by_ratio[ratio][name], "kl_answer") for ratio in ratios]
+            width = 2.5 if name == DEFAULT else 1.2
+            (line,) = by_size.plot(ratios, kl, marker="o", linewidth=width, label=name)
+            if name in by_ratio[shown]:
+                group = by_ratio[shown][name]
+                by_time.plot(mean_of(group, "seconds"), mean_of(group, "kl_answer"), "o", color=line.get_color())
+        by_size.set_xlabel("tokens for each slot")
+        by_time.set_xlabel(f"seconds of a compaction at {shown:.0f}x")
+        for axis in (by_size, by_time):
+            axis.set_xscale("log")
+            axis.set_yscale("log")
+            axis.set_ylabel("KL of the answer from the full cache")
+        by_size.legend(frameon=False, fontsize=7)
 
 
 def main() -> None:

@@ -11,10 +11,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from common import drawing
 
 COLORS = {"full cache": "#888888", "AM adaptive": "#1f6fb2", "segments (ours)": "#1f6fb2"}
 
@@ -28,21 +25,19 @@ def shares(path: str) -> dict[tuple[str, float], list[float]]:
 
 def main() -> None:
     once, turns, target = sys.argv[1:]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     titles = ("one compaction", "six compactions, one after each turn")
-    for axis, path, title in zip(axes, (once, turns), titles, strict=True):
-        groups = shares(path)
-        names = [scheme if ratio in (1.0, float("inf")) else f"{scheme}, {ratio:.0f}x" for scheme, ratio in groups]
-        colors = [COLORS.get(scheme, "#c9a36a") for scheme, _ in groups]
-        means = [statistics.mean(values) for values in groups.values()]
-        errors = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in groups.values()]
-        axis.barh(names, means, xerr=errors, color=colors, ecolor="#444444", capsize=2)
-        axis.invert_yaxis()
-        axis.set_xlim(0, 1.05)
-        axis.set_title(title, loc="left", fontsize=10)
-        axis.set_xlabel("codes recalled, of those told")
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(target, dpi=150)
+    with drawing(target, (10, 3.6), 2) as axes:
+        for axis, path, title in zip(axes, (once, turns), titles, strict=True):
+            groups = shares(path)
+            names = [scheme if ratio in (1.0, float("inf")) else f"{scheme}, {ratio:.0f}x" for scheme, ratio in groups]
+            colors = [COLORS.get(scheme, "#c9a36a") for scheme, _ in groups]
+            means = [statistics.mean(values) for values in groups.values()]
+            errors = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in groups.values()]
+            axis.barh(names, means, xerr=errors, color=colors, ecolor="#444444", capsize=2)
+            axis.invert_yaxis()
+            axis.set_xlim(0, 1.05)
+            axis.set_title(title, loc="left", fontsize=10)
+            axis.set_xlabel("codes recalled, of those told")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from common import machine, read_json, table, write_json
+from common import drawing, machine, read_json, table, write_json
 from qa_files import LETTERS, Document, Question, load
 from repetition import GREEDY, KVZIP, OBSERVED_TOKENS, READ, SNAPKV, SUMMARY_REQUEST, Size, compact_but_last
 from torch import Tensor
@@ -217,32 +217,25 @@ def grouped(rows: Sequence[dict[str, object]]) -> dict[tuple[str, float | None],
 
 def plot(rows: Sequence[dict[str, object]], path: str) -> None:
     """Accuracy by ratio."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     points: dict[str, dict[float | None, float]] = {}
     for (scheme, ratio), group in grouped(rows).items():
         points.setdefault(scheme, {})[ratio] = fmean(chain.from_iterable(row["is_right"] for row in group))
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for scheme, by_ratio in points.items():
-        if None in by_ratio:
-            axis.axhline(
-                by_ratio[None], linestyle=":", label=scheme, color="#555555" if "full" in scheme else "#bbbbbb"
-            )
-        else:
-            width = 2.5 if scheme == "ours" else 1.2
-            axis.plot(list(by_ratio), list(by_ratio.values()), marker="o", label=scheme, linewidth=width)
-    ratios = sorted({row["ratio"] for row in rows if row["ratio"]})
-    axis.set_xscale("log")
-    axis.set_xticks(ratios, [f"{ratio:g}x" for ratio in ratios])
-    axis.set_xlabel("compacted")
-    axis.set_ylabel("questions answered right")
-    axis.set_ylim(-0.03, 1.03)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    with drawing(path, (7, 4)) as (axis,):
+        for scheme, by_ratio in points.items():
+            if None in by_ratio:
+                axis.axhline(
+                    by_ratio[None], linestyle=":", label=scheme, color="#555555" if "full" in scheme else "#bbbbbb"
+                )
+            else:
+                width = 2.5 if scheme == "ours" else 1.2
+                axis.plot(list(by_ratio), list(by_ratio.values()), marker="o", label=scheme, linewidth=width)
+        ratios = sorted({row["ratio"] for row in rows if row["ratio"]})
+        axis.set_xscale("log")
+        axis.set_xticks(ratios, [f"{ratio:g}x" for ratio in ratios])
+        axis.set_xlabel("compacted")
+        axis.set_ylabel("questions answered right")
+        axis.set_ylim(-0.03, 1.03)
+        axis.legend(frameon=False, fontsize=8)
 
 
 def main() -> None:

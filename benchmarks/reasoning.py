@@ -25,7 +25,7 @@ from pathlib import Path
 from statistics import mean
 from typing import get_args
 
-from common import machine, table, write_json
+from common import drawing, machine, table, write_json
 from pydantic import TypeAdapter
 
 from am_memory import Memory, MemoryPolicy, Sampling
@@ -314,37 +314,30 @@ def summary(attempts: Sequence[Attempt]) -> str:
 
 def plot(attempts: Sequence[Attempt], path: str) -> None:
     """Share of problems solved by physical limit, with the number of compactions at each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     groups = by_setting(attempts)
     share = {setting: mean(attempt.is_right for attempt in group) for setting, group in groups.items()}
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for scheme in dict.fromkeys(scheme for scheme, _ in groups):
-        if scheme in LIMITED:
-            limits = sorted(limit for name, limit in groups if name == scheme and limit is not None)
-            width = 2.5 if scheme == "ours" else 1.2
-            axis.plot(limits, [share[scheme, limit] for limit in limits], marker="o", label=scheme, linewidth=width)
-        else:
-            color = "#555555" if scheme == "full cache" else "#bbbbbb"
-            axis.axhline(share[scheme, None], linestyle=":", label=scheme, color=color)
-    counts = {
-        limit: f"{mean(attempt.answer.compactions for attempt in group):.1f} compactions"
-        for (scheme, limit), group in groups.items()
-        if scheme == "ours"
-    }
-    limits = sorted({limit for _, limit in groups if limit is not None})
-    axis.set_xscale("log")
-    axis.set_xticks(limits, [f"{limit}\n{counts.get(limit, '')}" for limit in limits], fontsize=8)
-    axis.minorticks_off()
-    axis.set_xlabel("physical limit, tokens")
-    axis.set_ylabel("problems solved")
-    axis.set_ylim(-0.03, 1.05)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    with drawing(path, (7, 4)) as (axis,):
+        for scheme in dict.fromkeys(scheme for scheme, _ in groups):
+            if scheme in LIMITED:
+                limits = sorted(limit for name, limit in groups if name == scheme and limit is not None)
+                width = 2.5 if scheme == "ours" else 1.2
+                axis.plot(limits, [share[scheme, limit] for limit in limits], marker="o", label=scheme, linewidth=width)
+            else:
+                color = "#555555" if scheme == "full cache" else "#bbbbbb"
+                axis.axhline(share[scheme, None], linestyle=":", label=scheme, color=color)
+        counts = {
+            limit: f"{mean(attempt.answer.compactions for attempt in group):.1f} compactions"
+            for (scheme, limit), group in groups.items()
+            if scheme == "ours"
+        }
+        limits = sorted({limit for _, limit in groups if limit is not None})
+        axis.set_xscale("log")
+        axis.set_xticks(limits, [f"{limit}\n{counts.get(limit, '')}" for limit in limits], fontsize=8)
+        axis.minorticks_off()
+        axis.set_xlabel("physical limit, tokens")
+        axis.set_ylabel("problems solved")
+        axis.set_ylim(-0.03, 1.05)
+        axis.legend(frameon=False, fontsize=8)
 
 
 def check_limits(limits: Sequence[int], prompts: Sequence[Prompt]) -> None:

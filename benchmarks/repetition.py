@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 
 import torch
-from common import machine, read_json, table, write_json
+from common import drawing, machine, mean_of, read_json, table, write_json
 from recall import CONTINUATION, POLICY, Judge, Result, report
 from torch import Tensor
 
@@ -190,18 +190,14 @@ def summary(rows: Sequence[dict[str, object]]) -> str:
     lines = []
     for scheme, count in dict.fromkeys((one["scheme"], one["compactions"]) for one in rows):
         group = [one for one in rows if (one["scheme"], one["compactions"]) == (scheme, count)]
-
-        def mean(name: str, group: Sequence[dict[str, object]] = group) -> float:
-            return sum(float(str(one[name])) for one in group) / len(group)
-
         lines.append(
             (
                 scheme,
                 count or "",
-                f"{mean('recalled'):.1f} of {group[0]['asked']}",
-                f"{mean('kl_answer'):.3f}",
-                f"{mean('kl_continuation'):.3f}",
-                f"{mean('kv_tokens'):.0f}",
+                f"{mean_of(group, 'recalled'):.1f} of {group[0]['asked']}",
+                f"{mean_of(group, 'kl_answer'):.3f}",
+                f"{mean_of(group, 'kl_continuation'):.3f}",
+                f"{mean_of(group, 'kv_tokens'):.0f}",
             )
         )
     return table(("scheme", "compactions", "recalled", "KL answer", "KL continuation", "cache, tokens"), lines)
@@ -209,33 +205,26 @@ def summary(rows: Sequence[dict[str, object]]) -> str:
 
 def plot(rows: Sequence[dict[str, object]], path: str) -> None:
     """Recall by number of compactions."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
-    for scheme in dict.fromkeys(str(one["scheme"]) for one in rows):
-        group = [one for one in rows if one["scheme"] == scheme]
-        counts = sorted({int(str(one["compactions"])) for one in group})
-        shares = [
-            [float(str(one["recalled"])) / float(str(one["asked"])) for one in group if one["compactions"] == count]
-            for count in counts
-        ]
-        means = [sum(each) / len(each) for each in shares]
-        if len(counts) == 1:
-            style = {"full cache": "-", "window": ":"}.get(scheme, "--")
-            axis.axhline(means[0], linestyle=style, linewidth=1, label=scheme, color="#888888")
-        else:
-            axis.plot(counts, means, marker="o", label=scheme, linewidth=2.5 if scheme == "ours" else 1.2)
-    axis.set_xscale("log")
-    axis.set_xticks([1, 2, 5, 10, 25, 50], ["1", "2", "5", "10", "25", "50"])
-    axis.set_xlabel("compactions, to the same final size")
-    axis.set_ylabel("codes recalled, of those told")
-    axis.set_ylim(-0.03, 1.05)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
-    figure.savefig(path, dpi=150)
+    with drawing(path, (9, 4)) as (axis,):
+        for scheme in dict.fromkeys(str(one["scheme"]) for one in rows):
+            group = [one for one in rows if one["scheme"] == scheme]
+            counts = sorted({int(str(one["compactions"])) for one in group})
+            shares = [
+                [float(str(one["recalled"])) / float(str(one["asked"])) for one in group if one["compactions"] == count]
+                for count in counts
+            ]
+            means = [sum(each) / len(each) for each in shares]
+            if len(counts) == 1:
+                style = {"full cache": "-", "window": ":"}.get(scheme, "--")
+                axis.axhline(means[0], linestyle=style, linewidth=1, label=scheme, color="#888888")
+            else:
+                axis.plot(counts, means, marker="o", label=scheme, linewidth=2.5 if scheme == "ours" else 1.2)
+        axis.set_xscale("log")
+        axis.set_xticks([1, 2, 5, 10, 25, 50], ["1", "2", "5", "10", "25", "50"])
+        axis.set_xlabel("compactions, to the same final size")
+        axis.set_ylabel("codes recalled, of those told")
+        axis.set_ylim(-0.03, 1.05)
+        axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
 def main() -> None:

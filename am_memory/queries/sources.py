@@ -16,7 +16,7 @@ from am_memory.queries.self_study import Conversations, self_study, self_study_q
 from am_memory.queries.spoken import spoken_positions
 
 Progress = Callable[[str, int, int], None]
-"""Called with (source, done, in all), in tokens."""
+"""Called with (stage of a compaction, done, in all); a stage that takes queries is counted in tokens."""
 
 
 @dataclass(frozen=True)
