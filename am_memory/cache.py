@@ -16,7 +16,7 @@ from typing import Protocol
 from transformers.cache_utils import Cache
 
 from am_memory.errors import UnsupportedOperation
-from am_memory.layers import CompactableLayer, LayerState, SlidingLayer, TailBuffer, TailState
+from am_memory.layers import CompactableLayer, LayerState, SlidingLayer, TailState
 from am_memory.rotation import Rotation
 from am_memory.slots import Segment, Slots
 
@@ -180,29 +180,25 @@ class KVCache(Cache):
             num_pinned: tokens at the start of the tail that stay exact (only before the first compaction).
 
         Returns:
-            A new state; this cache is as it was. The remaining tail is copied, so that the old buffer can be freed.
+            A new state; this cache is as it was.
         """
-        newest = segments[-1]
+        slots_of_layer = iter(new_slots)
+        states = tuple(
+            self.compacted_layer(layer, segments, next(slots_of_layer), num_pinned)
+            if isinstance(layer, CompactableLayer)
+            else layer.state()
+            for layer in self.layers
+        )
+        return CacheState(states, tuple(segments), max(self.num_pinned, num_pinned))
+
+    def compacted_layer(
+        self, layer: CompactableLayer, segments: Sequence[Segment], new_slots: Slots, num_pinned: int
+    ) -> TailState:
+        """What `compacted` makes of one layer, with the new segment's slots of that layer."""
         resized = {segment.start: segment for segment in segments[:-1]}
         older = [resized.get(segment.start, replace(segment, num_slots=0)) for segment in self.segments]
         distances = [after.shift - before.shift for before, after in zip(self.segments, older, strict=True)]
-        slots_of_layer = iter(new_slots)
-        states: list[LayerState] = []
-        for layer in self.layers:
-            if not isinstance(layer, CompactableLayer):
-                states.append(layer.state())
-                continue
-            parts = []
-            if layer.slots is not None:
-                kept = layer.slots.cut(older)
-                parts.append(kept.turned(layer.rotation, older, distances) if layer.rotation else kept)
-            elif num_pinned:
-                parts.append(Slots.exact(*layer.exact_entries(0, num_pinned), start=0))
-            slots = Slots.concat([*parts, next(slots_of_layer)])
-            key, value = layer.exact_entries(newest.end, layer.get_seq_length())
-            tail = TailBuffer(key[None].clone(), value[None].clone())
-            states.append(TailState(slots, tail, newest.end, key.shape[1]))
-        return CacheState(tuple(states), tuple(segments), max(self.num_pinned, num_pinned))
+        return layer.compacted(older, distances, segments[-1], new_slots, num_pinned)
 
     def reset(self) -> None:
         super().reset()  # type: ignore[no-untyped-call]

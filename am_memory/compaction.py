@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -60,6 +61,21 @@ class Compaction:
     score_seconds: float
     fit_seconds: float
 
+    @classmethod
+    def of(cls, plan: Plan, state: Snapshot, fitted: Fitted, score_seconds: float, fit_seconds: float) -> Compaction:
+        """With the errors of the fits of all heads."""
+        fold_errors = [group.fold_error for group in fitted.fits if group.fold_error is not None]
+        return cls(
+            plan=plan,
+            state=state,
+            mass_error=_rms([group.mass_error for group in fitted.fits]),
+            output_error=_rms([group.output_error for group in fitted.fits]),
+            held_out_error=fitted.held_out_error,
+            num_unbiased_heads=sum(int((error > MAX_FOLD_ERROR).sum()) for error in fold_errors),
+            score_seconds=score_seconds,
+            fit_seconds=fit_seconds,
+        )
+
 
 def as_planned(plan: Plan) -> None:
     """A `Richer` that never has more slots."""
@@ -101,34 +117,14 @@ def compact(
         ranks = slot_ranks(scores, policy, calibration, is_shared=not cache.has_ragged_heads)
         scored = time.perf_counter()
 
-        heads = [
-            Head(index, block.head(head), exact.head(head), held.positions[head], layer_ranks[head], layer.rotations)
-            for index, (layer, block, exact, held, layer_ranks) in enumerate(
-                zip(layers, blocks, exacts, entries, ranks, strict=True)
-            )
-            for head in range(block.num_heads)
-        ]
+        each_layer = zip(layers, blocks, exacts, entries, ranks, strict=True)
+        heads = [head for index, of_layer in enumerate(each_layer) for head in heads_of(index, *of_layer)]
         fitted = fit_all(heads, plan, policy, progress)
         while not fitted.passes(policy.max_error) and (more := richer(plan)) is not None:
             plan = more
             fitted = fit_all(heads, plan, policy, progress)
-        new_slots = [
-            stacked([fitted.slots[head] for head in heads if head.layer == index], policy)
-            for index in range(len(layers))
-        ]
-        state = cache.compacted(plan.segments, new_slots, num_pinned)
-    return Compaction(
-        plan=plan,
-        state=state,
-        mass_error=_rms([group.mass_error for group in fitted.fits]),
-        output_error=_rms([group.output_error for group in fitted.fits]),
-        held_out_error=fitted.held_out_error,
-        num_unbiased_heads=sum(
-            int((group.fold_error > MAX_FOLD_ERROR).sum()) for group in fitted.fits if group.fold_error is not None
-        ),
-        score_seconds=scored - started,
-        fit_seconds=time.perf_counter() - scored,
-    )
+        state = cache.compacted(plan.segments, fitted.by_layer(policy), num_pinned)
+    return Compaction.of(plan, state, fitted, scored - started, time.perf_counter() - scored)
 
 
 @dataclass(frozen=True)
@@ -224,18 +220,36 @@ class Head:
     rotations: Tensor | None = None
 
 
+def heads_of(
+    index: int, layer: SessionLayer, block: Block, exact: ExactAttention, held: Entries, ranks: Tensor
+) -> list[Head]:
+    """The heads of one layer; `ranks` are the layer's, as `slot_ranks` gives them."""
+    return [
+        Head(index, block.head(head), exact.head(head), held.positions[head], ranks[head], layer.rotations)
+        for head in range(block.num_heads)
+    ]
+
+
 @dataclass(frozen=True)
 class Fitted:
-    """All heads of a compaction, fitted.
+    """Heads of a compaction, fitted.
 
     Attributes:
         fits: of each batch of heads.
+        slots: of each head, in the order of the heads.
         held_out_error: RMS over heads of the output error on queries that were held out; None where none were.
     """
 
     fits: list[Fit]
     slots: dict[Head, Slots]
     held_out_error: float | None
+
+    def by_layer(self, policy: MemoryPolicy) -> list[Slots]:
+        """The slots of each layer, in the dtype in which the policy keeps segments."""
+        return [
+            Slots.stack([slots.quantised() if policy.segment_dtype == "int8" else slots for _, slots in of_layer])
+            for _, of_layer in groupby(self.slots.items(), key=lambda item: item[0].layer)
+        ]
 
     def passes(self, max_error: float | None) -> bool:
         """Whether the gate lets it through."""
@@ -253,7 +267,7 @@ def fit_all(heads: Sequence[Head], plan: Plan, policy: MemoryPolicy, progress: P
         slots.update(zip(group, group_slots, strict=True))
         held_out += [] if error is None else [error]
         progress("fit", len(slots), len(heads))
-    return Fitted(fits, slots, _rms(held_out) if held_out else None)
+    return Fitted(fits, {head: slots[head] for head in heads}, _rms(held_out) if held_out else None)
 
 
 def groups_of_like_size(heads: Sequence[Head], num_slots: int) -> Iterator[tuple[Head, ...]]:
@@ -333,11 +347,6 @@ def fit_heads(group: Sequence[Head], segment: Segment, policy: MemoryPolicy) -> 
             )
         )
     return group_fit, slots, held_out_error
-
-
-def stacked(heads: Sequence[Slots], policy: MemoryPolicy) -> Slots:
-    """One layer from its heads, in the dtype in which the policy keeps segments."""
-    return Slots.stack([slots.quantised() for slots in heads] if policy.segment_dtype == "int8" else heads)
 
 
 @contextmanager

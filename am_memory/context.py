@@ -17,7 +17,7 @@ from torch import Tensor, cat
 from am_memory.boundaries import best_boundary
 from am_memory.budgets import calibration_for
 from am_memory.cache import KVCache, Snapshot
-from am_memory.compaction import as_planned, compact, failures
+from am_memory.compaction import Compaction, as_planned, compact, failures
 from am_memory.engines.base import Engine, SessionCache
 from am_memory.errors import (
     BudgetTooSmall,
@@ -40,9 +40,10 @@ from am_memory.events import (
     SpanRecalled,
     WindowExceeded,
 )
+from am_memory.on_policy import compact_on_policy
 from am_memory.originals import Original, between, keep
 from am_memory.policy import SINK_TOKENS, MemoryPolicy, Plan, ScheduledCompaction, Sizes, plan, richer, trigger_tokens
-from am_memory.queries import LiveQueries, Progress, QuerySources, ReferenceQueries
+from am_memory.queries import LiveQueries, Passage, QuerySources
 from am_memory.recall import Recalled, at_rest, brought_back, put_away
 from am_memory.search import Span, search
 from am_memory.slots import Segment, resized
@@ -95,6 +96,11 @@ class Context:
             raise InvalidPolicy(
                 f"segment_dtype {self.policy.segment_dtype!r} is for engine='transformers'; this engine keeps all "
                 "cells in one type: leave it at 'model', and give the engine kv_type='q8_0'"
+            )
+        if self.policy.on_policy and not isinstance(self.cache, KVCache):
+            raise InvalidPolicy(
+                "on_policy needs a cache whose layers can be compacted one by one in the midst of a pass, which is "
+                "engine='transformers': leave it at False"
             )
         if self.policy.summary_tokens is not None and self.engine.info.immovable is not None:
             raise InvalidPolicy(
@@ -291,11 +297,14 @@ class Context:
 
         started = time.perf_counter()
         block = max(segment.start, cache.num_tokens - cache.num_tail_tokens), segment.end
+        sources = QuerySources(self.engine, self.policy, self._live, progress)
         with failures(segment):
-            held, queries, prepared = self._prepare(plan, block, made, progress)
-        query_seconds = time.perf_counter() - started
-        more = as_planned if made else partial(richer, self.policy, self.trigger, cache.num_heads)
-        result = compact(held, prepared.plan, self.num_pinned, queries, self.policy, progress, more, self._calibration)
+            passage, prepared = self._prepare(plan, block, made, sources)
+            if self.policy.on_policy:
+                result = self._compact_on_policy(passage, prepared.plan, sources)
+            else:
+                result = self._compact(passage, prepared.plan, sources, is_planned=made is not None)
+        query_seconds = time.perf_counter() - started - result.score_seconds - result.fit_seconds
         segment = result.plan.newest
         originals = self.originals
         if self.policy.originals != "drop":
@@ -328,17 +337,29 @@ class Context:
             self.notify(GateMissed(self.name, segment.start, segment.end, result.held_out_error, limit))
         return report
 
+    def _compact(self, passage: Passage, plan: Plan, sources: QuerySources, *, is_planned: bool) -> Compaction:
+        """With all queries at hand; a plan that was made before gets no more slots."""
+        queries, cache = sources.sample(passage), passage.cache
+        more = as_planned if is_planned else partial(richer, self.policy, self.trigger, cache.num_heads)
+        pinned, progress = self.num_pinned, sources.progress
+        return compact(cache, plan, pinned, queries, self.policy, progress, more, self._calibration)
+
+    def _compact_on_policy(self, passage: Passage, plan: Plan, sources: QuerySources) -> Compaction:
+        """Layer by layer, while the passage is repeated."""
+        assert isinstance(passage.cache, KVCache)
+        repeat, progress = partial(sources.through, passage), sources.progress
+        return compact_on_policy(passage.cache, plan, self.num_pinned, repeat, self.policy, progress, self._calibration)
+
     def _prepare(
-        self, plan: Plan, block: tuple[int, int], made: ScheduledCompaction | None, progress: Progress
-    ) -> tuple[SessionCache, list[ReferenceQueries], ScheduledCompaction]:
-        """What is compacted, the block or a summary in its place; by which queries; what was planned and written."""
+        self, plan: Plan, block: tuple[int, int], made: ScheduledCompaction | None, sources: QuerySources
+    ) -> tuple[Passage, ScheduledCompaction]:
+        """What is compacted, the block or a summary in its place; what was planned and written."""
         cache, tokens, weights = self.cache, self.tokens, self.weights(*block)
         policy, (start, end) = self.policy, block
-        sources = QuerySources(self.engine, policy, self._live, progress)
         conversations = made.conversations if made and made.conversations else sources.converse(cache)
         summary = made.summary if made else None
         if made is None and policy.summary_tokens is not None:
-            max_tokens, on_progress = min(policy.summary_tokens, end - start), partial(progress, "summary")
+            max_tokens, on_progress = min(policy.summary_tokens, end - start), partial(sources.progress, "summary")
             summary = write_summary(self.engine, cache, end, max_tokens=max_tokens, on_progress=on_progress)
         if summary is not None and summary.answer:
             newest, pinned, chunk_tokens = plan.newest, self.num_pinned, policy.chunk_tokens
@@ -346,9 +367,9 @@ class Context:
             newest = resized(newest, len(summary.answer) * cache.num_heads)
             plan = replace(plan, segments=(*plan.segments[:-1], newest))
             start, weights = end - len(summary.answer), None
-            tokens, block = [*tokens[:start], *summary.answer], (start, end)
-        queries = sources.sample(cache, tokens, block, weights, conversations)
-        return cache, queries, ScheduledCompaction(cache.num_tokens, plan, conversations, summary)
+            tokens = [*tokens[:start], *summary.answer]
+        passage = Passage(cache, tokens, start, end, weights, conversations)
+        return passage, ScheduledCompaction(cache.num_tokens, plan, conversations, summary)
 
     def recall(self, start: int, end: int) -> list[Segment]:
         """Bring the segments that hold any of the tokens [start, end) back exact, compacting others to make room.

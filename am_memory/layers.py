@@ -5,7 +5,7 @@ Owns how entries are appended, shared between forks and forgotten, in one layer;
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, tensor
@@ -13,11 +13,12 @@ from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from am_memory.errors import UnsupportedOperation
 from am_memory.rotation import Rotation
-from am_memory.slots import Slots
+from am_memory.slots import Segment, Slots
 
 QuerySink = Callable[[Tensor, Tensor], None]
 """Gets what passes a layer: the queries, (num_key_value_heads, num_key_value_groups, num_tokens, head_dim) after RoPE,
-and the log of the mass that each spent on everything it saw, (the same without head_dim) float32."""
+and the log of the mass that each spent on everything it saw, (the same without head_dim) float32. It may compact the
+layer there and then: the attention that goes on to the next layer is then over what the layer holds afterwards."""
 
 
 class TailBuffer:
@@ -103,9 +104,9 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         buffer.key[:, :, self.length : end] = key_states
         buffer.value[:, :, self.length : end] = value_states
         self.length = end
-        key = buffer.key[:, :, :end]
+        key, value = self.tail
         key.am_layer = self  # type: ignore[attr-defined]
-        return key, buffer.value[:, :, :end]
+        return key, value
 
     def exact_entries(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Views of the exact keys and values at logical positions [start, end): (num_heads, end - start, head_dim)."""
@@ -113,6 +114,35 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         assert self.start <= start <= end <= self.start + self.length
         where = slice(start - self.start, end - self.start)
         return self.buffer.key[0, :, where], self.buffer.value[0, :, where]
+
+    @property
+    def tail(self) -> tuple[Tensor, Tensor]:
+        """Views of all exact keys and values: (1, num_key_value_heads, length, head_dim)."""
+        assert self.buffer is not None
+        return self.buffer.key[:, :, : self.length], self.buffer.value[:, :, : self.length]
+
+    def compacted(
+        self, older: Sequence[Segment], distances: Sequence[int], newest: Segment, new_slots: Slots, num_pinned: int
+    ) -> TailState:
+        """The state in which `new_slots` stand for the tail up to the end of the newest segment.
+
+        Args:
+            older: the segments that the layer holds now, cut to their `num_slots`.
+            distances: how far each of them is turned.
+            num_pinned: tokens at the start of the tail that stay exact (only before the first compaction).
+
+        Returns:
+            The remaining tail is a copy, so that the old buffer can be freed.
+        """
+        parts = []
+        if self.slots is not None:
+            kept = self.slots.cut(older)
+            parts.append(kept.turned(self.rotation, older, distances) if self.rotation else kept)
+        elif num_pinned:
+            parts.append(Slots.exact(*self.exact_entries(0, num_pinned), start=0))
+        key, value = self.exact_entries(newest.end, self.get_seq_length())
+        tail = TailBuffer(key[None].clone(), value[None].clone())
+        return TailState(Slots.concat([*parts, new_slots]), tail, newest.end, key.shape[1])
 
     def turned(self, key: Tensor, distance: int) -> Tensor:
         """Keys of the layer, (num_key_value_heads, num_keys, head_dim), as they would be so many positions later."""

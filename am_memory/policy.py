@@ -43,6 +43,10 @@ class MemoryPolicy(BaseModel):
             "self_study" (the model answers prompts about what it was told: a pass for each token of the answers) and
             "live" (queries that passed since, free).
         self_study_tokens: how long these answers may be, all together.
+        on_policy: each layer's slots are fitted to queries that come through the layers below as compacted. The block
+            is repeated in one pass, however long, and layers are compacted as it goes through them; an adaptive budget
+            is then shared out within each layer. With reference_queries ("repeat",) alone; not with `max_error` or
+            llama.cpp.
         tool_result_weight: how much it counts that a tool's result can be repeated, beside what people and the model
             say; 1 is as much. Slots and fits follow it.
         key_selection: "highest_attention", "omp", "omp_fast", or any `KeySelection`.
@@ -87,6 +91,7 @@ class MemoryPolicy(BaseModel):
     keep_recent: Annotated[int, Field(ge=0)] = 64
     reference_queries: Annotated[tuple[Literal["repeat", "self_study", "live"], ...], Field(min_length=1)] = ("repeat",)
     self_study_tokens: Annotated[int, Field(gt=0)] = 512
+    on_policy: bool = False
     tool_result_weight: Annotated[float, Field(gt=0, le=1)] = 1.0
     key_selection: Any = HighestAttention()
     head_budget: Literal["auto", "adaptive", "uniform", "calibrated"] | Annotated[str, Field(pattern=r"\.json$")] = (
@@ -121,6 +126,20 @@ class MemoryPolicy(BaseModel):
     @classmethod
     def _path_as_text(cls, budget: object) -> object:
         return os.fspath(budget) if isinstance(budget, os.PathLike) else budget
+
+    @field_validator("on_policy")
+    @classmethod
+    def _repeat_alone(cls, on_policy: bool, info: ValidationInfo) -> bool:
+        if on_policy and info.data.get("reference_queries", ("repeat",)) != ("repeat",):
+            raise ValueError('takes its queries from the repeat pass alone: set reference_queries to ("repeat",)')
+        return on_policy
+
+    @field_validator("max_error")
+    @classmethod
+    def _gate_off_policy(cls, max_error: float | None, info: ValidationInfo) -> float | None:
+        if max_error is not None and info.data.get("on_policy"):
+            raise ValueError("would fit layers twice that on_policy fits once: leave one of them out")
+        return max_error
 
     @field_validator("key_selection")
     @classmethod

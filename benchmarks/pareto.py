@@ -23,6 +23,7 @@ SCHEMES: dict[str, dict[str, object]] = {
     DEFAULT: {},
     "queries: live": {"reference_queries": ("live",)},
     "queries: repeat and live": {"reference_queries": ("repeat", "live")},
+    "queries: repeat, on-policy": {"on_policy": True},
     "queries: self-study": {"reference_queries": ("self_study",)},
     "queries: repeat and self-study": {"reference_queries": ("repeat", "self_study")},
     "keys: OMP": {"key_selection": "omp"},

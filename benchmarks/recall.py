@@ -37,15 +37,15 @@ ONCE = {
     "eviction": {"fit": "nothing"},
     "eviction, uniform": {"fit": "nothing", "head_budget": "uniform"},
 }
-SELF_STUDY = {
+ON_REQUEST = {
     "AM, self-study": {"reference_queries": ("self_study",)},
     "AM, repeat and self-study": {"reference_queries": ("repeat", "self_study")},
+    "AM of a summary": {"summary_tokens": 256},
+    "AM, on-policy": {"on_policy": True},
+    "AM uniform, on-policy": {"on_policy": True, "head_budget": "uniform"},
+    "AM, int8": {"segment_dtype": "int8"},
 }
-"""Ten times as slow as the others, so only where they are named."""
-SUMMARY = {"AM of a summary": {"summary_tokens": 256}}
-"""Slow as well."""
-INT8 = {"AM, int8": {"segment_dtype": "int8"}}
-"""Close to the default, so only where it is named."""
+"""Run where they are named: slow, or close to the default."""
 TURNS = {
     "segments (ours)": {},
     "segments, nothing fitted": {"fit": "nothing"},
@@ -237,9 +237,7 @@ def main() -> None:
     if args.calibration:
         schemes = {**schemes, "AM calibrated": {"head_budget": args.calibration}}
     if args.schemes:
-        schemes = {
-            name: options for name, options in (schemes | SELF_STUDY | SUMMARY | INT8).items() if name in args.schemes
-        }
+        schemes = {name: options for name, options in (schemes | ON_REQUEST).items() if name in args.schemes}
     results = []
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         results += run(memory, seed, args.ratios or ratios, schemes)

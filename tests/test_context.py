@@ -35,7 +35,7 @@ from am_memory.events import (
     WindowExceeded,
     ignore,
 )
-from am_memory.queries import Conversations, QuerySources, ReferenceQueries
+from am_memory.queries import Conversations, Passage, QuerySources, ReferenceQueries
 from am_memory.slots import PINNED_RANK
 
 POLICY = MemoryPolicy(trigger_tokens=64, keep_ratio=0.25, keep_recent=6, pinned=3, chunk_tokens=16)
@@ -78,7 +78,7 @@ def write(context: Context, count: int) -> None:
 def sampled(context: Context, conversations: Conversations = ()) -> list[ReferenceQueries]:
     """The queries for tokens 3 to 33."""
     sources = QuerySources(context.engine, context.policy, context._live, lambda *_: None)
-    return sources.sample(context.cache, context.tokens, (3, 33), None, conversations)
+    return sources.sample(Passage(context.cache, context.tokens, 3, 33, None, conversations))
 
 
 def held(context: Context) -> list[Tensor]:

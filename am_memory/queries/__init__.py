@@ -2,15 +2,17 @@
 
 from am_memory.queries.live import LiveQueries
 from am_memory.queries.reference import ReferenceQueries
-from am_memory.queries.repeat_prefill import as_turn, repeat_queries
+from am_memory.queries.repeat_prefill import OnLayer, as_turn, repeat_queries
 from am_memory.queries.scratch import queries_on_scratch
 from am_memory.queries.self_study import Conversations, greedy_answer, self_study, self_study_queries
-from am_memory.queries.sources import Progress, QuerySources
+from am_memory.queries.sources import Passage, Progress, QuerySources
 from am_memory.queries.spoken import spoken_positions
 
 __all__ = [
     "Conversations",
     "LiveQueries",
+    "OnLayer",
+    "Passage",
     "Progress",
     "QuerySources",
     "ReferenceQueries",

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from torch import Tensor
+
 from am_memory.engines.base import Engine, SessionCache
 from am_memory.queries.reference import ReferenceQueries
 from am_memory.queries.scratch import queries_on_scratch
 from am_memory.queries.spoken import MARK
 
 REQUEST = "Repeat the previous context."
+
+OnLayer = Callable[[int, ReferenceQueries], None]
+"""Called with the index of a compactable layer and the queries that have come to it."""
 
 
 def repeat_request(engine: Engine) -> list[int]:
@@ -64,3 +69,31 @@ def repeat_queries(
         query, log_mass = passes[0]
         passes[0] = query[:, :, len(request) :], log_mass[:, :, len(request) :]
     return [ReferenceQueries.pooled(passes, weights) for passes in layers]
+
+
+def repeat_through(
+    engine: Engine,
+    cache: SessionCache,
+    token_ids: Sequence[int],
+    on_layer: OnLayer,
+    *,
+    weights: Sequence[float] | None = None,
+) -> None:
+    """Read the request and the block again on scratch, in one pass, and show each layer's queries when they come to it.
+
+    Args:
+        cache: holds the block. What `on_layer` makes of a layer is what the layers above see; afterwards all is as it
+            was, whatever happens.
+        token_ids, weights: as `repeat_queries` has them.
+    """
+    request = repeat_request(engine)
+
+    def on_query(index: int, query: Tensor, log_mass: Tensor) -> None:
+        repeated = query[:, :, len(request) :], log_mass[:, :, len(request) :]
+        on_layer(index, ReferenceQueries.pooled([repeated], weights))
+
+    state = cache.state()
+    try:
+        engine.forward(cache, [*request, *token_ids], on_query=on_query)
+    finally:
+        cache.restore(state)

@@ -59,10 +59,13 @@ def attention_forward(
     if strange := [name for name in NOT_OURS if kwargs.get(name) is not None]:
         raise UnsupportedOperation(f"attention with {', '.join(strange)} cannot be compacted: use another model")
     layer.scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output, log_mass = attend(query, key, value, layer.slots, layer.scaling)
+    slots = layer.slots
+    output, log_mass = attend(query, key, value, slots, layer.scaling)
     if layer.query_sink is not None:
         grouped = key.shape[1], -1, query.shape[2]
         layer.query_sink(query.reshape(*grouped, query.shape[3]), log_mass.reshape(grouped))
+        if layer.slots is not slots:  # compacted by these very queries
+            output, _ = attend(query, *layer.tail, layer.slots, layer.scaling)
     return output.transpose(1, 2).contiguous(), None
 
 
