@@ -65,6 +65,8 @@ class Context:
         weights: how much it counts that the tokens from one position to another can be repeated.
         originals: the exact entries of compacted tokens, as far as they are kept, in the order of the tokens.
         recalled: segments that are exact for now, the one recalled last at the end.
+        live: the queries that passed, where the policy wants them.
+        trigger: the physical size that fires a compaction, in tokens.
     """
 
     name: str
@@ -107,8 +109,8 @@ class Context:
                 f"summary_tokens {self.policy.summary_tokens} needs keys that can be moved to where the block stood: "
                 f"{self.engine.info.immovable}; leave it at None"
             )
-        self._live = LiveQueries() if "live" in self.policy.reference_queries else None
-        self._seek_live()
+        self.live = LiveQueries() if "live" in self.policy.reference_queries else None
+        self.seek_live()
         self.trigger = trigger_tokens(self.policy, self.engine.info.window_tokens, self.num_pinned)
 
     def pin(self, num_tokens: int) -> None:
@@ -137,7 +139,7 @@ class Context:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """All or nothing: whatever is raised inside, the context is afterwards as it was before."""
-        state, pinned, live = self.cache.state(), (self.num_pinned, self.trigger), self._live and self._live.copy()
+        state, pinned, live = self.cache.state(), (self.num_pinned, self.trigger), self.live and self.live.copy()
         # Inside, both lists are only added to, or replaced.
         tokens, num_tokens, schedule, num_compactions = self.tokens, len(self.tokens), self.schedule, len(self.schedule)
         originals, recalled = self.originals, self.recalled
@@ -146,7 +148,7 @@ class Context:
         except BaseException:
             self.cache.restore(state)
             del tokens[num_tokens:], schedule[num_compactions:]
-            self.tokens, self.schedule, self._live = tokens, schedule, live
+            self.tokens, self.schedule, self.live = tokens, schedule, live
             self.num_pinned, self.trigger = pinned
             self.originals, self.recalled = originals, recalled
             raise
@@ -156,61 +158,23 @@ class Context:
         start = self.cache.num_tokens
         while (done := self.cache.num_tokens) < end:
             stop = done + min(self.make_room(end - done), self.policy.chunk_tokens)
-            self._forward(self.tokens[done:stop])
+            self.forward(self.tokens[done:stop])
             if end - start > self.policy.chunk_tokens:
                 self.notify(ReadProgress(self.name, stop - start, end - start))
 
-    def watched_cache(self) -> KVCache:
-        """This context's cache for somebody else's forward passes, which it watches.
+    @property
+    def transformers_cache(self) -> KVCache:
+        """The cache, where it is one of transformers.
 
         Raises:
-            UnsupportedOperation: the engine's cache is not one of transformers.
+            UnsupportedOperation: it is not.
         """
-        cache = self._transformers_cache
-        cache.before_forward = self._before_forward
-        self._whole: Snapshot = cache.state()  # to go back to, should their pass be interrupted
-        return cache
-
-    @property
-    def _transformers_cache(self) -> KVCache:
         if not isinstance(self.cache, KVCache):
             raise UnsupportedOperation(
                 f"a {type(self.cache).__name__} cannot go into generate() of transformers: use a session, or "
                 "engine='transformers'"
             )
         return self.cache
-
-    def _before_forward(self, token_ids: Sequence[int]) -> int:
-        """Take in tokens that somebody else's forward pass is about to read; read the first ones if all are too many.
-
-        Returns:
-            How many of `token_ids` are read already; the last ones are left to the forward pass.
-        """
-        self._settle()
-        with self.transaction():
-            self.check(token_ids)
-            self.tokens.extend(token_ids)
-            start, end = self.cache.num_tokens, len(self.tokens)
-            while True:
-                room = self.make_room(end - self.cache.num_tokens)
-                if room >= end - self.cache.num_tokens:
-                    break
-                self._forward(self.tokens[self.cache.num_tokens :][: min(room, self.policy.chunk_tokens)])
-                self.notify(ReadProgress(self.name, self.cache.num_tokens - start, end - start))
-        self._watch_window(end - self.cache.num_tokens)
-        if self._live is not None:
-            for index, layer in enumerate(self._transformers_cache.compactable):
-                layer.query_sink = partial(self._live.add, index)
-        self._whole = self.cache.state()
-        return self.cache.num_tokens - start
-
-    def _settle(self) -> None:
-        """Drop what an interrupted pass of somebody else left behind, or what they have taken back (`crop`)."""
-        if not self._transformers_cache.is_whole:
-            self.cache.restore(self._whole)
-        if self.cache.num_tokens != len(self.tokens):
-            self.tokens = self.tokens[: self.cache.num_tokens]
-            self._seek_live()
 
     def make_room(self, num_tokens: int) -> int:
         """Put away or compact while the trigger is reached.
@@ -229,7 +193,7 @@ class Context:
         """Read everything; the logits of what follows the last token, (vocab_size,) float32."""
         self.read(len(self.tokens) - 1)
         self.make_room(1)
-        return self._forward(self.tokens[-1:], num_logits=1)[0]
+        return self.forward(self.tokens[-1:], num_logits=1)[0]
 
     def scratch_logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits that follow the last token and each of `token_ids` but the last; the context stays as it is."""
@@ -244,12 +208,13 @@ class Context:
             self.cache.restore(state)
         return cat(rows)
 
-    def _forward(self, token_ids: Sequence[int], num_logits: int = 0) -> Tensor:
-        self._watch_window(len(token_ids))
-        on_query = self._live.add if self._live is not None else None
+    def forward(self, token_ids: Sequence[int], num_logits: int = 0) -> Tensor:
+        """Read tokens into the cache, as `Engine.forward` does, and keep their queries where the policy wants them."""
+        self.watch_window(len(token_ids))
+        on_query = self.live.add if self.live is not None else None
         return self.engine.forward(self.cache, token_ids, num_logits=num_logits, on_query=on_query)
 
-    def _watch_window(self, num_tokens: int) -> None:
+    def watch_window(self, num_tokens: int) -> None:
         """Say so when the next tokens are the first at positions that the model was not trained on."""
         before, window = self.cache.num_tokens, self.engine.info.window_tokens
         if before <= window < before + num_tokens:
@@ -297,7 +262,7 @@ class Context:
 
         started = time.perf_counter()
         block = max(segment.start, cache.num_tokens - cache.num_tail_tokens), segment.end
-        sources = QuerySources(self.engine, self.policy, self._live, progress)
+        sources = QuerySources(self.engine, self.policy, self.live, progress)
         with failures(segment):
             passage, prepared = self._prepare(plan, block, made, sources)
             if self.policy.on_policy:
@@ -445,7 +410,7 @@ class Context:
             )
         layers = zip(self.cache.compactable, entries, strict=True)
         entries = [(layer.turned(key, segment.shift), value) for layer, (key, value) in layers]
-        state, recalled = brought_back(self._transformers_cache.state(), segment, entries)
+        state, recalled = brought_back(self.transformers_cache.state(), segment, entries)
         self.cache.restore(state)
         self.recalled = (*self.recalled, recalled)
         self.notify(SpanRecalled(self.name, segment.start, segment.end, self.cache.kv_tokens))
@@ -453,14 +418,14 @@ class Context:
     def _put_away_oldest(self) -> None:
         """Of what is recalled."""
         oldest, *others = self.recalled
-        self.cache.restore(put_away(self._transformers_cache.state(), oldest))
+        self.cache.restore(put_away(self.transformers_cache.state(), oldest))
         self.recalled = tuple(others)
         self.notify(SpanPutAway(self.name, oldest.segment.start, oldest.segment.end, self.cache.kv_tokens))
 
     @property
     def state_at_rest(self) -> Snapshot:
         """The cache with nothing recalled."""
-        return at_rest(self._transformers_cache.state(), self.recalled) if self.recalled else self.cache.state()
+        return at_rest(self.transformers_cache.state(), self.recalled) if self.recalled else self.cache.state()
 
     @property
     def off_device_bytes(self) -> int:
@@ -475,7 +440,7 @@ class Context:
             # A compaction that came later stays; a rebuild must find it before the tokens that are now to come.
             self.schedule = [replace(made, at_tokens=min(made.at_tokens, num_cached)) for made in self.schedule]
             self.tokens = self.tokens[:num_tokens]
-            self._seek_live()
+            self.seek_live()
         else:
             self.rebuild(num_tokens, "the tokens to forget are compacted, or in a sliding window")
 
@@ -512,12 +477,12 @@ class Context:
             fresh._replay(entry)
         fresh.read(num_tokens - 1)
         self.cache.restore(fresh.cache.state())
-        self.tokens, self.schedule, self._live = fresh.tokens, fresh.schedule, fresh._live
+        self.tokens, self.schedule, self.live = fresh.tokens, fresh.schedule, fresh.live
         self.originals, self.recalled = fresh.originals, ()
 
     def _replay(self, entry: ScheduledCompaction) -> None:
         while (done := self.cache.num_tokens) < entry.at_tokens:
-            self._forward(self.tokens[done : min(entry.at_tokens, done + self.policy.chunk_tokens)])
+            self.forward(self.tokens[done : min(entry.at_tokens, done + self.policy.chunk_tokens)])
         self._apply(entry.plan, entry)
 
     def fork(self, name: str, policy: MemoryPolicy | None = None) -> Context:
@@ -530,10 +495,11 @@ class Context:
             tokens=list(self.tokens),
             schedule=list(self.schedule),
         )
-        if self._live is not None and branch._live is not None:
-            branch._live = self._live.copy()
+        if self.live is not None and branch.live is not None:
+            branch.live = self.live.copy()
         return branch
 
-    def _seek_live(self) -> None:
-        if self._live is not None:
-            self._live.seek(self.cache.num_tokens)
+    def seek_live(self) -> None:
+        """Tell the live queries where the cache is, after it has gone back."""
+        if self.live is not None:
+            self.live.seek(self.cache.num_tokens)

@@ -77,7 +77,7 @@ def write(context: Context, count: int) -> None:
 
 def sampled(context: Context, conversations: Conversations = ()) -> list[ReferenceQueries]:
     """The queries for tokens 3 to 33."""
-    sources = QuerySources(context.engine, context.policy, context._live, lambda *_: None)
+    sources = QuerySources(context.engine, context.policy, context.live, lambda *_: None)
     return sources.sample(Passage(context.cache, context.tokens, 3, 33, None, conversations))
 
 
@@ -96,8 +96,8 @@ def held(context: Context) -> list[Tensor]:
 
 def snapshot(context: Context) -> tuple[object, ...]:
     """All that a failed step must not change."""
-    live = context._live and context._live._passes and {
-        index: [(each.start, each.end) for each in passes] for index, passes in context._live._passes.items()
+    live = context.live and context.live._passes and {
+        index: [(each.start, each.end) for each in passes] for index, passes in context.live._passes.items()
     }  # fmt: skip
     return (
         list(context.tokens),
@@ -149,14 +149,14 @@ def test_the_trigger_fires_in_the_middle_of_generation(new_context: NewContext) 
 
 def watched(context: Context, forwards: list[float]) -> Context:
     """Notes the cache's size after each forward pass that stays."""
-    forward = context._forward
+    forward = context.forward
 
     def noted(*args: object, **kwargs: object) -> Tensor:
         logits = forward(*args, **kwargs)
         forwards.append(context.cache.kv_tokens)
         return logits
 
-    context._forward = noted
+    context.forward = noted
     return context
 
 
