@@ -21,6 +21,7 @@ from torch import Tensor
 from am_memory import Memory, MemoryPolicy, Session
 from am_memory.demo import Fact, facts, hide, prose, question_text
 from am_memory.engines.base import EngineName, Message
+from am_memory.solver import OMP
 
 CONTINUATION = (
     " Bread begins with flour, water, salt and time. The baker mixes the dough early in the morning, lets "
@@ -38,6 +39,7 @@ ONCE = {
     "eviction, uniform": {"fit": "nothing", "head_budget": "uniform"},
 }
 ON_REQUEST = {
+    "AM, OMP": {"key_selection": OMP.fast()},
     "AM, self-study": {"reference_queries": ("self_study",)},
     "AM, repeat and self-study": {"reference_queries": ("repeat", "self_study")},
     "AM of a summary": {"summary_tokens": 256},
