@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
+import random
 from collections.abc import Callable
+from dataclasses import asdict
 from statistics import fmean
 
 import pareto
@@ -11,9 +14,11 @@ import pytest
 import torch
 from baselines import cartridge
 from baselines.cartridge import Cartridge, trained
+from recall import Judge, Scene
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Memory, MemoryPolicy, Session
+from am_memory.demo import facts
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import UnsupportedOperation
 
@@ -122,6 +127,20 @@ def test_what_cannot_be_trained_is_refused(
     sliding = told(TransformersEngine(new_sliding_model(), byte_tokenizer), POLICY)
     with pytest.raises(UnsupportedOperation, match="2 of 3 layers have a sliding window"):
         Cartridge(sliding, FRACTION)
+
+
+def test_a_trained_cache_is_judged_as_every_other_scheme(engine: TransformersEngine) -> None:
+    """A row has what theirs have, and how it was trained."""
+    memory = Memory(engine=engine, policy=POLICY)
+    full = told(engine, POLICY)
+    scene = Scene(full, [], Judge(full, [facts(random.Random(0), 1)], NEXT), FRACTION)
+    (row,) = pareto.train(memory, scene, 0, 10.0, [0.0])
+    expected = scene.judge.judge(
+        Cartridge(full, FRACTION).swapped_in(), "Cartridges style, 0 s", 10.0, 0, row["seconds"]
+    )
+    training = {"writing_seconds": row["seconds"], "steps": 0, "kl_training": None}
+    assert row == {**asdict(expected), **training}
+    assert json.loads(json.dumps(row)) == row
 
 
 def test_rows_of_trained_caches_come_behind_the_schemes_and_may_be_on_the_front() -> None:
