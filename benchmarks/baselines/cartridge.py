@@ -3,9 +3,9 @@
 Keys (after RoPE) and values of as many slots for every KV head are the only parameters; what is pinned, what came after
 the block and the model are frozen. They begin as the entries of the block's first tokens, as in the paper, and Adam
 brings what the model then expects at every token of the conversations to what it expects with the full cache (context
-distillation). The conversations are those that a compaction here is fitted on: the model's answers to the prompts of
-self-study, and the block repeated in pieces. In the paper there are thousands of them, on many GPUs; here a few, each
-read again and again, one in a step.
+distillation). The conversations are those that a compaction here can be fitted on: the model's answers to the prompts
+of self-study, and the block repeated in pieces. In the paper there are thousands of them, on many GPUs; here a few,
+each read again and again, one in a step.
 
 Knows nothing of how the outcome is judged. `benchmarks/pareto.py --cartridge-seconds` runs it.
 """
