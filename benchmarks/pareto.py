@@ -4,15 +4,20 @@
 
 One compaction of a report with 12 codes, as in `recall.py once`, at 2x to 200x; each scheme changes one thing of the
 default policy. On the front, at a ratio, is who has no other scheme that is both faster and nearer to the full cache.
+
+    python benchmarks/pareto.py --model MODEL --ratios 10 --schemes default --cartridge-seconds 100 1000
+
+trains a cache of the same size as well (`baselines/cartridge.py`), and judges it each time that it was trained so long.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 
+from baselines.cartridge import trained
 from common import drawing, machine, mean_of, read_json, table, write_json
 from recall import POLICY, Scene, report, set_scene
 
@@ -31,6 +36,7 @@ SCHEMES: dict[str, dict[str, object]] = {
     "budget: uniform": {"head_budget": "uniform"},
     "fit: nothing (eviction)": {"fit": "nothing"},
 }
+CARTRIDGE = "Cartridges style"
 Row = dict[str, object]
 
 
@@ -60,13 +66,46 @@ def run(memory: Memory, seed: int, args: argparse.Namespace, rows: list[Row]) ->
             report(result)
             rows.append(asdict(result))
             write_json(args.out, rows)
+    ratio = nearest_to_ten(args.ratios)
+    limits = [seconds for seconds in sorted(args.cartridge_seconds) if (cartridge_name(seconds), ratio) not in done]
+    for row in train(memory, scene, seed, ratio, limits) if limits else ():
+        rows.append(row)
+        write_json(args.out, rows)
     memory.delete(scene.full.name)
+
+
+def train(memory: Memory, scene: Scene, seed: int, ratio: float, limits: Sequence[float]) -> Iterator[Row]:
+    """One trained cache, judged whenever it was trained for one of `limits`, in seconds."""
+    session = prepared(memory, scene, {}, ratio)
+    for limit, reached in zip(limits, trained(session, scene.old_fraction, limits), strict=True):
+        result = scene.judge.judge(reached.session, cartridge_name(limit), ratio, seed, reached.seconds)
+        report(result)
+        print(
+            f"  {reached.steps} steps, KL of the conversations {reached.kl_training}, "
+            f"{reached.writing_seconds:.1f} s to write them",
+            flush=True,
+        )
+        yield {
+            **asdict(result),
+            "writing_seconds": reached.writing_seconds,
+            "steps": reached.steps,
+            "kl_training": reached.kl_training,
+        }
+
+
+def cartridge_name(seconds: float) -> str:
+    return f"{CARTRIDGE}, {seconds:g} s"
+
+
+def nearest_to_ten(ratios: Iterable[float]) -> float:
+    """Where time is shown, and a cache is trained."""
+    return min(ratios, key=lambda ratio: abs(ratio - 10))
 
 
 def groups(rows: Sequence[Row]) -> dict[float, dict[str, list[Row]]]:
     """By ratio, then by scheme."""
     ratios = sorted({float(str(row["ratio"])) for row in rows})
-    schemes = [scheme for scheme in SCHEMES if any(row["scheme"] == scheme for row in rows)]
+    schemes = list(dict.fromkeys([*SCHEMES, *(str(row["scheme"]) for row in rows)]))
     by_ratio = {
         ratio: {name: [row for row in rows if (row["scheme"], row["ratio"]) == (name, ratio)] for name in schemes}
         for ratio in ratios
@@ -107,8 +146,9 @@ def plot(rows: Sequence[Row], path: str) -> None:
     """KL of the answer by ratio, and by seconds at the ratio nearest to 10."""
     with drawing(path, (11, 4.2), 2) as (by_size, by_time):
         by_ratio = groups(rows)
-        shown = min(by_ratio, key=lambda ratio: abs(ratio - 10))
-        for name in dict.fromkeys(name for schemes in by_ratio.values() for name in schemes):
+        shown = nearest_to_ten(by_ratio)
+        names = dict.fromkeys(name for schemes in by_ratio.values() for name in schemes)
+        for name in [name for name in names if not name.startswith(CARTRIDGE)]:
             ratios = [ratio for ratio, schemes in by_ratio.items() if name in schemes]
             kl = [mean_of(by_ratio[ratio][name], "kl_answer") for ratio in ratios]
             width = 2.5 if name == DEFAULT else 1.2
@@ -116,8 +156,13 @@ def plot(rows: Sequence[Row], path: str) -> None:
             if name in by_ratio[shown]:
                 group = by_ratio[shown][name]
                 by_time.plot(mean_of(group, "seconds"), mean_of(group, "kl_answer"), "o", color=line.get_color())
+        trained_caches = [group for name, group in by_ratio[shown].items() if name.startswith(CARTRIDGE)]
+        if trained_caches:
+            points = sorted((mean_of(group, "seconds"), mean_of(group, "kl_answer")) for group in trained_caches)
+            by_time.plot(*zip(*points, strict=True), "o-", color="#555555", linewidth=1.2, label=CARTRIDGE)
+            by_time.legend(frameon=False, fontsize=7)
         by_size.set_xlabel("tokens for each slot")
-        by_time.set_xlabel(f"seconds of a compaction at {shown:.0f}x")
+        by_time.set_xlabel(f"seconds to make it at {shown:.0f}x")
         for axis in (by_size, by_time):
             axis.set_xscale("log")
             axis.set_yscale("log")
@@ -130,6 +175,14 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--ratios", type=float, nargs="+", default=[2, 5, 10, 20, 50, 100, 200])
     parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
+    parser.add_argument(
+        "--cartridge-seconds",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="SECONDS",
+        help="train a cache for so long, at the ratio nearest to 10",
+    )
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", help="write the figures as JSON; what is in it already is not run again")
     parser.add_argument("--plot", help="draw KL by size and by seconds to this file")
