@@ -86,6 +86,12 @@ class Quantised:
         return self.codes, self.scale, self.exact
 
     @cached_property
+    def index(self) -> tuple[Tensor, Tensor]:
+        """Of each row its group and its place among the rows of its kind, (num_rows,) int32 in the device's memory."""
+        group, place = (of.to(self.codes.device, torch.int32) for of in (self.group, self._place))
+        return group, place
+
+    @cached_property
     def _place(self) -> Tensor:
         """(num_rows,) int64, where a row stands among those of its kind."""
         is_coded = self.group != NOT_CODED

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common import drawing
 
-COLORS = {"full cache": "#888888", "AM adaptive": "#1f6fb2", "segments (ours)": "#1f6fb2"}
+COLORS = {"full cache": "#888888", "AM (default)": "#1f6fb2", "segments (ours)": "#1f6fb2"}
 
 
 def shares(path: str) -> dict[tuple[str, float], list[float]]:

@@ -17,7 +17,7 @@ COMPUTE_CAPABILITIES = (80, 90)
 CASES = (("bf16", 128, 1), ("fp16", 256, 512), ("fp32", 128, 1))  # dtype, head_dim, tokens
 GROUPS = 4
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
-IN_FLOAT32 = {"part_output", "part_log_mass", "log_mass"}
+IN_FLOAT32 = {"part_output", "part_log_mass", "log_mass", "key_scale", "value_scale"}
 
 
 def compiled(kernel: triton.JITFunction, dtype: str, constants: dict[str, object], capability: int) -> int:
@@ -28,8 +28,10 @@ def compiled(kernel: triton.JITFunction, dtype: str, constants: dict[str, object
             return "constexpr"
         if name == "scaling":
             return "fp32"
-        if name == "cu_slots":
+        if name in ("cu_slots", "slot_group", "slot_place"):
             return "*i32"
+        if name.endswith("_codes"):
+            return "*i8"
         if name.endswith("stride") or name.startswith("num_") or name in ("tail_tokens", "keys_per_part"):
             return "i32"
         return "*fp32" if name in IN_FLOAT32 else f"*{dtype}"
@@ -47,7 +49,8 @@ def compiled(kernel: triton.JITFunction, dtype: str, constants: dict[str, object
         },
     )
     target = GPUTarget("cuda", capability, 32)
-    return int(triton.compile(source, target=target, options=fused.LAUNCH_OPTIONS).metadata.shared)
+    options = fused.launch_options(has_codes=bool(constants.get("HAS_CODES")))
+    return int(triton.compile(source, target=target, options=options).metadata.shared)
 
 
 def main() -> None:
@@ -59,9 +62,11 @@ def main() -> None:
             dims = {"HEAD_DIM": head_dim, "PADDED_DIM": padded_dim}
             blocks = {"BLOCK_ROWS": block_rows, "BLOCK_KEYS": block_keys}
             rest = {"HAS_SLOTS": True, "GROUPS": GROUPS, "DOT_DTYPE": DTYPES[dtype]}
-            attend = compiled(attend_kernel, dtype, {**dims, **blocks, **rest}, capability)
+            for has_codes in (False, True):
+                constants = {**dims, **blocks, **rest, "HAS_CODES": has_codes}
+                print(compiled(attend_kernel, dtype, constants, capability), flush=True)
             merge = compiled(merge_kernel, dtype, {**dims, "BLOCK_PARTS": fused.BLOCK_PARTS}, capability)
-            print(max(attend, merge), flush=True)
+            print(merge, flush=True)
 
 
 if __name__ == "__main__":

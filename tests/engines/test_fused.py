@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Memory, MemoryPolicy, Sampling
 from am_memory.engines.transformers import TransformersEngine, fused, partwise
+from am_memory.quantised import Quantised
 from am_memory.slots import Slots
 
 pytest.importorskip("triton", reason="Triton has no build for this machine")
@@ -77,6 +78,8 @@ def random_case(
 
 def assert_equals_the_other_path(query: Tensor, key: Tensor, value: Tensor, slots: Slots | None) -> None:
     output, log_mass = fused.attend(query, key, value, slots, SCALING)
+    if slots is not None:
+        slots = slots.decoded()
     in_float32 = None if slots is None else replace(slots, **{name: getattr(slots, name).float() for name in TENSORS})
     expected, expected_mass = partwise.attend(query.float(), key.float(), value.float(), in_float32, SCALING)
     tolerance = TOLERANCE[query.dtype]
@@ -98,6 +101,36 @@ def test_a_token_sees_ragged_slots_and_the_tail(counts: list[int] | None, groups
 @pytest.mark.parametrize("num_tokens", [1, 40])
 def test_any_head_dim(num_tokens: int, head_dim: int, dtype: torch.dtype) -> None:
     assert_equals_the_other_path(*random_case([70, 0], num_tokens, 9, 2, head_dim, dtype))
+
+
+def in_int8(slots: Slots, num_pinned: int) -> Slots:
+    """The first slots of each head as they are, the others in two segments in int8."""
+    heads = []
+    for slots_of_head in (slots.head(index) for index in range(slots.num_heads)):
+        cuts = num_pinned, (num_pinned + slots_of_head.num_slots) // 2
+        places = torch.arange(slots_of_head.num_slots)
+        pinned = slots_of_head.where(places < cuts[0])
+        older = slots_of_head.where((places >= cuts[0]) & (places < cuts[1])).quantised()
+        heads += [pinned, older, slots_of_head.where(places >= max(cuts)).quantised()]
+    stacked = Slots.stack(heads)
+    return replace(stacked, cu_slots=stacked.cu_slots[::3])
+
+
+@DTYPES
+@pytest.mark.parametrize("num_tokens", [1, 40])
+@pytest.mark.parametrize("counts", [[0, 500, 63], [3, 70, 260]], ids=str)
+def test_slots_in_int8_are_decoded_as_they_are_loaded(counts: list[int], num_tokens: int, dtype: torch.dtype) -> None:
+    query, key, value, slots = random_case(counts, num_tokens, 30, 2, 80, dtype)
+    assert slots is not None
+    coded = in_int8(slots, num_pinned=4)
+    assert isinstance(coded.key, Quantised)
+    assert len(coded.key.codes) > 0
+    assert len(coded.key.exact) > 0
+    assert_equals_the_other_path(query, key, value, coded)
+    # Without rounding, there would be nothing to decode.
+    assert not torch.equal(
+        fused.attend(query, key, value, coded, SCALING)[0], fused.attend(query, key, value, slots, SCALING)[0]
+    )
 
 
 @DTYPES
@@ -170,7 +203,7 @@ def test_the_kernels_compile_for_gpus_that_are_not_here() -> None:
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     shared_bytes = [int(line) for line in done.stdout.split()]
-    assert len(shared_bytes) == 2 * 3
+    assert len(shared_bytes) == 2 * 3 * 3
     assert max(shared_bytes) <= 99 * 1024  # of an RTX 30 or 40, an A10 or an L40; others have more
 
 

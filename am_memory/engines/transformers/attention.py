@@ -75,14 +75,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scali
     Args:
         query: (1, num_attention_heads, num_tokens, head_dim).
         key, value: (1, num_key_value_heads, tail_tokens, head_dim), the new tokens last.
-        slots: what stands for everything before the tail; what is in int8 is decoded here, layer by layer.
+        slots: what stands for everything before the tail; what is in int8 is decoded layer by layer, or by the kernel.
         scaling: softmax scale.
 
     Returns:
         output (1, num_attention_heads, num_tokens, head_dim), and the log of the mass that each query spent on
         everything, (1, num_attention_heads, num_tokens) float32.
     """
-    slots = slots.decoded() if slots is not None else None
     if fused.can_attend(query):
         return fused.attend(query, key, value, slots, scaling)
-    return partwise.attend(query, key, value, slots, scaling)
+    return partwise.attend(query, key, value, slots.decoded() if slots is not None else None, scaling)

@@ -15,6 +15,7 @@ import shutil
 import torch
 from torch import Tensor
 
+from am_memory.quantised import Quantised
 from am_memory.slots import Slots
 
 KEYS_PER_PART = 256
@@ -22,7 +23,7 @@ MAX_SPLIT_ROWS = 64
 """Queries of one KV head (tokens times its group) up to which its keys are split."""
 BLOCK_PARTS = 16
 """Parts merged at a time."""
-LAUNCH_OPTIONS = {"num_warps": 4, "num_stages": 2}
+NUM_WARPS = 4
 MAX_HEAD_DIM = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -59,15 +60,31 @@ def block_sizes(num_rows: int, head_dim: int, element_size: int) -> tuple[int, i
     return padded_dim, block_rows, max(min(64, 2**14 // (padded_dim * element_size)), 16)
 
 
+def launch_options(*, has_codes: bool) -> dict[str, int]:
+    """Slots in int8 take a load more for each of theirs: of two stages, shared memory would not hold them all."""
+    return {"num_warps": NUM_WARPS, "num_stages": 1 if has_codes else 2}
+
+
 def _power_of_two_from(number: int) -> int:
     return 1 << (number - 1).bit_length()
+
+
+def _pointers(slots: Slots) -> tuple[Tensor, ...]:
+    """What the kernel reads of slots, in its order; where none is in int8 it is told so, and some stand for nothing."""
+    key, value = slots.key, slots.value
+    if isinstance(key, Quantised) and isinstance(value, Quantised):
+        in_int8 = key.codes, value.codes, key.scale, value.scale, *key.index  # keys and values are grouped alike
+        return key.exact, value.exact, *in_int8, slots.bias, slots.cu_slots_tensor
+    assert isinstance(key, Tensor)
+    assert isinstance(value, Tensor)
+    return key, value, key, value, key, value, key, key, slots.bias, slots.cu_slots_tensor
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scaling: float) -> tuple[Tensor, Tensor]:
     """`attention.attend`, of which the arguments and results are.
 
-    All of one dtype of `DTYPES`; the last axis of query, key and value is contiguous, and key and value are laid out
-    alike, as a `TailBuffer`'s are.
+    All of one dtype of `DTYPES`, but for slots in int8, which are decoded as they are loaded; the last axis of query,
+    key and value is contiguous, and key and value are laid out alike, as a `TailBuffer`'s are.
     """
     import triton
     import triton.language as tl
@@ -83,6 +100,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scali
     assert key.stride(3) == 1
 
     longest = 0 if slots is None else slots.longest
+    has_codes = slots is not None and isinstance(slots.key, Quantised)
     if num_rows <= MAX_SPLIT_ROWS:
         keys_per_part = KEYS_PER_PART
         num_slot_parts = triton.cdiv(longest, keys_per_part)
@@ -105,7 +123,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scali
             query,
             key,
             value,
-            *((key, value, key, key) if slots is None else (*slots.tensors, slots.cu_slots_tensor)),
+            *((key,) * 10 if slots is None else _pointers(slots)),
             *parts,
             scaling,
             num_tokens,
@@ -117,13 +135,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scali
             key.stride(1),
             key.stride(2),
             HAS_SLOTS=longest > 0,
+            HAS_CODES=has_codes,
             GROUPS=groups,
             HEAD_DIM=head_dim,
             PADDED_DIM=padded_dim,
             BLOCK_ROWS=block_rows,
             BLOCK_KEYS=block_keys,
             DOT_DTYPE=dot_dtype,
-            **LAUNCH_OPTIONS,
+            **launch_options(has_codes=has_codes),
         )
         if is_split:
             merge_kernel[num_tokens, num_attention_heads](

@@ -19,8 +19,14 @@ def attend_kernel(  # noqa: PLR0913, PLR0917  Triton takes pointers, sizes and s
     query,  # (num_key_value_heads * GROUPS, num_tokens, HEAD_DIM)
     key,  # (num_key_value_heads, tail_tokens, HEAD_DIM), as is `value`: the tail, the new tokens last
     value,
-    slot_key,  # (total_slots, HEAD_DIM), as is `slot_value`
+    slot_key,  # (total_slots, HEAD_DIM), as is `slot_value`; with HAS_CODES only the slots that are not in int8
     slot_value,
+    key_codes,  # (num_coded, HEAD_DIM) int8, as is `value_codes`: the other slots
+    value_codes,
+    key_scale,  # (num_groups, HEAD_DIM) float32, as is `value_scale`
+    value_scale,
+    slot_group,  # (total_slots,) int32, whose scale a slot's codes have; negative: it is not in int8
+    slot_place,  # (total_slots,) int32, where it stands among those of its kind
     slot_bias,  # (total_slots,)
     cu_slots,  # (num_key_value_heads + 1,) int32
     output,  # (num_parts, num_tokens, num_key_value_heads * GROUPS, HEAD_DIM)
@@ -35,6 +41,7 @@ def attend_kernel(  # noqa: PLR0913, PLR0917  Triton takes pointers, sizes and s
     tail_head_stride,
     tail_token_stride,
     HAS_SLOTS: tl.constexpr,
+    HAS_CODES: tl.constexpr,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
@@ -61,7 +68,6 @@ def attend_kernel(  # noqa: PLR0913, PLR0917  Triton takes pointers, sizes and s
     scale = scaling * LOG2_E
     column = tl.arange(0, BLOCK_KEYS)
     # 64 bits for where a block of keys begins, 32 within it: 64-bit tensors would take up the registers.
-    slot_key_at, slot_value_at = column[None] * HEAD_DIM + dim[:, None], column[:, None] * HEAD_DIM + dim[None]
     key_at, value_at = column[None] * tail_token_stride + dim[:, None], column[:, None] * tail_token_stride + dim[None]
 
     top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
@@ -71,14 +77,11 @@ def attend_kernel(  # noqa: PLR0913, PLR0917  Triton takes pointers, sizes and s
     if HAS_SLOTS:
         begin = tl.load(cu_slots + head) + part * keys_per_part
         end = tl.minimum(tl.load(cu_slots + head + 1), begin + keys_per_part)
-        for start in range(begin, end, BLOCK_KEYS):
-            is_key = start + column < end
-            at = tl.cast(start, tl.int64) * HEAD_DIM
-            keys = tl.load(slot_key + at + slot_key_at, mask=is_key[None] & is_dim[:, None], other=0.0)
-            values = tl.load(slot_value + at + slot_value_at, mask=is_key[:, None] & is_dim[None], other=0.0)
-            bias = tl.load(slot_bias + start + column, mask=is_key, other=float("-inf")).to(tl.float32)
-            scores = tl.dot(queries, keys.to(DOT_DTYPE), input_precision="ieee") * scale + bias[None] * LOG2_E
-            mixed, top, total = _add(scores, values, mixed, top, total, DOT_DTYPE)
+        mixed, top, total = _see_slots(
+            queries, scale, begin, end, slot_key, slot_value, key_codes, value_codes, key_scale, value_scale,
+            slot_group, slot_place, slot_bias, mixed, top, total, HAS_CODES, HEAD_DIM, PADDED_DIM, BLOCK_KEYS,
+            DOT_DTYPE,
+        )  # fmt: skip
 
     # A new token sees the past and the new ones up to itself; the block's last token sees the most.
     visible = tail_tokens - num_tokens + 1 + token
@@ -107,6 +110,79 @@ def attend_kernel(  # noqa: PLR0913, PLR0917  Triton takes pointers, sizes and s
     mass_at = (part.to(tl.int64) * num_heads + query_head) * num_tokens + token
     mass = tl.where(is_seen, (top + tl.log2(divisor)) / LOG2_E, float("-inf"))
     tl.store(log_mass + mass_at, mass, mask=is_row)
+
+
+@triton.jit
+def _see_slots(  # noqa: PLR0913, PLR0917
+    queries,
+    scale,
+    begin,
+    end,
+    slot_key,
+    slot_value,
+    key_codes,
+    value_codes,
+    key_scale,
+    value_scale,
+    slot_group,
+    slot_place,
+    slot_bias,
+    mixed,
+    top,
+    total,
+    HAS_CODES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+):
+    """Slots [begin, end) more in a softmax that runs."""
+    column, dim = tl.arange(0, BLOCK_KEYS), tl.arange(0, PADDED_DIM)
+    key_at, value_at = column[None] * HEAD_DIM + dim[:, None], column[:, None] * HEAD_DIM + dim[None]
+    for start in range(begin, end, BLOCK_KEYS):
+        is_key = start + column < end
+        is_key_entry, is_value_entry = (
+            is_key[None] & (dim < HEAD_DIM)[:, None],
+            is_key[:, None] & (dim < HEAD_DIM)[None],
+        )
+        if HAS_CODES:
+            group = tl.load(slot_group + start + column, mask=is_key, other=-1)
+            place = tl.load(slot_place + start + column, mask=is_key, other=0)
+            keys = _decoded(
+                slot_key,
+                key_codes,
+                key_scale,
+                place[None],
+                group[None],
+                dim[:, None],
+                is_key_entry,
+                HEAD_DIM,
+                DOT_DTYPE,
+            )
+            values = _decoded(
+                slot_value, value_codes, value_scale, place[:, None], group[:, None], dim[None], is_value_entry,
+                HEAD_DIM, DOT_DTYPE,
+            )  # fmt: skip
+        else:
+            at = tl.cast(start, tl.int64) * HEAD_DIM
+            keys = tl.load(slot_key + at + key_at, mask=is_key_entry, other=0.0)
+            values = tl.load(slot_value + at + value_at, mask=is_value_entry, other=0.0)
+        bias = tl.load(slot_bias + start + column, mask=is_key, other=float("-inf")).to(tl.float32)
+        scores = tl.dot(queries, keys.to(DOT_DTYPE), input_precision="ieee") * scale + bias[None] * LOG2_E
+        mixed, top, total = _add(scores, values, mixed, top, total, DOT_DTYPE)
+    return mixed, top, total
+
+
+@triton.jit
+def _decoded(  # noqa: PLR0913, PLR0917
+    exact, codes, scale, place, group, dim, is_entry, HEAD_DIM: tl.constexpr, DOT_DTYPE: tl.constexpr
+):
+    """A block of slots, some of them in int8; place, group and dim broadcast to its shape."""
+    is_coded = is_entry & (group >= 0)
+    numbers = tl.load(codes + place * HEAD_DIM + dim, mask=is_coded, other=0).to(tl.float32)
+    numbers *= tl.load(scale + group * HEAD_DIM + dim, mask=is_coded, other=0.0)
+    others = tl.load(exact + place * HEAD_DIM + dim, mask=is_entry & (group < 0), other=0.0)
+    return tl.where(is_coded, numbers.to(DOT_DTYPE), others.to(DOT_DTYPE))
 
 
 @triton.jit
