@@ -73,7 +73,8 @@ class MemoryPolicy(BaseModel):
             `originals`: recall brings back the block. Not with recompaction "refit", `max_error` or llama.cpp. None:
             no summary.
         min_slots: slots that every head gets of a new segment before any head gets more.
-        fit: what is fitted beside the choice of keys; anything but "bias_and_values" is for ablations.
+        fit: what is fitted beside the choice of keys. "values" alone is nearer to the full cache where a long text only
+            goes on, and recalls less of what is asked for; "bias" and "nothing" are for ablations.
         ridge: pull of the fitted values toward the originals, as a fraction of the mean diagonal.
         chunk_tokens: tokens read in one forward pass.
 
