@@ -44,9 +44,9 @@ class MemoryPolicy(BaseModel):
             "live" (queries that passed since, free).
         self_study_tokens: how long these answers may be, all together.
         on_policy: each layer's slots are fitted to queries that come through the layers below as compacted. The block
-            is repeated in one pass, however long, and layers are compacted as it goes through them; an adaptive budget
-            is then shared out within each layer. With reference_queries ("repeat",) alone; not with `max_error` or
-            llama.cpp.
+            is repeated in one pass, however long, and layers are compacted as it goes through them; no layer is run
+            twice, but for an adaptive budget, which needs the scores of all layers from a pass of their own. With
+            reference_queries ("repeat",) alone; not with `max_error` or llama.cpp.
         tool_result_weight: how much it counts that a tool's result can be repeated, beside what people and the model
             say; 1 is as much. Slots and fits follow it.
         key_selection: "highest_attention", "omp", "omp_fast", or any `KeySelection`.

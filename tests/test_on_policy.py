@@ -48,18 +48,22 @@ def one_by_one(engine: TransformersEngine) -> list[Slots]:
     segment = session.segments[0]
     cache, made = new_session(engine)._context.cache, []
     assert isinstance(cache, KVCache)
+    block_tokens = tokens[segment.start : segment.end]
+    exact_queries = repeat_queries(engine, cache, block_tokens, chunk_tokens=64, on_progress=lambda *_: None)
+    blocks = [
+        Entries.of(layer, segment).block(layer, queries)
+        for layer, queries in zip(cache.compactable, exact_queries, strict=True)
+    ]
+    ranks = slot_ranks([exact_attention(block).scores for block in blocks], policy)
     for index, layer in enumerate(cache.compactable):
         branch = cache.fork()
         for below, slots in zip(branch.compactable, made, strict=False):
             below.restore(branch.compacted_layer(below, [segment], slots, 4))
-        queries = repeat_queries(
-            engine, branch, tokens[segment.start : segment.end], chunk_tokens=1000, on_progress=lambda *_: None
-        )
+        queries = repeat_queries(engine, branch, block_tokens, chunk_tokens=1000, on_progress=lambda *_: None)
         held = Entries.of(layer, segment)
         block = held.block(layer, queries[index])
         exact = exact_attention(block)
-        (ranks,) = slot_ranks([exact.scores], policy)
-        heads = heads_of(index, layer, block, exact, held, ranks * len(cache.compactable) + index)
+        heads = heads_of(index, layer, block, exact, held, ranks[index])
         made += fit_all(heads, Plan((segment,)), policy, lambda *_: None).by_layer(policy)
     return made
 
@@ -82,8 +86,12 @@ def test_the_first_layer_has_the_queries_of_any_repeat_pass_and_others_have_not(
         assert not torch.allclose(on.value, off.value, atol=1e-2)
 
 
-def test_no_layer_runs_twice(engine: TransformersEngine, tiny_model: PreTrainedModel) -> None:
-    session, runs = new_session(engine), Counter[int]()
+@pytest.mark.parametrize(("budget", "num_passes"), [("uniform", 1), ("adaptive", 1 + 2)])
+def test_no_layer_runs_twice_but_for_scores(
+    engine: TransformersEngine, tiny_model: PreTrainedModel, budget: str, num_passes: int
+) -> None:
+    """The pass for the scores is in two chunks here."""
+    session, runs = new_session(engine, head_budget=budget), Counter[int]()
     layers = tiny_model.get_decoder().layers
     hooks = [
         layer.register_forward_hook(lambda *_, index=index: runs.update([index])) for index, layer in enumerate(layers)
@@ -93,16 +101,13 @@ def test_no_layer_runs_twice(engine: TransformersEngine, tiny_model: PreTrainedM
     finally:
         for hook in hooks:
             hook.remove()
-    assert runs == dict.fromkeys(range(len(layers)), 1)
+    assert runs == dict.fromkeys(range(len(layers)), num_passes)
 
 
-def test_it_keeps_the_ratio_and_layers_share_alike(engine: TransformersEngine) -> None:
-    layers = compacted(engine)
-    counts = [slots.num_slots for slots in layers]
-    num_heads = layers[0].num_heads
-    assert max(counts) - min(counts) <= 1
-    assert sum(counts) == round(0.25 * 118 * num_heads * len(layers))
-    assert len({slots.head(head).num_slots for slots in layers for head in range(num_heads)}) > 2
+@pytest.mark.parametrize("budget", ["adaptive", "uniform"])
+def test_heads_have_as_many_slots_as_off_policy(engine: TransformersEngine, budget: str) -> None:
+    on_policy, off_policy = (compacted(engine, head_budget=budget, on_policy=each) for each in (True, False))
+    assert [slots.cu_slots for slots in on_policy] == [slots.cu_slots for slots in off_policy]
 
 
 def test_a_calibrated_budget_is_the_same_as_off_policy(engine: TransformersEngine, tmp_path: Path) -> None:
