@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 
@@ -82,7 +83,7 @@ def draw(calibration: Calibration, path: Path, seq_len: int) -> None:
     figure.suptitle(calibration.model, fontsize=10)
     curves.set_title("What is lost with one head compacted", fontsize=9)
     num_heads = len(calibration.losses)
-    ranks = calibrated_ranks(calibration, seq_len, 1)
+    ranks = calibrated_ranks(calibration, torch.ones(num_heads, seq_len), 1)
     for ratio in SHOWN_RATIOS:
         counts = (ranks < ratio * num_heads * seq_len).sum(dim=1) / seq_len
         shares.plot(range(num_heads), counts.sort(descending=True).values, label=f"{ratio:.0%} of all")

@@ -189,13 +189,12 @@ def slot_ranks(
     match policy.head_budget:
         case _ if is_shared:
             ranks = shared_ranks(together)
-        case "auto" | "adaptive":
-            ranks = adaptive_ranks(together, policy.min_slots)
         case "uniform":
             ranks = uniform_ranks(together, policy.min_slots)
+        case _ if calibration is not None:
+            ranks = calibrated_ranks(calibration, together, policy.min_slots)
         case _:
-            assert calibration is not None
-            ranks = calibrated_ranks(calibration, longest, policy.min_slots)
+            ranks = adaptive_ranks(together, policy.min_slots)
     split = torch.split(ranks.cpu(), [each.shape[0] for each in scores])
     return tuple(layer_ranks[:, : each.shape[1]] for layer_ranks, each in zip(split, scores, strict=True))
 

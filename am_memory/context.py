@@ -312,7 +312,7 @@ class Context:
     def _compact_on_policy(self, passage: Passage, plan: Plan, sources: QuerySources) -> Compaction:
         """Layer by layer, while the passage is repeated."""
         assert isinstance(passage.cache, KVCache)
-        scored_by = sources.sample(passage) if self.policy.head_budget in ("auto", "adaptive") else None
+        scored_by = sources.sample(passage) if self.policy.head_budget != "uniform" else None
         repeat, progress = partial(sources.through, passage), sources.progress
         return compact_on_policy(
             passage.cache, plan, self.num_pinned, repeat, scored_by, self.policy, progress, self._calibration

@@ -45,15 +45,15 @@ class MemoryPolicy(BaseModel):
         self_study_tokens: how long these answers may be, all together.
         on_policy: each layer's slots are fitted to queries that come through the layers below as compacted. The block
             is repeated in one pass, however long, and layers are compacted as it goes through them; no layer is run
-            twice, but for an adaptive budget, which needs the scores of all layers from a pass of their own. With
-            reference_queries ("repeat",) alone; not with `max_error` or llama.cpp.
+            twice, but where the budget is not uniform: it needs the scores of all layers, from a pass of their own.
+            With reference_queries ("repeat",) alone; not with `max_error` or llama.cpp.
         tool_result_weight: how much it counts that a tool's result can be repeated, beside what people and the model
             say; 1 is as much. Slots and fits follow it.
         key_selection: "highest_attention", "omp", "omp_fast", or any `KeySelection`.
         head_budget: "adaptive" (slots go where the scores are, over all layers and heads), "uniform", "calibrated"
-            (where a measurement on the model says that they are needed, for models that one ships for) or the path of
-            such a measurement, a .json file of `am-memory calibrate`; or "auto": adaptive where heads can differ in
-            their slots, else as many for all heads as there are cells.
+            (scores are weighed by what a measurement on the model says that slots save, for models that one ships for)
+            or the path of such a measurement, a .json file of `am-memory calibrate`; or "auto": calibrated where one
+            ships, else adaptive where heads can differ in their slots, else as many for all heads as there are cells.
         recompaction: "segments" (each token is compacted once, from its exact entry) or "refit" (the oldest half as it
             is, compact entries too, again and again: arXiv:2602.16284, online AIME).
         originals: the exact entries of compacted tokens: "drop", or kept off the device, in "host" memory or on

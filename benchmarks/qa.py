@@ -105,6 +105,7 @@ def pyramid(engine: Engine) -> Calibration:
         model="a pyramid",
         ratios=ratios.tolist(),
         losses=(-weights[:, None] * ratios.log()).tolist(),
+        weighs_scores=False,
     )
 
 

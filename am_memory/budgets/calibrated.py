@@ -33,6 +33,7 @@ class Calibration(BaseModel):
         ratios: slots for each key of a block, ascending, between 0 and 1.
         losses: of each KV head of all compactable layers, layer after layer, what is lost at each of the ratios where
             only this head is compacted: KL against the full cache, in nats per token. With all slots, nothing is.
+        weighs_scores: whether a block's own scores count beside the curves.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -41,6 +42,7 @@ class Calibration(BaseModel):
     model: str
     ratios: tuple[float, ...]
     losses: tuple[tuple[float, ...], ...]
+    weighs_scores: bool = True
 
     @model_validator(mode="after")
     def _check(self) -> Calibration:
@@ -76,36 +78,43 @@ def _slope(left: tuple[float, float], right: tuple[float, float]) -> float:
     return (right[1] - left[1]) / (right[0] - left[0])
 
 
-def calibrated_ranks(calibration: Calibration, seq_len: int, min_slots: int) -> Tensor:
-    """Rank the slots of all heads by what each saves.
+def calibrated_ranks(calibration: Calibration, scores: Tensor, min_slots: int) -> Tensor:
+    """Rank the slots of all heads by what each saves by the calibration, times the score of the key that it would hold.
 
-    This is where greedy exchange (arXiv:2602.16284) ends, at every total at once: with convex curves, moving a slot
-    from the head that it costs least to the head that it helps most goes on until no slot that is out saves more than
-    one that is in.
+    With scores that are all alike this is where greedy exchange (arXiv:2602.16284) ends, at every total at once: with
+    convex curves, moving a slot from the head that it costs least to the head that it helps most goes on until no slot
+    that is out saves more than one that is in. The scores say what this block needs of each head.
 
     Args:
-        seq_len: keys of the block.
+        scores: (num_heads, seq_len), of every key, over all layers and KV heads; for their shape alone, where the
+            calibration does not weigh them.
         min_slots: each head gets its first `min_slots` before any head gets more.
 
     Returns:
         (num_heads, seq_len) int64; entry [h, k] is the rank of the k-th slot of head h. Ascending along k.
     """
-    return adaptive_ranks(calibration.gains(seq_len), min_slots)
+    gains = calibration.gains(scores.shape[1]).to(scores.device)
+    if calibration.weighs_scores:
+        gains *= scores.float().sort(dim=1, descending=True).values
+    return adaptive_ranks(gains, min_slots)
 
 
 def calibration_for(head_budget: str, info: ModelInfo) -> Calibration | None:
     """The curves that a policy's `head_budget` asks for; None where it asks for none.
 
     Args:
-        head_budget: "calibrated" is what ships for the model; what ends in .json is a file.
+        head_budget: "calibrated" is what ships for the model, and so is "auto" where something does; what ends in .json
+            is a file.
         info: of the model.
 
     Raises:
         InvalidPolicy: there is no such file, it is none of ours, or another model's.
     """
-    if head_budget == "calibrated":
+    if head_budget in ("auto", "calibrated"):
         shipped = resources.files(__package__) / "calibrations" / f"{info.fingerprint}.json"
         if not shipped.is_file():
+            if head_budget == "auto":
+                return None
             raise InvalidPolicy(
                 f"head_budget 'calibrated': no calibration ships for model {info.fingerprint} ({info.name}): "
                 "measure one with am-memory calibrate, and give the path of its file"

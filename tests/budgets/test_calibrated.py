@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from am_memory import Memory, MemoryPolicy
-from am_memory.budgets import Calibration, calibrated_ranks, calibration_for
+from am_memory.budgets import Calibration, adaptive_ranks, calibrated_ranks, calibration_for
 from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidPolicy
@@ -34,22 +35,45 @@ def written(folder: Path, calibration: Calibration) -> str:
 # From curves to a ranking
 
 
+def alike(num_heads: int, seq_len: int) -> Tensor:
+    """Scores that leave the curves alone."""
+    return torch.ones(num_heads, seq_len)
+
+
 @pytest.mark.parametrize("seq_len", [1, 63, 500])
 def test_every_slot_has_a_rank_of_its_own_and_a_head_takes_its_best_first(seq_len: int) -> None:
     calibration = curves(NEEDS_MUCH, NEEDS_LITTLE, NEEDS_NOTHING)
-    ranks = calibrated_ranks(calibration, seq_len, 2)
+    ranks = calibrated_ranks(calibration, alike(3, seq_len), 2)
     assert ranks.flatten().sort().values.tolist() == list(range(3 * seq_len))
     assert (ranks.diff(dim=1) > 0).all()
 
 
 def test_a_head_that_loses_more_gets_more() -> None:
-    ranks = calibrated_ranks(curves(NEEDS_LITTLE, NEEDS_MUCH, NEEDS_NOTHING), 200, 1)
+    ranks = calibrated_ranks(curves(NEEDS_LITTLE, NEEDS_MUCH, NEEDS_NOTHING), alike(3, 200), 1)
     little, much, nothing = (ranks < 60).sum(dim=1).tolist()
     assert much > 2 * little > nothing == 1
 
 
+def test_scores_and_curves_are_multiplied() -> None:
+    """As many slots are worth having: a key of double the score, and one that saves double."""
+    scores = torch.rand(3, 200)
+    same = curves(NEEDS_MUCH, NEEDS_MUCH, NEEDS_MUCH)
+    falling = scores.sort(dim=1, descending=True).values
+    assert torch.equal(calibrated_ranks(same, scores, 1), adaptive_ranks(falling * same.gains(200), 1))
+    twice = curves(NEEDS_MUCH, tuple(2 * loss for loss in NEEDS_MUCH), NEEDS_NOTHING)
+    weighed = torch.stack([2 * scores[0], scores[0], scores[0]])
+    first, second, _ = (calibrated_ranks(twice, weighed, 1) < 100).sum(dim=1).tolist()
+    assert abs(first - second) <= 1
+
+
+def test_a_calibration_may_leave_scores_out() -> None:
+    calibration = curves(NEEDS_LITTLE, NEEDS_MUCH).model_copy(update={"weighs_scores": False})
+    by_scores, by_curves = (calibrated_ranks(calibration, scores, 1) for scores in (torch.rand(2, 90), alike(2, 90)))
+    assert torch.equal(by_scores, by_curves)
+
+
 def test_no_head_gets_more_before_every_head_has_its_least() -> None:
-    ranks = calibrated_ranks(curves(NEEDS_LITTLE, NEEDS_MUCH, NEEDS_NOTHING), 200, 4)
+    ranks = calibrated_ranks(curves(NEEDS_LITTLE, NEEDS_MUCH, NEEDS_NOTHING), alike(3, 200), 4)
     assert (ranks < 12).sum(dim=1).tolist() == [4, 4, 4]
 
 
@@ -80,7 +104,7 @@ def test_exchanging_slots_greedily_ends_at_the_ranking() -> None:
         counts[taker] += 1
         counts[giver] -= 1
     assert counts != [12] * 4
-    assert (calibrated_ranks(calibration, 80, 1) < 48).sum(dim=1).tolist() == counts
+    assert (calibrated_ranks(calibration, alike(4, 80), 1) < 48).sum(dim=1).tolist() == counts
 
 
 @pytest.mark.parametrize(
@@ -149,10 +173,16 @@ def test_cells_that_all_heads_share_cannot_follow_a_calibration(llama: LlamaCppE
         Memory(llama, policy).session()
 
 
+def test_by_itself_a_budget_is_calibrated_only_where_a_calibration_ships(engine: TransformersEngine) -> None:
+    assert calibration_for("auto", engine.info) is None
+
+
 @pytest.mark.model
 def test_the_demo_models_calibration_ships_with_the_package(demo) -> None:
     engine = TransformersEngine(*demo)
     calibration = calibration_for("calibrated", engine.info)
+    assert calibration_for("auto", engine.info) == calibration
+    assert calibration_for("adaptive", engine.info) is None
     assert calibration is not None
     assert calibration.fingerprint == engine.info.fingerprint
     session = Memory(engine, MemoryPolicy(trigger_tokens=384, keep_ratio=0.25, head_budget="calibrated")).session()
