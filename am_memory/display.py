@@ -167,7 +167,7 @@ def segments_table(saved: SavedSession) -> Table:
 
 
 def layers_table(saved: SavedSession) -> Table:
-    """Compact slots of every KV head of every layer: where the adaptive budget puts them."""
+    """Compact slots of every KV head of every layer: where the budget puts them."""
     table = Table("layer", "compact slots of each KV head", "", "exact tokens", "MiB", title="Layers")
     num_pinned = saved.state.num_pinned if saved.state.segments else 0
     counts = [

@@ -1,10 +1,11 @@
-"""Slots go where a measurement on the model says that they are needed; decided once, whatever the text.
+"""Slots go where a measurement on the model says that they are needed, weighed by the scores of each block.
 
 Owns the measured curves, their file, and the way from curves to a ranking; `am_memory.calibration` measures them.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from importlib import resources
 from itertools import pairwise
@@ -110,17 +111,22 @@ def calibration_for(head_budget: str, info: ModelInfo) -> Calibration | None:
     Raises:
         InvalidPolicy: there is no such file, it is none of ours, or another model's.
     """
-    if head_budget in ("auto", "calibrated"):
-        shipped = resources.files(__package__) / "calibrations" / f"{info.fingerprint}.json"
-        if not shipped.is_file():
-            if head_budget == "auto":
-                return None
-            raise InvalidPolicy(
-                f"head_budget 'calibrated': no calibration ships for model {info.fingerprint} ({info.name}): "
-                "measure one with am-memory calibrate, and give the path of its file"
-            )
-        return Calibration.model_validate_json(shipped.read_text(encoding="utf-8"))
-    return load_calibration(head_budget, info) if head_budget.endswith(".json") else None
+    if head_budget.endswith(".json"):
+        return load_calibration(head_budget, info)
+    shipped = _shipped(info.fingerprint) if head_budget in ("auto", "calibrated") else None
+    if head_budget == "calibrated" and shipped is None:
+        raise InvalidPolicy(
+            f"head_budget 'calibrated': no calibration ships for model {info.fingerprint} ({info.name}): "
+            "measure one with am-memory calibrate, and give the path of its file"
+        )
+    return shipped
+
+
+@functools.cache
+def _shipped(fingerprint: str) -> Calibration | None:
+    """What ships for a model, read once: every session and every branch asks for it."""
+    file = resources.files(__package__) / "calibrations" / f"{fingerprint}.json"
+    return Calibration.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def load_calibration(path: str | os.PathLike[str], info: ModelInfo) -> Calibration:
