@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from am_memory.errors import UnsupportedOperation
 from am_memory.layers import CompactableLayer, LayerState, SlidingLayer, TailState
 from am_memory.rotation import Rotation
-from am_memory.slots import Segment, Slots
+from am_memory.slots import Segment, Slots, carried_over
 
 
 class Snapshot(Protocol):
@@ -182,7 +182,7 @@ class KVCache(Cache):
         Returns:
             A new state; this cache is as it was.
         """
-        slots_of_layer, (older, distances) = iter(new_slots), self._older(segments)
+        slots_of_layer, (older, distances) = iter(new_slots), carried_over(self.segments, segments)
         states = tuple(
             layer.compacted(older, distances, segments[-1], next(slots_of_layer), num_pinned)
             if isinstance(layer, CompactableLayer)
@@ -195,14 +195,7 @@ class KVCache(Cache):
         self, layer: CompactableLayer, segments: Sequence[Segment], new_slots: Slots, num_pinned: int
     ) -> TailState:
         """What `compacted` makes of one layer, with the new segment's slots of that layer."""
-        return layer.compacted(*self._older(segments), segments[-1], new_slots, num_pinned)
-
-    def _older(self, segments: Sequence[Segment]) -> tuple[list[Segment], list[int]]:
-        """Those held now as they are to be among `segments`, the new one last, and how far each of them is turned."""
-        resized = {segment.start: segment for segment in segments[:-1]}
-        older = [resized.get(segment.start, replace(segment, num_slots=0)) for segment in self.segments]
-        distances = [after.shift - before.shift for before, after in zip(self.segments, older, strict=True)]
-        return older, distances
+        return layer.compacted(*carried_over(self.segments, segments), segments[-1], new_slots, num_pinned)
 
     def reset(self) -> None:
         super().reset()  # type: ignore[no-untyped-call]

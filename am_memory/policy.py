@@ -70,8 +70,7 @@ class MemoryPolicy(BaseModel):
             each. The summary takes the block's place and is what is compacted, to the slots that the block would get;
             where it is no longer than these, it stays whole, and where the model writes nothing, the block is compacted
             as ever (`CompactionReport.summary_tokens` says 0). What it leaves out is lost, unless there are
-            `originals`: recall brings back the block. Not with recompaction "refit", `max_error` or llama.cpp. None:
-            no summary.
+            `originals`: recall brings back the block. Not with recompaction "refit" or `max_error`. None: no summary.
         min_slots: slots that every head gets of a new segment before any head gets more.
         fit: what is fitted beside the choice of keys. "values" alone is nearer to the full cache where a long text only
             goes on, and recalls less of what is asked for; "bias" and "nothing" are for ablations.

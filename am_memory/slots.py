@@ -47,6 +47,20 @@ def resized(segment: Segment, num_slots: int) -> Segment:
     return replace(segment, num_slots=min(num_slots, segment.num_slots))
 
 
+def carried_over(held: Sequence[Segment], segments: Sequence[Segment]) -> tuple[list[Segment], list[int]]:
+    """What becomes of the segments that a cache holds when it is to have others.
+
+    Args:
+        segments: afterwards, the new one last.
+
+    Returns:
+        The held ones as they are among `segments`, with no slots where they are not; how far each of them is turned.
+    """
+    kept = {segment.start: segment for segment in segments[:-1]}
+    older = [kept.get(segment.start, replace(segment, num_slots=0)) for segment in held]
+    return older, [after.shift - before.shift for before, after in zip(held, older, strict=True)]
+
+
 class HeadSlots(NamedTuple):
     """One KV head's slots, as views that broadcast against (batch, heads, queries, head_dim)."""
 

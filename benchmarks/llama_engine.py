@@ -37,6 +37,7 @@ KL_SCHEMES |= {"AM": "bias_and_values", EXACT: "bias_and_values"}
 COUNTS, BLOCK, KEPT, NUM_AFTER = (1, 2, 4, 8), 256, 64, 128
 LONG = MemoryPolicy(trigger_tokens=NUM_CELLS, keep_ratio=0.1, pinned=SINKS)
 SCHEMES = {"AM": {}, "AM, no bias": {"fit": "values"}, "eviction per head": {"fit": "nothing"}}
+SCHEMES |= {"AM, OMP, ridge 0.5": {"key_selection": "omp", "ridge": 0.5}}
 
 
 def text_tokens(memory: Memory) -> list[int]:
@@ -232,7 +233,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=NUM_TOKENS, help="of the long text")
     parser.add_argument("--schemes", nargs="*", default=[], help="some of those that are compared")
     parser.add_argument("--ratio", type=float, default=5.0, help="of the compactions for KL")
-    parser.add_argument("--close-gaps", action="store_true", help="as LlamaCppEngine takes it")
     args = parser.parse_args()
     known = KL_SCHEMES if args.mode == "kl" else SCHEMES
     if unknown := set(args.schemes) - set(known):
@@ -241,7 +241,7 @@ def main() -> None:
     if args.mode == "kl":
         kl(args.model, args.ratio, schemes)
     else:
-        engine = LlamaCppEngine(args.model, close_gaps=args.close_gaps)
+        engine = LlamaCppEngine(args.model)
         memory = Memory(engine, MemoryPolicy(trigger_tokens=8192, pinned=SINKS))
         long(memory, args.tokens, schemes) if args.mode == "long" else speed(memory, args.model)
     print(f"\n{args.model}; {machine()}, llama-cpp-python {llama_cpp.__version__}")

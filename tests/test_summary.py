@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -14,7 +16,6 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import rotate_half
 
 from am_memory import Memory, MemoryPolicy, Sampling, Session
-from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CompactionFailed, InvalidPolicy
 from am_memory.events import CompactionProgress, Event, ignore
@@ -294,13 +295,15 @@ def test_a_failure_in_any_forward_pass_leaves_the_session_as_it_was(
     assert_same(held(session), held(untouched))
 
 
-def test_what_cannot_be_right_is_refused(llama: LlamaCppEngine) -> None:
+def test_what_cannot_be_right_is_refused(engine: TransformersEngine) -> None:
     with pytest.raises(InvalidPolicy, match=r"summary_tokens 12: .*recompaction 'refit'"):
         MemoryPolicy(summary_tokens=12, recompaction="refit")
     with pytest.raises(InvalidPolicy, match=r"summary_tokens 12: .*max_error"):
         MemoryPolicy(summary_tokens=12, max_error=0.1)
-    with pytest.raises(InvalidPolicy, match=r"summary_tokens 12 .*llama\.cpp.* leave it at None"):
-        Memory(llama, POLICY).session("alice")
+    fixed = copy.copy(engine)
+    fixed.info = replace(engine.info, immovable="its RoPE depends on the length of the text")
+    with pytest.raises(InvalidPolicy, match=r"summary_tokens 12 .* its RoPE depends on the length.* leave it at None"):
+        Memory(fixed, POLICY).session("alice")
 
 
 def test_progress_is_told_in_tokens(new_memory: NewMemory) -> None:

@@ -13,6 +13,7 @@ in its place.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -29,7 +30,7 @@ from am_memory.engines.llama_cpp.state import Column, SequenceState
 from am_memory.errors import CorruptSession, UnsupportedOperation
 from am_memory.layers import TailBuffer, TailState
 from am_memory.quantised import Rows, decoded
-from am_memory.slots import PINNED_RANK, Segment, Slots
+from am_memory.slots import PINNED_RANK, Segment, Slots, carried_over
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,12 @@ class Model:
     Attributes:
         template: one cell of any content, which says how states of this model look.
         has_bias: biases are kept beside the cells, not folded into the keys.
-        closes_gaps: a compaction moves what is before its block up to it, by as many positions as it frees cells.
     """
 
     decoder: Decoder
     layers: tuple[LayerShape, ...]
     template: SequenceState
     has_bias: bool = False
-    closes_gaps: bool = False
 
     @property
     def num_heads(self) -> int:
@@ -302,8 +301,8 @@ class CellCache:
         """The state in which `new_slots` stand for the tail's tokens up to the end of the last of `segments`.
 
         Args:
-            segments: all segments afterwards, the new one last; older ones are cut to their `num_slots`, and those that
-                are not among them give way to the new one.
+            segments: all segments afterwards, the new one last; older ones are cut to their `num_slots` and turned to
+                their `shift`, pinned tokens with the oldest, and those that are not among them give way to the new one.
             new_slots: the new segment's slots of each layer, as many in each head, ranked within the segment.
             num_pinned: tokens at the start of the tail that stay exact (only before the first compaction).
 
@@ -311,21 +310,24 @@ class CellCache:
             A new state; this cache is as it was.
         """
         old, newest = self._content, segments[-1]
-        kept = {segment.start: num_cells(segment, self.num_heads) for segment in segments[:-1]}
         num_pinned = max(old.num_pinned, num_pinned)
-        places, first = [slice(0, num_pinned)], old.num_pinned
-        for segment, count in zip(old.segments, old.segment_cells, strict=True):
-            if segment.start in kept:
-                places.append(slice(first, first + min(kept[segment.start], count)))
-            first += count
-        new = _new_cells(old.cells, new_slots)
-        gap = newest.num_tokens - new.num_cells if old.model.closes_gaps else 0
-        parts = [*(_moved(old.cells.take(place), old.model.layers, gap) for place in places), new]
+        older, distances = carried_over(old.segments, segments)
+        firsts = itertools.accumulate(old.segment_cells[:-1], initial=old.num_pinned)
+        kept = [
+            (slice(first, first + num_cells(segment, self.num_heads)), distance)
+            for first, segment, distance in zip(firsts, older, distances, strict=False)
+            if segment in segments
+        ]
+        places = [(slice(0, num_pinned), distances[0] if distances else 0), *kept]
+        moved = (_moved(old.cells.take(where), old.model.layers, distance) for where, distance in places)
+        parts = [*moved, _new_cells(old.cells, new_slots)]
         tail = slice(old.base_cells + newest.end - old.tail_start, old.num_cells)
         cells = SequenceState.join([*parts, old.cells.take(tail)])
         counts = [part.num_cells for part in parts[1:]]
         content = packed(old.model, cells, tuple(segments), counts, num_pinned, old.num_tokens)
-        return with_biases(content, _joined_biases(old, places, new_slots)) if old.model.has_bias else content
+        if not old.model.has_bias:
+            return content
+        return with_biases(content, _joined_biases(old, [where for where, _ in places], new_slots))
 
 
 def num_cells(segment: Segment, num_heads: int) -> int:

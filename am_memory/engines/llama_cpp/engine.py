@@ -39,9 +39,6 @@ class LlamaCppEngine:
         flash_attention: None: where llama.cpp can.
         exact_bias: keep the biases of compact cells beside them, and add them to the scores as these are computed,
             instead of folding them into the keys. Slower, and without flash attention.
-        close_gaps: a compaction moves all that is before its block up to it, by the positions that it frees, so that a
-            conversation may outgrow those that the model was trained on. What is pinned or compact then no longer
-            stands where it was said.
 
     Raises:
         InvalidInput: exact biases with flash attention; a `Llama` that cannot be used.
@@ -58,7 +55,6 @@ class LlamaCppEngine:
         num_threads: int | None = None,
         flash_attention: bool | None = None,
         exact_bias: bool = False,
-        close_gaps: bool = False,
     ) -> None:
         if exact_bias and flash_attention:
             raise InvalidInput(
@@ -84,14 +80,7 @@ class LlamaCppEngine:
         self.vocabulary = Vocabulary(handle)
         num_layers = lib.llama_model_n_layer(handle)
         self._decoder = Decoder(self._source, params, num_layers)
-        self._model = tested_model(
-            self._decoder,
-            handle,
-            len(self.vocabulary),
-            num_layers,
-            has_bias=exact_bias,
-            closes_gaps=close_gaps,
-        )
+        self._model = tested_model(self._decoder, handle, len(self.vocabulary), num_layers, has_bias=exact_bias)
         self.info = self._model_info(handle, self._source.path)
 
     @classmethod
@@ -122,7 +111,7 @@ class LlamaCppEngine:
             window_tokens=self._lib.llama_model_n_ctx_train(handle),
             device=torch.device("cpu"),
             eos_token_ids=self.vocabulary.eos_token_ids,
-            immovable="on llama.cpp close_gaps moves it, or nothing does",
+            immovable=None,
         )
 
     def new_cache(self) -> CellCache:

@@ -39,13 +39,12 @@ def tested_model(
     num_layers: int,
     *,
     has_bias: bool = False,
-    closes_gaps: bool = False,
 ) -> Model:
     """What the layers of the model are, once all is as it must be.
 
     Args:
         model: llama.cpp's.
-        has_bias, closes_gaps: as the `Model` is to have them.
+        has_bias: as the `Model` is to have it.
 
     Raises:
         UnsupportedModel: something is not.
@@ -72,7 +71,7 @@ def tested_model(
         shapes.append(_shape(attention, state, index, rotations[index]))
     biases = [torch.zeros(shape.num_heads, LEFT_OUT + 1) for shape in shapes] if has_bias else []
     _require_write(decoder, state, token_ids[-1], biases)
-    return Model(decoder, tuple(shapes), state.take(slice(0, 1)), has_bias, closes_gaps)
+    return Model(decoder, tuple(shapes), state.take(slice(0, 1)), has_bias)
 
 
 def _shape(attention: Attention, state: SequenceState, index: int, rotation: Rotation) -> LayerShape:

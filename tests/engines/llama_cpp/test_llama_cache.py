@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CompactionFailed, CorruptSession, EngineFailed, InvalidPolicy, UnsupportedOperation
 from am_memory.events import CompactionFinished, Event
 from am_memory.layers import TailState
-from am_memory.slots import PINNED_RANK
+from am_memory.slots import PINNED_RANK, carried_over
 
 POLICY = MemoryPolicy(trigger_tokens=120, keep_ratio=0.25, pinned=4, keep_recent=8)
 TEXT = "An owl is a bird that hunts at night, and sleeps by day. It hears a mouse under the snow, and flies without a sound. "
@@ -199,43 +202,64 @@ def test_generate_of_transformers_is_refused(memory: Memory) -> None:
         memory.cache()
 
 
-# Gaps closed
+# Beyond the model's window
 
 
 @pytest.fixture
-def closing(tiny_gguf: Path) -> Memory:
-    return Memory(LlamaCppEngine(tiny_gguf, kv_type="f32", flash_attention=False, close_gaps=True), POLICY)
+def narrow(llama: LlamaCppEngine, tmp_path: Path) -> Memory:
+    """The tiny model, as if it had been trained on few positions."""
+    twin = copy.copy(llama)
+    twin.info = replace(llama.info, window_tokens=200)
+    return Memory(twin, POLICY, store=tmp_path)
 
 
-def test_what_is_before_a_block_moves_up_to_it(closing: Memory) -> None:
-    """The keys are those of the same text at later positions, by as many as the compaction freed cells."""
-    session = closing.session()
-    session.append(TEXT[:100])
-    old = session._context.cache.state()
-    session.compact(0.5)
-    new = session._context.cache.state()
-    gap = old.num_cells - new.num_cells
-    assert gap == 36
-    for layer, before, after in zip(new.model.layers, old.cells.keys, new.cells.keys, strict=True):
-        expected = before.tensor(2)[:, :4] @ layer.rotation.by(gap).mT
-        torch.testing.assert_close(after.tensor(2)[:, :4], expected, atol=1e-5, rtol=1e-5)
-    session.compact(0.8)
-    again, (cells, _) = session._context.cache.state(), session._context.cache.state().segment_cells
-    gap = new.num_cells - again.num_cells
-    segment = slice(4, 4 + cells)
-    for layer, before, after in zip(new.model.layers, new.cells.keys, again.cells.keys, strict=True):
-        expected = before.tensor(2)[:, segment] @ layer.rotation.by(gap).mT
-        torch.testing.assert_close(after.tensor(2)[:, segment], expected, atol=1e-4, rtol=1e-4)
+def test_what_gets_out_of_reach_moves_up(narrow: Memory) -> None:
+    """The keys are those of the same text at later positions; pinned ones go with the oldest segment."""
+    session = narrow.session()
+    session.append(TEXT * 2)
+    context, moved = session._context, 0
+    for token in narrow.tokenize(TEXT * 2):
+        old = context.cache.state()
+        session.append([token])
+        new = context.cache.state()
+        if new.segments == old.segments:
+            continue
+        _, distances = carried_over(old.segments, new.segments)
+        moved += max(distances) > 0
+        starts = [0, *itertools.accumulate(old.segment_cells[:-1], initial=4)]
+        counts = [4, *new.segment_cells[:-1]]
+        for layer, before, after in zip(new.model.layers, old.cells.keys, new.cells.keys, strict=True):
+            expected = [
+                before.tensor(2)[:, start : start + count] @ layer.rotation.by(distance).mT
+                for start, count, distance in zip(starts, counts, [distances[0], *distances], strict=True)
+            ]
+            torch.testing.assert_close(
+                after.tensor(2)[:, : sum(counts)], torch.cat(expected, dim=1), atol=1e-4, rtol=1e-4
+            )
+    assert moved
+    assert len(context.tokens) - 1 - session.segments[0].shift <= 200
 
 
-def test_closing_a_gap_of_no_width_changes_nothing(closing: Memory) -> None:
-    session = closing.session(
-        policy=POLICY.model_copy(update={"keep_ratio": 1.0, "trigger_tokens": 300, "max_compact_tokens": 100})
-    )
-    session.append(TEXT[:100])
+def test_what_was_moved_up_is_saved_and_rebuilt_as_it_is(narrow: Memory) -> None:
+    session = narrow.session("alice")
+    session.append(TEXT * 3)
+    assert session.segments[0].shift > 0
     before = session.logits(PROBE)
-    session.compact(0.5)
+    session.save()
+    session._context.rebuild(len(session.tokens), "a test")
     assert_same(session.logits(PROBE), before)
+    loaded = Memory(narrow.engine, POLICY, store=narrow.store).session("alice")
+    assert loaded.segments == session.segments
+    assert_same(loaded.logits(PROBE), before)
+
+
+def test_a_summary_takes_the_place_of_a_block(new_session: NewSession) -> None:
+    session = new_session(summary_tokens=12, keep_ratio=0.1, min_slots=1)
+    report = session.compact(0.9)
+    assert 0 < report.summary_tokens <= 12
+    compacted = session.logits(PROBE)
+    session._context.rebuild(len(session.tokens), "a test")
+    assert_same(session.logits(PROBE), compacted)
 
 
 # Nothing changes on failure
