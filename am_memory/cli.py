@@ -99,6 +99,7 @@ def chat(  # noqa: PLR0913, PLR0917  what can be set
     engine: RunBy = "transformers",
     trigger_tokens: TriggerTokens = 2048,
     keep_ratio: KeepRatio = 0.1,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the model's layers by torch.compile.")] = False,
     session: Annotated[str, typer.Option(help="Name of the conversation; it goes on where it was saved.")] = "default",
     store: StoreURL = None,
     system: Annotated[str | None, typer.Option(help="System prompt of a new conversation; it stays exact.")] = None,
@@ -111,7 +112,7 @@ def chat(  # noqa: PLR0913, PLR0917  what can be set
     policy = MemoryPolicy(trigger_tokens=trigger_tokens, keep_ratio=keep_ratio)
     with bars.showing(f"loading {model}"):
         memory = Memory.from_pretrained(
-            model, engine=engine, policy=policy, store=store or default_store(), on_event=bars
+            model, engine=engine, policy=policy, compile=compile, store=store or default_store(), on_event=bars
         )
         conversation = memory.session(session)
         if system is not None and not conversation.tokens:

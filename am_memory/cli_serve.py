@@ -45,6 +45,7 @@ def serve(  # noqa: PLR0913, PLR0917  # each is an option of the command
     max_body_mib: Annotated[int, typer.Option(help="Size of a request, in MiB.")] = 16,
     shutdown_seconds: Annotated[float, typer.Option(help="For running answers to come to their end.")] = 30.0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda [default: the best there is]")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the model's layers by torch.compile.")] = False,
 ) -> None:
     """Serve OpenAI's API, and a chat page at /, with history without an end."""
     try:
@@ -68,7 +69,7 @@ def serve(  # noqa: PLR0913, PLR0917  # each is an option of the command
         shutdown_seconds=shutdown_seconds,
     )
     policy = MemoryPolicy(trigger_tokens=trigger_tokens, keep_ratio=keep_ratio)
-    run(Memory.from_pretrained(model, policy=policy, store=store, device=device), settings)
+    run(Memory.from_pretrained(model, policy=policy, store=store, device=device, compile=compile), settings)
 
 
 def keys_of_environment() -> tuple[str, ...]:

@@ -80,7 +80,7 @@ class _Grammar:
             if (closing := closers[is_allowed[closers]]).numel():
                 is_allowed = torch.zeros_like(is_allowed).index_fill_(0, closing, True)
                 break
-        return logits.masked_fill(~is_allowed.to(logits.device), -torch.inf)
+        return logits.masked_fill(~is_allowed.to(logits.device, non_blocking=True), -torch.inf)
 
     def accept(self, token_id: int) -> None:
         if self.is_complete and token_id in self._tokenizer.eos_tokens:

@@ -73,6 +73,7 @@ class Memory:
         policy: MemoryPolicy | None = None,
         device: str | None = None,
         dtype: torch.dtype | None = None,
+        compile: bool = False,
         store: str | os.PathLike[str] | None = None,
         on_event: Listener = ignore,
     ) -> Memory:
@@ -82,12 +83,18 @@ class Memory:
             model: a hub id, a local folder, a .gguf file, or "demo" for the bundled model.
             engine: "llama_cpp" runs .gguf files and "demo" as they are, quantised, on the stock llama-cpp-python.
             device, dtype: None is the best there is; for llama.cpp the dtype is that of keys and values.
+            compile: compile the model's layers by `torch.compile` for decoding (engine "transformers" only). Loading
+                takes up to a minute longer; docs/performance.md says what it is good for.
 
         Raises:
             ModelNotFound: there is no such model.
-            UnsupportedModel: its cache cannot be compacted.
+            UnsupportedModel: its cache cannot be compacted, or its layers not compiled.
+            EngineFailed: torch.compile fails on this machine.
+            InvalidInput: llama.cpp is to be compiled.
         """
         if engine == "llama_cpp":
+            if compile:
+                raise InvalidInput("compile=True is for engine='transformers'; llama.cpp is compiled as it is")
             from am_memory.engines.llama_cpp import LlamaCppEngine
 
             runs = LlamaCppEngine.from_pretrained(model, device=device, dtype=dtype)
@@ -97,7 +104,7 @@ class Memory:
 
         loaded, tokenizer = load_model(model, device=device, dtype=dtype)
         return cls(
-            TransformersEngine(loaded, tokenizer),
+            TransformersEngine(loaded, tokenizer, compile=compile),
             policy,
             sampling=Sampling.from_generation_config(loaded.generation_config),
             store=store,

@@ -101,7 +101,7 @@ class Sampler:
         if self._processors:
             # Only the repetition penalty looks at the context; the others would pay for its copy at each token.
             context = token_ids if self.sampling.repetition_penalty != 1.0 else token_ids[-1:]
-            ids = torch.tensor([list(context)], device=logits.device)
+            ids = torch.tensor([list(context)]).to(logits.device, non_blocking=True)  # no wait for the model
             scores = self._processors(ids, scores)  # type: ignore[arg-type]  # annotated narrower than they are
         if self.sampling.temperature == 0.0:
             return int(scores.argmax())

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from am_memory.engines.transformers.compiled import CompiledLayer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,6 +60,18 @@ def drawing(path: str, size: tuple[float, float], num_plots: int = 1) -> Iterato
     for axis in grid[0]:
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
+
+
+def uncompiled(model: Any, run: Callable[[], float]) -> float:
+    """Run with a compiled model's layers as they were before."""
+    compiled = {part: part.forward for part in model.modules() if isinstance(part.forward, CompiledLayer)}
+    try:
+        for layer, forward in compiled.items():
+            layer.forward = forward.eager
+        return run()
+    finally:
+        for layer, forward in compiled.items():
+            layer.forward = forward
 
 
 def read_json(path: str | None) -> Any:

@@ -19,12 +19,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from ceilings import bandwidth, peak_bytes, synchronize
-from common import machine, table, write_json
+from common import machine, table, uncompiled, write_json
 from shapes import SHAPES, CacheShape, random_model
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
@@ -50,6 +51,7 @@ class Bench:
     ids: list[int]
     clock: Callable[[], float]
     repeats: int
+    is_compiled: bool
 
     @property
     def model(self) -> Any:
@@ -156,17 +158,20 @@ def decoding(bench: Bench, context: Context, num_tokens: int) -> dict[str, float
         with bench.stock_attention():
             return bench.decode(copy.deepcopy(cache), num_tokens)
 
-    return bench.medians(
-        {
-            "compacted": lambda: bench.decode(context.cache.fork(), num_tokens),
-            "int8": lambda: bench.decode(context.int8_cache.fork(), num_tokens),
-            "session": with_session,
-            "uncompacted": lambda: bench.decode(uncompacted.fork(), num_tokens),
-            "DynamicCache": lambda: with_stock(context.physical),
-            "DynamicCache, our engine": lambda: bench.decode(copy.deepcopy(context.physical), num_tokens),
-            "DynamicCache, logical": lambda: with_stock(context.logical),
+    runs = {
+        "compacted": lambda: bench.decode(context.cache.fork(), num_tokens),
+        "int8": lambda: bench.decode(context.int8_cache.fork(), num_tokens),
+        "session": with_session,
+        "uncompacted": lambda: bench.decode(uncompacted.fork(), num_tokens),
+        "DynamicCache": lambda: with_stock(context.physical),
+        "DynamicCache, our engine": lambda: bench.decode(copy.deepcopy(context.physical), num_tokens),
+        "DynamicCache, logical": lambda: with_stock(context.logical),
+    }
+    if bench.is_compiled:
+        runs = {name: partial(uncompiled, bench.model, run) for name, run in runs.items()} | {
+            "compiled": runs["compacted"]
         }
-    )
+    return bench.medians(runs)
 
 
 def attention(bench: Bench, context: Context) -> dict[str, float]:
@@ -261,6 +266,7 @@ Row = tuple[str, ...]
 MEBIBYTE = 2**20
 TITLES = {
     "compacted": "compacted cache",
+    "compiled": "compacted cache, layers compiled",
     "int8": "compacted cache, segments in int8",
     "session": "the same, by Session.generate",
     "uncompacted": "our cache, nothing compacted",
@@ -272,8 +278,8 @@ TITLES = {
 
 def decoding_rows(took: dict[str, float], nbytes: dict[str, int], weight_bytes: int, rate: float) -> Iterator[Row]:
     """The ceiling: all weights and the cache read once for each token, and nothing else."""
-    for name, title in TITLES.items():
-        size = nbytes.get(name, nbytes["compacted" if name == "session" else "DynamicCache"])
+    for name, title in ((name, title) for name, title in TITLES.items() if name in took):
+        size = nbytes.get(name, nbytes["compacted" if name in ("session", "compiled") else "DynamicCache"])
         yield (
             f"decoding: {title}",
             f"{1 / took[name]:.1f}",
@@ -321,6 +327,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="demo", help="a hub id, a folder, a .gguf file or demo")
     parser.add_argument("--shape", choices=SHAPES, help="random weights in this shape instead, in bfloat16")
     parser.add_argument("--layers", type=int, help="of the shape; default: all")
+    parser.add_argument("--compile", action="store_true", help="decode on compiled layers, too; --only decoding")
     parser.add_argument("--only", choices=["decoding", "reading", "event"], help="default: all three")
     parser.add_argument("--compacted-tokens", type=int, default=2300, help="of the context that is decoded on")
     parser.add_argument("--exact-tokens", type=int, default=700, help="of the same context, behind them")
@@ -339,14 +346,14 @@ def memory_of(args: argparse.Namespace, stages: Stages) -> tuple[Memory, list[in
     num_tokens = max(args.compacted_tokens + args.exact_tokens, args.read_tokens, *args.compact_tokens) + 8
     policy = MemoryPolicy(trigger_tokens=1.0, pinned="sinks", keep_ratio=KEEP_RATIO, max_compact_tokens=num_tokens)
     if args.shape is None:
-        memory = Memory.from_pretrained(args.model, policy=policy, on_event=stages)
+        memory = Memory.from_pretrained(args.model, policy=policy, compile=args.compile, on_event=stages)
         ids = memory.tokenize(" ".join(prose(random.Random(0), num_tokens // 5)))
         assert len(ids) >= num_tokens
         return memory, ids
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = random_model(args.shape, args.layers, device, torch.bfloat16)
     _, tokenizer = load_model("demo", device="cpu")
-    memory = Memory(TransformersEngine(model, tokenizer), policy, on_event=stages)
+    memory = Memory(TransformersEngine(model, tokenizer, compile=args.compile), policy, on_event=stages)
     numbers = random.Random(0)
     return memory, [numbers.randrange(1000, 40_000) for _ in range(num_tokens)]
 
@@ -357,7 +364,7 @@ def main() -> None:
     clock = time.process_time if args.cpu_time else time.perf_counter
     stages = Stages(clock)
     memory, ids = memory_of(args, stages)
-    bench = Bench(memory, ids, clock, args.repeats)
+    bench = Bench(memory, ids, clock, args.repeats, args.compile)
     rate = bandwidth(bench.model.device, clock)
     weight_bytes = sum(weight.nbytes for weight in bench.model.parameters())
     layers = bench.model.config.get_text_config().num_hidden_layers

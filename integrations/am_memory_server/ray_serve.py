@@ -52,7 +52,7 @@ class RaySettings(BaseModel):
     Attributes:
         model: a hub id, a folder, a .gguf file, or "demo", which every node can reach.
         store: a folder or fsspec URL that every node can reach: where conversations outlive their replicas.
-        engine, device: as `Memory.from_pretrained` takes them.
+        engine, device, compile: as `Memory.from_pretrained` takes them.
         policy: when and how the memory is compacted.
         server: keys, limits and the rest; `host` is the one that Ray Serve's own proxies listen on. Keys may stand in
             the environment as well, as those of `am-memory serve` do.
@@ -65,6 +65,7 @@ class RaySettings(BaseModel):
     store: Annotated[str, Field(min_length=1)]
     engine: EngineName = "transformers"
     device: str | None = None
+    compile: bool = False
     policy: MemoryPolicy = MemoryPolicy()
     server: dict[str, Any] = {}
     num_replicas: Annotated[int, Field(ge=1)] = 1
@@ -76,7 +77,12 @@ class Replica:
 
     def __init__(self, settings: RaySettings, server: ServerSettings) -> None:
         memory = Memory.from_pretrained(
-            settings.model, engine=settings.engine, policy=settings.policy, device=settings.device, store=settings.store
+            settings.model,
+            engine=settings.engine,
+            policy=settings.policy,
+            device=settings.device,
+            compile=settings.compile,
+            store=settings.store,
         )
         self._app = create_app(memory, server)
         self._name = serve.get_replica_context().replica_tag

@@ -51,10 +51,10 @@ class ChatAMMemory(BaseChatModel):
         trigger: the cache's size that fires a compaction: ("tokens", 8192), or ("fraction", 0.8) of the window.
         keep: how much of the cache, the newest part, a compaction leaves exact: ("fraction", 0.5), or in tokens.
         policy: all of the memory's settings; `trigger` and `keep` are set in it where they are given.
+        device, dtype, compile: as `Memory.from_pretrained` takes them.
         store: a folder or fsspec URL; with it, threads outlive the process.
         max_bytes: of all kept caches; None: 4 GiB.
-        max_tokens: generated at most.
-        stop: texts that end an answer.
+        max_tokens, stop: generated at most; texts that end an answer.
         timeout: seconds for an answer; None: none.
         max_retries: how often reading the prompt is tried again where a compaction fails for want of memory.
     """
@@ -68,6 +68,7 @@ class ChatAMMemory(BaseChatModel):
     policy: MemoryPolicy | None = None
     device: str | None = None
     dtype: Any = None
+    compile: bool = False
     store: str | None = None
     max_bytes: int | None = None
     temperature: float | None = Field(default=None, ge=0)
@@ -86,7 +87,7 @@ class ChatAMMemory(BaseChatModel):
     @model_validator(mode="after")
     def _check_settings(self) -> ChatAMMemory:
         self._memory_policy()
-        given = [name for name in ("device", "dtype", "store") if getattr(self, name) is not None]
+        given = [name for name in ("device", "dtype", "compile", "store") if getattr(self, name) not in (None, False)]
         if isinstance(self.model, Memory) and given:
             raise InvalidInput(f"{', '.join(given)} cannot be set on a Memory that is made: give it to the Memory")
         return self
@@ -140,6 +141,7 @@ class ChatAMMemory(BaseChatModel):
             policy=self._memory_policy(),
             device=self.device,
             dtype=self.dtype,
+            compile=self.compile,
             store=self.store,
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -21,6 +22,8 @@ from am_memory.slots import Slots
 ATTENTION_NAME = "am_memory"
 NOT_OURS = ("softcap", "s_aux", "position_bias")
 """What some models ask of their attention function and ours does not do."""
+IS_DEFERRED = "am_memory_is_deferred"
+"""Said by a compiled layer (`compiled.py`): all this is in an operator, which also appends to the cache."""
 NO_MASK = (
     "a padded prompt, or a mask that is not causal, cannot be read into a compacting cache: "
     "pass one sequence without padding"
@@ -51,13 +54,16 @@ def attention_forward(
     Returns:
         (1, num_tokens, num_attention_heads, head_dim), and None for the weights.
     """
-    layer: CompactableLayer | None = getattr(key, "am_layer", None)
-    if layer is None:
+    is_deferred = kwargs.pop(IS_DEFERRED, False)
+    layer: CompactableLayer | None = None if is_deferred else getattr(key, "am_layer", None)
+    if layer is None and not is_deferred:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if attention_mask is not None:
         raise UnsupportedOperation(NO_MASK)
     if strange := [name for name in NOT_OURS if kwargs.get(name) is not None]:
         raise UnsupportedOperation(f"attention with {', '.join(strange)} cannot be compacted: use another model")
+    if layer is None:
+        return torch.ops.am_memory.append_and_attend(query, key, value, scaling), None
     layer.scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     slots = layer.slots
     output, log_mass = attend(query, key, value, slots, layer.scaling)

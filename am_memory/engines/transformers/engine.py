@@ -15,6 +15,7 @@ from am_memory.cache import KVCache
 from am_memory.engines.base import Message, ModelInfo, OnQuery, SessionCache, Tool
 from am_memory.engines.templates import template_errors
 from am_memory.engines.transformers import attention, support
+from am_memory.engines.transformers.compiled import compile_layers
 from am_memory.engines.transformers.rotary import layer_rotations
 from am_memory.errors import InvalidInput, UnsupportedModel, UnsupportedOperation
 from am_memory.models import fingerprint
@@ -30,12 +31,15 @@ class TransformersEngine:
     Args:
         model: any supported causal language model, on its device.
         tokenizer: the model's own.
+        compile: compile the decoder layers by `torch.compile` for steps of one token. Nothing is compiled again for
+            longer caches, compactions or further sessions; other caches and longer steps go the way they did.
 
     Raises:
-        UnsupportedModel: the model's cache cannot be compacted.
+        UnsupportedModel: the model's cache cannot be compacted, or its layers not compiled.
+        EngineFailed: torch.compile fails on this machine.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, compile: bool = False) -> None:
         attention.register()
         self.model = model
         self.tokenizer = tokenizer
@@ -43,6 +47,8 @@ class TransformersEngine:
         self._rotations: list[Rotation] | None = None
         self._cache_argument = support.cache_argument(model)
         support.probe(model, self.new_cache())
+        if compile:
+            compile_layers(model, self.new_cache())
         immovable = None
         try:
             self._rotations = layer_rotations(model)
@@ -60,7 +66,7 @@ class TransformersEngine:
     ) -> Tensor:
         if not isinstance(cache, KVCache):
             raise InvalidInput(f"a {type(cache).__name__} is another engine's cache: make one with new_cache()")
-        ids = torch.tensor([list(token_ids)], device=self.model.device)
+        ids = torch.tensor([list(token_ids)]).to(self.model.device, non_blocking=True)
         with self._reading(cache, on_query):
             if num_logits == 0:
                 self.model.base_model(input_ids=ids, use_cache=True, **{self._cache_argument: cache})

@@ -95,18 +95,31 @@ def probe(model: PreTrainedModel, cache: KVCache) -> None:
 
 def _require_same_logits(model: PreTrainedModel, cache: KVCache) -> None:
     try:
-        error, rounding = _probe_errors(model, cache)
+        error = logits_error(model, cache)
     except (TypeError, ValueError, AttributeError, RuntimeError, UnsupportedOperation) as reason:
         raise UnsupportedModel(
             f"{type(model).__name__} cannot run with a compacting cache: {reason}; use a decoder-only model with "
             "standard attention"
         ) from reason
     is_used = all(layer.scaling is not None for layer in cache.compactable)
-    if not is_used or not error <= max(TOLERANCE.get(model.dtype, 1e-3), 3 * rounding):
+    if not is_used or error is not None:
         raise UnsupportedModel(
-            f"{type(model).__name__} computes other logits with a compacting cache (relative error {error:.2g}); its "
-            "attention is not the standard one: use another model"
+            f"{type(model).__name__} computes other logits with a compacting cache (relative error {error or 0:.2g}); "
+            "its attention is not the standard one: use another model"
         )
+
+
+def logits_error(model: PreTrainedModel, cache: KVCache) -> float | None:
+    """Run a few tokens with transformers' attention and with ours, and leave the model set to ours.
+
+    Args:
+        cache: new, for the trial to use.
+
+    Returns:
+        RMS error of the logits, relative to their standard deviation; None where it is no more than rounding.
+    """
+    error, rounding = _probe_errors(model, cache)
+    return None if error <= max(TOLERANCE.get(model.dtype, 1e-3), 3 * rounding) else error
 
 
 def _probe_errors(model: PreTrainedModel, cache: KVCache) -> tuple[float, float]:

@@ -1,0 +1,146 @@
+"""Decoder layers compiled by `torch.compile`, for the steps that read one token.
+
+A compiled layer is one graph from its first norm to its last sum. Appending to the cache and attention over it are one
+opaque operator within: how long cache, segments and conversation are, no graph sees and no guard asks, so that nothing
+is ever compiled anew for them. Longer steps (prompts) and other caches go through the layer as it was. Knows no slots.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from am_memory.cache import KVCache
+from am_memory.engines.transformers import support
+from am_memory.engines.transformers.attention import IS_DEFERRED, attention_forward
+from am_memory.errors import EngineFailed, UnsupportedModel
+
+WAY_OUT = "load it with compile=False"
+
+
+class _Step(NamedTuple):
+    """What the operator needs of the layer that is about to run, and no graph may see."""
+
+    cache: KVCache
+    attention: Any  # a module with a `layer_idx`
+    mask: Tensor | None
+
+
+class _Pending(threading.local):
+    step: _Step | None = None
+
+
+class _DeferredCache:
+    """What a graph has for a cache: new keys and values pass, and the operator appends them."""
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return key, value
+
+
+_pending = _Pending()
+_deferred_cache = _DeferredCache()
+
+
+class CompiledLayer:
+    """A decoder layer's `forward`: compiled where one token is read into a cache of ours, else as it was.
+
+    Args:
+        layer: a decoder layer of transformers.
+
+    Attributes:
+        eager: the layer's `forward` before.
+        has_run: whether it was ever used compiled.
+
+    Raises:
+        UnsupportedModel: the layer has not one attention module.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        attentions = [part for part in layer.modules() if part is not layer and hasattr(part, "layer_idx")]
+        if len(attentions) != 1:
+            raise UnsupportedModel(f"{type(layer).__name__} has {len(attentions)} parts that use a cache: {WAY_OUT}")
+        self.eager = layer.forward
+        self.has_run = False
+        self._layer, self._attention = layer, attentions[0]
+        # Without transformers' wrappers, whose code all classes of layers share: torch counts recompilations by code.
+        self._compiled: Callable[..., Any] = torch.compile(inspect.unwrap(type(layer).forward), dynamic=False)
+
+    def __call__(self, hidden_states: Tensor, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        name = next((name for name, value in kwargs.items() if isinstance(value, KVCache)), None)
+        if name is None or hidden_states.shape[1] != 1 or torch.is_grad_enabled():
+            return self.eager(hidden_states, *args, attention_mask=attention_mask, **kwargs)
+        self.has_run = True
+        _pending.step = _Step(kwargs[name], self._attention, attention_mask)
+        kwargs |= {name: _deferred_cache, IS_DEFERRED: True}
+        return self._compiled(self._layer, hidden_states, *args, attention_mask=None, **kwargs)
+
+
+def compile_layers(model: PreTrainedModel, cache: KVCache) -> None:
+    """Compile the decoder layers of a model that is set to our attention, which takes some seconds, and try them.
+
+    Args:
+        cache: new, for the trial to use.
+
+    Raises:
+        EngineFailed: torch.compile fails for this model or on this machine.
+        UnsupportedModel: compiled, the model does not compute what it should. It is left as it was either way.
+    """
+    layers = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, GradientCheckpointingLayer) and any(hasattr(part, "layer_idx") for part in layer.modules())
+    ]
+    compiled = [CompiledLayer(layer) for layer in layers]
+    try:
+        for layer, forward in zip(layers, compiled, strict=True):
+            layer.forward = forward
+        _require_use(model, compiled, cache)
+    except BaseException:
+        for layer, forward in zip(layers, compiled, strict=True):
+            layer.forward = forward.eager
+        raise
+
+
+def _require_use(model: PreTrainedModel, layers: list[CompiledLayer], cache: KVCache) -> None:
+    try:
+        with torch.no_grad():
+            is_same = support.logits_error(model, cache) is None
+    except RuntimeError as error:
+        raise EngineFailed(
+            f"torch.compile fails for {type(model).__name__} on this machine ({_first_line(error)}): {WAY_OUT}; on a "
+            "CPU it needs a C++ compiler, on a GPU Triton and a C compiler"
+        ) from error
+    if not layers or not is_same or not all(layer.has_run for layer in layers):
+        raise UnsupportedModel(f"{type(model).__name__} cannot be compiled in the way that we do it: {WAY_OUT}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _append_and_attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """Append the token to the cache of the layer that runs, and attend; shapes as of `attention_forward`."""
+    step, _pending.step = _pending.step, None
+    assert step is not None
+    layer_idx = step.attention.layer_idx
+    if getattr(step.cache.layers[layer_idx], "query_sink", None) is not None:
+        query = query.clone()  # the graph writes into its buffers again, and a sink may keep what it gets
+    key, value = step.cache.update(key, value, layer_idx)
+    return attention_forward(step.attention, query, key, value, step.mask, scaling)[0]
+
+
+def _shape_only(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    return query.new_empty(query.transpose(1, 2).shape)
+
+
+_library: Any = torch.library.Library("am_memory", "DEF")  # type: ignore[no-untyped-call]
+_library.define("append_and_attend(Tensor query, Tensor key, Tensor value, float? scaling) -> Tensor")
+_library.impl("append_and_attend", _append_and_attend, "CompositeExplicitAutograd")
+torch.library.register_fake("am_memory::append_and_attend", _shape_only, lib=_library)
