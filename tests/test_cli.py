@@ -15,6 +15,7 @@ from am_memory import Memory, MemoryPolicy, Session
 from am_memory.cli import app
 from am_memory.display import EventBars
 from am_memory.engines.transformers import TransformersEngine
+from am_memory.errors import InvalidInput
 from am_memory.events import GateMissed, Listener, ignore
 from am_memory.storage import Store
 
@@ -46,7 +47,13 @@ def tiny(monkeypatch: pytest.MonkeyPatch, engine: TransformersEngine) -> Transfo
     tiny_engine = engine
 
     def from_pretrained(
-        model: str, *, engine: str, policy: MemoryPolicy, store: str | None = None, on_event: Listener = ignore
+        model: str,
+        *,
+        engine: str,
+        policy: MemoryPolicy,
+        compile: bool = False,
+        store: str | None = None,
+        on_event: Listener = ignore,
     ) -> Memory:
         return Memory(tiny_engine, policy, store=store, on_event=on_event)
 
@@ -295,3 +302,13 @@ def test_a_missed_gate_is_a_warning() -> None:
     console = Console(file=StringIO(), width=200)
     EventBars(console)(GateMissed("alice", 4, 1239, 0.52, 0.3))
     assert "tokens 4-1,239: an error of 0.52 is above the 0.3 of max_error" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("command", ["chat", "serve"])
+def test_compile_reaches_the_model(run: CommandLine, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    def from_pretrained(*_: object, compile: bool, **__: object) -> Memory:
+        raise InvalidInput(f"compile={compile}")
+
+    monkeypatch.setattr(Memory, "from_pretrained", from_pretrained)
+    assert "compile=False" in run(command).output
+    assert "compile=True" in run(command, "--compile").output

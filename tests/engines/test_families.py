@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import torch
@@ -110,6 +111,17 @@ def test_uncompacted_logits_are_those_of_the_stock_model(engine: TransformersEng
         engine.forward(cache, ids[start:end], num_logits=end - start)
         for start, end in zip(bounds, bounds[1:], strict=False)
     ]
+    assert_same_logits(torch.cat(rows), expected, 1e-4)
+
+
+def test_compiled_layers_give_the_same_logits(
+    family: Family, expected: Tensor, byte_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced and run as they are, which takes no compiler; that every layer was is required when they are made."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
+    engine = TransformersEngine(family.build(), byte_tokenizer, compile=True)
+    cache = engine.new_cache()
+    rows = [engine.forward(cache, [token], num_logits=1) for token in tokens()]
     assert_same_logits(torch.cat(rows), expected, 1e-4)
 
 

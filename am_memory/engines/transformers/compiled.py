@@ -114,15 +114,16 @@ def _require_use(model: PreTrainedModel, layers: list[CompiledLayer], cache: KVC
             is_same = support.logits_error(model, cache) is None
     except RuntimeError as error:
         raise EngineFailed(
-            f"torch.compile fails for {type(model).__name__} on this machine ({_first_line(error)}): {WAY_OUT}; on a "
+            f"torch.compile fails for {type(model).__name__} on this machine ({_reason(error)}): {WAY_OUT}; on a "
             "CPU it needs a C++ compiler, on a GPU Triton and a C compiler"
         ) from error
     if not layers or not is_same or not all(layer.has_run for layer in layers):
         raise UnsupportedModel(f"{type(model).__name__} cannot be compiled in the way that we do it: {WAY_OUT}")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _reason(error: Exception) -> str:
+    """Without the advice that torch adds."""
+    return " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
 
 
 def _append_and_attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:

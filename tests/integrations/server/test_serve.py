@@ -21,7 +21,9 @@ def started(monkeypatch: pytest.MonkeyPatch, engine: TransformersEngine) -> list
     """What would have been served; whatever model is asked for, it is the tiny one."""
     found: list[tuple[Memory, ServerSettings]] = []
 
-    def from_pretrained(model: str, *, policy: MemoryPolicy, store: str | None, device: str | None) -> Memory:
+    def from_pretrained(
+        model: str, *, policy: MemoryPolicy, store: str | None, device: str | None, compile: bool
+    ) -> Memory:
         return Memory(engine, policy, store=store)
 
     monkeypatch.setattr(Memory, "from_pretrained", from_pretrained)
