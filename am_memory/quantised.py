@@ -88,7 +88,7 @@ class Quantised:
     @cached_property
     def index(self) -> tuple[Tensor, Tensor]:
         """Of each row its group and its place among the rows of its kind, (num_rows,) int32 in the device's memory."""
-        group, place = (of.to(self.codes.device, torch.int32) for of in (self.group, self._place))
+        group, place = (of.int().to(self.codes.device, non_blocking=True) for of in (self.group, self._place))
         return group, place
 
     @cached_property

@@ -225,4 +225,4 @@ class Slots:
     @cached_property
     def cu_slots_tensor(self) -> Tensor:
         """`cu_slots` as int32 in the device's memory, for kernels."""
-        return torch.tensor(self.cu_slots, dtype=torch.int32, device=self.bias.device)
+        return torch.tensor(self.cu_slots, dtype=torch.int32).to(self.bias.device, non_blocking=True)
