@@ -167,11 +167,8 @@ def decoding(bench: Bench, context: Context, num_tokens: int) -> dict[str, float
         "DynamicCache, our engine": lambda: bench.decode(copy.deepcopy(context.physical), num_tokens),
         "DynamicCache, logical": lambda: with_stock(context.logical),
     }
-    if bench.is_compiled:
-        runs = {name: partial(uncompiled, bench.model, run) for name, run in runs.items()} | {
-            "compiled": runs["compacted"]
-        }
-    return bench.medians(runs)
+    eager = {name: partial(uncompiled, bench.model, run) for name, run in runs.items()}
+    return bench.medians(eager | ({"compiled": runs["compacted"]} if bench.is_compiled else {}))
 
 
 def attention(bench: Bench, context: Context) -> dict[str, float]:
@@ -278,7 +275,7 @@ TITLES = {
 
 def decoding_rows(took: dict[str, float], nbytes: dict[str, int], weight_bytes: int, rate: float) -> Iterator[Row]:
     """The ceiling: all weights and the cache read once for each token, and nothing else."""
-    for name, title in ((name, title) for name, title in TITLES.items() if name in took):
+    for name, title in [(name, title) for name, title in TITLES.items() if name in took]:
         size = nbytes.get(name, nbytes["compacted" if name in ("session", "compiled") else "DynamicCache"])
         yield (
             f"decoding: {title}",
