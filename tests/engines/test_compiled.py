@@ -152,16 +152,31 @@ def test_a_machine_that_cannot_compile_says_so_and_leaves_the_model_as_it_was(
     assert engine.forward(engine.new_cache(), [1], num_logits=1).isfinite().all()
 
 
-def test_layers_that_do_not_pass_on_what_they_are_told_are_refused(
-    no_backend: None, monkeypatch: pytest.MonkeyPatch, byte_tokenizer: PreTrainedTokenizerBase
-) -> None:
-    model = random_llama()
-    forward = LlamaDecoderLayer.forward
-
-    def forgetful(*args: object, am_memory_is_deferred: bool = False, **told: object) -> Tensor:
+def forgetful(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def layer(*args: object, am_memory_is_deferred: bool = False, **told: object) -> Tensor:
         return forward(*args, **told)
 
-    monkeypatch.setattr(LlamaDecoderLayer, "forward", forgetful)
+    return layer
+
+
+def strict(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def layer(*args: object, **told: object) -> Tensor:
+        if told.pop("am_memory_is_deferred", False):
+            raise TypeError("an unexpected keyword argument")
+        return forward(*args, **told)
+
+    return layer
+
+
+@pytest.mark.parametrize("other", [forgetful, strict])
+def test_layers_that_do_not_pass_on_what_they_are_told_are_refused(
+    other: Callable[..., Callable[..., Tensor]],
+    no_backend: None,
+    monkeypatch: pytest.MonkeyPatch,
+    byte_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    model = random_llama()
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", other(LlamaDecoderLayer.forward))
     with pytest.raises(UnsupportedModel, match="compile=False"):
         TransformersEngine(model, byte_tokenizer, compile=True)
     assert not layers_of(TransformersEngine(model, byte_tokenizer))

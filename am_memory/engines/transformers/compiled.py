@@ -109,16 +109,19 @@ def compile_layers(model: PreTrainedModel, cache: KVCache) -> None:
 
 
 def _require_use(model: PreTrainedModel, layers: list[CompiledLayer], cache: KVCache) -> None:
+    name = type(model).__name__
     try:
         with torch.no_grad():
             is_same = support.logits_error(model, cache) is None
+    except TypeError as error:  # a layer that takes no further arguments
+        raise UnsupportedModel(f"{name} cannot be compiled in the way that we do it ({error}): {WAY_OUT}") from error
     except RuntimeError as error:
         raise EngineFailed(
-            f"torch.compile fails for {type(model).__name__} on this machine ({_reason(error)}): {WAY_OUT}; on a "
-            "CPU it needs a C++ compiler, on a GPU Triton and a C compiler"
+            f"torch.compile fails for {name} on this machine ({_reason(error)}): {WAY_OUT}; on a CPU it "
+            "needs a C++ compiler, on a GPU Triton and a C compiler"
         ) from error
     if not layers or not is_same or not all(layer.has_run for layer in layers):
-        raise UnsupportedModel(f"{type(model).__name__} cannot be compiled in the way that we do it: {WAY_OUT}")
+        raise UnsupportedModel(f"{name} computes something else with compiled layers: {WAY_OUT}")
 
 
 def _reason(error: Exception) -> str:
