@@ -2,7 +2,7 @@
 
     scores of every key  ->  a ranking of slots over all heads  ->  keys, bias and values of each head  ->  a new cache
 
-Builds a new state and touches nothing: whoever asked swaps it in. Knows no engine, and not when to compact.
+Makes slots and touches nothing: whoever asked swaps them in. Knows no engine, and not when to compact.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from am_memory.budgets import Calibration, adaptive_ranks, calibrated_ranks, shared_ranks, uniform_ranks
-from am_memory.cache import Snapshot
 from am_memory.engines.base import SessionCache, SessionLayer
 from am_memory.errors import CompactionFailed, InvalidInput
 from am_memory.policy import MemoryPolicy, Plan
@@ -45,7 +44,7 @@ class Compaction:
 
     Attributes:
         plan: what was made; its newest segment may have more slots than was planned.
-        state: the cache afterwards.
+        slots: of the newest segment, in each compactable layer; `SessionCache.compacted` takes plan and slots.
         mass_error, output_error: root mean square over all heads of the fit's errors on the reference queries.
         held_out_error: the output error on queries that were held out of the fits; None where none were.
         num_unbiased_heads: KV heads that do without biases, as theirs cannot be folded into their keys.
@@ -53,7 +52,7 @@ class Compaction:
     """
 
     plan: Plan
-    state: Snapshot
+    slots: list[Slots]
     mass_error: float
     output_error: float
     held_out_error: float | None
@@ -62,12 +61,14 @@ class Compaction:
     fit_seconds: float
 
     @classmethod
-    def of(cls, plan: Plan, state: Snapshot, fitted: Fitted, score_seconds: float, fit_seconds: float) -> Compaction:
-        """With the errors of the fits of all heads."""
+    def of(
+        cls, plan: Plan, fitted: Fitted, policy: MemoryPolicy, score_seconds: float, fit_seconds: float
+    ) -> Compaction:
+        """With the slots of all heads, and the errors of their fits."""
         fold_errors = [group.fold_error for group in fitted.fits if group.fold_error is not None]
         return cls(
             plan=plan,
-            state=state,
+            slots=fitted.by_layer(policy),
             mass_error=_rms([group.mass_error for group in fitted.fits]),
             output_error=_rms([group.output_error for group in fitted.fits]),
             held_out_error=fitted.held_out_error,
@@ -84,18 +85,16 @@ def as_planned(plan: Plan) -> None:
 def compact(
     cache: SessionCache,
     plan: Plan,
-    num_pinned: int,
     queries: Sequence[ReferenceQueries],
     policy: MemoryPolicy,
     progress: Progress,
     richer: Richer,
     calibration: Calibration | None = None,
 ) -> Compaction:
-    """Replace the plan's newest segment's entries by slots (arXiv:2602.16284, sections 3 and 4).
+    """Make the slots that are to replace the plan's newest segment's entries (arXiv:2602.16284, sections 3 and 4).
 
     Args:
-        cache: afterwards as it was.
-        num_pinned: tokens at the start that stay exact.
+        cache: holds these entries; only looked at.
         queries: of each compactable layer.
         progress: told of the stages "score", counted in layers, and "fit", counted in KV heads.
         richer: what to try next while the held-out error is above the policy's `max_error`.
@@ -123,8 +122,7 @@ def compact(
         while not fitted.passes(policy.max_error) and (more := richer(plan)) is not None:
             plan = more
             fitted = fit_all(heads, plan, policy, progress)
-        state = cache.compacted(plan.segments, fitted.by_layer(policy), num_pinned)
-    return Compaction.of(plan, state, fitted, scored - started, time.perf_counter() - scored)
+        return Compaction.of(plan, fitted, policy, scored - started, time.perf_counter() - scored)
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,17 @@ goes on. The tokens are the truth; tokens and schedule together rebuild the cach
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 from torch import Tensor, cat
 
+from am_memory.ahead import Pending
 from am_memory.boundaries import best_boundary
 from am_memory.budgets import calibration_for
 from am_memory.cache import KVCache, Snapshot
-from am_memory.compaction import Compaction, as_planned, compact, failures
+from am_memory.compaction import failures
 from am_memory.engines.base import Engine, SessionCache
 from am_memory.errors import (
     BudgetTooSmall,
@@ -40,14 +39,14 @@ from am_memory.events import (
     SpanRecalled,
     WindowExceeded,
 )
-from am_memory.on_policy import compact_on_policy
-from am_memory.originals import Original, between, keep
-from am_memory.policy import SINK_TOKENS, MemoryPolicy, Plan, ScheduledCompaction, Sizes, plan, richer, trigger_tokens
-from am_memory.queries import LiveQueries, Passage, QuerySources
+from am_memory.order import Made, Order
+from am_memory.originals import Original, between
+from am_memory.policy import SINK_TOKENS, MemoryPolicy, Plan, Sizes, plan, trigger_tokens
+from am_memory.queries import LiveQueries
 from am_memory.recall import Recalled, at_rest, brought_back, put_away
+from am_memory.schedule import ScheduledCompaction
 from am_memory.search import Span, search
-from am_memory.slots import Segment, resized
-from am_memory.summary import stand_in, write_summary
+from am_memory.slots import Segment
 
 Weights = Callable[[int, int], Sequence[float] | None]
 """How much it counts that the tokens from one position to another can be repeated; None: all alike."""
@@ -65,6 +64,7 @@ class Context:
         weights: how much it counts that the tokens from one position to another can be repeated.
         originals: the exact entries of compacted tokens, as far as they are kept, in the order of the tokens.
         recalled: segments that are exact for now, the one recalled last at the end.
+        pending: a compaction that is made meanwhile, where the policy wants it so.
         live: the queries that passed, where the policy wants them.
         trigger: the physical size that fires a compaction, in tokens.
     """
@@ -80,6 +80,7 @@ class Context:
     weights: Weights = lambda start, end: None
     originals: tuple[Original, ...] = ()
     recalled: tuple[Recalled, ...] = ()
+    pending: Pending | None = None
 
     def __post_init__(self) -> None:
         budget = self.policy.head_budget
@@ -109,8 +110,13 @@ class Context:
                 f"summary_tokens {self.policy.summary_tokens} needs keys that can be moved to where the block stood: "
                 f"{self.engine.info.immovable}; leave it at None"
             )
+        if self.policy.ahead_tokens and not (self.engine.info.is_reentrant and isinstance(self.cache, KVCache)):
+            raise InvalidPolicy(
+                f"ahead_tokens {self.policy.ahead_tokens} needs an engine that reads into two caches at once, which is "
+                "engine='transformers' with a RoPE that does not change with the length of the text: leave it at 0"
+            )
         self.live = LiveQueries() if "live" in self.policy.reference_queries else None
-        self.seek_live()
+        self.went_back()
         self.trigger = trigger_tokens(self.policy, self.engine.info.window_tokens, self.num_pinned)
 
     def pin(self, num_tokens: int) -> None:
@@ -124,7 +130,7 @@ class Context:
                 f"cannot pin {num_tokens} tokens after {len(self.schedule)} compactions: pin before the first one"
             )
         self.trigger = trigger_tokens(self.policy, self.engine.info.window_tokens, num_tokens)
-        self.num_pinned = num_tokens
+        self.num_pinned, self.pending = num_tokens, None
 
     def check(self, token_ids: Sequence[int]) -> None:
         """Raise InvalidInput for ids that the model does not have."""
@@ -142,16 +148,23 @@ class Context:
         state, pinned, live = self.cache.state(), (self.num_pinned, self.trigger), self.live and self.live.copy()
         # Inside, both lists are only added to, or replaced.
         tokens, num_tokens, schedule, num_compactions = self.tokens, len(self.tokens), self.schedule, len(self.schedule)
-        originals, recalled = self.originals, self.recalled
+        originals, recalled, pending = self.originals, self.recalled, self.pending
+        given_up = None
         try:
             yield
+            given_up = pending
         except BaseException:
+            given_up = self.pending
             self.cache.restore(state)
             del tokens[num_tokens:], schedule[num_compactions:]
             self.tokens, self.schedule, self.live = tokens, schedule, live
             self.num_pinned, self.trigger = pinned
             self.originals, self.recalled = originals, recalled
+            self.pending = None if pending is not None and pending.has_failed else pending
             raise
+        finally:
+            if given_up is not None and given_up is not self.pending:
+                given_up.stop()
 
     def read(self, end: int) -> None:
         """Bring the first `end` tokens into the cache, compacting whenever the trigger is reached."""
@@ -177,17 +190,27 @@ class Context:
         return self.cache
 
     def make_room(self, num_tokens: int) -> int:
-        """Put away or compact while the trigger is reached.
+        """Put away, begin a compaction or swap one in, while the size is reached at which that is due.
 
         Returns:
             How many tokens may be read now, at most `num_tokens`.
         """
-        while self.cache.kv_tokens + 1 > self.trigger:
+        if self.pending is not None:
+            self.pending.relay(self._progress)
+        while self.cache.kv_tokens + 1 > (due := self.begins_at if self.pending is None else self.trigger):
             if self.recalled:
                 self._put_away_oldest()
+            elif self.pending is None and self.policy.ahead_tokens:
+                planned = plan(self.policy, self.sizes, self.trigger, None, self._boundary)
+                self.pending = Pending(self._order(planned, self.cache.fork()))
             else:
                 self.compact()
-        return min(num_tokens, int(self.trigger - self.cache.kv_tokens))
+        return min(num_tokens, int(due - self.cache.kv_tokens))
+
+    @property
+    def begins_at(self) -> int:
+        """The physical size at which a compaction is begun, to be swapped in at the trigger."""
+        return self.trigger - self.policy.ahead_tokens
 
     def next_logits(self) -> Tensor:
         """Read everything; the logits of what follows the last token, (vocab_size,) float32."""
@@ -240,10 +263,13 @@ class Context:
         return self.engine.info.immovable
 
     def compact(self, fraction: float | None = None) -> CompactionReport:
-        """Compact the oldest part now; None: the policy's fraction, sparing the recent tokens."""
+        """Compact the oldest part now; None: what is under way, or the policy's fraction, sparing the recent tokens."""
         while self.recalled:
             self._put_away_oldest()
-        return self._apply(plan(self.policy, self.sizes, self.trigger, fraction, self._boundary))
+        if self.pending is not None and fraction is None:
+            return self._swap_in(self.pending.result(self._progress))
+        planned = plan(self.policy, self.sizes, self.trigger, fraction, self._boundary)
+        return self._swap_in(self._order(planned, self.cache).make(self._progress))
 
     def _boundary(self, earliest: int, latest: int) -> int:
         """Where a block should end, which may be behind all that has been said."""
@@ -251,33 +277,40 @@ class Context:
             return latest
         return best_boundary(self.engine, self.tokens, earliest, latest)
 
-    def _apply(self, plan: Plan, made: ScheduledCompaction | None = None) -> CompactionReport:
-        """Make one planned compaction and swap it in; the gate may give it more slots, unless it is `made` already."""
-        cache, segment = self.cache, plan.newest
+    def _progress(self, stage: str, done: int, total: int) -> None:
+        self.notify(CompactionProgress(self.name, stage, done, total))
+
+    def _order(self, plan: Plan, cache: SessionCache, made: ScheduledCompaction | None = None) -> Order:
+        """Say that a planned compaction begins, on this cache or a branch of it; it is `made` again, or new."""
+        segment = plan.newest
+        self.notify(CompactionStarted(self.name, segment.start, segment.end, cache.kv_tokens))
+        start = max(segment.start, cache.num_tokens - cache.num_tail_tokens)
+        return Order(
+            self.engine,
+            self.policy,
+            cache,
+            self.tokens[: segment.end],
+            plan,
+            start,
+            self.num_pinned,
+            self.trigger,
+            self.weights(start, segment.end),
+            self.live and self.live.copy(),
+            self._calibration,
+            made,
+        )
+
+    def _swap_in(self, made: Made) -> CompactionReport:
+        """Put a compaction in its place; the cache may have read on since it was begun."""
+        cache, result, segment = self.cache, made.result, made.result.plan.newest
         kv_tokens, kv_bytes = cache.kv_tokens, cache.nbytes
-        self.notify(CompactionStarted(self.name, segment.start, segment.end, kv_tokens))
-
-        def progress(stage: str, done: int, total: int) -> None:
-            self.notify(CompactionProgress(self.name, stage, done, total))
-
-        started = time.perf_counter()
-        block = max(segment.start, cache.num_tokens - cache.num_tail_tokens), segment.end
-        sources = QuerySources(self.engine, self.policy, self.live, progress)
         with failures(segment):
-            passage, prepared = self._prepare(plan, block, made, sources)
-            if self.policy.on_policy:
-                result = self._compact_on_policy(passage, prepared.plan, sources)
-            else:
-                result = self._compact(passage, prepared.plan, sources, is_planned=made is not None)
-        query_seconds = time.perf_counter() - started - result.score_seconds - result.fit_seconds
-        segment = result.plan.newest
-        originals = self.originals
-        if self.policy.originals != "drop":
-            entries = (layer.exact_entries(*block) for layer in cache.compactable)
-            originals = (*originals, keep(*block, entries, self.policy.originals))
-        cache.restore(result.state)
-        self.originals = originals
-        self.schedule.append(replace(prepared, plan=result.plan))
+            state = cache.compacted(result.plan.segments, result.slots, self.num_pinned)
+        cache.restore(state)
+        self.pending = None
+        if made.original is not None:
+            self.originals = (*self.originals, made.original)
+        self.schedule.append(replace(made.entry, lag_tokens=cache.num_tokens - made.entry.at_tokens))
         report = CompactionReport(
             session=self.name,
             start=segment.start,
@@ -289,55 +322,18 @@ class Context:
             kv_bytes_after=cache.nbytes,
             mass_error=result.mass_error,
             output_error=result.output_error,
-            query_seconds=query_seconds,
+            query_seconds=made.query_seconds,
             score_seconds=result.score_seconds,
             fit_seconds=result.fit_seconds,
             num_unbiased_heads=result.num_unbiased_heads,
             held_out_error=result.held_out_error,
-            summary_tokens=len(prepared.summary.answer) if prepared.summary else 0,
+            summary_tokens=len(made.entry.summary.answer) if made.entry.summary else 0,
         )
         self.notify(CompactionFinished(self.name, report))
         limit = self.policy.max_error
         if limit is not None and result.held_out_error is not None and result.held_out_error > limit:
             self.notify(GateMissed(self.name, segment.start, segment.end, result.held_out_error, limit))
         return report
-
-    def _compact(self, passage: Passage, plan: Plan, sources: QuerySources, *, is_planned: bool) -> Compaction:
-        """With all queries at hand; a plan that was made before gets no more slots."""
-        queries, cache = sources.sample(passage), passage.cache
-        more = as_planned if is_planned else partial(richer, self.policy, self.trigger, cache.num_heads)
-        pinned, progress = self.num_pinned, sources.progress
-        return compact(cache, plan, pinned, queries, self.policy, progress, more, self._calibration)
-
-    def _compact_on_policy(self, passage: Passage, plan: Plan, sources: QuerySources) -> Compaction:
-        """Layer by layer, while the passage is repeated."""
-        assert isinstance(passage.cache, KVCache)
-        scored_by = sources.sample(passage) if self.policy.head_budget != "uniform" else None
-        repeat, progress = partial(sources.through, passage), sources.progress
-        return compact_on_policy(
-            passage.cache, plan, self.num_pinned, repeat, scored_by, self.policy, progress, self._calibration
-        )
-
-    def _prepare(
-        self, plan: Plan, block: tuple[int, int], made: ScheduledCompaction | None, sources: QuerySources
-    ) -> tuple[Passage, ScheduledCompaction]:
-        """What is compacted, the block or a summary in its place; what was planned and written."""
-        cache, tokens, weights = self.cache, self.tokens, self.weights(*block)
-        policy, (start, end) = self.policy, block
-        conversations = made.conversations if made and made.conversations else sources.converse(cache)
-        summary = made.summary if made else None
-        if made is None and policy.summary_tokens is not None:
-            max_tokens, on_progress = min(policy.summary_tokens, end - start), partial(sources.progress, "summary")
-            summary = write_summary(self.engine, cache, end, max_tokens=max_tokens, on_progress=on_progress)
-        if summary is not None and summary.answer:
-            newest, pinned, chunk_tokens = plan.newest, self.num_pinned, policy.chunk_tokens
-            cache = stand_in(self.engine, cache, summary, newest, pinned, chunk_tokens=chunk_tokens)
-            newest = resized(newest, len(summary.answer) * cache.num_heads)
-            plan = replace(plan, segments=(*plan.segments[:-1], newest))
-            start, weights = end - len(summary.answer), None
-            tokens = [*tokens[:start], *summary.answer]
-        passage = Passage(cache, tokens, start, end, weights, conversations)
-        return passage, ScheduledCompaction(cache.num_tokens, plan, conversations, summary)
 
     def recall(self, start: int, end: int) -> list[Segment]:
         """Bring the segments that hold any of the tokens [start, end) back exact, compacting others to make room.
@@ -356,7 +352,7 @@ class Context:
             held = [each for each in self.recalled if each.segment in wanted]
             self.recalled = (*(each for each in self.recalled if each not in held), *held)
             missing = [segment for segment in wanted if segment not in [each.segment for each in held]]
-            if self._have_room_for(missing):
+            if not missing or self._have_room_for(missing):
                 break
             self._make_room_to_recall(wanted, others=len(self.recalled) > len(held))
         for segment in missing:
@@ -371,9 +367,9 @@ class Context:
                 self._bring_back(segment)
 
     def _have_room_for(self, segments: Sequence[Segment]) -> bool:
-        """Whether these compact segments fit below the trigger when they are exact."""
+        """Whether these compact segments, when they are exact, leave a compaction undue."""
         growth = sum(segment.num_tokens - segment.num_slots / self.cache.num_heads for segment in segments)
-        return self.cache.kv_tokens + growth + 1 <= self.trigger
+        return self.cache.kv_tokens + growth + 1 <= self.begins_at
 
     def _make_room_to_recall(self, wanted: Sequence[Segment], *, others: bool) -> None:
         if others:
@@ -384,7 +380,7 @@ class Context:
             f"the {num_tokens} tokens of the segments to recall do not fit below the trigger of {self.trigger} beside "
             f"what else is held: recall a shorter span, or raise trigger_tokens"
         )
-        if self.num_pinned + num_tokens + self.policy.keep_recent >= self.trigger:
+        if self.num_pinned + num_tokens + self.policy.keep_recent >= self.begins_at:
             raise refused
         try:
             self.compact()
@@ -427,7 +423,12 @@ class Context:
 
     @property
     def state_at_rest(self) -> Snapshot:
-        """The cache with nothing recalled."""
+        """The cache with nothing recalled, and where a compaction is under way, as it was when that began.
+
+        What was read since is read again, and the compaction made again, whose result is no part of any state.
+        """
+        if self.pending is not None:
+            return self.pending.began_from(self.transformers_cache.state())
         return at_rest(self.transformers_cache.state(), self.recalled) if self.recalled else self.cache.state()
 
     @property
@@ -441,9 +442,9 @@ class Context:
             num_cached = self._num_cached(num_tokens)
             self.cache.truncate(num_cached)
             # A compaction that came later stays; a rebuild must find it before the tokens that are now to come.
-            self.schedule = [replace(made, at_tokens=min(made.at_tokens, num_cached)) for made in self.schedule]
+            self.schedule = [made.within(num_cached) for made in self.schedule]
             self.tokens = self.tokens[:num_tokens]
-            self.seek_live()
+            self.went_back()
         else:
             self.rebuild(num_tokens, "the tokens to forget are compacted, or in a sliding window")
 
@@ -454,8 +455,8 @@ class Context:
         return num_cached == self.cache.num_tokens or (is_exact and self.cache.is_croppable)
 
     def compacted_after(self, num_tokens: int) -> bool:
-        """Whether a compaction was made when there were more than the first `num_tokens` tokens."""
-        return any(made.at_tokens > self._num_cached(num_tokens) for made in self.schedule[-1:])
+        """Whether a compaction was swapped in when there were more than the first `num_tokens` tokens."""
+        return any(made.swapped_at > self._num_cached(num_tokens) for made in self.schedule[-1:])
 
     def _num_cached(self, num_tokens: int) -> int:
         """Of the first `num_tokens` tokens, those in the cache when the last one is left to read."""
@@ -474,22 +475,32 @@ class Context:
             num_pinned=self.num_pinned,
             weights=self.weights,
         )
-        for entry in self.schedule:
-            if entry.at_tokens > num_tokens - 1:
-                break
-            fresh._replay(entry)
-        fresh.read(num_tokens - 1)
+        with fresh.transaction():
+            for entry in self.schedule:
+                if entry.swapped_at > num_tokens - 1:
+                    break
+                fresh._replay(entry)
+            fresh.read(num_tokens - 1)
         self.cache.restore(fresh.cache.state())
         self.tokens, self.schedule, self.live = fresh.tokens, fresh.schedule, fresh.live
-        self.originals, self.recalled = fresh.originals, ()
+        self.originals, self.recalled, self.pending = fresh.originals, (), fresh.pending
 
     def _replay(self, entry: ScheduledCompaction) -> None:
-        while (done := self.cache.num_tokens) < entry.at_tokens:
-            self.forward(self.tokens[done : min(entry.at_tokens, done + self.policy.chunk_tokens)])
-        self._apply(entry.plan, entry)
+        self._read_as_it_is(entry.at_tokens)
+        made = self._order(entry.plan, self.cache, entry).make(self._progress)
+        self._read_as_it_is(entry.swapped_at)
+        self._swap_in(made)
+
+    def _read_as_it_is(self, end: int) -> None:
+        """Bring the first `end` tokens into the cache, whatever the trigger says."""
+        while (done := self.cache.num_tokens) < end:
+            self.forward(self.tokens[done : min(end, done + self.policy.chunk_tokens)])
 
     def fork(self, name: str, policy: MemoryPolicy | None = None) -> Context:
         """The same context under another name; memory is shared until the two differ."""
+        is_same = policy is None or policy == self.policy
+        if self.pending is not None and is_same:
+            self.pending.is_shared = True
         branch = replace(
             self,
             name=name,
@@ -497,12 +508,21 @@ class Context:
             cache=self.cache.fork(),
             tokens=list(self.tokens),
             schedule=list(self.schedule),
+            pending=self.pending if is_same else None,
         )
         if self.live is not None and branch.live is not None:
             branch.live = self.live.copy()
         return branch
 
-    def seek_live(self) -> None:
-        """Tell the live queries where the cache is, after it has gone back."""
+    def went_back(self) -> None:
+        """Take note that the cache may have gone back, before what passed, or began, since then."""
         if self.live is not None:
             self.live.seek(self.cache.num_tokens)
+        if self.pending is not None and self.cache.num_tokens < self.pending.at_tokens:
+            self.pending = None
+
+    def give_up(self) -> None:
+        """Stop what is under way; whoever reads on begins it anew."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.stop()

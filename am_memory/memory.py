@@ -222,7 +222,8 @@ class Memory:
                 raise SessionNotFound(f"no session {name!r}; there are: {', '.join(self.names()) or 'none'}")
             if self.store is not None:
                 self.store.delete(name)
-            self._sessions.pop(name, None)
+            if (session := self._sessions.pop(name, None)) is not None:
+                session.give_up()
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, without anything added."""

@@ -32,7 +32,7 @@ def compact_on_policy(
     progress: Progress,
     calibration: Calibration | None = None,
 ) -> Compaction:
-    """Replace the plan's newest segment's entries by slots, layer by layer while the block is repeated.
+    """Make the slots that are to replace the plan's newest segment's entries, layer by layer as the block is repeated.
 
     Args:
         cache: afterwards as it was.
@@ -72,5 +72,4 @@ def compact_on_policy(
             progress("fit", len(together.slots), cache.num_heads)
 
         repeat(compact_layer)
-        state = cache.compacted(plan.segments, together.by_layer(policy), num_pinned)
-    return Compaction.of(plan, state, together, score_seconds, fit_seconds)
+        return Compaction.of(plan, together, policy, score_seconds, fit_seconds)

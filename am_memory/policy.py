@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_serializer, field_validator
 
@@ -71,6 +71,11 @@ class MemoryPolicy(BaseModel):
             where it is no longer than these, it stays whole, and where the model writes nothing, the block is compacted
             as ever (`CompactionReport.summary_tokens` says 0). What it leaves out is lost, unless there are
             `originals`: recall brings back the block. Not with recompaction "refit" or `max_error`. None: no summary.
+        ahead_tokens: a compaction is begun when the physical size is so many tokens below the trigger, in a thread and,
+            on a GPU, a stream of its own. Reading and decoding go on with the cache as it is; it is swapped in where
+            they reach the trigger, and wait for it if they must: what comes out depends on the tokens alone, not on the
+            clock. To be less than the smallest block that is compacted so. Takes the memory of one more exact tail; not
+            on llama.cpp, nor where a RoPE changes with the length of the text. 0: decoding stands still meanwhile.
         min_slots: slots that every head gets of a new segment before any head gets more.
         fit: what is fitted beside the choice of keys. "values" alone is nearer to the full cache where a long text only
             goes on, and recalls less of what is asked for; "bias" and "nothing" are for ablations.
@@ -102,6 +107,7 @@ class MemoryPolicy(BaseModel):
     segment_dtype: Literal["model", "int8"] = "model"
     max_error: Annotated[float, Field(gt=0)] | None = None
     summary_tokens: Annotated[int, Field(gt=0)] | None = None
+    ahead_tokens: Annotated[int, Field(ge=0)] = 0
     min_slots: Annotated[int, Field(gt=0)] = 1
     fit: Literal["bias_and_values", "bias", "values", "nothing"] = "bias_and_values"
     ridge: Annotated[float, Field(ge=0)] = 1e-3
@@ -214,29 +220,6 @@ class Plan:
         return self.segments[-1]
 
 
-class Summary(NamedTuple):
-    """Token ids of the prompt for a summary, and of what the model answered; it may be nothing."""
-
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class ScheduledCompaction:
-    """A compaction that was made when the cache held `at_tokens` logical tokens.
-
-    Attributes:
-        conversations: of self-study, token ids of each prompt with the model's answer. Where the compaction is made
-            again they are read, not written anew: rounding alone may make a model write something else.
-        summary: in the place of the block, where the policy wanted one; read again as well.
-    """
-
-    at_tokens: int
-    plan: Plan
-    conversations: tuple[tuple[int, ...], ...] = ()
-    summary: Summary | None = None
-
-
 def trigger_tokens(policy: MemoryPolicy, window_tokens: int, num_pinned: int) -> int:
     """The physical size that fires, in tokens.
 
@@ -258,6 +241,8 @@ def trigger_tokens(policy: MemoryPolicy, window_tokens: int, num_pinned: int) ->
             "lower keep_recent, pinned or max_compact_tokens"
         )
     _check_floor(policy, block)
+    if policy.ahead_tokens:
+        _check_ahead(policy, tokens, num_pinned)
     bound = max_compact_tokens(policy, tokens)
     if bound < policy.min_slots:
         raise BudgetTooSmall(
@@ -274,12 +259,25 @@ def max_compact_tokens(policy: MemoryPolicy, trigger: int) -> int:
     return max(int(trigger * policy.compact_fraction / 2), 1)
 
 
-def min_block_tokens(policy: MemoryPolicy, trigger: int, num_pinned: int) -> int:
-    """Exact tokens that a compaction at the trigger covers at least, when the segments are at their bound."""
-    compact = max_compact_tokens(policy, trigger)
-    # The trigger fires when there is no room for one more token, so that the cache may be almost a token below it.
-    covered = math.floor(policy.compact_fraction * (trigger - 1 - num_pinned)) + 1 - compact
-    return min(covered, trigger - num_pinned - compact - policy.keep_recent)
+def min_block_tokens(policy: MemoryPolicy, trigger: int, num_pinned: int, ahead_tokens: int = 0) -> int:
+    """Exact tokens that a compaction covers at least, begun so far below the trigger with segments at their bound."""
+    compact, size = max_compact_tokens(policy, trigger), trigger - ahead_tokens
+    # It is due when there is no room for one more token, so that the cache may be almost a token below that size.
+    covered = math.floor(policy.compact_fraction * (size - 1 - num_pinned)) + 1 - compact
+    return min(covered, size - num_pinned - compact - policy.keep_recent)
+
+
+def _check_ahead(policy: MemoryPolicy, trigger: int, num_pinned: int) -> None:
+    ahead_tokens = policy.ahead_tokens
+    block = min_block_tokens(policy, trigger, num_pinned, ahead_tokens)
+    if ahead_tokens >= block:
+        less = range(min(ahead_tokens, trigger), -1, -1)
+        possible = next(each for each in less if each < min_block_tokens(policy, trigger, num_pinned, each))
+        raise InvalidPolicy(
+            f"ahead_tokens {ahead_tokens} is not below the {max(block, 0)} tokens that a compaction covers at least if "
+            f"it is begun so far below the trigger of {trigger}: lower it to {possible}, or raise trigger_tokens"
+        )
+    _check_floor(policy, block)
 
 
 def _floor_tokens(policy: MemoryPolicy) -> int:

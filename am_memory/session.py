@@ -353,7 +353,7 @@ class Session:
 
         Args:
             fraction: of the cache without its pinned tokens, oldest first; 1.0 is all of it; None: the policy's
-                fraction, sparing its recent tokens.
+                fraction, sparing its recent tokens, or the compaction that is under way (`ahead_tokens`).
 
         Raises:
             InvalidInput: a fraction outside (0, 1].
@@ -469,6 +469,11 @@ class Session:
             if name is not None:
                 self._memory.adopt(branch)
         return branch
+
+    def give_up(self) -> None:
+        """Stop a compaction that is under way (`ahead_tokens`); if the session goes on, it is begun anew."""
+        with self._memory.device:
+            self._context.give_up()
 
     def save(self) -> None:
         """Write the session to the memory's store, whole or not at all.

@@ -153,6 +153,11 @@ class Slots:
         keep = (self.positions >= start) & (self.positions < end) & (self.ranks != PINNED_RANK)
         return self.where(keep)
 
+    def apart(self) -> Slots:
+        """The same slots without what is derived from them and kept: that is ready only in the stream it is made in."""
+        key, value = (replace(of) if isinstance(of, Quantised) else of for of in (self.key, self.value))
+        return replace(self, key=key, value=value)
+
     def where(self, keep: Tensor) -> Slots:
         """The slots for which `keep`, (total_slots,) bool in host memory, is true."""
         kept_before = [0, *keep.cumsum(0).tolist()]

@@ -40,8 +40,8 @@ from am_memory.engines.base import Message
 from am_memory.errors import CorruptSession, NewerFormat, SessionNotFound, StorageError
 from am_memory.layers import LayerState, SlidingState, TailBuffer, TailState
 from am_memory.originals import Original, Place, received
-from am_memory.policy import ScheduledCompaction
 from am_memory.quantised import NOT_CODED, Quantised, Rows
+from am_memory.schedule import ScheduledCompaction
 from am_memory.slots import Segment, Slots
 
 FORMAT, NEEDS = 1, "0.1.0"

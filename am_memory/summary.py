@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from am_memory.engines.base import Engine, SessionCache
-from am_memory.policy import Summary
 from am_memory.queries import as_turn, greedy_answer
+from am_memory.schedule import Summary
 from am_memory.slots import Segment, Slots
 
 PROMPT = (

@@ -61,4 +61,4 @@ class Watch:
             self.cache.restore(self._whole)
         if self.cache.num_tokens != len(self.context.tokens):
             self.context.tokens = self.context.tokens[: self.cache.num_tokens]
-            self.context.seek_live()
+            self.context.went_back()

@@ -22,8 +22,9 @@ from am_memory.cache import CacheState
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CorruptSession, NewerFormat, SessionNotFound, StorageError
 from am_memory.layers import CompactableLayer, SlidingState, TailBuffer, TailState
-from am_memory.policy import Plan, ScheduledCompaction
+from am_memory.policy import Plan
 from am_memory.quantised import Quantised, cat
+from am_memory.schedule import ScheduledCompaction
 from am_memory.slots import Segment, Slots
 from am_memory.storage import SavedSession, Store
 

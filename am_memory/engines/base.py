@@ -45,6 +45,7 @@ class ModelInfo:
         eos_token_ids: any of them ends a turn.
         immovable: why what is compact stays at the positions at which it was written, however far behind that gets;
             None: its keys can be turned to others.
+        is_reentrant: two threads may read into two caches at once.
     """
 
     name: str
@@ -54,6 +55,7 @@ class ModelInfo:
     device: torch.device
     eos_token_ids: frozenset[int]
     immovable: str | None = "its engine turns no keys"
+    is_reentrant: bool = False
 
 
 class SessionLayer(Protocol):

@@ -16,7 +16,7 @@ from am_memory.engines.base import Message, ModelInfo, OnQuery, SessionCache, To
 from am_memory.engines.templates import template_errors
 from am_memory.engines.transformers import attention, support
 from am_memory.engines.transformers.compiled import compile_layers
-from am_memory.engines.transformers.rotary import layer_rotations
+from am_memory.engines.transformers.rotary import layer_rotations, length_dependent_kinds
 from am_memory.errors import InvalidInput, UnsupportedModel, UnsupportedOperation
 from am_memory.models import fingerprint
 from am_memory.rotation import Rotation
@@ -154,6 +154,7 @@ def _model_info(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, immo
         device=model.device,
         eos_token_ids=frozenset(id for ids in sources for id in _as_list(ids)),
         immovable=immovable,
+        is_reentrant=not length_dependent_kinds(model),
     )
 
 

@@ -28,13 +28,17 @@ def layer_rotations(model: PreTrainedModel) -> list[Rotation]:
     Raises:
         UnsupportedModel: keys cannot be turned to other positions, and why.
     """
-    config = model.config.get_text_config(decoder=True)
-    if kinds := _rope_types(config) & LENGTH_DEPENDENT:
+    if kinds := length_dependent_kinds(model):
         raise UnsupportedModel(f"its RoPE depends on the length of the text (rope_type {', '.join(sorted(kinds))})")
-    distance = config.max_position_embeddings - 1
+    distance = model.config.get_text_config(decoder=True).max_position_embeddings - 1
     candidates = list(_candidates(model))
     pairs = zip(_lone_keys(model, 0), _lone_keys(model, distance), strict=True)
     return [_fitting(candidates, start, later, distance) for start, later in pairs]
+
+
+def length_dependent_kinds(model: PreTrainedModel) -> set[str]:
+    """Of the model's RoPE; transformers sets its frequencies anew in a pass, for every other pass as well."""
+    return _rope_types(model.config.get_text_config(decoder=True)) & LENGTH_DEPENDENT
 
 
 def _rope_types(config: PreTrainedConfig) -> set[str]:
