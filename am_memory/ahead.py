@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import cache
 from queue import SimpleQueue
 
 import torch
@@ -103,9 +104,15 @@ def _beside(device: torch.device) -> AbstractContextManager[object]:
     """A place for work in another thread, behind what is queued on the device by now; done when it is left."""
     if device.type != "cuda":
         return nullcontext()
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream = _second_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     return _in_stream(stream)
+
+
+@cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all, as torch keeps memory for each stream that ever needed some."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call, no-any-return]
 
 
 @contextmanager

@@ -48,7 +48,7 @@ class CompactionReport:
     Attributes:
         start, end: the logical tokens that became a segment.
         num_slots: mean slots per KV head of the new segment.
-        kv_tokens_before, kv_tokens_after: exact tokens + mean compact slots per head.
+        kv_tokens_before, kv_tokens_after: exact tokens + mean compact slots per head, when it was swapped in.
         kv_bytes_before, kv_bytes_after: bytes of the cache's tensors.
         mass_error: RMS over heads and queries of the relative error of the block's attention mass.
         output_error: RMS over heads and queries of the output's error, relative to the output's RMS.

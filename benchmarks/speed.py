@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py --model MODEL
     python benchmarks/speed.py --model MODEL --threads 1 --cpu-time     on a machine that does other work as well
+    python benchmarks/speed.py --model MODEL --only ahead     the longest pause, an event beside decoding or not
     python benchmarks/speed.py --shape llama-3.1-8b --compacted-tokens 32000 --compact-tokens 1024 4096     on a GPU
 
 Every figure is a median. What is compared is measured in turn (A, B, A, B...), so that noise hits all alike. The
@@ -259,6 +260,33 @@ def event(bench: Bench, stages: Stages, num_tokens: int) -> dict[str, float]:
     return {**took, "peak_bytes": peak, "formula_bytes": formula}
 
 
+def generating(bench: Bench, policy: MemoryPolicy, first: int, last: int) -> tuple[float, float, float]:
+    """Wall seconds of the longest, of the median and of all tokens, generated as the tokens from `first` to `last`.
+
+    Nothing here waits for the device: it would wait for a compaction beside decoding, too.
+    """
+    session, times = bench.memory.scratch(policy=policy), []
+    session.append(bench.ids[:first])
+    for _ in range(first, last):
+        started = time.perf_counter()
+        list(session.generate(1))
+        times.append(time.perf_counter() - started)
+    assert session.stats.num_compactions == 1
+    return max(times), statistics.median(times), sum(times)
+
+
+def ahead(bench: Bench, trigger_tokens: int, ahead_tokens: int) -> dict[str, list[float]]:
+    """Medians of what `generating` says across a compaction, when it is waited for and when it is begun earlier."""
+    changes = {"trigger_tokens": trigger_tokens, "max_compact_tokens": None}
+    policies = [bench.memory.policy.model_copy(update={**changes, "ahead_tokens": each}) for each in (0, ahead_tokens)]
+    span = trigger_tokens - ahead_tokens - 4, trigger_tokens + 4
+    rounds = [[generating(bench, policy, *span) for policy in policies] for _ in range(bench.repeats + 1)]
+    waiting, early = (
+        [statistics.median(of) for of in zip(*each, strict=True)] for each in zip(*rounds[1:], strict=True)
+    )
+    return {"at the trigger": waiting, f"{ahead_tokens:,} tokens before": early}
+
+
 Row = tuple[str, ...]
 MEBIBYTE = 2**20
 TITLES = {
@@ -319,18 +347,26 @@ def event_row(took: dict[str, float], num_tokens: int) -> Row:
     )
 
 
+def ahead_rows(took: dict[str, list[float]]) -> Iterator[Row]:
+    for name, (longest, median, total) in took.items():
+        yield name, f"{longest:.3f}", f"{median * 1e3:.1f}", f"{total:.2f}"
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="a hub id, a folder, a .gguf file or demo")
     parser.add_argument("--shape", choices=SHAPES, help="random weights in this shape instead, in bfloat16")
     parser.add_argument("--layers", type=int, help="of the shape; default: all")
     parser.add_argument("--compile", action="store_true", help="decode on compiled layers, too; --only decoding")
-    parser.add_argument("--only", choices=["decoding", "reading", "event"], help="default: all three")
+    parser.add_argument("--only", choices=["decoding", "reading", "event", "ahead"], help="default: all four")
     parser.add_argument("--compacted-tokens", type=int, default=2300, help="of the context that is decoded on")
     parser.add_argument("--exact-tokens", type=int, default=700, help="of the same context, behind them")
     parser.add_argument("--decode-tokens", type=int, default=24)
     parser.add_argument("--read-tokens", type=int, default=2048)
     parser.add_argument("--compact-tokens", type=int, nargs="+", default=[1024], help="sizes of an event")
+    parser.add_argument(
+        "--ahead-tokens", type=int, default=128, help="of an event that is begun early; trigger: --read-tokens"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu-time", action="store_true", help="CPU instead of wall time; with --threads 1")
@@ -388,6 +424,10 @@ def main() -> None:
         results["event"] = events
         header = (f"tokens compacted {1 / KEEP_RATIO:.0f}x", "read, s", "compact, s", "repeat", "score", "fit")
         show((*header, "compact / read", "peak, MiB", "formula, MiB"), (event_row(events[n], n) for n in events))
+    if args.only in (None, "ahead"):
+        results["ahead"] = paused = ahead(bench, args.read_tokens, args.ahead_tokens)
+        header = (f"compaction at {args.read_tokens:,} tokens, begun", "longest pause, s (wall)", "median token, ms")
+        show((*header, "all tokens, s"), ahead_rows(paused))
     write_json(args.out, results)
 
 

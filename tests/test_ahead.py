@@ -174,17 +174,17 @@ def test_tokens_are_those_of_one_that_is_made_at_once_and_swapped_in_as_late(
     assert [entry.lag_tokens for entry in context.schedule] == [POLICY.ahead_tokens] * len(context.schedule)
     assert len(context.schedule) > 3
     once = new_context(policy, ahead_tokens=0)
-    once.tokens = context.tokens[:-1]
+    once.tokens = list(context.tokens)
     for entry in context.schedule:  # in this thread, on the cache itself
         once._read_as_it_is(entry.at_tokens)
         made = once._order(entry.plan, once.cache, entry).make(once._progress)
         once._read_as_it_is(entry.swapped_at)
         once._swap_in(made)
-    assert int(once.next_logits().argmax()) == context.tokens[-1]
     assert once.schedule == context.schedule
+    torch.testing.assert_close(once.next_logits(), context.next_logits(), rtol=0, atol=1e-3)
 
 
-steps = st.lists(st.tuples(st.booleans(), st.integers(1, 130)), min_size=1, max_size=4)
+steps = st.lists(st.tuples(st.booleans(), st.integers(1, 100)), min_size=1, max_size=3)
 
 
 @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -446,9 +446,7 @@ def test_a_session_that_is_deleted_leaves_no_thread(engine: TransformersEngine, 
 # What it cannot do
 
 
-@pytest.mark.parametrize(
-    ("ahead_tokens", "block", "possible"), [(18, 14, 15), (60, 0, 15), (1000, 0, 15)], ids=str
-)
+@pytest.mark.parametrize(("ahead_tokens", "block", "possible"), [(18, 14, 14), (60, 0, 14), (1000, 0, 14)], ids=str)
 def test_beginning_too_early_is_refused_with_what_is_possible(
     new_context: NewContext, ahead_tokens: int, block: int, possible: int
 ) -> None:

@@ -105,6 +105,7 @@ def test_rope_that_depends_on_the_length_is_named(kind: str, byte_tokenizer) -> 
     engine = TransformersEngine(build("Llama", parameters), byte_tokenizer)
     assert engine.info.immovable == f"its RoPE depends on the length of the text (rope_type {kind})"
     assert all(layer.rotation is None for layer in engine.new_cache().compactable)
+    assert not engine.info.is_reentrant
 
 
 def test_learned_positions_are_no_turn() -> None:

@@ -60,7 +60,7 @@ def saved_session(dtype: torch.dtype = torch.float32) -> SavedSession:
         tokens=tuple(range(NUM_TOKENS + 1)),
         schedule=(
             ScheduledCompaction(30, Plan((Segment(4, 20, 5),))),
-            ScheduledCompaction(48, Plan(segments, is_refit=True), conversations=((7, 8, 9), (7,))),
+            ScheduledCompaction(48, Plan(segments, is_refit=True), conversations=((7, 8, 9), (7,)), lag_tokens=3),
         ),
         messages=(
             {"role": "user", "content": "snow ☃, half a character \udcff, nothing \0"},
@@ -113,6 +113,12 @@ def test_a_loaded_session_is_the_saved_one_to_the_bit(store: Store, dtype: torch
     saved = saved_session(dtype)
     store.save("alice", saved)
     assert plain(store.load("alice")) == plain(saved)
+
+
+def test_a_compaction_that_an_older_version_saved_was_swapped_in_where_it_was_begun() -> None:
+    content = json.loads(json.dumps(storage._Content.model_validate(saved_session()).model_dump()))
+    assert [entry.pop("lag_tokens") for entry in content["schedule"]] == [0, 3]
+    assert [entry.swapped_at for entry in storage._Content.model_validate(content).schedule] == [30, 48]
 
 
 def test_a_session_that_has_read_nothing_is_saved_as_such(store: Store) -> None:
