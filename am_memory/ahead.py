@@ -7,7 +7,7 @@ depend on the clock. Knows not when it is due, nor how it is swapped in.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
@@ -41,9 +41,9 @@ class Pending:
         self._told: SimpleQueue[tuple[str, int, int] | None] = SimpleQueue()
         self._is_stopped = False
         self._stream = _beside(order.engine.info.device)
-        worker = ThreadPoolExecutor(1, thread_name_prefix="am-memory-ahead")
-        self._made: Future[Made] = worker.submit(self._make, order)
-        worker.shutdown(wait=False)  # the thread ends with its work
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="am-memory-ahead")
+        self._made: Future[Made] = self._worker.submit(self._make, order)
+        self._worker.shutdown(wait=False)  # the thread ends with its work
         self._made.add_done_callback(lambda _: self._told.put(None))
 
     def _make(self, order: Order) -> Made:
@@ -88,7 +88,7 @@ class Pending:
         """Give it up and wait until its thread has ended; nothing where a branch has it too."""
         if not self.is_shared:
             self._is_stopped = True
-            wait([self._made])
+            self._worker.shutdown()
 
     def began_from(self, state: CacheState) -> CacheState:
         """The state of the cache when it was begun, from a later one that has no other segments."""
@@ -112,7 +112,7 @@ def _beside(device: torch.device) -> AbstractContextManager[object]:
 @cache
 def _second_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all, as torch keeps memory for each stream that ever needed some."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call, no-any-return]
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -64,7 +64,7 @@ class Context:
         weights: how much it counts that the tokens from one position to another can be repeated.
         originals: the exact entries of compacted tokens, as far as they are kept, in the order of the tokens.
         recalled: segments that are exact for now, the one recalled last at the end.
-        pending: a compaction that is made meanwhile, where the policy wants it so.
+        pending: a compaction under way while tokens are read, where the policy has `ahead_tokens`.
         live: the queries that passed, where the policy wants them.
         trigger: the physical size that fires a compaction, in tokens.
     """
@@ -286,18 +286,18 @@ class Context:
         self.notify(CompactionStarted(self.name, segment.start, segment.end, cache.kv_tokens))
         start = max(segment.start, cache.num_tokens - cache.num_tail_tokens)
         return Order(
-            self.engine,
-            self.policy,
-            cache,
-            self.tokens[: segment.end],
-            plan,
-            start,
-            self.num_pinned,
-            self.trigger,
-            self.weights(start, segment.end),
-            self.live and self.live.copy(),
-            self._calibration,
-            made,
+            engine=self.engine,
+            policy=self.policy,
+            cache=cache,
+            tokens=self.tokens[: segment.end],
+            plan=plan,
+            start=start,
+            num_pinned=self.num_pinned,
+            trigger=self.trigger,
+            weights=self.weights(start, segment.end),
+            live=self.live and self.live.copy(),
+            calibration=self._calibration,
+            made=made,
         )
 
     def _swap_in(self, made: Made) -> CompactionReport:
@@ -367,7 +367,7 @@ class Context:
                 self._bring_back(segment)
 
     def _have_room_for(self, segments: Sequence[Segment]) -> bool:
-        """Whether these compact segments, when they are exact, leave a compaction undue."""
+        """Whether these compact segments fit below where a compaction begins when they are exact."""
         growth = sum(segment.num_tokens - segment.num_slots / self.cache.num_heads for segment in segments)
         return self.cache.kv_tokens + growth + 1 <= self.begins_at
 
@@ -423,9 +423,9 @@ class Context:
 
     @property
     def state_at_rest(self) -> Snapshot:
-        """The cache with nothing recalled, and where a compaction is under way, as it was when that began.
+        """The cache with nothing recalled; as it was when a compaction began that is under way.
 
-        What was read since is read again, and the compaction made again, whose result is no part of any state.
+        Whoever goes on from there reads what came since again, and begins the same compaction.
         """
         if self.pending is not None:
             return self.pending.began_from(self.transformers_cache.state())

@@ -60,5 +60,6 @@ class Watch:
         if not self.cache.is_whole:
             self.cache.restore(self._whole)
         if self.cache.num_tokens != len(self.context.tokens):
-            self.context.tokens = self.context.tokens[: self.cache.num_tokens]
-            self.context.went_back()
+            with self.context.transaction():
+                self.context.tokens = self.context.tokens[: self.cache.num_tokens]
+                self.context.went_back()
