@@ -35,6 +35,8 @@ class Pending:
 
     def __init__(self, order: Order) -> None:
         assert isinstance(order.cache, KVCache)
+        for layer in order.cache.compactable:
+            layer.slots = layer.slots and layer.slots.apart()
         self.at_tokens = order.cache.num_tokens
         self.is_shared = self.has_failed = False
         self._windows = [state for state in order.cache.state().layers if isinstance(state, SlidingState)]

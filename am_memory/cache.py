@@ -165,7 +165,6 @@ class KVCache(Cache):
             other.restore(mine.state())
             if isinstance(mine, CompactableLayer) and isinstance(other, CompactableLayer):
                 other.scaling = mine.scaling
-                other.slots = mine.slots and mine.slots.apart()
                 if mine.buffer is not None:
                     mine.buffer.is_shared = True
         branch.segments, branch.num_pinned = self.segments, self.num_pinned

@@ -24,7 +24,7 @@ from am_memory.slots import PINNED_RANK
 POLICY = MemoryPolicy(trigger_tokens=400, keep_ratio=0.05, pinned=3, chunk_tokens=16, summary_tokens=12)
 WHOLE = {"keep_ratio": 0.5}
 """More slots than a summary has entries."""
-WRITING = "am_memory.context.write_summary"
+WRITING = "am_memory.order.write_summary"
 
 NewMemory = Callable[..., Memory]
 
@@ -246,7 +246,7 @@ def test_recall_brings_back_the_block_and_then_the_summary(new_memory: NewMemory
 
 @pytest.mark.parametrize(
     "function",
-    [WRITING, "am_memory.context.stand_in", "am_memory.queries.sources.repeat_queries", "am_memory.compaction.fit"],
+    [WRITING, "am_memory.order.stand_in", "am_memory.queries.sources.repeat_queries", "am_memory.compaction.fit"],
 )
 def test_running_out_of_memory_leaves_the_session_as_it_was(
     new_memory: NewMemory, monkeypatch: pytest.MonkeyPatch, function: str
