@@ -1,6 +1,6 @@
 """One compaction: from a block of exact entries and reference queries to a new segment of slots.
 
-    scores of every key  ->  a ranking of slots over all heads  ->  keys, bias and values of each head  ->  a new cache
+    scores of every key  ->  a ranking of slots over all heads  ->  keys, bias and values of each head  ->  slots
 
 Makes slots and touches nothing: whoever asked swaps them in. Knows no engine, and not when to compact.
 """
