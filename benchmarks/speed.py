@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from ceilings import bandwidth, peak_bytes, synchronize
 from common import machine, table, uncompiled, write_json
+from pauses import pauses
 from shapes import SHAPES, CacheShape, random_model
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
@@ -260,33 +261,6 @@ def event(bench: Bench, stages: Stages, num_tokens: int) -> dict[str, float]:
     return {**took, "peak_bytes": peak, "formula_bytes": formula}
 
 
-def generating(bench: Bench, policy: MemoryPolicy, first: int, last: int) -> tuple[float, float, float]:
-    """Wall seconds of the longest, of the median and of all tokens, generated as the tokens from `first` to `last`.
-
-    Nothing here waits for the device: it would wait for a compaction beside decoding, too.
-    """
-    session, times = bench.memory.scratch(policy=policy), []
-    session.append(bench.ids[:first])
-    for _ in range(first, last):
-        started = time.perf_counter()
-        list(session.generate(1))
-        times.append(time.perf_counter() - started)
-    assert session.stats.num_compactions == 1
-    return max(times), statistics.median(times), sum(times)
-
-
-def ahead(bench: Bench, trigger_tokens: int, ahead_tokens: int) -> dict[str, list[float]]:
-    """Medians of what `generating` says across a compaction, when it is waited for and when it is begun earlier."""
-    changes = {"trigger_tokens": trigger_tokens, "max_compact_tokens": None}
-    policies = [bench.memory.policy.model_copy(update={**changes, "ahead_tokens": each}) for each in (0, ahead_tokens)]
-    span = trigger_tokens - ahead_tokens - 4, trigger_tokens + 4
-    rounds = [[generating(bench, policy, *span) for policy in policies] for _ in range(bench.repeats + 1)]
-    waiting, early = (
-        [statistics.median(of) for of in zip(*each, strict=True)] for each in zip(*rounds[1:], strict=True)
-    )
-    return {"at the trigger": waiting, f"{ahead_tokens:,} tokens before": early}
-
-
 Row = tuple[str, ...]
 MEBIBYTE = 2**20
 TITLES = {
@@ -345,11 +319,6 @@ def event_row(took: dict[str, float], num_tokens: int) -> Row:
         f"{took['peak_bytes'] / MEBIBYTE:.0f}",
         f"{took['formula_bytes'] / MEBIBYTE:.0f}",
     )
-
-
-def ahead_rows(took: dict[str, list[float]]) -> Iterator[Row]:
-    for name, (longest, median, total) in took.items():
-        yield name, f"{longest:.3f}", f"{median * 1e3:.1f}", f"{total:.2f}"
 
 
 def arguments() -> argparse.Namespace:
@@ -425,9 +394,10 @@ def main() -> None:
         header = (f"tokens compacted {1 / KEEP_RATIO:.0f}x", "read, s", "compact, s", "repeat", "score", "fit")
         show((*header, "compact / read", "peak, MiB", "formula, MiB"), (event_row(events[n], n) for n in events))
     if args.only in (None, "ahead"):
-        results["ahead"] = paused = ahead(bench, args.read_tokens, args.ahead_tokens)
+        results["ahead"] = paused = pauses(memory, ids, args.read_tokens, args.ahead_tokens, args.repeats)
         header = (f"compaction at {args.read_tokens:,} tokens, begun", "longest pause, s (wall)", "median token, ms")
-        show((*header, "all tokens, s"), ahead_rows(paused))
+        rows = ((name, f"{took[0]:.3f}", f"{took[1] * 1e3:.1f}", f"{took[2]:.2f}") for name, took in paused.items())
+        show((*header, "all tokens, s"), rows)
     write_json(args.out, results)
 
 
