@@ -57,6 +57,17 @@ def test_a_callback_handler_hears_of_start_progress_and_end(model: ChatAMMemory)
     assert heard.events[-1][1]["kv_tokens_after"] < heard.events[-1][1]["kv_tokens_before"]
 
 
+def test_one_that_is_begun_ahead_is_told_of_in_the_callers_run(engine: TransformersEngine) -> None:
+    policy, heard = TIGHT.model_copy(update={"ahead_tokens": 24}), Heard()
+    answer = ChatAMMemory(model=Memory(engine, policy), max_tokens=4, temperature=0).invoke(
+        LONG, {"callbacks": [heard]}
+    )
+    kinds = [data["event"] for _, data, _ in heard.events]
+    assert kinds.index("started") < kinds.index("progress") < kinds.index("finished")
+    assert {run_id for _, _, run_id in heard.events} == set(heard.runs)
+    assert answer.response_metadata["am_memory"]["compactions"] == kinds.count("finished") > 0
+
+
 async def test_so_does_one_of_an_asynchronous_call(model: ChatAMMemory) -> None:
     heard, heard_async = Heard(), HeardAsync()
     await model.ainvoke(LONG, {"callbacks": [heard, heard_async]})
