@@ -16,13 +16,13 @@ from am_memory.ahead import Pending
 from am_memory.boundaries import best_boundary
 from am_memory.budgets import calibration_for
 from am_memory.cache import KVCache, Snapshot
+from am_memory.capabilities import require
 from am_memory.compaction import failures
 from am_memory.engines.base import Engine, SessionCache
 from am_memory.errors import (
     BudgetTooSmall,
     CompactionFailed,
     InvalidInput,
-    InvalidPolicy,
     PromptTooLong,
     UnsupportedOperation,
 )
@@ -83,38 +83,8 @@ class Context:
     pending: Pending | None = None
 
     def __post_init__(self) -> None:
-        budget = self.policy.head_budget
-        if budget not in ("auto", "uniform") and not self.cache.has_ragged_heads:
-            raise InvalidPolicy(
-                f"head_budget {budget!r} needs a cache whose heads can differ in their slots; this engine's heads "
-                "share every cell: leave it at 'auto'"
-            )
-        self._calibration = calibration_for(budget, self.engine.info)
-        if self.policy.originals != "drop" and not isinstance(self.cache, KVCache):
-            raise InvalidPolicy(
-                f"originals {self.policy.originals!r} needs a cache that exact entries can come back into; this "
-                "engine's cells are shared by all heads: leave it at 'drop'"
-            )
-        if self.policy.segment_dtype != "model" and not isinstance(self.cache, KVCache):
-            raise InvalidPolicy(
-                f"segment_dtype {self.policy.segment_dtype!r} is for engine='transformers'; this engine keeps all "
-                "cells in one type: leave it at 'model', and give the engine kv_type='q8_0'"
-            )
-        if self.policy.on_policy and not isinstance(self.cache, KVCache):
-            raise InvalidPolicy(
-                "on_policy needs a cache whose layers can be compacted one by one in the midst of a pass, which is "
-                "engine='transformers': leave it at False"
-            )
-        if self.policy.summary_tokens is not None and self.engine.info.immovable is not None:
-            raise InvalidPolicy(
-                f"summary_tokens {self.policy.summary_tokens} needs keys that can be moved to where the block stood: "
-                f"{self.engine.info.immovable}; leave it at None"
-            )
-        if self.policy.ahead_tokens and not (self.engine.info.is_reentrant and isinstance(self.cache, KVCache)):
-            raise InvalidPolicy(
-                f"ahead_tokens {self.policy.ahead_tokens} needs an engine that reads into two caches at once, which is "
-                "engine='transformers' with a RoPE that does not change with the length of the text: leave it at 0"
-            )
+        require(self.policy, self.engine.info, self.cache)
+        self._calibration = calibration_for(self.policy.head_budget, self.engine.info)
         self.live = LiveQueries() if "live" in self.policy.reference_queries else None
         self.went_back()
         self.trigger = trigger_tokens(self.policy, self.engine.info.window_tokens, self.num_pinned)
