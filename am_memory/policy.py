@@ -77,9 +77,9 @@ class MemoryPolicy(BaseModel):
             clock. To be less than the smallest block that is compacted so. Takes the memory of one more exact tail; not
             on llama.cpp, nor where a RoPE changes with the length of the text. 0: decoding stands still meanwhile.
         min_slots: slots that every head gets of a new segment before any head gets more.
-        fit: what is fitted beside the choice of keys. "values" alone is nearer to the full cache where a long text only
-            goes on, and recalls less of what is asked for; "bias" and "nothing" are for ablations.
-        ridge: pull of the fitted values toward the originals, as a fraction of the mean diagonal.
+        fit: what is fitted beside the choice of keys; all but "bias_and_values" is for ablations.
+        ridge: pull of the fitted values toward the originals, as a fraction of the mean diagonal. With 0.5 what follows
+            is nearer to the full cache where a long text only goes on, and less is recalled of what is asked for.
         chunk_tokens: tokens read in one forward pass.
 
     Raises:

@@ -42,7 +42,7 @@ LAYERS: tuple[set[str], ...] = (
         "constraints",
         "tool_calls",
     },
-    {"compaction", "on_policy", "recall", "search", "calibration", "summary", "order", "ahead"},
+    {"compaction", "on_policy", "recall", "search", "calibration", "summary", "order", "ahead", "capabilities"},
     {"memory", "context", "session", "watch"},
     {"threads", "texts"},
     {"chat"},
