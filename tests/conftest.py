@@ -107,6 +107,12 @@ def new_sliding_model() -> Callable[[], PreTrainedModel]:
 
 
 @pytest.fixture(scope="session")
+def new_tiny_model() -> Callable[[], PreTrainedModel]:
+    """Makes tiny models of the same weights, for tests that change theirs for good."""
+    return random_llama
+
+
+@pytest.fixture(scope="session")
 def tiny_model() -> PreTrainedModel:
     """A random Llama, shared by the whole session: a test that changes it must restore it."""
     return random_llama()

@@ -475,11 +475,11 @@ def test_llama_cpp_is_refused(llama: LlamaCppEngine) -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu_another_stream_makes_the_same(
-    byte_tokenizer: PreTrainedTokenizerBase, waited_for: Callable[[], None]
+    new_tiny_model: Callable[[], PreTrainedModel],
+    byte_tokenizer: PreTrainedTokenizerBase,
+    waited_for: Callable[[], None],
 ) -> None:
-    from conftest import random_llama
-
-    engine = TransformersEngine(random_llama().to("cuda"), byte_tokenizer)
+    engine = TransformersEngine(new_tiny_model().to("cuda"), byte_tokenizer)
     contexts = []
     for prepare in (lambda: None, waited_for):
         prepare()

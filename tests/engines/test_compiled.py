@@ -9,7 +9,6 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import random_llama
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -24,14 +23,15 @@ needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))),
     reason="torch.compile needs a C++ compiler, and there is none",
 )
+NewModel = Callable[[], PreTrainedModel]
 POLICY = MemoryPolicy(trigger_tokens=64, keep_ratio=0.25, keep_recent=6, pinned=4, chunk_tokens=16)
 TOKENS = [(17 * position * position + 5 * position) % 256 for position in range(300)]
 
 
 @pytest.fixture(scope="module")
-def compiled(byte_tokenizer: PreTrainedTokenizerBase) -> TransformersEngine:
+def compiled(new_tiny_model: NewModel, byte_tokenizer: PreTrainedTokenizerBase) -> TransformersEngine:
     """The tiny model behind our engine, its layers compiled by Inductor."""
-    return TransformersEngine(random_llama(), byte_tokenizer, compile=True)
+    return TransformersEngine(new_tiny_model(), byte_tokenizer, compile=True)
 
 
 @pytest.fixture
@@ -141,9 +141,9 @@ def failing(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., 
 
 
 def test_a_machine_that_cannot_compile_says_so_and_leaves_the_model_as_it_was(
-    monkeypatch: pytest.MonkeyPatch, byte_tokenizer: PreTrainedTokenizerBase
+    monkeypatch: pytest.MonkeyPatch, new_tiny_model: NewModel, byte_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    model = random_llama()
+    model = new_tiny_model()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=failing))
     with pytest.raises(EngineFailed, match=r"LlamaForCausalLM.*no compiler here.*compile=False"):
         TransformersEngine(model, byte_tokenizer, compile=True)
@@ -173,9 +173,10 @@ def test_layers_that_do_not_pass_on_what_they_are_told_are_refused(
     other: Callable[..., Callable[..., Tensor]],
     no_backend: None,
     monkeypatch: pytest.MonkeyPatch,
+    new_tiny_model: NewModel,
     byte_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    model = random_llama()
+    model = new_tiny_model()
     monkeypatch.setattr(LlamaDecoderLayer, "forward", other(LlamaDecoderLayer.forward))
     with pytest.raises(UnsupportedModel, match="compile=False"):
         TransformersEngine(model, byte_tokenizer, compile=True)
