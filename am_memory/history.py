@@ -48,6 +48,16 @@ class History:
             if message["role"] == "tool" or message.get(IS_TOOL_RESULT)
         ]
 
+    def weights(self, tool_result_weight: float, start: int, end: int) -> list[float] | None:
+        """How much it counts that the tokens [start, end) can be repeated; None: all alike."""
+        if tool_result_weight == 1:
+            return None
+        weights = [1.0] * (end - start)
+        for first, last in self.tool_results:
+            for position in range(max(first, start), min(end if last is None else last, end)):
+                weights[position - start] = tool_result_weight
+        return weights
+
     def _render(self, engine: Engine, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         return engine.render(messages, tools=self.tools, add_generation_prompt=add_generation_prompt)
 

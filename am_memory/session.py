@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
@@ -102,7 +103,6 @@ class Session:
         self._memory = memory
         self._context = context
         self._history = history
-        context.weights = self._weights
         self.engine = context.engine
         self.metadata: dict[str, Any] = {}
         """What the application wants to keep with the session, saved with it: anything that JSON can hold."""
@@ -126,16 +126,15 @@ class Session:
         """For each message, how many tokens stand before it."""
         return self._history.starts
 
-    def _weights(self, start: int, end: int) -> list[float] | None:
-        """How much it counts that the tokens [start, end) can be repeated; None: all alike."""
-        weight = self._context.policy.tool_result_weight
-        if weight == 1:
-            return None
-        weights = [1.0] * (end - start)
-        for first, last in self._history.tool_results:
-            for position in range(max(first, start), min(end if last is None else last, end)):
-                weights[position - start] = weight
-        return weights
+    @property
+    def _history(self) -> History:
+        return self._told
+
+    @_history.setter
+    def _history(self, history: History) -> None:
+        # The context gets what it needs of it, and not the session: a cycle would keep a cache that nobody uses.
+        self._told = history
+        self._context.weights = partial(history.weights, self._context.policy.tool_result_weight)
 
     def rename(self, name: str) -> None:
         """Give it another name, for events and the store."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -841,7 +843,7 @@ TOOL_TURN = [
 def test_the_tokens_of_a_tool_result_count_less(engine: TransformersEngine) -> None:
     session = Memory(engine, MemoryPolicy(trigger_tokens=600, tool_result_weight=0.25)).session()
     session.append(TOOL_TURN)
-    weights = session._weights(3, len(session.tokens))
+    weights = session._context.weights(3, len(session.tokens))
     assert weights is not None
     light = [token for token, weight in zip(session.tokens[3:], weights, strict=True) if weight == 0.25]
     assert engine.decode(light) == f"<|im_start|>tool\n{TOOL_TURN[1]['content']}<|im_end|>\n"
@@ -876,3 +878,22 @@ def test_a_rebuilt_session_weighs_tool_results_as_before(engine: TransformersEng
     expected = session.logits("ships")
     session._context.rebuild(len(session.tokens), "a test")
     assert torch.equal(session.logits("ships"), expected)
+
+
+def test_what_nobody_uses_any_more_is_freed_at_once(memory: Memory) -> None:
+    """Python frees cycles when it comes to it: sessions held as much as ever was read, and not what was in use."""
+    gc.collect()
+    gc.disable()
+    try:
+        session = memory.session("alice", policy=SMALL)
+        session.append(TEXT * 6)
+        branch = session.fork("bob")
+        branch.append(TEXT)
+        caches = [weakref.ref(each._context.cache) for each in (session, branch)]
+        assert session.stats.num_compactions > 0
+        del session, branch
+        for name in ("alice", "bob"):
+            memory.release(name)
+        assert [cache() for cache in caches] == [None, None]
+    finally:
+        gc.enable()

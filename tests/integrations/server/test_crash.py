@@ -37,8 +37,8 @@ SERVE = dedent("""
     if where == "save":
         os.replace = dies_at(os.replace, int(number))  # all is written, and does not have its name yet
     elif where == "compaction":
-        import am_memory.context as context
-        context.compact = dies_at(context.compact, int(number))
+        import am_memory.order as order
+        order.compact = dies_at(order.compact, int(number))
     policy = MemoryPolicy(trigger_tokens=200, keep_ratio=0.25, pinned=3, keep_recent=16)
     memory = Memory.from_pretrained(model, policy=policy, store=store, device="cpu")
     config = uvicorn.Config(create_app(memory, ServerSettings(max_tokens=8)), port=0, log_level="error")
