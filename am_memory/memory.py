@@ -24,7 +24,7 @@ from am_memory.policy import MemoryPolicy, trigger_tokens
 from am_memory.sampling import Sampling
 from am_memory.session import Session
 from am_memory.storage import Store
-from am_memory.watch import Watch
+from am_memory.watch import watched
 
 if TYPE_CHECKING:
     import torch
@@ -235,7 +235,7 @@ class Memory:
         For one sequence at a time. A prompt longer than the trigger is read in pieces and compacted on the way, so
         the logits of that one forward pass are those of its last piece.
         """
-        return Watch(self._new_context("generate()", self.policy)).cache
+        return watched(self._new_context("generate()", self.policy))
 
     def require_store(self) -> Store:
         """The store.

@@ -6,6 +6,7 @@ were interrupted.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from functools import partial
 
@@ -14,26 +15,37 @@ from am_memory.context import Context
 from am_memory.events import ReadProgress
 
 
-class Watch:
-    """Takes in what others read into a context's cache, and makes room for it.
+def watched(context: Context) -> KVCache:
+    """A context's cache, for the forward passes of others, which takes in what they read and makes room for it.
+
+    The cache keeps its context alive, and not the other way round: a cycle would be freed only when Python's collector
+    comes by, long after whoever used it.
 
     Args:
         context: nobody else's from now on.
 
-    Attributes:
-        cache: the context's, for the forward passes of others; it keeps the watch alive.
-
     Raises:
         UnsupportedOperation: the engine's cache is not one of transformers.
+    """
+    cache = context.transformers_cache
+    context.cache = weakref.proxy(cache)
+    cache.before_forward = _Watch(context).before_forward
+    return cache
+
+
+class _Watch:
+    """Stands between a cache and the context that it is of.
+
+    Args:
+        context: it knows the cache, and does not own it.
     """
 
     def __init__(self, context: Context) -> None:
         self.context = context
-        self.cache: KVCache = context.transformers_cache
-        self.cache.before_forward = self._before_forward
+        self.cache = context.transformers_cache
         self._whole = self.cache.state()  # to go back to, should a pass be interrupted
 
-    def _before_forward(self, token_ids: Sequence[int]) -> int:
+    def before_forward(self, token_ids: Sequence[int]) -> int:
         """Take in tokens that a forward pass is about to read; read the first ones if all are too many.
 
         Returns:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import weakref
 from collections.abc import Callable
 from contextlib import contextmanager, redirect_stdout
 
@@ -353,3 +355,17 @@ def test_two_memories_on_one_model_do_not_watch_each_other(
     engines = [TransformersEngine(tiny_model, byte_tokenizer) for _ in range(2)]
     tokens = [generate(long_prompt(100), Memory(engine, POLICY).cache(), 30) for engine in engines]
     assert tokens[0] == tokens[1]
+
+
+def test_a_cache_that_nobody_uses_any_more_is_freed_at_once(generate: Callable[..., list[int]], memory: Memory) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        cache = memory.cache()
+        generate(long_prompt(100), cache, 4)
+        assert cache.segments
+        gone = weakref.ref(cache)
+        del cache
+        assert gone() is None
+    finally:
+        gc.enable()
