@@ -64,6 +64,11 @@ class Branch:
         """Whether it can go on from there without reading anything again."""
         return self.session.can_rewind(self.end_of(count))
 
+    def extends(self, other: Branch) -> bool:
+        """Whether the other's conversation is the beginning of this one."""
+        is_longer = self.thread == other.thread and len(self.keys) > len(other.keys)
+        return is_longer and self.keys[: len(other.keys)] == other.keys
+
 
 @dataclass
 class Turn:
@@ -265,9 +270,8 @@ class Threads:
 
         Where its end lies in a compacted span of the new one, it stays, to go back to.
         """
-        is_ours = self._branches.get(parent.session.name) is parent and parent.thread == branch.thread
-        is_extended = len(branch.keys) > len(parent.keys) and branch.keys[: len(parent.keys)] == parent.keys
-        return is_ours and is_extended and branch.session.can_rewind(parent.end_of(len(parent.keys)))
+        is_ours = self._branches.get(parent.session.name) is parent
+        return is_ours and branch.extends(parent) and branch.session.can_rewind(parent.end_of(len(parent.keys)))
 
     def _forget(self, name: str) -> None:
         """In memory and in the store."""
@@ -276,12 +280,17 @@ class Threads:
             self.memory.delete(name)
 
     def _evict(self, newest: str) -> None:
-        sizes = {name: branch.session.stats.kv_bytes for name, branch in self._branches.items()}
+        """Those go first that a longer one went on from, and of these, and of the others, those used longest ago."""
+        kept = list(self._branches.values())
+        sizes = {branch.session.name: branch.session.stats.kv_bytes for branch in kept}
         total = sum(sizes.values())
-        for name, size in sizes.items():
-            if (total <= self.max_bytes and len(self._branches) <= self.max_branches) or name == newest:
+        for branch in sorted(kept, key=lambda branch: not any(other.extends(branch) for other in kept)):
+            name = branch.session.name
+            if total <= self.max_bytes and len(self._branches) <= self.max_branches:
                 return
-            total -= size
+            if name == newest:
+                continue
+            total -= sizes[name]
             del self._branches[name]
             self.memory.release(name)
 

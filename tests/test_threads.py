@@ -193,6 +193,22 @@ def test_no_more_branches_are_kept_than_allowed(engine: TransformersEngine) -> N
     assert len(threads.memory.names()) == 2
 
 
+def test_what_a_longer_branch_went_on_from_goes_before_any_other(engine: TransformersEngine) -> None:
+    """A conversation that waits must not be read again for what another would need to go back."""
+    threads = Threads(Memory(engine, TIGHT), max_branches=3)
+    waiting = [user("I wait.")]
+    waiting.append(answer(threads.turn(waiting)))
+    messages: list[dict[str, object]] = []
+    while len(threads.branches("default")) < 3:  # the branch before a compaction is kept to go back to
+        messages.append(user("some words more than before"))
+        messages.append(answer(threads.turn(messages)))
+    answer(threads.turn([user("a third one")]))
+    assert len(threads.branches("default")) == 3
+    conversations = [told(branch) for branch in threads.branches("default")]
+    assert waiting in conversations
+    assert messages in conversations
+
+
 def test_pruning_keeps_the_branches_used_last(threads: Threads) -> None:
     for number in range(3):
         answer(threads.turn([user(f"hello {number}")]))
