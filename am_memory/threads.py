@@ -281,18 +281,18 @@ class Threads:
 
     def _evict(self, newest: str) -> None:
         """Those go first that a longer one went on from, and of these, and of the others, those used longest ago."""
-        kept = list(self._branches.values())
-        sizes = {branch.session.name: branch.session.stats.kv_bytes for branch in kept}
+        sizes = {name: branch.session.stats.kv_bytes for name, branch in self._branches.items()}
         total = sum(sizes.values())
-        for branch in sorted(kept, key=lambda branch: not any(other.extends(branch) for other in kept)):
-            name = branch.session.name
-            if total <= self.max_bytes and len(self._branches) <= self.max_branches:
-                return
-            if name == newest:
-                continue
+        others = [name for name in sizes if name != newest]
+        while others and (total > self.max_bytes or len(self._branches) > self.max_branches):
+            name = min(others, key=lambda each: not self._is_extended(self._branches[each]))
+            others.remove(name)
             total -= sizes[name]
             del self._branches[name]
             self.memory.release(name)
+
+    def _is_extended(self, branch: Branch) -> bool:
+        return any(other.extends(branch) for other in self._branches.values())
 
     def _load(self, thread: str, keys: Sequence[str]) -> bool:
         """Bring saved branches of a thread that are not in memory; whether there were any.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from driven import read, some_tokens, write
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -51,22 +51,6 @@ def new_context(engine: TransformersEngine) -> NewContext:
         return Context("test", engine, policy, notify, engine.new_cache(), num_pinned=policy.num_sinks)
 
     return make
-
-
-def some_tokens(count: int, seed: int = 0) -> list[int]:
-    return random.Random(seed).choices(range(256), k=count)
-
-
-def read(context: Context, token_ids: list[int]) -> None:
-    with context.transaction():
-        context.tokens.extend(token_ids)
-        context.read(len(context.tokens) - 1)
-
-
-def write(context: Context, count: int) -> None:
-    for _ in range(count):
-        with context.transaction():
-            context.tokens.append(int(context.next_logits().argmax()))
 
 
 def held(context: Context) -> list[Tensor]:

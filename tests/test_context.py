@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import random
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from types import FrameType
 
 import pytest
 import torch
+from driven import read, some_tokens, write
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -54,25 +54,6 @@ def new_context(engine: TransformersEngine) -> NewContext:
         return Context("test", engine, policy, notify, engine.new_cache(), num_pinned=policy.num_sinks)
 
     return make
-
-
-def some_tokens(count: int, seed: int = 0) -> list[int]:
-    return random.Random(seed).choices(range(256), k=count)
-
-
-def read(context: Context, token_ids: list[int]) -> None:
-    """What `Session.append` does."""
-    with context.transaction():
-        context.check(token_ids)
-        context.tokens.extend(token_ids)
-        context.read(len(context.tokens) - 1)
-
-
-def write(context: Context, count: int) -> None:
-    """What `Session.generate` does, greedily."""
-    for _ in range(count):
-        with context.transaction():
-            context.tokens.append(int(context.next_logits().argmax()))
 
 
 def sampled(context: Context, conversations: Conversations = ()) -> list[ReferenceQueries]:
