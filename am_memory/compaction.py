@@ -31,8 +31,10 @@ LEAST_FILL, FREE_PADDING = 0.85, 8
 MAX_GROUP_HEADS = 32
 # Where there is a gate, every so many queries one is held out of the fits. Keys are chosen by all of them.
 HELD_OUT_INTERVAL = 8
-# Pull of the biases toward none: reference queries that look alike leave some of them undecided.
+# Pull of the biases toward none, in a head that spends all of its attention on the block.
 BIAS_RIDGE = 1e-2
+# Heads that spend less of their attention than this on a block are pulled no harder: nothing of a fit is left there.
+LEAST_SHARE = 1e-3
 
 Richer = Callable[[Plan], Plan | None]
 """The same plan with more slots for its newest segment, or None where there are no more."""
@@ -293,6 +295,11 @@ def groups_of_like_size(heads: Sequence[Head], num_slots: int) -> Iterator[tuple
 def fit_heads(group: Sequence[Head], segment: Segment, policy: MemoryPolicy) -> tuple[Fit, list[Slots], Tensor | None]:
     """Choose and fit the slots of some heads, as one batch.
 
+    The reference queries speak for what is looked up in the block. What else will be asked of it is not known, only
+    that biases and values as they were are never far off. An error reaches the model's output scaled by the share of
+    attention that a query spends on the block, and its square by the square of it: so in a head where reference queries
+    spend much, they decide, and where they spend little, the originals do (`pull`).
+
     Returns:
         The fit; each head's slots in the model's dtype, in the order of the tokens; and the output error of each head
         on queries that were held out of the fit, (number of heads,) float32, or None where none were.
@@ -304,13 +311,14 @@ def fit_heads(group: Sequence[Head], segment: Segment, policy: MemoryPolicy) -> 
     indices = policy.key_selection(block, exact.scores, num_slots)
     every = torch.arange(block.num_queries, device=block.key.device)
     is_gated = policy.max_error is not None and block.num_queries >= HELD_OUT_INTERVAL
+    pull = exact.share.clamp_min(LEAST_SHARE).double() ** -2
     is_held_out = (every % HELD_OUT_INTERVAL == HELD_OUT_INTERVAL - 1) & is_gated
     group_fit = fit(
         block.queries(every[~is_held_out]) if is_gated else block,
         indices,
         num_slots,
-        bias_ridge=BIAS_RIDGE,
-        ridge=policy.ridge,
+        bias_ridge=BIAS_RIDGE * pull,
+        ridge=policy.ridge * pull,
         fit_bias=policy.fit in ("bias_and_values", "bias"),
         fit_values=policy.fit in ("bias_and_values", "values"),
         rotations=torch.stack(rotations) if rotations else None,

@@ -325,6 +325,25 @@ def test_a_group_fits_each_head_as_if_it_were_alone() -> None:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_a_head_is_fitted_as_far_as_it_looks_at_the_block() -> None:
+    """Of less and less attention, biases and values come nearer and nearer to what they were."""
+    torch.manual_seed(0)
+    (head,) = some_heads([9])
+
+    def change(share: float) -> tuple[float, float]:
+        block = replace(head.block, log_mass=head.exact.log_mass - math.log(share))
+        looking = replace(head, block=block, exact=exact_attention(block))
+        fitted, (slots,), _ = fit_heads([looking], Segment(0, 40, 1000), POLICY)
+        return float(fitted.bias.abs().max()), float((slots.value - head.block.value[0, slots.positions]).abs().max())
+
+    whole, plain = change(1.0), fit_heads([head], Segment(0, 40, 1000), POLICY)[0]
+    assert whole[0] == pytest.approx(float(plain.bias.abs().max()), rel=1e-4)
+    for changes in zip(*map(change, (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3)), strict=True):
+        assert list(changes) == sorted(changes, reverse=True)
+        assert changes[-1] < 0.01 * changes[0]
+    assert max(change(1e-30)) < 0.01 * min(whole)  # no share is too small
+
+
 # The gate
 
 

@@ -368,3 +368,18 @@ def test_the_profile_knows_the_window_once_the_model_is_loaded(new_model: NewMod
 
 def test_making_a_model_loads_nothing() -> None:
     assert ChatAMMemory(model="/there/is/no/such/model").get_name() == "ChatAMMemory"
+
+
+def test_what_a_model_is_loaded_with_is_what_was_set(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: dict[str, Any] = {}
+
+    def from_pretrained(source: str, **given: Any) -> Memory:
+        loaded.update(given, source=source)
+        return Memory(engine, given["policy"])
+
+    monkeypatch.setattr(Memory, "from_pretrained", from_pretrained)
+    settings: dict[str, Any] = {"engine": "llama_cpp", "device": "cuda:1", "dtype": "bfloat16", "store": "there"}
+    ChatAMMemory(model="mine", policy=ROOMY, compile=True, **settings).invoke("hello", max_tokens=1)
+    assert loaded == {"source": "mine", "policy": ROOMY, "compile": True, **settings}
