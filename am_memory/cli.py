@@ -17,6 +17,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from am_memory.cli_calibrate import calibrate
+from am_memory.cli_options import Compile, Device, Dtype, KeepRatio, Model, Pinned, RunBy, TriggerTokens, policy_of
 from am_memory.cli_serve import serve
 from am_memory.demo import run_demo
 from am_memory.display import (
@@ -28,7 +29,6 @@ from am_memory.display import (
     stats_table,
     status,
 )
-from am_memory.engines.base import EngineName
 from am_memory.errors import AMMemoryError
 from am_memory.memory import Memory
 from am_memory.policy import MemoryPolicy
@@ -66,10 +66,6 @@ app.command()(calibrate)
 
 STORE_HELP = "Where sessions are saved: a folder or any fsspec URL [default: ~/.local/share/am_memory/sessions]."
 
-Model = Annotated[str, typer.Option(help='A hub id, a folder, a .gguf file, or "demo" for the bundled model.')]
-RunBy = Annotated[EngineName, typer.Option("--engine", help="What runs it; llama_cpp runs a .gguf file as it is.")]
-TriggerTokens = Annotated[int, typer.Option(help="Size of the cache, in tokens, that fires a compaction.")]
-KeepRatio = Annotated[float, typer.Option(help="Slots kept for each token that is compacted.")]
 StoreURL = Annotated[str | None, typer.Option(help=STORE_HELP, show_default=False)]
 
 
@@ -99,7 +95,10 @@ def chat(  # noqa: PLR0913, PLR0917  what can be set
     engine: RunBy = "transformers",
     trigger_tokens: TriggerTokens = 2048,
     keep_ratio: KeepRatio = 0.1,
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the model's layers by torch.compile.")] = False,
+    pinned: Pinned = "system",
+    device: Device = None,
+    dtype: Dtype = None,
+    compile: Compile = False,
     session: Annotated[str, typer.Option(help="Name of the conversation; it goes on where it was saved.")] = "default",
     store: StoreURL = None,
     system: Annotated[str | None, typer.Option(help="System prompt of a new conversation; it stays exact.")] = None,
@@ -109,10 +108,17 @@ def chat(  # noqa: PLR0913, PLR0917  what can be set
     """Chat in the terminal, without an end. /compact, /stats, /fork NAME, /save, /quit."""
     console = Console(highlight=False)
     bars = EventBars(console)
-    policy = MemoryPolicy(trigger_tokens=trigger_tokens, keep_ratio=keep_ratio)
+    policy = policy_of(trigger_tokens, keep_ratio, pinned)
     with bars.showing(f"loading {model}"):
         memory = Memory.from_pretrained(
-            model, engine=engine, policy=policy, compile=compile, store=store or default_store(), on_event=bars
+            model,
+            engine=engine,
+            policy=policy,
+            device=device,
+            dtype=dtype,
+            compile=compile,
+            store=store or default_store(),
+            on_event=bars,
         )
         conversation = memory.session(session)
         if system is not None and not conversation.tokens:

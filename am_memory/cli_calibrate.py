@@ -11,6 +11,7 @@ from rich.console import Console
 
 from am_memory.budgets import Calibration, calibrated_ranks
 from am_memory.calibration import calibrate as measure
+from am_memory.cli_options import MODEL_HELP
 from am_memory.demo import PLAIN
 from am_memory.display import EventBars
 from am_memory.errors import InvalidInput
@@ -21,7 +22,7 @@ SHOWN_RATIOS = (0.05, 0.1, 0.2)
 
 
 def calibrate(
-    model: Annotated[str, typer.Argument(help='A hub id, a folder, a .gguf file, or "demo" for the bundled model.')],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     text: Annotated[list[Path], typer.Option(help="A text file to measure on; several may be given.")],
     out: Annotated[Path, typer.Option(help="The .json file to write.")],
     plot: Annotated[Path | None, typer.Option(help="Also draw the curves and the slots into this image.")] = None,

@@ -9,21 +9,21 @@ from typing import Annotated
 
 import typer
 
+from am_memory.cli_options import Compile, Device, Dtype, KeepRatio, Model, Pinned, RunBy, TriggerTokens, policy_of
 from am_memory.errors import InvalidInput
 from am_memory.memory import Memory
-from am_memory.policy import MemoryPolicy
 
 KEYS_VARIABLE = "AM_MEMORY_API_KEYS"
 MIB = 2**20
 
 
 def serve(  # noqa: PLR0913, PLR0917  # each is an option of the command
-    model: Annotated[
-        str, typer.Option(help='A hub id, a folder, a .gguf file, or "demo" for the bundled model.')
-    ] = "demo",
+    model: Model = "demo",
+    engine: RunBy = "transformers",
     model_name: Annotated[str | None, typer.Option(help="What clients call it [default: by the model]")] = None,
-    trigger_tokens: Annotated[int, typer.Option(help="Size of a cache, in tokens, that fires a compaction.")] = 2048,
-    keep_ratio: Annotated[float, typer.Option(help="Slots kept for each token that is compacted.")] = 0.1,
+    trigger_tokens: TriggerTokens = 2048,
+    keep_ratio: KeepRatio = 0.1,
+    pinned: Pinned = "system",
     store: Annotated[
         str | None, typer.Option(help="Where conversations are kept: a folder or any fsspec URL [default: nowhere]")
     ] = None,
@@ -44,8 +44,9 @@ def serve(  # noqa: PLR0913, PLR0917  # each is an option of the command
     max_session_mib: Annotated[int, typer.Option(help="What their caches may take, in MiB.")] = 4096,
     max_body_mib: Annotated[int, typer.Option(help="Size of a request, in MiB.")] = 16,
     shutdown_seconds: Annotated[float, typer.Option(help="For running answers to come to their end.")] = 30.0,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda [default: the best there is]")] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the model's layers by torch.compile.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    compile: Compile = False,
 ) -> None:
     """Serve OpenAI's API, and a chat page at /, with history without an end."""
     try:
@@ -68,8 +69,11 @@ def serve(  # noqa: PLR0913, PLR0917  # each is an option of the command
         max_body_bytes=max_body_mib * MIB,
         shutdown_seconds=shutdown_seconds,
     )
-    policy = MemoryPolicy(trigger_tokens=trigger_tokens, keep_ratio=keep_ratio)
-    run(Memory.from_pretrained(model, policy=policy, store=store, device=device, compile=compile), settings)
+    policy = policy_of(trigger_tokens, keep_ratio, pinned)
+    memory = Memory.from_pretrained(
+        model, engine=engine, policy=policy, device=device, dtype=dtype, compile=compile, store=store
+    )
+    run(memory, settings)
 
 
 def keys_of_environment() -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from am_memory.cache import KVCache
 from am_memory.context import Context
-from am_memory.engines.base import Engine, EngineName, Message
+from am_memory.engines.base import DtypeName, Engine, EngineName, Message, as_dtype
 from am_memory.errors import InvalidInput, ModelMismatch, SessionNotFound, StorageError
 from am_memory.events import Event, Listener, ignore, log
 from am_memory.history import History
@@ -72,7 +72,7 @@ class Memory:
         engine: EngineName = "transformers",
         policy: MemoryPolicy | None = None,
         device: str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | DtypeName | None = None,
         compile: bool = False,
         store: str | os.PathLike[str] | None = None,
         on_event: Listener = ignore,
@@ -82,7 +82,10 @@ class Memory:
         Args:
             model: a hub id, a local folder, a .gguf file, or "demo" for the bundled model.
             engine: "llama_cpp" runs .gguf files and "demo" as they are, quantised, on the stock llama-cpp-python.
-            device, dtype: None is the best there is; for llama.cpp the dtype is that of keys and values.
+            device: None is the best there is.
+            dtype: of weights and cache, or its name; for llama.cpp of keys and values alone. None is bfloat16 on CUDA
+                and float32 on a CPU, which reads and decodes faster in bfloat16 if it multiplies it
+                (docs/performance.md); for llama.cpp float16.
             compile: compile the model's layers by `torch.compile` for decoding (engine "transformers" only). Loading
                 takes up to a minute longer; docs/performance.md says what it is good for.
 
@@ -90,19 +93,19 @@ class Memory:
             ModelNotFound: there is no such model.
             UnsupportedModel: its cache cannot be compacted, or its layers not compiled.
             EngineFailed: torch.compile fails on this machine.
-            InvalidInput: llama.cpp is to be compiled.
+            InvalidInput: llama.cpp is to be compiled; a dtype that has no such name, or that llama.cpp does not keep.
         """
         if engine == "llama_cpp":
             if compile:
                 raise InvalidInput("compile=True is for engine='transformers'; llama.cpp is compiled as it is")
             from am_memory.engines.llama_cpp import LlamaCppEngine
 
-            runs = LlamaCppEngine.from_pretrained(model, device=device, dtype=dtype)
+            runs = LlamaCppEngine.from_pretrained(model, device=device, dtype=as_dtype(dtype))
             return cls(runs, policy, store=store, on_event=on_event)
         from am_memory.engines.transformers import TransformersEngine
         from am_memory.models import load_model
 
-        loaded, tokenizer = load_model(model, device=device, dtype=dtype)
+        loaded, tokenizer = load_model(model, device=device, dtype=as_dtype(dtype))
         return cls(
             TransformersEngine(loaded, tokenizer, compile=compile),
             policy,

@@ -51,6 +51,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch, engine: TransformersEngine) -> Transfo
         *,
         engine: str,
         policy: MemoryPolicy,
+        device: str | None = None,
+        dtype: str | None = None,
         compile: bool = False,
         store: str | None = None,
         on_event: Listener = ignore,
@@ -305,10 +307,26 @@ def test_a_missed_gate_is_a_warning() -> None:
 
 
 @pytest.mark.parametrize("command", ["chat", "serve"])
-def test_compile_reaches_the_model(run: CommandLine, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
-    def from_pretrained(*_: object, compile: bool, **__: object) -> Memory:
-        raise InvalidInput(f"compile={compile}")
+def test_how_a_model_is_run_reaches_it(run: CommandLine, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    def from_pretrained(*_: object, **given: object) -> Memory:
+        raise InvalidInput(" ".join(f"{name}={given[name]}" for name in ("engine", "device", "dtype", "compile")))
 
     monkeypatch.setattr(Memory, "from_pretrained", from_pretrained)
-    assert "compile=False" in run(command).output
-    assert "compile=True" in run(command, "--compile").output
+    assert "engine=transformers device=None dtype=None compile=False" in run(command).output
+    options = ("--engine", "llama_cpp", "--device", "cpu", "--dtype", "bfloat16", "--compile")
+    assert "engine=llama_cpp device=cpu dtype=bfloat16 compile=True" in run(command, *options).output
+    assert "'int4' is not one of" in run(command, "--dtype", "int4").output
+
+
+@pytest.mark.parametrize("command", ["chat", "serve"])
+@pytest.mark.parametrize("pinned", ["sinks", "first_message", "70"])
+def test_what_is_pinned_can_be_chosen(
+    run: CommandLine, monkeypatch: pytest.MonkeyPatch, command: str, pinned: str
+) -> None:
+    def from_pretrained(*_: object, policy: MemoryPolicy, **__: object) -> Memory:
+        raise InvalidInput(f"pinned={policy.pinned!r}")
+
+    monkeypatch.setattr(Memory, "from_pretrained", from_pretrained)
+    assert f"pinned={70 if pinned == '70' else repr(pinned)}" in run(command, "--pinned", pinned).output
+    assert "pinned" in run(command, "--pinned", "everything").output
+    assert run(command, "--pinned", "everything").exit_code == 1

@@ -26,7 +26,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Message
 
 from am_memory.cli_serve import keys_of_environment, name_of
-from am_memory.engines.base import EngineName
+from am_memory.engines.base import DtypeName, EngineName
 from am_memory.memory import Memory
 from am_memory.policy import MemoryPolicy
 from am_memory_server import sse
@@ -52,7 +52,7 @@ class RaySettings(BaseModel):
     Attributes:
         model: a hub id, a folder, a .gguf file, or "demo", which every node can reach.
         store: a folder or fsspec URL that every node can reach: where conversations outlive their replicas.
-        engine, device, compile: as `Memory.from_pretrained` takes them.
+        engine, device, dtype, compile: as `Memory.from_pretrained` takes them.
         policy: when and how the memory is compacted.
         server: keys, limits and the rest; `host` is the one that Ray Serve's own proxies listen on. Keys may stand in
             the environment as well, as those of `am-memory serve` do.
@@ -65,6 +65,7 @@ class RaySettings(BaseModel):
     store: Annotated[str, Field(min_length=1)]
     engine: EngineName = "transformers"
     device: str | None = None
+    dtype: DtypeName | None = None
     compile: bool = False
     policy: MemoryPolicy = MemoryPolicy()
     server: dict[str, Any] = {}
@@ -81,6 +82,7 @@ class Replica:
             engine=settings.engine,
             policy=settings.policy,
             device=settings.device,
+            dtype=settings.dtype,
             compile=settings.compile,
             store=settings.store,
         )

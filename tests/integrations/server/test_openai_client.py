@@ -7,6 +7,7 @@ from typing import Any
 
 import openai
 import pytest
+from serving import POLICY, NewServer
 
 Message = dict[str, Any]
 TOOL = {
@@ -47,6 +48,20 @@ def test_a_conversation_that_comes_back_reads_only_what_is_new(client: openai.Op
     second = ask(client, messages)
     assert first.usage.prompt_tokens_details.cached_tokens == 0
     assert second.usage.prompt_tokens_details.cached_tokens == first.usage.total_tokens
+
+
+@pytest.mark.parametrize("pinned", ["sinks", "system"])
+def test_a_system_prompt_longer_than_the_trigger_must_not_be_pinned(new_server: NewServer, pinned: str) -> None:
+    messages = [{"role": "system", "content": "this is a rather long system prompt " * 12}, user("hello")]
+    with new_server(policy=POLICY.model_copy(update={"pinned": pinned})) as server:
+        if pinned == "system":
+            with pytest.raises(openai.BadRequestError, match="raise trigger_tokens from 300, or pin less"):
+                ask(server.client(), messages)
+        else:
+            assert ask(server.client(), messages).usage.prompt_tokens > 300
+            with server.http() as http:
+                (session,) = http.get("/v1/memory/sessions").json()["data"]
+            assert session["stats"]["kv_tokens"] <= 300
 
 
 def test_the_whole_message_of_the_client_can_be_sent_back(client: openai.OpenAI) -> None:

@@ -21,9 +21,7 @@ def started(monkeypatch: pytest.MonkeyPatch, engine: TransformersEngine) -> list
     """What would have been served; whatever model is asked for, it is the tiny one."""
     found: list[tuple[Memory, ServerSettings]] = []
 
-    def from_pretrained(
-        model: str, *, policy: MemoryPolicy, store: str | None, device: str | None, compile: bool
-    ) -> Memory:
+    def from_pretrained(model: str, *, policy: MemoryPolicy, store: str | None, **_: Any) -> Memory:
         return Memory(engine, policy, store=store)
 
     monkeypatch.setattr(Memory, "from_pretrained", from_pretrained)
