@@ -79,8 +79,9 @@ class MemoryPolicy(BaseModel):
         min_slots: slots that every head gets of a new segment before any head gets more.
         fit: what is fitted beside the choice of keys; all but "bias_and_values" is for ablations.
         ridge: pull of the fitted values toward the originals, as a fraction of the mean diagonal, in a head that spends
-            all of its attention on the block; of one that spends a share s, 1 / s^2 times it. More is nearer to the
-            full cache where a long text only goes on, and recalls less of what is asked for.
+            all of its attention on the block; of one that spends a share s, 1 / s^2 times it, and less in a block below
+            200 tokens. More is nearer to the full cache where a long text only goes on, and recalls less of what is
+            asked for.
         chunk_tokens: tokens read in one forward pass.
 
     Raises:
