@@ -24,7 +24,6 @@ from am_memory.quantised import decoded
 from am_memory.queries import Progress, ReferenceQueries
 from am_memory.slots import Segment, Slots
 from am_memory.solver import MAX_FOLD_ERROR, Block, ExactAttention, Fit, exact_attention, fit, output_error
-from am_memory.solver.exact import SMALL_BLOCK_TOKENS
 
 # What makes a batch of heads: each has at least this share of the slots of the richest, or some slots less than it...
 LEAST_FILL, FREE_PADDING = 0.85, 8
@@ -32,10 +31,8 @@ LEAST_FILL, FREE_PADDING = 0.85, 8
 MAX_GROUP_HEADS = 32
 # Where there is a gate, every so many queries one is held out of the fits. Keys are chosen by all of them.
 HELD_OUT_INTERVAL = 8
-# Pull of the biases toward none, in a head that spends all of its attention on a long block.
+# Pull of the biases toward none: reference queries that look alike leave some of them undecided.
 BIAS_RIDGE = 1e-2
-# Heads that spend less of their attention than this on a block are pulled no harder: nothing of a fit is left there.
-LEAST_SHARE = 1e-3
 
 Richer = Callable[[Plan], Plan | None]
 """The same plan with more slots for its newest segment, or None where there are no more."""
@@ -293,26 +290,6 @@ def groups_of_like_size(heads: Sequence[Head], num_slots: int) -> Iterator[tuple
         remaining = remaining[size:]
 
 
-def pull_to_originals(share: Tensor, num_keys: Tensor) -> Tensor:
-    """How much what was there counts beside the reference queries: 1 in a head that spends all on a long block.
-
-    The reference queries speak for what is looked up in the block. What else will be asked of it is not known, only
-    that biases and values as they were are never far off. An error reaches the model's output scaled by the share of
-    attention that a query spends on the block, and its square by the square of it: so in a head where reference queries
-    spend much, they decide, and where they spend little, the originals do. Of a short block every query spends little,
-    and there are many in a text: there the share says less, as it does in `fit_weights`.
-
-    Args:
-        share: (B,) float32, `ExactAttention.share`.
-        num_keys: (B,) int64, of the block.
-
-    Returns:
-        (B,) float64, factors of a ridge.
-    """
-    full = (num_keys / SMALL_BLOCK_TOKENS).clamp_max(1.0).double() ** 2
-    return (full / share.clamp_min(LEAST_SHARE).double()) ** 2
-
-
 def fit_heads(group: Sequence[Head], segment: Segment, policy: MemoryPolicy) -> tuple[Fit, list[Slots], Tensor | None]:
     """Choose and fit the slots of some heads, as one batch.
 
@@ -327,14 +304,13 @@ def fit_heads(group: Sequence[Head], segment: Segment, policy: MemoryPolicy) -> 
     indices = policy.key_selection(block, exact.scores, num_slots)
     every = torch.arange(block.num_queries, device=block.key.device)
     is_gated = policy.max_error is not None and block.num_queries >= HELD_OUT_INTERVAL
-    pull = pull_to_originals(exact.share, block.num_keys)
     is_held_out = (every % HELD_OUT_INTERVAL == HELD_OUT_INTERVAL - 1) & is_gated
     group_fit = fit(
         block.queries(every[~is_held_out]) if is_gated else block,
         indices,
         num_slots,
-        bias_ridge=BIAS_RIDGE * pull,
-        ridge=policy.ridge * pull,
+        bias_ridge=BIAS_RIDGE,
+        ridge=policy.ridge,
         fit_bias=policy.fit in ("bias_and_values", "bias"),
         fit_values=policy.fit in ("bias_and_values", "values"),
         rotations=torch.stack(rotations) if rotations else None,

@@ -78,10 +78,8 @@ class MemoryPolicy(BaseModel):
             on llama.cpp, nor where a RoPE changes with the length of the text. 0: decoding stands still meanwhile.
         min_slots: slots that every head gets of a new segment before any head gets more.
         fit: what is fitted beside the choice of keys; all but "bias_and_values" is for ablations.
-        ridge: pull of the fitted values toward the originals, as a fraction of the mean diagonal, in a head that spends
-            all of its attention on the block; of one that spends a share s, 1 / s^2 times it, and less in a block below
-            200 tokens. More is nearer to the full cache where a long text only goes on, and recalls less of what is
-            asked for.
+        ridge: pull of the fitted values toward the originals, as a fraction of the mean diagonal. With 0.5 what follows
+            is nearer to the full cache where a long text only goes on, and less is recalled of what is asked for.
         chunk_tokens: tokens read in one forward pass.
 
     Raises:
@@ -112,7 +110,7 @@ class MemoryPolicy(BaseModel):
     ahead_tokens: Annotated[int, Field(ge=0)] = 0
     min_slots: Annotated[int, Field(gt=0)] = 1
     fit: Literal["bias_and_values", "bias", "values", "nothing"] = "bias_and_values"
-    ridge: Annotated[float, Field(ge=0)] = 3e-3
+    ridge: Annotated[float, Field(ge=0)] = 1e-3
     chunk_tokens: Annotated[int, Field(gt=0)] = 512
 
     def __init__(self, **values: Any) -> None:

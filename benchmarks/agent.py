@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("--compact-fraction", type=float, default=0.8, help="ours")
     parser.add_argument("--max-compact", type=float, default=0.55, help="ours; a fraction of the limit")
     parser.add_argument("--tool-result-weight", type=float, default=0.02, help="ours")
-    parser.add_argument("--ridge", type=float, default=0.1, help="ours")
+    parser.add_argument("--ridge", type=float, default=0.5, help="ours")
     parser.add_argument("--keep-messages", type=int, default=20, help="SummarizationMiddleware's keep; 20 is its own")
     parser.add_argument("--summary-tokens", type=int, default=512, help="of a summary at most")
     parser.add_argument("--seed", type=int, default=0)

@@ -37,7 +37,7 @@ KL_SCHEMES |= {"AM": "bias_and_values", EXACT: "bias_and_values"}
 COUNTS, BLOCK, KEPT, NUM_AFTER = (1, 2, 4, 8), 256, 64, 128
 LONG = MemoryPolicy(trigger_tokens=NUM_CELLS, keep_ratio=0.1, pinned=SINKS)
 SCHEMES = {"AM": {}, "AM, no bias": {"fit": "values"}, "eviction per head": {"fit": "nothing"}}
-SCHEMES |= {"AM, OMP": {"key_selection": "omp"}}
+SCHEMES |= {"AM, OMP, ridge 0.5": {"key_selection": "omp", "ridge": 0.5}}
 
 
 def text_tokens(memory: Memory) -> list[int]:

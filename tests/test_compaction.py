@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from am_memory import Memory, MemoryPolicy, Session
-from am_memory.compaction import Head, fit_heads, groups_of_like_size, pull_to_originals
+from am_memory.compaction import Head, fit_heads, groups_of_like_size
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CompactionFailed
 from am_memory.events import Event, GateMissed
@@ -323,33 +323,6 @@ def test_a_group_fits_each_head_as_if_it_were_alone() -> None:
         _, (alone,), _ = fit_heads([head], segment, POLICY)
         for one, other in zip(slots.fields, alone.fields, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
-def change(head: Head, share: float) -> tuple[float, float]:
-    """The largest bias, and the largest change of a value, where queries spend this share of attention on the block."""
-    block = replace(head.block, log_mass=head.exact.log_mass - math.log(share))
-    looking = replace(head, block=block, exact=exact_attention(block))
-    fitted, (slots,), _ = fit_heads([looking], Segment(0, block.seq_len, 1000), POLICY)
-    return float(fitted.bias.abs().max()), float((slots.value - head.block.value[0, slots.positions]).abs().max())
-
-
-def test_a_head_is_fitted_as_far_as_it_looks_at_the_block() -> None:
-    """Of less and less attention, biases and values come nearer and nearer to what they were."""
-    torch.manual_seed(0)
-    (head,) = some_heads([9], seq_len=300)
-    alone = fit_heads([head], Segment(0, 300, 1000), POLICY)[0]
-    assert change(head, 1.0)[0] == pytest.approx(float(alone.bias.abs().max()), rel=1e-4)
-    for changes in zip(*(change(head, share) for share in (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3)), strict=True):
-        assert list(changes) == sorted(changes, reverse=True)
-        assert changes[-1] < 0.01 * changes[0]
-    assert max(change(head, 1e-30)) < 0.01 * min(change(head, 1.0))  # no share is too small
-
-
-def test_of_a_short_block_a_small_share_says_less() -> None:
-    shares, seq_lens = torch.tensor([1.0, 0.1]), torch.tensor([100, 200, 2000])
-    pulls = [pull_to_originals(shares, seq_len.expand(2)).tolist() for seq_len in seq_lens]
-    assert pulls[1] == pulls[2] == pytest.approx([1.0, 100.0])
-    assert pulls[0] == pytest.approx([1 / 16, 100 / 16])
 
 
 # The gate

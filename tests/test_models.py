@@ -23,7 +23,8 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import logging as transformers_logging
 
-from am_memory import models
+from am_memory import Memory, models
+from am_memory.engines.base import EngineName, as_dtype
 from am_memory.errors import InvalidInput, ModelNotFound, UnsupportedModel
 from am_memory.models import demo_model_path, fingerprint, load_model, needs_conversion
 
@@ -465,3 +466,15 @@ def test_the_byte_tokenizer_knows_chatml(byte_tokenizer) -> None:
     assert text == "<|im_start|>user\nhé<|im_end|>\n<|im_start|>assistant\n"
     assert byte_tokenizer.encode(text)[0] == 256
     assert byte_tokenizer.eos_token_id == 257
+
+
+def test_a_dtype_may_be_named() -> None:
+    assert as_dtype("bfloat16") is torch.bfloat16
+    assert as_dtype(torch.float16) is torch.float16
+    assert as_dtype(None) is None
+
+
+@pytest.mark.parametrize("engine", ["transformers", "llama_cpp"])
+def test_a_dtype_that_there_is_none_of_is_refused_before_anything_is_loaded(engine: EngineName) -> None:
+    with pytest.raises(InvalidInput, match="dtype 'int4' is none of float32, bfloat16, float16"):
+        Memory.from_pretrained("/there/is/no/such/model", engine=engine, dtype="int4")  # type: ignore[arg-type]

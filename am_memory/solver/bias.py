@@ -19,7 +19,7 @@ def solve_bias(
     inherited: Tensor,
     exact: ExactAttention,
     bounds: tuple[float, float],
-    ridge: float | Tensor,
+    ridge: float,
     is_relative: bool,
 ) -> Tensor:
     """Logarithm of the w within [e^low, e^high] that minimises ||A w - b||^2 + ridge * mean(diag(A^T A)) * ||w - 1||^2.
@@ -35,7 +35,7 @@ def solve_bias(
         inherited: (B, t) float32, the biases that the kept keys have already, -inf in padding.
         exact: the block's own attention.
         bounds: of the bias, with low <= 0 <= high.
-        ridge: pull toward no bias, relative to the mean diagonal of A^T A; (B,) is one for each head; 0 in the paper.
+        ridge: pull toward no bias, relative to the mean diagonal of A^T A; 0 in the paper.
         is_relative: shift by the log mass.
 
     Returns:

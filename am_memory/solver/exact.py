@@ -24,8 +24,6 @@ class ExactAttention:
         log_mass: (B, num_queries) float32, log of the sum over the keys of exp(logit).
         output: (B, num_queries, head_dim) float32, softmax(logits) V.
         weight: (B, num_queries) float32, how much each query counts in a fit, as `fit_weights` has it.
-        share: (B,) float32, what a query spends of its attention on the block: the mean over attention, so that the
-            queries that look there decide, and not how many do not.
     """
 
     scores: Tensor
@@ -33,18 +31,15 @@ class ExactAttention:
     log_mass: Tensor
     output: Tensor
     weight: Tensor
-    share: Tensor
 
     def head(self, index: int) -> ExactAttention:
         """One head, as views."""
         return ExactAttention(*(of[index, None] for of in self._tensors))
 
     def queries(self, where: Tensor) -> ExactAttention:
-        """Of some of the queries, int64 indices; the scores and the share are still those of all."""
-        max_logit, log_mass, output, weight = (
-            of[:, where] for of in (self.max_logit, self.log_mass, self.output, self.weight)
-        )
-        return ExactAttention(self.scores, max_logit, log_mass, output, weight, self.share)
+        """Of some of the queries, int64 indices; the scores are still those of all."""
+        by_query = (of[:, where] for of in (self.max_logit, self.log_mass, self.output, self.weight))
+        return ExactAttention(self.scores, *by_query)
 
     @classmethod
     def stack(cls, heads: Sequence[ExactAttention]) -> ExactAttention:
@@ -53,7 +48,7 @@ class ExactAttention:
 
     @property
     def _tensors(self) -> tuple[Tensor, ...]:
-        return self.scores, self.max_logit, self.log_mass, self.output, self.weight, self.share
+        return self.scores, self.max_logit, self.log_mass, self.output, self.weight
 
 
 def exact_attention(block: Block) -> ExactAttention:
@@ -71,8 +66,7 @@ def exact_attention(block: Block) -> ExactAttention:
             share[:, rows] = (log_mass[:, rows] - block.log_mass[:, rows]).exp_()
         add_squared_weights(energy, weight, total, share[:, rows])
     weight = fit_weights(share, block.num_keys)
-    mean_share = share.square().sum(1) / share.sum(1).clamp_min(torch.finfo(torch.float32).tiny)
-    return ExactAttention(rms_scores(energy, block), max_logit, log_mass, output, weight, mean_share)
+    return ExactAttention(rms_scores(energy, block), max_logit, log_mass, output, weight)
 
 
 def fit_weights(share: Tensor, num_keys: Tensor) -> Tensor:

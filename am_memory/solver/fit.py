@@ -57,8 +57,8 @@ def fit(  # noqa: PLR0913  every keyword is one switch of the method, of its own
     num_slots: Tensor,
     *,
     bias_bounds: tuple[float, float] = (-3.0, 3.0),
-    bias_ridge: float | Tensor = 0.0,
-    ridge: float | Tensor = 1e-2,
+    bias_ridge: float = 0.0,
+    ridge: float = 1e-2,
     fit_bias: bool = True,
     fit_values: bool = True,
     rotations: Tensor | None = None,
@@ -72,10 +72,8 @@ def fit(  # noqa: PLR0913  every keyword is one switch of the method, of its own
         indices: (B, t) int64, the kept keys of each head, as a `KeySelection` gives them; padding is not read.
         num_slots: (B,) int64, how many of the t slots each head has.
         bias_bounds: lowest <= 0 and highest >= 0 bias.
-        bias_ridge: pull of the biases toward 0, relative to the mean diagonal of their Gram matrix; (B,) is one for
-            each head; 0 in the paper.
-        ridge: pull of the values toward the originals, relative to the mean diagonal of their Gram matrix; (B,) is one
-            for each head.
+        bias_ridge: pull of the biases toward 0, relative to the mean diagonal of their Gram matrix; 0 in the paper.
+        ridge: pull of the values toward the originals, relative to the mean diagonal of their Gram matrix.
         fit_bias: False leaves every bias 0, for ablations and eviction.
         fit_values: False leaves the original values.
         rotations: (B, num_distances, head_dim, head_dim), what turns a query to later positions: the biases are made

@@ -50,14 +50,9 @@ def without_padding(gram: Tensor, is_slot: Tensor) -> Tensor:
     return padded + torch.diag_embed(torch.where(is_slot, 0.0, torch.where(mean > 0, mean, 1.0)))
 
 
-def add_ridge(gram: Tensor, is_slot: Tensor, ridge: float | Tensor) -> Tensor:
-    """(B, t, t): the diagonal raised by ridge times its mean over each head's slots, except in padding.
-
-    Args:
-        ridge: one for all heads, or (B,), one for each.
-    """
-    of_head = torch.as_tensor(ridge, dtype=gram.dtype, device=gram.device).reshape(-1, 1)
-    return gram + torch.diag_embed(of_head * mean_diagonal(gram, is_slot) * is_slot)
+def add_ridge(gram: Tensor, is_slot: Tensor, ridge: float) -> Tensor:
+    """(B, t, t): the diagonal raised by ridge times its mean over each head's slots, except in padding."""
+    return gram + torch.diag_embed(ridge * mean_diagonal(gram, is_slot) * is_slot)
 
 
 def mean_diagonal(gram: Tensor, is_slot: Tensor) -> Tensor:

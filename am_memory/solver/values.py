@@ -59,7 +59,7 @@ def compact_attention(
     )
 
 
-def solve_values(attention: CompactAttention, is_slot: Tensor, ridge: float | Tensor) -> tuple[Tensor, Tensor]:
+def solve_values(attention: CompactAttention, is_slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """Change D of the values that minimises ||X D - (Y - X V)||^2 + ridge * mean(diag(X^T X)) * ||D||^2.
 
     The paper's least squares is often rank-deficient; the ridge pulls the values toward the kept originals.
@@ -67,7 +67,7 @@ def solve_values(attention: CompactAttention, is_slot: Tensor, ridge: float | Te
     Args:
         attention: of the kept keys.
         is_slot: (B, t) bool, False in padding.
-        ridge: relative to the mean diagonal of X^T X; (B,) is one for each head.
+        ridge: relative to the mean diagonal of X^T X.
 
     Returns:
         (B, t, head_dim) float64, the change, 0 in padding, and (B,) float64, the ||Y - X (V + D)||^2 it leaves.

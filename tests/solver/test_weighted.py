@@ -31,17 +31,6 @@ def test_queries_count_by_their_share_of_attention(block):
     torch.testing.assert_close(exact_attention(block).weight.double(), weight, rtol=1e-4, atol=0)
 
 
-def test_the_share_of_a_head_is_a_mean_over_attention(block):
-    share = torch.stack([head.share for head in heads(block)])
-    expected = torch.stack([(each * each).sum() / each.sum() for each in share])
-    torch.testing.assert_close(exact_attention(block).share.double(), expected, rtol=1e-4, atol=0)
-    assert (expected > share.mean(1)).all()
-
-
-def test_queries_that_see_nothing_else_spend_all_on_the_block(make_block):
-    assert exact_attention(make_block(3)).share.tolist() == [1.0, 1.0, 1.0]
-
-
 def test_in_a_long_block_the_share_is_the_weight():
     share = torch.tensor([[0.5, 0.1, 0.001, 0.0]])
     weight = fit_weights(share, torch.tensor([100 * SMALL_BLOCK_TOKENS]))
