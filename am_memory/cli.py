@@ -101,7 +101,7 @@ def chat(  # noqa: PLR0913, PLR0917  what can be set
     compile: Compile = False,
     session: Annotated[str, typer.Option(help="Name of the conversation; it goes on where it was saved.")] = "default",
     store: StoreURL = None,
-    system: Annotated[str | None, typer.Option(help="System prompt of a new conversation; it stays exact.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt of a new conversation.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy decoding.")] = 0.7,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
 ) -> None:

@@ -95,17 +95,18 @@ class Memory:
             EngineFailed: torch.compile fails on this machine.
             InvalidInput: llama.cpp is to be compiled; a dtype that has no such name, or that llama.cpp does not keep.
         """
+        dtype = as_dtype(dtype)
         if engine == "llama_cpp":
             if compile:
                 raise InvalidInput("compile=True is for engine='transformers'; llama.cpp is compiled as it is")
             from am_memory.engines.llama_cpp import LlamaCppEngine
 
-            runs = LlamaCppEngine.from_pretrained(model, device=device, dtype=as_dtype(dtype))
+            runs = LlamaCppEngine.from_pretrained(model, device=device, dtype=dtype)
             return cls(runs, policy, store=store, on_event=on_event)
         from am_memory.engines.transformers import TransformersEngine
         from am_memory.models import load_model
 
-        loaded, tokenizer = load_model(model, device=device, dtype=as_dtype(dtype))
+        loaded, tokenizer = load_model(model, device=device, dtype=dtype)
         return cls(
             TransformersEngine(loaded, tokenizer, compile=compile),
             policy,
