@@ -235,6 +235,32 @@ class Engine(Protocol):
         ...
 
 
+class Branches(Protocol):
+    """Texts that go on behind one cache, side by side: each sees what the cache holds, and itself."""
+
+    @property
+    def logits(self) -> Tensor:
+        """(num_branches, vocab_size) float32: what each of them expects next."""
+        ...
+
+    def read(self, branches: Sequence[int], token_ids: Sequence[int]) -> None:
+        """Read one more token into each of some branches; the others end, and these are all there are from then on."""
+        ...
+
+
+@runtime_checkable
+class Branching(Protocol):
+    """What an engine has beside, where a forward pass can read a token of each of several texts."""
+
+    def branches(self, cache: SessionCache, beginnings: Sequence[Sequence[int]]) -> Branches | None:
+        """Texts that begin with these tokens behind the cache, which stays as it is; None where it has no room for it.
+
+        Args:
+            beginnings: of each text, at least one token.
+        """
+        ...
+
+
 @runtime_checkable
 class OwnVocabulary(Protocol):
     """What an engine answers beside, for constrained answers, where it has no `tokenizer` of transformers."""

@@ -1,15 +1,15 @@
 """Self-study: the model answers prompts about what it was told, and the queries of prompts and answers are taken.
 
 What it looks up while it sums up, asks, lists and structures is what later turns look up (arXiv:2602.16284, section
-3.1). Writing an answer costs a forward pass for each token; a written one is read in one. The two are apart, so that
-whoever keeps the answers has the same queries again. Knows nothing of how they are used.
+3.1). Writing costs a forward pass for each token of the longest answer; a written one is read in one. The two are
+apart, so that whoever keeps the answers has the same queries again. Knows nothing of how they are used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from am_memory.engines.base import Engine, SessionCache
+from am_memory.engines.base import Branches, Branching, Engine, SessionCache
 from am_memory.queries.reference import ReferenceQueries
 from am_memory.queries.repeat_prefill import as_turn
 from am_memory.queries.scratch import queries_on_scratch
@@ -36,25 +36,63 @@ def study_prompts(engine: Engine) -> list[list[int]]:
 def self_study(
     engine: Engine, cache: SessionCache, *, max_tokens: int, on_progress: Callable[[int, int], None]
 ) -> Conversations:
-    """Let the model answer the prompts on scratch, greedily, one after the other, as a cache holds one sequence.
+    """Let the model answer the prompts on scratch, greedily: a token of each answer in a pass where the engine can.
 
     Args:
         cache: holds the block; it is afterwards as it was, whatever happens.
-        max_tokens: of all answers together. Each ends with its turn, or with its share of what those before it left.
+        max_tokens: of all answers together. Each ends with its turn, or with its share of what others leave.
         on_progress: called with (tokens of the budget that are used, or not needed; budget).
     """
-    prompts, conversations, num_used = study_prompts(engine), [], 0
+    prompts = study_prompts(engine)
+    branches = engine.branches(cache, prompts) if isinstance(engine, Branching) else None
+    if branches is None:
+        answers = one_after_the_other(engine, cache, prompts, max_tokens, on_progress)
+    else:
+        answers = side_by_side(branches, engine.info.eos_token_ids, max_tokens, on_progress)
+    on_progress(max_tokens, max_tokens)
+    return tuple((*prompt, *answer) for prompt, answer in zip(prompts, answers, strict=True))
+
+
+def side_by_side(
+    branches: Branches, eos_token_ids: frozenset[int], max_tokens: int, on_progress: Callable[[int, int], None]
+) -> list[list[int]]:
+    """The answers of all branches, without the end of their turns; what one leaves of its share goes to the others."""
+    answers: list[list[int]] = [[] for _ in branches.logits]
+    writing, num_used = answers, 0
+    while True:
+        chosen = branches.logits.argmax(1).tolist()
+        going = [index for index, token_id in enumerate(chosen) if token_id not in eos_token_ids]
+        del going[max_tokens - num_used :]
+        writing, token_ids = [writing[index] for index in going], [chosen[index] for index in going]
+        for answer, token_id in zip(writing, token_ids, strict=True):
+            answer.append(token_id)
+        num_used += len(going)
+        if going:
+            on_progress(num_used, max_tokens)
+        if not going or num_used == max_tokens:
+            return answers
+        branches.read(going, token_ids)
+
+
+def one_after_the_other(
+    engine: Engine,
+    cache: SessionCache,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    on_progress: Callable[[int, int], None],
+) -> list[list[int]]:
+    """The same for an engine whose caches hold one text each; what one leaves of its share goes to those after it."""
+    answers: list[list[int]] = []
+    num_used = 0
 
     def on_written(num_written: int) -> None:
         on_progress(num_used + num_written, max_tokens)
 
     for index, prompt in enumerate(prompts):
         share = (max_tokens - num_used) // (len(prompts) - index)
-        answer = greedy_answer(engine, cache, prompt, share, on_written)
-        conversations.append((*prompt, *answer))
-        num_used += len(answer)
-    on_progress(max_tokens, max_tokens)
-    return tuple(conversations)
+        answers.append(greedy_answer(engine, cache, prompt, share, on_written))
+        num_used += len(answers[-1])
+    return answers
 
 
 def greedy_answer(

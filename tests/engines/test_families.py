@@ -125,6 +125,19 @@ def test_compiled_layers_give_the_same_logits(
     assert_same_logits(torch.cat(rows), expected, 1e-4)
 
 
+def test_branches_expect_what_the_stock_model_does(engine: TransformersEngine, expected: Tensor) -> None:
+    """The same text behind beginnings of it that differ in length, a token of each at once."""
+    cache, ids = engine.new_cache(), tokens()
+    engine.forward(cache, ids[:20])
+    branches = engine.branches(cache, [ids[20:30], ids[20:23]])
+    if branches is None:
+        assert any(layer.is_sliding for layer in cache.layers)
+        return
+    for first, second in [(30, 23), (31, 24), (32, 25)]:
+        assert_same_logits(branches.logits, expected[[first - 1, second - 1]], 1e-4)
+        branches.read([0, 1], [ids[first], ids[second]])
+
+
 def test_keeping_everything_changes_nothing(engine: TransformersEngine, expected: Tensor) -> None:
     policy = MemoryPolicy(trigger_tokens=1.0, keep_ratio=1.0, max_compact_tokens=100, pinned=2)
     session = Memory(engine, policy).session()

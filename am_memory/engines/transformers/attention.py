@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from am_memory.engines.transformers import fused, partwise
+from am_memory.engines.transformers.branches import BranchLayer
 from am_memory.errors import UnsupportedOperation
 from am_memory.layers import CompactableLayer
 from am_memory.slots import Slots
@@ -55,7 +56,7 @@ def attention_forward(
         (1, num_tokens, num_attention_heads, head_dim), and None for the weights.
     """
     is_deferred = kwargs.pop(IS_DEFERRED, False)
-    layer: CompactableLayer | None = None if is_deferred else getattr(key, "am_layer", None)
+    layer: CompactableLayer | BranchLayer | None = None if is_deferred else getattr(key, "am_layer", None)
     if layer is None and not is_deferred:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if attention_mask is not None:
@@ -64,8 +65,10 @@ def attention_forward(
         raise UnsupportedOperation(f"attention with {', '.join(strange)} cannot be compacted: use another model")
     if layer is None:
         return torch.ops.am_memory.append_and_attend(query, key, value, scaling), None
-    layer.scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    slots = layer.slots
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(layer, BranchLayer):
+        return layer.attend(query, scaling).transpose(1, 2).contiguous(), None
+    layer.scaling, slots = scaling, layer.slots
     output, log_mass = attend(query, key, value, slots, layer.scaling)
     if layer.query_sink is not None:
         grouped = key.shape[1], -1, query.shape[2]

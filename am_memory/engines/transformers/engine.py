@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
 
 from am_memory.cache import KVCache
 from am_memory.engines.base import Message, ModelInfo, OnQuery, SessionCache, Tool
 from am_memory.engines.templates import template_errors
 from am_memory.engines.transformers import attention, support
+from am_memory.engines.transformers.branches import TextBranches
 from am_memory.engines.transformers.compiled import compile_layers
 from am_memory.engines.transformers.rotary import layer_rotations, length_dependent_kinds
 from am_memory.errors import InvalidInput, UnsupportedModel, UnsupportedOperation
@@ -64,8 +66,7 @@ class TransformersEngine:
     def forward(
         self, cache: SessionCache, token_ids: Sequence[int], *, num_logits: int = 0, on_query: OnQuery | None = None
     ) -> Tensor:
-        if not isinstance(cache, KVCache):
-            raise InvalidInput(f"a {type(cache).__name__} is another engine's cache: make one with new_cache()")
+        cache = _ours(cache)
         ids = torch.tensor([list(token_ids)]).to(self.model.device, non_blocking=True)
         with self._reading(cache, on_query):
             if num_logits == 0:
@@ -75,6 +76,38 @@ class TransformersEngine:
                 input_ids=ids, use_cache=True, logits_to_keep=num_logits, **{self._cache_argument: cache}
             )
         return output.logits[0, :, : self.info.vocab_size].float()  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def branches(self, cache: SessionCache, beginnings: Sequence[Sequence[int]]) -> TextBranches | None:
+        """Texts that begin with these tokens behind the cache, a token of each in one forward pass.
+
+        Returns:
+            None for a model with sliding windows, whose layers hold one text each.
+        """
+        cache = _ours(cache)
+        if len(cache.compactable) < len(cache.layers):
+            return None
+        state, start = cache.state(), cache.num_tokens
+        begun, logits = [], []
+        for token_ids in beginnings:
+            try:
+                logits.append(self.forward(cache, token_ids, num_logits=1))
+                entries = [layer.exact_entries(start, start + len(token_ids)) for layer in cache.compactable]
+                begun.append([(key.clone(), value.clone()) for key, value in entries])
+            finally:
+                cache.restore(state)
+        return TextBranches(cache.compactable, begun, torch.cat(logits), self._step)
+
+    @torch.no_grad()
+    def _step(self, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """One token more for each branch."""
+        output = self.model(
+            input_ids=ids.to(self.model.device, non_blocking=True),
+            position_ids=positions,
+            use_cache=True,
+            **{self._cache_argument: cache},
+        )
+        return output.logits[:, -1, : self.info.vocab_size].float()  # type: ignore[no-any-return]
 
     @contextmanager
     def _reading(self, cache: KVCache, on_query: OnQuery | None) -> Iterator[None]:
@@ -156,6 +189,12 @@ def _model_info(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, immo
         immovable=immovable,
         is_reentrant=not length_dependent_kinds(model),
     )
+
+
+def _ours(cache: SessionCache) -> KVCache:
+    if not isinstance(cache, KVCache):
+        raise InvalidInput(f"a {type(cache).__name__} is another engine's cache: make one with new_cache()")
+    return cache
 
 
 def _as_list(ids: int | list[int] | None) -> list[int]:

@@ -21,17 +21,26 @@ def attend(query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scali
     num_heads, num_tokens, head_dim = key.shape[1], query.shape[2], query.shape[3]
     # A group's query heads see the same keys: pool them, and no key is ever repeated.
     packed = query.reshape(1, num_heads, -1, head_dim)
-    if num_tokens == 1:
-        parts = [partial_attention(packed, key, value, None, scaling)]
-    else:
-        num_past = key.shape[2] - num_tokens
-        parts = [_causal_part(query, key[:, :, num_past:], value[:, :, num_past:], scaling)]
-        if num_past:
-            parts.append(partial_attention(packed, key[:, :, :num_past], value[:, :, :num_past], None, scaling))
-    if slots is not None:
-        parts.append(_slots_part(packed, slots, scaling))
+    parts, num_past = [], key.shape[2]
+    if num_tokens > 1:
+        num_past -= num_tokens
+        parts.append(_causal_part(query, key[:, :, num_past:], value[:, :, num_past:], scaling))
+    parts += past_parts(packed, key[:, :, :num_past], value[:, :, :num_past], slots, scaling)
     output, log_mass = merge(parts)
     return output.view(query.shape), log_mass.reshape(query.shape[:3])
+
+
+def past_parts(
+    query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scaling: float
+) -> list[tuple[Tensor, Tensor]]:
+    """Attention over what all queries see alike: exact entries, and the slots before them; whichever there is of them.
+
+    Args:
+        query: (1, num_heads, num_queries, head_dim).
+        key, value: (1, num_heads, num_keys, head_dim).
+    """
+    parts = [partial_attention(query, key, value, None, scaling)] if key.shape[2] else []
+    return parts if slots is None else [*parts, _slots_part(query, slots, scaling)]
 
 
 def _causal_part(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -74,13 +83,13 @@ def partial_attention(
     """Softmax attention over one set of keys, and the log of its mass.
 
     Args:
-        query: (1, num_heads, num_queries, head_dim).
-        key, value: (1, num_heads, num_keys, head_dim).
-        bias: (1, 1, 1, num_keys), added to every score; None for zero.
+        query: (num_rows, num_heads, num_queries, head_dim).
+        key, value: (num_rows, num_heads, num_keys, head_dim).
+        bias: (num_rows, 1, 1, num_keys), added to every score; None for zero.
         is_causal: query i sees keys 0..i only.
 
     Returns:
-        output (1, num_heads, num_queries, head_dim); log-sum-exp (1, num_heads, num_queries), float32.
+        output (num_rows, num_heads, num_queries, head_dim); log-sum-exp (num_rows, num_heads, num_queries), float32.
     """
     if query.device.type == "cpu":
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
