@@ -105,7 +105,7 @@ class TextBranches:
 
     def read(self, branches: Sequence[int], token_ids: Sequence[int]) -> None:
         if len(branches) < len(self.logits):
-            kept = torch.tensor(branches, device=self.logits.device)
+            kept = torch.tensor(branches)  # in host memory: layers may be on several devices
             for layer in self._layers:
                 layer.keep(kept)
         first = self._layers[0]
