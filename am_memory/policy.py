@@ -41,7 +41,7 @@ class MemoryPolicy(BaseModel):
         keep_recent: the last tokens, which no trigger compacts.
         reference_queries: the sample that a compaction is fitted on, any of "repeat" (one extra pass over the block),
             "self_study" (the model answers prompts about what it was told: a pass for each token of the longest answer)
-            and "live" (queries that passed since, free; for text that only goes on).
+            and "live" (queries that passed since, turned to later positions; free).
         self_study_tokens: how long these answers may be, all together.
         on_policy: each layer's slots are fitted to queries that come through the layers below as compacted. The block
             is repeated in one pass, however long, and layers are compacted as it goes through them; no layer is run

@@ -1,16 +1,22 @@
 """Live queries: those that passed anyway, while the tokens after a block were read or written. No pass of their own.
 
-Right for plain continuation; measured to be useless alone for recall.
+Right for a text that only goes on; measured to be useless alone for recall.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from am_memory.engines.base import SessionLayer
 from am_memory.queries.reference import ReferenceQueries
+
+NUM_DISTANCES = 16
+"""Positions from which live queries are asked once more, at most."""
 
 
 class _Pass(NamedTuple):
@@ -73,3 +79,30 @@ class LiveQueries:
                 return []
             layers.append(ReferenceQueries.pooled([(each.query, each.log_mass) for each in kept]))
         return layers
+
+
+def from_further_away(
+    samples: Sequence[ReferenceQueries], layers: Sequence[SessionLayer], num_tokens: int
+) -> list[ReferenceQueries]:
+    """Live queries as if they came later, evenly spread over the next `num_tokens` positions.
+
+    What has passed stood right behind the block, and looked at the end of it. Whoever looks there as long as the block
+    is remembered does so from further and further away, as RoPE has it: slots and fits are to serve these. How far is
+    not known; a text that was so long may become as long again.
+
+    Args:
+        samples: of each layer.
+        layers: know how their queries turn.
+    """
+    return [
+        ReferenceQueries(_spread(sample.query, layer, num_tokens), sample.log_mass)
+        for sample, layer in zip(samples, layers, strict=True)
+    ]
+
+
+def _spread(query: Tensor, layer: SessionLayer, num_tokens: int) -> Tensor:
+    spread = torch.empty_like(query)
+    for index in range(NUM_DISTANCES):
+        distance = num_tokens * (2 * index + 1) // (2 * NUM_DISTANCES)
+        spread[:, index::NUM_DISTANCES] = layer.turned(query[:, index::NUM_DISTANCES], distance)
+    return spread

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from am_memory.engines.base import Engine, SessionCache
 from am_memory.errors import CompactionFailed
 from am_memory.policy import MemoryPolicy
-from am_memory.queries.live import LiveQueries
+from am_memory.queries.live import LiveQueries, from_further_away
 from am_memory.queries.reference import ReferenceQueries
 from am_memory.queries.repeat_prefill import OnLayer, repeat_queries, repeat_through
 from am_memory.queries.self_study import Conversations, self_study, self_study_queries
@@ -90,6 +90,9 @@ class QuerySources:
                     f"no query has passed since token {passage.end}, and reference_queries is live alone: read more "
                     'first, compact a smaller fraction, or add "repeat"'
                 )
+            if passed and self.engine.info.immovable is None:
+                num_tokens = min(len(passage.token_ids), self.engine.info.window_tokens)
+                passed = from_further_away(passed, cache.compactable, num_tokens)
             if passed:
                 samples.append(passed)
         return [ReferenceQueries.union(layer) for layer in zip(*samples, strict=True)]
