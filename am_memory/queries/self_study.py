@@ -62,14 +62,15 @@ def side_by_side(
     while True:
         chosen = branches.logits.argmax(1).tolist()
         going = [index for index, token_id in enumerate(chosen) if token_id not in eos_token_ids]
+        if not going:
+            return answers
         del going[max_tokens - num_used :]
         writing, token_ids = [writing[index] for index in going], [chosen[index] for index in going]
         for answer, token_id in zip(writing, token_ids, strict=True):
             answer.append(token_id)
         num_used += len(going)
-        if going:
-            on_progress(num_used, max_tokens)
-        if not going or num_used == max_tokens:
+        on_progress(num_used, max_tokens)
+        if num_used == max_tokens:
             return answers
         branches.read(going, token_ids)
 
