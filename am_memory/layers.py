@@ -67,6 +67,10 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     Args:
         rotation: how the layer turns its keys with their position; None: slots stay where they were written.
+
+    Attributes:
+        place: (1,) int64 in the device's memory. While it is set, the one token that `update` is given goes there in
+            the tail, for which there must be room, all of the buffer is returned, and whoever set it counts the token.
     """
 
     is_sliding = False
@@ -80,6 +84,7 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.buffer: TailBuffer | None = None
         self.start = 0  # logical position of the first exact entry
         self.length = 0  # exact entries in use
+        self.place: Tensor | None = None
         self.query_sink: QuerySink | None = None
         self.scaling: float | None = None  # softmax scale, as the attention function last saw it
 
@@ -89,6 +94,8 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append (1, num_key_value_heads, num_tokens, head_dim); return the whole exact tail."""
+        if self.place is not None:
+            return self._put(self.place, key_states, value_states)
         if key_states.shape[0] != 1:
             raise UnsupportedOperation(
                 f"a batch of {key_states.shape[0]} sequences; a session holds one: use one session for each"
@@ -98,7 +105,7 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         buffer = self.buffer
         assert buffer is not None
         end = self.length + key_states.shape[2]
-        if end > buffer.capacity or buffer.is_shared:
+        if key_states.shape[2] > self.room:
             # At most 1/64 stands empty, so that bytes stay honest; a decoded token copies 64 entries on average.
             buffer = self.buffer = buffer.grown(self.length, end + end // 64)
         buffer.key[:, :, self.length : end] = key_states
@@ -107,6 +114,25 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         key, value = self.tail
         key.am_layer = self  # type: ignore[attr-defined]
         return key, value
+
+    def _put(self, place: Tensor, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.buffer is not None
+        key, value = self.buffer.key[:], self.buffer.value
+        key.index_copy_(2, place, key_states)
+        value.index_copy_(2, place, value_states)
+        key.am_layer = self  # type: ignore[attr-defined]
+        return key, value
+
+    @property
+    def room(self) -> int:
+        """Entries that can be written into the buffer as it is."""
+        return 0 if self.buffer is None or self.buffer.is_shared else self.buffer.capacity - self.length
+
+    def reserve(self, num_tokens: int) -> None:
+        """Room for so many entries more, or for half as many where there is that much already."""
+        assert self.buffer is not None
+        if self.room < num_tokens // 2:
+            self.buffer = self.buffer.grown(self.length, self.length + max(num_tokens, self.length // 64))
 
     def exact_entries(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Views of the exact keys and values at logical positions [start, end): (num_heads, end - start, head_dim)."""

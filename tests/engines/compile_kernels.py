@@ -20,7 +20,9 @@ DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 IN_FLOAT32 = {"part_output", "part_log_mass", "log_mass", "key_scale", "value_scale"}
 
 
-def compiled(kernel: triton.JITFunction, dtype: str, constants: dict[str, object], capability: int) -> int:
+def compiled(
+    kernel: triton.JITFunction, dtype: str, constants: dict[str, object], capability: int, options: dict[str, int]
+) -> int:
     """Shared memory of one variant, in bytes; pointers and strides are multiples of 16, as those of a cache are."""
 
     def type_of(name: str) -> str:
@@ -30,6 +32,8 @@ def compiled(kernel: triton.JITFunction, dtype: str, constants: dict[str, object
             return "fp32"
         if name in ("cu_slots", "slot_group", "slot_place"):
             return "*i32"
+        if name == "place":
+            return "*i64"
         if name.endswith("_codes"):
             return "*i8"
         if name.endswith("stride") or name.startswith("num_") or name in ("tail_tokens", "keys_per_part"):
@@ -49,7 +53,6 @@ def compiled(kernel: triton.JITFunction, dtype: str, constants: dict[str, object
         },
     )
     target = GPUTarget("cuda", capability, 32)
-    options = fused.launch_options(has_codes=bool(constants.get("HAS_CODES")))
     return int(triton.compile(source, target=target, options=options).metadata.shared)
 
 
@@ -63,9 +66,10 @@ def main() -> None:
             blocks = {"BLOCK_ROWS": block_rows, "BLOCK_KEYS": block_keys}
             rest = {"HAS_SLOTS": True, "GROUPS": GROUPS, "DOT_DTYPE": DTYPES[dtype]}
             for has_codes in (False, True):
-                constants = {**dims, **blocks, **rest, "HAS_CODES": has_codes}
-                print(compiled(attend_kernel, dtype, constants, capability), flush=True)
-            merge = compiled(merge_kernel, dtype, {**dims, "BLOCK_PARTS": fused.BLOCK_PARTS}, capability)
+                constants = {**dims, **blocks, **rest, "HAS_CODES": has_codes, "HAS_PLACE": num_tokens == 1}
+                options = fused.launch_options(num_tokens * GROUPS, has_codes=has_codes)
+                print(compiled(attend_kernel, dtype, constants, capability, options), flush=True)
+            merge = compiled(merge_kernel, dtype, {**dims, "BLOCK_PARTS": fused.BLOCK_PARTS}, capability, {})
             print(merge, flush=True)
 
 

@@ -69,7 +69,7 @@ def attention_forward(
     if isinstance(layer, BranchLayer):
         return layer.attend(query, scaling).transpose(1, 2).contiguous(), None
     layer.scaling, slots = scaling, layer.slots
-    output, log_mass = attend(query, key, value, slots, layer.scaling)
+    output, log_mass = attend(query, key, value, slots, layer.scaling, layer.place)
     if layer.query_sink is not None:
         grouped = key.shape[1], -1, query.shape[2]
         layer.query_sink(query.reshape(*grouped, query.shape[3]), log_mass.reshape(grouped))
@@ -78,7 +78,9 @@ def attention_forward(
     return output.transpose(1, 2).contiguous(), None
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scaling: float) -> tuple[Tensor, Tensor]:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scaling: float, place: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Causal attention over compact slots and an exact tail.
 
     Args:
@@ -86,11 +88,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scali
         key, value: (1, num_key_value_heads, tail_tokens, head_dim), the new tokens last.
         slots: what stands for everything before the tail; what is in int8 is decoded layer by layer, or by the kernel.
         scaling: softmax scale.
+        place: (1,) int64 in a GPU's memory, where the first of the new tokens is; what follows the last of them is room
+            that nobody sees. None: the last one ends the tail.
 
     Returns:
         output (1, num_attention_heads, num_tokens, head_dim), and the log of the mass that each query spent on
         everything, (1, num_attention_heads, num_tokens) float32.
     """
     if fused.can_attend(query):
-        return fused.attend(query, key, value, slots, scaling)
+        return fused.attend(query, key, value, slots, scaling, place)
+    if place is not None:
+        raise RuntimeError("there is no kernel for this GPU, dtype or head_dim")
     return partwise.attend(query, key, value, slots.decoded() if slots is not None else None, scaling)

@@ -18,6 +18,7 @@ from am_memory.engines.templates import template_errors
 from am_memory.engines.transformers import attention, support
 from am_memory.engines.transformers.branches import TextBranches
 from am_memory.engines.transformers.compiled import compile_layers
+from am_memory.engines.transformers.graphs import token_graphs
 from am_memory.engines.transformers.rotary import layer_rotations, length_dependent_kinds
 from am_memory.errors import InvalidInput, UnsupportedModel, UnsupportedOperation
 from am_memory.models import fingerprint
@@ -57,6 +58,7 @@ class TransformersEngine:
         except UnsupportedModel as error:
             immovable = str(error)
         self.info = _model_info(model, tokenizer, immovable)
+        self._graphs = token_graphs(model, self._read_token, self.new_cache)
         model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     def new_cache(self) -> KVCache:
@@ -67,6 +69,10 @@ class TransformersEngine:
         self, cache: SessionCache, token_ids: Sequence[int], *, num_logits: int = 0, on_query: OnQuery | None = None
     ) -> Tensor:
         cache = _ours(cache)
+        if len(token_ids) == num_logits == 1 and on_query is None and self._graphs is not None:
+            logits = self._graphs.read(cache, token_ids[0])
+            if logits is not None:
+                return logits
         ids = torch.tensor([list(token_ids)]).to(self.model.device, non_blocking=True)
         with self._reading(cache, on_query):
             if num_logits == 0:
@@ -100,7 +106,7 @@ class TransformersEngine:
 
     @torch.no_grad()
     def _step(self, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        """One token more for each branch."""
+        """The logits after one token more of each text, (num_texts, vocab_size); ids and positions (num_texts, 1)."""
         output = self.model(
             input_ids=ids.to(self.model.device, non_blocking=True),
             position_ids=positions,
@@ -108,6 +114,10 @@ class TransformersEngine:
             **{self._cache_argument: cache},
         )
         return output.logits[:, -1, : self.info.vocab_size].float()  # type: ignore[no-any-return]
+
+    def _read_token(self, cache: KVCache, token_id: Tensor, position: Tensor) -> Tensor:
+        with self._reading(cache, None):
+            return self._step(token_id, position, cache)
 
     @contextmanager
     def _reading(self, cache: KVCache, on_query: OnQuery | None) -> Iterator[None]:

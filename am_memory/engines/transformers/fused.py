@@ -18,7 +18,7 @@ from torch import Tensor
 from am_memory.quantised import Quantised
 from am_memory.slots import Slots
 
-KEYS_PER_PART = 256
+KEYS_PER_PART = 128
 MAX_SPLIT_ROWS = 64
 """Queries of one KV head (tokens times its group) up to which its keys are split."""
 BLOCK_PARTS = 16
@@ -52,17 +52,24 @@ def _runs_triton(device: torch.device) -> bool:
 def block_sizes(num_rows: int, head_dim: int, element_size: int) -> tuple[int, int, int]:
     """What a program works on at a time: (padded head_dim, queries, keys), powers of two and at least 16.
 
-    A block of keys, and one of values, take 16 KiB each, so that two of each fit in the shared memory of any GPU that
-    `can_attend` takes. In float32 there are no tensor cores: of more queries, the products would not fit in registers.
+    A block of keys, and one of values, take 32 KiB each where a program sees one block alone, and 16 KiB where it loads
+    the next while it works on one, so that all fit in the shared memory of any GPU that `can_attend` takes. In float32
+    there are no tensor cores: of more queries, the products would not fit in registers.
     """
     padded_dim = max(_power_of_two_from(head_dim), 16)
     block_rows = min(max(_power_of_two_from(num_rows), 16), 64 if element_size == 2 else 16)
-    return padded_dim, block_rows, max(min(64, 2**14 // (padded_dim * element_size)), 16)
+    most_keys, most_bytes = (KEYS_PER_PART, 2**15) if is_split(num_rows) else (64, 2**14)
+    return padded_dim, block_rows, max(min(most_keys, most_bytes // (padded_dim * element_size)), 16)
 
 
-def launch_options(*, has_codes: bool) -> dict[str, int]:
+def is_split(num_rows: int) -> bool:
+    """Whether the keys of so few queries are shared out to programs."""
+    return num_rows <= MAX_SPLIT_ROWS
+
+
+def launch_options(num_rows: int, *, has_codes: bool) -> dict[str, int]:
     """Slots in int8 take a load more for each of theirs: of two stages, shared memory would not hold them all."""
-    return {"num_warps": NUM_WARPS, "num_stages": 1 if has_codes else 2}
+    return {"num_warps": NUM_WARPS, "num_stages": 1 if has_codes or is_split(num_rows) else 2}
 
 
 def _power_of_two_from(number: int) -> int:
@@ -80,7 +87,9 @@ def _pointers(slots: Slots) -> tuple[Tensor, ...]:
     return key, value, key, value, key, value, key, key, slots.bias, slots.cu_slots_tensor
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scaling: float) -> tuple[Tensor, Tensor]:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scaling: float, place: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`attention.attend`, of which the arguments and results are.
 
     All of one dtype of `DTYPES`, but for slots in int8, which are decoded as they are loaded; the last axis of query,
@@ -101,18 +110,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scali
 
     longest = 0 if slots is None else slots.longest
     has_codes = slots is not None and isinstance(slots.key, Quantised)
-    if num_rows <= MAX_SPLIT_ROWS:
+    if is_split(num_rows):
         keys_per_part = KEYS_PER_PART
         num_slot_parts = triton.cdiv(longest, keys_per_part)
         num_parts = num_slot_parts + triton.cdiv(tail_tokens, keys_per_part)
     else:  # slots and tail in one part
         keys_per_part, num_slot_parts, num_parts = max(longest, tail_tokens), 0, 1
-    is_split = num_parts > 1
+    is_merged = num_parts > 1
 
     shape = num_tokens, num_attention_heads, head_dim
     output, log_mass = query.new_empty(shape), query.new_empty(num_attention_heads, num_tokens, dtype=torch.float32)
     parts = output, log_mass
-    if is_split:
+    if is_merged:
         parts = log_mass.new_empty(num_parts, *shape), log_mass.new_empty(num_parts, *log_mass.shape)
     padded_dim, block_rows, block_keys = block_sizes(num_rows, head_dim, query.element_size())
     is_interpreted = not isinstance(attend_kernel, triton.JITFunction)
@@ -124,6 +133,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scali
             key,
             value,
             *((key,) * 10 if slots is None else _pointers(slots)),
+            key if place is None else place,
             *parts,
             scaling,
             num_tokens,
@@ -136,15 +146,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scali
             key.stride(2),
             HAS_SLOTS=longest > 0,
             HAS_CODES=has_codes,
+            HAS_PLACE=place is not None,
             GROUPS=groups,
             HEAD_DIM=head_dim,
             PADDED_DIM=padded_dim,
             BLOCK_ROWS=block_rows,
             BLOCK_KEYS=block_keys,
             DOT_DTYPE=dot_dtype,
-            **launch_options(has_codes=has_codes),
+            **launch_options(num_rows, has_codes=has_codes),
         )
-        if is_split:
+        if is_merged:
             merge_kernel[num_tokens, num_attention_heads](
                 *parts, output, log_mass, num_parts, HEAD_DIM=head_dim, PADDED_DIM=padded_dim, BLOCK_PARTS=BLOCK_PARTS
             )

@@ -29,6 +29,7 @@ def attend_kernel(  # noqa: PLR0913, PLR0917  Triton takes pointers, sizes and s
     slot_place,  # (total_slots,) int32, where it stands among those of its kind
     slot_bias,  # (total_slots,)
     cu_slots,  # (num_key_value_heads + 1,) int32
+    place,  # (1,) int64, with HAS_PLACE: where in the tail the new tokens begin; what follows them is not seen
     output,  # (num_parts, num_tokens, num_key_value_heads * GROUPS, HEAD_DIM)
     log_mass,  # (num_parts, num_key_value_heads * GROUPS, num_tokens) float32
     scaling,
@@ -42,6 +43,7 @@ def attend_kernel(  # noqa: PLR0913, PLR0917  Triton takes pointers, sizes and s
     tail_token_stride,
     HAS_SLOTS: tl.constexpr,
     HAS_CODES: tl.constexpr,
+    HAS_PLACE: tl.constexpr,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
@@ -83,6 +85,8 @@ def attend_kernel(  # noqa: PLR0913, PLR0917  Triton takes pointers, sizes and s
             DOT_DTYPE,
         )  # fmt: skip
 
+    if HAS_PLACE:
+        tail_tokens = tl.load(place).to(tl.int32) + num_tokens
     # A new token sees the past and the new ones up to itself; the block's last token sees the most.
     visible = tail_tokens - num_tokens + 1 + token
     begin = tl.maximum((part - num_slot_parts) * keys_per_part, 0)
@@ -90,13 +94,13 @@ def attend_kernel(  # noqa: PLR0913, PLR0917  Triton takes pointers, sizes and s
     end = tl.minimum(tail_tokens - num_tokens + 1 + last_token, (part - num_slot_parts + 1) * keys_per_part)
     tail_at = head.to(tl.int64) * tail_head_stride
     for start in range(begin, end, BLOCK_KEYS):
-        place = start + column
-        is_key = place < end
+        where = start + column
+        is_key = where < end
         at = tail_at + tl.cast(start, tl.int64) * tail_token_stride
         keys = tl.load(key + at + key_at, mask=is_key[None] & is_dim[:, None], other=0.0)
         values = tl.load(value + at + value_at, mask=is_key[:, None] & is_dim[None], other=0.0)
         scores = tl.dot(queries, keys.to(DOT_DTYPE), input_precision="ieee") * scale
-        scores = tl.where(is_key[None] & (place[None] < visible[:, None]), scores, float("-inf"))
+        scores = tl.where(is_key[None] & (where[None] < visible[:, None]), scores, float("-inf"))
         mixed, top, total = _add(scores, values, mixed, top, total, DOT_DTYPE)
 
     is_seen = total > 0

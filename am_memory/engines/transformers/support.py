@@ -129,9 +129,7 @@ def _probe_errors(model: PreTrainedModel, cache: KVCache) -> tuple[float, float]
         With our cache, of which the first step becomes slots that are exact; and with transformers' own cache and
         attention, which is what rounding does to this model.
     """
-    vocab_size = model.config.get_text_config().vocab_size
-    # Over all of the vocabulary: the first tokens are often special ones, which rounding alone sends far astray.
-    ids = torch.arange(1, 1 + PROBE_TOKENS, device=model.device)[None] * vocab_size // (PROBE_TOKENS + 1)
+    ids = probe_ids(model)[None]
     model.set_attn_implementation("sdpa")
     expected = model(ids, use_cache=False).logits[0].float()
     stock_cache = DynamicCache(config=model.config)
@@ -144,8 +142,15 @@ def _probe_errors(model: PreTrainedModel, cache: KVCache) -> tuple[float, float]
         if start == 0:
             slots = [Slots.exact(*layer.exact_entries(2, 3), start=2) for layer in cache.compactable]
             cache.restore(cache.compacted([Segment(2, 3, 0)], slots, num_pinned=2))
-    return _relative_rms(torch.cat(ours), expected), _relative_rms(torch.cat(stock), expected)
+    return relative_rms(torch.cat(ours), expected), relative_rms(torch.cat(stock), expected)
 
 
-def _relative_rms(actual: Tensor, expected: Tensor) -> float:
+def probe_ids(model: PreTrainedModel) -> Tensor:
+    """Over all of the vocabulary: the first tokens are often special ones, which rounding alone sends far astray."""
+    vocab_size: int = model.config.get_text_config().vocab_size
+    return torch.arange(1, 1 + PROBE_TOKENS, device=model.device) * vocab_size // (PROBE_TOKENS + 1)
+
+
+def relative_rms(actual: Tensor, expected: Tensor) -> float:
+    """RMS error, relative to the standard deviation of what was expected."""
     return float((actual - expected).square().mean().sqrt() / expected.std().clamp_min(1e-12))

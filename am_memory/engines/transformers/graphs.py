@@ -1,0 +1,238 @@
+"""One token's forward pass as a CUDA graph: a GPU runs its thousand kernels sooner than Python launches them.
+
+A graph is captured for one cache, and replayed while slots and tail buffers are those that it was captured with. What
+changes from token to token, its kernels read from the device's memory: the token's id, its position, and its place in
+the tail. Longer steps, and whoever listens to queries, go the way they did. Knows no policy and no compaction.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from am_memory.cache import KVCache
+from am_memory.engines.transformers import support
+from am_memory.engines.transformers.rotary import length_dependent_kinds
+
+PATIENCE = 4
+"""Tokens that a cache reads one by one, in the same slots, before a graph is captured, which takes as long as two."""
+SPARE_TOKENS = 128
+"""Room in the tails when a graph is captured; once it is full they grow, and the next graph is captured."""
+MAX_CACHES = 16
+"""Caches that have a graph at the same time."""
+
+Forward = Callable[[KVCache, Tensor, Tensor], Tensor]
+"""Of a cache, a token's id and its position, (1, 1) int64 on the device: the logits, (1, vocab_size) float32."""
+Replay = Callable[[], object]
+logger = logging.getLogger("am_memory")
+_lock = threading.Lock()
+"""Graphs share their inputs and the memory of what they compute; and torch captures one at a time."""
+
+
+class TokenGraphs:
+    """The graphs of a model, one for each cache that reads token by token.
+
+    Args:
+        forward: the pass to be captured; nothing in it may wait for the device.
+        device: a CUDA device.
+
+    Attributes:
+        is_off: a pass could not be captured, and none is tried again.
+    """
+
+    def __init__(self, forward: Forward, device: torch.device) -> None:
+        self._forward = forward
+        self.device = device
+        self._inputs = torch.zeros(3, dtype=torch.int64, device=device)  # id, position, place
+        self._graphs: weakref.WeakKeyDictionary[KVCache, _CacheGraph] = weakref.WeakKeyDictionary()
+        self._captured = Recorder(device)
+        self.is_off = False
+
+    def read(self, cache: KVCache, token_id: int) -> Tensor | None:
+        """Read a token into a cache by its graph, which may be captured first.
+
+        Returns:
+            The logits, (1, vocab_size) float32; None where the token has to be read as any other step, and was not.
+        """
+        if self.is_off:
+            return None
+        with _lock:
+            try:
+                return self._read(cache, token_id)
+            except RuntimeError as error:
+                self.is_off = True
+                logger.warning("tokens are read without CUDA graphs from now on: %s", error)
+                return None
+
+    def _read(self, cache: KVCache, token_id: int) -> Tensor | None:
+        graph = self._graphs.get(cache)
+        if graph is None or not graph.has_slots_of(cache):
+            graph = self._graphs[cache] = _CacheGraph(cache)
+            if len(self._graphs) > MAX_CACHES:
+                del self._graphs[next(iter(self._graphs))]
+        graph.num_seen += 1
+        if graph.num_seen < PATIENCE or not (cache.is_whole and self._captured.is_possible):
+            return None
+        layers = cache.compactable
+        if not (has_graph := graph.has_tails_of(cache)):
+            for layer in layers:
+                layer.reserve(SPARE_TOKENS)
+        inputs = torch.tensor([token_id, cache.num_tokens, layers[0].length])
+        self._inputs.copy_(inputs, non_blocking=True)
+        if graph.num_seen == PATIENCE:  # what is launched first is compiled and loaded, which no capture permits
+            logits = self._pass(cache)
+        else:
+            if not has_graph:
+                graph.capture(cache, self._captured, lambda: self._pass(cache))
+            logits = graph.replayed()
+        for layer in layers:
+            layer.length += 1
+        return logits
+
+    def _pass(self, cache: KVCache) -> Tensor:
+        token_id, position, place = self._inputs[:, None].unbind()
+        for layer in cache.compactable:
+            layer.place = place
+        try:
+            return self._forward(cache, token_id[None], position[None])
+        finally:
+            for layer in cache.compactable:
+                layer.place = None
+
+
+class _CacheGraph:
+    """A cache that reads token by token, and its graph if it has one; keeps nothing alive that the cache gives up."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self.num_seen = 0
+        self._slots = [_reference(layer.slots) for layer in cache.compactable]
+        self._tails: list[Callable[[], object]] = []
+        self._replay: Replay | None = None
+        self._logits = torch.empty(0)
+
+    def has_slots_of(self, cache: KVCache) -> bool:
+        return all(slots() is layer.slots for slots, layer in zip(self._slots, cache.compactable, strict=True))
+
+    def has_tails_of(self, cache: KVCache) -> bool:
+        """Whether it was captured with these buffers, and there is room in them."""
+        return bool(self._tails) and all(
+            tail() is layer.buffer and layer.room > 0
+            for tail, layer in zip(self._tails, cache.compactable, strict=True)
+        )
+
+    def capture(self, cache: KVCache, captured: Recorder, run: Callable[[], Tensor]) -> None:
+        self._tails, self._replay = [], None
+        self._replay, self._logits = captured(run)
+        self._tails = [_reference(layer.buffer) for layer in cache.compactable]
+
+    def replayed(self) -> Tensor:
+        assert self._replay is not None
+        self._replay()
+        return self._logits.clone()  # each replay writes there
+
+
+def _reference(of: object) -> Callable[[], object]:
+    """To what may go, or to nothing."""
+    return (lambda: None) if of is None else weakref.ref(of)
+
+
+class Recorder:
+    """Captures what functions launch, all in one stream and one pool of memory: no two of their graphs run at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+        self._keeps_pool = self(lambda: torch.zeros(1, device=device))  # torch gives it up with the last of its graphs
+
+    @property
+    def is_possible(self) -> bool:
+        """Not beside what another stream does: the graphs' memory is safe in one."""
+        return bool(torch.cuda.current_stream(self._device) == torch.cuda.default_stream(self._device))
+
+    def __call__(self, run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+        """What replays it, and the tensor that each replay writes; nothing has run yet."""
+        graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[self._stream.device_index]
+        before = generator.clone_state()
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # other threads go on meanwhile
+            try:
+                result = run()
+                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                generator.graphsafe_set_state(before)  # else torch takes it to be captured still
+                raise
+        return graph.replay, result
+
+
+def token_graphs(model: PreTrainedModel, forward: Forward, new_cache: Callable[[], KVCache]) -> TokenGraphs | None:
+    """Graphs for a model, tried on a few tokens beside the pass as it is; None where there can be none.
+
+    What fails the trial is read as ever, and the log says why.
+    """
+    caches = new_cache(), new_cache()
+    if not can_have_graphs(model, caches[0]):
+        return None
+    graphs = TokenGraphs(forward, model.device)
+    try:
+        error = _error(graphs, forward, caches, support.probe_ids(model).tolist())
+    except _Waits as operation:
+        logger.info("%s waits for the device (%s): it has no CUDA graphs", type(model).__name__, operation)
+        return None
+    if error > support.TOLERANCE.get(model.dtype, 1e-3):
+        graphs.is_off = True
+        logger.warning("%s computes something else as a CUDA graph (error %.2g)", type(model).__name__, error)
+    return None if graphs.is_off else graphs
+
+
+class _Waits(Exception):
+    """Of an operation whose result the host has to see."""
+
+
+class _NoWaiting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses what a capture would break on, which leaves torch's allocator in the middle of it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_index_by_number = func is torch.ops.aten.index.Tensor and all(
+            index is None or index.dtype in (torch.int64, torch.int32) for index in args[1]
+        )
+        is_told = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
+        if is_told and not is_index_by_number:
+            raise _Waits(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def can_have_graphs(model: PreTrainedModel, cache: KVCache) -> bool:
+    """Sliding windows move what they hold at each token, some RoPEs ask how long a text is, and a model on several
+    devices waits for each of them."""
+    is_on_one = {parameter.device for parameter in model.parameters()} == {model.device}
+    is_compactable = len(cache.compactable) == len(cache.layers)
+    return model.device.type == "cuda" and is_on_one and is_compactable and not length_dependent_kinds(model)
+
+
+def _error(graphs: TokenGraphs, forward: Forward, caches: tuple[KVCache, KVCache], token_ids: Sequence[int]) -> float:
+    """Largest RMS error of the logits at the tokens that graphs read, relative to their standard deviation."""
+    by_itself, by_graph = caches
+    error = 0.0
+    for inputs in enumerate(token_ids):
+        position, token_id = torch.tensor(inputs).to(graphs.device)[:, None, None]
+        with torch.compiler.set_stance("force_eager"), _NoWaiting():  # type: ignore[no-untyped-call]
+            expected = forward(by_itself, token_id, position)
+        actual = graphs.read(by_graph, inputs[1])
+        if actual is None:
+            forward(by_graph, token_id, position)
+        else:
+            error = max(error, support.relative_rms(actual, expected))
+    return error
