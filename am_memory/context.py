@@ -83,6 +83,7 @@ class Context:
     pending: Pending | None = None
 
     def __post_init__(self) -> None:
+        self.policy = self.policy.on(self.engine.info.device)
         require(self.policy, self.engine.info, self.cache)
         self._calibration = calibration_for(self.policy.head_budget, self.engine.info)
         self.live = LiveQueries() if "live" in self.policy.reference_queries else None

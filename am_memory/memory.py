@@ -54,7 +54,7 @@ class Memory:
         on_event: Listener = ignore,
     ) -> None:
         self.engine = engine
-        self.policy = policy or MemoryPolicy()
+        self.policy = (policy or MemoryPolicy()).on(engine.info.device)
         self.sampling = sampling or Sampling()
         self.store = store if isinstance(store, Store) or store is None else Store(os.fspath(store))
         self.on_event = on_event

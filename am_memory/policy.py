@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_serializer, field_validator
 
@@ -14,10 +14,13 @@ from am_memory.errors import BudgetTooSmall, CompactionFailed, InvalidPolicy
 from am_memory.slots import Segment, resized
 from am_memory.solver import OMP, HighestAttention, KeySelection
 
+if TYPE_CHECKING:
+    import torch
+
 SINK_TOKENS = 4
 """The first tokens of a text, on which models rest the attention that they need nowhere else."""
-
-
+GPU_CHUNK_TOKENS = 2048
+"""Tokens in one forward pass on a GPU, which fewer of them do not fill."""
 BOUNDARY_SLACK = 0.25
 """How much of a block may be left for the next one, so that it ends where the text has a boundary."""
 
@@ -80,7 +83,7 @@ class MemoryPolicy(BaseModel):
         fit: what is fitted beside the choice of keys; all but "bias_and_values" is for ablations.
         ridge: pull of the fitted values toward the originals, as a fraction of the mean diagonal. With 0.5 what follows
             is nearer to the full cache where a long text only goes on, and less is recalled of what is asked for.
-        chunk_tokens: tokens read in one forward pass.
+        chunk_tokens: tokens read in one forward pass; where nothing is said, 2,048 on a GPU.
 
     Raises:
         InvalidPolicy: a value out of its range.
@@ -122,6 +125,12 @@ class MemoryPolicy(BaseModel):
                 for problem in error.errors()
             )
             raise InvalidPolicy(problems) from error
+
+    def on(self, device: torch.device) -> MemoryPolicy:
+        """The policy with what suits a device, where nothing was said."""
+        if device.type == "cpu" or "chunk_tokens" in self.model_fields_set:
+            return self
+        return self.model_copy(update={"chunk_tokens": GPU_CHUNK_TOKENS})
 
     @property
     def num_sinks(self) -> int:

@@ -8,6 +8,7 @@ from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -402,3 +403,11 @@ def test_a_key_selection_of_ones_own_is_taken() -> None:
         def __call__(self, block: object, scores: object, num_slots: object) -> None: ...
 
     assert isinstance(MemoryPolicy(key_selection=First()).key_selection, First)
+
+
+def test_a_gpu_reads_more_at_once_unless_it_is_told_how_much() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert MemoryPolicy().on(cpu) == MemoryPolicy()
+    assert MemoryPolicy().on(gpu).chunk_tokens == 2048
+    assert MemoryPolicy(chunk_tokens=512).on(gpu).chunk_tokens == 512
+    assert MemoryPolicy(keep_ratio=0.3).on(gpu).keep_ratio == 0.3

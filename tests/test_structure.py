@@ -17,6 +17,7 @@ INTEGRATIONS = ROOT / "integrations"
 LAYERS: tuple[set[str], ...] = (
     {"errors", "events"},
     {
+        "gpu",
         "quantised",
         "rotation",
         "slots",
@@ -52,6 +53,7 @@ LAYER_OF = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
 ENGINES_MAY_IMPORT = {
     "engines",
+    "gpu",
     "quantised",
     "rotation",
     "slots",
@@ -63,7 +65,7 @@ ENGINES_MAY_IMPORT = {
     "tokens",
     "sampling",
 }
-SOLVER_MAY_IMPORT = {"solver", "errors"}
+SOLVER_MAY_IMPORT = {"solver", "errors", "gpu"}
 CHOOSES_AN_ENGINE = {"memory", "cli", "demo"}  # inside a function only: a heavy engine loads when asked for
 NEVER_IN_THE_LIBRARY = {"langchain", "langchain_core", "langgraph", "fastapi", "starlette", "uvicorn", "ray"}
 STARTS = {("cli", "am_memory_server")}  # inside a function only: a command starts what is built on the library

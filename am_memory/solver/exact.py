@@ -8,8 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from am_memory.gpu import runs_triton
 from am_memory.solver.block import LOG2_E, Block
 
+MAX_HEAD_DIM = 256
+"""That a GPU's kernels take."""
 SMALL_BLOCK_TOKENS = 200
 """In a block of so many keys, a query of the mean share counts half as much as it would if its share were all."""
 
@@ -53,6 +56,13 @@ class ExactAttention:
 
 def exact_attention(block: Block) -> ExactAttention:
     """Scores, mass and output of the block, for key selection and fit to share."""
+    of_all = _on_tensor_cores if can_use_tensor_cores(block) else _by_chunks
+    max_logit, log_mass, output, share, energy = of_all(block)
+    return ExactAttention(rms_scores(energy, block), max_logit, log_mass, output, fit_weights(share, block.num_keys))
+
+
+def _by_chunks(block: Block) -> tuple[Tensor, ...]:
+    """Largest logits, log masses and outputs of the queries, their shares on the block, (B, 1, seq_len) energies."""
     value = block.value.float()
     energy = value.new_zeros(block.num_heads, 1, block.seq_len)
     max_logit = value.new_empty(block.num_heads, block.num_queries)
@@ -65,8 +75,47 @@ def exact_attention(block: Block) -> ExactAttention:
         if block.log_mass is not None:
             share[:, rows] = (log_mass[:, rows] - block.log_mass[:, rows]).exp_()
         add_squared_weights(energy, weight, total, share[:, rows])
-    weight = fit_weights(share, block.num_keys)
-    return ExactAttention(rms_scores(energy, block), max_logit, log_mass, output, weight)
+    return max_logit, log_mass, output, share, energy
+
+
+def can_use_tensor_cores(block: Block) -> bool:
+    """Whether a GPU's kernels take the block; in float32 it would lose digits there."""
+    is_16_bit = block.key.dtype in (torch.bfloat16, torch.float16)
+    return is_16_bit and block.head_dim <= MAX_HEAD_DIM and runs_triton(block.key.device)
+
+
+def block_sizes(head_dim: int) -> dict[str, int]:
+    """Powers of two, of which all fit in the shared memory of any GPU that Triton knows well."""
+    padded_dim = max(1 << (head_dim - 1).bit_length(), 16)
+    block_queries, block_keys = (64, min(64, 2**12 // padded_dim)) if padded_dim <= 128 else (32, 16)
+    return {"PADDED_DIM": padded_dim, "BLOCK_QUERIES": block_queries, "BLOCK_KEYS": block_keys}
+
+
+def _on_tensor_cores(block: Block) -> tuple[Tensor, ...]:
+    """What `_by_chunks` computes, without ever writing a weight to the device's memory."""
+    import triton
+    import triton.language as tl
+
+    from am_memory.solver.exact_kernels import energy_kernel, mass_kernel
+
+    query, key, value = (of.contiguous() for of in (block.query, block.key, block.value))
+    bias = key if block.key_bias is None else block.key_bias.contiguous()
+    output = query.new_empty(query.shape, dtype=torch.float32)
+    max_logit, log_mass = output.new_empty(2, *query.shape[:2]).unbind()
+    energy = output.new_empty(block.num_heads, 1, block.seq_len)
+    sizes, scale = block_sizes(block.head_dim), block.scaling * LOG2_E
+    is_interpreted = not isinstance(mass_kernel, triton.JITFunction)
+    # Triton's interpreter multiplies the bit patterns of bfloat16.
+    dot_dtype = tl.float32 if is_interpreted else getattr(tl, str(key.dtype).removeprefix("torch."))
+    how = {"HAS_BIAS": block.key_bias is not None, "HEAD_DIM": block.head_dim, "DOT_DTYPE": dot_dtype, **sizes}
+    lengths = block.num_queries, block.seq_len
+    with torch.cuda.device_of(key):  # type: ignore[no-untyped-call]
+        grid = triton.cdiv(block.num_queries, sizes["BLOCK_QUERIES"]), block.num_heads
+        mass_kernel[grid](query, key, value, bias, max_logit, log_mass, output, scale, *lengths, **how)
+        share = torch.ones_like(log_mass) if block.log_mass is None else (log_mass - block.log_mass).exp_()
+        grid = triton.cdiv(block.seq_len, sizes["BLOCK_KEYS"]), block.num_heads
+        energy_kernel[grid](query, key, bias, log_mass, share, energy, scale, *lengths, **how)
+    return max_logit, log_mass, output, share, energy
 
 
 def fit_weights(share: Tensor, num_keys: Tensor) -> Tensor:

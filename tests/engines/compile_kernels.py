@@ -12,12 +12,14 @@ from triton.compiler import ASTSource
 
 from am_memory.engines.transformers import fused
 from am_memory.engines.transformers.kernels import attend_kernel, merge_kernel
+from am_memory.solver.exact import block_sizes
+from am_memory.solver.exact_kernels import energy_kernel, mass_kernel
 
 COMPUTE_CAPABILITIES = (80, 90)
 CASES = (("bf16", 128, 1), ("fp16", 256, 512), ("fp32", 128, 1))  # dtype, head_dim, tokens
 GROUPS = 4
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
-IN_FLOAT32 = {"part_output", "part_log_mass", "log_mass", "key_scale", "value_scale"}
+IN_FLOAT32 = {"part_output", "part_log_mass", "log_mass", "key_scale", "value_scale", "max_logit", "share", "energy"}
 
 
 def compiled(
@@ -28,7 +30,7 @@ def compiled(
     def type_of(name: str) -> str:
         if name in constants:
             return "constexpr"
-        if name == "scaling":
+        if name in ("scaling", "scale"):
             return "fp32"
         if name in ("cu_slots", "slot_group", "slot_place"):
             return "*i32"
@@ -36,9 +38,10 @@ def compiled(
             return "*i64"
         if name.endswith("_codes"):
             return "*i8"
-        if name.endswith("stride") or name.startswith("num_") or name in ("tail_tokens", "keys_per_part"):
+        if name.endswith("stride") or name.startswith("num_") or name in ("tail_tokens", "keys_per_part", "seq_len"):
             return "i32"
-        return "*fp32" if name in IN_FLOAT32 else f"*{dtype}"
+        is_float32 = name in IN_FLOAT32 or (name == "output" and kernel is mass_kernel)
+        return "*fp32" if is_float32 else f"*{dtype}"
 
     signature = {name: type_of(name) for name in kernel.arg_names}
     places = {name: (index,) for index, name in enumerate(kernel.arg_names)}
@@ -71,6 +74,10 @@ def main() -> None:
                 print(compiled(attend_kernel, dtype, constants, capability, options), flush=True)
             merge = compiled(merge_kernel, dtype, {**dims, "BLOCK_PARTS": fused.BLOCK_PARTS}, capability, {})
             print(merge, flush=True)
+            if dtype != "fp32":
+                constants = {"HAS_BIAS": True, "HEAD_DIM": head_dim, "DOT_DTYPE": DTYPES[dtype]}
+                for kernel in (mass_kernel, energy_kernel):
+                    print(compiled(kernel, dtype, constants | block_sizes(head_dim), capability, {}), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ launch is called again instead, over kernels in Triton's interpreter: it sees as
 from __future__ import annotations
 
 import gc
-import itertools
 import logging
 import weakref
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from am_memory import Memory, MemoryPolicy, Sampling
 from am_memory.cache import KVCache
 from am_memory.engines.transformers import TransformersEngine, fused, graphs
-from am_memory.engines.transformers.graphs import PATIENCE, TokenGraphs, token_graphs
+from am_memory.engines.transformers.graphs import PATIENCE, TokenGraphs, shortcut, token_graphs
 
 pytest.importorskip("triton", reason="Triton has no build for this machine")
 
@@ -67,7 +66,9 @@ def new_engine(new_tiny_model: NewModel, byte_tokenizer: PreTrainedTokenizerBase
 
     def new() -> TransformersEngine:
         engine = TransformersEngine(new_tiny_model().to("cuda" if ON_GPU else "cpu"), byte_tokenizer)
-        engine._graphs = TokenGraphs(engine._read_token, engine.model.device)
+        if not ON_GPU:
+            engine._graphs = TokenGraphs(engine._read_token, engine.model.device)
+            engine.model.forward = shortcut(engine.model, engine._graphs, engine._cache_argument)
         return engine
 
     return new
@@ -82,16 +83,16 @@ def engine(new_engine: Callable[[], TransformersEngine]) -> TransformersEngine:
 def plain(new_engine: Callable[[], TransformersEngine]) -> TransformersEngine:
     """The same without."""
     engine = new_engine()
-    engine._graphs = None
+    engine._graphs, engine.model.forward = None, type(engine.model).forward.__get__(engine.model)
     return engine
 
 
 @pytest.fixture
 def num_replayed(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
     """How many tokens the engine has read by graphs."""
-    count, read = itertools.count(), graphs._CacheGraph.replayed
-    monkeypatch.setattr(graphs._CacheGraph, "replayed", lambda graph: (next(count), read(graph))[1])
-    yield lambda: count.__reduce__()[1][0]
+    count, read = [], graphs._CacheGraph.replayed
+    monkeypatch.setattr(graphs._CacheGraph, "replayed", lambda graph: (count.append(graph), read(graph))[1])
+    yield lambda: len(count)
 
 
 def decoded(engine: TransformersEngine, policy: MemoryPolicy = POLICY, tokens: list[int] = TOKENS) -> Tensor:
@@ -194,6 +195,42 @@ def test_a_session_writes_the_same(engine: TransformersEngine, plain: Transforme
         texts.append([token for piece in session.generate(60, Sampling()) for token in piece.token_ids])
         assert session.stats.num_compactions > 0
     assert texts[0] == texts[1]
+
+
+def test_generate_of_transformers_reads_its_tokens_so(
+    engine: TransformersEngine, plain: TransformersEngine, num_replayed: Callable[[], int]
+) -> None:
+    outputs = []
+    for each in (engine, plain):
+        cache = Memory(each, POLICY).cache()
+        prompt = torch.tensor([TOKENS[:20]], device=each.model.device)
+        how = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": None, "output_logits": True}
+        output = each.model.generate(prompt, **{each._cache_argument: cache}, return_dict_in_generate=True, **how)
+        assert len(cache.segments) > 0
+        outputs.append((output.sequences.cpu(), torch.cat(output.logits).cpu()))
+    assert torch.equal(outputs[0][0], outputs[1][0])
+    assert torch.allclose(outputs[0][1], outputs[1][1], atol=1e-4)
+    assert num_replayed() > 30
+
+
+def test_whoever_asks_a_model_for_more_than_logits_gets_it(
+    engine: TransformersEngine, num_replayed: Callable[[], int]
+) -> None:
+    cache = Memory(engine, POLICY).cache()
+    model, argument = engine.model, engine._cache_argument
+    ids = torch.tensor([TOKENS[:1]], device=model.device)
+    with torch.no_grad():
+        for _ in range(PATIENCE + 1):
+            model(ids, **{argument: cache})
+        before = num_replayed()
+        assert before == 1
+        assert len(model(ids, **{argument: cache}, output_hidden_states=True).hidden_states) == 4
+        assert isinstance(model(ids, **{argument: cache}, return_dict=False), tuple)
+        assert model(ids, **{argument: cache}, labels=ids).loss is not None
+        elsewhere = torch.tensor([[300]], device=model.device)
+        model(ids, **{argument: cache}, position_ids=elsewhere)
+    assert num_replayed() == before
+    assert cache.num_tokens == PATIENCE + 5
 
 
 def test_logits_stay_what_they_were(engine: TransformersEngine) -> None:

@@ -18,7 +18,7 @@ from am_memory.engines.templates import template_errors
 from am_memory.engines.transformers import attention, support
 from am_memory.engines.transformers.branches import TextBranches
 from am_memory.engines.transformers.compiled import compile_layers
-from am_memory.engines.transformers.graphs import token_graphs
+from am_memory.engines.transformers.graphs import shortcut, token_graphs
 from am_memory.engines.transformers.rotary import layer_rotations, length_dependent_kinds
 from am_memory.errors import InvalidInput, UnsupportedModel, UnsupportedOperation
 from am_memory.models import fingerprint
@@ -59,6 +59,8 @@ class TransformersEngine:
             immovable = str(error)
         self.info = _model_info(model, tokenizer, immovable)
         self._graphs = token_graphs(model, self._read_token, self.new_cache)
+        if self._graphs is not None:
+            model.forward = shortcut(model, self._graphs, self._cache_argument)
         model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     def new_cache(self) -> KVCache:

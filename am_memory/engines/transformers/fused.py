@@ -7,14 +7,10 @@ pool. The definition is `partwise.attend`.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
-import shutil
-
 import torch
 from torch import Tensor
 
+from am_memory.gpu import runs_triton
 from am_memory.quantised import Quantised
 from am_memory.slots import Slots
 
@@ -31,21 +27,10 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def can_attend(query: Tensor) -> bool:
     """Whether there is a kernel for these queries' device, dtype and head_dim, and no gradient to take through it."""
     return (
-        query.is_cuda
-        and query.dtype in DTYPES
+        query.dtype in DTYPES
         and query.shape[-1] <= MAX_HEAD_DIM
         and not (query.requires_grad and torch.is_grad_enabled())
-        and _runs_triton(query.device)
-    )
-
-
-@functools.cache
-def _runs_triton(device: torch.device) -> bool:
-    """Whether Triton is there, a GPU that it knows well, and the C compiler that builds its launcher."""
-    return (
-        importlib.util.find_spec("triton") is not None
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-        and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+        and runs_triton(query.device)
     )
 
 

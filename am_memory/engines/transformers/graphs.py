@@ -7,6 +7,7 @@ the tail. Longer steps, and whoever listens to queries, go the way they did. Kno
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import weakref
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from am_memory.cache import KVCache
 from am_memory.engines.transformers import support
@@ -53,7 +55,7 @@ class TokenGraphs:
         self._forward = forward
         self.device = device
         self._inputs = torch.zeros(3, dtype=torch.int64, device=device)  # id, position, place
-        self._graphs: weakref.WeakKeyDictionary[KVCache, _CacheGraph] = weakref.WeakKeyDictionary()
+        self._graphs: weakref.WeakKeyDictionary[object, _CacheGraph] = weakref.WeakKeyDictionary()  # by first layer
         self._captured = Recorder(device)
         self.is_off = False
 
@@ -74,9 +76,9 @@ class TokenGraphs:
                 return None
 
     def _read(self, cache: KVCache, token_id: int) -> Tensor | None:
-        graph = self._graphs.get(cache)
+        graph = self._graphs.get(cache.layers[0])
         if graph is None or not graph.has_slots_of(cache):
-            graph = self._graphs[cache] = _CacheGraph(cache)
+            graph = self._graphs[cache.layers[0]] = _CacheGraph(cache)
             if len(self._graphs) > MAX_CACHES:
                 del self._graphs[next(iter(self._graphs))]
         graph.num_seen += 1
@@ -165,8 +167,8 @@ class Recorder:
         before = generator.clone_state()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # other threads go on meanwhile
             try:
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # other threads go on meanwhile
                 result = run()
                 graph.capture_end()
             except BaseException:
@@ -182,19 +184,67 @@ def token_graphs(model: PreTrainedModel, forward: Forward, new_cache: Callable[[
 
     What fails the trial is read as ever, and the log says why.
     """
-    caches = new_cache(), new_cache()
-    if not can_have_graphs(model, caches[0]):
+    name, token_ids = type(model).__name__, support.probe_ids(model)
+    if not can_have_graphs(model, new_cache()):
+        return None
+    try:
+        # Compiled layers would be compiled for this pass.
+        with torch.compiler.set_stance("force_eager"), _NoWaiting():  # type: ignore[no-untyped-call]
+            forward(new_cache(), token_ids[:1, None], torch.zeros_like(token_ids[:1, None]))
+    except _Waits as operation:
+        logger.info("%s waits for the device (%s): it has no CUDA graphs", name, operation)
         return None
     graphs = TokenGraphs(forward, model.device)
-    try:
-        error = _error(graphs, forward, caches, support.probe_ids(model).tolist())
-    except _Waits as operation:
-        logger.info("%s waits for the device (%s): it has no CUDA graphs", type(model).__name__, operation)
-        return None
+    error = _error(graphs, forward, (new_cache(), new_cache()), token_ids.tolist())
     if error > support.TOLERANCE.get(model.dtype, 1e-3):
         graphs.is_off = True
-        logger.warning("%s computes something else as a CUDA graph (error %.2g)", type(model).__name__, error)
+        logger.warning("%s computes something else as a CUDA graph (error %.2g)", name, error)
     return None if graphs.is_off else graphs
+
+
+def shortcut(model: PreTrainedModel, graphs: TokenGraphs, cache_argument: str) -> Callable[..., Any]:
+    """The model's `forward` for `generate()` of transformers: a token that is all that it is asked to read, by a graph.
+
+    Args:
+        cache_argument: what `forward` calls its cache.
+    """
+    forward, dtype = model.forward, model.dtype
+
+    @functools.wraps(forward)
+    def by_graph(*args: Any, **kwargs: Any) -> Any:
+        asked = {**dict(zip(["input_ids"], args, strict=False)), **kwargs}
+        cache = asked.pop(cache_argument, None)
+        if len(args) <= 1 and isinstance(cache, KVCache) and _is_next_token(cache, **asked):
+            logits = graphs.read(cache, int(asked["input_ids"]))
+            if logits is not None:
+                return CausalLMOutputWithPast(logits=logits[None].to(dtype), **{cache_argument: cache})  # type: ignore[arg-type]
+        return forward(*args, **kwargs)
+
+    return by_graph
+
+
+def _is_next_token(
+    cache: KVCache,
+    *,
+    input_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    use_cache: bool | None = None,
+    logits_to_keep: int = 0,
+    return_dict: bool | None = None,
+    **others: Any,
+) -> bool:
+    """Whether a watched cache is to read one token, for the logits alone; the watcher has looked at the mask."""
+    return (
+        cache.before_forward is not None
+        and not others
+        and return_dict is not False
+        and not torch.is_grad_enabled()
+        and all(layer.query_sink is None for layer in cache.compactable)
+        and input_ids is not None
+        and input_ids.shape == (1, 1)
+        and (position_ids is None or int(position_ids) == cache.num_tokens)
+    )
 
 
 class _Waits(Exception):
@@ -228,8 +278,7 @@ def _error(graphs: TokenGraphs, forward: Forward, caches: tuple[KVCache, KVCache
     error = 0.0
     for inputs in enumerate(token_ids):
         position, token_id = torch.tensor(inputs).to(graphs.device)[:, None, None]
-        with torch.compiler.set_stance("force_eager"), _NoWaiting():  # type: ignore[no-untyped-call]
-            expected = forward(by_itself, token_id, position)
+        expected = forward(by_itself, token_id, position)
         actual = graphs.read(by_graph, inputs[1])
         if actual is None:
             forward(by_graph, token_id, position)
