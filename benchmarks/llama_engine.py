@@ -38,6 +38,9 @@ COUNTS, BLOCK, KEPT, NUM_AFTER = (1, 2, 4, 8), 256, 64, 128
 LONG = MemoryPolicy(trigger_tokens=NUM_CELLS, keep_ratio=0.1, pinned=SINKS)
 SCHEMES = {"AM": {}, "AM, no bias": {"fit": "values"}, "eviction per head": {"fit": "nothing"}}
 SCHEMES |= {"AM, OMP, ridge 0.5": {"key_selection": "omp", "ridge": 0.5}}
+BY_QUARTERS = {"compact_fraction": 0.25, "keep_ratio": 0.2, "max_compact_tokens": 128}
+SCHEMES |= {"AM, OMP, ridge 2, by quarters": {"key_selection": "omp", "ridge": 2.0, **BY_QUARTERS}}
+SCHEMES |= {"eviction per head, by quarters": {"fit": "nothing", **BY_QUARTERS}}
 
 
 def text_tokens(memory: Memory) -> list[int]:
@@ -203,7 +206,7 @@ def speed(memory: Memory, model: str, num_tokens: int = 48) -> None:
     base = decode_rate(lambda: stock.eval([token_ids[0]]), num_tokens)
     rows.append(("decoding behind 1,500 tokens: llama_cpp.Llama", f"{base:.1f} tokens/s", "1.00x"))
 
-    def decoding(name: str, session: Session, **options: object) -> None:
+    def decoding(name: str, session: Session, memory: Memory = memory, **options: object) -> None:
         cache = session._context.cache
         rate = decode_rate(lambda: memory.engine.forward(cache, token_ids[:1], num_logits=1, **options), num_tokens)
         rows.append((name, f"{rate:.1f} tokens/s", f"{rate / base:.2f}x"))
@@ -214,6 +217,12 @@ def speed(memory: Memory, model: str, num_tokens: int = 48) -> None:
         report = session.compact(1000 / 1496)
         session.logits([token_ids[0]])
     decoding(f"ours, 1,000 of them in {report.num_slots:.0f} cells", session.fork())
+    exact = Memory(LlamaCppEngine(model, exact_bias=True), memory.policy)
+    biased = exact.session("exact biases")
+    biased.append(token_ids)
+    decoding("exact biases, nothing compacted", biased.fork(), exact)
+    biased.compact(1000 / 1496)
+    decoding("exact biases, 1,000 of them compacted", biased.fork(), exact)
     for name, seconds in (
         ("compacting 1,000 tokens", report.seconds + sum(put)),
         ("repeat pass", report.query_seconds),
