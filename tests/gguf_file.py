@@ -1,4 +1,4 @@
-"""A random Llama of transformers as a GGUF file, with the same weights and tokens: what llama.cpp is tested with."""
+"""A random Llama or Gemma 3 of transformers as a GGUF file, with the same weights and tokens, for llama.cpp's tests."""
 
 from __future__ import annotations
 
@@ -19,18 +19,27 @@ NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+GEMMA_NAMES = {
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 
 
 def write_gguf(
     path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **metadata: float | bool | str
 ) -> Path:
-    """A Llama in float32, of a tokenizer that has a token for each byte.
+    """The model in float32, of a tokenizer that has a token for each byte.
 
     Args:
         metadata: further keys of the architecture, with __ for a dot.
     """
     config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
+    is_gemma = config.model_type == "gemma3_text"
+    architecture = "gemma3" if is_gemma else "llama"
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -44,12 +53,13 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     for key, value in metadata.items():
-        name = f"llama.{key.replace('__', '.')}"
+        name = f"{architecture}.{key.replace('__', '.')}"
         adders = {bool: writer.add_bool, float: writer.add_float32, str: writer.add_string, int: writer.add_uint32}
         adders[type(value)](name, value)
     _add_tokens(writer, tokenizer, config.vocab_size)
     for name, parameter in model.named_parameters():
-        writer.add_tensor(*_tensor(name, parameter.detach().numpy(), config))
+        weight = parameter.detach().numpy()
+        writer.add_tensor(*(_gemma_tensor(name, weight) if is_gemma else _tensor(name, weight, config)))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -72,6 +82,19 @@ def _add_tokens(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, voc
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(False)
     writer.add_chat_template(tokenizer.chat_template)
+
+
+def _gemma_tensor(name: str, weight: np.ndarray) -> tuple[str, np.ndarray]:
+    """Under llama.cpp's name; its norms multiply by the weight, where transformers' multiply by one more."""
+    if name.endswith("norm.weight"):
+        weight = weight + 1
+    match name.split("."):
+        case ["model", "embed_tokens", _]:
+            return "token_embd.weight", weight
+        case ["model", "norm", _]:
+            return "output_norm.weight", weight
+    _, _, layer, *module, _ = name.split(".")
+    return f"blk.{layer}.{(NAMES | GEMMA_NAMES)['.'.join(module)]}.weight", weight
 
 
 def _tensor(name: str, weight: np.ndarray, config: object) -> tuple[str, np.ndarray]:

@@ -24,53 +24,13 @@ from torch import Tensor
 
 from am_memory.cache import Snapshot
 from am_memory.engines.llama_cpp.capture import OnAttention
-from am_memory.engines.llama_cpp.decoder import CellSequence, Decoder
-from am_memory.engines.llama_cpp.rotation import Rotation
+from am_memory.engines.llama_cpp.decoder import CellSequence
+from am_memory.engines.llama_cpp.model import LayerShape, Model
 from am_memory.engines.llama_cpp.state import Column, SequenceState
 from am_memory.errors import CorruptSession, UnsupportedOperation
-from am_memory.layers import TailBuffer, TailState
+from am_memory.layers import LayerState, SlidingState, TailBuffer, TailState
 from am_memory.quantised import Rows, decoded
 from am_memory.slots import PINNED_RANK, Segment, Slots, carried_over
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """What one layer's cells hold.
-
-    Attributes:
-        scaling: factor of the scores before the softmax.
-        cell_bytes: keys and values of one cell.
-        rotation: how its queries and keys turn with their position.
-    """
-
-    num_heads: int
-    head_dim: int
-    scaling: float
-    cell_bytes: int
-    rotation: Rotation = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Model:
-    """What a cache has to know of the model behind it: who reads, what the layers are, and a state to begin with.
-
-    Attributes:
-        template: one cell of any content, which says how states of this model look.
-        has_bias: biases are kept beside the cells, not folded into the keys.
-    """
-
-    decoder: Decoder
-    layers: tuple[LayerShape, ...]
-    template: SequenceState
-    has_bias: bool = False
-
-    @property
-    def num_heads(self) -> int:
-        return sum(layer.num_heads for layer in self.layers)
-
-    @property
-    def cell_bytes(self) -> int:
-        return sum(layer.cell_bytes for layer in self.layers)
 
 
 @dataclass(frozen=True)
@@ -115,8 +75,20 @@ class Content:
         return self.base_cells + self.num_tail_tokens
 
     @property
+    def num_window_cells(self) -> int:
+        """Of the layers with a sliding window: as many as all that may still be read sees, back to the tail's start."""
+        if not self.model.windows:
+            return 0
+        return min(self.num_tokens, self.num_tail_tokens + self.model.window_tokens)
+
+    @property
+    def window_bytes(self) -> int:
+        return self.num_window_cells * self.model.window_cell_bytes
+
+    @property
     def nbytes(self) -> int:
-        return self.num_cells * self.model.cell_bytes + sum(bias.nbytes for bias in self.biases)
+        biases = sum(bias.nbytes for bias in self.biases)
+        return self.num_cells * self.model.cell_bytes + self.window_bytes + biases
 
     @cached_property
     def cells(self) -> SequenceState:
@@ -124,11 +96,16 @@ class Content:
         return self.model.decoder.take(self.sequence, self.num_tokens)
 
     @property
-    def layers(self) -> tuple[TailState, ...]:
-        """The cache as tensors, for whoever saves it; keys have their bias in them."""
+    def layers(self) -> tuple[LayerState, ...]:
+        """The cache as tensors, for whoever saves it, windows last; keys have their bias in them."""
         if self.num_tokens == 0:
-            return (TailState(None, None, 0, 0),) * len(self.model.layers)
-        return tuple(CellLayer(self, index).state() for index in range(len(self.model.layers)))
+            nothing = TailState(None, None, 0, 0), SlidingState(None, None, 0)
+            return (nothing[0],) * len(self.model.layers) + (nothing[1],) * len(self.model.windows)
+        windows = self.cells.window
+        return (
+            *(CellLayer(self, index).state() for index in range(len(self.model.layers))),
+            *(_window_state(windows, index, shape, self.num_tokens) for index, shape in enumerate(self.model.windows)),
+        )
 
 
 @dataclass(frozen=True)
@@ -255,7 +232,7 @@ class CellCache:
     @property
     def exact_nbytes(self) -> int:
         """What an uncompacted cache of the same tokens would take."""
-        return self.num_tokens * self._model.cell_bytes
+        return self.num_tokens * self._model.cell_bytes + self._content.window_bytes
 
     def state(self) -> Content:
         return self._content
@@ -291,9 +268,8 @@ class CellCache:
         if not content.sequence.claim(self, content.num_tokens):
             content = replace(content, sequence=decoder.copy(content.sequence))
             content.sequence.claim(self, content.num_tokens)
-        logits = decoder.read(
-            content.sequence, token_ids, content.num_tokens, content.num_cells, num_logits, on_attention
-        )
+        num_cells = max(content.num_cells, content.num_window_cells)
+        logits = decoder.read(content.sequence, token_ids, content.num_tokens, num_cells, num_logits, on_attention)
         self._content = replace(content, num_tokens=content.num_tokens + len(token_ids))
         return logits
 
@@ -323,6 +299,9 @@ class CellCache:
         parts = [*moved, _new_cells(old.cells, new_slots)]
         tail = slice(old.base_cells + newest.end - old.tail_start, old.num_cells)
         cells = SequenceState.join([*parts, old.cells.take(tail)])
+        if old.cells.window is not None:
+            seen_from = newest.end - old.model.window_tokens
+            cells = replace(cells, window=old.cells.window.between(seen_from, old.num_tokens))
         counts = [part.num_cells for part in parts[1:]]
         content = packed(old.model, cells, tuple(segments), counts, num_pinned, old.num_tokens)
         if not old.model.has_bias:
@@ -417,6 +396,31 @@ def _heads(rows: Rows, slots: Slots) -> Tensor:
     return entries.view(slots.num_heads, -1, entries.shape[-1])
 
 
+def _window_state(cells: SequenceState | None, index: int, shape: LayerShape, num_tokens: int) -> SlidingState:
+    assert cells is not None
+    key, value = (column[index].tensor(shape.num_heads)[None] for column in (cells.keys, cells.values))
+    return SlidingState(key, value, num_tokens)
+
+
+def _window_cells(model: Model, saved: Snapshot, num_tokens: int) -> SequenceState | None:
+    """What `_window_state` was made from."""
+    layers = [layer for layer in saved.layers if isinstance(layer, SlidingState)]
+    if len(layers) != len(model.windows):
+        raise CorruptSession(
+            f"a cache of {len(layers)} sliding windows is not one of this model's {len(model.windows)}"
+        )
+    like, keys, values = model.template.window, [], []
+    if like is None:
+        return None
+    for layer, shape, key, value in zip(layers, model.windows, like.keys, like.values, strict=True):
+        if layer.keys is None or layer.values is None or layer.keys.shape[1] != shape.num_heads:
+            raise CorruptSession("a cache whose layers do not hold the same tokens is none of this engine's")
+        keys.append(key.like(layer.keys[0]))
+        values.append(value.like(layer.values[0]))
+    positions = np.arange(num_tokens - len(keys[0].rows), num_tokens, dtype=np.int32)
+    return SequenceState(positions, tuple(keys), tuple(values), like.is_transposed)
+
+
 def from_tensors(model: Model, saved: Snapshot) -> Content:
     """The content that `Content.layers` was written from."""
     segments, num_pinned = saved.segments, saved.num_pinned
@@ -442,6 +446,7 @@ def from_tensors(model: Model, saved: Snapshot) -> Content:
         values.append(Column.join([value.like(part) for _, part in parts]))
     num_tokens = layers[0].start + layers[0].length
     cells = SequenceState(model.template.positions, tuple(keys), tuple(values), model.template.is_transposed)
+    cells = replace(cells, window=_window_cells(model, saved, num_tokens))
     content = packed(model, cells, segments, counts, num_pinned, num_tokens)
     if not (model.has_bias and segments):
         return content

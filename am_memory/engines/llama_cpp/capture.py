@@ -91,7 +91,7 @@ class Attention:
 
 
 OnAttention = Callable[[int, Attention], None]
-"""Called with the number of the layer, among those that attend, and its attention."""
+"""Called with the number of the layer, among those that are taken, and its attention."""
 
 
 class Capture:
@@ -99,10 +99,14 @@ class Capture:
 
     Args:
         num_layers: that attend, in each pass.
+
+    Attributes:
+        layers: those that are taken, by their numbers in the model; at first all.
     """
 
     def __init__(self, num_layers: int) -> None:
         self._num_layers = num_layers
+        self.layers: Sequence[int] = range(num_layers)
         ops = ggml()[3]
         self._flash, self._softmax, self._product = ops["FLASH_ATTN_EXT"], ops["SOFT_MAX"], ops["MUL_MAT"]
         self._on_attention: OnAttention | None = None
@@ -136,7 +140,9 @@ class Capture:
             return is_attention or is_product or not is_asking
         try:
             if is_product:
-                _add_bias(address, self._biases[int(tensor_at(address).name.removeprefix(PRODUCT))])
+                number = int(tensor_at(address).name.removeprefix(PRODUCT))
+                if number in self.layers:
+                    _add_bias(address, self._biases[self.layers.index(number)])
             else:
                 self._take(address, is_flash=op == self._flash)
         except BaseException as error:  # it would be lost in llama.cpp: it is raised again once that has returned
@@ -146,9 +152,12 @@ class Capture:
 
     def _take(self, address: int, *, is_flash: bool) -> None:
         assert self._on_attention is not None
-        layer = self._layer % self._num_layers
-        self._on_attention(layer, _attention(address, self._biases[layer] if self._biases else None, is_flash=is_flash))
+        number = self._layer % self._num_layers
         self._layer += 1
+        if number in self.layers:
+            layer = self.layers.index(number)
+            bias = self._biases[layer] if self._biases else None
+            self._on_attention(layer, _attention(address, bias, is_flash=is_flash))
 
 
 def _add_bias(address: int, bias: Tensor) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from am_memory.engines.llama_cpp.capture import Capture, OnAttention
 from am_memory.engines.llama_cpp.library import captured_log, library, reason, type_name
-from am_memory.engines.llama_cpp.state import Blob, SequenceState
+from am_memory.engines.llama_cpp.state import WHOLE, Blob, SequenceState
 from am_memory.errors import EngineFailed
 
 BATCH_TOKENS = 512
@@ -63,17 +63,20 @@ class Decoder:
         source: owns the model, `source.model`, which must live as long as a context of it.
         params: of the contexts, apart from what is set here.
         num_layers: that attend.
+
+    Attributes:
+        capture: what takes attentions out of its contexts.
     """
 
     def __init__(self, source: Any, params: Any, num_layers: int) -> None:
         self._lib = library()
         self._source = source
         self._vocab_size = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(source.model))
-        self._capture = Capture(num_layers)
+        self.capture = Capture(num_layers)
         self._params = params
         params.n_batch = params.n_ubatch = BATCH_TOKENS
         params.n_seq_max, params.swa_full, params.no_perf = 1, True, True
-        params.cb_eval = self._capture.pointer
+        params.cb_eval = self.capture.pointer
         self._batch = self._lib.llama_batch_init(BATCH_TOKENS, 0, 1)
         self._context: Any = None
         self._num_cells = 0
@@ -103,7 +106,7 @@ class Decoder:
         Args:
             sequence: what it has at `position` and later is forgotten.
             position: of the first of the tokens, logical.
-            num_cells: that the sequence has before.
+            num_cells: that the sequence has before, of the layers that have more.
             num_logits: for how many of the last tokens logits are wanted.
             on_attention: called with every layer's attention.
 
@@ -118,7 +121,7 @@ class Decoder:
         for start in range(0, len(token_ids), BATCH_TOKENS):
             chunk = token_ids[start : start + BATCH_TOKENS]
             first = max(len(token_ids) - num_logits - start, 0)  # of the chunk whose logits are wanted
-            with self._capture.taking(on_attention, sequence.biases):
+            with self.capture.taking(on_attention, sequence.biases):
                 self._decode(chunk, position + start, first)
             if first < len(chunk):
                 rows.append(self._logits(len(chunk) - first))
@@ -128,8 +131,7 @@ class Decoder:
         """The cells of its first `num_tokens` tokens."""
         blob = self._blob(sequence)
         assert blob is not None
-        state = SequenceState.parse(blob).sorted()
-        return state.take(slice(0, int(np.searchsorted(state.positions, num_tokens))))
+        return SequenceState.parse(blob).sorted().before(num_tokens)
 
     def copy(self, sequence: CellSequence) -> CellSequence:
         """Another sequence of the same cells."""
@@ -168,10 +170,10 @@ class Decoder:
             )
 
     def _write_out(self) -> Blob:
-        size = self._lib.llama_state_seq_get_size(self._context, 0)
+        size = self._lib.llama_state_seq_get_size(self._context, WHOLE)
         blob = np.empty(size, dtype=np.uint8)
         pointer = blob.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        if self._lib.llama_state_seq_get_data(self._context, pointer, size, 0) != size:
+        if self._lib.llama_state_seq_get_data(self._context, pointer, size, WHOLE) != size:
             raise EngineFailed(f"llama.cpp did not write a state of {size} bytes; nothing was changed")
         return blob
 
@@ -190,7 +192,7 @@ class Decoder:
             batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
             batch.logits[index] = index >= first_logit
         status = self._lib.llama_decode(self._context, batch)
-        if status != 0 and self._capture.error is None:
+        if status != 0 and self.capture.error is None:
             raise EngineFailed(
                 f"llama.cpp could not read {len(token_ids)} tokens at position {position} (status {status}) with "
                 f"{self._num_cells} cells; nothing was changed"

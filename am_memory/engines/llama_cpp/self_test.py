@@ -8,18 +8,19 @@ goes in, and reading goes on behind it; a bias that leaves nothing of a cell is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from am_memory.engines.llama_cpp.cache import LayerShape, Model
 from am_memory.engines.llama_cpp.capture import Attention
 from am_memory.engines.llama_cpp.decoder import CellSequence, Decoder
-from am_memory.engines.llama_cpp.library import VERSION
+from am_memory.engines.llama_cpp.library import VERSION, library
+from am_memory.engines.llama_cpp.model import LayerShape, Model
 from am_memory.engines.llama_cpp.rotation import Rotation, measured_rotations
-from am_memory.engines.llama_cpp.state import SequenceState
+from am_memory.engines.llama_cpp.state import Column, SequenceState
 from am_memory.errors import UnsupportedModel
 
 NUM_TOKENS = 8
@@ -63,25 +64,44 @@ def tested_model(
     blob = sequence.blob
     assert blob is not None
     _require(np.array_equal(blob, state.pack()), "a state that was read and rebuilt is not the same bytes")
-    _require(len(captured) == len(state.keys) == num_layers, f"{len(captured)} attentions, {len(state.keys)} layers")
-    rotations, shapes = measured_rotations(decoder, model, token_ids[0]), []
-    for index, (attention, (expected, actual)) in enumerate(zip(captured, outputs, strict=True)):
+    num_windows = 0 if state.window is None else len(state.window.keys)
+    _require(
+        len(captured) == len(state.keys) + num_windows == num_layers,
+        f"{len(captured)} attentions, {len(state.keys)} and {num_windows} layers",
+    )
+    _require(len(state.keys) > 0, "it has only layers with a sliding window: its cache is bounded already")
+    rotations = measured_rotations(decoder, model, token_ids[0])
+    shapes: list[LayerShape] = []
+    windows: list[LayerShape] = []
+    taken = []
+    for number, (attention, (expected, actual)) in enumerate(zip(captured, outputs, strict=True)):
         error = _relative_rms(actual, expected)
-        _require(error < TOLERANCE, f"layer {index}: attention from queries and keys is off by {error:.2g}")
-        shapes.append(_shape(attention, state, index, rotations[index]))
+        _require(error < TOLERANCE, f"layer {number}: attention from queries and keys is off by {error:.2g}")
+        if len(shapes) < len(state.keys) and _is_key(state.keys[len(shapes)], attention):
+            shapes.append(_shape(attention, state, len(shapes), rotations[number]))
+            taken.append(number)
+        else:
+            is_window = state.window is not None and _is_key(state.window.keys[len(windows)], attention)
+            _require(is_window, f"layer {number}: the state's keys are not the graph's {tuple(attention.key.shape)}")
+            assert state.window is not None
+            windows.append(_shape(attention, state.window, len(windows), rotations[number]))
+    decoder.capture.layers = taken
     biases = [torch.zeros(shape.num_heads, LEFT_OUT + 1) for shape in shapes] if has_bias else []
     _require_write(decoder, state, token_ids[-1], biases)
-    return Model(decoder, tuple(shapes), state.take(slice(0, 1)), has_bias)
+    window_tokens = library().llama_model_n_swa(model) if windows else 0
+    first = replace(state.before(1), window=None if state.window is None else state.window.between(0, 1))
+    return Model(decoder, tuple(shapes), first, has_bias, tuple(windows), window_tokens)
+
+
+def _is_key(key: Column, attention: Attention) -> bool:
+    """Whether a layer's keys in the state are those of an attention."""
+    held, computed = key.tensor(attention.key.shape[0]).float(), attention.key[:, :NUM_TOKENS].float()
+    return held.shape == computed.shape and _relative_rms(held, computed) < TOLERANCE
 
 
 def _shape(attention: Attention, state: SequenceState, index: int, rotation: Rotation) -> LayerShape:
     num_heads, _, head_dim = attention.key.shape
     key, value = state.keys[index], state.values[index]
-    held, computed = key.tensor(num_heads).float(), attention.key[:, :NUM_TOKENS].float()
-    is_same = held.shape == computed.shape and _relative_rms(held, computed) < TOLERANCE
-    _require(
-        is_same, f"layer {index}: the state's keys {tuple(held.shape)} are not the graph's {tuple(computed.shape)}"
-    )
     width = value.tensor(num_heads).shape[-1]
     _require(width == head_dim, f"layer {index}: keys have {head_dim} numbers a head, values {width}")
     return LayerShape(num_heads, head_dim, attention.scaling, key.rows.shape[1] + value.rows.shape[1], rotation)
@@ -91,9 +111,10 @@ def _require_write(decoder: Decoder, state: SequenceState, token_id: int, biases
     """Put in states of the same cells, and of one fewer, in another order of positions; read on behind them."""
 
     def logits(cells: SequenceState, biases: Sequence[Tensor] = ()) -> Tensor:
-        return decoder.read(CellSequence(cells.pack(), biases), [token_id], NUM_TOKENS, cells.num_cells, 1, None)
+        return decoder.read(CellSequence(cells.pack(), biases), [token_id], NUM_TOKENS, NUM_TOKENS, 1, None)
 
-    fewer = SequenceState.join([state.take(slice(0, LEFT_OUT)), state.take(slice(LEFT_OUT + 1, None))])
+    kept = SequenceState.join([state.take(slice(0, LEFT_OUT)), state.take(slice(LEFT_OUT + 1, None))])
+    fewer = replace(kept, window=state.window)
     moved = fewer.at([*range(NUM_TOKENS - 2), NUM_TOKENS - 1])
     whole, first, second = logits(state), logits(fewer), logits(moved)
     error = _relative_rms(second, first)

@@ -4,14 +4,15 @@ The layout, little-endian, as llama_state_seq_get_data of the pinned version wri
 number of streams, u32 number of cells; for each cell i32 position, u32 1, i32 sequence; u32 whether values are
 transposed, u32 number of layers; for each layer i32 type, u64 bytes of a row, and the keys, a row for each cell; then
 the values in the same way, or, where transposed, i32 type, u32 bytes of an element, u32 width, and a row of all cells
-for each element of the width. There is no version in it: the engine tests itself at start.
+for each element of the width. A model with sliding windows has all this twice, from the number of streams on: for its
+other layers, then for these. There is no version in it: the engine tests itself at start.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,9 @@ from am_memory.engines.llama_cpp.library import from_rows, to_rows
 from am_memory.errors import UnsupportedModel
 
 MAGIC = 0xAF143CD8
+WHOLE = -1
+"""In a sequence's place: all that the context holds, which is one sequence. Of a sequence alone, llama.cpp leaves out
+what sliding windows hold that the next token does not see, and nothing could go back by a token."""
 Rows = np.ndarray[Any, np.dtype[np.uint8]]
 """(num_cells, row_bytes): of each cell, all heads of a layer side by side."""
 Blob = np.ndarray[Any, np.dtype[np.uint8]]
@@ -66,19 +70,21 @@ class SequenceState:
         positions: (num_cells,) int32, ascending.
         keys, values: of each layer.
         is_transposed: whether the values are written so.
+        window: what the layers with a sliding window hold; None where there are none.
     """
 
     positions: np.ndarray[Any, np.dtype[np.int32]]
     keys: tuple[Column, ...]
     values: tuple[Column, ...]
     is_transposed: bool
+    window: SequenceState | None = None
 
     @property
     def num_cells(self) -> int:
         return len(self.positions)
 
     def take(self, where: slice) -> SequenceState:
-        """Some of the cells."""
+        """Some of the cells, without the windows'."""
         return SequenceState(
             self.positions[where],
             tuple(column.take(where) for column in self.keys),
@@ -86,9 +92,18 @@ class SequenceState:
             self.is_transposed,
         )
 
+    def between(self, start: int, end: int) -> SequenceState:
+        """The cells at positions from `start` on and before `end`, which stand in the order of their positions."""
+        return self.take(slice(*np.searchsorted(self.positions, (start, end)).tolist()))
+
+    def before(self, num_tokens: int) -> SequenceState:
+        """The cells of the first tokens, the windows' too."""
+        window = None if self.window is None else self.window.between(0, num_tokens)
+        return replace(self.between(0, num_tokens), window=window)
+
     @classmethod
     def join(cls, parts: Sequence[SequenceState]) -> SequenceState:
-        """The cells of several, in order."""
+        """The cells of several, in order, without the windows'."""
         return cls(
             np.concatenate([part.positions for part in parts]),
             tuple(map(Column.join, zip(*(part.keys for part in parts), strict=True))),
@@ -98,10 +113,12 @@ class SequenceState:
 
     def at(self, positions: Sequence[int]) -> SequenceState:
         """The same cells at other positions."""
-        return SequenceState(np.asarray(positions, dtype=np.int32), self.keys, self.values, self.is_transposed)
+        return replace(self, positions=np.asarray(positions, dtype=np.int32))
 
     def sorted(self) -> SequenceState:
         """In the order of the positions; a cache that had gaps is not written in order."""
+        if self.window is not None:
+            return replace(replace(self, window=None).sorted(), window=self.window.sorted())
         if bool((np.diff(self.positions) > 0).all()):
             return self
         order = np.argsort(self.positions, kind="stable")
@@ -112,10 +129,16 @@ class SequenceState:
 
     def pack(self) -> Blob:
         """The bytes that llama.cpp takes."""
+        parts = [struct.pack("<Ii", MAGIC, WHOLE), *self._packed()]
+        if self.window is not None:
+            parts += self.window._packed()
+        return np.frombuffer(bytearray().join(parts), dtype=np.uint8)
+
+    def _packed(self) -> list[bytes]:
         meta = np.empty((self.num_cells, 3), dtype="<i4")
         meta[:, 0], meta[:, 1], meta[:, 2] = self.positions, 1, 0
         parts = [
-            struct.pack("<IiII", MAGIC, 0, 1, self.num_cells),
+            struct.pack("<II", 1, self.num_cells),
             meta.tobytes(),
             struct.pack("<II", self.is_transposed, len(self.keys)),
         ]
@@ -133,7 +156,7 @@ class SequenceState:
                 parts += [header, np.ascontiguousarray(elements.transpose(1, 0, 2)).tobytes()]
             else:
                 parts += [struct.pack("<iQ", number, column.rows.shape[1]), column.rows.tobytes()]
-        return np.frombuffer(bytearray().join(parts), dtype=np.uint8)
+        return parts
 
     @classmethod
     def parse(cls, data: Blob) -> SequenceState:
@@ -143,9 +166,21 @@ class SequenceState:
             UnsupportedModel: another layout than that of ordinary keys and values in one stream.
         """
         reader = _Reader(data)
-        magic, _, num_streams, num_cells = reader.unpack("<IiII")
-        if magic != MAGIC or num_streams != 1:
-            raise UnsupportedModel(f"a state of {num_streams} streams, magic {magic:#x}, is none that can be read")
+        magic, _ = reader.unpack("<Ii")
+        if magic != MAGIC:
+            raise UnsupportedModel(f"a state whose magic is {magic:#x} is none that can be read")
+        state = cls._parsed(reader)
+        if reader.left:
+            state = replace(state, window=cls._parsed(reader))
+        if reader.left:
+            raise UnsupportedModel(f"a state with {reader.left} bytes behind its values has more than two caches in it")
+        return state
+
+    @classmethod
+    def _parsed(cls, reader: _Reader) -> SequenceState:
+        num_streams, num_cells = reader.unpack("<II")
+        if num_streams != 1:
+            raise UnsupportedModel(f"a state of {num_streams} streams is none that can be read")
         meta = np.frombuffer(reader.take(12 * num_cells), dtype="<i4").reshape(-1, 3)
         if num_cells == 0 or not bool((meta[:, 1] == 1).all()):
             raise UnsupportedModel(f"a state of {num_cells} cells that are not those of one sequence cannot be read")
@@ -153,8 +188,6 @@ class SequenceState:
         keys = tuple(reader.column(num_cells) for _ in range(num_layers))
         read_value = reader.transposed_column if is_transposed else reader.column
         values = tuple(read_value(num_cells) for _ in range(num_layers))
-        if reader.left:
-            raise UnsupportedModel(f"a state with {reader.left} bytes behind its values has more than one cache in it")
         return cls(meta[:, 0].astype(np.int32), keys, values, bool(is_transposed))
 
 

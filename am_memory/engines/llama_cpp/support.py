@@ -45,9 +45,6 @@ def _reason_against(model: Any) -> str | None:
         return "adds a bias by distance to its attention scores (ALiBi)"
     if says("rope.scaling.type") == "longrope":
         return "turns its keys by the size of llama.cpp's context (longrope), which grows here"
-    if lib.llama_model_n_swa(model):
-        # Of their cells llama.cpp writes only those that the next token sees, so that nothing can go on from before it.
-        return "has sliding-window layers, which this engine does not read: use engine='transformers'"
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,11 +95,23 @@ def test_another_layout_is_refused(offset: int, value: int, reason: str) -> None
         SequenceState.parse(blob)
 
 
-def test_a_second_cache_behind_the_first_is_refused() -> None:
-    """As models with sliding windows have it."""
+def test_sliding_windows_are_a_second_cache_with_cells_of_its_own() -> None:
+    windows = random_state(4, "F32").at(range(2, 6))
+    state = replace(random_state(6, "F16"), window=windows)
+    again = SequenceState.parse(state.pack())
+    assert np.array_equal(again.pack(), state.pack())
+    assert again.window is not None
+    assert again.window.positions.tolist() == [2, 3, 4, 5]
+    earlier = again.before(4)
+    assert earlier.positions.tolist() == [0, 1, 2, 3]
+    assert earlier.window is not None
+    assert earlier.window.positions.tolist() == [2, 3]
+
+
+def test_a_third_cache_is_refused() -> None:
     blob = random_state(6, "F16").pack()
-    with pytest.raises(UnsupportedModel, match=f"{len(blob) - 8} bytes behind its values"):
-        SequenceState.parse(np.concatenate([blob, blob[8:]]))
+    with pytest.raises(UnsupportedModel, match=f"{len(blob) - 8} bytes behind its values has more than two caches"):
+        SequenceState.parse(np.concatenate([blob, blob[8:], blob[8:]]))
 
 
 def test_an_empty_cache_has_no_cells(llama: LlamaCppEngine) -> None:

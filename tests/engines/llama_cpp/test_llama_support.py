@@ -59,7 +59,6 @@ def test_a_model_of_another_attention_is_refused(
         ("llama_model_is_hybrid", True, "is a hybrid"),
         ("llama_model_is_diffusion", True, "does not attend causally"),
         ("llama_model_rope_type", 8, "uses M-RoPE"),
-        ("llama_model_n_swa", 512, "sliding-window layers"),
     ],
 )
 def test_a_model_of_another_kind_is_refused(
