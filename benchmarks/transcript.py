@@ -14,12 +14,14 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Sequence
+from typing import get_args
 
 from common import kl_divergence, machine, table, write_json
 from torch import Tensor
 
 from am_memory import Memory, MemoryPolicy, Sampling, Session
 from am_memory.demo import Fact, facts, hide
+from am_memory.engines.base import EngineName
 
 TURNS, CODES_IN_TURN, SENTENCES_IN_TURN, LINE_TOKENS = 6, 3, 22, 24
 SINKS = 4
@@ -45,10 +47,9 @@ def converse(session: Session, told: Sequence[Fact], rng: random.Random) -> None
             pass
 
 
-def run(memory: Memory, seed: int, trigger: int) -> list[dict[str, object]]:
+def run(memory: Memory, seed: int, policy: MemoryPolicy) -> list[dict[str, object]]:
     rng = random.Random(seed)
     told = facts(rng, TURNS * CODES_IN_TURN)
-    policy = MemoryPolicy(trigger_tokens=trigger, pinned=SINKS)
     sessions = {"full cache": memory.scratch(), "ours": memory.scratch(policy=policy)}
     converse(sessions["ours"], told, rng)
     tokens = sessions["ours"].tokens
@@ -82,12 +83,15 @@ def run(memory: Memory, seed: int, trigger: int) -> list[dict[str, object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
+    parser.add_argument("--engine", choices=get_args(EngineName), default="transformers")
+    parser.add_argument("--keep-ratio", type=float, default=0.1)
     parser.add_argument("--trigger", type=int, default=1024, help="in tokens")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--out", help="write the figures as JSON")
     args = parser.parse_args()
-    memory = Memory.from_pretrained(args.model, policy=PLAIN)
-    rows = [row for seed in range(args.seeds) for row in run(memory, seed, args.trigger)]
+    memory = Memory.from_pretrained(args.model, engine=args.engine, policy=PLAIN)
+    policy = MemoryPolicy(trigger_tokens=args.trigger, keep_ratio=args.keep_ratio, pinned=SINKS)
+    rows = [row for seed in range(args.seeds) for row in run(memory, seed, policy)]
     write_json(args.out, rows)
     lines = [
         (
@@ -103,7 +107,8 @@ def main() -> None:
         for row in rows
     ]
     header = ("seed", "scheme", "recalled", "KL answer", "tokens", "in the cache", "bytes", "compactions")
-    print(f"{args.model}, trigger {args.trigger}; {machine()}\n\n{table(header, lines)}")
+    kept = f"trigger {args.trigger}, a share of {args.keep_ratio} kept"
+    print(f"{args.model}, {args.engine}, {kept}; {machine()}\n\n{table(header, lines)}")
 
 
 if __name__ == "__main__":
