@@ -8,11 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from am_memory.gpu import runs_triton
+from am_memory.gpu import MAX_HEAD_DIM, dot_dtype, padded, runs_triton
 from am_memory.solver.block import LOG2_E, Block
 
-MAX_HEAD_DIM = 256
-"""That a GPU's kernels take."""
 SMALL_BLOCK_TOKENS = 200
 """In a block of so many keys, a query of the mean share counts half as much as it would if its share were all."""
 
@@ -86,7 +84,7 @@ def can_use_tensor_cores(block: Block) -> bool:
 
 def block_sizes(head_dim: int) -> dict[str, int]:
     """Powers of two, of which all fit in the shared memory of any GPU that Triton knows well."""
-    padded_dim = max(1 << (head_dim - 1).bit_length(), 16)
+    padded_dim = padded(head_dim)
     block_queries, block_keys = (64, min(64, 2**12 // padded_dim)) if padded_dim <= 128 else (32, 16)
     return {"PADDED_DIM": padded_dim, "BLOCK_QUERIES": block_queries, "BLOCK_KEYS": block_keys}
 
@@ -94,7 +92,6 @@ def block_sizes(head_dim: int) -> dict[str, int]:
 def _on_tensor_cores(block: Block) -> tuple[Tensor, ...]:
     """What `_by_chunks` computes, without ever writing a weight to the device's memory."""
     import triton
-    import triton.language as tl
 
     from am_memory.solver.exact_kernels import energy_kernel, mass_kernel
 
@@ -104,10 +101,8 @@ def _on_tensor_cores(block: Block) -> tuple[Tensor, ...]:
     max_logit, log_mass = output.new_empty(2, *query.shape[:2]).unbind()
     energy = output.new_empty(block.num_heads, 1, block.seq_len)
     sizes, scale = block_sizes(block.head_dim), block.scaling * LOG2_E
-    is_interpreted = not isinstance(mass_kernel, triton.JITFunction)
-    # Triton's interpreter multiplies the bit patterns of bfloat16.
-    dot_dtype = tl.float32 if is_interpreted else getattr(tl, str(key.dtype).removeprefix("torch."))
-    how = {"HAS_BIAS": block.key_bias is not None, "HEAD_DIM": block.head_dim, "DOT_DTYPE": dot_dtype, **sizes}
+    how = {"HAS_BIAS": block.key_bias is not None, "HEAD_DIM": block.head_dim, **sizes}
+    how["DOT_DTYPE"] = dot_dtype(mass_kernel, key.dtype)
     lengths = block.num_queries, block.seq_len
     with torch.cuda.device_of(key):  # type: ignore[no-untyped-call]
         grid = triton.cdiv(block.num_queries, sizes["BLOCK_QUERIES"]), block.num_heads

@@ -281,15 +281,24 @@ def test_where_a_pass_cannot_be_captured_tokens_are_read_as_they_were(
     ]
 
 
-def test_beside_another_stream_nothing_is_captured(
-    engine: TransformersEngine,
-    plain: TransformersEngine,
-    num_replayed: Callable[[], int],
-    monkeypatch: pytest.MonkeyPatch,
+def test_beside_another_stream_nothing_is_captured_and_afterwards_what_is_new_is_run_first(
+    engine: TransformersEngine, plain: TransformersEngine, num_replayed: Callable[[], int]
 ) -> None:
-    monkeypatch.setattr(type(engine._graphs._captured), "is_possible", False)
-    assert torch.allclose(decoded(engine), decoded(plain), atol=1e-4)
-    assert num_replayed() == 0
+    order: list[str] = []
+    record, run = engine._graphs._captured, engine._graphs._pass
+    engine._graphs._captured = lambda of: (order.append("captured"), record(of))[1]
+    engine._graphs._pass = lambda cache: (order.append("run"), run(cache))[1]
+    logits = []
+    for each in (engine, plain):
+        cache, rows = each.new_cache(), []
+        for is_possible in (False, True):
+            engine._graphs._captured.is_possible = is_possible
+            rows.append(one_by_one(each, cache, TOKENS[:8]))
+            if each is engine:
+                assert (num_replayed() > 0) == is_possible
+        logits.append(torch.cat(rows))
+    assert torch.allclose(*logits, atol=1e-4)
+    assert order[:2] == ["run", "captured"]
 
 
 def test_a_model_whose_pass_depends_on_python_is_found_out(

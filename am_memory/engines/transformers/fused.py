@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from am_memory.gpu import runs_triton
+from am_memory.gpu import MAX_HEAD_DIM, dot_dtype, padded, power_of_two_from, runs_triton
 from am_memory.quantised import Quantised
 from am_memory.slots import Slots
 
@@ -20,7 +20,6 @@ MAX_SPLIT_ROWS = 64
 BLOCK_PARTS = 16
 """Parts merged at a time."""
 NUM_WARPS = 4
-MAX_HEAD_DIM = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -41,8 +40,8 @@ def block_sizes(num_rows: int, head_dim: int, element_size: int) -> tuple[int, i
     the next while it works on one, so that all fit in the shared memory of any GPU that `can_attend` takes. In float32
     there are no tensor cores: of more queries, the products would not fit in registers.
     """
-    padded_dim = max(_power_of_two_from(head_dim), 16)
-    block_rows = min(max(_power_of_two_from(num_rows), 16), 64 if element_size == 2 else 16)
+    padded_dim = padded(head_dim)
+    block_rows = min(max(power_of_two_from(num_rows), 16), 64 if element_size == 2 else 16)
     most_keys, most_bytes = (KEYS_PER_PART, 2**15) if is_split(num_rows) else (64, 2**14)
     return padded_dim, block_rows, max(min(most_keys, most_bytes // (padded_dim * element_size)), 16)
 
@@ -55,10 +54,6 @@ def is_split(num_rows: int) -> bool:
 def launch_options(num_rows: int, *, has_codes: bool) -> dict[str, int]:
     """Slots in int8 take a load more for each of theirs: of two stages, shared memory would not hold them all."""
     return {"num_warps": NUM_WARPS, "num_stages": 1 if has_codes or is_split(num_rows) else 2}
-
-
-def _power_of_two_from(number: int) -> int:
-    return 1 << (number - 1).bit_length()
 
 
 def _pointers(slots: Slots) -> tuple[Tensor, ...]:
@@ -81,7 +76,6 @@ def attend(
     key and value is contiguous, and key and value are laid out alike, as a `TailBuffer`'s are.
     """
     import triton
-    import triton.language as tl
 
     from am_memory.engines.transformers.kernels import attend_kernel, merge_kernel
 
@@ -109,9 +103,6 @@ def attend(
     if is_merged:
         parts = log_mass.new_empty(num_parts, *shape), log_mass.new_empty(num_parts, *log_mass.shape)
     padded_dim, block_rows, block_keys = block_sizes(num_rows, head_dim, query.element_size())
-    is_interpreted = not isinstance(attend_kernel, triton.JITFunction)
-    # Triton's interpreter multiplies the bit patterns of bfloat16.
-    dot_dtype = tl.float32 if is_interpreted else getattr(tl, str(query.dtype).removeprefix("torch."))
     with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
         attend_kernel[num_parts, num_heads, triton.cdiv(num_rows, block_rows)](
             query,
@@ -137,7 +128,7 @@ def attend(
             PADDED_DIM=padded_dim,
             BLOCK_ROWS=block_rows,
             BLOCK_KEYS=block_keys,
-            DOT_DTYPE=dot_dtype,
+            DOT_DTYPE=dot_dtype(attend_kernel, query.dtype),
             **launch_options(num_rows, has_codes=has_codes),
         )
         if is_merged:

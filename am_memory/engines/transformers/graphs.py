@@ -90,8 +90,8 @@ class TokenGraphs:
                 layer.reserve(SPARE_TOKENS)
         inputs = torch.tensor([token_id, cache.num_tokens, layers[0].length])
         self._inputs.copy_(inputs, non_blocking=True)
-        if graph.num_seen == PATIENCE:  # what is launched first is compiled and loaded, which no capture permits
-            logits = self._pass(cache)
+        if not graph.is_warm:  # what is launched first is compiled and loaded, which no capture permits
+            logits, graph.is_warm = self._pass(cache), True
         else:
             if not has_graph:
                 graph.capture(cache, self._captured, lambda: self._pass(cache))
@@ -115,7 +115,7 @@ class _CacheGraph:
     """A cache that reads token by token, and its graph if it has one; keeps nothing alive that the cache gives up."""
 
     def __init__(self, cache: KVCache) -> None:
-        self.num_seen = 0
+        self.num_seen, self.is_warm = 0, False
         self._slots = [_reference(layer.slots) for layer in cache.compactable]
         self._tails: list[Callable[[], object]] = []
         self._replay: Replay | None = None
