@@ -17,7 +17,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from am_memory.engines.llama_cpp.library import GGMLTensor, ggml, library, read_tensor, tensor_at, write_tensor
+from am_memory.engines.llama_cpp.library import (
+    GGMLTensor,
+    from_rows,
+    ggml,
+    library,
+    read_tensor,
+    tensor_at,
+    to_rows,
+    type_name,
+    write_tensor,
+)
 from am_memory.errors import UnsupportedModel
 
 MAX_SCORES = 2**20
@@ -42,6 +52,7 @@ class Attention:
         is_flash: it gives the output; else it gives the weights.
         bias: (num_key_value_heads, n) float32, added to the products of queries with the first n cells before they are
             scaled; None: there is none.
+        rounds_to: the type in which queries are multiplied with keys, where that takes digits from them; else None.
     """
 
     query: Tensor
@@ -51,6 +62,7 @@ class Attention:
     address: int
     is_flash: bool
     bias: Tensor | None = None
+    rounds_to: str | None = None
 
     @property
     def grouped_query(self) -> Tensor:
@@ -80,7 +92,10 @@ class Attention:
 
     def expected(self) -> Tensor:
         """The same, from query and key."""
-        product = self.grouped_query @ self.key.float().mT[:, None]
+        query = self.grouped_query
+        if self.rounds_to is not None:
+            query = from_rows(to_rows(query.flatten(0, 2), self.rounds_to), self.rounds_to).view(query.shape)
+        product = query @ self.key.float().mT[:, None]
         if self.bias is not None:
             product[..., : self.bias.shape[1]] += self.bias[:, None, None]
         weight = (product * self.scaling + self.mask).softmax(dim=-1)
@@ -186,4 +201,5 @@ def _attention(address: int, bias: Tensor | None, *, is_flash: bool) -> Attentio
         )
     seen = read_tensor(mask)[0].float()
     taken = read_tensor(query).float()
-    return Attention(taken, read_tensor(key), seen[: taken.shape[1]], scaling, address, is_flash, bias)
+    rounds_to = "Q8_0" if type_name(tensor_at(key).type) == "q8_0" else None
+    return Attention(taken, read_tensor(key), seen[: taken.shape[1]], scaling, address, is_flash, bias, rounds_to)

@@ -7,6 +7,7 @@ layers that do not turn their queries come out as such.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -68,17 +69,38 @@ def measured_rotations(decoder: Decoder, model: Any, token_id: int) -> list[Rota
     by_distance = [_queries(decoder, token_id, distance) for distance in LADDER]
     rotations = []
     for layer, base in enumerate(start):
-        first, second = _pairs(model, base.shape[-1])
-        steps = torch.stack([_rotation(base, turned[layer], first, second) for turned in by_distance])
+        turned = [queries[layer] for queries in by_distance]
+        pairs = _pairs(model, base.shape[-1])
+        error, steps = min(
+            (_steps(base, turned, pairs, basis) for basis in _bases(base.shape[-1])), key=lambda found: found[0]
+        )
+        if error > TOLERANCE:
+            raise UnsupportedModel(
+                f"queries of layer {layer} change with their position by more than a turn (off by {error:.2g}): "
+                "use a model with rotary positions, or engine='transformers'"
+            )
         rotations.append(Rotation(steps))
-        for turn, turned in zip(steps, by_distance, strict=True):
-            error = float((base @ turn.mT - turned[layer]).norm() / turned[layer].norm().clamp_min(1e-12))
-            if error > TOLERANCE:
-                raise UnsupportedModel(
-                    f"queries of layer {layer} change with their position by more than a turn (off by {error:.2g}): "
-                    "use a model with rotary positions, or engine='transformers'"
-                )
     return rotations
+
+
+def _steps(base: Tensor, turned: list[Tensor], pairs: tuple[Tensor, Tensor], basis: Tensor) -> tuple[float, Tensor]:
+    """If pairs turn in this basis: by how much that is off at most, relative to a query, and the turns."""
+    steps = torch.stack([basis @ _rotation(base @ basis, each @ basis, *pairs) @ basis for each in turned])
+    errors = [
+        float((base @ turn.mT - each).norm() / each.norm().clamp_min(1e-12))
+        for turn, each in zip(steps, turned, strict=True)
+    ]
+    return max(errors), steps
+
+
+def _bases(head_dim: int) -> Iterator[Tensor]:
+    """What llama.cpp may have multiplied queries and keys by: nothing, or, where keys are kept in few bits, a Hadamard
+    matrix for each block of some of their elements, which is its own inverse."""
+    yield torch.eye(head_dim)
+    hadamard, size = torch.ones(1, 1), 1
+    while head_dim % (2 * size) == 0:
+        hadamard, size = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)]), 2 * size
+        yield torch.block_diag(*[hadamard / size**0.5] * (head_dim // size))  # type: ignore[no-untyped-call]
 
 
 def _queries(decoder: Decoder, token_id: int, position: int) -> list[Tensor]:

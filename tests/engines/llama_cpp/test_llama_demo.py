@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from am_memory import Memory, MemoryPolicy
 from am_memory.constraints import json_schema
 from am_memory.demo import prose
+from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.models import demo_model_path
 
 pytestmark = pytest.mark.model
@@ -93,3 +94,16 @@ def test_answers_can_be_constrained(memory: Memory) -> None:
     pieces = list(session.generate(48, constraint=json_schema(memory.engine, schema)))
     assert pieces[-1].finish_reason == "stop"
     assert json.loads("".join(piece.text for piece in pieces)).keys() == {"name", "age"}
+
+
+@pytest.mark.parametrize("kv_type", ["f32", "bf16", "q8_0"])
+def test_with_keys_and_values_of_any_type_little_changes(memory: Memory, kv_type: str) -> None:
+    """q8_0 among them, for which llama.cpp turns the keys of real models into another basis."""
+    text, logits = " ".join(prose(random.Random(1), 60)), []
+    for each in (memory, Memory(LlamaCppEngine("demo", kv_type=kv_type), POLICY)):
+        session = each.scratch()
+        session.append(text)
+        assert session.stats.num_compactions > 1
+        logits.append(session.logits(" The moon rose over the hill").log_softmax(-1))
+    in_half, other = logits
+    assert float((in_half.exp() * (in_half - other)).sum(-1).mean()) < 0.05

@@ -193,12 +193,15 @@ def test_another_engines_cache_is_refused(llama: LlamaCppEngine, engine: Transfo
         engine.forward(llama.new_cache(), TOKENS)
 
 
-def test_quantised_keys_and_values_are_compacted(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerBase) -> None:
-    """q8_0 asks for heads of 32 numbers or more."""
+@pytest.mark.parametrize("head_dim", [32, 64, 192])
+def test_quantised_keys_and_values_are_compacted(
+    tmp_path: Path, byte_tokenizer: PreTrainedTokenizerBase, head_dim: int
+) -> None:
+    """q8_0 asks for heads of 32 numbers or more; from 64 on llama.cpp multiplies queries and keys by a matrix of its own."""
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=260, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, max_position_embeddings=512, initializer_range=0.15,
+        num_key_value_heads=1, head_dim=head_dim, max_position_embeddings=512, initializer_range=0.15,
         tie_word_embeddings=False,
     )  # fmt: skip
     path = write_gguf(tmp_path / "wide.gguf", LlamaForCausalLM(config).eval(), byte_tokenizer)
