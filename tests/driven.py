@@ -1,9 +1,14 @@
-"""A context driven by tokens, as sessions drive theirs."""
+"""Contexts driven by tokens, as sessions drive theirs, and sessions token by token."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
+from am_memory import Memory
 from am_memory.context import Context
 
 
@@ -24,3 +29,15 @@ def write(context: Context, count: int) -> None:
     for _ in range(count):
         with context.transaction():
             context.tokens.append(int(context.next_logits().argmax()))
+
+
+def logits_in_turn(memory: Memory, token_ids: Sequence[int], least_compactions: int) -> Tensor:
+    """Logits at each token, told one by one to one of two sessions in turn; both are compacted on the way."""
+    sessions = [memory.session() for _ in range(2)]
+    rows = []
+    for number, token in enumerate(token_ids):
+        session = sessions[number % 2]
+        session.append([token])
+        rows.append(session._context.next_logits())
+    assert all(session.stats.num_compactions >= least_compactions for session in sessions)
+    return torch.stack(rows).cpu()

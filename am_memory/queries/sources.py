@@ -85,16 +85,16 @@ class QuerySources:
             samples.append(self_study_queries(self.engine, cache, passage.conversations, chunk_tokens=chunk_tokens))
         if self.live is not None:
             passed = self.live.after(passage.end)
-            if not passed and not samples:
+            if passed:
+                if self.engine.info.immovable is None:
+                    num_tokens = min(len(passage.token_ids), self.engine.info.window_tokens)
+                    passed = from_further_away(passed, cache.compactable, num_tokens)
+                samples.append(passed)
+            elif not samples:
                 raise CompactionFailed(
                     f"no query has passed since token {passage.end}, and reference_queries is live alone: read more "
                     'first, compact a smaller fraction, or add "repeat"'
                 )
-            if passed and self.engine.info.immovable is None:
-                num_tokens = min(len(passage.token_ids), self.engine.info.window_tokens)
-                passed = from_further_away(passed, cache.compactable, num_tokens)
-            if passed:
-                samples.append(passed)
         return [ReferenceQueries.union(layer) for layer in zip(*samples, strict=True)]
 
     def through(self, passage: Passage, on_layer: OnLayer) -> None:

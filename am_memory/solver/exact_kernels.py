@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+from am_memory.gpu.softmax import LOG2_E, add_keys
 
 
 @triton.jit
@@ -61,13 +61,7 @@ def mass_kernel(  # noqa: PLR0913, PLR0917
         keys = tl.load(key + where[None] * HEAD_DIM + dim[:, None], mask=is_entry, other=0.0)
         values = tl.load(value + where[:, None] * HEAD_DIM + dim[None], mask=is_key[:, None] & is_dim[None], other=0.0)
         logits = _base2_logits(queries, keys, key_bias, where, is_key, scale, HAS_BIAS, DOT_DTYPE)
-        new_top = tl.maximum(top, tl.max(logits, 1))
-        finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weight = tl.exp2(logits - finite_top[:, None])
-        kept = tl.exp2(top - finite_top)
-        mixed = tl.dot(weight, values.to(tl.float32), mixed * kept[:, None], input_precision="tf32")
-        total = total * kept + tl.sum(weight, 1)
-        top = new_top
+        mixed, top, total = add_keys(logits, values.to(tl.float32), mixed, top, total, tl.float32, "tf32")
     # The bounds only matter to a head whose keys are all padding: its outputs become 0.
     top, total = tl.maximum(top, -3.4028234663852886e38), tl.maximum(total, 1.0)
     mass_at = head * num_queries + row

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from driven import logits_in_turn
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -54,16 +55,7 @@ def layers_of(engine: TransformersEngine) -> list[CompiledLayer]:
 
 
 def decoded(engine: TransformersEngine) -> Tensor:
-    """Logits at each token, told one by one to one of two sessions in turn; both are compacted on the way."""
-    memory = Memory(engine, POLICY)
-    sessions = [memory.session() for _ in range(2)]
-    rows = []
-    for number, token in enumerate(TOKENS):
-        session = sessions[number % 2]
-        session.append([token])
-        rows.append(session._context.next_logits())
-    assert all(session.stats.num_compactions >= 2 for session in sessions)
-    return torch.stack(rows)
+    return logits_in_turn(Memory(engine, POLICY), TOKENS, least_compactions=2)
 
 
 @needs_compiler

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from driven import logits_in_turn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Memory, MemoryPolicy, Sampling
-from am_memory.cache import KVCache
 from am_memory.engines.transformers import TransformersEngine, fused, graphs
 from am_memory.engines.transformers.graphs import PATIENCE, TokenGraphs, shortcut, token_graphs
 
@@ -48,10 +48,10 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return
     in_pass, run = [], TokenGraphs._pass
 
-    def through_the_kernels(self: TokenGraphs, cache: KVCache) -> Tensor:
+    def through_the_kernels(self: TokenGraphs, *args: object) -> Tensor:
         in_pass.append(True)
         try:
-            return run(self, cache)
+            return run(self, *args)
         finally:
             in_pass.pop()
 
@@ -95,17 +95,8 @@ def num_replayed(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) ->
     yield lambda: len(count)
 
 
-def decoded(engine: TransformersEngine, policy: MemoryPolicy = POLICY, tokens: list[int] = TOKENS) -> Tensor:
-    """Logits at each token, told one by one to one of two sessions in turn; both are compacted on the way."""
-    memory = Memory(engine, policy)
-    sessions = [memory.session() for _ in range(2)]
-    rows = []
-    for number, token in enumerate(tokens):
-        session = sessions[number % 2]
-        session.append([token])
-        rows.append(session._context.next_logits())
-    assert all(session.stats.num_compactions >= 1 for session in sessions)
-    return torch.stack(rows).cpu()
+def decoded(engine: TransformersEngine, policy: MemoryPolicy = POLICY) -> Tensor:
+    return logits_in_turn(Memory(engine, policy), TOKENS, least_compactions=1)
 
 
 def one_by_one(engine: TransformersEngine, cache: object, tokens: list[int]) -> Tensor:
@@ -287,7 +278,7 @@ def test_beside_another_stream_nothing_is_captured_and_afterwards_what_is_new_is
     order: list[str] = []
     record, run = engine._graphs._captured, engine._graphs._pass
     engine._graphs._captured = lambda of: (order.append("captured"), record(of))[1]
-    engine._graphs._pass = lambda cache: (order.append("run"), run(cache))[1]
+    engine._graphs._pass = lambda *args: (order.append("run"), run(*args))[1]
     logits = []
     for each in (engine, plain):
         cache, rows = each.new_cache(), []

@@ -71,15 +71,18 @@ def measured_rotations(decoder: Decoder, model: Any, token_id: int) -> list[Rota
     for layer, base in enumerate(start):
         turned = [queries[layer] for queries in by_distance]
         pairs = _pairs(model, base.shape[-1])
-        error, steps = min(
-            (_steps(base, turned, pairs, basis) for basis in _bases(base.shape[-1])), key=lambda found: found[0]
-        )
-        if error > TOLERANCE:
+        errors = []
+        for basis in _bases(base.shape[-1]):
+            error, steps = _steps(base, turned, pairs, basis)
+            errors.append(error)
+            if error <= TOLERANCE:
+                rotations.append(Rotation(steps))
+                break
+        else:
             raise UnsupportedModel(
-                f"queries of layer {layer} change with their position by more than a turn (off by {error:.2g}): "
+                f"queries of layer {layer} change with their position by more than a turn (off by {min(errors):.2g}): "
                 "use a model with rotary positions, or engine='transformers'"
             )
-        rotations.append(Rotation(steps))
     return rotations
 
 

@@ -89,8 +89,7 @@ def tested_model(
     biases = [torch.zeros(shape.num_heads, LEFT_OUT + 1) for shape in shapes] if has_bias else []
     _require_write(decoder, state, token_ids[-1], biases)
     window_tokens = library().llama_model_n_swa(model) if windows else 0
-    first = replace(state.before(1), window=None if state.window is None else state.window.between(0, 1))
-    return Model(decoder, tuple(shapes), first, has_bias, tuple(windows), window_tokens)
+    return Model(decoder, tuple(shapes), state.before(1), has_bias, tuple(windows), window_tokens)
 
 
 def _is_key(key: Column, attention: Attention) -> bool:

@@ -24,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from am_memory.cache import KVCache
 from am_memory.engines.transformers import support
 from am_memory.engines.transformers.rotary import length_dependent_kinds
+from am_memory.layers import CompactableLayer
 
 PATIENCE = 4
 """Tokens that a cache reads one by one, in the same slots, before a graph is captured, which takes as long as two."""
@@ -35,6 +36,8 @@ MAX_CACHES = 16
 Forward = Callable[[KVCache, Tensor, Tensor], Tensor]
 """Of a cache, a token's id and its position, (1, 1) int64 on the device: the logits, (1, vocab_size) float32."""
 Replay = Callable[[], object]
+Layers = Sequence[CompactableLayer]
+"""All of a cache's."""
 logger = logging.getLogger("am_memory")
 _lock = threading.Lock()
 """Graphs share their inputs and the memory of what they compute; and torch captures one at a time."""
@@ -76,65 +79,64 @@ class TokenGraphs:
                 return None
 
     def _read(self, cache: KVCache, token_id: int) -> Tensor | None:
-        graph = self._graphs.get(cache.layers[0])
-        if graph is None or not graph.has_slots_of(cache):
-            graph = self._graphs[cache.layers[0]] = _CacheGraph(cache)
+        layers = cache.compactable
+        graph = self._graphs.get(layers[0])
+        if graph is None or not graph.has_slots_of(layers):
+            graph = self._graphs[layers[0]] = _CacheGraph(layers)
             if len(self._graphs) > MAX_CACHES:
                 del self._graphs[next(iter(self._graphs))]
         graph.num_seen += 1
         if graph.num_seen < PATIENCE or not (cache.is_whole and self._captured.is_possible):
             return None
-        layers = cache.compactable
-        if not (has_graph := graph.has_tails_of(cache)):
+        if not (has_graph := graph.has_tails_of(layers)):
             for layer in layers:
                 layer.reserve(SPARE_TOKENS)
         inputs = torch.tensor([token_id, cache.num_tokens, layers[0].length])
         self._inputs.copy_(inputs, non_blocking=True)
         if not graph.is_warm:  # what is launched first is compiled and loaded, which no capture permits
-            logits, graph.is_warm = self._pass(cache), True
+            logits, graph.is_warm = self._pass(cache, layers), True
         else:
             if not has_graph:
-                graph.capture(cache, self._captured, lambda: self._pass(cache))
+                graph.capture(layers, self._captured, lambda: self._pass(cache, layers))
             logits = graph.replayed()
         for layer in layers:
             layer.length += 1
         return logits
 
-    def _pass(self, cache: KVCache) -> Tensor:
+    def _pass(self, cache: KVCache, layers: Layers) -> Tensor:
         token_id, position, place = self._inputs[:, None].unbind()
-        for layer in cache.compactable:
+        for layer in layers:
             layer.place = place
         try:
             return self._forward(cache, token_id[None], position[None])
         finally:
-            for layer in cache.compactable:
+            for layer in layers:
                 layer.place = None
 
 
 class _CacheGraph:
     """A cache that reads token by token, and its graph if it has one; keeps nothing alive that the cache gives up."""
 
-    def __init__(self, cache: KVCache) -> None:
+    def __init__(self, layers: Layers) -> None:
         self.num_seen, self.is_warm = 0, False
-        self._slots = [_reference(layer.slots) for layer in cache.compactable]
+        self._slots = [_reference(layer.slots) for layer in layers]
         self._tails: list[Callable[[], object]] = []
         self._replay: Replay | None = None
         self._logits = torch.empty(0)
 
-    def has_slots_of(self, cache: KVCache) -> bool:
-        return all(slots() is layer.slots for slots, layer in zip(self._slots, cache.compactable, strict=True))
+    def has_slots_of(self, layers: Layers) -> bool:
+        return all(slots() is layer.slots for slots, layer in zip(self._slots, layers, strict=True))
 
-    def has_tails_of(self, cache: KVCache) -> bool:
+    def has_tails_of(self, layers: Layers) -> bool:
         """Whether it was captured with these buffers, and there is room in them."""
         return bool(self._tails) and all(
-            tail() is layer.buffer and layer.room > 0
-            for tail, layer in zip(self._tails, cache.compactable, strict=True)
+            tail() is layer.buffer and layer.room > 0 for tail, layer in zip(self._tails, layers, strict=True)
         )
 
-    def capture(self, cache: KVCache, captured: Recorder, run: Callable[[], Tensor]) -> None:
+    def capture(self, layers: Layers, captured: Recorder, run: Callable[[], Tensor]) -> None:
         self._tails, self._replay = [], None
         self._replay, self._logits = captured(run)
-        self._tails = [_reference(layer.buffer) for layer in cache.compactable]
+        self._tails = [_reference(layer.buffer) for layer in layers]
 
     def replayed(self) -> Tensor:
         assert self._replay is not None

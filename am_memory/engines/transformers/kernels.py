@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+from am_memory.gpu.softmax import LOG2_E, add_keys
 
 
 @triton.jit(do_not_specialize=["num_tokens", "tail_tokens", "num_slot_parts", "keys_per_part"])
@@ -101,7 +101,7 @@ def attend_kernel(  # noqa: PLR0913, PLR0917  Triton takes pointers, sizes and s
         values = tl.load(value + at + value_at, mask=is_key[:, None] & is_dim[None], other=0.0)
         scores = tl.dot(queries, keys.to(DOT_DTYPE), input_precision="ieee") * scale
         scores = tl.where(is_key[None] & (where[None] < visible[:, None]), scores, float("-inf"))
-        mixed, top, total = _add(scores, values, mixed, top, total, DOT_DTYPE)
+        mixed, top, total = add_keys(scores, values, mixed, top, total, DOT_DTYPE, "ieee")
 
     is_seen = total > 0
     divisor = tl.where(is_seen, total, 1.0)
@@ -173,7 +173,7 @@ def _see_slots(  # noqa: PLR0913, PLR0917
             values = tl.load(slot_value + at + value_at, mask=is_value_entry, other=0.0)
         bias = tl.load(slot_bias + start + column, mask=is_key, other=float("-inf")).to(tl.float32)
         scores = tl.dot(queries, keys.to(DOT_DTYPE), input_precision="ieee") * scale + bias[None] * LOG2_E
-        mixed, top, total = _add(scores, values, mixed, top, total, DOT_DTYPE)
+        mixed, top, total = add_keys(scores, values, mixed, top, total, DOT_DTYPE, "ieee")
     return mixed, top, total
 
 
@@ -187,19 +187,6 @@ def _decoded(  # noqa: PLR0913, PLR0917
     numbers *= tl.load(scale + group * HEAD_DIM + dim, mask=is_coded, other=0.0)
     others = tl.load(exact + place * HEAD_DIM + dim, mask=is_entry & (group < 0), other=0.0)
     return tl.where(is_coded, numbers.to(DOT_DTYPE), others.to(DOT_DTYPE))
-
-
-@triton.jit
-def _add(scores, values, mixed, top, total, DOT_DTYPE: tl.constexpr):
-    """A block of keys more in a softmax that runs: base-2 scores (rows, keys), values (keys, dim)."""
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    # Nothing seen so far: any finite number does, as everything subtracted from is -inf.
-    finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-    weight = tl.exp2(scores - finite_top[:, None])
-    kept = tl.exp2(top - finite_top)
-    rounded = weight.to(values.dtype).to(DOT_DTYPE)
-    mixed = tl.dot(rounded, values.to(DOT_DTYPE), mixed * kept[:, None], input_precision="ieee")
-    return mixed, new_top, total * kept + tl.sum(weight, 1)
 
 
 @triton.jit(do_not_specialize=["num_parts"])
