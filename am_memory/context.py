@@ -83,7 +83,6 @@ class Context:
     pending: Pending | None = None
 
     def __post_init__(self) -> None:
-        self.policy = self.policy.on(self.engine.info.device)
         require(self.policy, self.engine.info, self.cache)
         self._calibration = calibration_for(self.policy.head_budget, self.engine.info)
         self.live = LiveQueries() if "live" in self.policy.reference_queries else None
@@ -141,9 +140,9 @@ class Context:
         """Bring the first `end` tokens into the cache, compacting whenever the trigger is reached."""
         start = self.cache.num_tokens
         while (done := self.cache.num_tokens) < end:
-            stop = done + min(self.make_room(end - done), self.policy.chunk_tokens)
+            stop = done + min(self.make_room(end - done), self.chunk_tokens)
             self.forward(self.tokens[done:stop])
-            if end - start > self.policy.chunk_tokens:
+            if end - start > self.chunk_tokens:
                 self.notify(ReadProgress(self.name, stop - start, end - start))
 
     @property
@@ -179,6 +178,11 @@ class Context:
         return min(num_tokens, int(due - self.cache.kv_tokens))
 
     @property
+    def chunk_tokens(self) -> int:
+        """Tokens read in one forward pass."""
+        return self.policy.chunk_tokens_on(self.engine.info.device)
+
+    @property
     def begins_at(self) -> int:
         """The physical size at which a compaction is begun, to be swapped in at the trigger."""
         return self.trigger - self.policy.ahead_tokens
@@ -195,8 +199,8 @@ class Context:
         ids = [self.tokens[-1], *token_ids[:-1]]
         state, rows = self.cache.state(), []
         try:
-            for start in range(0, len(ids), self.policy.chunk_tokens):
-                chunk = ids[start : start + self.policy.chunk_tokens]
+            for start in range(0, len(ids), self.chunk_tokens):
+                chunk = ids[start : start + self.chunk_tokens]
                 rows.append(self.engine.forward(self.cache, chunk, num_logits=len(chunk)))
         finally:
             self.cache.restore(state)
@@ -368,7 +372,7 @@ class Context:
             self.originals,
             text,
             span_tokens=span_tokens,
-            chunk_tokens=self.policy.chunk_tokens,
+            chunk_tokens=self.chunk_tokens,
         )
 
     def _bring_back(self, segment: Segment) -> None:
@@ -465,7 +469,7 @@ class Context:
     def _read_as_it_is(self, end: int) -> None:
         """Bring the first `end` tokens into the cache, whatever the trigger says."""
         while (done := self.cache.num_tokens) < end:
-            self.forward(self.tokens[done : min(end, done + self.policy.chunk_tokens)])
+            self.forward(self.tokens[done : min(end, done + self.chunk_tokens)])
 
     def fork(self, name: str, policy: MemoryPolicy | None = None) -> Context:
         """The same context under another name; memory is shared until the two differ."""

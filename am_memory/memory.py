@@ -54,7 +54,7 @@ class Memory:
         on_event: Listener = ignore,
     ) -> None:
         self.engine = engine
-        self.policy = (policy or MemoryPolicy()).on(engine.info.device)
+        self.policy = policy or MemoryPolicy()
         self.sampling = sampling or Sampling()
         self.store = store if isinstance(store, Store) or store is None else Store(os.fspath(store))
         self.on_event = on_event
@@ -228,6 +228,11 @@ class Memory:
                 self.store.delete(name)
             if (session := self._sessions.pop(name, None)) is not None:
                 session.give_up()
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens that a session under the memory's policy reads in one forward pass."""
+        return self.policy.chunk_tokens_on(self.engine.info.device)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, without anything added."""

@@ -8,19 +8,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_serializer, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+)
 
-from am_memory.errors import BudgetTooSmall, CompactionFailed, InvalidPolicy
+from am_memory.errors import BudgetTooSmall, CompactionFailed, InvalidInput, InvalidPolicy
 from am_memory.slots import Segment, resized
-from am_memory.solver import OMP, HighestAttention, KeySelection
+from am_memory.solver import HighestAttention, KeySelection, as_selection, parameters
 
 if TYPE_CHECKING:
     import torch
 
 SINK_TOKENS = 4
 """The first tokens of a text, on which models rest the attention that they need nowhere else."""
-GPU_CHUNK_TOKENS = 2048
-"""Tokens in one forward pass on a GPU, which fewer of them do not fill."""
+CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS = 512, 2048
+"""Tokens in one forward pass; fewer do not fill a GPU. A policy does not say them, so that it is one on all devices."""
 BOUNDARY_SLACK = 0.25
 """How much of a block may be left for the next one, so that it ends where the text has a boundary."""
 
@@ -52,7 +60,8 @@ class MemoryPolicy(BaseModel):
             With reference_queries ("repeat",) alone; not with `max_error` or llama.cpp.
         tool_result_weight: how much it counts that a tool's result can be repeated, beside what people and the model
             say; 1 is as much. Slots and fits follow it.
-        key_selection: "highest_attention", "omp", "omp_fast", or any `KeySelection`.
+        key_selection: "highest_attention", "omp", "omp_fast", or any `KeySelection`. It is written, and told from
+            others, by its name and its fields (`am_memory.solver.parameters`).
         head_budget: "adaptive" (slots go where the scores are, over all layers and heads), "uniform", "calibrated"
             (scores are weighed by what a measurement on the model says that slots save, for models that one ships for)
             or the path of such a measurement, a .json file of `am-memory calibrate`; or "auto": calibrated where one
@@ -83,7 +92,7 @@ class MemoryPolicy(BaseModel):
         fit: what is fitted beside the choice of keys; all but "bias_and_values" is for ablations.
         ridge: pull of the fitted values toward the originals, as a fraction of the mean diagonal. With 0.5 what follows
             is nearer to the full cache where a long text only goes on, and less is recalled of what is asked for.
-        chunk_tokens: tokens read in one forward pass; where nothing is said, 2,048 on a GPU.
+        chunk_tokens: tokens read in one forward pass; None: what suits the device, 512 on a CPU and 2,048 on a GPU.
 
     Raises:
         InvalidPolicy: a value out of its range.
@@ -114,7 +123,7 @@ class MemoryPolicy(BaseModel):
     min_slots: Annotated[int, Field(gt=0)] = 1
     fit: Literal["bias_and_values", "bias", "values", "nothing"] = "bias_and_values"
     ridge: Annotated[float, Field(ge=0)] = 1e-3
-    chunk_tokens: Annotated[int, Field(gt=0)] = 512
+    chunk_tokens: Annotated[int, Field(gt=0)] | None = None
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -126,11 +135,17 @@ class MemoryPolicy(BaseModel):
             )
             raise InvalidPolicy(problems) from error
 
-    def on(self, device: torch.device) -> MemoryPolicy:
-        """The policy with what suits a device, where nothing was said."""
-        if device.type == "cpu" or "chunk_tokens" in self.model_fields_set:
-            return self
-        return self.model_copy(update={"chunk_tokens": GPU_CHUNK_TOKENS})
+    def with_changes(self, **changes: Any) -> MemoryPolicy:
+        """The policy with some fields changed and checked; what was never set stays unset.
+
+        Raises:
+            InvalidPolicy: a value out of its range.
+        """
+        return type(self)(**{**{name: getattr(self, name) for name in self.model_fields_set}, **changes})
+
+    def chunk_tokens_on(self, device: torch.device) -> int:
+        """Tokens read in one forward pass: what the policy says, or what suits the device."""
+        return self.chunk_tokens or (CPU_CHUNK_TOKENS if device.type == "cpu" else GPU_CHUNK_TOKENS)
 
     @property
     def num_sinks(self) -> int:
@@ -159,16 +174,10 @@ class MemoryPolicy(BaseModel):
     @field_validator("key_selection")
     @classmethod
     def _named_selection(cls, selection: object) -> object:
-        match selection:
-            case "highest_attention":
-                return HighestAttention()
-            case "omp":
-                return OMP()
-            case "omp_fast":
-                return OMP.fast()
-            case KeySelection():
-                return selection
-        raise ValueError("must be highest_attention, omp, omp_fast or an object with `name` and `__call__`")
+        try:
+            return as_selection(selection)
+        except InvalidInput as error:
+            raise ValueError(str(error)) from error
 
     @field_validator("summary_tokens")
     @classmethod
@@ -182,8 +191,8 @@ class MemoryPolicy(BaseModel):
         return num_tokens
 
     @field_serializer("key_selection")
-    def _selection_name(self, selection: KeySelection) -> str:
-        return selection.name
+    def _selection_parameters(self, selection: KeySelection) -> str | dict[str, object]:
+        return parameters(selection)
 
 
 @dataclass(frozen=True)

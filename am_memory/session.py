@@ -136,6 +136,11 @@ class Session:
         self._told = history
         self._context.weights = partial(history.weights, self._context.policy.tool_result_weight)
 
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens that are read in one forward pass."""
+        return self._context.chunk_tokens
+
     def rename(self, name: str) -> None:
         """Give it another name, for events and the store."""
         self._context.name = name

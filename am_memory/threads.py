@@ -97,7 +97,7 @@ class Turn:
         """
         left = 1
         while left:
-            left = self.session.read(self._threads.memory.policy.chunk_tokens)
+            left = self.session.read(self.session.chunk_tokens)
             yield left
 
     def keep(self, answer: Message) -> None:

@@ -58,7 +58,7 @@ class _Watch:
             context.tokens.extend(token_ids)
             start, end = cache.num_tokens, len(context.tokens)
             while (room := context.make_room(end - cache.num_tokens)) < end - cache.num_tokens:
-                context.forward(context.tokens[cache.num_tokens :][: min(room, context.policy.chunk_tokens)])
+                context.forward(context.tokens[cache.num_tokens :][: min(room, context.chunk_tokens)])
                 context.notify(ReadProgress(context.name, cache.num_tokens - start, end - start))
         context.watch_window(end - cache.num_tokens)
         if context.live is not None:

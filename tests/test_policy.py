@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
-from dataclasses import FrozenInstanceError, replace
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError, dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from am_memory import AMMemoryError, MemoryPolicy
+from am_memory import AMMemoryError, Memory, MemoryPolicy
+from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import BudgetTooSmall, CompactionFailed, InvalidPolicy
 from am_memory.policy import Sizes, max_compact_tokens, min_block_tokens, plan, shrink, trigger_tokens
 from am_memory.slots import Segment
@@ -332,6 +335,11 @@ def test_a_bound_below_the_floor_of_a_head_is_refused() -> None:
         ("self_study_tokens", 0),
         ("key_selection", "random"),
         ("key_selection", 7),
+        ("key_selection", {"name": "omp", "picks_per_stop": 3}),
+        ("key_selection", {"name": "omp", "picks_per_step": 0}),
+        ("key_selection", {"name": "omp", "picks_per_step": "many"}),
+        ("key_selection", {"name": "newest"}),
+        ("key_selection", {}),
         ("head_budget", "lottery"),
         ("head_budget", "curves.txt"),
         ("recompaction", "never"),
@@ -372,8 +380,10 @@ def test_a_policy_is_frozen() -> None:
         MemoryPolicy(key_selection="omp_fast", pinned="first_message"),
         MemoryPolicy(head_budget=Path("folder") / "curves.json"),
         MemoryPolicy(reference_queries=("repeat", "self_study"), self_study_tokens=200),
+        MemoryPolicy(key_selection=OMP(picks_per_step=3, first_steps=((300, 1, 1), (1500, 2, 2)))),
+        MemoryPolicy(key_selection=replace(OMP.fast(), relative_mass=True)),
     ],
-    ids=["default", "numbers", "omp", "omp_fast", "calibrated", "self_study"],
+    ids=["default", "numbers", "omp", "omp_fast", "calibrated", "self_study", "omp_3", "omp_fast_relative"],
 )
 def test_a_policy_survives_json(policy: MemoryPolicy) -> None:
     back = MemoryPolicy.model_validate_json(policy.model_dump_json())
@@ -396,18 +406,116 @@ def test_a_key_selection_goes_by_its_name_or_is_given(name: str, selection: obje
     assert MemoryPolicy(key_selection=selection) == MemoryPolicy(key_selection=name)
 
 
-def test_a_key_selection_of_ones_own_is_taken() -> None:
-    class First:
-        name = "first"
+@dataclass(frozen=True)
+class Newest:
+    """As CONTRIBUTING shows one, with a parameter and something that does not tell it from others."""
 
-        def __call__(self, block: object, scores: object, num_slots: object) -> None: ...
+    name: str = "newest"
+    spared: int = 0
+    seen: list[object] = field(default_factory=list, compare=False)
 
-    assert isinstance(MemoryPolicy(key_selection=First()).key_selection, First)
+    def __call__(self, block: object, scores: object, num_slots: object) -> None: ...
+
+
+class Plain:
+    """Neither a dataclass nor frozen."""
+
+    name = "plain"
+
+    def __init__(self, share: object) -> None:
+        self.share = share
+
+    def __call__(self, block: object, scores: object, num_slots: object) -> None: ...
+
+
+@pytest.mark.parametrize("selection", [Newest(), Plain(0.5)], ids=["dataclass", "object"])
+def test_a_key_selection_of_ones_own_is_taken(selection: object) -> None:
+    policy = MemoryPolicy(key_selection=selection)
+    assert policy.key_selection is selection
+    assert policy.with_changes(keep_ratio=0.3).key_selection is selection
+    assert MemoryPolicy(**dict(policy)) == policy
+
+
+def test_selections_with_other_parameters_are_written_differently() -> None:
+    """`OMP(picks_per_step=3)` was written as `OMP()` was, so that two policies shared what was read under one."""
+    selections = [
+        OMP(),
+        OMP(picks_per_step=3),
+        OMP.fast(),
+        OMP(name="omp_fast"),
+        HighestAttention(),
+        Newest(),
+        Newest(spared=2),
+        Plain(0.5),
+        Plain([1, 2]),
+    ]
+    written = [MemoryPolicy(key_selection=each).model_dump(mode="json")["key_selection"] for each in selections]
+    assert len({json.dumps(each) for each in written}) == len(selections)
+    assert written[:2] == ["omp", {"name": "omp", "picks_per_step": 3}]
+    assert written[6] == {"name": "newest", "spared": 2}
+    assert (
+        MemoryPolicy(key_selection=Newest(seen=[torch.ones(2)])).model_dump_json()
+        == MemoryPolicy(key_selection=Newest()).model_dump_json()
+    )
+
+
+@pytest.mark.parametrize(
+    ("selection", "words"),
+    [
+        (Plain(torch.ones(2)), "'plain' cannot be told from others in files: .*Tensor.*; make it a dataclass"),
+        (Newest(name="omp"), "'omp' is the name of a selection that ships: give yours another"),
+        (Newest(name=7), "name is 7: it must be a text"),
+    ],
+    ids=["tensor", "taken", "number"],
+)
+def test_a_key_selection_that_cannot_be_told_from_others_is_refused(selection: object, words: str) -> None:
+    with pytest.raises(InvalidPolicy, match=words):
+        MemoryPolicy(key_selection=selection)
+
+
+def test_a_saved_selection_of_ones_own_asks_for_the_object() -> None:
+    saved = MemoryPolicy(key_selection=Newest(spared=2)).model_dump_json()
+    with pytest.raises(InvalidPolicy, match="newest.*is a selection of one's own: give the object itself"):
+        MemoryPolicy.model_validate_json(saved)
 
 
 def test_a_gpu_reads_more_at_once_unless_it_is_told_how_much() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert MemoryPolicy().on(cpu) == MemoryPolicy()
-    assert MemoryPolicy().on(gpu).chunk_tokens == 2048
-    assert MemoryPolicy(chunk_tokens=512).on(gpu).chunk_tokens == 512
-    assert MemoryPolicy(keep_ratio=0.3).on(gpu).keep_ratio == 0.3
+    assert (MemoryPolicy().chunk_tokens_on(cpu), MemoryPolicy().chunk_tokens_on(gpu)) == (512, 2048)
+    assert MemoryPolicy(chunk_tokens=512).chunk_tokens_on(gpu) == 512
+
+
+COPIES: dict[str, Callable[[MemoryPolicy], MemoryPolicy]] = {
+    "all fields": lambda policy: MemoryPolicy(**dict(policy)),
+    "a dump": lambda policy: MemoryPolicy(**policy.model_dump()),
+    "a file": lambda policy: MemoryPolicy.model_validate_json(policy.model_dump_json()),
+    "changes": lambda policy: policy.with_changes(trigger_tokens=1000),
+    "a copy": lambda policy: policy.model_copy(update={"trigger_tokens": 1000}),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_what_was_never_said_stays_unsaid_in_any_copy(name: str) -> None:
+    """A copy of all fields said 512 tokens at once, on a GPU too."""
+    copy = COPIES[name](MemoryPolicy(keep_ratio=0.3))
+    assert copy.chunk_tokens_on(torch.device("cuda")) == 2048
+    assert copy.keep_ratio == 0.3
+
+
+def test_a_memory_writes_the_policy_that_it_was_given(engine: TransformersEngine) -> None:
+    """On every device: it said 2,048 tokens on a GPU, and a conversation was not found again on a CPU."""
+    memory = Memory(engine, MemoryPolicy(trigger_tokens=1000))
+    written = MemoryPolicy(trigger_tokens=1000).model_dump(mode="json")
+    assert memory.policy.model_dump(mode="json") == written
+    assert memory.session().snapshot().policy == written
+    assert memory.chunk_tokens == memory.session().chunk_tokens == 512
+
+
+def test_changes_are_checked_and_leave_the_rest() -> None:
+    policy = POLICY.with_changes(keep_ratio=0.5)
+    assert (policy.keep_ratio, policy.trigger_tokens) == (0.5, POLICY.trigger_tokens)
+    assert policy.model_fields_set == POLICY.model_fields_set | {"keep_ratio"}
+    with pytest.raises(InvalidPolicy, match="keep_ratio 2"):
+        POLICY.with_changes(keep_ratio=2)
+    with pytest.raises(InvalidPolicy, match="keep_ration"):
+        POLICY.with_changes(keep_ration=0.5)

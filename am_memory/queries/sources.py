@@ -72,7 +72,8 @@ class QuerySources:
         Raises:
             CompactionFailed: only live queries are wanted, and none has passed.
         """
-        samples, cache, chunk_tokens = [], passage.cache, self.policy.chunk_tokens
+        samples, cache = [], passage.cache
+        chunk_tokens = self.policy.chunk_tokens_on(self.engine.info.device)
         if "repeat" in self.policy.reference_queries:
             spoken, weights = passage.spoken(self.engine)
             on_progress = partial(self.progress, "repeat")

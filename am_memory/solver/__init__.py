@@ -5,6 +5,7 @@ from am_memory.solver.exact import ExactAttention, exact_attention
 from am_memory.solver.fit import Fit, fit, output_error
 from am_memory.solver.fold import MAX_FOLD_ERROR
 from am_memory.solver.keys import HighestAttention, KeySelection, attention_scores
+from am_memory.solver.named import as_selection, parameters
 from am_memory.solver.omp import OMP
 
 __all__ = [
@@ -15,8 +16,10 @@ __all__ = [
     "Fit",
     "HighestAttention",
     "KeySelection",
+    "as_selection",
     "attention_scores",
     "exact_attention",
     "fit",
     "output_error",
+    "parameters",
 ]

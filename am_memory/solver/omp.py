@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from am_memory.errors import InvalidInput
 from am_memory.solver.block import LOG2_E, Block
 from am_memory.solver.exact import unnormalised_weights
 from am_memory.solver.gram import GRAM_PANEL
@@ -41,6 +42,11 @@ class OMP:
     first_steps: tuple[tuple[int, int, int], ...] = ()
     relative_mass: bool = False
     name: str = "omp"
+
+    def __post_init__(self) -> None:
+        numbers = (self.picks_per_step, self.refit_interval, *(number for step in self.first_steps for number in step))
+        if min(numbers) < 1:
+            raise InvalidInput(f"{self}: picks, steps and numbers of keys must be at least 1")
 
     @classmethod
     def fast(cls) -> OMP:

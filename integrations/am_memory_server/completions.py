@@ -72,7 +72,6 @@ def _steps(
 ) -> Steps:
     """The job of one request; its prompts one after the other."""
     max_tokens, metrics = body.max_tokens or service.settings.max_tokens, service.metrics
-    chunk_tokens = service.memory.policy.chunk_tokens
 
     def steps(post: Post) -> Generator[None, None, None]:
         started = time.monotonic()
@@ -82,7 +81,7 @@ def _steps(
             text.prompt_tokens, text.cached_tokens = len(session.tokens), turn.num_cached_tokens
 
             def read() -> Generator[None, None, None]:
-                while session.read(chunk_tokens):  # noqa: B023  # used up before the next prompt
+                while session.read(session.chunk_tokens):  # noqa: B023  # used up before the next prompt
                     yield
 
             for _ in service.heard(read(), lambda event: None):

@@ -113,7 +113,7 @@ class ChatAMMemory(BaseChatModel):
                     )
                 size = size / trigger
             changes["compact_fraction"] = 1 - size
-        return MemoryPolicy(**{**dict(policy), **changes})
+        return policy.with_changes(**changes)
 
     # What it runs on
 
