@@ -29,7 +29,7 @@ from am_memory.display import (
     stats_table,
     status,
 )
-from am_memory.errors import AMMemoryError
+from am_memory.errors import AMMemoryError, SessionNotFound
 from am_memory.memory import Memory
 from am_memory.policy import MemoryPolicy
 from am_memory.sampling import Sampling
@@ -228,6 +228,18 @@ def inspect(
     )
     console.print(segments_table(saved))
     console.print(layers_table(saved))
+
+
+@app.command()
+def delete(session: Annotated[str, typer.Argument(help="Its name.")], store: StoreURL = None) -> None:
+    """Forget a saved session, whether or not it can be read, and with any model."""
+    folder = Store(store or default_store())
+    if session not in folder.names():
+        raise SessionNotFound(
+            f"no session {session!r} in {folder.url!r}; there are: {', '.join(folder.names()) or 'none'}"
+        )
+    folder.delete(session)
+    Console(highlight=False).print(f"deleted {escape(session)}")
 
 
 def default_store() -> str:

@@ -216,7 +216,9 @@ class Memory:
         return sorted({*self._sessions, *stored})
 
     def delete(self, name: str) -> None:
-        """Forget a session, in memory and in the store.
+        """Forget a session, in memory and in the store, whether or not the saved one can be read.
+
+        Whoever still has the session may go on with it, but does not bring it back by saving it.
 
         Raises:
             SessionNotFound: there is none of that name.
@@ -227,7 +229,7 @@ class Memory:
             if self.store is not None:
                 self.store.delete(name)
             if (session := self._sessions.pop(name, None)) is not None:
-                session.give_up()
+                session.deleted()
 
     @property
     def chunk_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""The exact entries of compacted spans, kept off the device: in host memory, or in files that go with their last user.
+"""The exact entries of compacted spans, kept off the device: in host memory, or on disk.
 
 Owns how they are written as bytes. Immutable, so that branches share them. Knows no policy and no session.
 """
@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
-from pathlib import Path
 from typing import Literal, Protocol
 
 import safetensors.torch
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from am_memory.errors import StorageError
+from am_memory.spill import Spill, spill
 
 Place = Literal["host", "disk"]
 
@@ -84,13 +84,14 @@ class HostOriginal:
 
 @dataclass(frozen=True, eq=False)
 class FileOriginal:
-    """In a file of its own, which is deleted when nobody needs it any more."""
+    """On disk, in room that is given back when nobody needs it any more."""
 
     start: int
     end: int
     digest: str
     nbytes: int
-    path: Path
+    file: Spill
+    offset: int
 
     @classmethod
     def write(cls, start: int, end: int, data: bytes) -> FileOriginal:
@@ -100,20 +101,15 @@ class FileOriginal:
             StorageError: it cannot be written.
         """
         try:
-            with tempfile.NamedTemporaryFile(prefix="am-memory-", suffix=".safetensors", delete=False) as file:
-                path = Path(file.name)
-                try:
-                    file.write(data)
-                except BaseException:
-                    path.unlink(missing_ok=True)
-                    raise
+            file = spill()
+            offset = file.write(data)
         except OSError as error:
             raise StorageError(
                 f"cannot write {len(data)} bytes of original entries to {tempfile.gettempdir()!r}: {error}; set TMPDIR "
                 "to a folder with room, or originals to 'host' or 'drop'"
             ) from error
-        original = cls(start, end, sha256(data).hexdigest(), len(data), path)
-        weakref.finalize(original, path.unlink, missing_ok=True)
+        original = cls(start, end, sha256(data).hexdigest(), len(data), file, offset)
+        weakref.finalize(original, file.free, offset, len(data)).atexit = False  # the file ends with the process
         return original
 
     def layers(self) -> list[LayerEntries]:
@@ -121,7 +117,7 @@ class FileOriginal:
 
     def packed(self) -> bytes:
         try:
-            return self.path.read_bytes()
+            return self.file.read(self.offset, self.nbytes)
         except OSError as error:
             raise StorageError(
                 f"the original entries of tokens {self.start} to {self.end} cannot be read: {error}; what is compact "

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from am_memory.context import Context
 from am_memory.engines.base import Message
-from am_memory.errors import InvalidInput, InvalidPolicy, PromptTooLong, UnsupportedOperation
+from am_memory.errors import InvalidInput, InvalidPolicy, PromptTooLong, SessionDeleted, UnsupportedOperation
 from am_memory.events import CompactionReport
 from am_memory.history import History
 from am_memory.policy import MemoryPolicy
@@ -106,6 +106,7 @@ class Session:
         self.engine = context.engine
         self.metadata: dict[str, Any] = {}
         """What the application wants to keep with the session, saved with it: anything that JSON can hold."""
+        self._is_deleted = False
 
     @property
     def name(self) -> str:
@@ -144,6 +145,7 @@ class Session:
     def rename(self, name: str) -> None:
         """Give it another name, for events and the store."""
         self._context.name = name
+        self._is_deleted = False
 
     @contextmanager
     def _step(self) -> Iterator[None]:
@@ -479,13 +481,24 @@ class Session:
         with self._memory.device:
             self._context.give_up()
 
+    def deleted(self) -> None:
+        """Take note that the memory has forgotten it: what goes on with it is not saved any more under this name."""
+        self._is_deleted = True
+        self.give_up()
+
     def save(self) -> None:
         """Write the session to the memory's store, whole or not at all.
 
         Raises:
+            SessionDeleted: it was deleted meanwhile.
             StorageError: the memory has no store, or it cannot be written.
         """
         with self._memory.device:
+            if self._is_deleted:
+                raise SessionDeleted(
+                    f"session {self.name!r} was deleted, so it is not saved: give it a name with Memory.keep(session, "
+                    "NAME) if it is to stay after all"
+                )
             self._memory.require_store().save(self.name, self.snapshot())
 
     def snapshot(self) -> SavedSession:

@@ -17,9 +17,7 @@ any more is deleted.
 from __future__ import annotations
 
 import json
-import os
 import re
-import secrets
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -31,10 +29,10 @@ from weakref import WeakValueDictionary
 import fsspec  # type: ignore[import-untyped]
 import safetensors.torch
 import torch
-from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 from pydantic import BaseModel
 from torch import Tensor
 
+from am_memory import files
 from am_memory.cache import CacheState, Snapshot
 from am_memory.engines.base import Message
 from am_memory.errors import CorruptSession, NewerFormat, SessionNotFound, StorageError
@@ -106,6 +104,7 @@ class Store:
         with self._reaching("open"):
             self._files, self._root = fsspec.url_to_fs(url)
         self._loaded: WeakValueDictionary[tuple[str, Place], Original] = WeakValueDictionary()
+        self._is_swept = False
 
     def save(self, name: str, saved: SavedSession) -> None:
         """Put this session in place of the saved one, which stays if anything fails.
@@ -114,6 +113,8 @@ class Store:
             StorageError: the store cannot be written to, or a message holds what JSON cannot.
         """
         data = _packed(saved)
+        if not self._is_swept:
+            self._sweep()
         held, mark = self._held_originals(), _mark(name)
         for original in saved.originals:
             if (original.digest, mark) not in held:
@@ -125,33 +126,31 @@ class Store:
 
     def _write(self, path: str, data: bytes) -> None:
         """Whole, or not at all."""
-        temporary = f"{path}.{secrets.token_hex(4)}.tmp"
         with self._reaching("write to"):
-            self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
-            try:
-                if isinstance(self._files, LocalFileSystem):
-                    with open(temporary, "wb") as file:
-                        file.write(data)
-                        file.flush()
-                        os.fsync(file.fileno())
-                    os.replace(temporary, path)
-                else:
-                    self._files.pipe_file(temporary, data)
-                    self._files.mv(temporary, path)
-            except BaseException:
-                with suppress(OSError):
-                    self._files.rm_file(temporary)
-                raise
+            files.write(self._files, path, data)
+
+    def _sweep(self) -> None:
+        """Take away what processes that were killed were writing, which holds text of conversations."""
+        with self._reaching("clean"):
+            for folder in (self._root, self._originals):
+                for _, path in self._entries(folder):
+                    if files.is_temporary(path):
+                        files.delete_abandoned(self._files, path)
+        self._is_swept = True
 
     def _original(self, digest: str, mark: str = "") -> str:
-        return f"{self._root.rstrip('/')}/{ORIGINALS}/{digest}{mark}{SUFFIX}"
+        return f"{self._originals}/{digest}{mark}{SUFFIX}"
+
+    @property
+    def _originals(self) -> str:
+        return f"{self._root.rstrip('/')}/{ORIGINALS}"
 
     def _held_originals(self) -> set[tuple[str, str]]:
         """(digest, mark) of all files that hold originals, whose mark is empty, or say who needs them."""
         with self._reaching("list"):
             self._files.invalidate_cache()
             try:
-                paths = self._files.ls(f"{self._root.rstrip('/')}/{ORIGINALS}", detail=False)
+                paths = self._files.ls(self._originals, detail=False)
             except FileNotFoundError:
                 return set()
         names = [path.rpartition("/")[2].removesuffix(SUFFIX) for path in paths if path.endswith(SUFFIX)]
@@ -238,14 +237,19 @@ class Store:
     def names(self) -> list[str]:
         """Of all saved sessions, in order."""
         with self._reaching("list"):
-            self._files.invalidate_cache()
-            return sorted(self._names(self._root, ""))
+            names = (_name(text.removesuffix(SUFFIX)) for text, _ in self._entries(self._root) if text.endswith(SUFFIX))
+            return sorted(name for name in names if name is not None)
 
     def delete(self, name: str) -> None:
-        """Forget the session of that name, if there is one."""
-        with self._reaching("delete from"), suppress(FileNotFoundError):
-            self._files.rm_file(self._path(name))
+        """Forget the session of that name, if there is one; whether it can be read does not matter."""
+        with self._reaching("delete from"):
+            path = self._path(name)
+            files.delete(self._files, path)
+            while (path := path.rpartition("/")[0]) != self._root.rstrip("/"):
+                with suppress(OSError):  # another name begins like this one
+                    self._files.rmdir(path)
         self._drop_originals(self._held_originals(), _mark(name))
+        self._sweep()
 
     @contextmanager
     def _reaching(self, action: str) -> Iterator[None]:
@@ -262,26 +266,34 @@ class Store:
         parts = [text[start : start + MAX_PART_CHARS] for start in range(0, len(text) or 1, MAX_PART_CHARS)]
         return "/".join([self._root.rstrip("/"), *parts]) + SUFFIX
 
-    def _names(self, folder: str, before: str) -> Iterator[str]:
+    def _entries(self, folder: str, before: str = "") -> Iterator[tuple[str, str]]:
+        """Name and path of every file, one that was cut into folders as it was before."""
+        self._files.invalidate_cache()
         try:
             entries = self._files.ls(folder, detail=True)
         except FileNotFoundError:
             return
         for entry in entries:
             text = before + entry["name"].rpartition("/")[2]
-            if entry["type"] == "directory" and len(text) == len(before) + MAX_PART_CHARS:
-                yield from self._names(entry["name"], text)
-            elif text.endswith(SUFFIX):
-                text = text.removesuffix(SUFFIX)
-                name = unquote_to_bytes(text).decode("utf-8", "surrogatepass")
-                if _encoded(name) == text:
-                    yield name
+            if entry["type"] != "directory":
+                yield text, entry["name"]
+            elif len(text) == len(before) + MAX_PART_CHARS:
+                yield from self._entries(entry["name"], text)
 
 
 def _encoded(name: str) -> str:
     """Percent-encoded, capitals as well: not every file system tells them from small letters."""
     data = name.encode("utf-8", "surrogatepass")
     return re.sub(rb"[^a-z0-9._-]", lambda found: b"%%%02x" % ord(found[0]), data).decode()
+
+
+def _name(encoded: str) -> str | None:
+    """The inverse; None for what was not encoded so."""
+    try:
+        name = unquote_to_bytes(encoded).decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        return None
+    return name if _encoded(name) == encoded else None
 
 
 def _mark(name: str) -> str:

@@ -16,9 +16,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from threading import RLock
+from weakref import WeakSet
 
 from am_memory.engines.base import Message
-from am_memory.errors import InvalidInput, SessionNotFound, StorageError, require_room
+from am_memory.errors import InvalidInput, SessionDeleted, SessionNotFound, StorageError, require_room
 from am_memory.memory import Memory
 from am_memory.policy import MemoryPolicy
 from am_memory.session import Session
@@ -70,6 +71,14 @@ class Branch:
         return is_longer and self.keys[: len(other.keys)] == other.keys
 
 
+@dataclass(eq=False)
+class Call:
+    """A turn under way, from before anything is known of it: whoever deletes a thread tells all that are of it."""
+
+    thread: str
+    is_deleted: bool = False
+
+
 @dataclass
 class Turn:
     """One call: a session that has been told the prompt, and is kept when `keep` is called.
@@ -83,9 +92,9 @@ class Turn:
     session: Session
     num_cached_tokens: int
     rebuilt: str | None
+    _call: Call = field(repr=False)
     _threads: Threads = field(repr=False)
     _parent: Branch | None = field(repr=False)
-    _thread: str = field(repr=False)
     _keys: tuple[str, ...] = field(repr=False)
     _ends: tuple[int | None, ...] = field(repr=False)
 
@@ -103,11 +112,13 @@ class Turn:
     def keep(self, answer: Message) -> None:
         """Keep the conversation with the model's answer, as the application will send it back.
 
+        Nothing is kept of a thread that was deleted since the turn began.
+
         Raises:
             StorageError: it cannot be saved; it is kept in memory all the same.
         """
         keys, ends = (*self._keys, key_of(answer)), (*self._ends, len(self.session.tokens))
-        self._threads._keep(Branch(self.session, self._thread, keys, ends), self._parent)
+        self._threads._keep(Branch(self.session, self._call.thread, keys, ends), self._parent, self._call)
 
 
 class Threads:
@@ -127,6 +138,7 @@ class Threads:
         self.max_branches = max_branches
         self._opened: set[str] = set()
         self._branches: dict[str, Branch] = {}  # least recently used first
+        self._calls: WeakSet[Call] = WeakSet()
         self._lock = RLock()
 
     def turn(
@@ -175,7 +187,9 @@ class Threads:
         policy = policy or self.memory.policy
         told = [policy.model_dump(mode="json"), *tools, *([{"owner": owner}] if owner else [])]
         keys = (_digest(told), *(key_of(message) for message in messages))
+        call = Call(thread)
         with self._lock:
+            self._calls.add(call)
             branch, count, rebuilt = self._best(thread, keys)
         prepared, template_tools = prepare(self.memory.engine, messages, tools)
         ends: tuple[int | None, ...]
@@ -190,7 +204,7 @@ class Threads:
         if prepared[num_known:]:
             session.tell(prepared[num_known:])
         ends = (*ends, *self._ends(session, messages, tools, len(ends) - 1, prepared))
-        return Turn(session, num_cached, rebuilt, self, branch, thread, keys, ends)
+        return Turn(session, num_cached, rebuilt, call, self, branch, keys, ends)
 
     def num_tokens(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> int:
         """What reading all of these messages and tools takes, the opening of the answer included."""
@@ -244,8 +258,10 @@ class Threads:
             ends.append(end if is_prefix else None)
         return ends
 
-    def _keep(self, branch: Branch, parent: Branch | None) -> None:
+    def _keep(self, branch: Branch, parent: Branch | None, call: Call | None = None) -> None:
         with self._lock:
+            if call is not None and call.is_deleted:
+                return
             name = f"{branch.thread}/{_chain(branch.keys)[-1]}"
             branch.session.metadata[METADATA_KEY] = {
                 "thread": branch.thread,
@@ -257,7 +273,8 @@ class Threads:
             self._branches[name] = branch
         try:
             if self.memory.store is not None:
-                branch.session.save()
+                with suppress(SessionDeleted):  # since it was kept
+                    branch.session.save()
             with self._lock:  # only now: a process that ends in between has lost nothing
                 if parent is not None and self._is_replaced(parent, branch):
                     self._forget(parent.session.name)
@@ -275,9 +292,9 @@ class Threads:
 
     def _forget(self, name: str) -> None:
         """In memory and in the store."""
-        self._branches.pop(name, None)
         with suppress(SessionNotFound):
             self.memory.delete(name)
+        self._branches.pop(name, None)
 
     def _evict(self, newest: str) -> None:
         """Those go first that a longer one went on from, and of these, and of the others, those used longest ago."""
@@ -353,12 +370,21 @@ class Threads:
             self._evict(branches[-1].session.name if branches else "")
             return branches
 
-    def delete(self, thread: str) -> None:
-        """Forget a thread, in memory and in the store; one that is not known is none."""
+    def delete(self, thread: str) -> bool:
+        """Forget a thread, in memory and in the store, saved branches that cannot be read and turns under way too.
+
+        Returns:
+            Whether there was anything of it.
+        """
         with self._lock:
+            calls = [call for call in self._calls if call.thread == thread and not call.is_deleted]
+            for call in calls:
+                call.is_deleted = True
             mine = {branch.session.name for branch in self.branches(thread)}
-            for name in mine.union(self._stored(thread)):
+            names = mine.union(self._stored(thread))
+            for name in names:
                 self._forget(name)
+            return bool(names or calls)
 
     def prune(self, thread: str, *, keep: int = 1) -> int:
         """Forget a thread's branches but the `keep` used last; returns how many went.
@@ -369,6 +395,8 @@ class Threads:
         if keep < 0:
             raise InvalidInput(f"keep is {keep}: give the number of branches to keep, 0 or more")
         with self._lock:
+            for call in self._calls:
+                call.is_deleted |= call.thread == thread and not keep
             used = [branch.session.name for branch in self.branches(thread)]
             kept = used[len(used) - min(keep, len(used)) :]
             gone = [name for name in {*used, *self._stored(thread)} if name not in kept]

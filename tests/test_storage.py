@@ -230,6 +230,8 @@ def test_other_files_in_the_folder_are_no_sessions(folder: Store, tmp_path: Path
     (tmp_path / "Model.safetensors").write_text("")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "bob.safetensors").write_text("")
+    (tmp_path / "no_file.safetensors").mkdir()
+    (tmp_path / "%ff.safetensors").write_text("")
     assert folder.names() == ["alice"]
 
 
@@ -287,11 +289,12 @@ def test_a_local_save_is_on_the_disk_before_it_takes_its_place_there(
     folder: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    for name in ("fsync", "replace"):
+    for name in ("fsync", "link", "replace"):
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (calls.append(name), real(*args)))
-    folder.save("alice", saved_session())
-    assert calls == ["fsync", "replace"]
+    for _ in range(2):
+        folder.save("alice", saved_session())
+    assert calls == ["fsync", "link", "fsync", "replace"]
 
 
 @pytest.mark.parametrize("use", [

@@ -37,6 +37,8 @@ LAYERS: tuple[set[str], ...] = (
         "budgets",
         "queries",
         "originals",
+        "spill",
+        "files",
         "storage",
         "history",
         "boundaries",

@@ -98,13 +98,16 @@ class Conversations:
         return self.view(new_id)
 
     def delete(self, id: str) -> Deleted:
-        self._newest(id)
-        self.threads.delete(thread_of((self.owner, id)))
+        if not self.threads.delete(thread_of((self.owner, id))):
+            raise _unknown(id)
         return Deleted(id=id)
 
     def _newest(self, id: str) -> tuple[Branch, int]:
         """The branch that was used last, and how many there are."""
-        branches = self.threads.open(thread_of((self.owner, id)))
+        thread = thread_of((self.owner, id))
+        branches = self.threads.open(thread)
+        if not branches and thread in self.threads.names():
+            raise ApiError(409, f"what is saved of {id!r} cannot be read: DELETE forgets it", code="session_unreadable")
         if not branches:
             raise _unknown(id)
         return max(branches, key=last_used), len(branches)
@@ -150,5 +153,5 @@ async def fork_session(id: str, body: ForkBody, request: Request, owner: Owner) 
 
 @router.delete("/{id:path}", response_model=Deleted)
 async def delete_session(id: str, request: Request, owner: Owner) -> Any:
-    """Forget a conversation, in memory and in the store."""
+    """Forget a conversation, in memory and in the store; an answer to it that is under way is not kept."""
     return await _on_device(request, owner, Conversations.delete, id)

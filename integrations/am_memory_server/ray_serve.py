@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
 from typing import Annotated, Any, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve import Application
@@ -25,13 +25,12 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Message
 
-from am_memory.cli_serve import KEYS_VARIABLE, OPERATOR_KEYS_VARIABLE, keys_of_environment, name_of
+from am_memory.cli_serve import keys_of_environment, name_of
 from am_memory.engines.base import DtypeName, EngineName
-from am_memory.errors import InvalidInput, problems
 from am_memory.memory import Memory
 from am_memory.policy import MemoryPolicy
 from am_memory_server import sse
-from am_memory_server.access import Admission
+from am_memory_server.access import read_body
 from am_memory_server.affinity import affinity
 from am_memory_server.app import create_app
 from am_memory_server.errors import ApiError, logger
@@ -58,9 +57,6 @@ class RaySettings(BaseModel):
         server: keys, limits and the rest; `host` is the one that Ray Serve's own proxies listen on. Keys may stand in
             the environment as well, as those of `am-memory serve` do.
         num_replicas: where Ray Serve's configuration says nothing.
-
-    Raises:
-        InvalidInput, InvalidPolicy: a value out of its range, or a name that there is not.
     """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
@@ -74,13 +70,6 @@ class RaySettings(BaseModel):
     policy: MemoryPolicy = MemoryPolicy()
     server: dict[str, Any] = {}
     num_replicas: Annotated[int, Field(ge=1)] = 1
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            found = problems(error.errors(), type(self).model_fields, shows_values=False)  # one may be a key
-            raise InvalidInput(found) from error
 
 
 @serve.deployment(max_ongoing_requests=MAX_ONGOING, request_router_config=BY_CONVERSATION)
@@ -137,15 +126,14 @@ class Ingress:
 
     def __init__(self, replicas: DeploymentHandle[Any], server: ServerSettings) -> None:
         self._replicas, self._server = replicas, server
-        self._admission = Admission(server)
 
     async def __call__(self, request: Request) -> Response:
-        scope = {name: request.scope[name] for name in SCOPE if name in request.scope}
         try:
-            async with self._admission.body_of(request.scope, request.receive) as body:
-                if is_for_all(request.method, request.url.path):
-                    return await self._from_all(scope, body)
-                return await self._from_one(request, scope, body)
+            body = await read_body(request.receive, self._server.max_body_bytes)
+            scope = {name: request.scope[name] for name in SCOPE if name in request.scope}
+            if is_for_all(request.method, request.url.path):
+                return await self._from_all(scope, body)
+            return await self._from_one(request, scope, body)
         except ApiError as error:
             return error.response()
         except LOST as error:
@@ -196,10 +184,8 @@ def build(settings: RaySettings) -> Application:
     Raises:
         InvalidInput: a server that is open to everybody by accident, or a value out of its range.
     """
-    named = {"model_name": name_of(settings.model), **settings.server}
-    for kind, variable in (("api_keys", KEYS_VARIABLE), ("operator_keys", OPERATOR_KEYS_VARIABLE)):
-        named[kind] = (*named.get(kind, ()), *keys_of_environment(variable))
-    server = ServerSettings(**named)
+    keys = (*settings.server.get("api_keys", ()), *keys_of_environment())
+    server = ServerSettings(**{"model_name": name_of(settings.model), **settings.server, "api_keys": keys})
     replicas = Replica.options(  # type: ignore[attr-defined]
         num_replicas=settings.num_replicas,
         graceful_shutdown_timeout_s=server.shutdown_seconds + DRAIN_SECONDS,

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
-from serving import NewServer, Server, servers_of
+from serving import POLICY, NewServer, Server, running
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from am_memory import Memory, MemoryPolicy
 from am_memory.engines.transformers import TransformersEngine
 
 
 @pytest.fixture(scope="session")
 def new_server(engine: TransformersEngine) -> NewServer:
-    return servers_of(engine)
+    """Starts servers of their own: `with new_server(store=..., api_keys=[...]) as server`."""
+
+    @contextmanager
+    def start(*, store: Any = None, policy: MemoryPolicy = POLICY, **settings: Any) -> Iterator[Server]:
+        with running(Memory(engine, policy, store=store), **settings) as server:
+            yield server
+
+    return start
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,7 @@ SERVE = dedent("""
 
     model, store, port_file, where, number = sys.argv[1:]
     if where == "save":
-        os.replace = dies_at(os.replace, int(number))  # all is written, and does not have its name yet
+        os.link = dies_at(os.link, int(number))  # all is written, and does not have its name yet
     elif where == "compaction":
         import am_memory.order as order
         order.compact = dies_at(order.compact, int(number))

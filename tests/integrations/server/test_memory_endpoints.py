@@ -148,3 +148,31 @@ def test_the_page_and_all_that_it_needs_come_from_the_server(http: httpx.Client)
     assert "default-src 'self'" in page.headers["content-security-policy"]
     for path in ("style.css", "app.js", "api.js", "chat.js", "markdown.js", "memory.js", "store.js", "icon.svg"):
         assert http.get(f"/static/{path}").status_code == 200
+
+
+def test_a_conversation_deleted_while_it_is_answered_does_not_come_back(http: httpx.Client, tmp_path: Path) -> None:
+    say(http, "the owl's secret")
+    asked = {"messages": [{"role": "user", "content": "and then?"}], "metadata": {"conversation_id": "tea"}}
+    with http.stream("POST", "/v1/chat/completions", json={**asked, "stream": True, "max_tokens": 64}) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        assert http.delete(f"{SESSIONS}/tea").json()["deleted"]
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert http.get(SESSIONS).json()["data"] == []
+    assert http.delete(f"{SESSIONS}/tea").status_code == 404
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_what_cannot_be_read_is_listed_and_can_be_deleted(new_server: NewServer, tmp_path: Path) -> None:
+    with new_server(store=tmp_path) as server, server.http() as http:
+        say(http, "hello")
+    for path in tmp_path.rglob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    with new_server(store=tmp_path) as server, server.http() as http:
+        assert [entry["id"] for entry in http.get(SESSIONS).json()["data"]] == ["tea"]
+        unreadable = http.get(f"{SESSIONS}/tea")
+        assert unreadable.status_code == 409
+        assert "'tea' cannot be read: DELETE forgets it" in unreadable.json()["error"]["message"]
+        assert http.delete(f"{SESSIONS}/tea").status_code == 200
+        assert http.get(SESSIONS).json()["data"] == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
