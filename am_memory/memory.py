@@ -23,7 +23,7 @@ from am_memory.history import History
 from am_memory.policy import MemoryPolicy, trigger_tokens
 from am_memory.sampling import Sampling
 from am_memory.session import Session
-from am_memory.storage import Store
+from am_memory.storage import SavedSession, Store
 from am_memory.watch import watched
 
 if TYPE_CHECKING:
@@ -130,8 +130,9 @@ class Memory:
             name = next(name for name in names if name not in self.names())
         with self.device:
             if name not in self._sessions:
-                is_saved = self.store is not None and self.store.exists(name)
-                self._sessions[name] = (self._resume if is_saved else self._new)(name, policy or self.policy)
+                if self.store is not None and self.store.exists(name):
+                    return self.resume(name, self.saved(name, policy=policy), policy=policy)
+                self._sessions[name] = self._new(name, policy or self.policy)
             return self._sessions[name]
 
     def _new(self, name: str, policy: MemoryPolicy, tools: Sequence[Message] = ()) -> Session:
@@ -154,14 +155,30 @@ class Memory:
         finally:
             self._listeners.remove(listener)
 
-    def _resume(self, name: str, policy: MemoryPolicy) -> Session:
-        saved = self.require_store().load(name, device=self.engine.info.device, originals=policy.originals)
+    def saved(self, name: str, *, policy: MemoryPolicy | None = None) -> SavedSession:
+        """A session as it lies in the store, for `resume`. Needs no device: another thread may do it meanwhile.
+
+        Raises:
+            StorageError: there is none of that name, it cannot be read, or it is another model's.
+        """
+        originals = (policy or self.policy).originals
+        saved = self.require_store().load(name, device=self.engine.info.device, originals=originals)
         if saved.fingerprint != self.engine.info.fingerprint:
             raise ModelMismatch(
                 f"session {name!r} was saved with model {saved.fingerprint}, this one is "
                 f"{self.engine.info.fingerprint} ({self.engine.info.name}): load the model that it was saved with, "
                 "or choose another name"
             )
+        return saved
+
+    def resume(self, name: str, saved: SavedSession, *, policy: MemoryPolicy | None = None) -> Session:
+        """Go on with a saved session under a name; the one in memory that has it goes before."""
+        with self.device:
+            if name not in self._sessions:
+                self._sessions[name] = self._resumed(name, saved, policy or self.policy)
+            return self._sessions[name]
+
+    def _resumed(self, name: str, saved: SavedSession, policy: MemoryPolicy) -> Session:
         cache = self.engine.new_cache()
         cache.restore(saved.state)
         context = Context(
@@ -224,7 +241,8 @@ class Memory:
             SessionNotFound: there is none of that name.
         """
         with self.device:
-            if name not in self.names():
+            is_saved = self.store is not None and self.store.exists(name)
+            if name not in self._sessions and not is_saved:
                 raise SessionNotFound(f"no session {name!r}; there are: {', '.join(self.names()) or 'none'}")
             if self.store is not None:
                 self.store.delete(name)

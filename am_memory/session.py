@@ -50,6 +50,20 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """Something as a session is told it: its tokens; good for as long as the session stays as it was.
+
+    Attributes:
+        num_pinned: tokens that stay exact from then on; None: as before.
+    """
+
+    token_ids: list[int]
+    num_pinned: int | None
+    before: tuple[History, int]
+    after: History
+
+
+@dataclass(frozen=True)
 class Piece:
     """Some generated text.
 
@@ -174,11 +188,11 @@ class Session:
             CompactionFailed: a compaction on the way failed.
         """
         with self._step():
-            num_tokens = self._tell(content)
+            num_tokens = self._tell(self.encode(content))
             self._context.read(len(self._context.tokens) - 1)
         return num_tokens
 
-    def tell(self, content: Content) -> int:
+    def tell(self, content: Content | Encoded) -> int:
         """`append`, but nothing is read yet: `read` does that bit by bit, or the next call that needs it.
 
         Returns:
@@ -186,16 +200,21 @@ class Session:
 
         Raises:
             InvalidInput, PromptTooLong: as `append`.
+            UnsupportedOperation: the session has changed since this was encoded.
         """
         with self._step():
-            return self._tell(content)
+            return self._tell(content if isinstance(content, Encoded) else self.encode(content))
 
-    def _tell(self, content: Content) -> int:
-        token_ids = self._encode(content)
-        if not self._context.schedule:
-            self._pin()
-        self._context.tokens.extend(token_ids)
-        return len(token_ids)
+    def _tell(self, encoded: Encoded) -> int:
+        if encoded.before != (self._history, len(self._context.tokens)):
+            raise UnsupportedOperation(
+                f"session {self.name!r} changed since this was encoded: encode it again, or fork the session"
+            )
+        self._history = encoded.after
+        if encoded.num_pinned not in (None, self._context.num_pinned):
+            self._pin(encoded.num_pinned)
+        self._context.tokens.extend(encoded.token_ids)
+        return len(encoded.token_ids)
 
     def read(self, max_tokens: int | None = None) -> int:
         """Read what was told and not read yet, up to `max_tokens` of it; returns how many tokens are left.
@@ -210,9 +229,16 @@ class Session:
             context.read(end if max_tokens is None else min(end, context.cache.num_tokens + max_tokens))
         return max(end - context.cache.num_tokens, 0)
 
-    def _encode(self, content: Content) -> list[int]:
-        """The token ids of something new, which the history takes note of."""
-        history, num_tokens = self._history, len(self._context.tokens)
+    def encode(self, content: Content) -> Encoded:
+        """What `tell` is given, as tokens; the session stays as it is.
+
+        That of a long text takes long, but it needs no device: another thread may do it while sessions go on.
+
+        Raises:
+            InvalidInput: as `append`.
+        """
+        after = history = self._history
+        num_tokens = len(self._context.tokens)
         if isinstance(content, str):
             token_ids = self.engine.encode(content, add_special=not num_tokens) if content else []
         elif not isinstance(content, Sequence):
@@ -223,22 +249,25 @@ class Session:
             raise InvalidInput("token ids and messages are mixed: append them one after the other")
         else:
             messages: Sequence[Message] = content  # type: ignore[assignment]
-            self._history, token_ids = history.told(self.engine, messages, num_tokens, ends_turn=self._ends_turn)
+            after, token_ids = history.told(self.engine, messages, num_tokens, ends_turn=self._ends_turn)
         if not token_ids:
             raise InvalidInput(f"empty input {content!r}: append at least one token")
         self._context.check(token_ids)
-        if self._history is history and history.messages:
-            self._history = history.continued(self.engine.decode(token_ids, skip_special=True), num_tokens)
-        return token_ids
+        if after is history and history.messages:
+            after = history.continued(self.engine.decode(token_ids, skip_special=True), num_tokens)
+        return Encoded(token_ids, self._num_pinned(after), (history, num_tokens), after)
 
-    def _pin(self) -> None:
-        """Decide what stays exact; only before the first compaction."""
+    def _num_pinned(self, history: History) -> int | None:
+        """How many tokens are to stay exact; None where a compaction has been made, which decided that."""
+        if self._context.schedule:
+            return None
         policy = self._context.policy
-        num_pinned = policy.num_sinks
         if policy.pinned in ("system", "first_message"):
-            num_pinned = self._history.num_pinned_tokens(self.engine, policy.pinned) or num_pinned
-        if num_pinned == self._context.num_pinned:
-            return
+            return history.num_pinned_tokens(self.engine, policy.pinned) or policy.num_sinks
+        return policy.num_sinks
+
+    def _pin(self, num_pinned: int) -> None:
+        policy = self._context.policy
         try:
             self._context.pin(num_pinned)
         except InvalidPolicy as error:

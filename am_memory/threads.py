@@ -8,27 +8,29 @@ until they differ. Knows nothing of LangChain or HTTP.
 
 from __future__ import annotations
 
-import itertools
-import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from hashlib import sha256
+from functools import cached_property
 from threading import RLock
 from weakref import WeakSet
 
+from am_memory.asked import Asked, key_of, last_common_cut, last_cuts, next_key, num_shared
 from am_memory.engines.base import Message
 from am_memory.errors import InvalidInput, SessionDeleted, SessionNotFound, StorageError, require_room
 from am_memory.memory import Memory
 from am_memory.policy import MemoryPolicy
-from am_memory.session import Session
+from am_memory.session import Encoded, Session
+from am_memory.storage import SavedSession
 from am_memory.tool_calls import prepare
 
 MAX_BYTES = 4 * 2**30
 MAX_BRANCHES = 64
 MAX_OPENED = 8
 """Saved branches of a thread that are read when it is first called for."""
+MAX_THREADS = 10_000
+"""Of which it is known that their saved branches have been looked at."""
 METADATA_KEY = "am_memory.branch"
 
 logger = logging.getLogger("am_memory")
@@ -40,7 +42,7 @@ class Branch:
 
     Attributes:
         thread: what it belongs to.
-        keys: a digest of policy and tools, then one of each message.
+        keys: a digest of policy and tools, then for each message one of it and all before.
         ends: tokens of the session after each of these; None where it cannot be cut.
     """
 
@@ -49,11 +51,14 @@ class Branch:
     keys: tuple[str, ...]
     ends: tuple[int | None, ...]
 
-    def num_shared(self, keys: Sequence[str]) -> int:
-        """How many of the first keys are this branch's too, counted to the last place where it can be cut."""
-        pairs = zip(self.keys, keys, strict=False)
-        shared = next((i for i, (mine, other) in enumerate(pairs) if mine != other), min(len(self.keys), len(keys)))
-        return next((count for count in range(shared, 0, -1) if self.ends[count - 1] is not None), 0)
+    @cached_property
+    def cuts(self) -> tuple[int, ...]:
+        """For each number of entries, the last place up to there at which it can be cut."""
+        return last_cuts(self.ends)
+
+    def num_shared(self, asked: Asked) -> int:
+        """How many of the first entries are the conversation's too, to the last place where both can be cut."""
+        return last_common_cut(self.cuts, asked.cuts, num_shared(self.keys, asked.keys))
 
     def end_of(self, count: int) -> int:
         """Tokens of the first `count` entries, where `num_shared` allows the cut."""
@@ -62,26 +67,42 @@ class Branch:
         return end
 
     def is_exact_at(self, count: int) -> bool:
-        """Whether it can go on from there without reading anything again."""
+        """Whether it can go on from there without reading anything again; if not, from no place before either."""
         return self.session.can_rewind(self.end_of(count))
 
     def extends(self, other: Branch) -> bool:
         """Whether the other's conversation is the beginning of this one."""
         is_longer = self.thread == other.thread and len(self.keys) > len(other.keys)
-        return is_longer and self.keys[: len(other.keys)] == other.keys
+        return is_longer and self.keys[len(other.keys) - 1] == other.keys[-1]
 
 
 @dataclass(eq=False)
 class Call:
-    """A turn under way, from before anything is known of it: whoever deletes a thread tells all that are of it."""
+    """Something under way, from before it looks for anything: whoever deletes a thread tells all that are of it."""
 
     thread: str
     is_deleted: bool = False
 
 
+@dataclass(frozen=True)
+class Saved:
+    """Saved branches of a thread, by their names; nothing any more once the thread is deleted."""
+
+    call: Call
+    sessions: tuple[tuple[str, SavedSession], ...] = ()
+
+
+@dataclass(frozen=True)
+class Found:
+    """A conversation that something is asked about, and what lies in the store that it may go on from."""
+
+    asked: Asked
+    saved: Saved
+
+
 @dataclass
 class Turn:
-    """One call: a session that has been told the prompt, and is kept when `keep` is called.
+    """One call: a session that is told the prompt, and is kept when `keep` is called.
 
     Attributes:
         session: a scratch branch of its own, to `generate` with.
@@ -92,11 +113,53 @@ class Turn:
     session: Session
     num_cached_tokens: int
     rebuilt: str | None
-    _call: Call = field(repr=False)
     _threads: Threads = field(repr=False)
     _parent: Branch | None = field(repr=False)
-    _keys: tuple[str, ...] = field(repr=False)
+    _call: Call = field(repr=False)
+    _asked: Asked = field(repr=False)
     _ends: tuple[int | None, ...] = field(repr=False)
+    _encoded: Encoded | None = field(default=None, repr=False)
+
+    @property
+    def _num_known(self) -> int:
+        """How many of the messages, as the chat template takes them, the session holds."""
+        num_known = self._asked.num_prepared[len(self._ends) - 1]
+        assert num_known is not None, "both can be cut here"
+        return num_known
+
+    def encode(self) -> None:
+        """What the session has still to be told, as tokens. Needs no device, and may take long.
+
+        Raises:
+            InvalidInput: messages that the model's chat template does not take.
+        """
+        if news := self._asked.prepared[self._num_known :]:
+            self._encoded = self.session.encode(news)
+
+    def tell(self) -> None:
+        """Tell the session what was encoded.
+
+        Raises:
+            PromptTooLong: what the policy pins leaves no room for anything else.
+        """
+        if self._encoded is not None:
+            self.session.tell(self._encoded)
+        self._ends = (*self._ends, *self._new_ends())
+
+    def _new_ends(self) -> Iterator[int | None]:
+        """Tokens after each of the messages that were told; None where nothing says so."""
+        asked = self._asked
+        news = len(asked.prepared) - self._num_known
+        starts = (*self.session.message_starts[-news:],) if news else ()
+        for count in range(len(self._ends), len(asked.num_prepared)):
+            num_told = asked.num_prepared[count]
+            if num_told is None:
+                yield None
+            elif num_told == len(asked.prepared):
+                yield len(self.session.tokens)
+            else:
+                before, start = starts[num_told - self._num_known - 1 :][:2]
+                yield start if start > before else None  # messages whose tokens cannot be told apart start as one
 
     def read(self) -> Iterator[int]:
         """Read the prompt, one chunk after another; gives the number of tokens that are left after each.
@@ -117,7 +180,8 @@ class Turn:
         Raises:
             StorageError: it cannot be saved; it is kept in memory all the same.
         """
-        keys, ends = (*self._keys, key_of(answer)), (*self._ends, len(self.session.tokens))
+        told = self._asked.keys
+        keys, ends = (*told, next_key(told[-1], key_of(answer))), (*self._ends, len(self.session.tokens))
         self._threads._keep(Branch(self.session, self._call.thread, keys, ends), self._parent, self._call)
 
 
@@ -136,7 +200,7 @@ class Threads:
         self.memory = memory
         self.max_bytes = max_bytes
         self.max_branches = max_branches
-        self._opened: set[str] = set()
+        self._opened: dict[str, None] = {}  # the ones looked at longest ago first
         self._branches: dict[str, Branch] = {}  # least recently used first
         self._calls: WeakSet[Call] = WeakSet()
         self._lock = RLock()
@@ -182,29 +246,62 @@ class Threads:
             InvalidInput: no messages, or such as the model's chat template does not take.
             PromptTooLong: what the policy pins leaves no room for anything else.
         """
-        if not messages:
-            raise InvalidInput("there are no messages: give at least one")
-        policy = policy or self.memory.policy
-        told = [policy.model_dump(mode="json"), *tools, *([{"owner": owner}] if owner else [])]
-        keys = (_digest(told), *(key_of(message) for message in messages))
+        found = self.find(messages, tools, thread=thread, owner=owner, policy=policy)
+        turn = self.start(found)
+        turn.encode()
+        turn.tell()
+        return turn
+
+    # The same in parts: those that need no device may be done by another thread while sessions go on
+
+    def find(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Message] = (),
+        *,
+        thread: str = "default",
+        owner: str = "",
+        policy: MemoryPolicy | None = None,
+    ) -> Found:
+        """Look at a conversation, and get from the store what it may go on from. Needs no device.
+
+        Raises:
+            InvalidInput: no messages, or such as no chat template takes.
+        """
+        call = self._called(thread)
+        asked = Asked.of(self.memory.engine, messages, tools, policy or self.memory.policy, owner)
+        with self._lock:
+            is_known = self._longest(self._branches.values(), asked)[1] >= len(messages)
+        return Found(asked, Saved(call) if is_known else self._saved(call, asked.keys))
+
+    def _called(self, thread: str) -> Call:
         call = Call(thread)
         with self._lock:
             self._calls.add(call)
-            branch, count, rebuilt = self._best(thread, keys)
-        prepared, template_tools = prepare(self.memory.engine, messages, tools)
+        return call
+
+    def start(self, found: Found) -> Turn:
+        """Go on from the kept branch that has most of a conversation; the turn is still to be told the rest."""
+        asked = found.asked
+        with self._lock:
+            self._resume(found.saved)
+            branch, count, longest = self._longest(self._branches.values(), asked)
+            if branch is not None:
+                self._branches[branch.session.name] = self._branches.pop(branch.session.name)
         ends: tuple[int | None, ...]
         if branch is None:
-            session, ends = self.memory.scratch(policy=policy, tools=template_tools or ()), (0,)
+            session, ends = self.memory.scratch(policy=asked.policy, tools=asked.tools), (0,)
         else:
-            session, ends = branch.session.fork(policy=policy), branch.ends[:count]
+            session, ends = branch.session.fork(policy=asked.policy), branch.ends[:count]
             session.rewind(branch.end_of(count))
-        session.rename(thread)
-        num_cached = len(session.tokens)
-        num_known = _num_prepared(self.memory, messages[: len(ends) - 1], tools)
-        if prepared[num_known:]:
-            session.tell(prepared[num_known:])
-        ends = (*ends, *self._ends(session, messages, tools, len(ends) - 1, prepared))
-        return Turn(session, num_cached, rebuilt, call, self, branch, keys, ends)
+        session.rename(found.saved.call.thread)
+        rebuilt = None
+        if longest > max(count, 1):
+            rebuilt = (
+                f"the conversation leaves a known one after message {longest - 1} of {len(asked.keys) - 1}, before its "
+                f"last compaction; read again from message {max(count - 1, 0)} on"
+            )
+        return Turn(session, len(session.tokens), rebuilt, self, branch, found.saved.call, asked, ends)
 
     def num_tokens(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> int:
         """What reading all of these messages and tools takes, the opening of the answer included."""
@@ -212,57 +309,22 @@ class Threads:
         prepared, template_tools = prepare(engine, messages, tools)
         return len(engine.encode(engine.render(prepared, tools=template_tools, add_generation_prompt=True)))
 
-    def _best(self, thread: str, keys: Sequence[str]) -> tuple[Branch | None, int, str | None]:
-        """The branch to go on from, how many entries of it hold, and why not a longer one."""
-        found = self._longest(self._branches.values(), keys)
-        if found[1] < len(keys) - 1 and self._load(thread, keys):
-            found = self._longest(self._branches.values(), keys)
-        branch, count, longest = found
-        rebuilt = None
-        if longest > max(count, 1):
-            rebuilt = (
-                f"the conversation leaves a known one after message {longest - 1} of {len(keys) - 1}, before its last "
-                f"compaction; read again from message {max(count - 1, 0)} on"
-            )
-        if branch is not None:
-            self._branches[branch.session.name] = self._branches.pop(branch.session.name)
-        return branch, count, rebuilt
-
     @staticmethod
-    def _longest(branches: Iterable[Branch], keys: Sequence[str]) -> tuple[Branch | None, int, int]:
+    def _longest(branches: Iterable[Branch], asked: Asked) -> tuple[Branch | None, int, int]:
         """The branch that shares most and can be cut there, how much that is, and how much any branch shares."""
         best, best_count, longest = None, 1, 1  # the tools alone are nothing read
         for branch in branches:
-            count = branch.num_shared(keys)
+            count = branch.num_shared(asked)
             longest = max(longest, count)
-            while count > best_count and not (branch.ends[count - 1] is not None and branch.is_exact_at(count)):
-                count -= 1
-            if count > best_count:
+            if count > best_count and branch.is_exact_at(count):
                 best, best_count = branch, count
         return best, best_count if best else 0, longest
-
-    def _ends(
-        self,
-        session: Session,
-        messages: Sequence[Message],
-        tools: Sequence[Message],
-        num_known: int,
-        prepared: Sequence[Message],
-    ) -> list[int | None]:
-        """Tokens after each of the messages that were just read; None inside of what the template writes as one."""
-        starts, ends = session.message_starts, list[int | None]()
-        for count in range(num_known + 1, len(messages) + 1):
-            part = prepare(self.memory.engine, messages[:count], tools)[0]
-            is_prefix = part == prepared[: len(part)]
-            end = len(session.tokens) if len(part) == len(prepared) else starts[len(part)]
-            ends.append(end if is_prefix else None)
-        return ends
 
     def _keep(self, branch: Branch, parent: Branch | None, call: Call | None = None) -> None:
         with self._lock:
             if call is not None and call.is_deleted:
                 return
-            name = f"{branch.thread}/{_chain(branch.keys)[-1]}"
+            name = f"{branch.thread}/{branch.keys[-1]}"
             branch.session.metadata[METADATA_KEY] = {
                 "thread": branch.thread,
                 "keys": list(branch.keys),
@@ -311,34 +373,42 @@ class Threads:
     def _is_extended(self, branch: Branch) -> bool:
         return any(other.extends(branch) for other in self._branches.values())
 
-    def _load(self, thread: str, keys: Sequence[str]) -> bool:
-        """Bring saved branches of a thread that are not in memory; whether there were any.
+    def _saved(self, call: Call, keys: Sequence[str] = ()) -> Saved:
+        """Saved branches of a thread that are not in memory, out of the store.
 
         One whose whole conversation is the beginning of this one is found by its name; the others are looked at once
         for each thread, and not all of them.
         """
         if self.memory.store is None:
-            return False
-        chain = _chain(keys)
-        names = [name for name in self._stored(thread) if name not in self._branches]
-        beginnings = [name for name in names if _tail(name) in chain]
-        wanted = sorted(beginnings, key=lambda name: chain.index(_tail(name)))[-1:]
-        if thread not in self._opened:
-            self._opened.add(thread)
-            wanted += [name for name in names if name not in wanted][:MAX_OPENED]
-        for name in wanted:
-            self._open(name)
-        return bool(wanted)
+            return Saved(call)
+        places = {key: place for place, key in enumerate(keys)}
+        stored = self._stored(call.thread)
+        with self._lock:
+            names = [name for name in stored if name not in self._branches]
+            beginnings = [name for name in names if _tail(name) in places]
+            wanted = sorted(beginnings, key=lambda name: places[_tail(name)])[-1:]
+            if call.thread not in self._opened:
+                self._opened[call.thread] = None
+                wanted += [name for name in names if name not in wanted][:MAX_OPENED]
+            while len(self._opened) > MAX_THREADS:
+                del self._opened[next(iter(self._opened))]
+        return self._read(call, wanted)
 
-    def _open(self, name: str) -> None:
-        try:
-            session = self.memory.session(name)
-        except StorageError as error:  # of another model, or damaged: it is read again, as if it had not been kept
-            logger.warning("%s", error)
-            return
-        saved = session.metadata.get(METADATA_KEY)
-        if isinstance(saved, dict):
-            self._branches[name] = Branch(session, saved["thread"], tuple(saved["keys"]), tuple(saved["ends"]))
+    def _read(self, call: Call, names: Iterable[str]) -> Saved:
+        read = []
+        for name in names:
+            try:
+                read.append((name, self.memory.saved(name)))
+            except StorageError as error:  # of another model, damaged, or gone: it is read again, as if not kept
+                logger.warning("%s", error)
+        return Saved(call, tuple(read))
+
+    def _resume(self, saved: Saved) -> None:
+        for name, each in () if saved.call.is_deleted else saved.sessions:
+            told = each.metadata.get(METADATA_KEY)
+            if name not in self._branches and isinstance(told, dict):
+                session = self.memory.resume(name, each)
+                self._branches[name] = Branch(session, told["thread"], tuple(told["keys"]), tuple(told["ends"]))
 
     def _stored(self, thread: str) -> list[str]:
         names = self.memory.store.names() if self.memory.store is not None else []
@@ -346,10 +416,10 @@ class Threads:
 
     def names(self) -> list[str]:
         """The threads that are known, in memory and in the store."""
+        stored = self.memory.store.names() if self.memory.store is not None else []
         with self._lock:
-            stored = self.memory.store.names() if self.memory.store is not None else []
             threads = {branch.thread for branch in self._branches.values()}
-            return sorted(threads | {name.rpartition("/")[0] for name in stored if "/" in name})
+        return sorted(threads | {name.rpartition("/")[0] for name in stored if "/" in name})
 
     def branches(self, thread: str) -> list[Branch]:
         """The branches of a thread that are in memory, the most recently used last."""
@@ -361,11 +431,25 @@ class Threads:
         with self._lock:
             return list(self._branches.values())
 
-    def open(self, thread: str) -> list[Branch]:
-        """The branches of a thread, with saved ones that are not in memory: a few of them, where there are many."""
+    def saved(self, thread: str) -> Saved:
+        """Saved branches of a thread that are not in memory, for `open`: a few of them, where there are many.
+
+        Needs no device: another thread may do it while sessions go on.
+        """
+        call, stored = self._called(thread), self._stored(thread)
         with self._lock:
-            for name in [name for name in self._stored(thread) if name not in self._branches][:MAX_OPENED]:
-                self._open(name)
+            names = [name for name in stored if name not in self._branches]
+        return self._read(call, names[:MAX_OPENED])
+
+    def open(self, thread: str, saved: Saved | None = None) -> list[Branch]:
+        """The branches of a thread, with saved ones that were not in memory.
+
+        Args:
+            saved: what `saved` has found; None: what it finds now.
+        """
+        saved = saved or self.saved(thread)
+        with self._lock:
+            self._resume(saved)
             branches = self.branches(thread)
             self._evict(branches[-1].session.name if branches else "")
             return branches
@@ -410,44 +494,20 @@ class Threads:
         Raises:
             InvalidInput: the thread is not known.
         """
-        with self._lock:
-            self._load(thread, ())
-            branches = self.branches(thread)
-            if not branches:
-                raise InvalidInput(f"there is no thread {thread!r}; there are: {', '.join(self.names()) or 'none'}")
-            for branch in branches:
-                self._keep(Branch(branch.session.fork(), new_thread, branch.keys, branch.ends), None)
+        for _ in self.copying(thread, new_thread):
+            pass
 
-
-def key_of(message: Message) -> str:
-    """A digest of what a message says; the ids of tool calls that nobody answers to are left out."""
-    said = {name: value for name, value in message.items() if name != "id" and value not in (None, [], "")}
-    if isinstance(calls := said.get("tool_calls"), Sequence):
-        said["tool_calls"] = [_call(call) for call in calls]
-    return _digest(said)
-
-
-def _call(call: object) -> object:
-    if not isinstance(call, Mapping) or not isinstance(function := call.get("function"), Mapping):
-        return call
-    arguments = function.get("arguments")
-    with suppress(ValueError):
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    return {"name": function.get("name"), "arguments": arguments}
-
-
-def _chain(keys: Sequence[str]) -> list[str]:
-    """For each key, a digest of it and all before."""
-    return list(itertools.accumulate(keys, lambda before, key: _digest([before, key])))
+    def copying(self, thread: str, new_thread: str, saved: Saved | None = None) -> Iterator[Branch]:
+        """`copy`, one branch after another."""
+        branches = self.open(thread, saved)
+        if not branches:
+            raise InvalidInput(f"there is no thread {thread!r}; there are: {', '.join(self.names()) or 'none'}")
+        call = self._called(new_thread)
+        for branch in branches:
+            copied = Branch(branch.session.fork(), new_thread, branch.keys, branch.ends)
+            self._keep(copied, None, call)
+            yield copied
 
 
 def _tail(name: str) -> str:
     return name.rpartition("/")[2]
-
-
-def _digest(value: object) -> str:
-    return sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:24]
-
-
-def _num_prepared(memory: Memory, messages: Sequence[Message], tools: Sequence[Message]) -> int:
-    return len(prepare(memory.engine, messages, tools)[0]) if messages else 0

@@ -47,7 +47,7 @@ LAYERS: tuple[set[str], ...] = (
     },
     {"compaction", "on_policy", "recall", "search", "calibration", "summary", "order", "ahead", "capabilities"},
     {"memory", "context", "session", "watch"},
-    {"threads", "texts"},
+    {"asked", "threads", "texts"},
     {"chat"},
     {"cli", "demo", "display"},
 )

@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from am_memory import Memory, MemoryPolicy, Piece, Sampling, Session
+from am_memory.asked import key_of
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidInput
-from am_memory.threads import Branch, Threads, Turn, key_of
+from am_memory.threads import Branch, Threads, Turn
 
 ROOMY = MemoryPolicy(trigger_tokens=2000, pinned=3, keep_recent=4, chunk_tokens=64)
 TIGHT = MemoryPolicy(trigger_tokens=96, keep_ratio=0.25, pinned=3, keep_recent=4, chunk_tokens=64)
@@ -102,6 +103,19 @@ def test_other_tools_begin_another_conversation(threads: Threads) -> None:
     messages.append(answer(threads.turn(messages)))
     turn = threads.turn([*messages, user("more")], [TOOL])
     assert turn.num_cached_tokens == 0
+
+
+def test_a_second_result_of_tools_is_told_where_the_template_writes_both_as_one_message(threads: Threads) -> None:
+    """A branch was cut behind the first result, and as the template writes one message for both, nothing was told."""
+    calls = [{"id": id, "type": "function", "function": {"name": "look", "arguments": "{}"}} for id in ("1", "2")]
+    messages = [user("look twice"), {"role": "assistant", "content": "", "tool_calls": calls}]
+    messages.append({"role": "tool", "tool_call_id": "1", "content": "an owl"})
+    answer(threads.turn(messages))
+    turn = threads.turn([*messages, {"role": "tool", "tool_call_id": "2", "content": "a mouse"}])
+    told = turn.session.messages[-1]["content"]
+    assert told == "<tool_response>\nan owl\n</tool_response>\n<tool_response>\na mouse\n</tool_response>"
+    assert "a mouse" in threads.memory.engine.decode(turn.session.tokens)
+    assert turn.num_cached_tokens > 0
 
 
 def test_threads_share_what_they_begin_with(threads: Threads) -> None:
