@@ -7,8 +7,10 @@ goes on. The tokens are the truth; tokens and schedule together rebuild the cach
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
 
 from torch import Tensor, cat
 
@@ -23,6 +25,7 @@ from am_memory.errors import (
     BudgetTooSmall,
     CompactionFailed,
     InvalidInput,
+    OriginalLost,
     PromptTooLong,
     UnsupportedOperation,
 )
@@ -33,6 +36,7 @@ from am_memory.events import (
     CompactionStarted,
     GateMissed,
     Listener,
+    OriginalsLost,
     ReadProgress,
     SessionRebuilt,
     SpanPutAway,
@@ -47,6 +51,8 @@ from am_memory.recall import Recalled, at_rest, brought_back, put_away
 from am_memory.schedule import ScheduledCompaction
 from am_memory.search import Span, search
 from am_memory.slots import Segment
+
+T = TypeVar("T")
 
 Weights = Callable[[int, int], Sequence[float] | None]
 """How much it counts that the tokens from one position to another can be repeated; None: all alike."""
@@ -129,7 +135,8 @@ class Context:
             del tokens[num_tokens:], schedule[num_compactions:]
             self.tokens, self.schedule, self.live = tokens, schedule, live
             self.num_pinned, self.trigger = pinned
-            self.originals, self.recalled = originals, recalled
+            # What was found to be lost is not brought back by an error.
+            self.originals, self.recalled = tuple(each for each in originals if each.lost is None), recalled
             self.pending = None if pending is not None and pending.has_failed else pending
             raise
         finally:
@@ -310,6 +317,17 @@ class Context:
             self.notify(GateMissed(self.name, segment.start, segment.end, result.held_out_error, limit))
         return report
 
+    def reading_originals(self, use: Callable[[], T]) -> T:
+        """Do what reads originals, without those that are lost; what turns out to be is told, and it is done again."""
+        while True:
+            for lost in [each for each in self.originals if each.lost is not None]:
+                self.originals = tuple(each for each in self.originals if each is not lost)
+                self.notify(OriginalsLost(self.name, lost.start, lost.end, lost.lost or ""))
+            try:
+                return use()
+            except OriginalLost:
+                continue
+
     def recall(self, start: int, end: int) -> list[Segment]:
         """Bring the segments that hold any of the tokens [start, end) back exact, compacting others to make room.
 
@@ -331,15 +349,15 @@ class Context:
                 break
             self._make_room_to_recall(wanted, others=len(self.recalled) > len(held))
         for segment in missing:
-            self._bring_back(segment)
+            self.reading_originals(partial(self._bring_back, segment))
         return wanted
 
     def recall_again(self, start: int) -> None:
         """Bring back the segment that begins at `start`, where its originals are still there and it still fits."""
         for segment in self.cache.segments:
-            is_held = between(self.originals, segment.start, segment.end) is not None
-            if segment.start == start and is_held and self._have_room_for([segment]):
-                self._bring_back(segment)
+            if segment.start == start and self._have_room_for([segment]):
+                with suppress(InvalidInput):
+                    self.reading_originals(partial(self._bring_back, segment))
 
     def _have_room_for(self, segments: Sequence[Segment]) -> bool:
         """Whether these compact segments fit below where a compaction begins when they are exact."""
@@ -365,14 +383,16 @@ class Context:
     def search(self, text: str, span_tokens: int) -> list[Span]:
         """All compacted tokens, in spans of about `span_tokens`, and how much a text looks at each."""
         self.read(len(self.tokens) - 1)
-        return search(
-            self.engine,
-            self.cache,
-            self.tokens,
-            self.originals,
-            text,
-            span_tokens=span_tokens,
-            chunk_tokens=self.chunk_tokens,
+        return self.reading_originals(
+            lambda: search(
+                self.engine,
+                self.cache,
+                self.tokens,
+                self.originals,
+                text,
+                span_tokens=span_tokens,
+                chunk_tokens=self.chunk_tokens,
+            )
         )
 
     def _bring_back(self, segment: Segment) -> None:

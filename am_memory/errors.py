@@ -57,6 +57,10 @@ class SessionDeleted(StorageError):
     """The session was deleted, and saving it would bring it back."""
 
 
+class OriginalLost(StorageError):
+    """The exact entries of compacted tokens are not what was kept; the session goes on without them."""
+
+
 class EngineFailed(AMMemoryError):
     """The library that runs the model failed at what it was asked; the session is as it was before."""
 

@@ -147,6 +147,16 @@ class SpanPutAway:
     kv_tokens: float
 
 
+@dataclass(frozen=True)
+class OriginalsLost:
+    """The exact entries of the tokens [start, end) are gone: they cannot be recalled, and nothing else changes."""
+
+    session: str
+    start: int
+    end: int
+    reason: str
+
+
 Event = (
     ReadProgress
     | CompactionStarted
@@ -157,6 +167,7 @@ Event = (
     | SessionRebuilt
     | SpanRecalled
     | SpanPutAway
+    | OriginalsLost
 )
 Listener = Callable[[Event], None]
 
@@ -191,6 +202,8 @@ def log(event: Event) -> None:
             logger.info("session %r: %d tokens are read again: %s", session, num_tokens, reason)
         case SpanRecalled(session, start, end, kv_tokens):
             logger.info("session %r: tokens %d to %d recalled; cache has %.0f tokens", session, start, end, kv_tokens)
+        case OriginalsLost(session, start, end, reason):
+            logger.warning("session %r: the originals of tokens %d to %d are lost: %s", session, start, end, reason)
         case SpanPutAway(session, start, end, kv_tokens):
             logger.info("session %r: tokens %d to %d put away; cache has %.0f tokens", session, start, end, kv_tokens)
 

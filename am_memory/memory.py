@@ -18,7 +18,7 @@ from am_memory.cache import KVCache
 from am_memory.context import Context
 from am_memory.engines.base import DtypeName, Engine, EngineName, Message, as_dtype
 from am_memory.errors import InvalidInput, ModelMismatch, SessionNotFound, StorageError
-from am_memory.events import Event, Listener, ignore, log
+from am_memory.events import Event, Listener, OriginalsLost, ignore, log
 from am_memory.history import History
 from am_memory.policy import MemoryPolicy, trigger_tokens
 from am_memory.sampling import Sampling
@@ -192,6 +192,8 @@ class Memory:
             saved.num_pinned,
             originals=saved.originals,
         )
+        for which, reason in saved.lost:
+            self._notify(OriginalsLost(name, which.start, which.end, reason))
         for start in saved.recalled:
             context.recall_again(start)
         history = History(saved.messages, saved.message_starts, saved.is_answering, saved.tools)

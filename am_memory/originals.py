@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from am_memory.errors import StorageError
+from am_memory.errors import OriginalLost, StorageError
 from am_memory.spill import Spill, spill
 
 Place = Literal["host", "disk"]
@@ -43,19 +43,24 @@ class Original(Protocol):
 
     @property
     def digest(self) -> str:
-        """Of `packed`."""
+        """Of `packed`, from when they were kept."""
+        ...
+
+    @property
+    def lost(self) -> str | None:
+        """Why they cannot be read any more, since somebody tried to; None: they can, as far as is known."""
         ...
 
     def layers(self) -> list[LayerEntries]:
         """In host memory.
 
         Raises:
-            StorageError: their file cannot be read.
+            OriginalLost: they are not what was kept.
         """
         ...
 
     def packed(self) -> bytes:
-        """As one safetensors file; raises StorageError as `layers` does."""
+        """As one safetensors file; raises OriginalLost as `layers` does."""
         ...
 
 
@@ -66,6 +71,7 @@ class HostOriginal:
     start: int
     end: int
     entries: tuple[LayerEntries, ...]
+    lost: None = None
 
     @property
     def nbytes(self) -> int:
@@ -82,9 +88,9 @@ class HostOriginal:
         return _packed(self.entries)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class FileOriginal:
-    """On disk, in room that is given back when nobody needs it any more."""
+    """On disk, in room that is given back when nobody needs it any more; compared with its digest whenever read."""
 
     start: int
     end: int
@@ -92,6 +98,7 @@ class FileOriginal:
     nbytes: int
     file: Spill
     offset: int
+    lost: str | None = None
 
     @classmethod
     def write(cls, start: int, end: int, data: bytes) -> FileOriginal:
@@ -117,12 +124,19 @@ class FileOriginal:
 
     def packed(self) -> bytes:
         try:
-            return self.file.read(self.offset, self.nbytes)
+            data = self.file.read(self.offset, self.nbytes)
         except OSError as error:
-            raise StorageError(
-                f"the original entries of tokens {self.start} to {self.end} cannot be read: {error}; what is compact "
-                "stays as it is"
-            ) from error
+            raise self._lose(str(error)) from error
+        if sha256(data).hexdigest() != self.digest:
+            raise self._lose(f"they were altered on the disk, in {tempfile.gettempdir()!r}")
+        return data
+
+    def _lose(self, reason: str) -> OriginalLost:
+        self.lost = reason
+        return OriginalLost(
+            f"the original entries of tokens {self.start} to {self.end} cannot be read: {reason}; what is compact "
+            "stays as it is"
+        )
 
 
 def keep(start: int, end: int, entries: Iterable[LayerEntries], place: Place) -> Original:
@@ -137,11 +151,28 @@ def _to_host(tensor: Tensor) -> Tensor:
     return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def received(start: int, end: int, data: bytes, place: Place) -> Original:
-    """From the bytes that `Original.packed` gave; raises StorageError or ValueError for others."""
-    if place == "disk":
-        return FileOriginal.write(start, end, data)
-    return HostOriginal(start, end, tuple(unpacked(data)))
+def received(start: int, end: int, data: bytes, like: Sequence[LayerEntries], place: Place) -> Original:
+    """From the bytes that `Original.packed` gave.
+
+    Args:
+        like: any entries of the same layers.
+
+    Raises:
+        OriginalLost: the bytes are something else.
+        StorageError: they cannot be written.
+    """
+    entries = unpacked(data)
+    kinds = [[_kind(tensor) for tensor in layer] for layer in entries]
+    if kinds != [[_kind(tensor) for tensor in layer] for layer in like] or any(
+        tensor.shape[1] != end - start for layer in entries for tensor in layer
+    ):
+        raise OriginalLost(f"they are not the entries of {end - start} tokens in these layers")
+    return FileOriginal.write(start, end, data) if place == "disk" else HostOriginal(start, end, tuple(entries))
+
+
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    """All of a layer's keys or values that does not depend on the number of tokens."""
+    return tensor.dtype, tensor.ndim, *(size for axis, size in enumerate(tensor.shape) if axis != 1)
 
 
 def _packed(entries: Iterable[LayerEntries]) -> bytes:
@@ -152,17 +183,21 @@ def _packed(entries: Iterable[LayerEntries]) -> bytes:
 
 
 def unpacked(data: bytes) -> list[LayerEntries]:
-    """Raises StorageError for bytes that `Original.packed` did not give."""
+    """Raises OriginalLost for bytes that `Original.packed` did not give."""
     try:
         tensors = safetensors.torch.load(data)
         return [(tensors[f"{index}.key"], tensors[f"{index}.value"]) for index in range(len(tensors) // 2)]
-    except (safetensors.SafetensorError, KeyError) as error:
-        raise StorageError(f"what should be original entries is something else: {error}") from error
+    except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise OriginalLost(f"what should be original entries is something else: {error}") from error
 
 
 def between(originals: Sequence[Original], start: int, end: int) -> list[LayerEntries] | None:
-    """The entries of the tokens [start, end), which some originals must tile; None where they do not."""
-    parts = [original for original in originals if original.start < end and original.end > start]
+    """The entries of the tokens [start, end), which some originals must tile; None where they do not.
+
+    Raises:
+        OriginalLost: of one of them, as it turns out.
+    """
+    parts = [each for each in originals if each.start < end and each.end > start and each.lost is None]
     edges = [start, *itertools.chain.from_iterable((part.start, part.end) for part in parts), end]
     if any(one != other for one, other in zip(edges[::2], edges[1::2], strict=True)):
         return None

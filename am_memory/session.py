@@ -436,9 +436,8 @@ class Session:
             The segments that are exact now and hold a token of the span; what was never compacted is in none.
 
         Raises:
-            InvalidInput: a span that is not in the conversation, or whose originals were not kept.
+            InvalidInput: a span that is not in the conversation, or whose originals were not kept, or are lost.
             PromptTooLong: it does not fit below the trigger.
-            StorageError: its originals cannot be read.
         """
         start, end = span if isinstance(span, tuple) else (span.start, span.end)
         if not 0 <= start < end <= len(self._context.tokens):
@@ -528,7 +527,8 @@ class Session:
                     f"session {self.name!r} was deleted, so it is not saved: give it a name with Memory.keep(session, "
                     "NAME) if it is to stay after all"
                 )
-            self._memory.require_store().save(self.name, self.snapshot())
+            store = self._memory.require_store()
+            self._context.reading_originals(lambda: store.save(self.name, self.snapshot()))
 
     def snapshot(self) -> SavedSession:
         """All that the session is, as it would be saved; by reference, for reading only."""

@@ -18,26 +18,26 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import unquote_to_bytes
 from weakref import WeakValueDictionary
 
 import fsspec  # type: ignore[import-untyped]
 import safetensors.torch
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from am_memory import files
 from am_memory.cache import CacheState, Snapshot
 from am_memory.engines.base import Message
-from am_memory.errors import CorruptSession, NewerFormat, SessionNotFound, StorageError
+from am_memory.errors import CorruptSession, NewerFormat, OriginalLost, SessionNotFound, StorageError
 from am_memory.layers import LayerState, SlidingState, TailBuffer, TailState
-from am_memory.originals import Original, Place, received
+from am_memory.originals import LayerEntries, Original, Place, received
 from am_memory.quantised import NOT_CODED, Quantised, Rows
 from am_memory.schedule import ScheduledCompaction
 from am_memory.slots import Segment, Slots
@@ -52,6 +52,14 @@ QUANTISED_FIELDS = ("codes", "scale", "exact", "group")
 ORIGINALS, DIGEST_CHARS = "originals", 64
 CHECKSUM_KEY, ZEROS = b'"sha256":"', b"0" * 64
 """The checksum is of the whole file with zeros in its own place."""
+
+
+class SavedOriginal(BaseModel, frozen=True, from_attributes=True):
+    """Which exact entries a session has: those of the tokens [start, end), in a file of this digest."""
+
+    start: Annotated[int, Field(ge=0)]
+    end: int
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,8 @@ class SavedSession:
         state: the cache, with nothing recalled.
         originals: the exact entries of compacted tokens, where they are kept.
         recalled: where the segments begin that were exact for the time being.
+        left_out: originals that are saved and were not loaded.
+        lost: originals that could not be, and why.
     """
 
     fingerprint: str
@@ -87,6 +97,8 @@ class SavedSession:
     metadata: dict[str, Any] = field(default_factory=dict)
     originals: tuple[Original, ...] = ()
     recalled: tuple[int, ...] = ()
+    left_out: tuple[SavedOriginal, ...] = field(default=(), compare=False)
+    lost: tuple[tuple[SavedOriginal, str], ...] = field(default=(), compare=False)
 
 
 class Store:
@@ -103,13 +115,14 @@ class Store:
         self.url = re.sub(r"(//[^/:@]*:)[^/@]*@", r"\1***@", url)  # for people, so without a password
         with self._reaching("open"):
             self._files, self._root = fsspec.url_to_fs(url)
-        self._loaded: WeakValueDictionary[tuple[str, Place], Original] = WeakValueDictionary()
+        self._loaded: WeakValueDictionary[tuple[SavedOriginal, Place], Original] = WeakValueDictionary()
         self._is_swept = False
 
     def save(self, name: str, saved: SavedSession) -> None:
         """Put this session in place of the saved one, which stays if anything fails.
 
         Raises:
+            OriginalLost: some of the originals are not what they were; without these it can be saved.
             StorageError: the store cannot be written to, or a message holds what JSON cannot.
         """
         data = _packed(saved)
@@ -117,10 +130,11 @@ class Store:
             self._sweep()
         held, mark = self._held_originals(), _mark(name)
         for original in saved.originals:
+            entries = None if (original.digest, "") in held else original.packed()
             if (original.digest, mark) not in held:
                 self._write(self._original(original.digest, mark), b"")
-            if (original.digest, "") not in held:
-                self._write(self._original(original.digest), original.packed())
+            if entries is not None:
+                self._write(self._original(original.digest), entries)
         self._write(self._path(name), data)
         self._drop_originals(held, mark, {original.digest for original in saved.originals})
 
@@ -166,21 +180,41 @@ class Store:
                     with suppress(FileNotFoundError):
                         self._files.rm_file(path)
 
-    def _load_original(self, place: Place, digest: str, start: int, end: int) -> Original | None:
-        """None where another process has deleted it with a session of its own."""
-        if (known := self._loaded.get((digest, place))) is not None:
-            return known
-        with self._reaching("read"):
+    def with_originals(self, saved: SavedSession, place: Place) -> SavedSession:
+        """A loaded session with its originals, but those that are not there any more or not what was written.
+
+        Args:
+            place: where they go.
+
+        Raises:
+            StorageError: the store cannot be read, or the place not be written to.
+        """
+        found, lost = [], list(saved.lost)
+        like = [
+            (layer.buffer.key[0], layer.buffer.value[0])
+            for layer in saved.state.layers
+            if isinstance(layer, TailState) and layer.buffer is not None
+        ]
+        for each in saved.left_out:
             try:
-                data: bytes = self._files.cat_file(self._original(digest))
-            except FileNotFoundError:
-                return None
-        if sha256(data).hexdigest() != digest:
-            raise CorruptSession(
-                f"the original entries of tokens {start} to {end} in {self.url!r} are not what was written: restore "
-                f"{self._original(digest)} from a copy, or delete it"
-            )
-        original = self._loaded[digest, place] = received(start, end, data, place)
+                found.append(self._load_original(each, like, place))
+            except OriginalLost as error:
+                lost.append((each, str(error)))
+        return replace(saved, originals=tuple(found), left_out=(), lost=tuple(lost))
+
+    def _load_original(self, which: SavedOriginal, like: Sequence[LayerEntries], place: Place) -> Original:
+        known = self._loaded.get((which, place))
+        if known is not None and known.lost is None:
+            return known
+        path = self._original(which.digest)
+        with self._reaching("read"):
+            head = files.head_of(self._files, path)
+            data: bytes | None = None if head is None else self._files.cat_file(path)
+        if data is None:
+            raise OriginalLost(f"{path} is not there any more")
+        if sha256(data).hexdigest() != which.digest:
+            raise OriginalLost(f"{path} is not what was written: restore it from a copy before the session is saved")
+        original = self._loaded[which, place] = received(which.start, which.end, data, like, place)
         return original
 
     def load(
@@ -193,7 +227,8 @@ class Store:
         """The session as it was saved, with its cache on `device` (None: the CPU).
 
         Args:
-            originals: where the exact entries of compacted tokens go; those that are not there any more are left out.
+            originals: where the exact entries of compacted tokens go; "drop": they stay where they are, for
+                `with_originals`.
 
         Raises:
             SessionNotFound: there is none of that name.
@@ -214,15 +249,12 @@ class Store:
                     f"{where} has format {header['format']}, and this version reads up to {FORMAT}: "
                     f"upgrade attention-matching-memory to {header['needs']} or newer"
                 )
-            saved, kept = _unpacked(safetensors.torch.load(data), target)
+            saved = _unpacked(safetensors.torch.load(data), target)
         except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CorruptSession(
                 f"{where} cannot be read: {error}; restore {self._path(name)} from a copy, or delete it"
             ) from error
-        if originals == "drop":
-            return saved
-        found = [self._load_original(originals, each.digest, each.start, each.end) for each in kept]
-        return replace(saved, originals=tuple(original for original in found if original is not None))
+        return saved if originals == "drop" else self.with_originals(saved, originals)
 
     def exists(self, name: str) -> bool:
         """Whether a session of that name is saved; raises StorageError where that cannot be known."""
@@ -311,12 +343,6 @@ class _Cache(BaseModel, from_attributes=True):
     num_pinned: int
 
 
-class _Original(BaseModel, from_attributes=True):
-    start: int
-    end: int
-    digest: str
-
-
 class _Content(BaseModel, from_attributes=True):
     """The part of a `SavedSession` that is no tensor."""
 
@@ -330,7 +356,7 @@ class _Content(BaseModel, from_attributes=True):
     state: _Cache
     tools: tuple[dict[str, Any], ...] = ()
     metadata: dict[str, Any] = {}
-    originals: tuple[_Original, ...] = ()
+    originals: tuple[SavedOriginal, ...] = ()
     recalled: tuple[int, ...] = ()
 
 
@@ -380,8 +406,8 @@ def _verified_metadata(data: bytes) -> dict[str, str]:
     return dict(header["__metadata__"])
 
 
-def _unpacked(tensors: dict[str, Tensor], device: torch.device) -> tuple[SavedSession, tuple[_Original, ...]]:
-    """A session without its originals, and which these are.
+def _unpacked(tensors: dict[str, Tensor], device: torch.device) -> SavedSession:
+    """A session without its originals.
 
     Raises KeyError or ValueError for what cannot be a session.
     """
@@ -399,8 +425,8 @@ def _unpacked(tensors: dict[str, Tensor], device: torch.device) -> tuple[SavedSe
     is_consistent = len(ends) == 1 and max(ends) <= len(tokens)
     _require(is_consistent, f"layers of {ends} tokens in a session of {len(tokens)}")
     cache = CacheState(tuple(layers), segments, content.state.num_pinned)
-    saved = SavedSession(**{**dict(content), "tokens": tokens, "state": cache, "originals": ()})
-    return saved, content.originals
+    held = {**dict(content), "tokens": tokens, "state": cache, "originals": (), "left_out": content.originals}
+    return SavedSession(**held)
 
 
 def _layer(layer: _Layer, parts: dict[str, Tensor], tail_start: int, device: torch.device) -> LayerState:
