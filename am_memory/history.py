@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 
 from am_memory.engines.base import Engine, Message
 from am_memory.errors import InvalidInput
+from am_memory.rendering import Chat
 from am_memory.tokens import REPLACEMENT
+from am_memory.turns import split_turns
 
 IS_TOOL_RESULT = "is_tool_result"
 """Marks a message that brings tools' results under another role, for a template that knows no tools."""
-
-MARK = "\u241e\u241e"
-"""Stands for a generated answer while the template is rendered; no text contains it."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +30,14 @@ class History:
         is_answering: the last message is being generated, or was cut: what the template puts behind it is not in the
             context yet.
         tools: the functions that the chat template tells the model of, as JSON schemas.
+        trusts_messages: what messages spell of control tokens are control tokens.
     """
 
     messages: tuple[Message, ...] = ()
     starts: tuple[int, ...] = ()
     is_answering: bool = False
     tools: tuple[Message, ...] = ()
+    trusts_messages: bool = False
 
     @property
     def tool_results(self) -> list[tuple[int, int | None]]:
@@ -58,8 +59,9 @@ class History:
                 weights[position - start] = tool_result_weight
         return weights
 
-    def _render(self, engine: Engine, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        return engine.render(messages, tools=self.tools, add_generation_prompt=add_generation_prompt)
+    def _chat(self, engine: Engine, messages: Sequence[Message] = ()) -> Chat:
+        """These messages, and more of them."""
+        return Chat(engine, [*self.messages, *messages], self.tools, trusts_messages=self.trusts_messages)
 
     def _grown(self, messages: Sequence[Message], starts: Sequence[int], *, is_answering: bool = False) -> History:
         messages, starts = (*self.messages, *messages), (*self.starts, *starts)
@@ -112,48 +114,40 @@ class History:
             InvalidInput: not chat messages, or a template that rewrites what came before.
         """
         check(engine, messages)
-        closing, *texts = self._texts(engine, messages, ends_turn=ends_turn)
-        token_ids = engine.encode(closing + "".join(texts))
-        parts = [engine.encode(text) for text in (closing, *texts)]
-        starts = list(itertools.accumulate(map(len, parts[:-1]), initial=num_tokens))[1:]
-        if [*itertools.chain(*parts)] != token_ids:  # a token spans two messages
-            starts = [starts[0]] * len(texts)
+        chat = self._chat(engine, messages)
+        closing, turns = self._added(engine, chat, ends_turn=ends_turn)
+        token_ids = chat.encode(closing + "".join(turns))
+        starts = [num_tokens] * len(messages)
+        parts = [chat.encode(text) for text in (closing, *turns)] if closing or len(turns) > 1 else [[]]
+        if [*itertools.chain(*parts)] == token_ids:  # else a token spans two messages
+            starts = list(itertools.accumulate(map(len, parts[:-1]), initial=num_tokens))[1:]
         told = tuple(dict(message) for message in messages)
         return self._grown(told, starts), token_ids
 
-    def _texts(self, engine: Engine, messages: Sequence[Message], *, ends_turn: bool) -> list[str]:
-        """What closes the answer before, then what the template writes for each of the messages.
+    def _added(self, engine: Engine, chat: Chat, *, ends_turn: bool) -> tuple[str, list[str]]:
+        """What closes the answer before, then what the template writes for each message behind these.
 
         Where it writes a message in another way once others follow (tool results in one turn), that is all with the
         last of them.
         """
-        before = [dict(message) for message in self.messages]
+        count = len(self.messages)
+        before, messages = chat.messages[:count], chat.messages[count:]
         if self.is_answering:
-            before[-1]["content"] = MARK  # it stands in the context as it was generated: only what follows counts
-
-        def rendered(count: int) -> str:
-            text = self._render(engine, [*before, *messages[:count]]) if before or count else ""
-            if self.is_answering:
-                text = text.rsplit(MARK, 1)[-1]
-                return _without_eos(engine, text) if ends_turn else text
-            return text
-
-        begin, whole = rendered(0), rendered(len(messages))
-        is_extended = whole.startswith(begin)
-        if not is_extended and not self.is_answering:
-            raise InvalidInput(
-                f"the chat template rewrites the {len(before)} messages before when {len(messages)} are added; append "
-                "messages of one turn in one call"
-            )
-        bounds = [len(begin) if is_extended else 0]
-        for count in range(1, len(messages)):
-            try:
-                text = rendered(count)
-            except InvalidInput:  # of a template that takes them together only
-                text = ""
-            bounds.append(len(text) if text and whole.startswith(text) else bounds[-1])
-        closing = whole[: bounds[0]] if self.is_answering else ""
-        return [closing, *(whole[start:end] for start, end in itertools.pairwise([*bounds, len(whole)]))]
+            # The answer stands in the context as it was generated: only what is behind it counts.
+            closing, whole = (chat.write_behind(said, count - 1) for said in (before, chat.messages))
+            if ends_turn:
+                closing, whole = _without_eos(engine, closing), _without_eos(engine, whole)
+            closing = closing if whole.startswith(closing) else ""
+            added = whole[len(closing) :]
+        else:
+            closing, begin, whole = "", chat.write(before) if before else "", chat.write()
+            if not whole.startswith(begin):
+                raise InvalidInput(
+                    f"the chat template rewrites the {count} messages before when {len(messages)} are added; append "
+                    "messages of one turn in one call"
+                )
+            added = whole[len(begin) :]
+        return closing, split_turns(chat, count, added)
 
     def opened(self, engine: Engine, num_tokens: int, *, ends_turn: bool) -> tuple[History, list[int]]:
         """With the model's answer begun, and the token ids that open it; nothing new where it goes on with one.
@@ -167,10 +161,10 @@ class History:
             if ends_turn:
                 raise InvalidInput("the model's last answer is complete: append a message before generating the next")
             return self, []
-        old = self._render(engine, self.messages)
-        new = self._render(engine, self.messages, add_generation_prompt=True)
+        chat = self._chat(engine)
+        old, new = chat.write(), chat.write(add_generation_prompt=True)
         answer = {"role": "assistant", "content": ""}
-        opening = engine.encode(new[len(old) :]) if new.startswith(old) and new != old else []
+        opening = chat.encode(new[len(old) :]) if new.startswith(old) and new != old else []
         return self._grown([answer], [num_tokens], is_answering=True), opening
 
     def num_pinned_tokens(self, engine: Engine, kind: str) -> int:
@@ -184,9 +178,9 @@ class History:
             return 0
         # Where two continuations part, the pinned messages have ended, whatever the template puts around them.
         role = "assistant" if self.messages[num_pinned - 1]["role"] == "user" else "user"
+        chat = replace(self, messages=self.messages[:num_pinned])._chat(engine)
         first, second = (
-            engine.encode(self._render(engine, [*self.messages[:num_pinned], {"role": role, "content": text}]))
-            for text in ("0", "x")
+            chat.encode(chat.write([*chat.messages, {"role": role, "content": text}])) for text in ("0", "x")
         )
         differ = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
         return self.starts[0] + next(differ, min(len(first), len(second)))

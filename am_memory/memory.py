@@ -21,6 +21,7 @@ from am_memory.errors import InvalidInput, ModelMismatch, SessionNotFound, Stora
 from am_memory.events import Event, Listener, OriginalsLost, ignore, log
 from am_memory.history import History
 from am_memory.policy import MemoryPolicy, trigger_tokens
+from am_memory.rendering import Chat
 from am_memory.sampling import Sampling
 from am_memory.session import Session
 from am_memory.storage import SavedSession, Store
@@ -39,6 +40,8 @@ class Memory:
         sampling: how sessions choose tokens where a call says nothing else.
         store: a folder or any fsspec URL, where sessions are saved and resumed from; None: nothing is stored.
         on_event: called with every event of `am_memory.events`; the main ones are logged in any case, to `am_memory`.
+        trust_messages: control tokens that messages spell (`<|im_end|>`) are read as such. By default they are text,
+            and only the chat template writes control tokens, so that nobody can speak in another's turn.
 
     Raises:
         InvalidPolicy: the policy cannot work with this model.
@@ -52,8 +55,10 @@ class Memory:
         sampling: Sampling | None = None,
         store: str | os.PathLike[str] | Store | None = None,
         on_event: Listener = ignore,
+        trust_messages: bool = False,
     ) -> None:
         self.engine = engine
+        self.trust_messages = trust_messages
         self.policy = policy or MemoryPolicy()
         self.sampling = sampling or Sampling()
         self.store = store if isinstance(store, Store) or store is None else Store(os.fspath(store))
@@ -65,7 +70,7 @@ class Memory:
         self.trigger_tokens = trigger_tokens(self.policy, engine.info.window_tokens, self.policy.num_sinks)
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # noqa: PLR0913
         cls,
         model: str | os.PathLike[str],
         *,
@@ -76,6 +81,7 @@ class Memory:
         compile: bool = False,
         store: str | os.PathLike[str] | None = None,
         on_event: Listener = ignore,
+        trust_messages: bool = False,
     ) -> Memory:
         """Load a model and give it a memory.
 
@@ -102,7 +108,7 @@ class Memory:
             from am_memory.engines.llama_cpp import LlamaCppEngine
 
             runs = LlamaCppEngine.from_pretrained(model, device=device, dtype=dtype)
-            return cls(runs, policy, store=store, on_event=on_event)
+            return cls(runs, policy, store=store, on_event=on_event, trust_messages=trust_messages)
         from am_memory.engines.transformers import TransformersEngine
         from am_memory.models import load_model
 
@@ -113,6 +119,7 @@ class Memory:
             sampling=Sampling.from_generation_config(loaded.generation_config),
             store=store,
             on_event=on_event,
+            trust_messages=trust_messages,
         )
 
     def session(self, name: str | None = None, *, policy: MemoryPolicy | None = None) -> Session:
@@ -136,7 +143,9 @@ class Memory:
             return self._sessions[name]
 
     def _new(self, name: str, policy: MemoryPolicy, tools: Sequence[Message] = ()) -> Session:
-        return Session(self, self._new_context(name, policy), History(tools=tuple(tools)))
+        return Session(
+            self, self._new_context(name, policy), History(tools=tuple(tools), trusts_messages=self.trust_messages)
+        )
 
     def _new_context(self, name: str, policy: MemoryPolicy) -> Context:
         cache = self.engine.new_cache()
@@ -196,7 +205,9 @@ class Memory:
             self._notify(OriginalsLost(name, which.start, which.end, reason))
         for start in saved.recalled:
             context.recall_again(start)
-        history = History(saved.messages, saved.message_starts, saved.is_answering, saved.tools)
+        history = History(
+            saved.messages, saved.message_starts, saved.is_answering, saved.tools, trusts_messages=self.trust_messages
+        )
         session = Session(self, context, history)
         session.metadata = saved.metadata
         return session
@@ -259,6 +270,10 @@ class Memory:
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, without anything added."""
         return self.engine.encode(text)
+
+    def chat(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> Chat:
+        """Messages as this memory has the model's chat template write them."""
+        return Chat(self.engine, messages, tools, trusts_messages=self.trust_messages)
 
     def cache(self) -> KVCache:
         """A cache for `model.generate(**inputs, past_key_values=memory.cache())`, which compacts by itself.

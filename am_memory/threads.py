@@ -305,9 +305,9 @@ class Threads:
 
     def num_tokens(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> int:
         """What reading all of these messages and tools takes, the opening of the answer included."""
-        engine = self.memory.engine
-        prepared, template_tools = prepare(engine, messages, tools)
-        return len(engine.encode(engine.render(prepared, tools=template_tools, add_generation_prompt=True)))
+        prepared, template_tools = prepare(self.memory.engine, messages, tools)
+        chat = self.memory.chat(prepared, template_tools or ())
+        return len(chat.encode(chat.write(add_generation_prompt=True)))
 
     @staticmethod
     def _longest(branches: Iterable[Branch], asked: Asked) -> tuple[Branch | None, int, int]:

@@ -40,6 +40,8 @@ LAYERS: tuple[set[str], ...] = (
         "spill",
         "files",
         "storage",
+        "rendering",
+        "turns",
         "history",
         "boundaries",
         "constraints",

@@ -76,6 +76,20 @@ class ModelInfo:
     is_reentrant: bool = False
 
 
+@dataclass(frozen=True)
+class ControlTokens:
+    """Tokens that nobody says, by their text: only the chat template may write them.
+
+    Attributes:
+        turns: those that begin or end something, such as a turn: all special tokens, and others that the template
+            writes around messages.
+        tags: others that it writes within a turn, such as `<think>`: the model's own messages may hold them.
+    """
+
+    turns: Mapping[str, int]
+    tags: Mapping[str, int]
+
+
 class SessionLayer(Protocol):
     """What a compaction reads of one compactable layer."""
 
@@ -219,9 +233,17 @@ class Engine(Protocol):
         """
         ...
 
-    def encode(self, text: str, *, add_special: bool = False) -> list[int]:
-        """Token ids of the text; `add_special`: with what the model wants at the start of a text (often BOS)."""
+    def encode(self, text: str, *, add_special: bool = False, as_text: bool = False) -> list[int]:
+        """Token ids of the text.
+
+        Args:
+            add_special: with what the model wants at the start of a text (often BOS).
+            as_text: what spells a special token is no such token.
+        """
         ...
+
+    @property
+    def control_tokens(self) -> ControlTokens: ...
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = False) -> str: ...
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from am_memory.engines.base import Message, Tool
+from am_memory.engines.base import ControlTokens, Message, Tool
 from am_memory.errors import InvalidInput
 
 
@@ -33,12 +33,35 @@ def render_template(
     return rendered[0]
 
 
+def control_tokens(
+    template: str | None,
+    special: Mapping[str, int],
+    added: Mapping[str, int],
+    render: Callable[[Sequence[Message]], str],
+) -> ControlTokens:
+    """What a chat template alone may write.
+
+    Args:
+        special: tokens that the tokenizer calls special, by their text.
+        added: others that it finds in a text before anything else: some models tell turns apart by such.
+        render: by the template.
+    """
+    special = {text: id for text, id in special.items() if not text.isspace()}  # anybody may write a line's end
+    written = {text: id for text, id in added.items() if text in (template or "") and not text.isspace()}
+    chat = ""
+    if written:
+        with suppress(InvalidInput):
+            chat = render([{"role": role, "content": "0"} for role in ("user", "assistant", "user")])
+    turns = {text: id for text, id in written.items() if text in chat}
+    return ControlTokens({**special, **turns}, {text: id for text, id in written.items() if text not in turns})
+
+
 @contextmanager
 def template_errors(model_name: str, messages: Sequence[Message]) -> Iterator[None]:
     """What a template raises, as InvalidInput that says which messages it was given."""
     try:
         yield
-    except (TemplateError, TypeError) as error:
+    except (TemplateError, TypeError, RecursionError) as error:
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise InvalidInput(
             f"the chat template of {model_name} does not take messages of roles {roles}: {error}; see which "

@@ -13,7 +13,7 @@ from torch import Tensor
 from am_memory.engines.base import Engine, SessionCache
 from am_memory.queries.reference import ReferenceQueries
 from am_memory.queries.scratch import queries_on_scratch
-from am_memory.queries.spoken import MARK
+from am_memory.rendering import Chat
 
 REQUEST = "Repeat the previous context."
 
@@ -30,9 +30,8 @@ def as_turn(engine: Engine, text: str) -> list[int]:
     """A text as a turn of its own in the midst of a chat, where the model has a chat template."""
     if not engine.has_chat_template:
         return engine.encode(f"\n\n{text}\n\n")
-    turns = [("user", text), ("assistant", MARK), ("user", text)]
-    text = engine.render([{"role": role, "content": content} for role, content in turns], add_generation_prompt=True)
-    return engine.encode(text.split(MARK, 1)[-1])
+    chat = Chat(engine, [{"role": role, "content": text} for role in ("user", "assistant", "user")])
+    return chat.encode(chat.write_behind(chat.messages, 1, add_generation_prompt=True))
 
 
 def repeat_queries(

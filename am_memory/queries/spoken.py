@@ -7,11 +7,10 @@ of what it repeats; they stay in the cache, and in what is compacted.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from am_memory.engines.base import Engine
-
-MARK = "\u241e"
-"""Stands for a message's content where a chat template is asked what it writes around it."""
+from am_memory.rendering import Chat
 
 
 def spoken_positions(engine: Engine, token_ids: Sequence[int], start: int, end: int) -> list[int]:
@@ -43,9 +42,9 @@ def _separators(engine: Engine) -> list[list[int]]:
     """What the chat template writes between a user's message and the model's, and the other way round."""
     if not engine.has_chat_template:
         return []
-    roles = ("user", "assistant", "user")
-    text = engine.render([{"role": role, "content": MARK} for role in roles], add_generation_prompt=False)
-    return [engine.encode(separator) for separator in text.split(MARK)[1:-1]]
+    chat = Chat(engine, [{"role": role, "content": "0"} for role in ("user", "assistant", "user")])
+    behind = [chat.write_behind(chat.messages, index) for index in range(3)]
+    return [engine.encode(text.removesuffix(f"0{later}")) for text, later in pairwise(behind)]
 
 
 def _is_special(engine: Engine, token_id: int) -> bool:

@@ -44,11 +44,12 @@ class ToolFormat:
     def written_name(self, name: str) -> str:
         return json.dumps(name, ensure_ascii=False) if self.is_name_quoted else name
 
-    def write(self, calls: Iterable[tuple[str, Mapping[str, object]]]) -> str:
-        """Calls of (name, arguments) as text."""
+    def write(self, calls: Iterable[tuple[str, Mapping[str, object] | str]]) -> str:
+        """Calls of (name, arguments) as text; arguments that are a text stand as they are."""
         written = (
             f"{self.before_name}{self.written_name(name)}{self.before_arguments}"
-            f"{json.dumps(arguments, ensure_ascii=False)}{self.after_arguments}"
+            f"{arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)}"
+            f"{self.after_arguments}"
             for name, arguments in calls
         )
         return f"{self.begin}{self.separator.join(written)}{self.end}"

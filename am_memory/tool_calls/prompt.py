@@ -11,7 +11,7 @@ from itertools import groupby
 from am_memory.engines.base import Engine, Message, Tool
 from am_memory.errors import InvalidInput
 from am_memory.history import IS_TOOL_RESULT
-from am_memory.tool_calls.formats import HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, template_format
+from am_memory.tool_calls.formats import HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, ToolFormat, template_format
 
 INSTRUCTIONS = """\
 # Tools
@@ -27,6 +27,9 @@ To call one, answer with its name and its arguments as a JSON object between <to
 </tool_call>"""
 """What a model is told whose chat template knows no tools; the format is that of Hermes."""
 
+MAX_NESTING = 64
+"""Levels of arguments that a template is given as an object; what is nested more deeply is told as it was written."""
+
 
 def prepare(
     engine: Engine, messages: Sequence[Message], tools: Sequence[Tool] | None = None
@@ -35,7 +38,8 @@ def prepare(
 
     A template that knows tools gets arguments as objects, content that is never None, and where it insists on them, ids
     of nine letters and digits or one call a message. For any other template the tools go into the first system message,
-    calls into the text of the answer, and results into messages of the user.
+    calls into the text of the answer, and results into messages of the user. Calls whose arguments are no JSON object
+    are told as they were written, in the text of the answer: the model made a mistake, and is to see it.
 
     Args:
         messages: of the roles system, developer, user, assistant and tool.
@@ -45,7 +49,7 @@ def prepare(
         messages and tools for `Engine.render`; tools are None where the messages tell everything.
 
     Raises:
-        InvalidInput: a tool without a name, arguments that are no JSON object, or content that is not text.
+        InvalidInput: a tool or a call without a name, or content that is not text.
     """
     for tool in tools or ():
         tool_name(tool)
@@ -53,6 +57,7 @@ def prepare(
     format = template_format(engine)
     if format is None:
         return _as_text(engine, told, tools or ()), None
+    told = [_answer_as_text(message, format) if _has_broken_call(message) else message for message in told]
     if format in (MISTRAL, MISTRAL_ARGS):
         told = [_with_short_ids(message) for message in told]
     if format is LLAMA3:
@@ -92,15 +97,41 @@ def _normal_call(call: object) -> dict[str, object]:
         raise InvalidInput(
             f'{call!r} is no tool call: give {{"id": ..., "type": "function", "function": {{"name", "arguments"}}}}'
         )
-    arguments = function.get("arguments") or {}
+    return {
+        **call,
+        "type": "function",
+        "function": {"name": function["name"], "arguments": _arguments(function.get("arguments"))},
+    }
+
+
+def _arguments(written: object) -> dict[str, object] | str:
+    """Arguments as an object; as they were written where they are none."""
+    arguments = written or {}
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments, strict=False)
-        except ValueError as error:
-            raise InvalidInput(f"the arguments of {function['name']} are not JSON: {error}: {arguments}") from error
-    if not isinstance(arguments, Mapping):
-        raise InvalidInput(f"the arguments of {function['name']} are {arguments!r}: give a JSON object")
-    return {**call, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
+        except (ValueError, RecursionError):  # not JSON, or nested more deeply than can be read
+            return str(written)
+    if isinstance(arguments, Mapping) and (isinstance(written, Mapping) or not _is_nested(arguments, MAX_NESTING)):
+        return dict(arguments)
+    return written if isinstance(written, str) else json.dumps(written, ensure_ascii=False, default=str)
+
+
+def _is_nested(value: object, levels: int) -> bool:
+    """Whether there are lists or objects in each other for more than so many levels."""
+    inside = [value]
+    for _ in range(levels):
+        inside = [
+            item
+            for outer in inside
+            for item in (outer.values() if isinstance(outer, Mapping) else outer)  # type: ignore[attr-defined]
+            if isinstance(item, Mapping | list)
+        ]
+    return bool(inside)
+
+
+def _has_broken_call(message: Message) -> bool:
+    return any(isinstance(call["function"]["arguments"], str) for call in _calls(message))
 
 
 def _text(content: object) -> str:
@@ -160,18 +191,18 @@ def _as_text(engine: Engine, messages: Sequence[dict[str, object]], tools: Seque
             responses = (f"<tool_response>\n{message['content']}\n</tool_response>" for message in group)
             told.append({"role": "user", "content": "\n".join(responses), IS_TOOL_RESULT: True})
         else:
-            told.extend(_answer_as_text(message) for message in group)
+            told.extend(_answer_as_text(message, HERMES) for message in group)
     if not tools:
         return told
     lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
     return _instructed(engine, told, INSTRUCTIONS.format(tools=lines))
 
 
-def _answer_as_text(message: dict[str, object]) -> dict[str, object]:
+def _answer_as_text(message: dict[str, object], format: ToolFormat) -> dict[str, object]:
     if not (calls := _calls(message)):
         return message
     functions = [call["function"] for call in calls]
-    text = HERMES.write((str(function["name"]), function["arguments"]) for function in functions)  # type: ignore[misc]
+    text = format.write((str(function["name"]), function["arguments"]) for function in functions)  # type: ignore[misc]
     told = {key: value for key, value in message.items() if key != "tool_calls"}
     return {**told, "content": f"{message['content']}\n{text}" if message["content"] else text}
 

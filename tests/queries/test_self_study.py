@@ -94,6 +94,7 @@ class WithoutBranches:
         self._engine = engine
         self.info, self.forward = engine.info, engine.forward
         self.has_chat_template, self.render, self.encode = engine.has_chat_template, engine.render, engine.encode
+        self.control_tokens = engine.control_tokens
 
 
 WAYS = pytest.mark.parametrize("way", ["side by side", "one after the other"])

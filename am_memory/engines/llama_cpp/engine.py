@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from llguidance import LLTokenizer
 from torch import Tensor
 
-from am_memory.engines.base import Message, ModelInfo, OnQuery, SessionCache, Tool
+from am_memory.engines.base import ControlTokens, Message, ModelInfo, OnQuery, SessionCache, Tool
 from am_memory.engines.llama_cpp import support
 from am_memory.engines.llama_cpp.cache import CellCache
 from am_memory.engines.llama_cpp.capture import Attention
@@ -21,7 +22,7 @@ from am_memory.engines.llama_cpp.decoder import Decoder
 from am_memory.engines.llama_cpp.library import TORCH_TYPES, captured_log, ggml_type, library, reason
 from am_memory.engines.llama_cpp.self_test import tested_model
 from am_memory.engines.llama_cpp.vocabulary import Vocabulary
-from am_memory.engines.templates import template_errors
+from am_memory.engines.templates import control_tokens, template_errors
 from am_memory.errors import InvalidInput, ModelNotFound
 from am_memory.models import file_fingerprint, gguf_path
 
@@ -135,8 +136,13 @@ class LlamaCppEngine:
             on_query(layer, query, log_mass)
         return logits
 
-    def encode(self, text: str, *, add_special: bool = False) -> list[int]:
-        return self.vocabulary.encode(text, add_special=add_special)
+    def encode(self, text: str, *, add_special: bool = False, as_text: bool = False) -> list[int]:
+        return self.vocabulary.encode(text, add_special=add_special, as_text=as_text)
+
+    @cached_property
+    def control_tokens(self) -> ControlTokens:
+        vocabulary = self.vocabulary
+        return control_tokens(vocabulary.chat_template, vocabulary.special, vocabulary.added, self.render)
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = False) -> str:
         return self.vocabulary.decode(token_ids, skip_special=skip_special)

@@ -35,11 +35,11 @@ class Vocabulary:
         """Tokens that end a turn."""
         return frozenset(index for index in range(len(self)) if self._lib.llama_vocab_is_eog(self.handle, index))
 
-    def encode(self, text: str, *, add_special: bool) -> list[int]:
+    def encode(self, text: str, *, add_special: bool, as_text: bool = False) -> list[int]:
         data = text.encode("utf-8", "surrogatepass")
         size = len(data) + 8  # a token for each byte, and what the model wants around them
         tokens = (self._lib.llama_token * size)()
-        count = self._lib.llama_tokenize(self.handle, data, len(data), tokens, size, add_special, True)
+        count = self._lib.llama_tokenize(self.handle, data, len(data), tokens, size, add_special, not as_text)
         assert 0 <= count <= size
         return list(tokens[:count])
 
@@ -59,6 +59,21 @@ class Vocabulary:
         """A token as the vocabulary spells it; "" for none."""
         text = self._lib.llama_vocab_get_text(self.handle, token_id) if token_id >= 0 else b""
         return bytes(text or b"").decode("utf-8", "replace")
+
+    @cached_property
+    def special(self) -> dict[str, int]:
+        """Tokens that are no text, by how they are spelled."""
+        return self._spelled(self._lib.LLAMA_TOKEN_ATTR_CONTROL | self._lib.LLAMA_TOKEN_ATTR_UNKNOWN)
+
+    @cached_property
+    def added(self) -> dict[str, int]:
+        """Tokens that are found in a text before anything else, by how they are spelled."""
+        return self._spelled(self._lib.LLAMA_TOKEN_ATTR_USER_DEFINED)
+
+    def _spelled(self, attributes: int) -> dict[str, int]:
+        """The tokens that have any of some attributes."""
+        ids = (index for index in range(len(self)) if self._lib.llama_vocab_get_attr(self.handle, index) & attributes)
+        return {text: index for index in ids if (text := self.text_of(index))}
 
     @cached_property
     def chat_template(self) -> str | None:

@@ -13,12 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from am_memory.cache import KVCache
-from am_memory.engines.base import Message, ModelInfo, OnQuery, SessionCache, Tool
-from am_memory.engines.templates import template_errors
+from am_memory.engines.base import ControlTokens, Message, ModelInfo, OnQuery, SessionCache, Tool
+from am_memory.engines.templates import control_tokens, template_errors
 from am_memory.engines.transformers import attention, support
 from am_memory.engines.transformers.branches import TextBranches
 from am_memory.engines.transformers.compiled import compile_layers
 from am_memory.engines.transformers.graphs import shortcut, token_graphs
+from am_memory.engines.transformers.plain_text import encode_as_text
 from am_memory.engines.transformers.rotary import layer_rotations, length_dependent_kinds
 from am_memory.errors import InvalidInput, UnsupportedModel, UnsupportedOperation
 from am_memory.models import fingerprint
@@ -48,6 +49,7 @@ class TransformersEngine:
         self.tokenizer = tokenizer
         self._windows = support.layer_windows(model)
         self._rotations: list[Rotation] | None = None
+        self._control_tokens: tuple[str, ControlTokens] | None = None
         self._cache_argument = support.cache_argument(model)
         support.probe(model, self.new_cache())
         if compile:
@@ -161,8 +163,20 @@ class TransformersEngine:
             kwargs["position_ids"] = kwargs["position_ids"][..., num_read:]
         return args[1:], kwargs
 
-    def encode(self, text: str, *, add_special: bool = False) -> list[int]:
+    def encode(self, text: str, *, add_special: bool = False, as_text: bool = False) -> list[int]:
+        if as_text:
+            return encode_as_text(self.tokenizer, text)
         return list(self.tokenizer(text, add_special_tokens=add_special, verbose=False)["input_ids"])
+
+    @property
+    def control_tokens(self) -> ControlTokens:
+        template = str(self.tokenizer.chat_template)  # users may set another one
+        if self._control_tokens is None or self._control_tokens[0] != template:
+            tokens = self.tokenizer.added_tokens_decoder
+            special = {token.content: id for id, token in tokens.items() if token.special}
+            added = {token.content: id for id, token in tokens.items() if not token.special}
+            self._control_tokens = template, control_tokens(template, special, added, self.render)
+        return self._control_tokens[1]
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = False) -> str:
         return str(
