@@ -150,7 +150,6 @@ class ChatAnswer:
         self._turn = self._threads.begin(
             request.messages, request.tools, thread=request.thread, owner=request.owner, policy=request.policy
         )
-        self.num_compactions_before = self.session.stats.num_compactions
         yield from self._turn.read()
 
     @property
@@ -165,6 +164,7 @@ class ChatAnswer:
     def generate(self) -> Iterator[Delta]:
         """The answer as it comes, a step for each token, and one for what was held back."""
         request = self.request
+        self._num_compactions_read = self.session.stats.num_compactions
         pieces = self.session.generate(
             request.max_tokens, self.sampling, self.constraint, top_logprobs=request.top_logprobs
         )
@@ -208,8 +208,8 @@ class ChatAnswer:
 
     @property
     def num_compactions(self) -> int:
-        """Made in this call."""
-        return self.session.stats.num_compactions - self.num_compactions_before
+        """Made while the answer was generated; those in reading the prompt are not counted."""
+        return self.session.stats.num_compactions - self._num_compactions_read
 
     @property
     def message(self) -> dict[str, object]:

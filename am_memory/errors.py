@@ -1,5 +1,11 @@
 """Every error this project raises. Each message names the value, the limit and the way out."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
 
 class AMMemoryError(Exception):
     """Base class: catching it catches everything that `am_memory` raises on purpose."""
@@ -78,3 +84,33 @@ def require_room(kept: str, **limits: int) -> None:
     for name, limit in limits.items():
         if limit < 1:
             raise InvalidInput(f"{name} is {limit}: give what kept {kept} may take, at least 1")
+
+
+def unknown(given: Iterable[str], known: Iterable[str]) -> str:
+    """The names that are not known, each with the one that it may be meant for; "" where there are none."""
+    names = sorted(known)
+    return ", ".join(f"{name}{_nearest(name, names)}" for name in given if name not in names)
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    near = get_close_matches(name, names, 1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def problems(errors: Iterable[Mapping[str, Any]], names: Iterable[str], *, shows_values: bool = True) -> str:
+    """What pydantic found, in one line.
+
+    Args:
+        errors: as a `ValidationError` lists them.
+        names: of the fields that there are.
+        shows_values: not where one of them may be a secret.
+    """
+    return "; ".join(_problem(error, [*names], shows_value=shows_values) for error in errors)
+
+
+def _problem(error: Mapping[str, Any], names: Sequence[str], *, shows_value: bool) -> str:
+    place = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        return f"there is no {unknown([place], names)}"
+    value = f" {error['input']!r}" if shows_value else ""
+    return f"{place}{value}: {error['msg']}"

@@ -18,7 +18,7 @@ from pydantic import (
     field_validator,
 )
 
-from am_memory.errors import BudgetTooSmall, CompactionFailed, InvalidInput, InvalidPolicy
+from am_memory.errors import BudgetTooSmall, CompactionFailed, InvalidInput, InvalidPolicy, problems
 from am_memory.slots import Segment, resized
 from am_memory.solver import HighestAttention, KeySelection, as_selection, parameters
 
@@ -129,11 +129,7 @@ class MemoryPolicy(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, problem['loc']))} {problem['input']!r}: {problem['msg']}"
-                for problem in error.errors()
-            )
-            raise InvalidPolicy(problems) from error
+            raise InvalidPolicy(problems(error.errors(), type(self).model_fields)) from error
 
     def with_changes(self, **changes: Any) -> MemoryPolicy:
         """The policy with some fields changed and checked; what was never set stays unset.

@@ -18,7 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from am_memory.errors import InvalidInput
+from am_memory.errors import InvalidInput, problems
 
 
 class Sampling(BaseModel):
@@ -49,11 +49,7 @@ class Sampling(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            problems = (
-                f"{'.'.join(map(str, problem['loc']))} {problem['input']!r}: {problem['msg']}"
-                for problem in error.errors()
-            )
-            raise InvalidInput("; ".join(problems)) from error
+            raise InvalidInput(problems(error.errors(), type(self).model_fields)) from error
 
     @classmethod
     def from_generation_config(cls, config: GenerationConfig) -> Sampling:

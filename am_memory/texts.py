@@ -56,14 +56,15 @@ class Texts:
         scratch.tell(prompt)
         wanted = scratch.tokens
         best, count = None, 0
-        for other, session in self._kept:
+        for number, (other, session) in enumerate(self._kept):
             # The last token is always read, to see what follows it.
             shared = min(_num_shared(session.tokens, wanted), len(wanted) - 1)
             if other == owner and shared > count and session.can_rewind(shared):
-                best, count = session, shared
+                best, count = number, shared
         if best is None:
             return TextTurn(scratch, 0, owner)
-        branch = best.fork()
+        self._kept.append(self._kept.pop(best))
+        branch = self._kept[-1][1].fork()
         branch.rewind(count)
         branch.tell(wanted[count:])
         return TextTurn(branch, count, owner)

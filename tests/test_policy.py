@@ -347,7 +347,6 @@ def test_a_bound_below_the_floor_of_a_head_is_refused() -> None:
         ("fit", "all"),
         ("ridge", -1.0),
         ("chunk_tokens", 0),
-        ("no_such_field", 1),
     ],
 )
 def test_a_value_out_of_range_is_named(name: str, value: object) -> None:
@@ -519,3 +518,10 @@ def test_changes_are_checked_and_leave_the_rest() -> None:
         POLICY.with_changes(keep_ratio=2)
     with pytest.raises(InvalidPolicy, match="keep_ration"):
         POLICY.with_changes(keep_ration=0.5)
+
+
+def test_a_field_that_there_is_not_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(InvalidPolicy, match=r"there is no triger_tokens \(did you mean trigger_tokens\?\)$"):
+        MemoryPolicy(triger_tokens=1000)
+    with pytest.raises(InvalidPolicy, match="keep_ratio 2: Input should be less.*; there is no xyz$"):
+        MemoryPolicy(xyz=1, keep_ratio=2)

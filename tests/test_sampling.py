@@ -146,7 +146,6 @@ def test_top_k_of_zero_is_none() -> None:
         ("repetition_penalty", 0.0),
         ("stop", "a string, where a list is meant"),
         ("seed", 0.5),
-        ("tempreature", 1.0),
     ],
 )
 def test_a_value_out_of_range_is_named(name: str, value: object) -> None:
@@ -162,3 +161,8 @@ def test_a_sampling_is_frozen_and_survives_json() -> None:
     with pytest.raises(ValidationError):
         sampling.seed = 6
     assert Sampling.model_validate_json(sampling.model_dump_json()) == sampling
+
+
+def test_a_setting_that_there_is_not_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(InvalidInput, match=r"there is no temprature \(did you mean temperature\?\)$"):
+        Sampling(temprature=0.5)

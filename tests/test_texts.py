@@ -65,6 +65,16 @@ def test_what_is_kept_is_bounded_in_number_and_bytes(memory: Memory) -> None:
         assert texts.begin("six").num_cached_tokens > 0
 
 
+def test_the_least_recently_used_goes_first(memory: Memory) -> None:
+    """The oldest went first, however often it was asked for."""
+    texts = Texts(memory, max_bytes=10**9, max_texts=2)
+    finished(texts, texts.begin("one"))
+    finished(texts, texts.begin("two"))
+    assert texts.begin("once").num_cached_tokens == len("on")
+    finished(texts, texts.begin("six"))
+    assert [texts.begin(text).num_cached_tokens > 0 for text in ("one", "two", "six")] == [True, False, True]
+
+
 def test_a_text_that_goes_on_takes_the_place_of_its_beginning(memory: Memory) -> None:
     texts = Texts(memory, max_bytes=10**9)
     finished(texts, first := texts.begin("one"))

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
 from typing import Annotated, Any, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve import Application
@@ -27,6 +27,7 @@ from starlette.types import Message
 
 from am_memory.cli_serve import keys_of_environment, name_of
 from am_memory.engines.base import DtypeName, EngineName
+from am_memory.errors import InvalidInput, problems
 from am_memory.memory import Memory
 from am_memory.policy import MemoryPolicy
 from am_memory_server import sse
@@ -57,6 +58,9 @@ class RaySettings(BaseModel):
         server: keys, limits and the rest; `host` is the one that Ray Serve's own proxies listen on. Keys may stand in
             the environment as well, as those of `am-memory serve` do.
         num_replicas: where Ray Serve's configuration says nothing.
+
+    Raises:
+        InvalidInput, InvalidPolicy: a value out of its range, or a name that there is not.
     """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
@@ -70,6 +74,13 @@ class RaySettings(BaseModel):
     policy: MemoryPolicy = MemoryPolicy()
     server: dict[str, Any] = {}
     num_replicas: Annotated[int, Field(ge=1)] = 1
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            found = problems(error.errors(), type(self).model_fields, shows_values=False)  # one may be a key
+            raise InvalidInput(found) from error
 
 
 @serve.deployment(max_ongoing_requests=MAX_ONGOING, request_router_config=BY_CONVERSATION)

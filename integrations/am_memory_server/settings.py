@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from am_memory.errors import InvalidInput
+from am_memory.errors import InvalidInput, problems
 
 MIB = 2**20
 Count = Annotated[int, Field(ge=1)]
@@ -55,9 +55,8 @@ class ServerSettings(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            # Without the value, which may be a key.
-            problems = (f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
-            raise InvalidInput("; ".join(problems)) from error
+            found = problems(error.errors(), type(self).model_fields, shows_values=False)  # one may be a key
+            raise InvalidInput(found) from error
         if not self.is_loopback and not self.api_keys and not self.allow_anonymous:
             raise InvalidInput(
                 f"host {self.host} is open to other machines, and there is no API key: give --api-key, or say "

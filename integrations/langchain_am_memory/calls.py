@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from am_memory import MemoryPolicy, Sampling
 from am_memory.chat import ChatRequest
-from am_memory.errors import InvalidInput
+from am_memory.errors import InvalidInput, unknown
 
 if TYPE_CHECKING:
     from langchain_am_memory.chat_models import ChatAMMemory
+
+
+NAMES = frozenset(
+    {"model", "memory_policy", "tools", "tool_choice", "max_tokens", "response_format"} | Sampling.model_fields.keys()
+)
+"""Of what a call takes."""
+OF_LANGCHAIN = frozenset({"thread_id", "stream", "ls_structured_output_format", "structured_output_format"})
+"""What LangChain and we take out of a call's arguments before it comes to be made."""
+
+
+def check_names(given: Iterable[str]) -> None:
+    """Raise InvalidInput for names of arguments that no call takes."""
+    if wrong := unknown(given, NAMES | OF_LANGCHAIN):
+        raise InvalidInput(f"unknown arguments: {wrong}: see ChatAMMemory for what a call takes")
 
 
 class Call:
     """What one call asks for, beside its messages."""
 
     def __init__(self, model: ChatAMMemory, kwargs: dict[str, Any], stop: list[str] | None) -> None:
-        kwargs = {name: value for name, value in kwargs.items() if not name.startswith("ls_")}
+        kwargs = {**model.model_kwargs, **kwargs}
+        check_names(kwargs)
         override = kwargs.pop("model", None)
         self.policy: MemoryPolicy = kwargs.pop("memory_policy", None) or model._memory_policy()
         self.model_name = str(override or model._model_name)
@@ -30,8 +45,6 @@ class Call:
         self.max_tokens = int(kwargs.pop("max_tokens", None) or model.max_tokens)
         self.response_format = kwargs.pop("response_format", None)
         self.sampling = self._sampling(model, kwargs, stop)
-        if kwargs:
-            raise InvalidInput(f"unknown arguments {', '.join(sorted(kwargs))}: see ChatAMMemory for what a call takes")
 
     def _sampling(self, model: ChatAMMemory, kwargs: dict[str, Any], stop: list[str] | None) -> Sampling:
         own = {name: getattr(model, name) for name in Sampling.model_fields if name != "stop"}

@@ -17,16 +17,16 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.tools import BaseTool
-from pydantic import ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 
 from am_memory import Memory, MemoryPolicy, Sampling
 from am_memory.chat import ChatAnswer
 from am_memory.engines.base import EngineName
-from am_memory.errors import CompactionFailed, InvalidInput, InvalidPolicy, PromptTooLong
+from am_memory.errors import CompactionFailed, InvalidInput, InvalidPolicy, PromptTooLong, unknown
 from am_memory.threads import Threads
 from langchain_am_memory import threads_of
 from langchain_am_memory.answers import PROVIDER, Chunks, whole
-from langchain_am_memory.calls import Call, one_choice, openai_tools
+from langchain_am_memory.calls import Call, check_names, one_choice, openai_tools
 from langchain_am_memory.compactions import Run, ToldLater, listener
 from langchain_am_memory.messages import to_openai
 from langchain_am_memory.structured import Method, structured
@@ -57,9 +57,19 @@ class ChatAMMemory(BaseChatModel):
         max_tokens, stop: generated at most; texts that end an answer.
         timeout: seconds for an answer; None: none.
         max_retries: how often reading the prompt is tried again where a compaction fails for want of memory.
+        streaming: whether `invoke` streams to callback handlers; None leaves it to LangChain.
+        model_kwargs: what every call gets, unless it says otherwise: what `invoke` takes beside messages.
+        api_key: taken because programs give one to every chat model; there is nothing here that it would open.
+
+    Raises:
+        InvalidInput: a name that there is not, or what cannot be set on a `Memory` that is made.
+        InvalidPolicy: a policy that can never work.
+        ValidationError: pydantic's, for a value out of its range.
     """
 
-    model_config = ConfigDict(populate_by_name=True, arbitrary_types_allowed=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", populate_by_name=True, arbitrary_types_allowed=True, protected_namespaces=()
+    )
 
     model: str | Memory = Field(alias="model_name")
     engine: EngineName = "transformers"
@@ -81,12 +91,24 @@ class ChatAMMemory(BaseChatModel):
     stop: list[str] | None = Field(default=None, alias="stop_sequences")
     timeout: float | None = Field(default=None, gt=0)
     max_retries: int = Field(default=2, ge=0)
+    streaming: bool | None = None
+    model_kwargs: dict[str, Any] = Field(default_factory=dict)
+    api_key: SecretStr | None = None
 
     _threads: dict[str, Threads] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, given: Any) -> Any:
+        aliases = {field.alias for field in cls.model_fields.values() if field.alias is not None}
+        if wrong := unknown(given, cls.model_fields.keys() | aliases):
+            raise InvalidInput(f"ChatAMMemory takes no {wrong}")
+        return given
 
     @model_validator(mode="after")
     def _check_settings(self) -> ChatAMMemory:
         self._memory_policy()
+        check_names(self.model_kwargs)
         given = [name for name in ("device", "dtype", "compile", "store") if getattr(self, name) not in (None, False)]
         if isinstance(self.model, Memory) and given:
             raise InvalidInput(f"{', '.join(given)} cannot be set on a Memory that is made: give it to the Memory")
@@ -359,6 +381,15 @@ class ChatAMMemory(BaseChatModel):
 
     # Tools and structure
 
+    def bind(self, **kwargs: Any) -> Any:  # LangChain's type of it has a private name
+        """The model with arguments for every call.
+
+        Raises:
+            InvalidInput: the name of an argument that no call takes.
+        """
+        check_names(kwargs)
+        return super().bind(**kwargs)
+
     def bind_tools(
         self,
         tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
@@ -375,7 +406,10 @@ class ChatAMMemory(BaseChatModel):
                 forced is guaranteed, by constrained decoding.
         """
         schemas = openai_tools(tools)
-        return self.bind(tools=schemas, tool_choice=one_choice(tool_choice, schemas), **kwargs)
+        bound: Runnable[LanguageModelInput, AIMessage] = self.bind(
+            tools=schemas, tool_choice=one_choice(tool_choice, schemas), **kwargs
+        )
+        return bound
 
     def with_structured_output(
         self,
@@ -395,6 +429,6 @@ class ChatAMMemory(BaseChatModel):
             include_raw: give {"raw", "parsed", "parsing_error"} in place of what was parsed.
             strict: accepted for other providers' sake; a schema is always strict here.
         """
-        if kwargs:
-            raise ValueError(f"Received unsupported arguments {kwargs}")
+        if wrong := unknown(kwargs, ("method", "include_raw", "strict")):
+            raise InvalidInput(f"with_structured_output takes no {wrong}")
         return structured(self, schema, method, include_raw=include_raw)

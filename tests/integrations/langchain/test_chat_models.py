@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from langchain.agents import create_agent
+from langchain.agents.middleware import wrap_model_call
 from langchain_am_memory import ChatAMMemory
 from langchain_core.chat_history import InMemoryChatMessageHistory
 from langchain_core.exceptions import ContextOverflowError
@@ -317,9 +319,93 @@ def test_an_answer_that_takes_too_long_is_given_up(new_model: NewModel) -> None:
     assert thread_names(model) == []
 
 
-def test_an_unknown_argument_is_refused(new_model: NewModel) -> None:
-    with pytest.raises(InvalidInput, match="unknown arguments colour"):
-        new_model().invoke("hello", colour="blue")
+MISSPELT: dict[str, Callable[[ChatAMMemory], object]] = {
+    "invoke": lambda model: model.invoke("hello", temprature=0),
+    "stream": lambda model: list(model.stream("hello", temprature=0)),
+    "batch": lambda model: model.batch(["hello"], temprature=0),
+    "stream_events": lambda model: model.stream_events("hello", version="v3", temprature=0).output,
+    "bind": lambda model: model.bind(temprature=0),
+    "bind_tools": lambda model: model.bind_tools([add], temprature=0),
+    "model_kwargs": lambda model: ChatAMMemory(model="demo", model_kwargs={"temprature": 0}),
+    "the model": lambda model: ChatAMMemory(model="demo", temprature=0),
+    "agent": lambda model: create_agent(model, [], middleware=[_misspelling()]).invoke({"messages": ["hello"]}),
+}
+
+
+def _misspelling() -> Any:
+    @wrap_model_call
+    def misspelling(request: Any, handler: Any) -> Any:
+        return handler(request.override(model_settings={"temprature": 0}))
+
+    return misspelling
+
+
+@pytest.mark.parametrize("call", MISSPELT)
+def test_an_argument_that_there_is_not_is_refused_with_the_nearest_one(new_model: NewModel, call: str) -> None:
+    with pytest.raises(InvalidInput, match=r"temprature \(did you mean temperature\?\)"):
+        MISSPELT[call](new_model())
+
+
+@pytest.mark.parametrize("call", ["ainvoke", "abatch", "astream"])
+async def test_it_is_refused_of_asynchronous_calls(new_model: NewModel, call: str) -> None:
+    model = new_model()
+    with pytest.raises(InvalidInput, match=r"max_token \(did you mean max_tokens\?\)"):
+        if call == "astream":
+            async for _ in model.astream("hello", max_token=1):
+                pass
+        else:
+            await (model.ainvoke("hello", max_token=1) if call == "ainvoke" else model.abatch(["hello"], max_token=1))
+
+
+def test_a_setting_that_there_is_not_is_refused_before_anything_is_loaded() -> None:
+    """`ChatAMMemory(triger=...)` was accepted, and compacted at 8,192 tokens."""
+    with pytest.raises(InvalidInput, match=r"ChatAMMemory takes no triger \(did you mean trigger\?\), max_token \("):
+        ChatAMMemory(model="demo", triger=("tokens", 1000), max_token=3)
+    with pytest.raises(InvalidInput, match="takes no colour$"):
+        ChatAMMemory(model="demo", colour="blue")
+    with pytest.raises(InvalidPolicy, match=r"there is no triger_tokens \(did you mean trigger_tokens\?\)"):
+        ChatAMMemory(model="demo", policy={"triger_tokens": 1000})
+    with pytest.raises(
+        InvalidInput, match=r"with_structured_output takes no include_row \(did you mean include_raw\?\)"
+    ):
+        ChatAMMemory(model="demo").with_structured_output(Weather, include_row=True)
+
+
+def test_what_langchain_gives_every_chat_model_is_taken(new_model: NewModel) -> None:
+    given: dict[str, Any] = {
+        "name": "mine", "cache": None, "verbose": False, "callbacks": None, "tags": ["a"], "metadata": {"b": 1},
+        "custom_get_token_ids": None, "rate_limiter": None, "disable_streaming": False, "output_version": "v0",
+        "stop_sequences": ["x"], "timeout": 60, "api_key": "sk-nothing", "streaming": True,
+    }  # fmt: skip
+    model = new_model(**given)
+    assert "sk-nothing" not in repr(model)
+    assert model.invoke("hello", {"tags": ["c"], "metadata": {"d": 2}}, stop=["y"], stream=False).content
+    assert model.bind(ls_structured_output_format={"kwargs": {}, "schema": {}}).invoke("hello").content
+
+
+def test_model_kwargs_are_of_every_call_that_says_nothing_else(new_model: NewModel) -> None:
+    model = new_model(model_kwargs={"max_tokens": 2})
+    assert model.invoke("hello").usage_metadata["output_tokens"] == 2
+    assert model.invoke("hello", max_tokens=3).usage_metadata["output_tokens"] == 3
+
+
+def test_a_policy_of_a_model_has_what_it_was_not_told_from_its_device() -> None:
+    """It was made of all fields, so that none was left to the device: a GPU read 512 tokens at once."""
+    gpu = torch.device("cuda")
+    plain = ChatAMMemory(model="demo", trigger=("tokens", 4000), keep=("fraction", 0.5))._memory_policy()
+    assert plain.model_fields_set == {"trigger_tokens", "compact_fraction"}
+    assert plain.chunk_tokens_on(gpu) == 2048
+    told = ChatAMMemory(model="demo", trigger=("tokens", 4000), policy=MemoryPolicy(chunk_tokens=100))._memory_policy()
+    assert told.chunk_tokens_on(gpu) == 100
+
+
+def test_compactions_in_reading_the_prompt_are_not_of_the_answer(new_model: NewModel) -> None:
+    read = new_model(TIGHT, max_tokens=1).invoke("a message that is longer than the cache " * 20)
+    figures = read.response_metadata["am_memory"]
+    assert (figures["compactions"] > 2, figures["compactions_in_answer"] <= 1) == (True, True)
+    written = new_model(TIGHT, max_tokens=300).invoke("hello", temperature=1, seed=1)
+    figures = written.response_metadata["am_memory"]
+    assert figures["compactions_in_answer"] == figures["compactions"] > 1
 
 
 def test_trigger_and_keep_are_the_policys(engine: TransformersEngine) -> None:

@@ -13,11 +13,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from pydantic import ValidationError
 from serving import until
 
 from am_memory.cli_serve import KEYS_VARIABLE
-from am_memory.errors import InvalidInput
+from am_memory.errors import InvalidInput, InvalidPolicy
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'attention-matching-memory[ray]'")
 pytestmark = [
@@ -201,8 +200,19 @@ def test_an_application_that_is_open_to_everybody_by_accident_is_not_built(monke
 def test_a_store_is_asked_for() -> None:
     from am_memory_server.ray_serve import RaySettings
 
-    with pytest.raises(ValidationError, match="store"):
-        RaySettings()
+    with pytest.raises(InvalidInput, match="store: Field required"):
+        RaySettings.model_validate({})
+
+
+def test_a_setting_that_there_is_not_is_refused_with_the_nearest_one() -> None:
+    from am_memory_server.ray_serve import RaySettings, build
+
+    with pytest.raises(InvalidInput, match=r"there is no num_replica \(did you mean num_replicas\?\)"):
+        RaySettings.model_validate({"store": "somewhere", "num_replica": 2})
+    with pytest.raises(InvalidPolicy, match=r"there is no triger_tokens \(did you mean trigger_tokens\?\)"):
+        RaySettings.model_validate({"store": "somewhere", "policy": {"triger_tokens": 2000}})
+    with pytest.raises(InvalidInput, match=r"there is no max_session \(did you mean max_sessions\?\)"):
+        build(RaySettings(store="somewhere", server={"max_session": 2}))
 
 
 def test_a_conversation_survives_its_replica(cluster: Cluster) -> None:

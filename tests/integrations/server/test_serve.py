@@ -14,6 +14,7 @@ from am_memory import Memory, MemoryPolicy
 from am_memory.cli import app
 from am_memory.cli_serve import KEYS_VARIABLE, name_of
 from am_memory.engines.transformers import TransformersEngine
+from am_memory.errors import InvalidInput
 
 
 @pytest.fixture
@@ -83,3 +84,11 @@ def test_a_model_is_called_by_its_name_and_never_by_its_path(tmp_path: Path) -> 
     assert name_of("demo") == "demo"
     assert name_of("Qwen/Qwen3-4B") == "Qwen/Qwen3-4B"
     assert name_of(str(tmp_path / "tiny.gguf")) == "tiny"
+
+
+def test_a_setting_that_there_is_not_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(InvalidInput, match=r"there is no max_session \(did you mean max_sessions\?\)$"):
+        ServerSettings(max_session=3)
+    with pytest.raises(InvalidInput) as refused:
+        ServerSettings(api_keys=("secret",))
+    assert "secret" not in str(refused.value)
