@@ -14,6 +14,7 @@ from am_memory.errors import InvalidInput
 from am_memory.memory import Memory
 
 KEYS_VARIABLE = "AM_MEMORY_API_KEYS"
+OPERATOR_KEYS_VARIABLE = "AM_MEMORY_OPERATOR_KEYS"
 MIB = 2**20
 
 
@@ -33,6 +34,10 @@ def serve(  # noqa: PLR0913, PLR0917  # each is an option of the command
         list[str] | None,
         typer.Option(help=f"Opens the server; several may be given. Better in ${KEYS_VARIABLE}, with commas between."),
     ] = None,
+    operator_key: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Opens /metrics alone; several may be given. Better in ${OPERATOR_KEYS_VARIABLE}."),
+    ] = None,
     allow_anonymous: Annotated[
         bool, typer.Option("--allow-anonymous", help="Let everybody in who reaches the server.")
     ] = False,
@@ -43,6 +48,10 @@ def serve(  # noqa: PLR0913, PLR0917  # each is an option of the command
     max_sessions: Annotated[int, typer.Option(help="Conversations kept in memory.")] = 64,
     max_session_mib: Annotated[int, typer.Option(help="What their caches may take, in MiB.")] = 4096,
     max_body_mib: Annotated[int, typer.Option(help="Size of a request, in MiB.")] = 16,
+    max_pending_mib: Annotated[int, typer.Option(help="Requests under way, in MiB; one key has a share.")] = 256,
+    max_connections: Annotated[int, typer.Option(help="Connections open at once.")] = 512,
+    body_seconds: Annotated[float, typer.Option(help="For the body of a request to arrive.")] = 60.0,
+    idle_seconds: Annotated[float, typer.Option(help="That a connection may ask for nothing, or read nothing.")] = 30.0,
     shutdown_seconds: Annotated[float, typer.Option(help="For running answers to come to their end.")] = 30.0,
     device: Device = None,
     dtype: Dtype = None,
@@ -59,6 +68,7 @@ def serve(  # noqa: PLR0913, PLR0917  # each is an option of the command
         host=host,
         port=port,
         api_keys=(*(api_key or ()), *keys_of_environment()),
+        operator_keys=(*(operator_key or ()), *keys_of_environment(OPERATOR_KEYS_VARIABLE)),
         allow_anonymous=allow_anonymous,
         cors_origins=tuple(cors_origin or ()),
         max_tokens=max_tokens,
@@ -67,6 +77,10 @@ def serve(  # noqa: PLR0913, PLR0917  # each is an option of the command
         max_sessions=max_sessions,
         max_session_bytes=max_session_mib * MIB,
         max_body_bytes=max_body_mib * MIB,
+        max_pending_bytes=max_pending_mib * MIB,
+        max_connections=max_connections,
+        body_seconds=body_seconds,
+        idle_seconds=idle_seconds,
         shutdown_seconds=shutdown_seconds,
     )
     policy = policy_of(trigger_tokens, keep_ratio, pinned)
@@ -76,9 +90,9 @@ def serve(  # noqa: PLR0913, PLR0917  # each is an option of the command
     run(memory, settings)
 
 
-def keys_of_environment() -> tuple[str, ...]:
-    """The API keys that the environment names."""
-    return tuple(filter(None, re.split(r"[,\s]+", os.environ.get(KEYS_VARIABLE, ""))))
+def keys_of_environment(variable: str = KEYS_VARIABLE) -> tuple[str, ...]:
+    """The keys that the environment names."""
+    return tuple(filter(None, re.split(r"[,\s]+", os.environ.get(variable, ""))))
 
 
 def name_of(model: str) -> str:

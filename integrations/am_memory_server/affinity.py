@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from hashlib import sha256
 
-from fastapi.security.utils import get_authorization_scheme_param
 from pydantic import ValidationError
 
-from am_memory_server.access import ANONYMOUS, owner_of_key
+from am_memory_server.access import ANONYMOUS, owner_of_headers
 from am_memory_server.chat_completions import conversation_of, thread_of
 from am_memory_server.errors import ApiError
 from am_memory_server.schemas import ChatCompletionRequest, CompletionRequest
@@ -30,7 +29,7 @@ def affinity(method: str, path: str, headers: Mapping[str, str], body: bytes, *,
         headers: by their names in small letters.
         has_keys: the server asks for API keys; else everybody is the same owner, whatever key is sent.
     """
-    owner = _owner(headers) if has_keys else ANONYMOUS
+    owner = (owner_of_headers(headers) if has_keys else None) or ANONYMOUS
     try:
         match method, path:
             case "POST", "/v1/chat/completions":
@@ -45,11 +44,6 @@ def affinity(method: str, path: str, headers: Mapping[str, str], body: bytes, *,
             name = name.removesuffix(action)
         return thread_of((owner, name))
     return None
-
-
-def _owner(headers: Mapping[str, str]) -> str:
-    scheme, key = get_authorization_scheme_param(headers.get("authorization"))
-    return owner_of_key(key) if scheme.lower() == "bearer" and key else ANONYMOUS
 
 
 def _opening(request: CompletionRequest) -> str:

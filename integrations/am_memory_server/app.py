@@ -15,7 +15,7 @@ from fastapi.staticfiles import StaticFiles
 
 from am_memory.memory import Memory
 from am_memory_server import chat_completions, completions, errors, memory_endpoints, metrics, schemas
-from am_memory_server.access import BodyLimit, Owner
+from am_memory_server.access import Gate, Operator, Owner
 from am_memory_server.service import Service
 from am_memory_server.settings import ServerSettings
 
@@ -31,10 +31,12 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     for status, text in {
         400: "Not a request that can be served",
         401: "No right API key",
-        403: "Asked for under a name that is not this machine's",
+        403: "Asked for under a name that is not this machine's, or with a key that is not for this",
         404: "No such model or session",
+        408: "The body took too long to arrive",
         409: "Not possible as things are",
         413: "Too large",
+        415: "Not sent as JSON",
         429: "Too many requests wait already",
         503: "Not now",
     }.items()
@@ -70,7 +72,7 @@ def create_app(memory: Memory, settings: ServerSettings | None = None) -> FastAP
         app.include_router(router)
     _add_status(app, service)
     _add_page(app)
-    app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes)
+    app.add_middleware(Gate, settings=service.settings)
     app.add_middleware(metrics.CountRequests, metrics=service.metrics)
     if service.settings.cors_origins:
         app.add_middleware(
@@ -94,8 +96,8 @@ def _add_status(app: FastAPI, service: Service) -> None:
         return model
 
     @app.get("/metrics", tags=["Status"], response_class=Response)
-    async def get_metrics(owner: Owner) -> Response:
-        """The server's figures, for Prometheus."""
+    async def get_metrics(operator: Operator) -> Response:
+        """The figures of all keys together, for Prometheus; with an operator's key where there are any keys."""
         return Response(await service.scheduler.call(service.metrics.text), media_type=metrics.MEDIA_TYPE)
 
     @app.get("/health", tags=["Status"])

@@ -25,13 +25,13 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Message
 
-from am_memory.cli_serve import keys_of_environment, name_of
+from am_memory.cli_serve import KEYS_VARIABLE, OPERATOR_KEYS_VARIABLE, keys_of_environment, name_of
 from am_memory.engines.base import DtypeName, EngineName
 from am_memory.errors import InvalidInput, problems
 from am_memory.memory import Memory
 from am_memory.policy import MemoryPolicy
 from am_memory_server import sse
-from am_memory_server.access import read_body
+from am_memory_server.access import Admission
 from am_memory_server.affinity import affinity
 from am_memory_server.app import create_app
 from am_memory_server.errors import ApiError, logger
@@ -137,14 +137,15 @@ class Ingress:
 
     def __init__(self, replicas: DeploymentHandle[Any], server: ServerSettings) -> None:
         self._replicas, self._server = replicas, server
+        self._admission = Admission(server)
 
     async def __call__(self, request: Request) -> Response:
+        scope = {name: request.scope[name] for name in SCOPE if name in request.scope}
         try:
-            body = await read_body(request.receive, self._server.max_body_bytes)
-            scope = {name: request.scope[name] for name in SCOPE if name in request.scope}
-            if is_for_all(request.method, request.url.path):
-                return await self._from_all(scope, body)
-            return await self._from_one(request, scope, body)
+            async with self._admission.body_of(request.scope, request.receive) as body:
+                if is_for_all(request.method, request.url.path):
+                    return await self._from_all(scope, body)
+                return await self._from_one(request, scope, body)
         except ApiError as error:
             return error.response()
         except LOST as error:
@@ -195,8 +196,10 @@ def build(settings: RaySettings) -> Application:
     Raises:
         InvalidInput: a server that is open to everybody by accident, or a value out of its range.
     """
-    keys = (*settings.server.get("api_keys", ()), *keys_of_environment())
-    server = ServerSettings(**{"model_name": name_of(settings.model), **settings.server, "api_keys": keys})
+    named = {"model_name": name_of(settings.model), **settings.server}
+    for kind, variable in (("api_keys", KEYS_VARIABLE), ("operator_keys", OPERATOR_KEYS_VARIABLE)):
+        named[kind] = (*named.get(kind, ()), *keys_of_environment(variable))
+    server = ServerSettings(**named)
     replicas = Replica.options(  # type: ignore[attr-defined]
         num_replicas=settings.num_replicas,
         graceful_shutdown_timeout_s=server.shutdown_seconds + DRAIN_SECONDS,

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import openai
 import pytest
-from serving import POLICY, NewServer, Server, running
+from serving import NewServer, Server, servers_of
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from am_memory import Memory, MemoryPolicy
 from am_memory.engines.transformers import TransformersEngine
 
 
 @pytest.fixture(scope="session")
 def new_server(engine: TransformersEngine) -> NewServer:
-    """Starts servers of their own: `with new_server(store=..., api_keys=[...]) as server`."""
-
-    @contextmanager
-    def start(*, store: Any = None, policy: MemoryPolicy = POLICY, **settings: Any) -> Iterator[Server]:
-        with running(Memory(engine, policy, store=store), **settings) as server:
-            yield server
-
-    return start
+    return servers_of(engine)
 
 
 @pytest.fixture(scope="session")

@@ -14,9 +14,11 @@ import httpx
 import openai
 import uvicorn
 from am_memory_server import ServerSettings, create_app
+from am_memory_server.serve import configured
 from am_memory_server.service import Service
 
 from am_memory import Memory, MemoryPolicy
+from am_memory.engines.base import Engine
 
 POLICY = MemoryPolicy(trigger_tokens=300, keep_ratio=0.25, pinned=3, keep_recent=16, chunk_tokens=64)
 
@@ -39,12 +41,24 @@ class Server:
 NewServer = Callable[..., AbstractContextManager[Server]]
 
 
+def servers_of(engine: Engine) -> NewServer:
+    """Starts servers of their own: `with new_server(store=..., api_keys=[...]) as server`."""
+
+    @contextmanager
+    def start(*, store: Any = None, policy: MemoryPolicy = POLICY, **settings: Any) -> Iterator[Server]:
+        with running(Memory(engine, policy, store=store), **settings) as server:
+            yield server
+
+    return start
+
+
 @contextmanager
 def running(memory: Memory, **settings: Any) -> Iterator[Server]:
-    app = create_app(memory, ServerSettings(**{"model_name": "tiny", "max_tokens": 8, **settings}))
+    own = {"model_name": "tiny", "max_tokens": 8, "shutdown_seconds": 10}
+    app = create_app(memory, ServerSettings(**{**own, **settings}))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10))
+        server = uvicorn.Server(configured(app, app.state.service.settings, log_level="warning"))
         thread = Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         try:

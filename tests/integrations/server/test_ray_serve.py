@@ -28,7 +28,7 @@ APP = "am-memory"
 MOST_LOAD = 3
 """Of each core: with 3 all went well, with 7 Ray's own processes did not start in time."""
 SMALL: Any = {"object_store_memory": 100 * 2**20}
-ALICE, BOB = "key-of-alice", "key-of-bob"
+ALICE, BOB, OPERATOR = "key-of-alice", "key-of-bob", "key-of-the-operator"
 SESSIONS = "/v1/memory/sessions"
 HELLO = {"role": "user", "content": "hello, this is the first of several messages"}
 
@@ -47,7 +47,7 @@ class Cluster:
 
     def figures(self, name: str) -> dict[str, float]:
         """One figure of each replica."""
-        with self.http() as http:
+        with self.http(OPERATOR) as http:
             text = http.get("/metrics").text
         found = re.findall(rf'^am_memory_{name}{{replica="(\w+)"}} (\S+)$', text, re.MULTILINE)
         return {replica: float(value) for replica, value in found}
@@ -79,7 +79,7 @@ def cluster(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
             "model": str(model_folder),
             "store": str(tmp_path_factory.mktemp("shared")),
             "policy": policy,
-            "server": {"model_name": "tiny", "max_tokens": 8, "api_keys": [ALICE, BOB]},
+            "server": {"model_name": "tiny", "max_tokens": 8, "api_keys": [ALICE, BOB], "operator_keys": [OPERATOR]},
             "num_replicas": 2,
         }
         serve.run(build(RaySettings.model_validate(settings)), name=APP)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from am_memory import Memory, MemoryPolicy
 from am_memory.cli import app
-from am_memory.cli_serve import KEYS_VARIABLE, name_of
+from am_memory.cli_serve import KEYS_VARIABLE, OPERATOR_KEYS_VARIABLE, name_of
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidInput
 
@@ -38,6 +38,7 @@ def run(*arguments: str) -> Any:
 def test_every_option_reaches_the_server(started: list[tuple[Memory, ServerSettings]], tmp_path: Path) -> None:
     options = (
         "--trigger-tokens 300 --keep-ratio 0.5 --host 0.0.0.0 --port 9000 --api-key first-key --api-key second-key "
+        "--operator-key third-key --max-pending-mib 8 --max-connections 9 --body-seconds 10 --idle-seconds 11 "
     )
     options += "--cors-origin https://a.example --max-tokens 7 --max-active 2 --max-queued 3 --max-sessions 5 "
     options += f"--max-session-mib 6 --max-body-mib 1 --shutdown-seconds 1.5 --store {tmp_path}"
@@ -58,6 +59,11 @@ def test_every_option_reaches_the_server(started: list[tuple[Memory, ServerSetti
         max_sessions=5,
         max_session_bytes=6 * 2**20,
         max_body_bytes=2**20,
+        operator_keys=("third-key",),
+        max_pending_bytes=8 * 2**20,
+        max_connections=9,
+        body_seconds=10,
+        idle_seconds=11,
         shutdown_seconds=1.5,
     )
 
@@ -66,8 +72,10 @@ def test_keys_may_stand_in_the_environment(
     started: list[tuple[Memory, ServerSettings]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(KEYS_VARIABLE, "first-key,second-key")
+    monkeypatch.setenv(OPERATOR_KEYS_VARIABLE, "third-key")
     assert run("--host", "0.0.0.0").exit_code == 0
     assert started[0][1].api_keys == ("first-key", "second-key")
+    assert started[0][1].operator_keys == ("third-key",)
 
 
 def test_a_server_for_other_machines_without_a_key_does_not_start(

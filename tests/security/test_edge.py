@@ -1,0 +1,378 @@
+"""What a client can cost before it has shown a key, and with one: bodies, heads, connections, and reading slowly."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from threading import Thread
+from typing import Any
+
+import anyio
+import pytest
+import uvicorn
+from am_memory_server import ServerSettings
+from am_memory_server.connections import BoundedConnection, connections_of
+from am_memory_server.serve import configured
+from serving import NewServer, Server, until
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+from uvicorn.server import ServerState
+
+ALICE, BOB, OPERATOR = "key-of-alice", "key-of-bob", "key-of-the-operator"
+CHAT = "/v1/chat/completions"
+ASKED = json.dumps({"messages": [{"role": "user", "content": "hi"}]}).encode()
+
+
+class Connection:
+    """Bytes to a server and back."""
+
+    def __init__(self, url: str) -> None:
+        host, _, port = url.removeprefix("http://").partition(":")
+        self.socket = socket.create_connection((host, int(port)), timeout=30)
+
+    def ask(self, *, size: int, key: str | None = None, kind: str = "application/json", sent: bytes = b"") -> None:
+        """The head of a request whose body has so many bytes, and those of the body that are given."""
+        head = [f"POST {CHAT} HTTP/1.1", "Host: localhost", f"Content-Type: {kind}", f"Content-Length: {size}"]
+        head += [f"Authorization: Bearer {key}"] if key else []
+        self.socket.sendall("\r\n".join([*head, "", ""]).encode() + sent)
+
+    def status(self) -> int:
+        """Of the answer; 0 where the connection was ended without one."""
+        return int(self.answer()[9:12] or b"0")
+
+    def answer(self) -> bytes:
+        """Its first bytes, which are its head at least."""
+        try:
+            return self.socket.recv(4096)
+        except ConnectionResetError:
+            return b""
+
+    @property
+    def is_open(self) -> bool:
+        self.socket.settimeout(0)
+        try:
+            return self.socket.recv(1, socket.MSG_PEEK) != b""
+        except BlockingIOError:
+            return True
+        except ConnectionResetError:
+            return False
+        finally:
+            self.socket.settimeout(30)
+
+
+@contextmanager
+def connected(server: Server) -> Iterator[Callable[[], Connection]]:
+    """Makes connections, which are closed at the end."""
+    with ExitStack() as stack:
+
+        def connect() -> Connection:
+            connection = Connection(server.url)
+            stack.callback(connection.socket.close)
+            return connection
+
+        yield connect
+
+
+@pytest.mark.parametrize("key", [None, "key-of-mallory"])
+def test_without_a_right_key_no_body_is_waited_for(new_server: NewServer, key: str | None) -> None:
+    """Sixty connections with 15 MB of a body each, and no right key, cost a gigabyte."""
+    with new_server(api_keys=[ALICE]) as server, connected(server) as connect:
+        connection = connect()
+        connection.ask(size=15_000_000, key=key)
+        assert connection.status() == 401
+
+
+def test_what_comes_after_a_refusal_is_read_away_and_the_answer_is_not_lost(new_server: NewServer) -> None:
+    with new_server(api_keys=[ALICE]) as server, server.http("key-of-mallory") as http:
+        answer = http.post(CHAT, content=b" " * 8_000_000, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 401
+        assert http.get("/health").status_code == 200
+
+
+def test_a_body_that_will_be_too_large_is_not_waited_for(new_server: NewServer) -> None:
+    with new_server(max_body_bytes=1000) as server, connected(server) as connect:
+        connection = connect()
+        connection.ask(size=1001)
+        assert connection.status() == 413
+
+
+def test_one_key_cannot_hold_all_bytes_and_gets_its_own_back(new_server: NewServer) -> None:
+    settings = {"api_keys": [ALICE, BOB], "max_body_bytes": 1000, "max_pending_bytes": 4000}
+    with new_server(**settings) as server, connected(server) as connect:
+        held = [connect() for _ in range(2)]
+        for connection in held:
+            connection.ask(size=1000, key=ALICE, sent=b" " * 900)
+        refused = connect()
+        until(lambda: _status_of(connect, ALICE, size=1000, sent=b" " * 900) == 429)
+        refused.ask(size=1000, key=ALICE, sent=b" " * 900)
+        assert b"\r\nretry-after:" in refused.answer()
+        assert _status_of(connect, BOB, size=len(ASKED), sent=ASKED) == 200
+        held[0].socket.close()
+        until(lambda: _status_of(connect, ALICE, size=len(ASKED), sent=ASKED.ljust(900)[: len(ASKED)]) == 200)
+
+
+def _status_of(connect: Callable[[], Connection], key: str, *, size: int, sent: bytes) -> int:
+    """Of a request; where none comes, it was taken and waits for the rest of its body."""
+    connection = connect()
+    connection.ask(size=size, key=key, sent=sent)
+    connection.socket.settimeout(5 if len(sent) == size else 0.2)
+    try:
+        return connection.status()
+    except TimeoutError:
+        connection.socket.close()
+        return 0
+
+
+def test_all_keys_together_hold_no_more_bytes_than_allowed(new_server: NewServer) -> None:
+    keys = [f"key-number-{number}" for number in range(5)]
+    with new_server(api_keys=keys, max_body_bytes=1000, max_pending_bytes=4000) as server, connected(server) as connect:
+        for key in keys[:4]:
+            connect().ask(size=1000, key=key, sent=b" " * 999)
+        until(lambda: _status_of(connect, keys[4], size=1000, sent=b" " * 900) == 503)
+
+
+def test_the_bytes_of_a_request_are_held_until_its_answer_has_ended(new_server: NewServer) -> None:
+    """Else what waits in the queue would be bounded by its number alone, at 16 MB each."""
+    body = json.dumps({"messages": [{"role": "user", "content": "x" * 500}], "max_tokens": 2000, "stream": True})
+    with new_server(max_body_bytes=1000, max_pending_bytes=1000) as server, connected(server) as connect:
+        answered = connect()
+        answered.ask(size=len(body), sent=body.encode())
+        assert answered.status() == 200
+        other = connect()
+        other.ask(size=len(body), sent=body.encode())
+        assert other.status() == 429
+        answered.socket.close()
+        until(lambda: _status_of(connect, "", size=len(ASKED), sent=ASKED) == 200)
+
+
+def test_a_body_that_comes_too_slowly_is_given_up(new_server: NewServer) -> None:
+    with new_server(body_seconds=0.2) as server, connected(server) as connect:
+        connection = connect()
+        connection.ask(size=1000, sent=b"{")
+        assert connection.status() == 408
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET /health HTTP/1.1\r\nHost: local", b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"]
+)
+def test_a_connection_that_asks_for_nothing_more_is_ended(new_server: NewServer, sent: bytes) -> None:
+    with new_server(idle_seconds=0.2) as server, connected(server) as connect:
+        connection = connect()
+        connection.socket.sendall(sent)
+        while connection.answer():
+            pass
+
+
+def test_a_head_without_an_end_is_refused(new_server: NewServer) -> None:
+    with new_server() as server, connected(server) as connect:
+        connection = connect()
+        connection.socket.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"x" * 40_000)
+        assert connection.status() == 400
+
+
+def test_whoever_asks_for_nothing_makes_room_for_who_does(new_server: NewServer) -> None:
+    with new_server(max_connections=3) as server, connected(server) as connect:
+        idle = [connect() for _ in range(10)]
+        until(lambda: sum(connection.is_open for connection in idle) == 3)
+        assert all(connection.is_open for connection in idle[-3:])
+        asking = connect()
+        asking.socket.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert asking.status() == 200
+
+
+def test_where_all_connections_are_at_work_one_more_is_told_to_come_back(new_server: NewServer) -> None:
+    with new_server(max_connections=2) as server, connected(server) as connect:
+        working = [connect() for _ in range(2)]
+        for connection in working:
+            connection.ask(size=1000, sent=b"{")
+
+        def refused() -> bool:
+            one_more = connect()
+            one_more.socket.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            answer = one_more.answer()
+            return answer.startswith(b"HTTP/1.1 503") and b"retry-after" in answer and b"overloaded" in answer
+
+        until(refused)
+        assert all(connection.is_open for connection in working)
+
+
+CHUNK = b"x" * 65536
+MANY = 2000
+
+
+def test_a_client_that_does_not_read_is_sent_no_more_than_buffers_hold_and_is_given_up() -> None:
+    """It kept its connection, and its place among the answers that are written, for ever."""
+    sent: list[int] = []
+    ended: list[bool] = []
+
+    async def chunks() -> AsyncIterator[bytes]:
+        try:
+            for number in range(MANY):
+                sent.append(number)
+                yield CHUNK
+                await anyio.sleep(0)  # as one that waits for the next token
+        finally:
+            ended.append(True)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await StreamingResponse(chunks())(scope, receive, send)
+
+    settings = ServerSettings(idle_seconds=0.3)
+    config = configured(app, settings, log_level="error")
+    config.lifespan = "off"
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(config)
+        thread = Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        until(lambda: server.started)
+        connection = Connection(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        connection.socket.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        until(lambda: ended)
+        assert len(sent) < MANY / 2
+        connection.socket.close()
+        server.should_exit = True
+        thread.join()
+
+
+class Clock:
+    """A loop that calls what is due when it is told to."""
+
+    def __init__(self) -> None:
+        self.due: list[Callable[[], None]] = []
+
+    def call_later(self, seconds: float, call: Callable[[], None]) -> Any:
+        self.due.append(call)
+        return self
+
+    def cancel(self) -> None:
+        self.due.clear()
+
+    def tick(self) -> None:
+        self.due.pop()()
+
+
+class Pipe:
+    """A transport that still has so many bytes to send each time that it is asked."""
+
+    def __init__(self, *unsent: int) -> None:
+        self.unsent, self.is_aborted = list(unsent), False
+
+    def get_write_buffer_size(self) -> int:
+        return self.unsent.pop(0) if len(self.unsent) > 1 else self.unsent[0]
+
+    def abort(self) -> None:
+        self.is_aborted = True
+
+    def is_closing(self) -> bool:
+        return self.is_aborted
+
+    def get_extra_info(self, name: str) -> None:
+        return None
+
+
+def test_a_client_that_reads_slowly_may_go_on_and_one_that_stopped_may_not() -> None:
+    settings, clock, pipe = ServerSettings(), Clock(), Pipe(0, 900, 600, 600, 600)
+    config = configured(lambda: None, settings)  # type: ignore[arg-type]
+    connection: BoundedConnection = connections_of(settings)(  # type: ignore[assignment]
+        config=config,
+        server_state=ServerState(),
+        app_state={},
+        _loop=clock,  # type: ignore[arg-type]
+    )
+    connection.connection_made(pipe)  # type: ignore[arg-type]
+    connection.pause_writing()
+    clock.tick()
+    assert not pipe.is_aborted
+    clock.tick()
+    assert pipe.is_aborted
+
+
+def test_figures_of_all_keys_are_for_the_operator_alone(new_server: NewServer) -> None:
+    """Any key could read from /metrics how many others are at work, and how much they say."""
+    with (
+        new_server(api_keys=[ALICE, BOB], operator_keys=[OPERATOR]) as server,
+        server.http(ALICE) as alice,
+        server.http(OPERATOR) as operator,
+        server.http() as anybody,
+    ):
+        refused = alice.get("/metrics")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "operator_only")
+        assert anybody.get("/metrics").status_code == 401
+        assert "am_memory_active 0.0" in operator.get("/metrics").text
+        for path in ("/v1/models", "/v1/memory/sessions"):
+            refused = operator.get(path)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (403, "operator_key")
+
+
+def test_where_keys_are_asked_for_and_none_is_an_operators_nobody_sees_the_figures(new_server: NewServer) -> None:
+    with new_server(api_keys=[ALICE]) as server, server.http(ALICE) as alice:
+        assert alice.get("/metrics").status_code == 403
+
+
+def test_a_key_may_be_both_and_on_this_machine_alone_none_is_needed(new_server: NewServer) -> None:
+    with new_server(api_keys=[ALICE], operator_keys=[ALICE]) as server, server.http(ALICE) as alice:
+        assert alice.get("/metrics").status_code == alice.get("/v1/models").status_code == 200
+    with new_server() as server, server.http() as anybody:
+        assert anybody.get("/metrics").status_code == 200
+    with new_server(operator_keys=[OPERATOR]) as server, server.http() as anybody:
+        assert anybody.get("/metrics").status_code == 403
+        assert anybody.get("/v1/models").status_code == 200
+
+
+def test_every_path_that_is_not_open_takes_a_key(new_server: NewServer) -> None:
+    with new_server(api_keys=[ALICE]) as server, server.http() as http:
+        for path in ("/health", "/openapi.json", "/", "/static/app.js"):
+            assert http.get(path).status_code == 200, path
+        for path in ("/metrics", "/v1/models", "/nothing", "/v1/memory/sessions/x", "/health/", "/static"):
+            assert http.get(path).status_code == 401, path
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["localhost", "LOCALHOST", "localhost.", "127.0.0.1", "127.0.0.2", "[::1]", "[::FFFF:127.0.0.1]", "chat.localhost"],
+)
+@pytest.mark.parametrize("port", ["", ":8000"])
+def test_all_names_of_this_machine_are_answered_to(server: Server, host: str, port: str) -> None:
+    with server.http() as http:
+        assert http.get("/v1/models", headers={"Host": host + port}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example", "localhost.evil.example", "notlocalhost", "127.0.0.1.evil.example", "10.0.0.1", "0.0.0.0",
+        "[::2]", "[::1", "::1]", "[localhost]evil.example", "", ":8000", "localhost..", "127.0.0.1@evil.example",
+    ],
+)  # fmt: skip
+def test_no_other_name_is_answered_to(server: Server, host: str) -> None:
+    with server.http() as http:
+        assert http.get("/v1/models", headers={"Host": host}).status_code == 403
+
+
+@pytest.mark.parametrize(
+    "kind", ["", "text/plain", "application/x-www-form-urlencoded", "application/octet-stream", "multipart/form-data"]
+)
+def test_a_body_that_is_not_said_to_be_json_is_refused(server: Server, kind: str) -> None:
+    """It was a fault of the server's; and these are what a browser sends to any server for any page."""
+    for path in (CHAT, "/v1/completions", "/v1/memory/sessions/a/compact", "/v1/memory/sessions/a/fork"):
+        with server.http() as http:
+            answer = http.post(path, content=ASKED, headers={"Content-Type": kind} if kind else {})
+        assert answer.status_code == 415
+        assert answer.json()["error"]["code"] == "unsupported_media_type"
+        assert "Content-Type: application/json" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", ["application/json", "Application/JSON; charset=utf-8", "application/vnd.api+json"])
+def test_json_may_be_called_by_any_of_its_names(server: Server, kind: str) -> None:
+    with server.http() as http:
+        assert http.post(CHAT, content=ASKED, headers={"Content-Type": kind}).status_code == 200
+
+
+def test_settings_that_leave_no_room_for_one_request_are_refused() -> None:
+    from am_memory.errors import InvalidInput
+
+    with pytest.raises(InvalidInput, match="max_body_bytes 100 is more than the 50 bytes"):
+        ServerSettings(max_body_bytes=100, max_pending_bytes=100, api_keys=(ALICE, BOB))
