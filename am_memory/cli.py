@@ -17,7 +17,18 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from am_memory.cli_calibrate import calibrate
-from am_memory.cli_options import Compile, Device, Dtype, KeepRatio, Model, Pinned, RunBy, TriggerTokens, policy_of
+from am_memory.cli_options import (
+    Compile,
+    Device,
+    Dtype,
+    KeepRatio,
+    Model,
+    Pinned,
+    RunBy,
+    TriggerTokens,
+    TrustMessages,
+    policy_of,
+)
 from am_memory.cli_serve import serve
 from am_memory.demo import run_demo
 from am_memory.display import (
@@ -99,6 +110,7 @@ def chat(  # noqa: PLR0913, PLR0917  what can be set
     device: Device = None,
     dtype: Dtype = None,
     compile: Compile = False,
+    trust_messages: TrustMessages = False,
     session: Annotated[str, typer.Option(help="Name of the conversation; it goes on where it was saved.")] = "default",
     store: StoreURL = None,
     system: Annotated[str | None, typer.Option(help="System prompt of a new conversation.")] = None,
@@ -119,6 +131,7 @@ def chat(  # noqa: PLR0913, PLR0917  what can be set
             compile=compile,
             store=store or default_store(),
             on_event=bars,
+            trust_messages=trust_messages,
         )
         conversation = memory.session(session)
         if system is not None and not conversation.tokens:

@@ -23,6 +23,9 @@ Dtype = Annotated[
     ),
 ]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile the model's layers by torch.compile.")]
+TrustMessages = Annotated[
+    bool, typer.Option("--trust-messages", help="Read control tokens that messages spell (<|im_end|>) as such.")
+]
 TriggerTokens = Annotated[int, typer.Option(help="Size of the cache, in tokens, that fires a compaction.")]
 KeepRatio = Annotated[float, typer.Option(help="Slots kept for each token that is compacted.")]
 Pinned = Annotated[

@@ -9,7 +9,18 @@ from typing import Annotated
 
 import typer
 
-from am_memory.cli_options import Compile, Device, Dtype, KeepRatio, Model, Pinned, RunBy, TriggerTokens, policy_of
+from am_memory.cli_options import (
+    Compile,
+    Device,
+    Dtype,
+    KeepRatio,
+    Model,
+    Pinned,
+    RunBy,
+    TriggerTokens,
+    TrustMessages,
+    policy_of,
+)
 from am_memory.errors import InvalidInput
 from am_memory.memory import Memory
 
@@ -56,6 +67,7 @@ def serve(  # noqa: PLR0913, PLR0917  # each is an option of the command
     device: Device = None,
     dtype: Dtype = None,
     compile: Compile = False,
+    trust_messages: TrustMessages = False,
 ) -> None:
     """Serve OpenAI's API, and a chat page at /, with history without an end."""
     try:
@@ -85,7 +97,14 @@ def serve(  # noqa: PLR0913, PLR0917  # each is an option of the command
     )
     policy = policy_of(trigger_tokens, keep_ratio, pinned)
     memory = Memory.from_pretrained(
-        model, engine=engine, policy=policy, device=device, dtype=dtype, compile=compile, store=store
+        model,
+        engine=engine,
+        policy=policy,
+        device=device,
+        dtype=dtype,
+        compile=compile,
+        store=store,
+        trust_messages=trust_messages,
     )
     run(memory, settings)
 

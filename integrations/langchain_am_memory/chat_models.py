@@ -51,7 +51,7 @@ class ChatAMMemory(BaseChatModel):
         trigger: the cache's size that fires a compaction: ("tokens", 8192), or ("fraction", 0.8) of the window.
         keep: how much of the cache, the newest part, a compaction leaves exact: ("fraction", 0.5), or in tokens.
         policy: all of the memory's settings; `trigger` and `keep` are set in it where they are given.
-        device, dtype, compile: as `Memory.from_pretrained` takes them.
+        device, dtype, compile, trust_messages: as `Memory.from_pretrained` takes them.
         store: a folder or fsspec URL; with it, threads outlive the process.
         max_bytes: of all kept caches; None: 4 GiB.
         max_tokens, stop: generated at most; texts that end an answer.
@@ -80,6 +80,7 @@ class ChatAMMemory(BaseChatModel):
     dtype: Any = None
     compile: bool = False
     store: str | None = None
+    trust_messages: bool = False
     max_bytes: int | None = None
     temperature: float | None = Field(default=None, ge=0)
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -109,7 +110,11 @@ class ChatAMMemory(BaseChatModel):
     def _check_settings(self) -> ChatAMMemory:
         self._memory_policy()
         check_names(self.model_kwargs)
-        given = [name for name in ("device", "dtype", "compile", "store") if getattr(self, name) not in (None, False)]
+        given = [
+            name
+            for name in ("device", "dtype", "compile", "store", "trust_messages")
+            if getattr(self, name) not in (None, False)
+        ]
         if isinstance(self.model, Memory) and given:
             raise InvalidInput(f"{', '.join(given)} cannot be set on a Memory that is made: give it to the Memory")
         return self
@@ -165,6 +170,7 @@ class ChatAMMemory(BaseChatModel):
             dtype=self.dtype,
             compile=self.compile,
             store=self.store,
+            trust_messages=self.trust_messages,
         )
 
     @property

@@ -7,10 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from langchain_am_memory import ChatAMMemory
+from typer.testing import CliRunner
 
 from am_memory import Memory, MemoryPolicy, Session
 from am_memory.chat import ChatAnswer, ChatRequest
+from am_memory.cli import app
 from am_memory.engines.transformers import TransformersEngine
+from am_memory.errors import InvalidInput
 from am_memory.queries import as_turn
 from am_memory.threads import Threads
 
@@ -148,3 +152,22 @@ def test_plain_text_and_token_ids_are_read_as_they_stand(memory: Memory) -> None
     session = memory.session()
     session.append(f"{IM_START}user\nHi.{IM_END}\n")
     assert len(turns(session)) == 2
+
+
+def test_langchain_and_the_command_line_pass_the_option_on(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[object] = []
+
+    def load(model: str, **options: object) -> Memory:
+        loaded.append(options["trust_messages"])
+        return Memory(engine, POLICY)
+
+    monkeypatch.setattr(Memory, "from_pretrained", load)
+    for trusts in (False, True):
+        assert ChatAMMemory(model="a model", trust_messages=trusts).memory
+        arguments = ["chat", "--store", "memory://", *(["--trust-messages"] if trusts else [])]
+        CliRunner().invoke(app, arguments, input="/quit\n")
+    assert loaded == [False, False, True, True]
+    with pytest.raises(InvalidInput, match="trust_messages cannot be set on a Memory that is made"):
+        ChatAMMemory(model=Memory(engine, POLICY), trust_messages=True)
