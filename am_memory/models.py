@@ -18,7 +18,7 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -118,26 +118,83 @@ def needs_conversion(model: str | os.PathLike[str], dtype: torch.dtype = torch.f
     return isinstance(source, Path) and source.is_file() and _find_converted(source, dtype) is None
 
 
-def fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: PreTrainedModel, *, through: object = None, without: Collection[str] = ()) -> str:
     """A short hash, equal for two models if their caches can be exchanged: same shapes, RoPE, weights and dtype.
 
-    It reads the configuration and eight values of every parameter, so it takes milliseconds at any size.
+    It reads the configuration and eight values of every tensor of the weights, so it takes milliseconds at any size.
+
+    Args:
+        through: what the weights are seen through (adapters of peft); None: they are themselves.
+        without: adapters that are in the model, and not used.
+
+    Raises:
+        UnsupportedModel: weights that are kept in a way that nothing can be read of.
     """
     config = model.config.get_text_config().to_dict()
     shape = {name: config.get(name) for name in _CACHE_FIELDS}
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if not parameter.is_meta:
-            digest.update(_sample(parameter.detach()))
+    for name, tensor in sorted(_weights(model, without), key=lambda named: named[0]):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if not tensor.is_meta:
+            digest.update(_sample(name, tensor.detach()))
+    if through is not None:
+        digest.update(repr(through).encode())
     return digest.hexdigest()[:16]
 
 
-def _sample(parameter: torch.Tensor) -> bytes:
-    flat = parameter.flatten()
-    num_values = min(8, flat.numel())
-    positions = torch.tensor([i * flat.numel() // num_values for i in range(num_values)], dtype=torch.long)
-    return flat[positions.to(flat.device)].cpu().view(torch.uint8).numpy().tobytes()
+def _weights(model: PreTrainedModel, without: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, and what else a checkpoint would hold: quantised weights are buffers, or are made of several tensors.
+
+    peft puts a layer into another, as its `base_layer`, beside the adapters; the names are as they were before.
+    """
+    named = dict(model.named_parameters())
+    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - named.keys()
+    named |= {
+        name: value
+        for name, value in model.state_dict(keep_vars=True).items()
+        if name not in named and name not in tied
+    }
+    for name, value in named.items():
+        parts = name.split(".")
+        if not without or not set(without).intersection(parts):
+            plain = ".".join(part for part in parts if part not in ("base_layer", "original_module"))
+            yield from _plain_tensors(plain, value)
+
+
+def _plain_tensors(name: str, value: object) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors that a weight is made of: itself, unless it is quantised."""
+    if isinstance(value, torch.Tensor) and hasattr(value, "__tensor_flatten__"):
+        parts, how = value.__tensor_flatten__()
+        kind = f"{type(value).__name__} {re.sub(' at 0x[0-9a-f]+', '', repr(how))}"  # no place in this process's memory
+        for part in parts:
+            yield from _plain_tensors(f"{name} {kind} {part}", getattr(value, part))
+    elif isinstance(value, torch.Tensor) and value.is_quantized:
+        yield name, value.int_repr()
+        yield f"{name} dequantized", value.flatten()[:64].dequantize()
+    elif isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, tuple | list):
+        for number, part in enumerate(value):
+            yield from _plain_tensors(f"{name}.{number}", part)
+
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Numbers of so many bytes that torch can pick on every device, whatever they stand for."""
+
+
+def _sample(name: str, tensor: torch.Tensor) -> bytes:
+    try:
+        flat = tensor.flatten()
+        flat = flat.view(_WORDS.get(flat.element_size(), flat.dtype))
+        num_values = min(8, flat.numel())
+        positions = torch.tensor([i * flat.numel() // num_values for i in range(num_values)], dtype=torch.long)
+        return flat[positions.to(flat.device)].cpu().view(torch.uint8).numpy().tobytes()
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        raise UnsupportedModel(
+            f"the weights of {name} are kept as {type(tensor).__name__} in {tensor.dtype}, of which no number can be "
+            f"read ({error}), so that nobody can tell this model from another: load it quantised in another way, or "
+            "not at all"
+        ) from error
 
 
 def _device(device: str | None) -> torch.device:
