@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from am_memory.errors import UnsupportedOperation
@@ -62,8 +63,12 @@ class CacheState:
         return replace(self, layers=tuple(states))
 
 
-BeforeForward = Callable[[Sequence[int]], int]
-"""Called with the tokens that a model is about to read into a cache; says how many of the first are read already."""
+BeforeForward = Callable[[Sequence[int], int, int, str], tuple[int, list[Tensor]]]
+"""Called with the tokens that a model is about to read into a cache, for how many of the last ones logits are wanted,
+how many of the last ones have to be read in one pass, and what for, if that is more than logits.
+
+Says how many of the first are read already, and gives the logits of those among them for which they are wanted,
+(num_tokens, vocab_size) pass by pass."""
 
 
 class KVCache(Cache):
@@ -75,6 +80,8 @@ class KVCache(Cache):
 
     Attributes:
         before_forward: set where somebody else drives the model (`generate`), to watch what it reads.
+        num_announced: tokens that there will be after the pass of which `before_forward` was told.
+        weights: what else than the model itself the entries depend on, as the engine has it (adapters).
     """
 
     layers: list[CompactableLayer | SlidingLayer]  # type: ignore[assignment]
@@ -92,6 +99,8 @@ class KVCache(Cache):
         self.segments: tuple[Segment, ...] = ()
         self.num_pinned = 0
         self.before_forward: BeforeForward | None = None
+        self.num_announced = 0
+        self.weights: object = None
 
     @property
     def compactable(self) -> list[CompactableLayer]:
@@ -105,6 +114,19 @@ class KVCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Logical length: what every layer has seen, also when a forward pass was interrupted between two of them."""
         return min(layer.get_seq_length() for layer in self.layers)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Asked once in a pass, before its first layer: no pass may read into a watched cache that nobody told of it.
+
+        Raises:
+            UnsupportedOperation: a pass of another model, or of a part of it.
+        """
+        if self.before_forward is not None and self.num_announced != self.num_tokens + query_length:
+            raise UnsupportedOperation(
+                f"{query_length} tokens are about to be read into a cache of memory.cache() by another model than its "
+                "memory's, or by a part of it: pass the cache to memory.engine.model"
+            )
+        return super().get_mask_sizes(query_length, layer_idx)
 
     @property
     def num_tail_tokens(self) -> int:
@@ -167,7 +189,7 @@ class KVCache(Cache):
                 other.scaling = mine.scaling
                 if mine.buffer is not None:
                     mine.buffer.is_shared = True
-        branch.segments, branch.num_pinned = self.segments, self.num_pinned
+        branch.segments, branch.num_pinned, branch.weights = self.segments, self.num_pinned, self.weights
         return branch
 
     def compacted(self, segments: Sequence[Segment], new_slots: Sequence[Slots], num_pinned: int) -> CacheState:

@@ -45,7 +45,7 @@ from am_memory.events import (
 )
 from am_memory.order import Made, Order
 from am_memory.originals import Original, between
-from am_memory.policy import SINK_TOKENS, MemoryPolicy, Plan, Sizes, plan, trigger_tokens
+from am_memory.policy import SINK_TOKENS, MemoryPolicy, Plan, Sizes, most_at_once, plan, trigger_tokens
 from am_memory.queries import LiveQueries
 from am_memory.recall import Recalled, at_rest, brought_back, put_away
 from am_memory.schedule import ScheduledCompaction
@@ -166,15 +166,19 @@ class Context:
             )
         return self.cache
 
-    def make_room(self, num_tokens: int) -> int:
+    def make_room(self, num_tokens: int, at_once: int = 1) -> int:
         """Put away, begin a compaction or swap one in, while the size is reached at which that is due.
+
+        Args:
+            num_tokens: to be read, if there is room.
+            at_once: there has to be room for so many, `most_at_once` at most.
 
         Returns:
             How many tokens may be read now, at most `num_tokens`.
         """
         if self.pending is not None:
             self.pending.relay(self._progress)
-        while self.cache.kv_tokens + 1 > (due := self.begins_at if self.pending is None else self.trigger):
+        while self.cache.kv_tokens + at_once > (due := self.begins_at if self.pending is None else self.trigger):
             if self.recalled:
                 self._put_away_oldest()
             elif self.pending is None and self.policy.ahead_tokens:
@@ -188,6 +192,11 @@ class Context:
     def chunk_tokens(self) -> int:
         """Tokens read in one forward pass."""
         return self.policy.chunk_tokens_on(self.engine.info.device)
+
+    @property
+    def most_at_once(self) -> int:
+        """The most tokens for which compactions are sure to make room at once."""
+        return most_at_once(self.policy, self.trigger, self.num_pinned)
 
     @property
     def begins_at(self) -> int:

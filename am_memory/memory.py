@@ -276,10 +276,12 @@ class Memory:
         return Chat(self.engine, messages, tools, trusts_messages=self.trust_messages)
 
     def cache(self) -> KVCache:
-        """A cache for `model.generate(**inputs, past_key_values=memory.cache())`, which compacts by itself.
+        """A cache for `model.generate(**inputs, cache=memory.cache())`, which compacts by itself.
 
-        For one sequence at a time. A prompt longer than the trigger is read in pieces and compacted on the way, so
-        the logits of that one forward pass are those of its last piece.
+        For one sequence at a time, without padding, and of text alone; `model` is `engine.model`, or what peft has
+        around it. A prompt longer than the trigger is read in pieces and compacted on the way; the pass that was asked
+        for it gives the logits of every token that it was asked for. What only one pass can give (a loss, hidden
+        states, the logits of a number of candidates) is refused before anything is read, where it does not fit.
         """
         return watched(self._new_context("generate()", self.policy))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -279,6 +280,17 @@ def min_block_tokens(policy: MemoryPolicy, trigger: int, num_pinned: int, ahead_
     # It is due when there is no room for one more token, so that the cache may be almost a token below that size.
     covered = math.floor(policy.compact_fraction * (size - 1 - num_pinned)) + 1 - compact
     return min(covered, size - num_pinned - compact - policy.keep_recent)
+
+
+def most_at_once(policy: MemoryPolicy, trigger: int, num_pinned: int) -> int:
+    """The most tokens that can be read in one pass wherever the cache stands: a compaction that is begun so far below
+    the trigger covers no fewer, and leaves no head without its floor of slots."""
+
+    def is_too_much(num_tokens: int) -> bool:
+        block = min_block_tokens(policy, trigger, num_pinned, policy.ahead_tokens + num_tokens)
+        return block < max(num_tokens, _floor_tokens(policy))
+
+    return max(bisect_left(range(trigger), True, key=is_too_much) - 1, 1)  # the more tokens, the smaller the block
 
 
 def _check_ahead(policy: MemoryPolicy, trigger: int, num_pinned: int) -> None:

@@ -10,8 +10,11 @@ import weakref
 from collections.abc import Sequence
 from functools import partial
 
+from torch import Tensor
+
 from am_memory.cache import KVCache
 from am_memory.context import Context
+from am_memory.errors import UnsupportedOperation
 from am_memory.events import ReadProgress
 
 
@@ -45,27 +48,64 @@ class _Watch:
         self.cache = context.transformers_cache
         self._whole = self.cache.state()  # to go back to, should a pass be interrupted
 
-    def before_forward(self, token_ids: Sequence[int]) -> int:
+    def before_forward(
+        self, token_ids: Sequence[int], num_logits: int, at_once: int, what_for: str
+    ) -> tuple[int, list[Tensor]]:
         """Take in tokens that a forward pass is about to read; read the first ones if all are too many.
 
+        Args:
+            num_logits: of so many of the last ones logits are wanted.
+            at_once: so many of the last ones have to be read by one pass.
+            what_for: this is asked for beside the logits; "" for nothing.
+
         Returns:
-            How many of `token_ids` are read already; the last ones are left to the forward pass.
+            How many of `token_ids` are read already, the last ones being left to the forward pass; and the logits of
+            those among them for which they are wanted, pass by pass.
+
+        Raises:
+            UnsupportedOperation: no compaction makes room for so many at once.
         """
         self._settle()
         context, cache = self.context, self.cache
+        logits: list[Tensor] = []
         with context.transaction():
             context.check(token_ids)
             context.tokens.extend(token_ids)
             start, end = cache.num_tokens, len(context.tokens)
-            while (room := context.make_room(end - cache.num_tokens)) < end - cache.num_tokens:
-                context.forward(context.tokens[cache.num_tokens :][: min(room, context.chunk_tokens)])
+            if at_once > 1:
+                self._require_room(len(token_ids), at_once, what_for)
+            while (left := end - cache.num_tokens) > (room := context.make_room(left, min(left, at_once))):
+                first = cache.num_tokens
+                piece = context.tokens[first : first + min(room, context.chunk_tokens, left - at_once)]
+                num_wanted = max(first + len(piece) - (end - num_logits), 0)
+                piece_logits = context.forward(piece, num_logits=min(num_wanted, len(piece)))
+                if num_wanted:
+                    logits.append(piece_logits)
                 context.notify(ReadProgress(context.name, cache.num_tokens - start, end - start))
         context.watch_window(end - cache.num_tokens)
         if context.live is not None:
             for index, layer in enumerate(cache.compactable):
                 layer.query_sink = partial(context.live.add, index)
-        self._whole = cache.state()
-        return cache.num_tokens - start
+        self._whole, cache.num_announced = cache.state(), end
+        return cache.num_tokens - start, logits
+
+    def _require_room(self, num_tokens: int, at_once: int, what_for: str) -> None:
+        """Raise UnsupportedOperation where some of the tokens have to be read together and no compaction helps."""
+        if self.cache.kv_tokens + num_tokens <= self.context.begins_at:
+            return
+        most = self.context.most_at_once
+        if at_once <= most:
+            return
+        if what_for:
+            raise UnsupportedOperation(
+                f"a pass with {what_for} reads its {at_once} tokens at once, and no more than {most} are sure to fit "
+                f"below the trigger of {self.context.trigger}: leave it out, read less at once, or raise trigger_tokens"
+            )
+        raise UnsupportedOperation(
+            f"the logits of {at_once} tokens at once are more than the {most} that are sure to fit below the trigger "
+            f"of {self.context.trigger}: let assisted decoding propose fewer (prompt_lookup_num_tokens, "
+            "num_assistant_tokens), ask for all logits (logits_to_keep=0), or raise trigger_tokens"
+        )
 
     def _settle(self) -> None:
         """Drop what an interrupted pass left behind, or what its owner has taken back (`crop`)."""

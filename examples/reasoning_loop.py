@@ -23,7 +23,7 @@ def main() -> None:
     cache = memory.cache()
     model.generate(
         **inputs,
-        past_key_values=cache,
+        cache=cache,
         max_new_tokens=400,
         min_new_tokens=400,
         do_sample=True,

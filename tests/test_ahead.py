@@ -239,7 +239,7 @@ def test_generate_of_transformers_swaps_it_in_as_well(
     for prepare in (lambda: None, waited_for):
         prepare()
         memory = Memory(engine, POLICY, on_event=events.append)
-        outputs.append(tiny_model.generate(prompt, past_key_values=memory.cache(), **how).tolist())
+        outputs.append(tiny_model.generate(prompt, cache=memory.cache(), **how).tolist())
     assert outputs[0] == outputs[1]
     assert sum(isinstance(event, CompactionFinished) for event in events) >= 4
 

@@ -1,4 +1,4 @@
-"""`model.generate(**inputs, past_key_values=memory.cache())`: plain transformers, compacting by itself."""
+"""`model.generate(**inputs, cache=memory.cache())`: plain transformers, compacting by itself."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def large(engine: TransformersEngine) -> Memory:
 @pytest.fixture
 def generate(tiny_model: PreTrainedModel) -> Callable[..., list[int]]:
     def call(tokens: list[int], cache: KVCache | None, count: int = 20, **how: object) -> list[int]:
-        how = {**GREEDY, "past_key_values": cache, "max_new_tokens": count, **how}
+        how = {**GREEDY, "cache": cache, "max_new_tokens": count, **how}
         return tiny_model.generate(ids(tokens), **how)[0].tolist()
 
     return call
@@ -130,7 +130,7 @@ def test_a_long_prompt_gives_the_logits_that_a_session_has(memory: Memory, tiny_
     session = memory.session()
     session.append(prompt)
     with torch.no_grad():
-        logits = tiny_model(ids(prompt), past_key_values=memory.cache(), position_ids=ids(range(200))).logits
+        logits = tiny_model(ids(prompt), cache=memory.cache(), position_ids=ids(range(200))).logits
     torch.testing.assert_close(logits[0, -1], session._context.next_logits(), rtol=0, atol=1e-3)
 
 
@@ -207,9 +207,9 @@ def test_a_model_with_sliding_windows_compacts_its_full_layers(
     expected = model.generate(ids(PROMPT), max_new_tokens=30, **GREEDY)[0].tolist()
     engine = TransformersEngine(model, byte_tokenizer)
     cache = Memory(engine, LARGE.model_copy(update={"trigger_tokens": 500})).cache()
-    assert model.generate(ids(PROMPT), past_key_values=cache, max_new_tokens=30, **GREEDY)[0].tolist() == expected
+    assert model.generate(ids(PROMPT), cache=cache, max_new_tokens=30, **GREEDY)[0].tolist() == expected
     cache = Memory(engine, POLICY).cache()
-    model.generate(ids(PROMPT), past_key_values=cache, max_new_tokens=80, **GREEDY)
+    model.generate(ids(PROMPT), cache=cache, max_new_tokens=80, **GREEDY)
     assert cache.segments
     assert cache.layers[0].keys.shape[2] == 15
 
@@ -267,12 +267,12 @@ def test_a_model_with_sliding_windows_recovers_from_an_interrupt(
 ) -> None:
     model = new_sliding_model()
     engine = TransformersEngine(model, byte_tokenizer)
-    whole = model.generate(ids(PROMPT), max_new_tokens=20, past_key_values=Memory(engine, POLICY).cache(), **GREEDY)
+    whole = model.generate(ids(PROMPT), max_new_tokens=20, cache=Memory(engine, POLICY).cache(), **GREEDY)
     cache = Memory(engine, POLICY).cache()
     with interrupted(model, 2, 11):
-        model.generate(ids(PROMPT), max_new_tokens=20, past_key_values=cache, **GREEDY)
+        model.generate(ids(PROMPT), max_new_tokens=20, cache=cache, **GREEDY)
     rest = whole[:, : cache.get_seq_length() + 1]
-    again = model.generate(rest, max_new_tokens=20 - (rest.shape[1] - len(PROMPT)), past_key_values=cache, **GREEDY)
+    again = model.generate(rest, max_new_tokens=20 - (rest.shape[1] - len(PROMPT)), cache=cache, **GREEDY)
     assert torch.equal(again, whole)
 
 
@@ -296,7 +296,7 @@ def test_a_failed_compaction_can_be_made_again(
 
 def test_a_batch_is_refused(memory: Memory, tiny_model: PreTrainedModel) -> None:
     with pytest.raises(UnsupportedOperation, match=r"a batch of 2 sequences .*: use one cache for each"):
-        tiny_model.generate(ids(PROMPT).repeat(2, 1), past_key_values=memory.cache(), max_new_tokens=5, **GREEDY)
+        tiny_model.generate(ids(PROMPT).repeat(2, 1), cache=memory.cache(), max_new_tokens=5, **GREEDY)
 
 
 @pytest.mark.parametrize("how", [{"num_beams": 2}, {**SAMPLED, "num_return_sequences": 2}], ids=["beams", "several"])
@@ -308,7 +308,7 @@ def test_several_sequences_are_refused(memory: Memory, generate: Callable[..., l
 def test_embeddings_are_refused(memory: Memory, tiny_model: PreTrainedModel) -> None:
     embeddings = tiny_model.get_input_embeddings()(ids(PROMPT))
     with pytest.raises(UnsupportedOperation, match="pass input_ids, not inputs_embeds"):
-        tiny_model.generate(inputs_embeds=embeddings, past_key_values=memory.cache(), max_new_tokens=5, **GREEDY)
+        tiny_model.generate(inputs_embeds=embeddings, cache=memory.cache(), max_new_tokens=5, **GREEDY)
 
 
 @pytest.mark.parametrize("num_tokens", [20, 200])
@@ -335,8 +335,7 @@ def test_the_model_is_as_it_was_for_its_own_cache(
     generate(long_prompt(100), memory.cache(), 30)
     with torch.no_grad():
         logits = [
-            model(ids(PROMPT), past_key_values=DynamicCache(config=model.config)).logits
-            for model in (tiny_model, stock_model)
+            model(ids(PROMPT), cache=DynamicCache(config=model.config)).logits for model in (tiny_model, stock_model)
         ]
     assert torch.equal(*logits)
     assert generate(PROMPT, None) == stock_model.generate(ids(PROMPT), max_new_tokens=20, **GREEDY)[0].tolist()

@@ -231,9 +231,7 @@ def test_a_fork_moves_its_own_segments(new_memory: NewMemory) -> None:
 def test_generate_moves_what_is_old(new_memory: NewMemory, narrow: TransformersEngine) -> None:
     cache = new_memory().cache()
     prompt = torch.tensor([some_tokens(100)])
-    narrow.model.generate(
-        prompt, past_key_values=cache, max_new_tokens=150, do_sample=False, eos_token_id=None, pad_token_id=258
-    )
+    narrow.model.generate(prompt, cache=cache, max_new_tokens=150, do_sample=False, eos_token_id=None, pad_token_id=258)
     assert cache.segments[0].shift > 0
 
 

@@ -71,7 +71,7 @@ def test_nothing_is_compiled_again_for_tokens_compactions_sessions_and_generate(
         decoded(compiled)
         cache = Memory(compiled, POLICY).cache()
         compiled.model.generate(
-            torch.tensor([TOKENS[:20]]), past_key_values=cache, max_new_tokens=80, do_sample=False, eos_token_id=None
+            torch.tensor([TOKENS[:20]]), cache=cache, max_new_tokens=80, do_sample=False, eos_token_id=None
         )
         assert len(cache.segments) > 0
 
@@ -102,8 +102,8 @@ def test_a_cache_of_transformers_goes_through_the_layers_as_they_were(
     for model in (compiled.model, stock_model):
         cache = DynamicCache()
         with torch.no_grad():
-            model(torch.tensor([TOKENS[:20]]), past_key_values=cache)
-            logits.append(model(torch.tensor([TOKENS[20:21]]), past_key_values=cache).logits)
+            model(torch.tensor([TOKENS[:20]]), cache=cache)
+            logits.append(model(torch.tensor([TOKENS[20:21]]), cache=cache).logits)
     assert torch.equal(*logits)
     assert not any(layer.has_run for layer in layers_of(compiled))
 
@@ -113,7 +113,7 @@ def test_a_gradient_is_taken_through_the_layers_as_they_were(compiled: Transform
     cache = compiled.new_cache()
     compiled.forward(cache, TOKENS[:20])
     embeddings = compiled.model.get_input_embeddings()(torch.tensor([TOKENS[20:21]])).requires_grad_()
-    compiled.model(inputs_embeds=embeddings, past_key_values=cache).logits.sum().backward()
+    compiled.model(inputs_embeds=embeddings, cache=cache).logits.sum().backward()
     assert embeddings.grad is not None
 
 

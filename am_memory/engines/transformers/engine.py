@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from am_memory.cache import KVCache
 from am_memory.engines.base import ControlTokens, Message, ModelInfo, OnQuery, SessionCache, Tool
 from am_memory.engines.templates import control_tokens, template_errors
-from am_memory.engines.transformers import attention, support
+from am_memory.engines.transformers import adapters, attention, support
+from am_memory.engines.transformers.adapters import Adapters, unwrapped
 from am_memory.engines.transformers.branches import TextBranches
 from am_memory.engines.transformers.compiled import compile_layers
+from am_memory.engines.transformers.driven import WatchedForward
 from am_memory.engines.transformers.graphs import shortcut, token_graphs
 from am_memory.engines.transformers.plain_text import encode_as_text
 from am_memory.engines.transformers.rotary import layer_rotations, length_dependent_kinds
@@ -33,7 +34,8 @@ class TransformersEngine:
     cache: the model stays usable as it was.
 
     Args:
-        model: any supported causal language model, on its device.
+        model: any supported causal language model, on its device; in peft's wrapper or not. Its adapters are those that
+            are active now: caches made here are refused while others are. For these, make another engine.
         tokenizer: the model's own.
         compile: compile the decoder layers by `torch.compile` for steps of one token. Nothing is compiled again for
             longer caches, compactions or further sessions; other caches and longer steps go the way they did.
@@ -43,9 +45,13 @@ class TransformersEngine:
         EngineFailed: torch.compile fails on this machine.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, compile: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel | nn.Module, tokenizer: PreTrainedTokenizerBase, *, compile: bool = False
+    ) -> None:
         attention.register()
-        self.model = model
+        self.model = model = unwrapped(model)
+        self._adapters = Adapters(model)
+        self._weights = self._adapters.active
         self.tokenizer = tokenizer
         self._windows = support.layer_windows(model)
         self._rotations: list[Rotation] | None = None
@@ -59,20 +65,33 @@ class TransformersEngine:
             self._rotations = layer_rotations(model)
         except UnsupportedModel as error:
             immovable = str(error)
-        self.info = _model_info(model, tokenizer, immovable)
+        self.info = _model_info(model, tokenizer, immovable, self._adapters)
         self._graphs = token_graphs(model, self._read_token, self.new_cache)
+        forward = model.forward
         if self._graphs is not None:
-            model.forward = shortcut(model, self._graphs, self._cache_argument)
-        model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+            forward = shortcut(model, self._graphs, self._cache_argument)
+        model.forward = WatchedForward(model, forward, self._require_adapters)
 
     def new_cache(self) -> KVCache:
-        return KVCache(self._windows, self._rotations)
+        cache = KVCache(self._windows, self._rotations)
+        cache.weights = self._weights
+        return cache
+
+    def _require_adapters(self, cache: KVCache) -> None:
+        """Raise UnsupportedOperation while the model is seen through other adapters than those of the cache."""
+        if cache.weights != (active := self._adapters.active):
+            raise UnsupportedOperation(
+                f"this cache belongs to the model {adapters.described(cache.weights)}, and it is now the model "
+                f"{adapters.described(active)}: set the adapters back, or make a TransformersEngine of the model as "
+                "it is now, and sessions of that"
+            )
 
     @torch.no_grad()
     def forward(
         self, cache: SessionCache, token_ids: Sequence[int], *, num_logits: int = 0, on_query: OnQuery | None = None
     ) -> Tensor:
         cache = _ours(cache)
+        self._require_adapters(cache)
         if len(token_ids) == num_logits == 1 and on_query is None and self._graphs is not None:
             logits = self._graphs.read(cache, token_ids[0])
             if logits is not None:
@@ -138,31 +157,6 @@ class TransformersEngine:
             for layer, sink in zip(layers, sinks, strict=True):
                 layer.query_sink = sink
 
-    def _before_forward(
-        self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Let a watched cache see the tokens first; it may read the beginning of a long prompt itself."""
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
-        if not isinstance(cache, KVCache) or cache.before_forward is None:
-            return None
-        input_ids: Tensor | None = args[0] if args else kwargs.get("input_ids")
-        if input_ids is None:
-            raise UnsupportedOperation("a compacting cache has to see token ids: pass input_ids, not inputs_embeds")
-        if input_ids.shape[0] != 1:
-            raise UnsupportedOperation(
-                f"a batch of {input_ids.shape[0]} sequences (or beams); a cache holds one: use one cache for each"
-            )
-        mask: Tensor | None = kwargs.get("attention_mask")
-        if mask is not None and not mask.all():
-            raise UnsupportedOperation(attention.NO_MASK)
-        num_read = cache.before_forward(input_ids[0].tolist())
-        if num_read == 0:
-            return None
-        kwargs = {**kwargs, "input_ids": input_ids[:, num_read:]}
-        if kwargs.get("position_ids") is not None:
-            kwargs["position_ids"] = kwargs["position_ids"][..., num_read:]
-        return args[1:], kwargs
-
     def encode(self, text: str, *, add_special: bool = False, as_text: bool = False) -> list[int]:
         if as_text:
             return encode_as_text(self.tokenizer, text)
@@ -202,12 +196,14 @@ class TransformersEngine:
             )
 
 
-def _model_info(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, immovable: str | None) -> ModelInfo:
+def _model_info(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, immovable: str | None, adapters: Adapters
+) -> ModelInfo:
     config = model.config.get_text_config(decoder=True)
     sources = (tokenizer.eos_token_id, config.eos_token_id, model.generation_config.eos_token_id)
     return ModelInfo(
         name=str(model.config.name_or_path or type(model).__name__),
-        fingerprint=fingerprint(model),
+        fingerprint=fingerprint(model, through=adapters.active, without=adapters.hidden),
         vocab_size=config.vocab_size,
         window_tokens=config.max_position_embeddings,
         device=model.device,
