@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import sys
 from contextlib import suppress
@@ -40,7 +41,7 @@ from am_memory.display import (
     stats_table,
     status,
 )
-from am_memory.errors import AMMemoryError, SessionNotFound
+from am_memory.errors import AMMemoryError, SessionChanged, SessionNotFound
 from am_memory.memory import Memory
 from am_memory.policy import MemoryPolicy
 from am_memory.sampling import Sampling
@@ -165,14 +166,25 @@ class Chat:
                     self.run_command(line)
                 elif line:
                     self.take_turn(line)
-                    self.session.save()
+                    self.save()
             except KeyboardInterrupt:
                 self.console.print(" [dim](stopped)[/]")
             except AMMemoryError as error:
                 show_error(self.console, error)
         if self.session.tokens:
-            self.session.save()
+            self.save()
             self.console.print(f"[dim]saved; am-memory chat --session {escape(self.session.name)} goes on with it[/]")
+
+    def save(self) -> None:
+        """Save the conversation; where somebody else has saved one of its name meanwhile, under another name."""
+        try:
+            self.session.save()
+        except SessionChanged:
+            name, names = self.session.name, self.memory.names()
+            free = next(free for number in itertools.count(2) if (free := f"{name}-{number}") not in names)
+            self.session = self.session.fork(free)
+            self.session.save()
+            self.console.print(f"[dim]{escape(name)} goes on elsewhere, too: this is {escape(free)} from here on[/]")
 
     def read_line(self) -> str:
         """The next line, after one that shows how full the cache is; "/quit" at the end of the input."""
@@ -212,11 +224,11 @@ class Chat:
             case ["/stats"]:
                 self.console.print(stats_table(self.session))
             case ["/fork", name]:
-                self.session.save()
+                self.save()
                 self.session = self.session.fork(name)
                 self.console.print(f"[dim]now in {escape(name)}; the branch before it stays as it is[/]")
             case ["/save"]:
-                self.session.save()
+                self.save()
                 self.console.print("[dim]saved[/]")
             case _:
                 self.console.print(f"[dim]{COMMANDS}[/]")

@@ -23,7 +23,7 @@ from am_memory.events import (
 )
 from am_memory.layers import LayerState, TailState
 from am_memory.session import Session
-from am_memory.storage import SavedSession
+from am_memory.session_file import SavedSession
 
 STAGES = {
     "repeat": "  repeating the block",

@@ -59,6 +59,10 @@ class ModelMismatch(StorageError):
     """The session was saved with another model."""
 
 
+class SessionChanged(StorageError):
+    """What is saved under the session's name is not what it went on from: saving it would lose what another saved."""
+
+
 class SessionDeleted(StorageError):
     """The session was deleted, and saving it would bring it back."""
 

@@ -24,7 +24,8 @@ from am_memory.policy import MemoryPolicy, trigger_tokens
 from am_memory.rendering import Chat
 from am_memory.sampling import Sampling
 from am_memory.session import Session
-from am_memory.storage import SavedSession, Store
+from am_memory.session_file import SavedSession
+from am_memory.storage import ANY, Store
 from am_memory.watch import watched
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ class Memory:
             saved.messages, saved.message_starts, saved.is_answering, saved.tools, trusts_messages=self.trust_messages
         )
         session = Session(self, context, history)
-        session.metadata = saved.metadata
+        session.metadata, session.saved_version = saved.metadata, saved.version
         return session
 
     def scratch(self, *, policy: MemoryPolicy | None = None, tools: Sequence[Message] = ()) -> Session:
@@ -222,8 +223,9 @@ class Memory:
         return self._new("scratch", policy or self.policy, tools)
 
     def keep(self, session: Session, name: str) -> None:
-        """Keep a session under a name, in place of the one that has it."""
+        """Keep a session under a name, in place of the one that has it; in the store, too, as soon as it is saved."""
         session.rename(name)
+        session.saved_version = ANY
         self._sessions[name] = session
 
     def release(self, name: str) -> None:

@@ -22,8 +22,9 @@ from am_memory.history import History
 from am_memory.policy import MemoryPolicy
 from am_memory.sampling import Sampler, Sampling
 from am_memory.search import Span
+from am_memory.session_file import SavedSession
 from am_memory.slots import Segment
-from am_memory.storage import SavedSession
+from am_memory.storage import ANY
 from am_memory.tokens import TextStream
 
 if TYPE_CHECKING:
@@ -120,6 +121,8 @@ class Session:
         self.engine = context.engine
         self.metadata: dict[str, Any] = {}
         """What the application wants to keep with the session, saved with it: anything that JSON can hold."""
+        self.saved_version: str | None = None
+        """What is saved under its name, as far as it knows (see `Store.save`); nothing else is overwritten."""
         self._is_deleted = False
 
     @property
@@ -159,7 +162,7 @@ class Session:
     def rename(self, name: str) -> None:
         """Give it another name, for events and the store."""
         self._context.name = name
-        self._is_deleted = False
+        self.saved_version, self._is_deleted = None, False
 
     @contextmanager
     def _step(self) -> Iterator[None]:
@@ -514,21 +517,28 @@ class Session:
         self._is_deleted = True
         self.give_up()
 
-    def save(self) -> None:
+    def save(self, *, overwrite: bool = False) -> None:
         """Write the session to the memory's store, whole or not at all.
 
+        Args:
+            overwrite: whatever lies there under its name, although it went on from something else.
+
         Raises:
+            SessionChanged: somebody else has saved a session of this name since this one was read or saved.
             SessionDeleted: it was deleted meanwhile.
             StorageError: the memory has no store, or it cannot be written.
         """
         with self._memory.device:
-            if self._is_deleted:
+            store = self._memory.require_store()
+            if self._is_deleted and not overwrite:
                 raise SessionDeleted(
                     f"session {self.name!r} was deleted, so it is not saved: give it a name with Memory.keep(session, "
-                    "NAME) if it is to stay after all"
+                    "NAME), or save it with overwrite=True, if it is to stay after all"
                 )
-            store = self._memory.require_store()
-            self._context.reading_originals(lambda: store.save(self.name, self.snapshot()))
+            replaces = ANY if overwrite else self.saved_version
+            self.saved_version = self._context.reading_originals(
+                lambda: store.save(self.name, self.snapshot(), replaces=replaces)
+            )
 
     def snapshot(self) -> SavedSession:
         """All that the session is, as it would be saved; by reference, for reading only."""

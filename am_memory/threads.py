@@ -22,7 +22,8 @@ from am_memory.errors import InvalidInput, SessionDeleted, SessionNotFound, Stor
 from am_memory.memory import Memory
 from am_memory.policy import MemoryPolicy
 from am_memory.session import Encoded, Session
-from am_memory.storage import SavedSession
+from am_memory.session_file import SavedSession
+from am_memory.storage import ANY
 from am_memory.tool_calls import prepare
 
 MAX_BYTES = 4 * 2**30
@@ -334,7 +335,9 @@ class Threads:
             self._branches.pop(name, None)
             self._branches[name] = branch
         try:
-            if self.memory.store is not None:
+            if parent is not None and self._is_deleted_elsewhere(parent, branch.thread):
+                self.delete(branch.thread)
+            elif self.memory.store is not None:
                 with suppress(SessionDeleted):  # since it was kept
                     branch.session.save()
             with self._lock:  # only now: a process that ends in between has lost nothing
@@ -343,6 +346,16 @@ class Threads:
         finally:
             with self._lock:
                 self._evict(name)
+
+    def _is_deleted_elsewhere(self, parent: Branch, thread: str) -> bool:
+        """Whether what a branch went on from was saved, and nothing of its thread is any more.
+
+        Another process that only goes on from it saves its own branch before it takes this one away.
+        """
+        store = self.memory.store
+        if store is None or parent.thread != thread or parent.session.saved_version in (None, ANY):
+            return False
+        return not store.exists(parent.session.name) and not self._stored(thread)
 
     def _is_replaced(self, parent: Branch, branch: Branch) -> bool:
         """Whether all that a branch is for can be had of the one that went on from it.

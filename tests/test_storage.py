@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
-from am_memory import Memory, MemoryPolicy, Sampling, Session, storage
+from am_memory import Memory, MemoryPolicy, Sampling, Session, session_file
 from am_memory.cache import CacheState
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CorruptSession, NewerFormat, SessionNotFound, StorageError
@@ -25,8 +25,9 @@ from am_memory.layers import CompactableLayer, SlidingState, TailBuffer, TailSta
 from am_memory.policy import Plan
 from am_memory.quantised import Quantised, cat
 from am_memory.schedule import ScheduledCompaction
+from am_memory.session_file import SavedSession
 from am_memory.slots import Segment, Slots
-from am_memory.storage import SavedSession, Store
+from am_memory.storage import Store
 
 NUM_TOKENS, TAIL_START, CAPACITY = 50, 41, 13
 NAMES = [
@@ -116,9 +117,9 @@ def test_a_loaded_session_is_the_saved_one_to_the_bit(store: Store, dtype: torch
 
 
 def test_a_compaction_that_an_older_version_saved_was_swapped_in_where_it_was_begun() -> None:
-    content = json.loads(json.dumps(storage._Content.model_validate(saved_session()).model_dump()))
+    content = json.loads(json.dumps(session_file._Content.model_validate(saved_session()).model_dump()))
     assert [entry.pop("lag_tokens") for entry in content["schedule"]] == [0, 3]
-    assert [entry.swapped_at for entry in storage._Content.model_validate(content).schedule] == [30, 48]
+    assert [entry.swapped_at for entry in session_file._Content.model_validate(content).schedule] == [30, 48]
 
 
 def test_a_session_that_has_read_nothing_is_saved_as_such(store: Store) -> None:
@@ -460,8 +461,8 @@ def test_contents_that_contradict_each_other_are_refused(
 @pytest.fixture
 def newer_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "FORMAT", 2)
-        patch.setattr(storage, "NEEDS", "7.8.9")
+        patch.setattr(session_file, "FORMAT", 2)
+        patch.setattr(session_file, "NEEDS", "7.8.9")
         Store(str(tmp_path)).save("alice", saved_session())
     return (tmp_path / "alice.safetensors").read_bytes()
 

@@ -39,6 +39,7 @@ LAYERS: tuple[set[str], ...] = (
         "originals",
         "spill",
         "files",
+        "session_file",
         "storage",
         "rendering",
         "turns",

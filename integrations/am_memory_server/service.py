@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from am_memory.errors import StorageError
+from am_memory.errors import SessionChanged, SessionDeleted, StorageError
 from am_memory.events import CompactionFinished, CompactionReport, Event, Listener
 from am_memory.memory import Memory
 from am_memory.session import Session
@@ -69,6 +69,8 @@ class Service:
         """Keep a conversation; one that cannot be saved stays in memory, and the answer is not lost."""
         try:
             keep()
+        except (SessionChanged, SessionDeleted) as error:  # what lies there is somebody's own, or nobody's any more
+            logger.info("%s", error)
         except StorageError as error:
             self.metrics.failed_saves.inc()
             logger.error("a conversation is kept in memory alone: %s", error)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from langchain.agents.middleware import AgentMiddleware, AgentState, ModelRequest, ModelResponse
@@ -21,7 +21,7 @@ from langgraph.types import Command
 from typing_extensions import NotRequired
 
 from am_memory import MemoryPolicy
-from am_memory.errors import CompactionFailed, InvalidInput
+from am_memory.errors import CompactionFailed, InvalidInput, SessionChanged, SessionDeleted
 from langchain_am_memory import threads_of
 from langchain_am_memory.chat_models import ChatAMMemory
 from langchain_am_memory.compactions import listener
@@ -145,7 +145,8 @@ class AMMemoryMiddleware(AgentMiddleware[MemoryState, Any, Any]):
             except CompactionFailed as error:
                 return f"Nothing was compacted: {error}"
             if self._model is not None and self._model.memory.store is not None:
-                session.save()
+                with suppress(SessionChanged, SessionDeleted):  # what lies there says the same, or is to be gone
+                    session.save()
             return (
                 f"Compacted {report.end - report.start} tokens; the cache is now {report.kv_tokens_after:.0f} tokens."
             )
