@@ -56,7 +56,7 @@ class NewerFormat(StorageError):
 
 
 class ModelMismatch(StorageError):
-    """The session was saved with another model."""
+    """The session was saved with another model, another tokenizer or another chat template."""
 
 
 class SessionChanged(StorageError):

@@ -157,6 +157,14 @@ class OriginalsLost:
     reason: str
 
 
+@dataclass(frozen=True)
+class OriginUnknown:
+    """A saved session goes on, and nothing says whether it was saved with the same `parts`: "tokenizer", "model"..."""
+
+    session: str
+    parts: tuple[str, ...]
+
+
 Event = (
     ReadProgress
     | CompactionStarted
@@ -168,6 +176,7 @@ Event = (
     | SpanRecalled
     | SpanPutAway
     | OriginalsLost
+    | OriginUnknown
 )
 Listener = Callable[[Event], None]
 
@@ -202,6 +211,12 @@ def log(event: Event) -> None:
             logger.info("session %r: %d tokens are read again: %s", session, num_tokens, reason)
         case SpanRecalled(session, start, end, kv_tokens):
             logger.info("session %r: tokens %d to %d recalled; cache has %.0f tokens", session, start, end, kv_tokens)
+        case OriginUnknown(session, parts):
+            logger.warning(
+                "session %r does not say with which %s it was saved: it is taken for this model's",
+                session,
+                " and ".join(parts),
+            )
         case OriginalsLost(session, start, end, reason):
             logger.warning("session %r: the originals of tokens %d to %d are lost: %s", session, start, end, reason)
         case SpanPutAway(session, start, end, kv_tokens):

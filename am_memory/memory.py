@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 from am_memory.cache import KVCache
 from am_memory.context import Context
 from am_memory.engines.base import DtypeName, Engine, EngineName, Message, as_dtype
-from am_memory.errors import InvalidInput, ModelMismatch, SessionNotFound, StorageError
-from am_memory.events import Event, Listener, OriginalsLost, ignore, log
+from am_memory.errors import InvalidInput, SessionNotFound, StorageError
+from am_memory.events import Event, Listener, OriginalsLost, OriginUnknown, ignore, log
 from am_memory.history import History
 from am_memory.policy import MemoryPolicy, trigger_tokens
 from am_memory.rendering import Chat
+from am_memory.resuming import check_origin
 from am_memory.sampling import Sampling
 from am_memory.session import Session
 from am_memory.session_file import SavedSession
@@ -169,16 +170,12 @@ class Memory:
         """A session as it lies in the store, for `resume`. Needs no device: another thread may do it meanwhile.
 
         Raises:
-            StorageError: there is none of that name, it cannot be read, or it is another model's.
+            ModelMismatch: it was saved with another model, another tokenizer or, if it has messages, chat template.
+            StorageError: there is none of that name, or it cannot be read.
         """
         originals = (policy or self.policy).originals
         saved = self.require_store().load(name, device=self.engine.info.device, originals=originals)
-        if saved.fingerprint != self.engine.info.fingerprint:
-            raise ModelMismatch(
-                f"session {name!r} was saved with model {saved.fingerprint}, this one is "
-                f"{self.engine.info.fingerprint} ({self.engine.info.name}): load the model that it was saved with, "
-                "or choose another name"
-            )
+        check_origin(name, saved, self.engine.info)
         return saved
 
     def resume(self, name: str, saved: SavedSession, *, policy: MemoryPolicy | None = None) -> Session:
@@ -202,6 +199,8 @@ class Memory:
             saved.num_pinned,
             originals=saved.originals,
         )
+        if unknown := check_origin(name, saved, self.engine.info):
+            self._notify(OriginUnknown(name, unknown))
         for which, reason in saved.lost:
             self._notify(OriginalsLost(name, which.start, which.end, reason))
         for start in saved.recalled:

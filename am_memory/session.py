@@ -545,6 +545,8 @@ class Session:
         context = self._context
         return SavedSession(
             fingerprint=self.engine.info.fingerprint,
+            tokenizer_fingerprint=self.engine.info.tokenizer_fingerprint,
+            template_fingerprint=self.engine.info.template_fingerprint,
             policy=context.policy.model_dump(mode="json"),
             tokens=tuple(context.tokens),
             schedule=tuple(context.schedule),

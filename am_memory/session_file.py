@@ -65,6 +65,8 @@ class SavedSession:
         state: the cache, with nothing recalled.
         originals: the exact entries of compacted tokens, where they are kept.
         recalled: where the segments begin that were exact for the time being.
+        tokenizer_fingerprint: of the tokenizer that the tokens are of; "" where nobody has said so.
+        template_fingerprint: of the chat template that wrote the messages; "" where there was none, or nobody said so.
         version: of the saved file, see `version_of`; "" for what was not loaded.
         left_out: originals that are saved and were not loaded.
         lost: originals that could not be, and why.
@@ -83,6 +85,8 @@ class SavedSession:
     metadata: dict[str, Any] = field(default_factory=dict)
     originals: tuple[Original, ...] = ()
     recalled: tuple[int, ...] = ()
+    tokenizer_fingerprint: str = ""
+    template_fingerprint: str = ""
     version: str = field(default="", compare=False)
     left_out: tuple[SavedOriginal, ...] = field(default=(), compare=False)
     lost: tuple[tuple[SavedOriginal, str], ...] = field(default=(), compare=False)
@@ -113,6 +117,8 @@ class _Content(BaseModel, from_attributes=True):
     metadata: dict[str, Any] = {}
     originals: tuple[SavedOriginal, ...] = ()
     recalled: tuple[int, ...] = ()
+    tokenizer_fingerprint: str = ""
+    template_fingerprint: str = ""
 
 
 def packed(saved: SavedSession) -> bytes:

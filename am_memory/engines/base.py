@@ -64,6 +64,8 @@ class ModelInfo:
         immovable: why what is compact stays at the positions at which it was written, however far behind that gets;
             None: its keys can be turned to others.
         is_reentrant: two threads may read into two caches at once.
+        tokenizer_fingerprint: equal for two tokenizers if tokens of one are those of the other; "": it is not known.
+        template_fingerprint: equal for two chat templates if they write the same; "": there is none, or nobody knows.
     """
 
     name: str
@@ -74,6 +76,8 @@ class ModelInfo:
     eos_token_ids: frozenset[int]
     immovable: str | None = "its engine turns no keys"
     is_reentrant: bool = False
+    tokenizer_fingerprint: str = ""
+    template_fingerprint: str = ""
 
 
 @dataclass(frozen=True)

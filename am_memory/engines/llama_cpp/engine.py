@@ -15,6 +15,7 @@ from llguidance import LLTokenizer
 from torch import Tensor
 
 from am_memory.engines.base import ControlTokens, Message, ModelInfo, OnQuery, SessionCache, Tool
+from am_memory.engines.fingerprints import template_fingerprint
 from am_memory.engines.llama_cpp import support
 from am_memory.engines.llama_cpp.cache import CellCache
 from am_memory.engines.llama_cpp.capture import Attention
@@ -113,6 +114,8 @@ class LlamaCppEngine:
             device=torch.device("cpu"),
             eos_token_ids=self.vocabulary.eos_token_ids,
             immovable=None,
+            tokenizer_fingerprint=self.vocabulary.fingerprint,
+            template_fingerprint=template_fingerprint(self.vocabulary.chat_template, self.vocabulary.ends),
         )
 
     def new_cache(self) -> CellCache:

@@ -11,6 +11,7 @@ from typing import Any
 from llguidance import LLTokenizer
 
 from am_memory.engines.base import Message, Tool
+from am_memory.engines.fingerprints import tokenizer_fingerprint
 from am_memory.engines.llama_cpp.library import library
 from am_memory.engines.templates import render_template
 
@@ -82,11 +83,23 @@ class Vocabulary:
 
     def render(self, messages: Sequence[Message], tools: Sequence[Tool] | None, add_generation_prompt: bool) -> str:
         """The messages as the chat template writes them; there must be one."""
-        special = {
+        return render_template(self.chat_template or "", messages, tools, add_generation_prompt, self.ends)
+
+    @cached_property
+    def ends(self) -> dict[str, str]:
+        """What starts and what ends a text, as chat templates call it."""
+        return {
             "bos_token": self.text_of(self._lib.llama_vocab_bos(self.handle)),
             "eos_token": self.text_of(self._lib.llama_vocab_eos(self.handle)),
         }
-        return render_template(self.chat_template or "", messages, tools, add_generation_prompt, special)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all tokens, and of what texts become."""
+        lib, handle = self._lib, self.handle
+        get_score, get_attribute = lib.llama_vocab_get_score, lib.llama_vocab_get_attr
+        tokens = ((self.text_of(id), get_score(handle, id), int(get_attribute(handle, id))) for id in range(len(self)))
+        return tokenizer_fingerprint(tokens, lambda text, add_special: self.encode(text, add_special=add_special))
 
     def grammar_tokenizer(self) -> LLTokenizer:
         """For grammars: the tokens as bytes, and what ends a turn."""

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from am_memory.cache import KVCache
 from am_memory.engines.base import ControlTokens, Message, ModelInfo, OnQuery, SessionCache, Tool
+from am_memory.engines.fingerprints import of_template, of_tokenizer
 from am_memory.engines.templates import control_tokens, template_errors
 from am_memory.engines.transformers import adapters, attention, support
 from am_memory.engines.transformers.adapters import Adapters, unwrapped
@@ -210,6 +211,8 @@ def _model_info(
         eos_token_ids=frozenset(id for ids in sources for id in _as_list(ids)),
         immovable=immovable,
         is_reentrant=not length_dependent_kinds(model),
+        tokenizer_fingerprint=of_tokenizer(tokenizer),
+        template_fingerprint=of_template(tokenizer),
     )
 
 
