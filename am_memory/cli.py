@@ -213,7 +213,8 @@ class Chat:
             self.console.print()
         except BaseException:
             if not is_answered:
-                self.session.rewind(num_tokens)
+                with self.bars.showing():  # where the message brought about a compaction, much is read again
+                    self.session.rewind(num_tokens)
             raise
 
     def run_command(self, line: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TypeVar
 
 from torch import Tensor, cat
@@ -47,15 +46,17 @@ from am_memory.order import Made, Order
 from am_memory.originals import Original, between
 from am_memory.policy import SINK_TOKENS, MemoryPolicy, Plan, Sizes, most_at_once, plan, trigger_tokens
 from am_memory.queries import LiveQueries
+from am_memory.rebuild import rebuilt
 from am_memory.recall import Recalled, at_rest, brought_back, put_away
-from am_memory.schedule import ScheduledCompaction
+from am_memory.schedule import ScheduledCompaction, ScheduledRecall, under
 from am_memory.search import Span, search
 from am_memory.slots import Segment
 
 T = TypeVar("T")
 
-Weights = Callable[[int, int], Sequence[float] | None]
-"""How much it counts that the tokens from one position to another can be repeated; None: all alike."""
+Weights = Callable[[float, int, int], Sequence[float] | None]
+"""How much it counts that the tokens from one position to another can be repeated, with a policy's
+`tool_result_weight`; None: all alike."""
 
 
 @dataclass
@@ -83,7 +84,7 @@ class Context:
     tokens: list[int] = field(default_factory=list)
     schedule: list[ScheduledCompaction] = field(default_factory=list)
     num_pinned: int = SINK_TOKENS
-    weights: Weights = lambda start, end: None
+    weights: Weights = lambda tool_result_weight, start, end: None
     originals: tuple[Original, ...] = ()
     recalled: tuple[Recalled, ...] = ()
     pending: Pending | None = None
@@ -177,16 +178,20 @@ class Context:
             How many tokens may be read now, at most `num_tokens`.
         """
         if self.pending is not None:
-            self.pending.relay(self._progress)
+            self.pending.relay(self.progress)
         while self.cache.kv_tokens + at_once > (due := self.begins_at if self.pending is None else self.trigger):
             if self.recalled:
                 self._put_away_oldest()
             elif self.pending is None and self.policy.ahead_tokens:
-                planned = plan(self.policy, self.sizes, self.trigger, None, self._boundary)
-                self.pending = Pending(self._order(planned, self.cache.fork()))
+                self.begin()
             else:
                 self.compact()
         return min(num_tokens, int(due - self.cache.kv_tokens))
+
+    def begin(self) -> None:
+        """Begin a compaction, to be swapped in at the trigger."""
+        planned = plan(self.policy, self.sizes, self.trigger, None, self._boundary)
+        self.pending = Pending(self.order(planned, self.cache.fork()))
 
     @property
     def chunk_tokens(self) -> int:
@@ -258,9 +263,9 @@ class Context:
         while self.recalled:
             self._put_away_oldest()
         if self.pending is not None and fraction is None:
-            return self._swap_in(self.pending.result(self._progress))
+            return self.swap_in(self.pending.result(self.progress))
         planned = plan(self.policy, self.sizes, self.trigger, fraction, self._boundary)
-        return self._swap_in(self._order(planned, self.cache).make(self._progress))
+        return self.swap_in(self.order(planned, self.cache).make(self.progress))
 
     def _boundary(self, earliest: int, latest: int) -> int:
         """Where a block should end, which may be behind all that has been said."""
@@ -268,30 +273,35 @@ class Context:
             return latest
         return best_boundary(self.engine, self.tokens, earliest, latest)
 
-    def _progress(self, stage: str, done: int, total: int) -> None:
+    def progress(self, stage: str, done: int, total: int) -> None:
         self.notify(CompactionProgress(self.name, stage, done, total))
 
-    def _order(self, plan: Plan, cache: SessionCache, made: ScheduledCompaction | None = None) -> Order:
+    def order(self, plan: Plan, cache: SessionCache, made: ScheduledCompaction | None = None) -> Order:
         """Say that a planned compaction begins, on this cache or a branch of it; it is `made` again, or new."""
-        segment = plan.newest
+        segment, policy, calibration, live_start = plan.newest, self.policy, self._calibration, 0
+        if made is not None:
+            live_start = made.live_start
+            if made.policy is not None:
+                policy, calibration = made.policy, calibration_for(made.policy.head_budget, self.engine.info)
         self.notify(CompactionStarted(self.name, segment.start, segment.end, cache.kv_tokens))
         start = max(segment.start, cache.num_tokens - cache.num_tail_tokens)
         return Order(
             engine=self.engine,
-            policy=self.policy,
+            policy=policy,
             cache=cache,
             tokens=self.tokens[: segment.end],
             plan=plan,
             start=start,
             num_pinned=self.num_pinned,
             trigger=self.trigger,
-            weights=self.weights(start, segment.end),
-            live=self.live and self.live.copy(),
-            calibration=self._calibration,
+            place=self.policy.originals,
+            weights=self.weights(policy.tool_result_weight, start, segment.end),
+            live=self.live.since(live_start) if self.live and "live" in policy.reference_queries else None,
+            calibration=calibration,
             made=made,
         )
 
-    def _swap_in(self, made: Made) -> CompactionReport:
+    def swap_in(self, made: Made) -> CompactionReport:
         """Put a compaction in its place; the cache may have read on since it was begun."""
         cache, result, segment = self.cache, made.result, made.result.plan.newest
         kv_tokens, kv_bytes = cache.kv_tokens, cache.nbytes
@@ -352,21 +362,49 @@ class Context:
         while True:
             wanted = [segment for segment in self.cache.segments if segment.start < end and segment.end > start]
             held = [each for each in self.recalled if each.segment in wanted]
-            self.recalled = (*(each for each in self.recalled if each not in held), *held)
+            for each in held:
+                self.page(each.segment.start, is_exact=True)
             missing = [segment for segment in wanted if segment not in [each.segment for each in held]]
             if not missing or self._have_room_for(missing):
                 break
             self._make_room_to_recall(wanted, others=len(self.recalled) > len(held))
         for segment in missing:
-            self.reading_originals(partial(self._bring_back, segment))
+            self.page(segment.start, is_exact=True)
         return wanted
 
     def recall_again(self, start: int) -> None:
-        """Bring back the segment that begins at `start`, where its originals are still there and it still fits."""
-        for segment in self.cache.segments:
-            if segment.start == start and self._have_room_for([segment]):
-                with suppress(InvalidInput):
-                    self.reading_originals(partial(self._bring_back, segment))
+        """Go on with a recall that a saved session had; where originals or room are lacking, it has ended here."""
+        segment = next((segment for segment in self.cache.segments if segment.start == start), None)
+        if segment is None:
+            return
+        if self._have_room_for([segment]):
+            with suppress(InvalidInput):
+                self._bring_back(segment)
+                return
+        self._note(start, is_exact=False)
+
+    def page(self, start: int, *, is_exact: bool) -> None:
+        """Have the segment that begins at `start` exact, as the one recalled last, or compact again.
+
+        Raises:
+            InvalidInput: there are no originals of it.
+        """
+        held = next((each for each in self.recalled if each.segment.start == start), None)
+        if not is_exact and held is not None:
+            self.cache.restore(put_away(self.transformers_cache.state(), held))
+            self.notify(SpanPutAway(self.name, held.segment.start, held.segment.end, self.cache.kv_tokens))
+        elif held is None:
+            self._bring_back(next(segment for segment in self.cache.segments if segment.start == start))
+            held = self.recalled[-1]
+        others = tuple(each for each in self.recalled if each is not held)
+        self.recalled = (*others, held) if is_exact else others
+        self._note(start, is_exact=is_exact)
+
+    def _note(self, start: int, *, is_exact: bool) -> None:
+        """In the schedule: what is read from now on sees the segment so."""
+        *before, last = self.schedule
+        recall = ScheduledRecall(self.cache.num_tokens, start, is_exact)
+        self.schedule = [*before, replace(last, recalls=(*last.recalls, recall))]
 
     def _have_room_for(self, segments: Sequence[Segment]) -> bool:
         """Whether these compact segments fit below where a compaction begins when they are exact."""
@@ -405,7 +443,7 @@ class Context:
         )
 
     def _bring_back(self, segment: Segment) -> None:
-        entries = between(self.originals, segment.start, segment.end)
+        entries = self.reading_originals(lambda: between(self.originals, segment.start, segment.end))
         if entries is None:
             raise InvalidInput(
                 f"tokens {segment.start} to {segment.end} cannot be recalled: their originals were not kept when they "
@@ -420,10 +458,7 @@ class Context:
 
     def _put_away_oldest(self) -> None:
         """Of what is recalled."""
-        oldest, *others = self.recalled
-        self.cache.restore(put_away(self.transformers_cache.state(), oldest))
-        self.recalled = tuple(others)
-        self.notify(SpanPutAway(self.name, oldest.segment.start, oldest.segment.end, self.cache.kv_tokens))
+        self.page(self.recalled[0].segment.start, is_exact=False)
 
     @property
     def state_at_rest(self) -> Snapshot:
@@ -441,22 +476,32 @@ class Context:
         return sum(original.nbytes for original in self.originals) + sum(each.nbytes for each in self.recalled)
 
     def rewind(self, num_tokens: int) -> None:
-        """Forget all but the first `num_tokens` tokens; rebuild where a forgotten one is in a segment."""
-        if self.can_truncate(num_tokens):
-            num_cached = self._num_cached(num_tokens)
-            self.cache.truncate(num_cached)
-            # A compaction that came later stays; a rebuild must find it before the tokens that are now to come.
-            self.schedule = [made.within(num_cached) for made in self.schedule]
-            self.tokens = self.tokens[:num_tokens]
-            self.went_back()
-        else:
-            self.rebuild(num_tokens, "the tokens to forget are compacted, or in a sliding window")
+        """Forget all but the first `num_tokens` tokens; rebuild where a segment holds, or was fitted to, others."""
+        if not self.can_truncate(num_tokens):
+            seen = "a compaction has seen the tokens to forget"
+            lost = "the tokens to forget are compacted, or in a sliding window"
+            self.rebuild(num_tokens, seen if self._was_seen_after(num_tokens) else lost)
+            return
+        num_cached = self._num_cached(num_tokens)
+        self.cache.truncate(num_cached)
+        # What came later and saw none of them stays; a rebuild must find it before the tokens that are now to come.
+        self.schedule = [made.within(num_cached) for made in self.schedule]
+        self.tokens = self.tokens[:num_tokens]
+        self.went_back()
 
     def can_truncate(self, num_tokens: int) -> bool:
-        """Whether all tokens after the first `num_tokens` are exact and can be dropped."""
+        """Whether all tokens after the first `num_tokens` are exact and can be dropped, and no compaction saw them."""
         num_cached = self._num_cached(num_tokens)
         is_exact = num_cached >= self.cache.num_tokens - self.cache.num_tail_tokens
-        return num_cached == self.cache.num_tokens or (is_exact and self.cache.is_croppable)
+        is_cut = num_cached == self.cache.num_tokens or (is_exact and self.cache.is_croppable)
+        return is_cut and not self._was_seen_after(num_tokens)
+
+    def _was_seen_after(self, num_tokens: int) -> bool:
+        """Whether a compaction was made when there were more than the first `num_tokens` tokens.
+
+        Its queries were asked from behind them all, so that of fewer tokens another one would be made.
+        """
+        return any(made.at_tokens > self._num_cached(num_tokens) for made in self.schedule[-1:])
 
     def compacted_after(self, num_tokens: int) -> bool:
         """Whether a compaction was swapped in when there were more than the first `num_tokens` tokens."""
@@ -467,38 +512,21 @@ class Context:
         return max(min(self.cache.num_tokens, num_tokens - 1), 0)
 
     def rebuild(self, num_tokens: int, reason: str) -> None:
-        """Read the first `num_tokens` tokens again, with the compactions that were made among them."""
+        """Read the first `num_tokens` tokens again, as far as they were read, with all that was done among them."""
         self.notify(SessionRebuilt(self.name, num_tokens, reason))
-        fresh = Context(
-            self.name,
-            self.engine,
-            self.policy,
-            self.notify,
-            self.engine.new_cache(),
-            self.tokens[:num_tokens],
-            num_pinned=self.num_pinned,
-            weights=self.weights,
-        )
-        with fresh.transaction():
-            for entry in self.schedule:
-                if entry.swapped_at > num_tokens - 1:
-                    break
-                fresh._replay(entry)
-            fresh.read(num_tokens - 1)
+        fresh = rebuilt(self, num_tokens, self._num_cached(num_tokens))
         self.cache.restore(fresh.cache.state())
-        self.tokens, self.schedule, self.live = fresh.tokens, fresh.schedule, fresh.live
-        self.originals, self.recalled, self.pending = fresh.originals, (), fresh.pending
+        self.tokens, self.schedule, self.originals = fresh.tokens, fresh.schedule, fresh.originals
+        self.recalled, self.pending = fresh.recalled, fresh.pending
+        self.live = fresh.live if self.live is not None else None
 
-    def _replay(self, entry: ScheduledCompaction) -> None:
-        self._read_as_it_is(entry.at_tokens)
-        made = self._order(entry.plan, self.cache, entry).make(self._progress)
-        self._read_as_it_is(entry.swapped_at)
-        self._swap_in(made)
-
-    def _read_as_it_is(self, end: int) -> None:
-        """Bring the first `end` tokens into the cache, whatever the trigger says."""
-        while (done := self.cache.num_tokens) < end:
-            self.forward(self.tokens[done : min(end, done + self.chunk_tokens)])
+    def emptied(self, num_tokens: int) -> Context:
+        """Another context of the first `num_tokens` tokens, of which nothing is read."""
+        cache, tokens = self.engine.new_cache(), self.tokens[:num_tokens]
+        pinned, weights = self.num_pinned, self.weights
+        return Context(
+            self.name, self.engine, self.policy, self.notify, cache, tokens, num_pinned=pinned, weights=weights
+        )
 
     def fork(self, name: str, policy: MemoryPolicy | None = None) -> Context:
         """The same context under another name; memory is shared until the two differ."""
@@ -511,7 +539,7 @@ class Context:
             policy=policy or self.policy,
             cache=self.cache.fork(),
             tokens=list(self.tokens),
-            schedule=list(self.schedule),
+            schedule=list(self.schedule) if is_same else under(self.policy, self.schedule),
             pending=self.pending if is_same else None,
         )
         if self.live is not None and branch.live is not None:

@@ -24,6 +24,7 @@ from am_memory.policy import MemoryPolicy, trigger_tokens
 from am_memory.rendering import Chat
 from am_memory.resuming import check_origin
 from am_memory.sampling import Sampling
+from am_memory.schedule import as_policy, under
 from am_memory.session import Session
 from am_memory.session_file import SavedSession
 from am_memory.storage import ANY, Store
@@ -188,6 +189,8 @@ class Memory:
     def _resumed(self, name: str, saved: SavedSession, policy: MemoryPolicy) -> Session:
         cache = self.engine.new_cache()
         cache.restore(saved.state)
+        is_same = saved.policy == policy.model_dump(mode="json")
+        schedule = list(saved.schedule) if is_same else under(as_policy(saved.policy), saved.schedule)
         context = Context(
             name,
             self.engine,
@@ -195,7 +198,7 @@ class Memory:
             self._notify,
             cache,
             list(saved.tokens),
-            list(saved.schedule),
+            schedule,
             saved.num_pinned,
             originals=saved.originals,
         )

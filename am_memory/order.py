@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from am_memory.budgets import Calibration
 from am_memory.cache import KVCache
@@ -51,6 +51,7 @@ class Order:
         start: of the block's exact tokens, which end where the plan's newest segment does.
         num_pinned: tokens at the start that stay exact.
         trigger: the physical size that fires a compaction.
+        place: where the block's exact entries are kept.
         weights: how much it counts that each of the block's tokens can be repeated; None: all alike.
         live: the queries that passed, where the policy wants them.
         calibration: of the model, where the policy's `head_budget` asks for one.
@@ -65,6 +66,7 @@ class Order:
     start: int
     num_pinned: int
     trigger: int
+    place: Literal["drop", "host", "disk"]
     weights: Sequence[float] | None
     live: LiveQueries | None
     calibration: Calibration | None
@@ -88,6 +90,15 @@ class Order:
         query_seconds = time.perf_counter() - started - result.score_seconds - result.fit_seconds
         return Made(result, replace(entry, plan=result.plan), self._original(), query_seconds)
 
+    @property
+    def entry(self) -> ScheduledCompaction:
+        """As far as it is known before it is made."""
+        if self.made is not None:
+            return replace(self.made, lag_tokens=0, recalls=())
+        at_tokens = self.cache.num_tokens
+        live_start = self.live.start if self.live is not None else 0
+        return ScheduledCompaction(at_tokens, self.plan, live_start=at_tokens if live_start is None else live_start)
+
     def _prepared(self, sources: QuerySources) -> tuple[Passage, ScheduledCompaction]:
         """What is compacted, the block or a summary in its place; what was planned and written."""
         cache, plan, policy, made, weights = self.cache, self.plan, self.policy, self.made, self.weights
@@ -106,7 +117,7 @@ class Order:
             start, weights = end - len(summary.answer), None
             tokens = [*tokens[:start], *summary.answer]
         passage = Passage(cache, tokens, start, end, weights, conversations)
-        return passage, ScheduledCompaction(cache.num_tokens, plan, conversations, summary)
+        return passage, replace(self.entry, plan=plan, conversations=conversations, summary=summary)
 
     def _at_once(self, passage: Passage, plan: Plan, sources: QuerySources) -> Compaction:
         """With all queries at hand; a plan that was made before gets no more slots."""
@@ -124,7 +135,7 @@ class Order:
         )
 
     def _original(self) -> Original | None:
-        if self.policy.originals == "drop":
+        if self.place == "drop":
             return None
         block = self.start, self.plan.newest.end
-        return keep(*block, (layer.exact_entries(*block) for layer in self.cache.compactable), self.policy.originals)
+        return keep(*block, (layer.exact_entries(*block) for layer in self.cache.compactable), self.place)

@@ -9,7 +9,6 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
@@ -152,7 +151,7 @@ class Session:
     def _history(self, history: History) -> None:
         # The context gets what it needs of it, and not the session: a cycle would keep a cache that nobody uses.
         self._told = history
-        self._context.weights = partial(history.weights, self._context.policy.tool_result_weight)
+        self._context.weights = history.weights
 
     @property
     def chunk_tokens(self) -> int:
@@ -430,7 +429,8 @@ class Session:
 
         Whole segments come back, in all layers and heads, until a compaction or the trigger needs their room: then they
         go back to the slots that they had, the one recalled first before the others. Room for them is made by
-        compacting what is exact, if there is none. A session that is rebuilt has nothing recalled.
+        compacting what is exact, if there is none. What is read meanwhile sees them exact, so that a rebuild recalls
+        them where they were recalled.
 
         Args:
             span: from one token to another, the second not included; one of `segments`; or what `search` found.
@@ -464,8 +464,10 @@ class Session:
     def rewind(self, num_tokens: int) -> None:
         """Forget all but the first `num_tokens` tokens of the conversation.
 
-        Exact tokens are simply dropped; where a forgotten token lies in a compacted span, the rest is read again, with
-        the compactions that it had seen by then.
+        Exact tokens are simply dropped. Where a forgotten token lies in a compacted span, or a compaction has seen it
+        (its queries are asked from behind all that was read), the rest is read again, with the compactions that were
+        made by then: no trace is left of what is forgotten. That takes as long as reading it all did; `can_rewind` says
+        where it is not so, and a fork made before goes back at once.
 
         Raises:
             InvalidInput: fewer than 0 tokens, or more than there are.
@@ -484,8 +486,8 @@ class Session:
     def can_rewind(self, num_tokens: int) -> bool:
         """Whether `rewind(num_tokens)` reads nothing again, and leaves what reading just these tokens would leave.
 
-        It also reads nothing again where a compaction that covers none of the forgotten tokens was made after they had
-        come; but then that compaction stays, although it would not have been due yet.
+        It also reads nothing again where a compaction was begun before they came and swapped in behind them
+        (`ahead_tokens`); but then that compaction stays swapped in.
         """
         is_within = 0 <= num_tokens <= len(self._context.tokens)
         return is_within and self._context.can_truncate(num_tokens) and not self._context.compacted_after(num_tokens)

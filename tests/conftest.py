@@ -132,8 +132,7 @@ def engine(tiny_model: PreTrainedModel, byte_tokenizer: PreTrainedTokenizerBase)
     return TransformersEngine(tiny_model, byte_tokenizer)
 
 
-@pytest.fixture(scope="session")
-def byte_tokenizer() -> PreTrainedTokenizerBase:
+def tokenizer_of_bytes() -> PreTrainedTokenizerBase:
     """One token per UTF-8 byte (id = byte), ChatML's two marks and a padding token: a character may span tokens."""
     vocab = {character: byte for byte, character in bytes_to_unicode().items()}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -149,6 +148,12 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
         clean_up_tokenization_spaces=False,
         model_max_length=4096,
     )
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """`tokenizer_of_bytes`, shared by the whole session."""
+    return tokenizer_of_bytes()
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CompactionFailed, InvalidPolicy
 from am_memory.events import CompactionFinished, CompactionProgress, CompactionStarted, Event, ignore
 from am_memory.order import Made, Order
+from am_memory.rebuild import read_as_it_is
 
 POLICY = MemoryPolicy(
     trigger_tokens=96,
@@ -169,10 +170,10 @@ def test_tokens_are_those_of_one_that_is_made_at_once_and_swapped_in_as_late(
     once = new_context(policy, ahead_tokens=0)
     once.tokens = list(context.tokens)
     for entry in context.schedule:  # in this thread, on the cache itself
-        once._read_as_it_is(entry.at_tokens)
-        made = once._order(entry.plan, once.cache, entry).make(once._progress)
-        once._read_as_it_is(entry.swapped_at)
-        once._swap_in(made)
+        read_as_it_is(once, entry.at_tokens)
+        made = once.order(entry.plan, once.cache, entry).make(once.progress)
+        read_as_it_is(once, entry.swapped_at)
+        once.swap_in(made)
     assert once.schedule == context.schedule
     torch.testing.assert_close(once.next_logits(), context.next_logits(), rtol=0, atol=1e-3)
 

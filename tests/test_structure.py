@@ -60,7 +60,7 @@ LAYERS: tuple[set[str], ...] = (
         "capabilities",
         "resuming",
     },
-    {"memory", "context", "session", "watch"},
+    {"memory", "context", "rebuild", "session", "watch"},
     {"asked", "threads", "texts"},
     {"chat"},
     {"cli", "demo", "display"},

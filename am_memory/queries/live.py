@@ -56,6 +56,18 @@ class LiveQueries:
         twin._passes.update({index: list(passes) for index, passes in self._passes.items()})
         return twin
 
+    def since(self, position: int) -> LiveQueries:
+        """Those of the tokens at `position` and later, for whoever is to know of no others."""
+        twin = self.copy()
+        for index, passes in twin._passes.items():
+            twin._passes[index] = [each.cut(position, each.end) for each in passes if each.end > position]
+        return twin
+
+    @property
+    def start(self) -> int | None:
+        """The position of the first token whose queries are kept; None where there are none."""
+        return min((passes[0].start for passes in self._passes.values() if passes), default=None)
+
     def seek(self, num_tokens: int) -> None:
         """The next token read is at logical position `num_tokens`; queries of later ones are forgotten."""
         for index, passes in self._passes.items():
@@ -67,7 +79,7 @@ class LiveQueries:
         new = _Pass(self._num_tokens[index], query.detach(), log_mass.detach())
         oldest = new.end - self.max_tokens
         self._num_tokens[index] = new.end
-        kept = [each for each in self._passes[index] if each.end > oldest]
+        kept = [each.cut(oldest, each.end) for each in self._passes[index] if each.end > oldest]
         self._passes[index] = [*kept, new.cut(oldest, new.end)]
 
     def after(self, position: int) -> list[ReferenceQueries]:
