@@ -20,6 +20,7 @@ from am_memory.session import TokenLogprob
 from am_memory_server import schemas, sse
 from am_memory_server.access import Owner
 from am_memory_server.errors import ApiError
+from am_memory_server.json_bodies import JSONRoute
 from am_memory_server.memory_view import view
 from am_memory_server.scheduler import Path, Post, Steps
 from am_memory_server.service import Compactions, Service, report_dict
@@ -28,7 +29,7 @@ CONVERSATION_HEADERS = ("x-conversation-id", "x-openwebui-chat-id")
 STATS_EVERY = 8
 """Tokens between two looks at the memory's size."""
 
-router = APIRouter()
+router = APIRouter(route_class=JSONRoute)
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from am_memory_server import schemas, sse
 from am_memory_server.access import Owner
 from am_memory_server.chat_completions import check_max_tokens, require_model, sampling_of
 from am_memory_server.errors import ApiError
+from am_memory_server.json_bodies import JSONRoute
 from am_memory_server.scheduler import Post, Steps
 from am_memory_server.service import Service
 
-router = APIRouter()
+router = APIRouter(route_class=JSONRoute)
 
 
 @dataclass

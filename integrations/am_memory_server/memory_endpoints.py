@@ -13,10 +13,11 @@ from am_memory.threads import Branch
 from am_memory_server.access import Owner
 from am_memory_server.chat_completions import checked_name, thread_of
 from am_memory_server.errors import ApiError
+from am_memory_server.json_bodies import JSONRoute
 from am_memory_server.memory_view import CompactionView, MemoryView, view
 from am_memory_server.service import Compactions, Service, last_used, report_dict
 
-router = APIRouter(prefix="/v1/memory/sessions", tags=["Memory"])
+router = APIRouter(route_class=JSONRoute, prefix="/v1/memory/sessions", tags=["Memory"])
 
 
 class SessionEntry(BaseModel):
