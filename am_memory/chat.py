@@ -17,7 +17,7 @@ from am_memory.errors import InvalidInput
 from am_memory.policy import MemoryPolicy
 from am_memory.sampling import Sampling
 from am_memory.session import Piece, Session, TokenLogprob
-from am_memory.threads import Threads, Turn
+from am_memory.threads import Found, Threads, Turn
 from am_memory.tool_calls import (
     InvalidCall,
     ParsedCall,
@@ -130,6 +130,7 @@ class ChatAnswer:
         self.finish_reason: FinishReason | None = None
         self.num_tokens = 0
         self._threads = threads
+        self._found: Found | None = None
         self._turn: Turn | None = None
         self._format = None if request.tool_choice == "none" else format
         if self._format is not None:
@@ -146,11 +147,29 @@ class ChatAnswer:
             PromptTooLong: what the policy pins leaves no room for anything else.
             CompactionFailed: a compaction on the way failed.
         """
+        if self._turn is None:
+            self.find()
+            self.start()
+            self.encode()
+        yield from self.turn.read()
+
+    # What `read` does first, in parts: those that need no device may be done by another thread while sessions go on
+
+    def find(self) -> None:
+        """Look at the conversation, and get from the store what it may go on from. Needs no device."""
         request = self.request
-        self._turn = self._threads.begin(
+        self._found = self._threads.find(
             request.messages, request.tools, thread=request.thread, owner=request.owner, policy=request.policy
         )
-        yield from self._turn.read()
+
+    def start(self) -> None:
+        """Go on from what is known of the conversation."""
+        assert self._found is not None, "find() comes first"
+        self._turn, self._found = self._threads.start(self._found), None
+
+    def encode(self) -> None:
+        """What has still to be read, as tokens. Needs no device, and may take long."""
+        self.turn.encode()
 
     @property
     def turn(self) -> Turn:
