@@ -55,9 +55,14 @@ def _only_text(content: Any) -> Any:
 Text = Annotated[str, BeforeValidator(_only_text)]
 
 
+def _as_written(arguments: Any) -> Any:
+    """Arguments are a text, whatever it says; some programs send the value itself."""
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
 class FunctionCall(_Part):
     name: Annotated[str, Field(min_length=1)]
-    arguments: str = "{}"
+    arguments: Annotated[str, BeforeValidator(_as_written)] = "{}"
 
 
 class MessageToolCall(_Part):
@@ -105,7 +110,7 @@ class Tool(_Part):
     function: Function
 
     def as_tool(self) -> dict[str, Any]:
-        return {"type": "function", "function": self.function.model_dump(exclude_none=True, exclude={"strict"})}
+        return {"type": "function", "function": self.function.model_dump(exclude_none=True)}
 
 
 class NamedFunction(_Part):
