@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 
 from am_memory.cli_calibrate import calibrate
 from am_memory.cli_options import (
+    POLICY_OPTIONS,
     Compile,
     Device,
     Dtype,
@@ -28,6 +29,7 @@ from am_memory.cli_options import (
     RunBy,
     TriggerTokens,
     TrustMessages,
+    is_given,
     policy_of,
 )
 from am_memory.cli_serve import serve
@@ -103,6 +105,7 @@ def demo(
 
 @app.command()
 def chat(  # noqa: PLR0913, PLR0917  what can be set
+    context: typer.Context,
     model: Model = "demo",
     engine: RunBy = "transformers",
     trigger_tokens: TriggerTokens = 2048,
@@ -134,6 +137,7 @@ def chat(  # noqa: PLR0913, PLR0917  what can be set
             on_event=bars,
             trust_messages=trust_messages,
         )
+        memory.has_default_policy = not any(is_given(context, option) for option in POLICY_OPTIONS)
         conversation = memory.session(session)
         if system is not None and not conversation.tokens:
             conversation.append([{"role": "system", "content": system}])
@@ -188,7 +192,7 @@ class Chat:
 
     def read_line(self) -> str:
         """The next line, after one that shows how full the cache is; "/quit" at the end of the input."""
-        self.console.print(status(self.session, self.memory.trigger_tokens), soft_wrap=True)
+        self.console.print(status(self.session), soft_wrap=True)
         try:
             line = input("> ").strip()
         except EOFError:

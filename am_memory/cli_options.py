@@ -33,6 +33,15 @@ Pinned = Annotated[
 ]
 
 
+POLICY_OPTIONS = ("trigger_tokens", "keep_ratio", "pinned")
+
+
+def is_given(context: typer.Context, option: str) -> bool:
+    """Whether the user has given an option, and not left it at its default."""
+    source = context.get_parameter_source(option)
+    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
+
+
 def policy_of(trigger_tokens: int, keep_ratio: float, pinned: str) -> MemoryPolicy:
     """The policy that these options come to.
 

@@ -298,7 +298,7 @@ def read_letters(
         with bars.showing():
             session.append(letter.messages)
         ends.append(len(session.tokens))
-        console.print(status(session, trigger_tokens), soft_wrap=True)
+        console.print(status(session), soft_wrap=True)
     console.print(f"[dim]{ends[-1]:,} tokens read in {time.perf_counter() - started:.0f} s[/]\n")
     return ends
 

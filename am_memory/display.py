@@ -17,6 +17,8 @@ from am_memory.events import (
     CompactionReport,
     Event,
     GateMissed,
+    OriginalsLost,
+    PolicyChanged,
     ReadProgress,
     SessionRebuilt,
     WindowExceeded,
@@ -98,8 +100,10 @@ class EventBars:
             case GateMissed(_, start, end, held_out_error, max_error):
                 error = f"an error of {held_out_error:.2f} is above the {max_error:g} of max_error"
                 self._warn(f"tokens {start:,}-{end:,}: {error}, and there was no room for more slots")
-            case WindowExceeded():
+            case WindowExceeded() | PolicyChanged():
                 self._warn(str(event))
+            case OriginalsLost(_, start, end, reason):
+                self._warn(f"the originals of tokens {start:,}-{end:,} are lost: {reason}")
             case SessionRebuilt(_, num_tokens, reason):
                 self._warn(f"reading {num_tokens:,} tokens again: {reason}")
 
@@ -120,9 +124,10 @@ def megabytes(num_bytes: float) -> str:
     return f"{num_bytes / MIB:.1f} MiB"
 
 
-def status(session: Session, trigger_tokens: int) -> Text:
+def status(session: Session) -> Text:
     """The live line: physical tokens against the trigger, logical ones, bytes, compactions."""
     stats = session.stats
+    trigger_tokens = session.trigger_tokens
     full = min(round(BAR_CELLS * stats.kv_tokens / trigger_tokens), BAR_CELLS)
     times = "1 compaction" if stats.num_compactions == 1 else f"{stats.num_compactions} compactions"
     return Text.from_markup(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 logger = logging.getLogger("am_memory")
 
@@ -165,6 +166,26 @@ class OriginUnknown:
     parts: tuple[str, ...]
 
 
+class PolicyChange(NamedTuple):
+    """A field of a policy, as JSON has it."""
+
+    field: str
+    before: object
+    now: object
+
+
+@dataclass(frozen=True)
+class PolicyChanged:
+    """A saved session goes on under another policy than it was saved with, as the memory was given one."""
+
+    session: str
+    changes: tuple[PolicyChange, ...]
+
+    def __str__(self) -> str:
+        told = ", ".join(f"{field} {now!r} instead of {before!r}" for field, before, now in self.changes)
+        return f"session {self.session!r} goes on under another policy than it was saved with: {told}"
+
+
 Event = (
     ReadProgress
     | CompactionStarted
@@ -177,6 +198,7 @@ Event = (
     | SpanPutAway
     | OriginalsLost
     | OriginUnknown
+    | PolicyChanged
 )
 Listener = Callable[[Event], None]
 
@@ -211,6 +233,8 @@ def log(event: Event) -> None:
             logger.info("session %r: %d tokens are read again: %s", session, num_tokens, reason)
         case SpanRecalled(session, start, end, kv_tokens):
             logger.info("session %r: tokens %d to %d recalled; cache has %.0f tokens", session, start, end, kv_tokens)
+        case PolicyChanged():
+            logger.warning("%s", event)
         case OriginUnknown(session, parts):
             logger.warning(
                 "session %r does not say with which %s it was saved: it is taken for this model's",

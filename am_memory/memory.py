@@ -18,11 +18,11 @@ from am_memory.cache import KVCache
 from am_memory.context import Context
 from am_memory.engines.base import DtypeName, Engine, EngineName, Message, as_dtype
 from am_memory.errors import InvalidInput, SessionNotFound, StorageError
-from am_memory.events import Event, Listener, OriginalsLost, OriginUnknown, ignore, log
+from am_memory.events import Event, Listener, OriginalsLost, OriginUnknown, PolicyChanged, ignore, log
 from am_memory.history import History
 from am_memory.policy import MemoryPolicy, trigger_tokens
 from am_memory.rendering import Chat
-from am_memory.resuming import check_origin
+from am_memory.resuming import changes_of, check_origin, policy_of
 from am_memory.sampling import Sampling
 from am_memory.schedule import as_policy, under
 from am_memory.session import Session
@@ -39,7 +39,8 @@ class Memory:
 
     Args:
         engine: runs the model.
-        policy: when and how to compact.
+        policy: when and how to compact; None: as `MemoryPolicy()`, and sessions that were saved under another go on
+            under that.
         sampling: how sessions choose tokens where a call says nothing else.
         store: a folder or any fsspec URL, where sessions are saved and resumed from; None: nothing is stored.
         on_event: called with every event of `am_memory.events`; the main ones are logged in any case, to `am_memory`.
@@ -63,6 +64,8 @@ class Memory:
         self.engine = engine
         self.trust_messages = trust_messages
         self.policy = policy or MemoryPolicy()
+        self.has_default_policy = policy is None
+        """Nobody has asked for the policy: that of a saved session goes before it."""
         self.sampling = sampling or Sampling()
         self.store = store if isinstance(store, Store) or store is None else Store(os.fspath(store))
         self.on_event = on_event
@@ -130,10 +133,13 @@ class Memory:
 
         Args:
             name: None is a new name.
-            policy: for a session that is not in memory yet; None: the memory's.
+            policy: for a session that is not in memory yet, and of its own from then on. None: of a new session, the
+                memory's. Of a saved one the policy of its own, where it was given one, else the memory's, and the event
+                `PolicyChanged` says what is different; a memory that was given none takes up the saved one.
 
         Raises:
-            StorageError: the saved session cannot be read, or is another model's.
+            StorageError: the saved session cannot be read, is another model's, or was saved under a policy of its own
+                that cannot be taken up.
         """
         if name is None:
             names = (f"session-{number}" for number in self._numbers)
@@ -142,13 +148,14 @@ class Memory:
             if name not in self._sessions:
                 if self.store is not None and self.store.exists(name):
                     return self.resume(name, self.saved(name, policy=policy), policy=policy)
-                self._sessions[name] = self._new(name, policy or self.policy)
+                self._sessions[name] = self._new(name, policy)
             return self._sessions[name]
 
-    def _new(self, name: str, policy: MemoryPolicy, tools: Sequence[Message] = ()) -> Session:
-        return Session(
-            self, self._new_context(name, policy), History(tools=tuple(tools), trusts_messages=self.trust_messages)
-        )
+    def _new(self, name: str, policy: MemoryPolicy | None, tools: Sequence[Message] = ()) -> Session:
+        history = History(tools=tuple(tools), trusts_messages=self.trust_messages)
+        session = Session(self, self._new_context(name, policy or self.policy), history)
+        session.has_own_policy = policy is not None
+        return session
 
     def _new_context(self, name: str, policy: MemoryPolicy) -> Context:
         cache = self.engine.new_cache()
@@ -174,16 +181,24 @@ class Memory:
             ModelMismatch: it was saved with another model, another tokenizer or, if it has messages, chat template.
             StorageError: there is none of that name, or it cannot be read.
         """
-        originals = (policy or self.policy).originals
-        saved = self.require_store().load(name, device=self.engine.info.device, originals=originals)
+        store = self.require_store()
+        saved = store.load(name, device=self.engine.info.device, originals="drop")
         check_origin(name, saved, self.engine.info)
-        return saved
+        place = (policy or self._policy_of(name, saved)).originals
+        return saved if place == "drop" else store.with_originals(saved, place)
+
+    def _policy_of(self, name: str, saved: SavedSession) -> MemoryPolicy:
+        return policy_of(name, saved, self.policy, is_default=self.has_default_policy)
 
     def resume(self, name: str, saved: SavedSession, *, policy: MemoryPolicy | None = None) -> Session:
         """Go on with a saved session under a name; the one in memory that has it goes before."""
         with self.device:
             if name not in self._sessions:
-                self._sessions[name] = self._resumed(name, saved, policy or self.policy)
+                session = self._resumed(name, saved, policy or self._policy_of(name, saved))
+                session.has_own_policy = policy is not None or saved.has_own_policy
+                if policy is None and (changes := changes_of(saved, session.policy)):
+                    self._notify(PolicyChanged(name, changes))
+                self._sessions[name] = session
             return self._sessions[name]
 
     def _resumed(self, name: str, saved: SavedSession, policy: MemoryPolicy) -> Session:
@@ -222,7 +237,7 @@ class Memory:
             policy: None: the memory's.
             tools: functions that the model's chat template tells it of, as OpenAI's API has them.
         """
-        return self._new("scratch", policy or self.policy, tools)
+        return self._new("scratch", policy, tools)
 
     def keep(self, session: Session, name: str) -> None:
         """Keep a session under a name, in place of the one that has it; in the store, too, as soon as it is saved."""

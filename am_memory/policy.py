@@ -126,7 +126,7 @@ class MemoryPolicy(BaseModel):
     ridge: Annotated[float, Field(ge=0)] = 1e-3
     chunk_tokens: Annotated[int, Field(gt=0)] | None = None
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:

@@ -120,6 +120,8 @@ class Session:
         self.engine = context.engine
         self.metadata: dict[str, Any] = {}
         """What the application wants to keep with the session, saved with it: anything that JSON can hold."""
+        self.has_own_policy = False
+        """Its policy was given to it, and not to the memory: it goes on under it wherever it is resumed."""
         self.saved_version: str | None = None
         """What is saved under its name, as far as it knows (see `Store.save`); nothing else is overwritten."""
         self._is_deleted = False
@@ -157,6 +159,16 @@ class Session:
     def chunk_tokens(self) -> int:
         """Tokens that are read in one forward pass."""
         return self._context.chunk_tokens
+
+    @property
+    def policy(self) -> MemoryPolicy:
+        """When and how it is compacted."""
+        return self._context.policy
+
+    @property
+    def trigger_tokens(self) -> int:
+        """The physical size that fires a compaction."""
+        return self._context.trigger
 
     def rename(self, name: str) -> None:
         """Give it another name, for events and the store."""
@@ -255,7 +267,6 @@ class Session:
         if not token_ids:
             raise InvalidInput(f"empty input {content!r}: append at least one token")
         self._context.check(token_ids)
-        self._context.require_positions(num_tokens + len(token_ids))
         if after is history and history.messages:
             after = history.continued(self.engine.decode(token_ids, skip_special=True), num_tokens)
         return Encoded(token_ids, self._num_pinned(after), (history, num_tokens), after)
@@ -328,7 +339,6 @@ class Session:
             with self._step():
                 if number == 1:
                     tokens, expected = self._open_answer()
-                    max_new_tokens = context.at_most(max_new_tokens)
                 if context.tokens is not tokens or len(tokens) != expected:
                     raise UnsupportedOperation(
                         f"session {self.name!r} changed while it was generating: finish one generation before the next "
@@ -385,7 +395,6 @@ class Session:
             if not token_ids:
                 raise InvalidInput("an empty continuation has no logits: give at least one token")
             self._context.check(token_ids)
-            self._context.require_positions(len(self._context.tokens) + len(token_ids) - 1)
             return self._context.scratch_logits(token_ids)
 
     def compact(self, fraction: float | None = None) -> CompactionReport:
@@ -508,6 +517,7 @@ class Session:
         with self._memory.device:
             branch = Session(self._memory, self._context.fork(name or f"{self.name} (scratch)", policy), self._history)
             branch.metadata = copy.deepcopy(self.metadata)
+            branch.has_own_policy = policy is not None or self.has_own_policy
             if name is not None:
                 self._memory.adopt(branch)
         return branch
@@ -553,6 +563,7 @@ class Session:
             tokenizer_fingerprint=self.engine.info.tokenizer_fingerprint,
             template_fingerprint=self.engine.info.template_fingerprint,
             policy=context.policy.model_dump(mode="json"),
+            has_own_policy=self.has_own_policy,
             tokens=tuple(context.tokens),
             schedule=tuple(context.schedule),
             messages=self._history.messages,

@@ -54,6 +54,7 @@ class SavedSession:
     Attributes:
         fingerprint: of the model that the cache belongs to.
         policy: as JSON.
+        has_own_policy: it was given to this session, and not to the memory.
         tokens: every token; the cache holds the first ones.
         schedule: the compactions made so far.
         messages: of the chat, as chat templates take them.
@@ -87,6 +88,7 @@ class SavedSession:
     recalled: tuple[int, ...] = ()
     tokenizer_fingerprint: str = ""
     template_fingerprint: str = ""
+    has_own_policy: bool = False
     version: str = field(default="", compare=False)
     left_out: tuple[SavedOriginal, ...] = field(default=(), compare=False)
     lost: tuple[tuple[SavedOriginal, str], ...] = field(default=(), compare=False)
@@ -119,6 +121,7 @@ class _Content(BaseModel, from_attributes=True):
     recalled: tuple[int, ...] = ()
     tokenizer_fingerprint: str = ""
     template_fingerprint: str = ""
+    has_own_policy: bool = False
 
 
 def packed(saved: SavedSession) -> bytes:

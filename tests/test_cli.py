@@ -56,8 +56,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch, engine: TransformersEngine) -> Transfo
         compile: bool = False,
         store: str | None = None,
         on_event: Listener = ignore,
+        trust_messages: bool = False,
     ) -> Memory:
-        return Memory(tiny_engine, policy, store=store, on_event=on_event)
+        return Memory(tiny_engine, policy, store=store, on_event=on_event, trust_messages=trust_messages)
 
     monkeypatch.setattr(Memory, "from_pretrained", from_pretrained)
     return engine

@@ -45,7 +45,6 @@ LAYERS: tuple[set[str], ...] = (
         "turns",
         "history",
         "boundaries",
-        "json_schemas",
         "constraints",
         "tool_calls",
     },
