@@ -11,18 +11,19 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from threading import RLock
 from typing import TYPE_CHECKING
 
-from am_memory.cache import KVCache
+from am_memory.cache import KVCache, Snapshot
 from am_memory.context import Context
 from am_memory.engines.base import DtypeName, Engine, EngineName, Message, as_dtype
-from am_memory.errors import InvalidInput, SessionNotFound, StorageError
+from am_memory.errors import InvalidInput, InvalidPolicy, SessionNotFound, StorageError
 from am_memory.events import Event, Listener, OriginalsLost, OriginUnknown, PolicyChanged, ignore, log
 from am_memory.history import History
 from am_memory.policy import MemoryPolicy, trigger_tokens
 from am_memory.rendering import Chat
-from am_memory.resuming import changes_of, check_origin, policy_of
+from am_memory.resuming import changes_of, check_content, check_origin, check_windows, policy_of
 from am_memory.sampling import Sampling
 from am_memory.schedule import as_policy, under
 from am_memory.session import Session
@@ -191,19 +192,41 @@ class Memory:
         return policy_of(name, saved, self.policy, is_default=self.has_default_policy)
 
     def resume(self, name: str, saved: SavedSession, *, policy: MemoryPolicy | None = None) -> Session:
-        """Go on with a saved session under a name; the one in memory that has it goes before."""
+        """Go on with a saved session under a name; the one in memory that has it goes before.
+
+        Raises:
+            InvalidPolicy: the session cannot go on under the policy that was named.
+            StorageError: it cannot go on under the policy that it had, or is none that this model could have had.
+        """
         with self.device:
             if name not in self._sessions:
-                session = self._resumed(name, saved, policy or self._policy_of(name, saved))
+                check_content(name, saved, self.engine.info, self._cache_of_one_token)
+                try:
+                    session = self._resumed(name, saved, policy or self._policy_of(name, saved))
+                except InvalidPolicy as error:
+                    if policy is not None:
+                        raise
+                    raise StorageError(
+                        f"session {name!r} cannot go on under its policy: {error}; name one that it can go on under: "
+                        f"memory.session({name!r}, policy=...)"
+                    ) from error
                 session.has_own_policy = policy is not None or saved.has_own_policy
                 if policy is None and (changes := changes_of(saved, session.policy)):
                     self._notify(PolicyChanged(name, changes))
                 self._sessions[name] = session
             return self._sessions[name]
 
+    @cached_property
+    def _cache_of_one_token(self) -> Snapshot:
+        """What saved caches are compared with."""
+        cache = self.engine.new_cache()
+        self.engine.forward(cache, [0])
+        return cache.state()
+
     def _resumed(self, name: str, saved: SavedSession, policy: MemoryPolicy) -> Session:
         cache = self.engine.new_cache()
         cache.restore(saved.state)
+        check_windows(name, cache)
         is_same = saved.policy == policy.model_dump(mode="json")
         schedule = list(saved.schedule) if is_same else under(as_policy(saved.policy), saved.schedule)
         context = Context(

@@ -11,7 +11,9 @@ layers.3.slots.key, ...  the fields of `Slots`, where there are any; where they 
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Annotated, Any
@@ -25,16 +27,16 @@ from am_memory import files
 from am_memory.cache import CacheState, Snapshot
 from am_memory.engines.base import Message
 from am_memory.errors import NewerFormat, StorageError
-from am_memory.layers import LayerState, SlidingState, TailBuffer, TailState
+from am_memory.layers import SlidingState
 from am_memory.originals import Original
-from am_memory.quantised import NOT_CODED, Quantised, Rows
 from am_memory.schedule import ScheduledCompaction
-from am_memory.slots import Segment, Slots
+from am_memory.session_layers import packed_layer, require, require_segments, unpacked_layer
+from am_memory.slots import Segment
 
 FORMAT, NEEDS = 1, "0.1.0"
 """How a file is written, and the first version of this project that reads it; the metadata never changes."""
-SLOT_FIELDS = ("key", "value", "bias", "positions", "ranks")
-QUANTISED_FIELDS = ("codes", "scale", "exact", "group")
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
+MAX_AXES, MAX_EMPTY_SIZE = 4, 2**24
 CHECKSUM_KEY, ZEROS = b'"sha256":"', b"0" * 64
 """The checksum is of the whole file with zeros in its own place."""
 
@@ -94,14 +96,17 @@ class SavedSession:
     lost: tuple[tuple[SavedOriginal, str], ...] = field(default=(), compare=False)
 
 
+Count = Annotated[int, Field(ge=0)]
+
+
 class _Layer(BaseModel, from_attributes=True):
-    num_tokens: int | None = None  # that a sliding window has seen; None for full attention
+    num_tokens: Count | None = None  # that a sliding window has seen; None for full attention
 
 
 class _Cache(BaseModel, from_attributes=True):
     layers: tuple[_Layer, ...]
     segments: tuple[Segment, ...]
-    num_pinned: int
+    num_pinned: Count
 
 
 class _Content(BaseModel, from_attributes=True):
@@ -113,7 +118,7 @@ class _Content(BaseModel, from_attributes=True):
     messages: tuple[dict[str, Any], ...]
     message_starts: tuple[int, ...]
     is_answering: bool
-    num_pinned: int
+    num_pinned: Count
     state: _Cache
     tools: tuple[dict[str, Any], ...] = ()
     metadata: dict[str, Any] = {}
@@ -128,35 +133,18 @@ def packed(saved: SavedSession) -> bytes:
     """The whole file."""
     try:
         text = json.dumps(_Content.model_validate(saved).model_dump())
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise StorageError(f"a message cannot be saved: {error}; keep to what JSON can hold") from error
     tensors = {
         "session": torch.frombuffer(bytearray(text, "ascii"), dtype=torch.uint8),
         "tokens": torch.tensor(saved.tokens, dtype=torch.int64),
     }
     for index, layer in enumerate(saved.state.layers):
-        for part, tensor in _parts(layer).items():
+        for part, tensor in packed_layer(layer).items():
             if tensor is not None:
                 tensors[f"layers.{index}.{part}"] = tensor.cpu().contiguous()
     data = safetensors.torch.save(tensors, {"format": str(FORMAT), "needs": NEEDS, "sha256": ZEROS.decode()})
     return data.replace(ZEROS, sha256(data).hexdigest().encode(), 1)
-
-
-def _parts(layer: LayerState) -> dict[str, Tensor | None]:
-    if isinstance(layer, SlidingState):
-        return {"key": layer.keys, "value": layer.values}
-    parts: dict[str, Tensor | None] = {}
-    if layer.buffer is not None:
-        parts["key"] = layer.buffer.key[:, :, : layer.length]
-        parts["value"] = layer.buffer.value[:, :, : layer.length]
-    if layer.slots is not None:
-        for name, field in zip(SLOT_FIELDS, layer.slots.fields, strict=True):
-            if isinstance(field, Quantised):
-                parts.update({f"slots.{name}.{of}": getattr(field, of) for of in QUANTISED_FIELDS})
-            else:
-                parts[f"slots.{name}"] = field
-        parts["slots.cu_slots"] = torch.tensor(layer.slots.cu_slots)
-    return parts
 
 
 def version_of(head: bytes) -> str:
@@ -166,81 +154,97 @@ def version_of(head: bytes) -> str:
     return version.decode() if start >= len(CHECKSUM_KEY) and re.fullmatch(rb"[0-9a-f]{64}", version) else ""
 
 
-def _verified_metadata(data: bytes) -> dict[str, str]:
-    start = data.find(CHECKSUM_KEY) + len(CHECKSUM_KEY)
-    end = start + len(ZEROS)
-    digest = sha256(data[:start] + ZEROS)
-    digest.update(memoryview(data)[end:])
-    is_whole = data[start:end] == digest.hexdigest().encode()
-    _require(is_whole, "its checksum does not match, so it was cut off or altered")
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return dict(header["__metadata__"])
-
-
 def unpacked(data: bytes, device: torch.device) -> SavedSession:
     """A session without its originals, which are `left_out`.
+
+    All that is claimed is checked against what is there, so that nothing which is made of a session can be larger than
+    its file, or lie outside of it.
 
     Raises:
         NewerFormat: a newer version of this project wrote it.
         KeyError, TypeError, ValueError: it cannot be a session.
     """
-    header = _verified_metadata(data)
-    if int(header["format"]) > FORMAT:
+    try:
+        return _unpacked(data, device)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _unpacked(data: bytes, device: torch.device) -> SavedSession:
+    header = _verified_header(data)
+    metadata = header.pop("__metadata__")
+    if int(metadata["format"]) > FORMAT:
         raise NewerFormat(
-            f"format {header['format']}, and this version reads up to {FORMAT}: upgrade attention-matching-memory to "
-            f"{header['needs']} or newer"
+            f"format {metadata['format']}, and this version reads up to {FORMAT}: upgrade attention-matching-memory to "
+            f"{metadata['needs']} or newer"
         )
+    for name, entry in header.items():
+        _require_room(name, entry)
     try:
         tensors = safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
         raise ValueError(str(error)) from error
-    content = _Content.model_validate(json.loads(bytes(tensors["session"].numpy())))
-    tokens = tuple(tensors["tokens"].tolist())
-    _require(len(content.messages) == len(content.message_starts), "not every message has a start")
-    segments, layers, ends = content.state.segments, [], set()
-    for index, layer in enumerate(content.state.layers):
-        prefix = f"layers.{index}."
-        names = [name for name in tensors if name.startswith(prefix)]
-        parts = {name.removeprefix(prefix): tensors[name] for name in names}
-        state = _layer(layer, parts, segments[-1].end if segments else 0, device)
-        layers.append(state)
-        ends.add(state.num_tokens if isinstance(state, SlidingState) else state.start + state.length)
-    is_consistent = len(ends) == 1 and max(ends) <= len(tokens)
-    _require(is_consistent, f"layers of {ends} tokens in a session of {len(tokens)}")
-    cache = CacheState(tuple(layers), segments, content.state.num_pinned)
+    text, ids = tensors.pop("session"), tensors.pop("tokens")
+    require(text.dtype == torch.uint8 and ids.dtype == torch.int64 and ids.ndim == 1, "its parts are of another type")
+    content = _Content.model_validate(json.loads(bytes(text.numpy())))
+    tokens = tuple(ids.tolist())
+    require_segments(content.state.segments, len(tokens))
+    _require_schedule(content.schedule, len(tokens))
+    starts = [0, *content.message_starts, len(tokens)]
+    is_in_order = len(content.messages) == len(starts) - 2 and starts == sorted(starts)
+    require(is_in_order, "not every message has a start, or they are not in order")
+    require(all(isinstance(message.get("role"), str) for message in content.messages), "a message has no role")
+    cache = _cache(content.state, tensors, len(tokens), device)
     held = {**dict(content), "tokens": tokens, "state": cache, "originals": (), "left_out": content.originals}
     return SavedSession(**held, version=version_of(data[: files.HEAD_BYTES]))
 
 
-def _layer(layer: _Layer, parts: dict[str, Tensor], tail_start: int, device: torch.device) -> LayerState:
-    if not parts:
-        return TailState(None, None, 0, 0) if layer.num_tokens is None else SlidingState(None, None, 0)
-    key, value = parts["key"].to(device), parts["value"].to(device)
-    _require(key.ndim == 4 and key.shape[:3] == value.shape[:3], f"keys {key.shape}, values {value.shape}")
-    if layer.num_tokens is not None:
-        return SlidingState(key, value, layer.num_tokens)
-    slots = None
-    if "slots.cu_slots" in parts:
-        fields: dict[str, Any] = {name: _slot_field(parts, f"slots.{name}") for name in SLOT_FIELDS}
-        cu_slots = parts["slots.cu_slots"].tolist()
-        sizes = {len(field) for field in fields.values()}
-        is_ascending = cu_slots == sorted(cu_slots) and len(cu_slots) == key.shape[1] + 1
-        _require(is_ascending and sizes == {cu_slots[-1]}, f"slots {cu_slots} in tensors of {sizes}")
-        slots = Slots(**fields, cu_slots=tuple(cu_slots)).to(device)
-    return TailState(slots, TailBuffer(key, value), tail_start, key.shape[2])
+def _verified_header(data: bytes) -> dict[str, Any]:
+    start = data.find(CHECKSUM_KEY) + len(CHECKSUM_KEY)
+    end = start + len(ZEROS)
+    digest = sha256(data[:start] + ZEROS)
+    digest.update(memoryview(data)[end:])
+    is_whole = data[start:end] == digest.hexdigest().encode()
+    require(is_whole, "its checksum does not match, so it was cut off or altered")
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    require(isinstance(header, dict) and isinstance(header["__metadata__"], dict), "its header is none")
+    return dict(header)
 
 
-def _slot_field(parts: dict[str, Tensor], name: str) -> Rows:
-    if name in parts:
-        return parts[name]
-    rows = Quantised(*(parts[f"{name}.{of}"] for of in QUANTISED_FIELDS))
-    coded = rows.group[rows.group != NOT_CODED]
-    sizes = [len(tensor) for tensor in rows.tensors]
-    is_whole = sizes == [len(coded), len(set(coded.tolist())), len(rows) - len(coded)]
-    _require(is_whole, f"{len(coded)} of {len(rows)} rows coded in tensors of {sizes}")
-    return rows
+def _require_room(name: str, entry: Any) -> None:
+    """Raise ValueError unless a tensor takes the bytes that its shape does."""
+    shape, (begin, end) = entry["shape"], entry["data_offsets"]
+    is_shape = len(shape) <= MAX_AXES and all(type(size) is int and size >= 0 for size in shape)
+    require(is_shape and math.prod(shape) * ITEM_BYTES[entry["dtype"]] == end - begin, f"{name} has not its size")
+    require(0 not in shape or max(shape) <= MAX_EMPTY_SIZE, f"{name} is empty, and too large")
 
 
-def _require(is_so: bool, otherwise: str) -> None:
-    if not is_so:
-        raise ValueError(otherwise)
+def _require_schedule(schedule: Sequence[ScheduledCompaction], num_tokens: int) -> None:
+    before = 0
+    for made in schedule:
+        require(
+            before <= made.at_tokens <= made.swapped_at <= num_tokens
+            and made.lag_tokens >= 0
+            and 0 <= made.live_start <= made.at_tokens
+            and all(0 <= recall.at_tokens <= num_tokens for recall in made.recalls)
+            and len(made.plan.segments) > 0,
+            f"a compaction at {made.at_tokens} of {num_tokens} tokens, after one at {before}",
+        )
+        require_segments(made.plan.segments, made.at_tokens)
+        before = made.swapped_at
+
+
+def _cache(cache: _Cache, tensors: dict[str, Tensor], num_tokens: int, device: torch.device) -> CacheState:
+    parts: dict[int, dict[str, Tensor]] = {index: {} for index in range(len(cache.layers))}
+    for name, tensor in tensors.items():
+        _, index, part = name.split(".", 2)
+        parts[int(index)][part] = tensor
+    tail_start = cache.segments[-1].end if cache.segments else 0
+    layers = tuple(
+        unpacked_layer(parts[index], layer.num_tokens, tail_start, device) for index, layer in enumerate(cache.layers)
+    )
+    ends = {state.num_tokens if isinstance(state, SlidingState) else state.start + state.length for state in layers}
+    # The last token is left to be read with what follows it.
+    is_consistent = len(ends) == 1 and tail_start <= max(ends) <= max(num_tokens - 1, 0)
+    require(is_consistent, f"layers of {ends} tokens in a session of {num_tokens}")
+    return CacheState(layers, cache.segments, cache.num_pinned)

@@ -14,7 +14,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from threading import RLock
+from typing import Annotated
 from weakref import WeakSet
+
+from pydantic import BaseModel, Field
 
 from am_memory.asked import Asked, key_of, last_common_cut, last_cuts, next_key, num_shared
 from am_memory.engines.base import Message
@@ -75,6 +78,24 @@ class Branch:
         """Whether the other's conversation is the beginning of this one."""
         is_longer = self.thread == other.thread and len(self.keys) > len(other.keys)
         return is_longer and self.keys[len(other.keys) - 1] == other.keys[-1]
+
+
+class Kept(BaseModel):
+    """What is saved with a branch."""
+
+    thread: str
+    keys: Annotated[tuple[str, ...], Field(min_length=1)]
+    ends: tuple[Annotated[int, Field(ge=0)] | None, ...]
+
+    @classmethod
+    def of(cls, name: str, saved: SavedSession) -> Kept:
+        """Raises ValueError where it cannot be that of this branch."""
+        kept = cls.model_validate(saved.metadata.get(METADATA_KEY))
+        ends = [end for end in kept.ends if end is not None]
+        is_in_order = ends == sorted(ends) and ends[-1:] == [len(saved.tokens)]
+        if f"{kept.thread}/{kept.keys[-1]}" != name or len(kept.keys) != len(kept.ends) or not is_in_order:
+            raise ValueError("what is saved with it is of another one")
+        return kept
 
 
 @dataclass(eq=False)
@@ -418,10 +439,15 @@ class Threads:
 
     def _resume(self, saved: Saved) -> None:
         for name, each in () if saved.call.is_deleted else saved.sessions:
-            told = each.metadata.get(METADATA_KEY)
-            if name not in self._branches and isinstance(told, dict):
+            if name in self._branches:
+                continue
+            try:
+                kept = Kept.of(name, each)
                 session = self.memory.resume(name, each)
-                self._branches[name] = Branch(session, told["thread"], tuple(told["keys"]), tuple(told["ends"]))
+            except (StorageError, ValueError) as error:  # not ours, or none that the model could have had
+                logger.warning("%r is no branch to go on from: %s", name, error)
+                continue
+            self._branches[name] = Branch(session, kept.thread, kept.keys, kept.ends)
 
     def _stored(self, thread: str) -> list[str]:
         names = self.memory.store.names() if self.memory.store is not None else []

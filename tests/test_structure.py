@@ -40,6 +40,7 @@ LAYERS: tuple[set[str], ...] = (
         "spill",
         "files",
         "session_file",
+        "session_layers",
         "storage",
         "rendering",
         "turns",
