@@ -82,6 +82,7 @@ class KVCache(Cache):
         before_forward: set where somebody else drives the model (`generate`), to watch what it reads.
         num_announced: tokens that there will be after the pass of which `before_forward` was told.
         weights: what else than the model itself the entries depend on, as the engine has it (adapters).
+        held_rope: what holds the model's RoPE while it reads into this cache, where it depends on the text's length.
     """
 
     layers: list[CompactableLayer | SlidingLayer]  # type: ignore[assignment]
@@ -101,6 +102,7 @@ class KVCache(Cache):
         self.before_forward: BeforeForward | None = None
         self.num_announced = 0
         self.weights: object = None
+        self.held_rope: object = None
 
     @property
     def compactable(self) -> list[CompactableLayer]:
@@ -189,7 +191,8 @@ class KVCache(Cache):
                 other.scaling = mine.scaling
                 if mine.buffer is not None:
                     mine.buffer.is_shared = True
-        branch.segments, branch.num_pinned, branch.weights = self.segments, self.num_pinned, self.weights
+        branch.segments, branch.num_pinned = self.segments, self.num_pinned
+        branch.weights, branch.held_rope = self.weights, self.held_rope
         return branch
 
     def compacted(self, segments: Sequence[Segment], new_slots: Sequence[Slots], num_pinned: int) -> CacheState:

@@ -43,5 +43,5 @@ def require(policy: MemoryPolicy, info: ModelInfo, cache: SessionCache) -> None:
     if policy.ahead_tokens and not (info.is_reentrant and is_ours):
         raise InvalidPolicy(
             f"ahead_tokens {policy.ahead_tokens} needs an engine that reads into two caches at once, which is "
-            "engine='transformers' with a RoPE that does not change with the length of the text: leave it at 0"
+            "engine='transformers': leave it at 0"
         )

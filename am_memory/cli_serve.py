@@ -54,7 +54,7 @@ def serve(  # noqa: PLR0913, PLR0917  # each is an option of the command
     ] = False,
     cors_origin: Annotated[list[str] | None, typer.Option(help="A web page's origin that may call the server.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Of an answer, where a request says nothing.")] = 1024,
-    max_active: Annotated[int, typer.Option(help="Answers written at the same time, in turn.")] = 4,
+    max_active: Annotated[int, typer.Option(help="Answers written at once, in turn; each key has a share.")] = 4,
     max_queued: Annotated[int, typer.Option(help="Requests of one key that may wait.")] = 64,
     max_sessions: Annotated[int, typer.Option(help="Conversations kept in memory.")] = 64,
     max_session_mib: Annotated[int, typer.Option(help="What their caches may take, in MiB.")] = 4096,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -19,20 +20,22 @@ from transformers import PreTrainedTokenizerFast
 
 from am_memory.engines.base import Engine, OwnVocabulary
 from am_memory.errors import InvalidInput, UnsupportedOperation
-
-JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""JSON is written as `json.dumps` writes it: free whitespace is where a small model never comes to an end."""
+from am_memory.json_schemas import GrammarSchema, for_grammar, left_out_by
 
 CLOSERS = (r'"[\]}]*', r"[\]}]+", ",")
 """Tokens that end strings; lists and objects, where no string is open, which would take brackets as text; numbers."""
 
-_MAPS = ("properties", "patternProperties", "$defs", "definitions")
-_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
-_SINGLE = ("items", "additionalItems", "additionalProperties", "not", "if", "then", "else")
+logger = logging.getLogger("am_memory")
 
 
 class Constraint(Protocol):
-    """What the next tokens of one answer may be; every answer needs a new one."""
+    """What the next tokens of one answer may be; every answer needs a new one.
+
+    Attributes:
+        left_out: keywords of JSON schemas that no grammar holds: the answer is still to be checked for them.
+    """
+
+    left_out: frozenset[str]
 
     @property
     def is_complete(self) -> bool:
@@ -60,11 +63,17 @@ class Constraint(Protocol):
 class _Grammar:
     """A grammar of llguidance, at one place in it."""
 
-    def __init__(self, vocabulary: _Vocabulary, grammar: str, *, is_json: bool = False) -> None:
+    def __init__(
+        self, vocabulary: _Vocabulary, grammar: str, schemas: Sequence[GrammarSchema] = (), *, is_closed: bool
+    ) -> None:
         self._tokenizer = vocabulary.tokenizer
-        self._closers = vocabulary.closers if is_json else ()
+        self._closers = vocabulary.closers if is_closed else ()
         self._matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         self._require_sound("llguidance does not take this grammar")
+        left_out = left_out_by(self._matcher.get_grammar_warnings())
+        self.left_out = frozenset(left_out).union(*(schema.left_out for schema in schemas))
+        if self.left_out:
+            _warn_of(self.left_out)
 
     @property
     def is_complete(self) -> bool:
@@ -99,13 +108,15 @@ class _Grammar:
 def json_schema(engine: Engine, schema: Mapping[str, object]) -> Constraint:
     """An answer that is one JSON value of this schema, on one line.
 
-    Objects that say nothing of further properties get none.
+    Objects that say nothing of further properties get none. A `format` that the grammar does not know is an annotation,
+    as JSON Schema has it; other keywords that no grammar holds are its `left_out`, and a warning names them once.
 
     Raises:
-        InvalidInput: the schema is not JSON, contradicts itself, or has a keyword that llguidance does not know.
+        InvalidInput: the schema is not JSON, or contradicts itself.
         UnsupportedOperation: the engine's tokenizer cannot be constrained.
     """
-    return lark(engine, f"start: {json_rule(schema)}", is_json=True)
+    held = for_grammar(schema)
+    return lark(engine, f"start: {json_rule(held)}", [held])
 
 
 def regex(engine: Engine, pattern: str) -> Constraint:
@@ -115,76 +126,37 @@ def regex(engine: Engine, pattern: str) -> Constraint:
         InvalidInput: not a regular expression, or one with lookaround or back-references.
         UnsupportedOperation: the engine's tokenizer cannot be constrained.
     """
-    return _Grammar(_vocabulary(engine), LLMatcher.grammar_from_regex(pattern))
+    return _Grammar(_vocabulary(engine), LLMatcher.grammar_from_regex(pattern), is_closed=False)
 
 
-def lark(engine: Engine, grammar: str, *, is_json: bool = False) -> Constraint:
+def lark(engine: Engine, grammar: str, schemas: Sequence[GrammarSchema] = (), *, has_text: bool = False) -> Constraint:
     """An answer of a grammar in llguidance's dialect of Lark, whose first rule is `start`.
 
     Args:
-        is_json: its open ends are those of JSON, so that it can be brought to one when few tokens are left.
+        schemas: those that it has by `json_rule`. Its open ends are those of JSON, so that it can be brought to an end
+            when few tokens are left.
+        has_text: it has text beside them, in which quotes and brackets end nothing.
 
     Raises:
         InvalidInput: not a grammar.
         UnsupportedOperation: the engine's tokenizer cannot be constrained.
     """
-    return _Grammar(_vocabulary(engine), LLMatcher.grammar_from_lark(grammar), is_json=is_json)
+    is_closed = bool(schemas) and not has_text
+    return _Grammar(_vocabulary(engine), LLMatcher.grammar_from_lark(grammar), schemas, is_closed=is_closed)
 
 
-def json_rule(schema: Mapping[str, object]) -> str:
-    """A JSON value of this schema, as `json_schema` takes it, for the right side of a rule of `lark`.
-
-    Raises:
-        InvalidInput: the schema is not JSON.
-    """
-    if not isinstance(schema, Mapping):
-        raise InvalidInput(f'{schema!r} is not a JSON schema: give a mapping, such as {{"type": "object"}}')
-    try:
-        copy = json.loads(json.dumps(schema, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise InvalidInput(f"the schema cannot be written as JSON: {error}") from error
-    _close(copy)
-    return f"%json {json.dumps({**copy, 'x-guidance': JSON_FORM})}"
+@lru_cache(256)
+def _warn_of(left_out: frozenset[str]) -> None:
+    """Once for the same keywords."""
+    logger.warning(
+        "no grammar holds %s: of JSON schemas with these, answers follow the rest, and are checked afterwards",
+        ", ".join(sorted(left_out)),
+    )
 
 
-def _close(schema: dict[str, object]) -> None:
-    """Allow no further properties in objects that do not mention them.
-
-    A schema that composes one object of several is left alone: what one part does not mention another may ask for.
-    """
-    parts = list(_parts(schema))
-    if any(_is_composed(part) for part in parts):
-        return
-    for part in parts:
-        if "properties" in part and not {"additionalProperties", "patternProperties"} & part.keys():
-            part["additionalProperties"] = False
-
-
-def _is_composed(schema: dict[str, object]) -> bool:
-    if "allOf" in schema or ("properties" in schema and {"anyOf", "oneOf", "$ref"} & schema.keys()):
-        return True
-    required = schema.get("required")
-    return isinstance(required, list) and not {*required} <= {*_mapping(schema.get("properties"))}
-
-
-def _parts(schema: object) -> Iterator[dict[str, object]]:
-    """The schema and every schema in it."""
-    if not isinstance(schema, dict):
-        return
-    yield schema
-    for key in _MAPS:
-        for part in _mapping(schema.get(key)).values():
-            yield from _parts(part)
-    for key in _LISTS:
-        found = schema.get(key)
-        for part in found if isinstance(found, list) else ():
-            yield from _parts(part)
-    for key in _SINGLE:
-        yield from _parts(schema.get(key))
-
-
-def _mapping(value: object) -> Mapping[str, object]:
-    return value if isinstance(value, Mapping) else {}
+def json_rule(schema: GrammarSchema) -> str:
+    """A JSON value of this schema, as `json_schema` takes it, for the right side of a rule of `lark`."""
+    return f"%json {schema.text}"
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,25 @@ class Context:
                     "the text with the model's own tokenizer"
                 )
 
+    def require_positions(self, num_tokens: int) -> None:
+        """Raise PromptTooLong where the model has no positions for so many tokens."""
+        most = self.engine.info.max_tokens
+        if most is not None and num_tokens > most:
+            raise PromptTooLong(
+                f"{num_tokens:,} tokens are more than the {most:,} for which {self.engine.info.name} has positions: "
+                "rewind, begin a new session, or use a model with RoPE"
+            )
+
+    def at_most(self, max_new_tokens: int) -> int:
+        """So many tokens, or as many as the model can write: there is no position for what follows the last of them.
+
+        Raises:
+            PromptTooLong: it can write none.
+        """
+        self.require_positions(len(self.tokens))
+        most = self.engine.info.max_tokens
+        return max_new_tokens if most is None else min(max_new_tokens, most - len(self.tokens) + 1)
+
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """All or nothing: whatever is raised inside, the context is afterwards as it was before."""

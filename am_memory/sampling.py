@@ -20,6 +20,9 @@ from transformers import (
 
 from am_memory.errors import InvalidInput, problems
 
+TEMPERATURES = 1e-30, 1e30
+"""Beyond them, logits are divided into what float32 cannot say; at them, the likeliest token alone or all are left."""
+
 
 class Sampling(BaseModel):
     """How the next token is chosen; the names and the meaning are those of transformers' `GenerationConfig`.
@@ -37,13 +40,13 @@ class Sampling(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    temperature: Annotated[float, Field(ge=0)] = 0.0
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     top_k: Annotated[int, Field(gt=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     stop: tuple[str, ...] = ()
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
 
     def __init__(self, **values: object) -> None:
         try:
@@ -73,7 +76,7 @@ class Sampling(BaseModel):
         if self.temperature == 0.0:
             return processors
         if self.temperature != 1.0:
-            processors.append(TemperatureLogitsWarper(self.temperature))
+            processors.append(TemperatureLogitsWarper(min(max(self.temperature, TEMPERATURES[0]), TEMPERATURES[1])))
         if self.top_k is not None:
             processors.append(TopKLogitsWarper(self.top_k))
         if self.top_p is not None and self.top_p < 1.0:

@@ -267,6 +267,7 @@ class Session:
         if not token_ids:
             raise InvalidInput(f"empty input {content!r}: append at least one token")
         self._context.check(token_ids)
+        self._context.require_positions(num_tokens + len(token_ids))
         if after is history and history.messages:
             after = history.continued(self.engine.decode(token_ids, skip_special=True), num_tokens)
         return Encoded(token_ids, self._num_pinned(after), (history, num_tokens), after)
@@ -339,6 +340,7 @@ class Session:
             with self._step():
                 if number == 1:
                     tokens, expected = self._open_answer()
+                    max_new_tokens = context.at_most(max_new_tokens)
                 if context.tokens is not tokens or len(tokens) != expected:
                     raise UnsupportedOperation(
                         f"session {self.name!r} changed while it was generating: finish one generation before the next "
@@ -395,6 +397,7 @@ class Session:
             if not token_ids:
                 raise InvalidInput("an empty continuation has no logits: give at least one token")
             self._context.check(token_ids)
+            self._context.require_positions(len(self._context.tokens) + len(token_ids) - 1)
             return self._context.scratch_logits(token_ids)
 
     def compact(self, fraction: float | None = None) -> CompactionReport:

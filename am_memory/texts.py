@@ -7,18 +7,23 @@ first. Knows no messages: conversations are the work of `am_memory.threads`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
 
 from am_memory.errors import require_room
 from am_memory.memory import Memory
-from am_memory.session import Session
+from am_memory.session import Encoded, Session
 
 MAX_TEXTS = 32
+BLOCK_TOKENS = 65_536
+"""That are compared at once."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class TextTurn:
-    """One call: a session that has been told the prompt; `Texts.keep` keeps it.
+    """One call: a session that is told the prompt; `Texts.keep` keeps it.
 
     Attributes:
         num_cached_tokens: of the prompt, how many are not read in this call.
@@ -27,6 +32,24 @@ class TextTurn:
     session: Session
     num_cached_tokens: int
     owner: str
+    _news: list[int] = field(repr=False)
+    _encoded: Encoded | None = field(default=None, repr=False)
+
+    def encode(self) -> None:
+        """Look at what the session has still to be told. Needs no device."""
+        self._encoded = self.session.encode(self._news)
+
+    def tell(self) -> None:
+        """Tell the session what was encoded."""
+        assert self._encoded is not None, "encode() comes first"
+        self.session.tell(self._encoded)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    owner: str
+    session: Session
+    tokens: Tensor  # (num_tokens,) int32
 
 
 class Texts:
@@ -40,7 +63,7 @@ class Texts:
     def __init__(self, memory: Memory, *, max_bytes: int, max_texts: int = MAX_TEXTS) -> None:
         require_room("texts", max_bytes=max_bytes, max_texts=max_texts)
         self.memory, self.max_bytes, self.max_texts = memory, max_bytes, max_texts
-        self._kept: list[tuple[str, Session]] = []  # least recently used first
+        self._kept: tuple[_Kept, ...] = ()  # least recently used first
 
     def begin(self, prompt: str | Sequence[int], *, owner: str = "") -> TextTurn:
         """Find what is known of a prompt; the session has been told all of it, and reads the rest when asked.
@@ -52,41 +75,68 @@ class Texts:
         Raises:
             InvalidInput: an empty prompt, or token ids that the model does not have.
         """
-        scratch = self.memory.scratch()
-        scratch.tell(prompt)
-        wanted = scratch.tokens
+        turn = self.start(self.encode(prompt), owner=owner)
+        turn.encode()
+        turn.tell()
+        return turn
+
+    # The same in parts: those that need no device may be done by another thread while sessions go on
+
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """The token ids of a prompt. Needs no device, and may take long.
+
+        Raises:
+            InvalidInput: an empty prompt, or token ids that the model does not have.
+        """
+        return self.memory.scratch().encode(prompt).token_ids
+
+    def start(self, token_ids: list[int], *, owner: str = "") -> TextTurn:
+        """Go on from the kept text that begins most like this one; the turn is still to be told the rest."""
+        wanted = _tensor(token_ids)
         best, count = None, 0
-        for number, (other, session) in enumerate(self._kept):
-            # The last token is always read, to see what follows it.
-            shared = min(_num_shared(session.tokens, wanted), len(wanted) - 1)
-            if other == owner and shared > count and session.can_rewind(shared):
-                best, count = number, shared
+        for kept in self._kept:
+            if kept.owner == owner:
+                # The last token is always read, to see what follows it.
+                shared = min(_num_shared(kept.tokens, wanted), len(wanted) - 1)
+                if shared > count and kept.session.can_rewind(shared):
+                    best, count = kept, shared
         if best is None:
-            return TextTurn(scratch, 0, owner)
-        self._kept.append(self._kept.pop(best))
-        branch = self._kept[-1][1].fork()
+            return TextTurn(self.memory.scratch(), 0, owner, token_ids)
+        self._kept = (*(kept for kept in self._kept if kept is not best), best)
+        branch = best.session.fork()
         branch.rewind(count)
-        branch.tell(wanted[count:])
-        return TextTurn(branch, count, owner)
+        return TextTurn(branch, count, owner, token_ids[count:])
 
     def keep(self, turn: TextTurn) -> None:
         """Keep a prompt with what was generated; what it goes on from is part of it."""
-        tokens = turn.session.tokens
-        self._kept = [
-            (owner, session)
-            for owner, session in self._kept
-            if owner != turn.owner or _num_shared(session.tokens, tokens) < len(session.tokens)
+        new = _Kept(turn.owner, turn.session, _tensor(turn.session.tokens))
+        others = [
+            kept
+            for kept in self._kept
+            if kept.owner != new.owner or _num_shared(kept.tokens, new.tokens) < len(kept.tokens)
         ]
-        self._kept.append((turn.owner, turn.session))
-        while len(self._kept) > 1 and (len(self._kept) > self.max_texts or self.kv_bytes > self.max_bytes):
-            del self._kept[0]
+        sizes = [kept.session.stats.kv_bytes for kept in (*others, new)]
+        first = 0
+        while first < len(others) and (len(sizes) - first > self.max_texts or sum(sizes[first:]) > self.max_bytes):
+            first += 1
+        self._kept = (*others[first:], new)
 
     @property
     def kv_bytes(self) -> int:
         """Of all kept caches."""
-        return sum(session.stats.kv_bytes for _, session in self._kept)
+        return sum(kept.session.stats.kv_bytes for kept in self._kept)
 
 
-def _num_shared(tokens: Sequence[int], others: Sequence[int]) -> int:
-    pairs = zip(tokens, others, strict=False)
-    return next((i for i, (mine, other) in enumerate(pairs) if mine != other), min(len(tokens), len(others)))
+def _tensor(token_ids: Sequence[int]) -> Tensor:
+    return torch.tensor(token_ids, dtype=torch.int32)
+
+
+def _num_shared(tokens: Tensor, others: Tensor) -> int:
+    """How many of the first tokens are the same."""
+    size = min(len(tokens), len(others))
+    for start in range(0, size, BLOCK_TOKENS):
+        end = min(start + BLOCK_TOKENS, size)
+        differs = tokens[start:end] != others[start:end]
+        if differs.any():
+            return start + int(differs.int().argmax())
+    return size

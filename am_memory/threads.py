@@ -141,6 +141,7 @@ class Turn:
     _asked: Asked = field(repr=False)
     _ends: tuple[int | None, ...] = field(repr=False)
     _encoded: Encoded | None = field(default=None, repr=False)
+    _is_told: bool = field(default=False, repr=False)
 
     @property
     def _num_known(self) -> int:
@@ -167,6 +168,7 @@ class Turn:
         if self._encoded is not None:
             self.session.tell(self._encoded)
         self._ends = (*self._ends, *self._new_ends())
+        self._encoded, self._is_told = None, True
 
     def _new_ends(self) -> Iterator[int | None]:
         """Tokens after each of the messages that were told; None where nothing says so."""
@@ -187,8 +189,11 @@ class Turn:
         """Read the prompt, one chunk after another; gives the number of tokens that are left after each.
 
         Raises:
+            PromptTooLong: as `tell`, which is done before if it was not.
             CompactionFailed: a compaction on the way failed.
         """
+        if not self._is_told:
+            self.tell()
         left = 1
         while left:
             left = self.session.read(self.session.chunk_tokens)

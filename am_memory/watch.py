@@ -70,6 +70,7 @@ class _Watch:
         logits: list[Tensor] = []
         with context.transaction():
             context.check(token_ids)
+            context.require_positions(cache.num_tokens + len(token_ids))
             context.tokens.extend(token_ids)
             start, end = cache.num_tokens, len(context.tokens)
             if at_once > 1:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -12,6 +14,8 @@ from am_memory.chat import ChatAnswer, ChatRequest, Part, ToolCall
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidInput
 from am_memory.threads import Threads
+from am_memory.tool_calls import InvalidCall, ToolFormat
+from am_memory.tool_calls.formats import HERMES, JSON, LLAMA3, MISTRAL, MISTRAL_ARGS
 
 POLICY = MemoryPolicy(trigger_tokens=400, keep_ratio=0.25, pinned=3, keep_recent=4, chunk_tokens=32)
 QUESTION = {"role": "user", "content": "a question that takes more than one chunk of thirty-two tokens to read"}
@@ -104,3 +108,126 @@ def test_what_cannot_be_asked_for_is_refused_before_anything_is_read(threads: Th
         ChatAnswer(threads, request(tool_choice="required"))
     with pytest.raises(InvalidInput, match="response_format"):
         ChatAnswer(threads, request(response_format={"type": "poem"}))
+
+
+# What grammars hold, and what is checked behind them
+
+HAIL = {
+    "type": "function",
+    "function": {
+        "name": "hail",
+        "strict": True,
+        "parameters": {"type": "object", "properties": {"ship": {"enum": ["Vesper"]}}, "required": ["ship"]},
+    },
+}
+ODD = {"type": "object", "properties": {"at": {"type": "array", "items": {"enum": [1, 2]}, "uniqueItems": True}}}
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Have the model say something, and then end its turn."""
+
+    def script(text: str) -> None:
+        tokens = itertools.chain(text.encode(), itertools.repeat(257))
+        monkeypatch.setattr("am_memory.session.Sampler.choose", lambda self, logits, ids: next(tokens))
+
+    return script
+
+
+@pytest.mark.parametrize("format", [HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, JSON], ids=lambda format: format.name)
+def test_the_beginning_of_a_call_that_was_cut_off_is_not_said_beside_whole_ones(
+    threads: Threads, format: ToolFormat, say: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stood in the answer as its text, and in the conversation as if the model had meant to say it."""
+    monkeypatch.setattr("am_memory.chat.tool_format", lambda engine: format)
+    one, two = (format.write([("hail", {"ship": "Vesper"})] * count) for count in (1, 2))
+    for cut in (1, 4, 9, 22):
+        for options in ({"tool_choice": "required", "parallel_calls": True}, {}):
+            say(two)
+            num_tokens = len(one.removesuffix(format.end)) + cut
+            answer = ChatAnswer(
+                threads, request(tools=[HAIL], max_tokens=num_tokens, text_of_invalid_calls=True, **options)
+            )
+            (call,) = run(answer)
+            assert isinstance(call, ToolCall)
+            assert (answer.content, answer.message["content"], answer.finish_reason) == ("", "", "tool_calls")
+
+
+def test_a_strict_tool_is_told_as_any_other(threads: Threads) -> None:
+    plain = {**HAIL, "function": {name: value for name, value in HAIL["function"].items() if name != "strict"}}
+    for tool in (HAIL, plain):
+        run(answer := ChatAnswer(threads, request(tools=[tool])))
+        answer.keep()
+    assert answer.usage.cached_tokens > 0
+
+
+@pytest.mark.parametrize("is_strict", [True, False])
+def test_a_free_call_follows_its_schema_where_the_tool_is_strict(
+    threads: Threads, say: Callable[[str], None], is_strict: bool
+) -> None:
+    tool = {**HAIL, "function": {**HAIL["function"], "strict": is_strict}}
+    say(HERMES.write([("hail", {"ship": "Titanic"})]))
+    answer = ChatAnswer(threads, request(tools=[tool], max_tokens=200))
+    if is_strict:
+        with pytest.raises(InvalidInput, match="does not follow the grammar"):
+            run(answer)
+    else:
+        (call,) = run(answer)
+        assert isinstance(call, ToolCall)
+
+
+def test_one_call_at_most_is_made_where_one_is_asked_for(threads: Threads, say: Callable[[str], None]) -> None:
+    for parallel, count in ((None, 2), (True, 2), (False, 1)):
+        two = HERMES.write([("hail", {"ship": "Vesper"})] * 2)
+        say(two if count == 2 else HERMES.write([("hail", {"ship": "Vesper"})]))
+        answer = ChatAnswer(threads, request(tools=[HAIL], max_tokens=200, parallel_calls=parallel))
+        assert len([part for part in run(answer) if isinstance(part, ToolCall)]) == count
+
+
+@pytest.mark.parametrize("is_strict", [True, False])
+def test_arguments_are_checked_for_what_no_grammar_holds(
+    threads: Threads, say: Callable[[str], None], is_strict: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    tool = {"type": "function", "function": {"name": "mark", "parameters": ODD, "strict": is_strict}}
+    for numbers, is_right in (([1, 2], True), ([1, 1], False)):
+        say(HERMES.write([("mark", {"at": numbers})]))
+        answer = ChatAnswer(threads, request(tools=[tool], tool_choice="mark", max_tokens=200))
+        (part,) = run(answer)
+        assert isinstance(part, ToolCall) is (is_right or not is_strict)
+        assert (answer.schema_error is None) is is_right
+    assert "the arguments of mark do not follow their schema: ['at']: [1,1] has non-unique" in str(answer.schema_error)
+    assert str(answer.schema_error) in caplog.text
+    if is_strict:
+        assert part == InvalidCall(
+            '{"name": "mark", "arguments": {"at": [1, 1]}}',
+            "the arguments do not follow their schema: ['at']: [1,1] has non-unique elements",
+        )
+
+
+def test_an_answer_in_a_form_is_checked_for_what_no_grammar_holds(threads: Threads, say: Callable[[str], None]) -> None:
+    form = {"type": "json_schema", "json_schema": {"schema": ODD}}
+    for numbers, is_right in (("[1, 2]", True), ("[1, 1]", False)):
+        say(f'{{"at": {numbers}}}')
+        run(answer := ChatAnswer(threads, request(response_format=form, max_tokens=200)))
+        assert (answer.schema_error is None) is is_right
+        assert answer.finish_reason == "stop"
+
+
+def test_an_answer_that_was_cut_off_is_not_checked(threads: Threads, say: Callable[[str], None]) -> None:
+    say('{"at": [1, 1')
+    form = {"type": "json_schema", "json_schema": {"schema": ODD}}
+    run(answer := ChatAnswer(threads, request(response_format=form, max_tokens=10)))
+    assert (answer.schema_error, answer.finish_reason) == (None, "length")
+
+
+def test_beside_a_form_a_tool_can_be_called(threads: Threads, say: Callable[[str], None]) -> None:
+    """The whole answer had to be JSON, so that an agent with a response format never called a tool."""
+    form = {"type": "json_schema", "json_schema": {"schema": ODD}}
+    say(HERMES.write([("look", {"at": "sea"})]))
+    (call,) = run(ChatAnswer(threads, request(tools=[TOOL], response_format=form, max_tokens=200)))
+    assert isinstance(call, ToolCall)
+    say('{"at": [1, 2]}')
+    assert (
+        "".join(map(str, run(ChatAnswer(threads, request(tools=[TOOL], response_format=form, max_tokens=200)))))
+        == '{"at": [1, 2]}'
+    )

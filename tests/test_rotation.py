@@ -51,7 +51,7 @@ def keys(model: PreTrainedModel, start: int) -> list[Tensor]:
     """Of a text that begins at a position, in each layer."""
     cache = DynamicCache(config=model.config)
     positions = torch.arange(start, start + 12)[None]
-    model(torch.arange(20, 32)[None], position_ids=positions, past_key_values=cache)
+    model(torch.arange(20, 32)[None], position_ids=positions, cache=cache)
     return [layer.keys[0] for layer in cache.layers]
 
 
@@ -98,16 +98,6 @@ def test_turning_in_two_steps_is_turning_once() -> None:
     torch.testing.assert_close(twice, rotation.turned(key, torch.tensor(63_456)))
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_rope_that_depends_on_the_length_is_named(kind: str, byte_tokenizer) -> None:
-    factors = {"long_factor": [2.0] * 4, "short_factor": [1.0] * 4, "original_max_position_embeddings": 128}
-    parameters = rope(kind, **({"factor": 2.0} if kind == "dynamic" else factors))
-    engine = TransformersEngine(build("Llama", parameters), byte_tokenizer)
-    assert engine.info.immovable == f"its RoPE depends on the length of the text (rope_type {kind})"
-    assert all(layer.rotation is None for layer in engine.new_cache().compactable)
-    assert not engine.info.is_reentrant
-
-
 def test_learned_positions_are_no_turn() -> None:
     model = build("GPT2", {"n_positions": 512, "n_embd": 32, "n_head": 4, "n_layer": 2})
     with pytest.raises(UnsupportedModel, match="its keys change with their position by more than a turn"):
@@ -124,7 +114,7 @@ def test_nothing_changes_where_everything_moves(engine: TransformersEngine) -> N
         cache.restore(cache.compacted([Segment(3, 20, 0)], slots, num_pinned=3))
         moved(cache, distance)
         ids, positions = torch.arange(80, 90)[None], torch.arange(40, 50)[None] + distance
-        return engine.model(ids, position_ids=positions, past_key_values=cache).logits[0]
+        return engine.model(ids, position_ids=positions, cache=cache).logits[0]
 
     torch.testing.assert_close(logits(700), logits(0), rtol=0, atol=1e-4)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -101,6 +103,27 @@ def test_the_logits_are_left_as_they_are() -> None:
     assert torch.equal(logits, before)
 
 
+EXTREMES = list(
+    itertools.product(
+        (0, 5e-324, 1e-39, 1e-30, 1e308), (None, 5e-324, 1 - 1e-16), (None, 5e-324, 1), (0.01, 1, 100), (None, 1, 2**70)
+    )
+)
+
+
+@pytest.mark.parametrize("is_constrained", [False, True])
+def test_at_the_ends_of_all_ranges_there_is_a_next_token(is_constrained: bool) -> None:
+    """At a temperature of 1e-39 all logits were infinite, and no token could be drawn."""
+    logits = torch.randn(VOCAB_SIZE) * 50
+    allowed = [7, 200] if is_constrained else list(range(VOCAB_SIZE))
+    logits = torch.full_like(logits, -torch.inf).index_copy_(0, torch.tensor(allowed), logits[allowed])
+    for temperature, top_p, min_p, penalty, top_k in EXTREMES:
+        values = {"top_p": top_p, "min_p": min_p, "repetition_penalty": penalty, "top_k": top_k}
+        (chosen,) = choices(Sampling(temperature=temperature, seed=0, **values), 1, logits)
+        assert chosen in allowed
+        if temperature < 1 and penalty == 1:
+            assert chosen == int(logits.argmax())
+
+
 # What a model asks for
 
 
@@ -138,6 +161,9 @@ def test_top_k_of_zero_is_none() -> None:
     [
         ("temperature", -0.1),
         ("temperature", "hot"),
+        ("temperature", float("inf")),
+        ("seed", 2**64),
+        ("repetition_penalty", 1e-39),
         ("top_k", 0),
         ("top_p", 0.0),
         ("top_p", 1.1),

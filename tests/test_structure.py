@@ -46,6 +46,7 @@ LAYERS: tuple[set[str], ...] = (
         "turns",
         "history",
         "boundaries",
+        "json_schemas",
         "constraints",
         "tool_calls",
     },

@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import random
 import re
 from collections.abc import Callable, Sequence
 
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Memory, MemoryPolicy, Sampling
+from am_memory.constraints import Constraint
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidInput
 from am_memory.history import IS_TOOL_RESULT
@@ -25,6 +28,8 @@ from am_memory.tool_calls import (
     ToolCallStream,
     ToolFormat,
     answer_text,
+    calls_or_json_constraint,
+    calls_or_text_constraint,
     no_call_constraint,
     parse,
     prepare,
@@ -651,9 +656,9 @@ def test_the_text_of_an_answer_ends_at_a_stop_text(engine: TransformersEngine) -
         (TOOLS, {"name": "sail"}, r"no tool 'sail' to call among \['hail', 'now'\]: give one of them"),
         ([], {}, r"no tool None to call among \[\]"),
         (
-            [NOW, {"type": "function", "function": {"name": "sail", "parameters": {"type": "object", "not": {}}}}],
+            [NOW, {"type": "function", "function": {"name": "sail", "parameters": {"$ref": "#/$defs/sail"}}}],
             {},
-            "the parameters of sail cannot be enforced: .*Unimplemented keys",
+            "the parameters of sail cannot be enforced: .*does not exist",
         ),
         (
             [{"type": "function", "function": {"name": "sail", "parameters": {"type": "string"}}}],
@@ -667,6 +672,107 @@ def test_a_call_that_cannot_be_forced_is_refused(
 ) -> None:
     with pytest.raises(InvalidInput, match=message):
         tool_call_constraint(engine, tools, HERMES, **how)
+
+
+# Free answers whose calls have one form
+
+
+def followed(constraint: Constraint, text: str, seed: int | None = None) -> str:
+    """What the grammar takes: the text, and with a seed something more that it takes."""
+    said = bytearray(text.encode())
+    for byte in said:
+        constraint.accept(byte)
+    choose = random.Random(seed)
+    while seed is not None and not constraint.is_complete:
+        token_id = choose.choice(constraint.mask(torch.zeros(260)).isfinite().nonzero()[:, 0].tolist())
+        constraint.accept(token_id)
+        said += bytes([token_id] if token_id < 256 else [])
+    return said.decode()
+
+
+@EACH
+@pytest.mark.parametrize("before", ["", "Well. ", "Well {a}, <b> [c]\n"], ids=repr)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_strict_call_follows_its_schema_where_the_model_is_free_to_make_it(
+    engine: TransformersEngine, format: ToolFormat, before: str, seed: int
+) -> None:
+    constraint = calls_or_text_constraint(engine, TOOLS, format, strict={"hail", "now"}, parallel=False)
+    written = format.write([("hail", {"ship": "Vesper", "times": 7})])
+    text = followed(constraint, before + written[: written.index('"ship"')], seed)
+    answer = parse(text, format)
+    assert (answer.content, answer.invalid) == (before.rstrip(), [])
+    (made,) = answer.tool_calls
+    assert made.arguments["ship"] in ("Fairlea", "Vesper")
+    assert made.arguments["times"] in range(1, 10)
+    with pytest.raises(InvalidInput, match="does not follow the grammar"):
+        followed(constraint, "\n")
+
+
+@EACH
+@pytest.mark.parametrize("arguments", [{"ship": "Titanic"}, {"ship": "Vesper", "times": 10}, {"times": 3}], ids=str)
+def test_a_strict_call_that_does_not_follow_its_schema_cannot_be_written(
+    engine: TransformersEngine, format: ToolFormat, arguments: dict
+) -> None:
+    for name in ("hail", "sink"):
+        constraint = calls_or_text_constraint(engine, TOOLS, format, strict={"hail"})
+        with pytest.raises(InvalidInput, match="does not follow the grammar"):
+            followed(constraint, f"Well. {format.write([(name, arguments)])}")
+    constraint = calls_or_text_constraint(engine, TOOLS, format, strict={"now"})
+    followed(constraint, f"Well. {format.write([('hail', arguments)])}")
+
+
+@EACH
+def test_one_call_is_not_followed_by_another_where_one_is_asked_for(
+    engine: TransformersEngine, format: ToolFormat
+) -> None:
+    two = format.write([("now", {}), ("hail", {"ship": "Vesper", "times": 3})])
+    followed(calls_or_text_constraint(engine, TOOLS, format), two)
+    with pytest.raises(InvalidInput, match="does not follow the grammar"):
+        followed(calls_or_text_constraint(engine, TOOLS, format, parallel=False), two)
+
+
+@EACH
+@pytest.mark.parametrize("text", ["", "An owl.", 'Hail the "Fairlea" <twice> [in all], {"x": 1}.\n'])
+def test_free_text_may_end_anywhere_and_say_anything_but_a_call(
+    engine: TransformersEngine, format: ToolFormat, text: str
+) -> None:
+    constraint = calls_or_text_constraint(engine, TOOLS, format, parallel=False)
+    followed(constraint, text)
+    constraint.accept(257)
+    assert constraint.is_complete
+
+
+def test_near_its_limit_free_text_is_not_closed_like_json(engine: TransformersEngine) -> None:
+    constraint = calls_or_text_constraint(engine, TOOLS, HERMES, strict={"hail"})
+    assert constraint.mask(torch.zeros(260), is_closing=True).isfinite().sum() > 100
+
+
+@pytest.mark.parametrize("format", [MISTRAL, MISTRAL_ARGS], ids=["mistral", "mistral_args"])
+def test_a_special_token_opens_a_strict_call(new_engine: NewEngine, format: ToolFormat) -> None:
+    engine = new_engine(NEW_MISTRAL, "[TOOL_CALLS]")
+    constraint = calls_or_text_constraint(engine, TOOLS, format, strict={"hail"}, parallel=False)
+    text = format.write([("hail", {"ship": "Vesper", "times": 3})]).removeprefix("[TOOL_CALLS]")
+    for token_id in [*b"Well. ", 259, *text.encode()]:
+        constraint.accept(token_id)
+    assert constraint.is_complete
+    spelt = calls_or_text_constraint(engine, TOOLS, format, strict={"hail"}, parallel=False)
+    with pytest.raises(InvalidInput, match="does not follow the grammar"):
+        followed(spelt, "[TOOL_CALLS]")
+
+
+@EACH
+def test_an_answer_in_a_form_may_be_calls_instead(engine: TransformersEngine, format: ToolFormat) -> None:
+    """Beside a response_format no tool could be called, so that an agent with one never did."""
+    schema = {"type": "object", "properties": {"name": {"type": "string"}, "at": {"enum": ["sea"]}}, "required": ["at"]}
+    called = [
+        format.write([(name, arguments)]) for name, arguments in (("now", {}), ("hail", {"ship": "Vesper", "times": 3}))
+    ]
+    for text in ('{"at": "sea"}', '{"name": "hail", "at": "sea"}', '{"name": "x", "at": "sea"}', *called):
+        constraint = calls_or_json_constraint(engine, TOOLS, format, schema, parallel=False)
+        assert followed(constraint, text)
+        constraint.accept(257)
+    with pytest.raises(InvalidInput, match="does not follow the grammar"):
+        followed(calls_or_json_constraint(engine, TOOLS, format, schema), "Well. ")
 
 
 def test_a_name_that_its_format_cannot_hold_is_refused(engine: TransformersEngine) -> None:

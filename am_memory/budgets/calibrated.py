@@ -10,11 +10,12 @@ import os
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from am_memory.budgets.adaptive import adaptive_ranks
@@ -23,6 +24,13 @@ from am_memory.errors import InvalidPolicy
 
 LEAST_GAIN = 1e-12
 """What a slot of a head that loses nothing is taken to save, so that it has a logarithm."""
+LEAST_STEP, MOST_LOSS = 1e-6, 1e6
+"""Between two ratios, and in nats per token: whatever lies within, slopes are numbers that float32 can say."""
+MAX_FILE_BYTES = 16 * 2**20
+"""Some hundred times what the largest models take."""
+
+
+Name = Annotated[str, Field(max_length=1000)]
 
 
 class Calibration(BaseModel):
@@ -39,18 +47,24 @@ class Calibration(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    fingerprint: str
-    model: str
-    ratios: tuple[float, ...]
-    losses: tuple[tuple[float, ...], ...]
+    fingerprint: Name
+    model: Name
+    ratios: Annotated[tuple[float, ...], Field(min_length=1)]
+    losses: Annotated[tuple[tuple[float, ...], ...], Field(min_length=1)]
     weighs_scores: bool = True
 
     @model_validator(mode="after")
     def _check(self) -> Calibration:
-        if not all(low < high for low, high in pairwise([0.0, *self.ratios, 1.0])):
-            raise ValueError(f"ratios {self.ratios} must ascend between 0 and 1")
-        if not self.losses or any(len(head) != len(self.ratios) or min(head) < 0 for head in self.losses):
-            raise ValueError(f"losses must be {len(self.ratios)} numbers for each head, none below 0")
+        for low, high in pairwise([0.0, *self.ratios, 1.0]):
+            if high - low < LEAST_STEP:
+                raise ValueError(
+                    f"ratios must ascend between 0 and 1 by {LEAST_STEP:g} at least, not from {low} to {high}"
+                )
+        for index, head in enumerate(self.losses):
+            if len(head) != len(self.ratios) or not 0 <= min(head) <= max(head) <= MOST_LOSS:
+                raise ValueError(
+                    f"losses of head {index} must be {len(self.ratios)} numbers between 0 and {MOST_LOSS:g}"
+                )
         return self
 
     def gains(self, seq_len: int) -> Tensor:
@@ -93,7 +107,15 @@ def calibrated_ranks(calibration: Calibration, scores: Tensor, min_slots: int) -
 
     Returns:
         (num_heads, seq_len) int64; entry [h, k] is the rank of the k-th slot of head h. Ascending along k.
+
+    Raises:
+        InvalidPolicy: the calibration has other heads than the model.
     """
+    if len(calibration.losses) != len(scores):
+        raise InvalidPolicy(
+            f"the calibration of {calibration.model} has curves of {len(calibration.losses)} heads, and the model has "
+            f"{len(scores)}: run am-memory calibrate again"
+        )
     gains = calibration.gains(scores.shape[1]).to(scores.device)
     if calibration.weighs_scores:
         gains *= scores.float().sort(dim=1, descending=True).values
@@ -136,9 +158,9 @@ def load_calibration(path: str | os.PathLike[str], info: ModelInfo) -> Calibrati
         InvalidPolicy: there is no such file, it is none of ours, or another model's.
     """
     try:
-        calibration = Calibration.model_validate_json(Path(path).read_text(encoding="utf-8"))
+        calibration = Calibration.model_validate_json(_content(Path(path)))
     except (OSError, ValueError) as error:
-        problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        problem = error.errors(include_input=False)[0]["msg"] if isinstance(error, ValidationError) else error
         raise InvalidPolicy(
             f"head_budget {os.fspath(path)!r} cannot be read ({problem}): give a file that am-memory calibrate wrote"
         ) from error
@@ -148,3 +170,14 @@ def load_calibration(path: str | os.PathLike[str], info: ModelInfo) -> Calibrati
             f"this one is {info.fingerprint} ({info.name}): run am-memory calibrate on this one, in the same dtype"
         )
     return calibration
+
+
+def _content(path: Path) -> bytes:
+    """Of a file that may be one of ours; raises OSError."""
+    if path.exists() and not path.is_file():
+        raise OSError("it is no file")
+    with path.open("rb") as file:
+        content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise OSError(f"it is larger than {MAX_FILE_BYTES} bytes")
+    return content

@@ -66,6 +66,7 @@ class ModelInfo:
         is_reentrant: two threads may read into two caches at once.
         tokenizer_fingerprint: equal for two tokenizers if tokens of one are those of the other; "": it is not known.
         template_fingerprint: equal for two chat templates if they write the same; "": there is none, or nobody knows.
+        max_tokens: positions that the model has at all; None: as many as there are tokens.
     """
 
     name: str
@@ -78,6 +79,7 @@ class ModelInfo:
     is_reentrant: bool = False
     tokenizer_fingerprint: str = ""
     template_fingerprint: str = ""
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,13 @@
 Messages and tools are dicts as OpenAI's chat completions have them; knows no session and no framework.
 """
 
-from am_memory.tool_calls.forced import no_call_constraint, tool_call_constraint
+from am_memory.tool_calls.forced import (
+    calls_or_json_constraint,
+    calls_or_text_constraint,
+    no_call_constraint,
+    parameters,
+    tool_call_constraint,
+)
 from am_memory.tool_calls.formats import ToolFormat, tool_format
 from am_memory.tool_calls.parsing import InvalidCall, ParsedAnswer, ParsedCall, ToolCallStream, answer_text, parse
 from am_memory.tool_calls.prompt import prepare
@@ -15,7 +21,10 @@ __all__ = [
     "ToolCallStream",
     "ToolFormat",
     "answer_text",
+    "calls_or_json_constraint",
+    "calls_or_text_constraint",
     "no_call_constraint",
+    "parameters",
     "parse",
     "prepare",
     "tool_call_constraint",

@@ -344,7 +344,8 @@ def _to_call(text: str, name: str | None) -> ParsedCall | InvalidCall:
         arguments = call.get("arguments", call.get("parameters"))
         if isinstance(arguments, str):
             arguments = json.loads(arguments, strict=False, parse_constant=_refuse)
-        json.dumps(call, ensure_ascii=False).encode()  # half a surrogate pair is not text
+        # Half a surrogate pair is not text, and 1e999 no number.
+        json.dumps([call, arguments], ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:
         return InvalidCall(text if name is None else f"{name}{text}", f"not JSON: {error}")
     called = call.get("name")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Generator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -20,15 +20,16 @@ from am_memory.session import TokenLogprob
 from am_memory_server import schemas, sse
 from am_memory_server.access import Owner
 from am_memory_server.errors import ApiError
+from am_memory_server.json_bodies import JSONRoute
 from am_memory_server.memory_view import view
-from am_memory_server.scheduler import Path, Post, Steps
+from am_memory_server.scheduler import Job, Path, Post, Steps, aside
 from am_memory_server.service import Compactions, Service, report_dict
 
 CONVERSATION_HEADERS = ("x-conversation-id", "x-openwebui-chat-id")
 STATS_EVERY = 8
 """Tokens between two looks at the memory's size."""
 
-router = APIRouter()
+router = APIRouter(route_class=JSONRoute)
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,7 @@ async def create_chat_completion(body: schemas.ChatCompletionRequest, request: R
     require_model(service, body.model)
     conversation = conversation_of(body, request.headers)
     path = (owner, conversation)
-    steps = _steps(service, _chat_request(service, body, path), path)
-    items = service.scheduler.stream(path, steps)
+    items = service.scheduler.stream(path, _job(service, _chat_request(service, body, path), path))
     if not body.stream:
         return await sse.unless_disconnected(request, _whole(service, body, items))
     await sse.unless_disconnected(request, anext(items))  # an error before the answer begins has a status of its own
@@ -139,12 +139,12 @@ def sampling_of(service: Service, asked: Mapping[str, Any]) -> Sampling:
     return Sampling(**{**service.memory.sampling.model_dump(), **asked})
 
 
-def _steps(service: Service, request: ChatRequest, path: Path) -> Steps:
+def _job(service: Service, request: ChatRequest, path: Path) -> Job:
     """The job of one answer."""
 
-    def steps(post: Post) -> Generator[None, None, None]:
+    def steps(post: Post) -> Steps[None]:
         started, compactions = time.monotonic(), Compactions()
-        answer = ChatAnswer(service.threads, request)
+        answer = yield from aside(lambda: ChatAnswer(service.threads, request))
 
         def listener(event: Event) -> None:
             compactions.hear(event)
@@ -160,6 +160,10 @@ def _steps(service: Service, request: ChatRequest, path: Path) -> Steps:
                 looked = view(path[1], answer.session, 1, service.memory.trigger_tokens)
                 post(Memory({"event": "memory", "memory": looked.model_dump()}))
 
+            yield from aside(answer.find)
+            with service.listening(listener):
+                answer.start()
+            yield from aside(answer.encode)
             for left in service.heard(answer.read(), listener):
                 if total is None:
                     post(Started())
@@ -167,7 +171,7 @@ def _steps(service: Service, request: ChatRequest, path: Path) -> Steps:
                 post(Memory({"event": "reading", "left_tokens": left, "total_tokens": total, **_stats(answer)}))
                 if compactions.new:
                     remember()
-                yield
+                yield None
             for number, delta in enumerate(service.heard(answer.generate(), listener)):
                 if number == 0:
                     service.metrics.first_token_seconds.observe(time.monotonic() - started)
@@ -176,7 +180,7 @@ def _steps(service: Service, request: ChatRequest, path: Path) -> Steps:
                 post(delta)
                 if compactions.new:
                     remember()
-                yield
+                yield None
             remember()
             service.saving(answer.keep)
             is_complete = True

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncGenerator, Generator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
@@ -19,10 +20,11 @@ from am_memory_server import schemas, sse
 from am_memory_server.access import Owner
 from am_memory_server.chat_completions import check_max_tokens, require_model, sampling_of
 from am_memory_server.errors import ApiError
-from am_memory_server.scheduler import Post, Steps
+from am_memory_server.json_bodies import JSONRoute
+from am_memory_server.scheduler import Job, Post, Steps, aside
 from am_memory_server.service import Service
 
-router = APIRouter()
+router = APIRouter(route_class=JSONRoute)
 
 
 @dataclass
@@ -58,7 +60,7 @@ async def create_completion(body: schemas.CompletionRequest, request: Request, o
         raise ApiError(400, "an empty prompt cannot be completed: give at least one token", param="prompt")
     texts = [_Text(index) for index in range(len(body.prompts))]
     sampling = sampling_of(service, body.sampling())
-    items = service.scheduler.stream((owner, "completions"), _steps(service, body, texts, sampling, owner))
+    items = service.scheduler.stream((owner, "completions"), _job(service, body, texts, sampling, owner))
     if not body.stream:
         return await sse.unless_disconnected(request, _whole(service, body, texts, items))
     await sse.unless_disconnected(request, anext(items))  # an error before the first token has a status of its own
@@ -67,16 +69,17 @@ async def create_completion(body: schemas.CompletionRequest, request: Request, o
     )
 
 
-def _steps(
-    service: Service, body: schemas.CompletionRequest, texts: list[_Text], sampling: Sampling, owner: str
-) -> Steps:
+def _job(service: Service, body: schemas.CompletionRequest, texts: list[_Text], sampling: Sampling, owner: str) -> Job:
     """The job of one request; its prompts one after the other."""
     max_tokens, metrics = body.max_tokens or service.settings.max_tokens, service.metrics
 
-    def steps(post: Post) -> Generator[None, None, None]:
+    def steps(post: Post) -> Steps[None]:
         started = time.monotonic()
         for text, prompt in zip(texts, body.prompts, strict=True):
-            turn = service.texts.begin(prompt, owner=owner)
+            token_ids = yield from aside(partial(service.texts.encode, prompt))
+            turn = service.texts.start(token_ids, owner=owner)
+            yield from aside(turn.encode)
+            turn.tell()
             session = turn.session
             text.prompt_tokens, text.cached_tokens = len(session.tokens), turn.num_cached_tokens
 
@@ -86,14 +89,14 @@ def _steps(
 
             for _ in service.heard(read(), lambda event: None):
                 post(None)
-                yield
+                yield None
             post(None)
             pieces = session.generate(max_tokens, sampling, top_logprobs=body.logprobs)
             for piece in service.heard(pieces, lambda event: None):
                 if not text.completion_tokens:
                     metrics.first_token_seconds.observe(time.monotonic() - started)
                 post(_taken(service.memory.engine, text, piece, body.logprobs is not None))
-                yield
+                yield None
             service.texts.keep(turn)
             metrics.prompt_tokens.inc(text.prompt_tokens)
             metrics.cached_tokens.inc(text.cached_tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -24,6 +24,9 @@ from am_memory_server.scheduler import QueueFull, ShuttingDown
 
 logger = logging.getLogger("am_memory.server")
 RETRY_SECONDS = 2
+MOST_CHARS = 1000
+"""Of a message: what is told of a request is never as long as the request."""
+MOST_PROBLEMS = 5
 
 
 class ApiError(Exception):
@@ -45,7 +48,8 @@ class ApiError(Exception):
         param: str | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.type, self.code, self.param = status, message, type, code, param
+        self.status, self.type, self.code = status, type, code
+        self.message, self.param = _shortened(message), param and _shortened(param)
 
     @property
     def body(self) -> dict[str, object]:
@@ -60,6 +64,12 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body, self.status, headers=dict(self.headers))
+
+
+def _shortened(text: str) -> str:
+    """Text that can be sent, and is not too long."""
+    text = text.encode("utf-8", "replace").decode()
+    return text if len(text) <= MOST_CHARS else f"{text[: MOST_CHARS // 2]} ... {text[-MOST_CHARS // 2 :]}"
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -97,7 +107,7 @@ def install(app: FastAPI) -> None:
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return _validation_error(error.errors()).response()
+        return _validation_error(error.errors(), error.body).response()
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -113,11 +123,31 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, http)
 
 
-def _validation_error(problems: Any) -> ApiError:
-    """The first problem names the parameter; all are told."""
-    told = []
-    for problem in problems:
-        where = ".".join(str(part) for part in problem["loc"] if part not in ("body", "query", "path"))
-        told.append(f"{where or 'body'}: {problem['msg']}")
-    first = told[0].partition(":")[0] if told else None
-    return ApiError(400, "; ".join(told[:5]).encode("utf-8", "replace").decode(), param=first, code="invalid_request")
+def _validation_error(problems: Sequence[Any], body: Any) -> ApiError:
+    """The first problem names the parameter, as closely as others within it do; several are told."""
+    if problems and problems[0]["type"] == "json_invalid":
+        return ApiError(400, f"the body cannot be read as JSON: {problems[0]['ctx']['error']}", code="invalid_json")
+    places = [_place(problem, body) for problem in problems]
+    told = [f"{place or 'body'}: {problem['msg']}" for place, problem in zip(places, problems, strict=True)]
+    within = [place for place in places if f"{place}.".startswith(f"{places[0]}.")]
+    param = max(within, key=len) if places[0] else None
+    return ApiError(400, "; ".join(told[:MOST_PROBLEMS]), param=param, code="invalid_request")
+
+
+def _place(problem: Any, body: Any) -> str:
+    """Where in what was sent a problem lies; "" for all of it.
+
+    Beside names and numbers of what was sent, pydantic says which of its own types it tried there, by what function.
+    """
+    kind, *parts = problem["loc"]
+    if kind != "body":
+        return ".".join(map(str, parts))
+    place, here = list[str](), body
+    for part in parts:
+        is_in_list = isinstance(here, list) and isinstance(part, int) and part < len(here)
+        if is_in_list or (isinstance(here, dict) and part in here):
+            place.append(str(part))
+            here = here[part]
+    if problem["type"] == "missing":
+        place.append(str(parts[-1]) if parts else "")
+    return ".".join(place)

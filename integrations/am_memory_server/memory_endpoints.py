@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,10 +15,16 @@ from am_memory.threads import Branch
 from am_memory_server.access import Owner
 from am_memory_server.chat_completions import checked_name, thread_of
 from am_memory_server.errors import ApiError
+from am_memory_server.json_bodies import JSONRoute
 from am_memory_server.memory_view import CompactionView, MemoryView, view
+from am_memory_server.scheduler import Steps, aside
 from am_memory_server.service import Compactions, Service, last_used, report_dict
 
-router = APIRouter(prefix="/v1/memory/sessions", tags=["Memory"])
+T = TypeVar("T")
+CALLS = "memory"
+"""Under which these calls take turns with the conversations of their owner."""
+
+router = APIRouter(route_class=JSONRoute, prefix="/v1/memory/sessions", tags=["Memory"])
 
 
 class SessionEntry(BaseModel):
@@ -54,30 +62,26 @@ class Deleted(BaseModel):
 
 
 class Conversations:
-    """The conversations of one owner; its methods run on the scheduler's thread."""
+    """The conversations of one owner. Its methods are steps on the scheduler's threads, or need no device at all."""
 
     def __init__(self, service: Service, owner: str) -> None:
         self.service, self.threads, self.owner = service, service.threads, owner
 
     def entries(self) -> list[SessionEntry]:
-        begin = thread_of((self.owner, ""))
+        begin, kept = thread_of((self.owner, "")), defaultdict[str, list[Branch]](list)
+        for branch in self.threads.all_branches():
+            kept[branch.thread].append(branch)
         names = [name for name in self.threads.names() if name.startswith(begin)]
-        return [self._entry(name, name.removeprefix(begin)) for name in names]
+        return [_entry(name.removeprefix(begin), kept[name]) for name in names]
 
-    def _entry(self, thread: str, id: str) -> SessionEntry:
-        branches = self.threads.branches(thread)
-        newest = max(branches, key=last_used, default=None)
-        stats = newest.session.stats if newest else None
-        return SessionEntry(id=id, num_branches=len(branches), stats=stats)
-
-    def view(self, id: str) -> MemoryView:
-        newest, count = self._newest(id)
+    def view(self, id: str) -> Steps[MemoryView]:
+        newest, count = yield from self._newest(id)
         return view(id, newest.session, count, self.service.memory.trigger_tokens)
 
-    def compact(self, id: str, fraction: float | None) -> CompactionView:
-        session = self._newest(id)[0].session
+    def compact(self, id: str, fraction: float | None) -> Steps[CompactionView]:
+        session = (yield from self._newest(id))[0].session
         compactions = Compactions()
-        with self.service.memory.listening(compactions.hear), self.service.memory.listening(self.service.metrics.hear):
+        with self.service.listening(compactions.hear):
             try:
                 report = session.compact(fraction)
             except CompactionFailed as error:
@@ -86,27 +90,29 @@ class Conversations:
         self._save(session)
         return CompactionView.model_validate(report_dict(report))
 
-    def fork(self, id: str, new_id: str) -> MemoryView:
-        self._newest(id)
-        new = thread_of((self.owner, checked_name(new_id)))
-        if new in self.threads.names():
+    def fork(self, id: str, new_id: str) -> Steps[MemoryView]:
+        thread, new = (thread_of((self.owner, checked_name(name))) for name in (id, new_id))
+        yield from self._newest(id)
+        if new in (yield from aside(self.threads.names)):
             raise ApiError(409, f"there is a session {new_id!r} already: choose another id", code="session_exists")
         try:
-            self.threads.copy(thread_of((self.owner, id)), new)
+            for _ in self.threads.copying(thread, new, (yield from aside(lambda: self.threads.saved(thread)))):
+                yield None
         except InvalidInput as error:
             raise _unknown(id) from error
-        return self.view(new_id)
+        return (yield from self.view(new_id))
 
     def delete(self, id: str) -> Deleted:
         if not self.threads.delete(thread_of((self.owner, id))):
             raise _unknown(id)
         return Deleted(id=id)
 
-    def _newest(self, id: str) -> tuple[Branch, int]:
+    def _newest(self, id: str) -> Steps[tuple[Branch, int]]:
         """The branch that was used last, and how many there are."""
         thread = thread_of((self.owner, id))
-        branches = self.threads.open(thread)
-        if not branches and thread in self.threads.names():
+        saved = yield from aside(lambda: self.threads.saved(thread))
+        branches = self.threads.open(thread, saved)
+        if not branches and thread in (yield from aside(self.threads.names)):
             raise ApiError(409, f"what is saved of {id!r} cannot be read: DELETE forgets it", code="session_unreadable")
         if not branches:
             raise _unknown(id)
@@ -117,41 +123,54 @@ class Conversations:
             self.service.saving(session.save)
 
 
+def _entry(id: str, branches: list[Branch]) -> SessionEntry:
+    newest = max(branches, key=last_used, default=None)
+    return SessionEntry(id=id, num_branches=len(branches), stats=newest.session.stats if newest else None)
+
+
 def _unknown(id: str) -> ApiError:
     return ApiError(404, f"there is no session {id!r}: GET /v1/memory/sessions lists them", code="session_not_found")
 
 
-async def _on_device(request: Request, owner: str, method: Any, *args: Any) -> Any:
+async def _called(request: Request, owner: str, method: Callable[..., Steps[T]], *args: Any) -> T:
+    """A method of the owner's conversations, in turn with all that is asked of the device."""
     service: Service = request.app.state.service
     conversations = Conversations(service, owner)
-    return await service.scheduler.call(lambda: method(conversations, *args))
+    return await service.scheduler.call((owner, CALLS), lambda: method(conversations, *args))
+
+
+async def _looked(request: Request, owner: str, method: Callable[..., T], *args: Any) -> T:
+    """The same, of what needs no device."""
+    service: Service = request.app.state.service
+    conversations = Conversations(service, owner)
+    return await service.scheduler.look((owner, CALLS), lambda: method(conversations, *args))
 
 
 @router.get("", response_model=SessionList)
 async def list_sessions(request: Request, owner: Owner) -> Any:
     """All conversations of this key."""
-    return SessionList(data=await _on_device(request, owner, Conversations.entries))
+    return SessionList(data=await _looked(request, owner, Conversations.entries))
 
 
 @router.get("/{id:path}", response_model=MemoryView)
 async def inspect_session(id: str, request: Request, owner: Owner) -> Any:
     """What the memory of a conversation holds: segments, compactions, slots and bytes by layer and head."""
-    return await _on_device(request, owner, Conversations.view, id)
+    return await _called(request, owner, Conversations.view, id)
 
 
 @router.post("/{id:path}/compact", response_model=CompactionView)
 async def compact_session(id: str, body: CompactBody, request: Request, owner: Owner) -> Any:
     """Compact now, whatever the trigger says."""
-    return await _on_device(request, owner, Conversations.compact, id, body.fraction)
+    return await _called(request, owner, Conversations.compact, id, body.fraction)
 
 
 @router.post("/{id:path}/fork", response_model=MemoryView, status_code=201)
 async def fork_session(id: str, body: ForkBody, request: Request, owner: Owner) -> Any:
     """Give a conversation a second name, under which it goes its own way; memory is shared until the two differ."""
-    return await _on_device(request, owner, Conversations.fork, id, body.id)
+    return await _called(request, owner, Conversations.fork, id, body.id)
 
 
 @router.delete("/{id:path}", response_model=Deleted)
 async def delete_session(id: str, request: Request, owner: Owner) -> Any:
     """Forget a conversation, in memory and in the store; an answer to it that is under way is not kept."""
-    return await _on_device(request, owner, Conversations.delete, id)
+    return await _looked(request, owner, Conversations.delete, id)

@@ -9,6 +9,7 @@ saved before its last chunk was sent, and the next replica goes on from the stor
 # Without postponed annotations: Ray Serve reads those of `build`.
 
 import asyncio
+import sys
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
 from typing import Annotated, Any, cast
@@ -36,10 +37,13 @@ from am_memory_server.affinity import affinity
 from am_memory_server.app import create_app
 from am_memory_server.errors import ApiError, logger
 from am_memory_server.gathered import Headers, Whole, gathered, is_for_all
+from am_memory_server.scheduler import SWITCH_SECONDS
 from am_memory_server.settings import ServerSettings
 
 MAX_ONGOING = 1000
 """Requests that a replica takes: they wait in its own queue, which is fair and has its own limits."""
+MAX_UNSENT = 64
+"""Messages of an answer that Ray has not taken yet: the application waits with more."""
 DRAIN_SECONDS = 10.0
 """Beside the time that running answers have, for a replica to notice that it is to stop."""
 SCOPE = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers", "client", "server")
@@ -97,12 +101,13 @@ class Replica:
             compile=settings.compile,
             store=settings.store,
         )
+        sys.setswitchinterval(SWITCH_SECONDS)
         self._app = create_app(memory, server)
         self._name = serve.get_replica_context().replica_tag
 
     async def messages(self, scope: dict[str, Any], body: bytes) -> AsyncGenerator[Message, None]:
         """What the application sends, as it sends it; who stops to listen ends it."""
-        sent: asyncio.Queue[Message | None] = asyncio.Queue()
+        sent: asyncio.Queue[Message | None] = asyncio.Queue(MAX_UNSENT)
         unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive() -> Message:
@@ -111,8 +116,10 @@ class Replica:
         async def answer() -> None:
             try:
                 await self._app(scope, receive, sent.put)
-            finally:
-                sent.put_nowait(None)
+            except Exception:  # not where it is given up, as nobody listens then
+                await sent.put(None)
+                raise
+            await sent.put(None)
 
         answering = asyncio.ensure_future(answer())
         try:

@@ -7,29 +7,28 @@ import time
 import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 MAX_CONVERSATION_CHARS = 200
 CONVERSATION_KEYS = ("conversation_id", "thread_id", "session_id", "chat_id")
 """Of `metadata`, in this order."""
 
-TokenCount = Annotated[int, Field(ge=1)]
+TokenCount = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+def _finite(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema with no number that is beyond all numbers, as 1e999 is read."""
+    json.dumps(schema, allow_nan=False)
+    return schema
+
+
+Schema = Annotated[dict[str, Any], AfterValidator(_finite)]
 
 
 class _Request(BaseModel):
     """What is not known is refused by name, as OpenAI's API does."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_sound_json(cls, body: Any) -> Any:
-        """Python reads JSON that is none: halves of surrogate pairs, which no text holds, and NaN."""
-        try:
-            json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("the request holds half of a surrogate pair, which is no text") from None
-        return body
 
 
 class _Part(BaseModel):
@@ -56,9 +55,14 @@ def _only_text(content: Any) -> Any:
 Text = Annotated[str, BeforeValidator(_only_text)]
 
 
+def _as_written(arguments: Any) -> Any:
+    """Arguments are a text, whatever it says; some programs send the value itself."""
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
 class FunctionCall(_Part):
     name: Annotated[str, Field(min_length=1)]
-    arguments: str = "{}"
+    arguments: Annotated[str, BeforeValidator(_as_written)] = "{}"
 
 
 class MessageToolCall(_Part):
@@ -97,7 +101,7 @@ class ChatMessage(_Part):
 class Function(_Part):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Schema | None = None
     strict: bool | None = None
 
 
@@ -106,7 +110,7 @@ class Tool(_Part):
     function: Function
 
     def as_tool(self) -> dict[str, Any]:
-        return {"type": "function", "function": self.function.model_dump(exclude_none=True, exclude={"strict"})}
+        return {"type": "function", "function": self.function.model_dump(exclude_none=True)}
 
 
 class NamedFunction(_Part):
@@ -122,7 +126,7 @@ class JSONSchema(BaseModel):
     model_config = ConfigDict(extra="ignore", populate_by_name=True)
 
     name: str = "answer"
-    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    schema_: Schema = Field(default_factory=dict, alias="schema")
     strict: bool | None = None
 
 
@@ -165,7 +169,7 @@ class _Sampled(_Request):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     user: str | None = None
     # Taken where they ask for what is done anyway.
     n: Literal[1] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -10,6 +11,7 @@ from starlette.types import ASGIApp
 from am_memory.memory import Memory
 from am_memory_server.app import create_app
 from am_memory_server.connections import connections_of
+from am_memory_server.scheduler import SWITCH_SECONDS
 from am_memory_server.settings import ServerSettings
 
 MAX_HEAD_BYTES = 16 * 2**10
@@ -17,6 +19,7 @@ MAX_HEAD_BYTES = 16 * 2**10
 
 def serve(memory: Memory, settings: ServerSettings) -> None:
     """Serve until SIGINT or SIGTERM."""
+    sys.setswitchinterval(SWITCH_SECONDS)
     uvicorn.Server(configured(create_app(memory, settings), settings)).run()
 
 

@@ -1,12 +1,13 @@
 """What all endpoints share: the memory and its threads, the scheduler, the metrics. Knows no HTTP.
 
-All that touches the memory runs on the scheduler's thread.
+All that works on sessions runs on the scheduler's thread, in short steps; what needs no device goes aside.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -55,10 +56,16 @@ class Service:
             kv_tokens=sum(stats.kv_tokens for stats in kept),
         )
 
+    @contextmanager
+    def listening(self, listener: Listener) -> Iterator[None]:
+        """Within one step: events go to the listener and to the metrics."""
+        with self.memory.listening(listener), self.memory.listening(self.metrics.hear):
+            yield
+
     def heard(self, steps: Iterator[T], listener: Listener) -> Generator[T, None, None]:
         """Steps of one conversation, whose events go to the listener and to the metrics; those of others do not."""
         while True:
-            with self.memory.listening(listener), self.memory.listening(self.metrics.hear):
+            with self.listening(listener):
                 try:
                     item = next(steps)
                 except StopIteration:

@@ -33,8 +33,9 @@ class ServerSettings(BaseModel):
         max_connections: open at once; the oldest one that asks for nothing makes room for a new one.
         body_seconds: that the body of a request may take to arrive.
         idle_seconds: that a connection may go without asking for anything, or without taking what it was sent.
-        max_active: answers that are written at the same time, token by token in turn.
-        max_queued: requests of one key that wait for their turn.
+        max_active: answers that are written at the same time, token by token in turn. Each key has a share of these
+            places, one at least, whoever else holds how many.
+        max_queued: requests of one key that wait for their turn, whatever they ask for.
         max_sessions: conversations kept in memory, each of their branches counted.
         max_session_bytes: what their caches may take.
         shutdown_seconds: that answers get to come to their end when the server stops.

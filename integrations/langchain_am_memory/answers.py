@@ -54,6 +54,7 @@ class Chunks:
                 "compactions": stats.num_compactions,
                 "compactions_in_answer": answer.num_compactions,
                 "rebuilt": answer.turn.rebuilt,
+                "schema_error": answer.schema_error,
             },
         }
         said = UsageMetadata(

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 NAMES = frozenset(
-    {"model", "memory_policy", "tools", "tool_choice", "max_tokens", "response_format"} | Sampling.model_fields.keys()
+    {
+        *("model", "memory_policy", "tools", "tool_choice", "parallel_tool_calls", "strict", "max_tokens"),
+        *("response_format", *Sampling.model_fields),
+    }
 )
 """Of what a call takes."""
 OF_LANGCHAIN = frozenset({"thread_id", "stream", "ls_structured_output_format", "structured_output_format"})
@@ -39,7 +42,8 @@ class Call:
         self.policy: MemoryPolicy = kwargs.pop("memory_policy", None) or model._memory_policy()
         self.model_name = str(override or model._model_name)
         self.threads = model.threads(override)
-        self.tools: list[dict[str, Any]] = openai_tools(kwargs.pop("tools", None))
+        self.tools: list[dict[str, Any]] = openai_tools(kwargs.pop("tools", None), strict=kwargs.pop("strict", None))
+        self.parallel_calls: bool | None = kwargs.pop("parallel_tool_calls", None)
         choice = one_choice(kwargs.pop("tool_choice", None), self.tools)
         self.tool_choice: str | None = "required" if choice == "any" else choice
         self.max_tokens = int(kwargs.pop("max_tokens", None) or model.max_tokens)
@@ -61,13 +65,22 @@ class Call:
             response_format=self.response_format,
             max_tokens=self.max_tokens,
             sampling=self.sampling,
+            parallel_calls=self.parallel_calls,
             thread=thread,
             policy=self.policy,
         )
 
 
-def openai_tools(tools: Sequence[Any] | None) -> list[dict[str, Any]]:
-    return [convert_to_openai_tool(tool) for tool in tools or ()]
+def openai_tools(tools: Sequence[Any] | None, *, strict: bool | None = None) -> list[dict[str, Any]]:
+    """The tools as OpenAI's API has them.
+
+    Args:
+        strict: all of them, or none; None: each as it says itself.
+    """
+    converted = [convert_to_openai_tool(tool) for tool in tools or ()]
+    if strict is None:
+        return converted
+    return [{**tool, "function": {**tool["function"], "strict": strict}} for tool in converted]
 
 
 def one_choice(choice: dict[str, Any] | str | bool | None, tools: list[dict[str, Any]]) -> Any:

@@ -20,7 +20,7 @@ from langchain_core.tools import BaseTool
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 
 from am_memory import Memory, MemoryPolicy, Sampling
-from am_memory.chat import ChatAnswer
+from am_memory.chat import ChatAnswer, as_told
 from am_memory.engines.base import EngineName
 from am_memory.errors import CompactionFailed, InvalidInput, InvalidPolicy, PromptTooLong, unknown
 from am_memory.threads import Threads
@@ -244,7 +244,7 @@ class ChatAMMemory(BaseChatModel):
 
     def get_num_tokens_from_messages(self, messages: Sequence[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """Exactly what reading these messages and tools takes, the opening of the answer included."""
-        return self.threads().num_tokens(to_openai(messages), openai_tools(tools))
+        return self.threads().num_tokens(to_openai(messages), [as_told(tool) for tool in openai_tools(tools)])
 
     # The thread of a config, which a bare model's own methods do not pass on
 
@@ -401,6 +401,8 @@ class ChatAMMemory(BaseChatModel):
         tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
         *,
         tool_choice: dict[str, Any] | str | bool | None = None,
+        parallel_tool_calls: bool | None = None,
+        strict: bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, AIMessage]:
         """Tell the model of tools.
@@ -410,6 +412,12 @@ class ChatAMMemory(BaseChatModel):
             tool_choice: "auto" (None) leaves it to the model, "none" forbids calls, "any" (or "required", or True)
                 forces one, and so does the name of a tool, or {"type": "function", "function": {"name": ...}}. What is
                 forced is guaranteed, by constrained decoding.
+            parallel_tool_calls: False: an answer has one call at most; True: a forced one may have several, as a free
+                one may in any case.
+            strict: arguments follow their schema where the model chooses to call, too; None: as each tool says itself.
+
+        Raises:
+            InvalidInput: a choice that is none of the tools, or an argument that no call takes.
         """
         schemas = openai_tools(tools)
         bound: Runnable[LanguageModelInput, AIMessage] = self.bind(

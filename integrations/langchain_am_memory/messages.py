@@ -29,8 +29,8 @@ def _to_openai(message: BaseMessage, position: int) -> dict[str, Any]:
     if role is None:
         raise InvalidInput(f"message {position} is of type {message.type!r}: give system, human, ai or tool messages")
     said: dict[str, Any] = {"role": role, "content": _text(message.content, position)}
-    if isinstance(message, AIMessage) and message.tool_calls:
-        said["tool_calls"] = [tool_call(call["name"], call["args"], call.get("id")) for call in message.tool_calls]
+    if isinstance(message, AIMessage) and (calls := _calls(message)):
+        said["tool_calls"] = calls
     if isinstance(message, ToolMessage):
         said["tool_call_id"] = message.tool_call_id
     if isinstance(message, (ToolMessage, FunctionMessage)) and message.name:
@@ -38,10 +38,17 @@ def _to_openai(message: BaseMessage, position: int) -> dict[str, Any]:
     return said
 
 
-def tool_call(name: str, arguments: dict[str, Any], call_id: str | None) -> dict[str, Any]:
-    """A call as OpenAI's API has it."""
-    function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
-    return {"id": call_id, "type": "function", "function": function}
+def _calls(message: AIMessage) -> list[dict[str, Any]]:
+    """The calls as OpenAI's API has them, and such as could not be made, as they were written.
+
+    One without a name was never a call to anything; what an answer of ours says in one stands in its thread.
+    """
+    made = [(call["name"], json.dumps(call["args"], ensure_ascii=False), call["id"]) for call in message.tool_calls]
+    broken = [(call["name"], call["args"] or "", call["id"]) for call in message.invalid_tool_calls if call["name"]]
+    return [
+        {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+        for name, arguments, call_id in (*made, *broken)
+    ]
 
 
 def _text(content: Any, position: int) -> str:

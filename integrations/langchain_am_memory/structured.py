@@ -2,17 +2,84 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import AsyncIterator, Iterator
 from typing import Any, Literal, cast
 
+from langchain_core.exceptions import OutputParserException
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.language_models.chat_models import BaseChatModel
-from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
+from langchain_core.messages import BaseMessage
+from langchain_core.output_parsers import (
+    BaseCumulativeTransformOutputParser,
+    JsonOutputParser,
+    PydanticOutputParser,
+)
 from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
+from langchain_core.outputs import Generation
 from langchain_core.runnables import Runnable, RunnableLambda, RunnablePassthrough
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
+from pydantic import ConfigDict
+
+from am_memory.json_schemas import Check
 
 Method = Literal["function_calling", "json_schema", "json_mode"]
+
+
+class _Checked(BaseCumulativeTransformOutputParser[Any]):
+    """Checks a whole value against its schema, as pydantic does for its own classes."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    check: Check
+
+    def _require(self, value: Any) -> None:
+        problem = None if value is None else self.check.problem_with(value)
+        if problem is not None:
+            raise OutputParserException(f"the answer does not follow its schema: {problem}", json.dumps(value))
+
+    def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
+        value = super().parse_result(result, partial=partial)
+        if not partial:
+            self._require(value)
+        return value
+
+    def _transform(self, input: Iterator[str | BaseMessage]) -> Iterator[Any]:
+        value = None
+        for value in super()._transform(input):
+            yield value
+        self._require(value)
+
+    async def _atransform(self, input: AsyncIterator[str | BaseMessage]) -> AsyncIterator[Any]:
+        value = None
+        async for value in super()._atransform(input):
+            yield value
+        self._require(value)
+
+
+class _Whole(JsonOutputParser):
+    """LangChain's own completes JSON that was cut off, also where nothing more is to come."""
+
+    def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
+        if not partial:
+            try:
+                json.loads(result[0].text)
+            except ValueError as error:
+                raise OutputParserException(f"the answer was cut off: {error}", result[0].text) from error
+        return super().parse_result(result, partial=partial)
+
+
+class CheckedJson(_Checked, _Whole):
+    """The JSON that an answer is."""
+
+
+class WholeObject(_Whole, PydanticOutputParser[Any]):
+    """The object whose JSON an answer is."""
+
+
+class CheckedCall(_Checked, JsonOutputKeyToolsParser):
+    """The arguments of a call."""
 
 
 def structured(
@@ -21,6 +88,7 @@ def structured(
     """The model with its answers in that form; `ChatAMMemory.with_structured_output` says more."""
     is_pydantic = isinstance(schema, type) and is_basemodel_subclass(schema)
     tool = convert_to_openai_tool(schema)
+    wanted = convert_to_json_schema(schema)
     format_of = {"ls_structured_output_format": {"kwargs": {"method": method}, "schema": tool}}
     model: Runnable[LanguageModelInput, Any]
     parser: Any
@@ -30,13 +98,12 @@ def structured(
         parser = (
             PydanticToolsParser(tools=[schema], first_tool_only=True)  # type: ignore[list-item]
             if is_pydantic
-            else JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
+            else CheckedCall(key_name=name, first_tool_only=True, check=Check(wanted))
         )
     else:
-        named = {"name": tool["function"]["name"], "schema": convert_to_json_schema(schema)}
-        wanted = {"type": "json_schema", "json_schema": named}
-        model = chat.bind(response_format=wanted, **format_of)
-        parser = PydanticOutputParser(pydantic_object=cast(type, schema)) if is_pydantic else JsonOutputParser()
+        named = {"name": tool["function"]["name"], "schema": wanted}
+        model = chat.bind(response_format={"type": "json_schema", "json_schema": named}, **format_of)
+        parser = WholeObject(pydantic_object=cast(type, schema)) if is_pydantic else CheckedJson(check=Check(wanted))
     if not include_raw:
         return cast("Runnable[LanguageModelInput, Any]", model | parser)
     parsed = RunnablePassthrough.assign(

@@ -113,7 +113,10 @@ def test_exchanging_slots_greedily_ends_at_the_ranking() -> None:
         {"ratios": (0.1, 0.05, 0.5)},
         {"ratios": (0.0, 0.1, 0.5)},
         {"ratios": (0.1, 0.5, 1.0)},
+        {"ratios": (), "losses": ((),)},
+        {"ratios": (1e-300, 2e-300, 3e-300)},
         {"losses": ()},
+        {"losses": ((1e308, 0.5, 0.1),)},
         {"losses": ((1.0, 0.5),)},
         {"losses": ((1.0, 0.5, -0.1),)},
         {"losses": ((1.0, 0.5, float("nan")),)},
@@ -155,7 +158,10 @@ def test_a_model_without_a_calibration_of_its_own_says_how_to_make_one(engine: T
         Memory(engine, MemoryPolicy(trigger_tokens=2000, head_budget="calibrated")).session()
 
 
-@pytest.mark.parametrize("content", [None, "{}", '{"losses": 1', "\xff"])
+@pytest.mark.parametrize(
+    "content",
+    [None, "{}", '{"losses": 1', "\xff", "[" * 100_000, '{"ratios": [NaN]}', '{"ratios": [1e999]}', "9" * 5000],
+)
 def test_a_file_that_is_missing_or_none_of_ours_is_refused(
     engine: TransformersEngine, tmp_path: Path, content: str | None
 ) -> None:
@@ -164,6 +170,21 @@ def test_a_file_that_is_missing_or_none_of_ours_is_refused(
         path.write_bytes(content.encode("latin-1"))
     with pytest.raises(InvalidPolicy, match=r"curves\.json.* cannot be read .* am-memory calibrate wrote"):
         Memory(engine, MemoryPolicy(trigger_tokens=2000, head_budget=str(path))).session()
+
+
+@pytest.mark.parametrize("num_heads", [1, 5, 7])
+def test_curves_of_other_heads_than_the_models_are_refused_and_nothing_is_changed(
+    engine: TransformersEngine, tmp_path: Path, num_heads: int
+) -> None:
+    """A file that was changed by hand ended in a RuntimeError of torch's, or gave the slots to other heads."""
+    heads = [NEEDS_MUCH] * num_heads
+    path = written(tmp_path, curves(*heads, fingerprint=engine.info.fingerprint))
+    session = Memory(engine, MemoryPolicy(trigger_tokens=2000, keep_recent=0, head_budget=path)).session()
+    session.append(TOKENS)
+    before = session.stats
+    with pytest.raises(InvalidPolicy, match=f"has curves of {num_heads} heads, and the model has 6"):
+        session.compact(1.0)
+    assert session.stats == before
 
 
 @pytest.mark.parametrize("budget", ["calibrated", "curves.json"])

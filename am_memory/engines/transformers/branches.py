@@ -93,15 +93,22 @@ class TextBranches:
         beginnings: of each branch, the entries of each layer.
         logits: (num_branches, vocab_size), after the beginnings.
         step: of the model.
+        held_rope: as the cache has it.
     """
 
     def __init__(
-        self, past: Sequence[CompactableLayer], beginnings: Sequence[Sequence[Entries]], logits: Tensor, step: Step
+        self,
+        past: Sequence[CompactableLayer],
+        beginnings: Sequence[Sequence[Entries]],
+        logits: Tensor,
+        step: Step,
+        held_rope: object = None,
     ) -> None:
         self.logits = logits
         self._step = step
         self._layers = [BranchLayer(*of_layer) for of_layer in zip(past, zip(*beginnings, strict=True), strict=True)]
         self._cache = Cache(layers=[*self._layers])
+        self._cache.held_rope = held_rope  # type: ignore[attr-defined]
 
     def read(self, branches: Sequence[int], token_ids: Sequence[int]) -> None:
         if len(branches) < len(self.logits):

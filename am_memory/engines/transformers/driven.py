@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from am_memory.cache import KVCache
 from am_memory.engines.transformers.attention import NO_MASK
@@ -33,24 +33,57 @@ NOT_TEXT = ("pixel_values", "image_", "images", "video_", "videos", "audio_", "i
 Arguments = dict[str, Any]
 
 
-class WatchedForward:
-    """A model's `forward`, in which watched caches see what is about to be read; other passes are as they were.
+class InPlaceOf:
+    """What stands in place of a model's method; in a copy of the model, the method itself does.
 
-    It takes the place of `forward` in the model, and is no hook of it: wrappers (peft's) call `forward` by itself.
+    Args:
+        method: of the model, or what stands there already.
+        instead: what is called.
+    """
+
+    def __init__(self, method: Callable[..., Any], instead: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, method, updated=())  # all but its attributes, which may be one of this class's
+        self._method, self._instead = method, instead
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._instead(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._method, memo)
+
+
+def watch(model: PreTrainedModel, forward: Callable[..., Any], require: Callable[[KVCache], None]) -> None:
+    """Have watched caches see what is about to be read into them; other passes are as they were.
+
+    It is no hook of the model: wrappers (peft's) may call `forward` by itself.
 
     Args:
         model: to be watched; a copy of it is not.
-        forward: what makes a pass; the model's own, or a shortcut to it.
+        forward: what makes a pass: the model's own, or a shortcut to it.
         require: called with every cache of ours that a pass reads into, watched or not; raises what is against it.
     """
+    model.forward = InPlaceOf(model.forward, WatchedForward(model, forward, require))
+    generating: Any = model
+    prepare: Callable[..., Any] = generating.prepare_inputs_for_generation
+    if type(generating).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
+
+        def prepare_with_cache(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+            """Phi-3 gives up its cache where it would turn keys in another way, which ours never does."""
+            inputs = prepare(input_ids, *args, **kwargs)
+            cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+            if not isinstance(cache, KVCache) or any(value is cache for value in inputs.values()):
+                return inputs
+            return GenerationMixin.prepare_inputs_for_generation(generating, input_ids, *args, **kwargs)
+
+        generating.prepare_inputs_for_generation = InPlaceOf(prepare, prepare_with_cache)
+
+
+class WatchedForward:
+    """A model's `forward`, with what `watch` has to do before and after a pass."""
 
     def __init__(self, model: PreTrainedModel, forward: Callable[..., Any], require: Callable[[KVCache], None]) -> None:
-        self._model, self._plain, self._forward, self._require = model, model.forward, forward, require
+        self._model, self._forward, self._require = model, forward, require
         self._names = list(inspect.signature(forward).parameters)
-        functools.update_wrapper(self, forward)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self._plain, memo)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         asked = {**dict(zip(self._names, args, strict=False)), **kwargs} if args else kwargs

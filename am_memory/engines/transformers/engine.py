@@ -19,10 +19,12 @@ from am_memory.engines.transformers import adapters, attention, support
 from am_memory.engines.transformers.adapters import Adapters, unwrapped
 from am_memory.engines.transformers.branches import TextBranches
 from am_memory.engines.transformers.compiled import compile_layers
-from am_memory.engines.transformers.driven import WatchedForward
+from am_memory.engines.transformers.driven import watch
 from am_memory.engines.transformers.graphs import shortcut, token_graphs
+from am_memory.engines.transformers.held_rope import HeldRope, length_dependent_kinds, require_choice
 from am_memory.engines.transformers.plain_text import encode_as_text
-from am_memory.engines.transformers.rotary import layer_rotations, length_dependent_kinds
+from am_memory.engines.transformers.positions import num_positions, refusal, refuse_too_long_answers
+from am_memory.engines.transformers.rotary import layer_rotations
 from am_memory.errors import InvalidInput, UnsupportedModel, UnsupportedOperation
 from am_memory.models import fingerprint
 from am_memory.rotation import Rotation
@@ -40,14 +42,23 @@ class TransformersEngine:
         tokenizer: the model's own.
         compile: compile the decoder layers by `torch.compile` for steps of one token. Nothing is compiled again for
             longer caches, compactions or further sessions; other caches and longer steps go the way they did.
+        window_tokens: positions that are used, if not all that the model was trained on; what is compact is moved up
+            to stay within them. A model of "longrope" has to be told: within what it was trained on first its short
+            factors are taken, else the long ones, whatever the length of the text is.
 
     Raises:
         UnsupportedModel: the model's cache cannot be compacted, or its layers not compiled.
+        InvalidInput: a window that the model does not have.
         EngineFailed: torch.compile fails on this machine.
     """
 
     def __init__(
-        self, model: PreTrainedModel | nn.Module, tokenizer: PreTrainedTokenizerBase, *, compile: bool = False
+        self,
+        model: PreTrainedModel | nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        compile: bool = False,
+        window_tokens: int | None = None,
     ) -> None:
         attention.register()
         self.model = model = unwrapped(model)
@@ -58,24 +69,47 @@ class TransformersEngine:
         self._rotations: list[Rotation] | None = None
         self._control_tokens: tuple[str, ControlTokens] | None = None
         self._cache_argument = support.cache_argument(model)
+        window = support.window(model, window_tokens)
+        require_choice(model, window_tokens)
+        self._held_rope: HeldRope | None = None
+        before = model.config._attn_implementation
         support.probe(model, self.new_cache())
+        max_tokens = num_positions(model, self.new_cache())
         if compile:
             compile_layers(model, self.new_cache())
         immovable = None
+        if length_dependent_kinds(model):
+            self._held_rope = HeldRope(model, window)
         try:
-            self._rotations = layer_rotations(model)
+            self._rotations = layer_rotations(model, self.new_cache, self._held_rope)
         except UnsupportedModel as error:
+            if self._held_rope is not None:
+                model.set_attn_implementation(before)
+                raise UnsupportedModel(
+                    f"{type(model).__name__} turns its keys by the length of the text, and not in a way that can be "
+                    f"held at one length ({error}); use another model"
+                ) from error
             immovable = str(error)
-        self.info = _model_info(model, tokenizer, immovable, self._adapters)
+        seen_through = self._weights if self._held_rope is None else (self._weights, self._held_rope.sets)
+        self.info = _model_info(
+            model,
+            tokenizer,
+            fingerprint=fingerprint(model, through=seen_through, without=self._adapters.hidden),
+            window_tokens=window if max_tokens is None else min(window, max_tokens),
+            immovable=immovable,
+            max_tokens=max_tokens,
+        )
+        if max_tokens is not None:
+            refuse_too_long_answers(model, max_tokens)
         self._graphs = token_graphs(model, self._read_token, self.new_cache)
         forward = model.forward
         if self._graphs is not None:
             forward = shortcut(model, self._graphs, self._cache_argument)
-        model.forward = WatchedForward(model, forward, self._require_adapters)
+        watch(model, forward, self._require_adapters)
 
     def new_cache(self) -> KVCache:
         cache = KVCache(self._windows, self._rotations)
-        cache.weights = self._weights
+        cache.weights, cache.held_rope = self._weights, self._held_rope
         return cache
 
     def _require_adapters(self, cache: KVCache) -> None:
@@ -87,12 +121,19 @@ class TransformersEngine:
                 "it is now, and sessions of that"
             )
 
+    def _require_positions(self, num_tokens: int) -> None:
+        """Raise PromptTooLong for more tokens than the model has positions for."""
+        if self.info.max_tokens is not None and num_tokens > self.info.max_tokens:
+            raise refusal(self.info.name, num_tokens, self.info.max_tokens)
+
     @torch.no_grad()
     def forward(
         self, cache: SessionCache, token_ids: Sequence[int], *, num_logits: int = 0, on_query: OnQuery | None = None
     ) -> Tensor:
         cache = _ours(cache)
         self._require_adapters(cache)
+        if self.info.max_tokens is not None:
+            self._require_positions(cache.num_tokens + len(token_ids))
         if len(token_ids) == num_logits == 1 and on_query is None and self._graphs is not None:
             logits = self._graphs.read(cache, token_ids[0])
             if logits is not None:
@@ -126,7 +167,11 @@ class TransformersEngine:
                 begun.append([(key.clone(), value.clone()) for key, value in entries])
             finally:
                 cache.restore(state)
-        return TextBranches(cache.compactable, begun, torch.cat(logits), self._step)
+        return TextBranches(cache.compactable, begun, torch.cat(logits), self._step_of_branches, self._held_rope)
+
+    def _step_of_branches(self, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        self._require_positions(cache.get_seq_length() + 1)
+        return self._step(ids, positions, cache)
 
     @torch.no_grad()
     def _step(self, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
@@ -198,19 +243,26 @@ class TransformersEngine:
 
 
 def _model_info(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, immovable: str | None, adapters: Adapters
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    fingerprint: str,
+    window_tokens: int,
+    immovable: str | None,
+    max_tokens: int | None,
 ) -> ModelInfo:
     config = model.config.get_text_config(decoder=True)
     sources = (tokenizer.eos_token_id, config.eos_token_id, model.generation_config.eos_token_id)
     return ModelInfo(
         name=str(model.config.name_or_path or type(model).__name__),
-        fingerprint=fingerprint(model, through=adapters.active, without=adapters.hidden),
+        fingerprint=fingerprint,
         vocab_size=config.vocab_size,
-        window_tokens=config.max_position_embeddings,
+        window_tokens=window_tokens,
         device=model.device,
         eos_token_ids=frozenset(id for ids in sources for id in _as_list(ids)),
         immovable=immovable,
-        is_reentrant=not length_dependent_kinds(model),
+        is_reentrant=True,
+        max_tokens=max_tokens,
         tokenizer_fingerprint=of_tokenizer(tokenizer),
         template_fingerprint=of_template(tokenizer),
     )

@@ -23,7 +23,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from am_memory.cache import KVCache
 from am_memory.engines.transformers import support
-from am_memory.engines.transformers.rotary import length_dependent_kinds
 from am_memory.layers import CompactableLayer
 
 PATIENCE = 4
@@ -267,11 +266,10 @@ class _NoWaiting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def can_have_graphs(model: PreTrainedModel, cache: KVCache) -> bool:
-    """Sliding windows move what they hold at each token, some RoPEs ask how long a text is, and a model on several
-    devices waits for each of them."""
+    """Sliding windows move what they hold at each token, and a model on several devices waits for each of them."""
     is_on_one = {parameter.device for parameter in model.parameters()} == {model.device}
     is_compactable = len(cache.compactable) == len(cache.layers)
-    return model.device.type == "cuda" and is_on_one and is_compactable and not length_dependent_kinds(model)
+    return model.device.type == "cuda" and is_on_one and is_compactable
 
 
 def _error(graphs: TokenGraphs, forward: Forward, caches: tuple[KVCache, KVCache], token_ids: Sequence[int]) -> float:

@@ -6,53 +6,54 @@ layer. So which elements turn together, how many do, and which of several freque
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
 
+from am_memory.cache import KVCache
+from am_memory.engines.transformers.held_rope import HeldRope, length_dependent_kinds
 from am_memory.engines.transformers.support import cache_argument
 from am_memory.errors import UnsupportedModel
+from am_memory.layers import CompactableLayer
 from am_memory.rotation import Rotation
 
 TOLERANCE = 5e-2
 """Of what a turned key is off, relative to it: rounding, in bfloat16 too. What does not fit is off by about 1."""
-LENGTH_DEPENDENT = {"dynamic", "longrope"}
-"""RoPE whose frequencies change with the length of the text: keys of two lengths differ by more than a turn."""
 
 
-def layer_rotations(model: PreTrainedModel) -> list[Rotation]:
+def layer_rotations(
+    model: PreTrainedModel, new_cache: Callable[[], KVCache] | None = None, held: HeldRope | None = None
+) -> list[Rotation]:
     """How each of the model's layers turns its keys; a layer without positions turns none of their elements.
+
+    Args:
+        new_cache: for the trial to use; None: one of transformers.
+        held: what holds a RoPE that depends on the length of the text, in these caches.
 
     Raises:
         UnsupportedModel: keys cannot be turned to other positions, and why.
     """
-    if kinds := length_dependent_kinds(model):
+    if held is None and (kinds := length_dependent_kinds(model)):
         raise UnsupportedModel(f"its RoPE depends on the length of the text (rope_type {', '.join(sorted(kinds))})")
-    distance = model.config.get_text_config(decoder=True).max_position_embeddings - 1
-    candidates = list(_candidates(model))
-    pairs = zip(_lone_keys(model, 0), _lone_keys(model, distance), strict=True)
-    return [_fitting(candidates, start, later, distance) for start, later in pairs]
+    window = model.config.get_text_config(decoder=True).max_position_embeddings
+    distances = [window - 1] if held is None else [max(held.changes_at - 1, 1), 2 * window]  # on both sides
+    make = new_cache or partial(DynamicCache, config=model.config)
+    start, *later = (_lone_keys(model, position, make()) for position in (0, *distances))
+    candidates = list(_candidates([model] if held is None else held.modules))
+    for keys, distance in zip(later, distances, strict=True):
+        fitting = [_fitting(candidates, *pair, distance) for pair in zip(start, keys, strict=True)]
+    return fitting
 
 
-def length_dependent_kinds(model: PreTrainedModel) -> set[str]:
-    """Of the model's RoPE; transformers sets its frequencies anew in a pass, for every other pass as well."""
-    return _rope_types(model.config.get_text_config(decoder=True)) & LENGTH_DEPENDENT
-
-
-def _rope_types(config: PreTrainedConfig) -> set[str]:
-    """Of all layers: the parameters are one set for all, or one for each kind of layer."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    sets = [each for each in parameters.values() if isinstance(each, dict)] or [parameters]
-    return {str(each.get("rope_type", "default")) for each in sets}
-
-
-def _candidates(model: PreTrainedModel) -> Iterator[Rotation]:
-    """No turn, and each of the model's frequencies on pairs from two halves and on pairs of neighbours."""
+def _candidates(modules: Iterable[nn.Module]) -> Iterator[Rotation]:
+    """No turn, and each of the frequencies there on pairs from two halves and on pairs of neighbours."""
     nothing = torch.empty(0, dtype=torch.long)
     yield Rotation(nothing, nothing, torch.empty(0, dtype=torch.double))
-    for name, frequencies in model.named_buffers():
+    for name, frequencies in (named for module in modules for named in module.named_buffers()):
         if name.endswith("inv_freq") and "original" not in name:
             speeds = frequencies.detach().double().cpu()
             elements = torch.arange(2 * len(speeds))
@@ -61,16 +62,22 @@ def _candidates(model: PreTrainedModel) -> Iterator[Rotation]:
 
 
 @torch.no_grad()
-def _lone_keys(model: PreTrainedModel, position: int) -> list[Tensor]:
-    """Of a token that stands alone at this position, of each layer: (num_key_value_heads, 1, head_dim)."""
+def _lone_keys(model: PreTrainedModel, position: int, cache: Cache) -> list[Tensor]:
+    """Of a token that stands alone at this position, of each layer: (num_key_value_heads, 1, head_dim).
+
+    Args:
+        cache: new, for the token.
+    """
     ids = torch.tensor([[model.config.get_text_config(decoder=True).vocab_size // 2]], device=model.device)
-    cache = DynamicCache(config=model.config)
     positions = torch.tensor([[position]], device=model.device)
     try:
         model.base_model(input_ids=ids, position_ids=positions, use_cache=True, **{cache_argument(model): cache})
     except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as reason:
         raise UnsupportedModel(f"it cannot read a token at position {position}: {reason}") from reason
-    return [layer.keys[0] for layer in cache.layers]  # type: ignore[index, union-attr]
+    return [
+        layer.exact_entries(0, 1)[0] if isinstance(layer, CompactableLayer) else layer.keys[0]  # type: ignore[index, union-attr]
+        for layer in cache.layers
+    ]
 
 
 def _fitting(candidates: list[Rotation], start: Tensor, later: Tensor, distance: int) -> Rotation:

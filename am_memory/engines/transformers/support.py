@@ -15,13 +15,15 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from am_memory.cache import KVCache
 from am_memory.engines.transformers.attention import ATTENTION_NAME
-from am_memory.errors import UnsupportedModel, UnsupportedOperation
+from am_memory.errors import InvalidInput, UnsupportedModel, UnsupportedOperation
 from am_memory.slots import Segment, Slots
 
 PROBE_TOKENS = 8
 PROBE_STEPS = ((0, 3), (3, 4), (4, PROBE_TOKENS))
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 """Largest RMS error of the probe's logits, relative to their standard deviation, where rounding is not worse."""
+MAX_ROUNDING = {torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.1}
+"""The most that is taken for rounding; what is worse comes of something else."""
 
 
 def layer_windows(model: PreTrainedModel) -> list[int | None]:
@@ -42,6 +44,20 @@ def layer_windows(model: PreTrainedModel) -> list[int | None]:
         kwargs["sliding_window"] if kind == "sliding_attention" else None
         for kind, kwargs in zip(layer_types, layer_kwargs, strict=True)
     ]
+
+
+def window(model: PreTrainedModel, window_tokens: int | None) -> int:
+    """Positions that are used: those that were asked for, or all that the model was trained on.
+
+    Raises:
+        InvalidInput: it was not trained on so many.
+    """
+    most: int = model.config.get_text_config(decoder=True).max_position_embeddings
+    if window_tokens is not None and not 1 <= window_tokens <= most:
+        raise InvalidInput(
+            f"window_tokens is {window_tokens}: {type(model).__name__} was trained on {most:,} positions"
+        )
+    return window_tokens or most
 
 
 def _reason_against(model: PreTrainedModel, config: PreTrainedConfig) -> str | None:
@@ -117,21 +133,36 @@ def logits_error(model: PreTrainedModel, cache: KVCache) -> float | None:
 
     Returns:
         RMS error of the logits, relative to their standard deviation; None where it is no more than rounding.
+
+    Raises:
+        UnsupportedModel: tokens see what comes after them.
     """
-    error, rounding = _probe_errors(model, cache)
-    return None if error <= max(TOLERANCE.get(model.dtype, 1e-3), 3 * rounding) else error
+    error, rounding, foresight = _probe_errors(model, cache)
+    tolerance = TOLERANCE.get(model.dtype, 1e-3)
+    if foresight > tolerance:
+        raise UnsupportedModel(
+            f"{type(model).__name__} does not attend causally: what it says of a token changes with the tokens after "
+            f"it (by {foresight:.2g} of its spread); load it as a decoder (is_decoder=True in its configuration), or "
+            "use a decoder-only model"
+        )
+    allowed = max(tolerance, min(3 * rounding, MAX_ROUNDING.get(model.dtype, 1e-2)))
+    return None if error <= allowed else error
 
 
-def _probe_errors(model: PreTrainedModel, cache: KVCache) -> tuple[float, float]:
+def _probe_errors(model: PreTrainedModel, cache: KVCache) -> tuple[float, float, float]:
     """RMS errors of logits read in three steps, relative to the spread of those read at once.
 
     Returns:
-        With our cache, of which the first step becomes slots that are exact; and with transformers' own cache and
-        attention, which is what rounding does to this model.
+        With our cache, of which the first step becomes slots that are exact; with transformers' own cache and
+        attention, which is what rounding does to this model; and how far the first half's logits, read at once, are
+        from themselves when other tokens follow.
     """
     ids = probe_ids(model)[None]
     model.set_attn_implementation("sdpa")
     expected = model(ids, use_cache=False).logits[0].float()
+    half = PROBE_TOKENS // 2
+    others = torch.cat([ids[:, :half], ids[:, :half].flip(1)], dim=1)
+    with_others = model(others, use_cache=False).logits[0, :half].float()
     stock_cache = DynamicCache(config=model.config)
     argument = cache_argument(model)
     stock = [model(ids[:, start:end], **{argument: stock_cache}).logits[0].float() for start, end in PROBE_STEPS]
@@ -142,7 +173,11 @@ def _probe_errors(model: PreTrainedModel, cache: KVCache) -> tuple[float, float]
         if start == 0:
             slots = [Slots.exact(*layer.exact_entries(2, 3), start=2) for layer in cache.compactable]
             cache.restore(cache.compacted([Segment(2, 3, 0)], slots, num_pinned=2))
-    return relative_rms(torch.cat(ours), expected), relative_rms(torch.cat(stock), expected)
+    return (
+        relative_rms(torch.cat(ours), expected),
+        relative_rms(torch.cat(stock), expected),
+        relative_rms(with_others, expected[:half]),
+    )
 
 
 def probe_ids(model: PreTrainedModel) -> Tensor:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import pathlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from langchain.agents import create_agent
 from langchain.agents.middleware import wrap_model_call
 from langchain_am_memory import ChatAMMemory
+from langchain_am_memory.calls import Call, openai_tools
+from langchain_am_memory.messages import to_openai
 from langchain_core.chat_history import InMemoryChatMessageHistory
-from langchain_core.exceptions import ContextOverflowError
+from langchain_core.exceptions import ContextOverflowError, OutputParserException
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.runnables.history import RunnableWithMessageHistory
 from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from am_memory import Memory, MemoryPolicy
 from am_memory.engines.transformers import TransformersEngine
@@ -249,6 +253,128 @@ def test_the_name_of_no_tool_is_refused(new_model: NewModel) -> None:
         new_model().bind_tools([add], tool_choice="subtract")
 
 
+@pytest.mark.parametrize("choice", [None, "any"])
+@pytest.mark.parametrize(
+    "options",
+    [{"parallel_tool_calls": False}, {"parallel_tool_calls": True}, {"strict": True}, {"strict": None}],
+    ids=str,
+)
+def test_what_every_chat_model_takes_beside_tools_is_taken(new_model: NewModel, choice: Any, options: dict) -> None:
+    model = new_model(max_tokens=120)
+    for bound in (
+        model.bind_tools([add], tool_choice=choice, **options),
+        model.bind(tools=[add], tool_choice=choice, **options),
+    ):
+        answer = bound.invoke("add")
+        assert choice is None or answer.tool_calls
+        assert len(answer.tool_calls) <= 1 or options.get("parallel_tool_calls") is not False
+
+
+def test_strict_is_said_of_each_tool(new_model: NewModel) -> None:
+    asked = [
+        Call(new_model(), {"tools": [add], "strict": strict}, None).tools[0]["function"] for strict in (True, None)
+    ]
+    assert [tool.get("strict") for tool in asked] == [True, None]
+    assert asked[0]["parameters"] == asked[1]["parameters"]
+    model = new_model()
+    tokens = [
+        model.get_num_tokens_from_messages([HumanMessage("hello")], tools=openai_tools([add], strict=strict))
+        for strict in (True, None)
+    ]
+    assert tokens[0] == tokens[1]
+
+
+class Marks(BaseModel):
+    """Marks."""
+
+    at: set[Literal[1, 2]] = Field(min_length=2)
+    by: pathlib.Path = pathlib.Path()
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+def test_what_no_grammar_holds_is_checked_in_structured_output(
+    new_model: NewModel, monkeypatch: pytest.MonkeyPatch, method: Any
+) -> None:
+    """Schemas that pydantic makes of sets, paths and others were refused."""
+    said = {
+        "json_schema": '{"at": [1, %s]}',
+        "function_calling": '<tool_call>\n{"name": "Marks", "arguments": {"at": [1, %s]}}\n</tool_call>',
+    }
+
+    def say(number: int) -> None:
+        tokens = itertools.chain((said[method] % number).encode(), itertools.repeat(257))
+        monkeypatch.setattr("am_memory.session.Sampler.choose", lambda self, logits, ids: next(tokens))
+
+    schema = Marks.model_json_schema()
+    model = new_model(max_tokens=200)
+    for kind, right in ((Marks, Marks(at={1, 2})), (schema, {"at": [1, 2]})):
+        say(2)
+        assert model.with_structured_output(kind, method=method).invoke("x") == right
+    checked = model.with_structured_output(schema, method=method)
+    say(1)
+    with pytest.raises(OutputParserException, match=r"does not follow its schema: \['at'\]: \[1,1\] has non-unique"):
+        checked.invoke("x")
+    say(1)
+    with pytest.raises(OutputParserException, match="does not follow its schema"):
+        list(checked.stream("x"))
+    say(1)
+    found = model.with_structured_output(schema, method=method, include_raw=True).invoke("x")
+    assert (found["parsed"], type(found["parsing_error"])) == (None, OutputParserException)
+    assert "non-unique" in found["raw"].response_metadata["am_memory"]["schema_error"]
+
+
+@pytest.mark.parametrize("kind", [Weather, Weather.model_json_schema()], ids=["class", "schema"])
+def test_structured_output_that_was_cut_off_is_not_completed(
+    new_model: NewModel, monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    """LangChain completes the JSON of a stream, and of an answer that ends too early too."""
+    tokens = iter(b'{"city": "London", "is_raining": tru')
+    monkeypatch.setattr("am_memory.session.Sampler.choose", lambda self, logits, ids: next(tokens))
+    with pytest.raises(OutputParserException, match="the answer was cut off"):
+        new_model(max_tokens=30).with_structured_output(kind).invoke("weather?")
+
+
+def test_an_agent_with_a_response_format_still_calls_its_tools(
+    new_model: NewModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
+    tokens = iter([*call.encode(), 257, *b'{"city": "London", "is_raining": true}', 257])
+    monkeypatch.setattr("am_memory.session.Sampler.choose", lambda self, logits, ids: next(tokens))
+    state = create_agent(new_model(max_tokens=200), [add], response_format=Weather).invoke(
+        {"messages": [HumanMessage("?")]}
+    )
+    assert [message.content for message in state["messages"] if isinstance(message, ToolMessage)] == ["3"]
+    assert state["structured_response"] == Weather(city="London", is_raining=True)
+
+
+# Calls of others
+
+
+def test_a_call_that_could_not_be_made_is_told_as_it_was_written() -> None:
+    """Providers' `invalid_tool_calls` were left out, and what answers to them stood there without a call."""
+    broken = {"name": "add", "args": '{"a": 1, "b', "id": "c2", "error": "cut off", "type": "invalid_tool_call"}
+    nameless = {"name": None, "args": "not JSON: x", "id": "c3", "error": None, "type": "invalid_tool_call"}
+    made = {"name": "add", "args": {"a": 1}, "id": "c1"}
+    (told,) = to_openai([AIMessage("", tool_calls=[made], invalid_tool_calls=[broken, nameless])])
+    assert [(each["id"], each["function"]["name"], each["function"]["arguments"]) for each in told["tool_calls"]] == [
+        ("c1", "add", '{"a": 1}'),
+        ("c2", "add", '{"a": 1, "b'),
+    ]
+
+
+def test_a_conversation_with_a_broken_call_goes_on(new_model: NewModel) -> None:
+    model = new_model()
+    broken = {"name": "add", "args": '{"a": 1, "b', "id": "c2", "error": "cut off", "type": "invalid_tool_call"}
+    messages: list[BaseMessage] = [
+        HumanMessage("add"),
+        AIMessage("", invalid_tool_calls=[broken]),
+        ToolMessage("Not run.", tool_call_id="c2"),
+        HumanMessage("again"),
+    ]
+    messages.append(model.bind_tools([add]).invoke(messages))
+    assert read_again(model.bind_tools([add]).invoke([*messages, HumanMessage("and?")])) < 40
+
+
 # Streams
 
 
@@ -468,4 +594,4 @@ def test_what_a_model_is_loaded_with_is_what_was_set(
     monkeypatch.setattr(Memory, "from_pretrained", from_pretrained)
     settings: dict[str, Any] = {"engine": "llama_cpp", "device": "cuda:1", "dtype": "bfloat16", "store": "there"}
     ChatAMMemory(model="mine", policy=ROOMY, compile=True, **settings).invoke("hello", max_tokens=1)
-    assert loaded == {"source": "mine", "policy": ROOMY, "compile": True, **settings}
+    assert loaded == {"source": "mine", "policy": ROOMY, "compile": True, "trust_messages": False, **settings}

@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator
 from contextlib import aclosing
+from threading import Event, Semaphore
 from time import sleep
+from typing import Any
 
 import pytest
-from am_memory_server.scheduler import FairQueue, Post, QueueFull, Scheduler, ShuttingDown, Steps
+from am_memory_server.scheduler import (
+    MAX_UNREAD,
+    NUM_ASIDE,
+    FairQueue,
+    Job,
+    Line,
+    Post,
+    QueueFull,
+    Scheduler,
+    ShuttingDown,
+    Steps,
+    aside,
+)
 
 
-def counting(name: str, num_steps: int, seen: list[str]) -> Steps:
-    def steps(post: Post) -> Generator[None, None, None]:
+def counting(name: str, num_steps: int, seen: list[str]) -> Job:
+    def steps(post: Post) -> Steps[None]:
         for number in range(num_steps):
             seen.append(name)
             post(number)
-            yield
+            yield None
 
     return steps
 
 
-def endless(post: Post) -> Generator[None, None, None]:
+def endless(post: Post) -> Steps[None]:
     post("begun")
     while True:
         sleep(0.001)
-        yield
+        yield None
 
 
 @pytest.fixture
@@ -35,7 +49,7 @@ async def scheduler() -> AsyncIterator[Scheduler]:
     await asyncio.to_thread(scheduler.close)
 
 
-async def all_of(scheduler: Scheduler, name: str, steps: Steps) -> list[object]:
+async def all_of(scheduler: Scheduler, name: str, steps: Job) -> list[object]:
     return [item async for item in scheduler.stream((name, "chat"), steps)]
 
 
@@ -46,6 +60,202 @@ def test_turns_are_taken_between_owners_and_then_between_their_conversations() -
     assert queue.count("a") == 3
     assert [queue.pop() for _ in range(4)] == ["a/1", "b/1", "a/2", "a/1"]
     assert len(queue) == 0
+
+
+def test_whoever_comes_new_is_not_behind_the_one_that_had_the_last_turn() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for name in "aab":
+        queue.push((name,), name)
+    assert queue.pop() == "a"
+    queue.push(("c",), "c")
+    assert [queue.pop() for _ in range(3)] == ["b", "c", "a"]
+
+
+def test_each_owner_has_a_share_of_the_places_whoever_holds_them() -> None:
+    line: Any = Line(4)
+    for name in "aaaaaabbbccd":
+        line.waiting.push((name, "chat"), name)
+        assert all(name for name in line.admitted())
+    assert line.held == {"a": 4, "b": 2, "c": 1, "d": 1}
+    for _ in range(4):
+        line.leave("a")
+        list(line.admitted())
+    assert line.held == {"a": 1, "b": 2, "c": 1, "d": 1}
+    assert line.waiting.names == ["b", "c", "a"]
+    line.leave("b")
+    assert list(line.admitted()) == []  # four have one place each
+    line.leave("d")
+    assert list(line.admitted()) == ["b"]  # a free place goes to the next in turn
+
+
+def gated(name: str, seen: list[str], gate: Semaphore) -> Job:
+    """Each step says that it has begun, and ends when it may."""
+
+    def steps(post: Post) -> Steps[None]:
+        while True:
+            seen.append(name)
+            gate.acquire()
+            post(name)
+            yield None
+
+    return steps
+
+
+async def until(holds: Any) -> None:
+    while not holds():
+        await asyncio.sleep(0.001)
+
+
+async def given_up(*jobs: asyncio.Future[Any]) -> None:
+    for job in jobs:
+        job.cancel()
+    await asyncio.gather(*jobs, return_exceptions=True)
+
+
+async def test_a_new_owner_has_the_step_after_the_one_that_is_under_way(scheduler: Scheduler) -> None:
+    """However many streams and calls of another wait: four long answers of one key held all places until they ended."""
+    seen: list[str] = []
+    gate = Semaphore(0)
+
+    def call(name: str) -> Steps[None]:
+        while True:
+            seen.append(name)
+            gate.acquire()
+            yield None
+
+    flood = [asyncio.ensure_future(all_of(scheduler, "a", gated("a", seen, gate))) for _ in range(4)]
+    flood.append(asyncio.ensure_future(scheduler.call(("a", "calls"), lambda: call("a calls"))))
+    for _ in range(7):  # all that have a place have had a turn
+        gate.release()
+        num_steps = len(seen)
+        await until(lambda: len(seen) > num_steps)  # noqa: B023  # waited for here
+    other = asyncio.ensure_future(all_of(scheduler, "b", gated("b", seen, gate)))
+    flood += [asyncio.ensure_future(scheduler.call(("b", "calls"), lambda: call("b calls")))]
+    await until(lambda: scheduler.num_active == 3)
+    assert seen[-1] in ("a", "a calls")
+    for _ in range(8):
+        num_steps = len(seen)
+        gate.release()
+        await until(lambda: len(seen) > num_steps)  # noqa: B023  # waited for here
+    await given_up(*flood, other)
+    gate.release()
+    assert "".join(name[0] for name in seen[8:16]) == "babababa"
+
+
+async def test_what_goes_aside_keeps_nobodys_turn(scheduler: Scheduler) -> None:
+    begun, done = Event(), Event()
+
+    def waiting() -> str:
+        begun.set()
+        assert done.wait(30)
+        return "found"
+
+    def steps(post: Post) -> Steps[None]:
+        post((yield from aside(waiting)))
+
+    job = asyncio.ensure_future(all_of(scheduler, "a", steps))
+    assert await asyncio.to_thread(begun.wait, 30)
+    assert await all_of(scheduler, "a", counting("a", 5, [])) == [0, 1, 2, 3, 4]
+    done.set()
+    assert await job == ["found"]
+
+
+async def test_what_one_owner_has_aside_does_not_hold_up_anothers() -> None:
+    scheduler = Scheduler(max_active=2 * NUM_ASIDE, max_queued=3)
+    done = Event()
+
+    def steps(post: Post) -> Steps[None]:
+        yield from aside(lambda: done.wait(30))
+
+    jobs = [asyncio.ensure_future(all_of(scheduler, "a", steps)) for _ in range(2 * NUM_ASIDE)]
+    await until(lambda: scheduler.num_active == 2 * NUM_ASIDE)
+    assert await scheduler.look(("b", "calls"), lambda: "looked") == "looked"
+    done.set()
+    await asyncio.gather(*jobs)
+    await asyncio.to_thread(scheduler.close)
+
+
+async def test_an_error_aside_is_raised_in_the_job(scheduler: Scheduler) -> None:
+    def steps() -> Steps[str]:
+        try:
+            yield from aside(lambda: 1 // 0)
+        except ZeroDivisionError:
+            return "caught"
+        return "not raised"
+
+    assert await scheduler.call(("a", "calls"), steps) == "caught"
+    with pytest.raises(ZeroDivisionError):
+        await scheduler.look(("a", "calls"), lambda: 1 // 0)
+
+
+async def test_what_is_only_looked_at_waits_for_no_step(scheduler: Scheduler) -> None:
+    gate, seen = Semaphore(0), list[str]()
+    job = asyncio.ensure_future(all_of(scheduler, "a", gated("a", seen, gate)))
+    await until(lambda: seen)
+    assert await scheduler.look(("a", "calls"), lambda: len(seen)) == 1
+    await given_up(job)
+    gate.release()
+
+
+async def test_calls_are_made_one_after_the_other_and_count_as_what_waits(scheduler: Scheduler) -> None:
+    seen: list[str] = []
+
+    def call(name: str) -> Steps[str]:
+        seen.append(f"{name} begins")
+        yield from aside(lambda: sleep(0.01))
+        seen.append(f"{name} ends")
+        return name
+
+    gate = Semaphore(0)
+    blocking = asyncio.ensure_future(all_of(scheduler, "b", gated("b", [], gate)))
+    calls = [asyncio.ensure_future(scheduler.call(("a", "calls"), lambda name=name: call(name))) for name in "1234"]
+    await until(lambda: scheduler.num_waiting == 3)
+    with pytest.raises(QueueFull, match="3 requests"):
+        await scheduler.look(("a", "calls"), lambda: None)
+    with pytest.raises(QueueFull, match="3 requests"):
+        await all_of(scheduler, "a", endless)
+    await given_up(blocking)
+    gate.release()
+    assert await asyncio.gather(*calls) == list("1234")
+    assert seen == [f"{name} {what}" for name in "1234" for what in ("begins", "ends")]
+
+
+async def test_a_consumer_that_does_not_read_holds_up_its_own_job_alone(scheduler: Scheduler) -> None:
+    posted: list[int] = []
+
+    def talking(post: Post) -> Steps[None]:
+        for number in range(10 * MAX_UNREAD):
+            posted.append(number)
+            post(number)
+            yield None
+
+    async with aclosing(scheduler.stream(("a", "chat"), talking)) as items:
+        assert await anext(items) == 0
+        await until(lambda: len(posted) > MAX_UNREAD)
+        assert await all_of(scheduler, "b", counting("b", 50, [])) == list(range(50))
+        assert len(posted) <= MAX_UNREAD + 2
+        assert [item async for item in items] == list(range(1, 10 * MAX_UNREAD))
+
+
+async def test_a_job_whose_consumer_does_not_read_ends_with_it_or_with_the_server() -> None:
+    scheduler, closed = Scheduler(max_active=2, max_queued=3), Event()
+
+    def talking(post: Post) -> Steps[None]:
+        try:
+            for number in range(3 * MAX_UNREAD):
+                post(number)
+                yield None
+        finally:
+            closed.set()
+
+    async with aclosing(scheduler.stream(("a", "chat"), talking)) as items:
+        await anext(items)
+        await until(lambda: scheduler._unread)
+    assert await asyncio.to_thread(closed.wait, 30)
+    async with aclosing(scheduler.stream(("a", "chat"), talking)) as items:
+        await anext(items)
+        await until(lambda: scheduler._unread)
+        await asyncio.to_thread(scheduler.close)
 
 
 async def test_a_job_gives_what_it_posts_in_order(scheduler: Scheduler) -> None:
@@ -60,8 +270,8 @@ async def test_active_jobs_take_turns_step_by_step(scheduler: Scheduler) -> None
 
 
 async def test_an_error_of_a_job_is_raised_where_it_is_awaited_and_nowhere_else(scheduler: Scheduler) -> None:
-    def failing(post: Post) -> Generator[None, None, None]:
-        yield
+    def failing(post: Post) -> Steps[None]:
+        yield None
         raise KeyError("broken")
 
     with pytest.raises(KeyError, match="broken"):
@@ -73,7 +283,7 @@ async def test_a_job_is_closed_when_nobody_listens_any_more(scheduler: Scheduler
     closed = asyncio.Event()
     loop = asyncio.get_running_loop()
 
-    def noticing(post: Post) -> Generator[None, None, None]:
+    def noticing(post: Post) -> Steps[None]:
         try:
             yield from endless(post)
         finally:
@@ -82,14 +292,6 @@ async def test_a_job_is_closed_when_nobody_listens_any_more(scheduler: Scheduler
     async with aclosing(scheduler.stream(("a", "chat"), noticing)) as items:
         await anext(items)
     await asyncio.wait_for(closed.wait(), 10)
-
-
-async def test_errands_go_before_the_next_step_of_a_job(scheduler: Scheduler) -> None:
-    async with aclosing(scheduler.stream(("a", "chat"), endless)) as items:
-        await anext(items)
-        assert await scheduler.call(lambda: "done") == "done"
-    with pytest.raises(ZeroDivisionError):
-        await scheduler.call(lambda: 1 // 0)
 
 
 async def test_an_owner_who_has_too_much_waiting_is_refused_and_others_are_not(scheduler: Scheduler) -> None:

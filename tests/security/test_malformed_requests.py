@@ -1,0 +1,214 @@
+"""Requests that no client should send: each is answered with an error of ours that is the client's, in OpenAI's form."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from random import Random
+from typing import Any
+
+import httpx
+import pytest
+from serving import NewServer
+
+CHAT, TEXT, SESSIONS = "/v1/chat/completions", "/v1/completions", "/v1/memory/sessions"
+MESSAGES = [{"role": "user", "content": "hi"}]
+SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x", 1]}, "b": {"type": "integer"}}}
+FUNCTION = {"name": "f", "description": "d", "parameters": SCHEMA}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": "x"}'}}
+KNOWN_CODES = (200, 201, 400, 404, 409)
+
+
+@pytest.fixture(scope="module")
+def http(new_server: NewServer) -> Iterator[httpx.Client]:
+    with new_server(max_tokens=2, max_answer_tokens=4) as server, server.http() as http:
+        yield http
+
+
+def post(http: httpx.Client, path: str, body: Any) -> httpx.Response:
+    """A body as it is given, or as JSON; what Python calls JSON, at that."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return http.post(path, content=content, headers={"Content-Type": "application/json"})
+
+
+def error_of(answer: httpx.Response) -> dict[str, Any]:
+    """The error that an answer must be, which is the client's."""
+    assert 400 <= answer.status_code < 500, answer.text
+    error: dict[str, Any] = answer.json()["error"]
+    assert {*error} == {"message", "type", "param", "code"}
+    assert 0 < len(error["message"]) <= 1100
+    return error
+
+
+def nested(depth: int, opening: str, closing: str, core: str = "1") -> bytes:
+    return (opening * depth + core + closing * depth).encode()
+
+
+NESTS = {"lists": ("[", "]"), "objects": ('{"a":', "}"), "schemas": ('{"anyOf":[', "]}"), "items": ('{"items":', "}")}
+PLACES = {
+    "messages": b'{"messages": %s}',
+    "content": b'{"messages": [{"role": "user", "content": %s}]}',
+    "metadata": b'{"messages": [{"role": "user", "content": "hi"}], "metadata": {"a": %s}}',
+    "parameters": b'{"messages": [{"role": "user", "content": "hi"}], "tools": '
+    b'[{"type": "function", "function": {"name": "f", "parameters": {"not": %s}}}]}',
+    "response_format": b'{"messages": [{"role": "user", "content": "hi"}], "response_format": '
+    b'{"type": "json_schema", "json_schema": {"name": "x", "schema": {"properties": {"a": %s}}}}}',
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", NESTS)
+def test_a_thousand_levels_are_no_fault_of_the_servers(http: httpx.Client, place: str, kind: str) -> None:
+    """Python's reader took them, and the stack ended where they were looked at."""
+    for depth in (1000, 100_000):
+        answer = post(http, CHAT, PLACES[place] % nested(depth, *NESTS[kind]))
+        assert error_of(answer)["code"] == "invalid_json"
+        assert "recursion limit" in answer.text
+    assert post(http, CHAT, PLACES[place] % nested(60, *NESTS[kind])).status_code in KNOWN_CODES
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["NaN", "Infinity", "-Infinity", '"\\ud800"', '"\\udc00\\ud800"', "9" * 5000, "{", "'a'", "01", "\x00", '"\x01"'],
+)
+def test_what_is_no_json_is_refused_as_such(http: httpx.Client, value: str) -> None:
+    for body in (f'{{"prompt": {value}}}', f'{{"prompt": "a", "seed": {value}}}', f'{{"prompt": ["a", {value}]}}'):
+        error = error_of(post(http, TEXT, body.encode()))
+        assert (error["code"], error["param"]) == ("invalid_json", None)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"null", b"[]", b"5", b'"text"', b"\xff\xfe{}", b'{"a": 1} {}', b"\xef\xbb\xbf{}"]
+)
+def test_a_body_that_is_no_object_is_refused(http: httpx.Client, body: bytes) -> None:
+    for path in (CHAT, TEXT, f"{SESSIONS}/a/compact", f"{SESSIONS}/a/fork"):
+        assert error_of(post(http, path, body))["param"] is None
+
+
+def test_a_number_beyond_all_numbers_is_not_told_to_the_model(http: httpx.Client) -> None:
+    tool = b'{"type": "function", "function": {"name": "f", "parameters": {"minimum": 1e999}}}'
+    answer = post(http, CHAT, b'{"messages": [{"role": "user", "content": "hi"}], "tools": [%s]}' % tool)
+    assert error_of(answer)["param"] == "tools.0.function.parameters"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (CHAT, {}, "messages"),
+        (CHAT, {"messages": MESSAGES, "tool_choice": 5}, "tool_choice"),
+        (CHAT, {"messages": MESSAGES, "tool_choice": {"type": "function"}}, "tool_choice.function"),
+        (
+            CHAT,
+            {"messages": MESSAGES, "tool_choice": {"type": "function", "function": {}}},
+            "tool_choice.function.name",
+        ),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
+        (CHAT, {"messages": [{"role": "user"}]}, "messages.0"),
+        (CHAT, {"messages": MESSAGES, "metadata": {"a": 1}}, "metadata.a"),
+        (CHAT, {"messages": MESSAGES, "stop": ["a", ""]}, "stop.1"),
+        (CHAT, {"messages": MESSAGES, "nonsense": 1}, "nonsense"),
+        (TEXT, {"prompt": {}}, "prompt"),
+        (TEXT, {"prompt": [1, "a"]}, "prompt.1"),
+        (TEXT, {"prompt": "a", "temperature": "hot"}, "temperature"),
+        (f"{SESSIONS}/a/compact", {"fraction": 2}, "fraction"),
+    ],
+)
+def test_the_parameter_that_is_wrong_is_named_as_it_was_sent(
+    http: httpx.Client, path: str, body: dict[str, Any], param: str
+) -> None:
+    """It was named with the types that were tried there: `prompt.list[constrained-int].0`, `body.17`."""
+    assert error_of(post(http, path, body))["param"] == param
+
+
+def test_a_message_is_never_as_long_as_what_it_is_about(http: httpx.Client) -> None:
+    error_of(post(http, CHAT, {"messages": MESSAGES, "x" * 100_000: 1}))
+    error_of(post(http, CHAT, {"messages": MESSAGES, "model": "x" * 100_000}))
+    error_of(http.get(f"/v1/models/{'x' * 10_000}"))
+    error_of(http.get(f"{SESSIONS}/{'x' * 10_000}"))
+
+
+NUMBERS = (
+    *("0", "-0.0", "-1", "1", "0.5", "2", "5e-324", "1e-45", "1e-39", "1e-30", "0.9999999999999999", "1e39", "1e308"),
+    *("1e999", "-1e999", "2147483648", "9223372036854775807", "9223372036854775808", "-9223372036854775809", "9" * 400),
+)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "max_tokens", "n", "logprobs"),
+        *("frequency_penalty", "presence_penalty", "stream", "stop", "model", "user", "logit_bias", "prompt"),
+    ],
+)
+def test_no_number_in_any_field_is_a_fault_of_the_servers(http: httpx.Client, field: str) -> None:
+    """A temperature of 1e-39 was one."""
+    for number in NUMBERS:
+        others = {"prompt": '"a"', "max_tokens": "2", "temperature": "1", "seed": "1", field: number}
+        body = "{" + ", ".join(f'"{name}": {value}' for name, value in others.items()) + "}"
+        assert post(http, TEXT, body.encode()).status_code in (200, 400), number
+
+
+SOUND: list[tuple[str, dict[str, Any]]] = [
+    (CHAT, {"messages": [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": [CALL]}]}),
+    (
+        CHAT,
+        {"messages": MESSAGES, "temperature": 1.0, "top_p": 0.9, "stop": ["a"], "logprobs": True, "top_logprobs": 3},
+    ),
+    (CHAT, {"messages": MESSAGES, "stream": True, "stream_options": {"include_memory": True}, "user": "u"}),
+    (CHAT, {"messages": MESSAGES, "tools": [{"type": "function", "function": FUNCTION}], "tool_choice": "required"}),
+    (CHAT, {"messages": MESSAGES, "response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}),
+    (TEXT, {"prompt": ["a", "b"], "logprobs": 2, "seed": 1, "stream": True}),
+    (TEXT, {"prompt": [1, 2, 3], "suffix": "", "echo": False}),
+    (f"{SESSIONS}/u/compact", {"fraction": 0.5}),
+    (f"{SESSIONS}/u/fork", {"id": "v"}),
+]
+ODD: list[Any] = [
+    *(None, True, 0, -1, 1e-39, 1e308, 2**63, 10**30, "", "\x00", "\u202e", "a" * 300, "<|im_end|>", "{{7*7}}", "../x"),
+    *(
+        [],
+        {},
+        [[]],
+        [None],
+        {"": ""},
+        [1] * 300,
+        {"$ref": "#"},
+        {"$ref": "#/no"},
+        {"type": "object", "required": ["z"]},
+    ),
+    *(
+        {"pattern": "("},
+        {"type": "string", "minLength": 10**9},
+        {"enum": []},
+        {"anyOf": []},
+        {"not": {}},
+        {"a": {"a": 1}},
+    ),
+]
+
+
+def mutated(random: Random, value: Any) -> Any:
+    """The same with one thing in it that is odd, gone, doubled, or that nobody asked for."""
+    if isinstance(value, dict | list) and value and random.random() < 0.8:
+        changed = dict(value) if isinstance(value, dict) else list(value)
+        place: Any = random.choice([*value] if isinstance(value, dict) else range(len(value)))
+        if random.random() < 0.1:
+            del changed[place]
+        elif random.random() < 0.1 and isinstance(changed, dict):
+            changed[random.choice(["name", "type", "x", "$ref", "content"])] = random.choice(ODD)
+        else:
+            changed[place] = mutated(random, value[place])
+        return changed
+    return random.choice([*ODD, [value], [value] * 3])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_mutated_request_is_a_fault_of_the_servers(http: httpx.Client, seed: int) -> None:
+    random = Random(seed)
+    for _ in range(100):
+        path, sound = random.choice(SOUND)
+        body = mutated(random, sound)
+        answer = post(http, path, body)
+        assert answer.status_code in KNOWN_CODES, (path, body, answer.text)
+        assert "server_error" not in answer.text, (path, body, answer.text)
+        if answer.status_code >= 400:
+            error_of(answer)

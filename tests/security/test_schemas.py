@@ -1,0 +1,98 @@
+"""Schemas that are sent to reach out, to hang or to break the check of an answer; that a test ends is its claim."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import suppress
+
+import pytest
+
+from am_memory.constraints import json_schema
+from am_memory.engines.transformers import TransformersEngine
+from am_memory.errors import InvalidInput
+from am_memory.json_schemas import Check
+
+UNCHECKED = "it cannot be checked against its schema: there are too many alternatives within each other"
+
+
+def nested(depth: int, value: object = "x") -> object:
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("place", ["$ref", "$schema", "$dynamicRef", "$id"])
+def test_nothing_is_fetched_for_a_schema(engine: TransformersEngine, place: str) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        listener.settimeout(0)
+        schema = {place: f"http://127.0.0.1:{listener.getsockname()[1]}/schema", "uniqueItems": True}
+        for make in (lambda: json_schema(engine, schema), lambda: Check(schema).problem_with([1])):
+            with suppress(InvalidInput):
+                make()
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+
+
+@pytest.mark.parametrize(
+    "pattern", ["^(?=a)(a+)+$", "^(?=a)(a|a)*$", r"^(?=a)(a*)*\1$", "^(?=a)(.*)(.*)(.*)(.*)(.*)b$"]
+)
+def test_a_pattern_that_would_be_tried_for_ever_is_given_up(pattern: str) -> None:
+    assert Check({"type": "string", "pattern": pattern}).problem_with("a" * 5000 + "!")
+
+
+R = {"$ref": "#"}
+DOUBLING = {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(40)}
+LEVELS = {f"d{i}": {"anyOf": [{"items": {"$ref": f"#/$defs/d{i + 1}"}}] * 2, "uniqueItems": True} for i in range(40)}
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        ({"anyOf": [{"type": "array", "items": R}, {"type": "array", "items": R}, {"type": "null"}]}, nested(40)),
+        ({"allOf": [{"items": R}, {"items": R}]}, nested(40)),
+        ({"if": {"items": R}, "then": {"items": R}, "else": {"items": R}}, nested(40)),
+        ({"$ref": "#/$defs/d0", "$defs": {**DOUBLING, "d40": {"type": "integer"}}}, "x"),
+        ({"$ref": "#/$defs/d0", "$defs": {**LEVELS, "d40": {"type": "integer"}}}, nested(40)),
+        ({"anyOf": [R, R]}, "x"),  # refers to itself, and to nothing else
+        ({"$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}]}}, "$ref": "#/$defs/a"}, "x"),
+        ({"type": "array", "items": R}, nested(3000)),
+        ({"enum": [0], "items": {"enum": [*range(3)]}}, nested(200)),
+    ],
+)
+def test_alternatives_within_each_other_are_not_all_tried(schema: dict, value: object) -> None:
+    assert Check(schema).problem_with(value) == UNCHECKED
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        ({"properties": {"left": {"anyOf": [R, {"type": "null"}]}, "right": {"anyOf": [R, {"type": "null"}]}}}, "tree"),
+        ({"type": "object", "properties": {f"p{i}": {"enum": [*range(20)]} for i in range(400)}}, {f"p{i}": i % 20 for i in range(400)}),
+        ({"type": "array", "items": {"anyOf": [{"const": i} for i in range(40)]}}, [i % 40 for i in range(1000)]),
+    ],
+)  # fmt: skip
+def test_large_answers_of_honest_schemas_are_checked(schema: dict, value: object) -> None:
+    if value == "tree":
+        value = None
+        for _ in range(9):
+            value = {"left": value, "right": value}
+    assert Check(schema).problem_with(value) is None
+
+
+def test_schemas_too_deep_to_be_read_are_refused(engine: TransformersEngine) -> None:
+    schema: dict = {"type": "integer"}
+    for _ in range(5000):
+        schema = {"items": schema}
+    for make in (lambda: json_schema(engine, schema), lambda: Check(schema)):
+        with pytest.raises(InvalidInput):
+            make()
+
+
+@pytest.mark.parametrize("text", ['"}} x: /.*/', "\n\nstart: /.*/", "\\u0000", "</tool_call>", "\u2028", "%json {}"])
+def test_no_text_of_a_schema_is_a_rule_of_the_grammar(engine: TransformersEngine, text: str) -> None:
+    constraint = json_schema(engine, {"type": "object", "properties": {text: {"const": text}}, "required": [text]})
+    with pytest.raises(InvalidInput, match="does not follow the grammar"):
+        constraint.accept(ord("x"))
+    constraint.accept(ord("{"))
