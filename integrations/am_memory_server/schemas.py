@@ -122,15 +122,20 @@ class NamedTool(_Part):
     function: NamedFunction
 
 
-class JSONSchema(BaseModel):
-    model_config = ConfigDict(extra="ignore", populate_by_name=True)
+class _Options(BaseModel):
+    """What only we read: a name that is not known would be lost in silence."""
 
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+
+class JSONSchema(_Options):
     name: str = "answer"
+    description: str | None = None
     schema_: Schema = Field(default_factory=dict, alias="schema")
     strict: bool | None = None
 
 
-class ResponseFormat(_Part):
+class ResponseFormat(_Options):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JSONSchema | None = None
 
@@ -146,7 +151,7 @@ class ResponseFormat(_Part):
         return {"type": self.type, "json_schema": {"schema": self.json_schema.schema_}}
 
 
-class StreamOptions(_Part):
+class StreamOptions(_Options):
     """`include_memory` is ours: chunks without choices tell what happens in the memory."""
 
     include_usage: bool = False

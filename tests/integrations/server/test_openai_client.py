@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -248,3 +249,54 @@ async def test_the_async_client_streams_as_well(server: Any) -> None:
     stream = await client.chat.completions.create(model="tiny", messages=messages, stream=True, max_tokens=4)
     assert len([chunk async for chunk in stream]) >= 2
     await client.close()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stream": True, "stream_options": {"include_usge": True}},
+        {"response_format": {"type": "json_object", "json_shema": {}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "shema": {}}}},
+        {"extra_body": {"temprature": 1}},
+    ],
+    ids=str,
+)
+def test_an_option_that_there_is_not_is_refused_by_name(client: openai.OpenAI, options: dict[str, Any]) -> None:
+    with pytest.raises(openai.BadRequestError, match="usge|shema|temprature") as refused:
+        ask(client, [user("hello")], **options)
+    assert str(refused.value.param).rpartition(".")[2] in ("include_usge", "json_shema", "shema", "temprature")
+
+
+@pytest.mark.parametrize("arguments", [{"a": 1}, None, [1, 2], '{"a": 1, "b', ""], ids=str)
+def test_arguments_of_a_history_may_be_anything(client: openai.OpenAI, arguments: Any) -> None:
+    """One call whose arguments were no JSON, or no text, made a 400 of every later request."""
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    messages = [user("add"), {"role": "assistant", "content": None, "tool_calls": [call]}]
+    messages += [{"role": "tool", "tool_call_id": "c1", "content": "Not run."}, user("go on")]
+    assert ask(client, messages, max_tokens=2).choices
+
+
+def test_strict_tools_and_single_calls_are_grammars(
+    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The server read `strict` and forgot it, and let a free answer make several calls whatever it was told."""
+    written = '<tool_call>\n{"name": "add", "arguments": {"a": %s, "b": 3}}\n</tool_call>'
+
+    def say(text: str) -> None:
+        tokens = itertools.chain(text.encode(), itertools.repeat(257))
+        monkeypatch.setattr("am_memory.session.Sampler.choose", lambda self, logits, ids: next(tokens))
+
+    strict = {**TOOL, "function": {**TOOL["function"], "strict": True}}
+    say(written % 7)
+    assert ask(client, [user("?")], max_tokens=99, tools=[TOOL]).choices[0].message.tool_calls
+    say(written % 7)
+    with pytest.raises(openai.BadRequestError, match="does not follow the grammar"):
+        ask(client, [user("?")], max_tokens=99, tools=[strict])
+    say(f"{written % 1}\n{written % 1}")
+    one = ask(client, [user("?")], max_tokens=199, tools=[TOOL], parallel_tool_calls=False)
+    assert len(one.choices[0].message.tool_calls) == 1
+    form = {"name": "a", "schema": {"type": "array", "items": {"enum": [1]}, "uniqueItems": True}, "description": "A."}
+    say("[1, 1]")
+    answer = ask(client, [user("?")], max_tokens=99, response_format={"type": "json_schema", "json_schema": form})
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("[1, 1]", "stop")
+    assert "the answer does not follow its schema: [1,1] has non-unique elements" in caplog.text
