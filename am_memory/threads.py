@@ -536,21 +536,27 @@ class Threads:
         """Give a thread's branches a second name; memory is shared until the two differ.
 
         Raises:
-            InvalidInput: the thread is not known.
+            InvalidInput: the thread is not known, or was deleted meanwhile: then nothing of it stays.
         """
         for _ in self.copying(thread, new_thread):
             pass
 
     def copying(self, thread: str, new_thread: str, saved: Saved | None = None) -> Iterator[Branch]:
         """`copy`, one branch after another."""
-        branches = self.open(thread, saved)
-        if not branches:
-            raise InvalidInput(f"there is no thread {thread!r}; there are: {', '.join(self.names()) or 'none'}")
-        call = self._called(new_thread)
+        saved = saved or self.saved(thread)
+        branches, call, copies = self.open(thread, saved), self._called(new_thread), list[str]()
         for branch in branches:
             copied = Branch(branch.session.fork(), new_thread, branch.keys, branch.ends)
             self._keep(copied, None, call)
+            copies.append(copied.session.name)
+            if saved.call.is_deleted:
+                break
             yield copied
+        if saved.call.is_deleted:
+            for name in copies:
+                self._forget(name)
+        if saved.call.is_deleted or not branches:
+            raise InvalidInput(f"there is no thread {thread!r}; there are: {', '.join(self.names()) or 'none'}")
 
 
 def _tail(name: str) -> str:

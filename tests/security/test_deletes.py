@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from am_memory import Memory, MemoryPolicy, Sampling, Session, files
 from am_memory.cli import app
 from am_memory.engines.transformers import TransformersEngine
-from am_memory.errors import SessionDeleted
+from am_memory.errors import InvalidInput, SessionDeleted
 from am_memory.storage import Store
 from am_memory.threads import Threads, Turn
 
@@ -144,6 +144,29 @@ def test_other_conversations_are_kept_whatever_they_went_on_from(threads: Thread
     threads.delete("owls")
     turn.keep(answered(turn))
     assert threads.names() == ["larks"]
+
+
+@pytest.mark.parametrize("when", [1, 2])
+def test_a_conversation_deleted_while_it_is_copied_leaves_no_copy(
+    threads: Threads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: int
+) -> None:
+    messages = told(threads)
+    turn = threads.turn([*messages[:2], asked("something else")], thread="owls")
+    turn.keep(answered(turn))
+    assert len(threads.branches("owls")) >= 2
+    save, saves = Session.save, []
+
+    def deleted_then(session: Session) -> None:
+        saves.append(session.name)
+        if len(saves) == when:
+            threads.delete("owls")
+        save(session)
+
+    monkeypatch.setattr(Session, "save", deleted_then)
+    with pytest.raises(InvalidInput, match="there is no thread 'owls'; there are: none"):
+        threads.copy("owls", "copies")
+    assert threads.names() == threads.memory.names() == []
+    assert stored(tmp_path / "store") == []
 
 
 def test_a_thread_that_is_pruned_to_nothing_is_deleted(threads: Threads, tmp_path: Path) -> None:
