@@ -28,6 +28,14 @@ CLOSERS = (r'"[\]}]*', r"[\]}]+", ",")
 logger = logging.getLogger("am_memory")
 
 
+AT_A_LIMIT = re.compile(r"too (big|large|long|many|complex|deep)|limit|fuel|; max is ", re.IGNORECASE)
+"""In what llguidance says where a grammar is sound, and larger than it takes."""
+WAY_OUT = (
+    ": the schema or grammar is too large: give it fewer properties, values of enum and levels, and shorter texts and "
+    "patterns"
+)
+
+
 class Constraint(Protocol):
     """What the next tokens of one answer may be; every answer needs a new one.
 
@@ -81,7 +89,7 @@ class _Grammar:
 
     def mask(self, logits: Tensor, *, is_closing: bool = False) -> Tensor:
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        self._require_sound("the grammar became too complex; simplify it")
+        self._require_sound("the answer cannot follow this grammar further")
         is_allowed = torch.zeros(len(logits), dtype=torch.bool)
         unpacked = torch.from_numpy(np.unpackbits(bits, count=min(len(logits), 8 * len(bits)), bitorder="little"))
         is_allowed[: len(unpacked)] = unpacked
@@ -96,13 +104,15 @@ class _Grammar:
             return  # llguidance has stopped already
         is_token = 0 <= token_id < self._tokenizer.vocab_size
         if not is_token or self._matcher.try_consume_tokens([token_id]) != 1:
+            self._require_sound("the answer cannot follow this grammar further")
             raise InvalidInput(f"token id {token_id} does not follow the grammar: take one that mask() allows")
 
     def _require_sound(self, problem: str) -> None:
         if self._matcher.is_error():
             # llguidance appends the lines of the grammar, or its whole state.
             reason = re.split(r"\n *\d+ \| |<state>", self._matcher.get_error())[0]
-            raise InvalidInput(f"{problem}: {' '.join(reason.split())}")
+            way_out = WAY_OUT if AT_A_LIMIT.search(reason) else ""
+            raise InvalidInput(f"{problem}: {' '.join(reason.split())}{way_out}")
 
 
 def json_schema(engine: Engine, schema: Mapping[str, object]) -> Constraint:

@@ -148,6 +148,29 @@ def test_no_number_in_any_field_is_a_fault_of_the_servers(http: httpx.Client, fi
         assert post(http, TEXT, body.encode()).status_code in (200, 400), number
 
 
+def nest_of(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}}
+    return schema
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(800)}},
+        {"type": "integer", "multipleOf": 987654321},
+        nest_of(70),
+    ],
+    ids=["properties", "multipleOf", "levels"],
+)
+def test_a_schema_that_is_too_large_is_said_to_be(http: httpx.Client, schema: dict[str, Any]) -> None:
+    """It was said to be no grammar, or that a token, which the mask had allowed, does not follow it."""
+    form = {"type": "json_schema", "json_schema": {"schema": schema}}
+    error = error_of(post(http, CHAT, {"messages": MESSAGES, "response_format": form}))
+    assert "the schema or grammar is too large: give it fewer properties" in error["message"]
+
+
 SOUND: list[tuple[str, dict[str, Any]]] = [
     (CHAT, {"messages": [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": [CALL]}]}),
     (
