@@ -220,8 +220,8 @@ def _close(schema: Schema) -> None:
 def _is_composed(schema: Schema) -> bool:
     if "allOf" in schema or ("properties" in schema and {"anyOf", "oneOf", "$ref", *_CONDITIONS} & schema.keys()):
         return True
-    required = schema.get("required")
-    return isinstance(required, list) and not {*required} <= {*_mapping(schema.get("properties"))}
+    named = {name for name in _list(schema.get("required")) if isinstance(name, str)}
+    return not named <= {*_mapping(schema.get("properties"))}
 
 
 def _parts(schema: object) -> Iterator[Schema]:

@@ -13,7 +13,7 @@ from serving import NewServer
 
 CHAT, TEXT, SESSIONS = "/v1/chat/completions", "/v1/completions", "/v1/memory/sessions"
 MESSAGES = [{"role": "user", "content": "hi"}]
-SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x", 1]}, "b": {"type": "integer"}}}
+SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x", 1]}, "b": {"type": "integer"}}, "required": ["a"]}
 FUNCTION = {"name": "f", "description": "d", "parameters": SCHEMA}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": "x"}'}}
 KNOWN_CODES = (200, 201, 400, 404, 409)
@@ -217,7 +217,7 @@ def mutated(random: Random, value: Any) -> Any:
         if random.random() < 0.1:
             del changed[place]
         elif random.random() < 0.1 and isinstance(changed, dict):
-            changed[random.choice(["name", "type", "x", "$ref", "content"])] = random.choice(ODD)
+            changed[random.choice(["name", "type", "required", "x", "$ref", "content"])] = random.choice(ODD)
         else:
             changed[place] = mutated(random, value[place])
         return changed
@@ -235,3 +235,17 @@ def test_no_mutated_request_is_a_fault_of_the_servers(http: httpx.Client, seed: 
         assert "server_error" not in answer.text, (path, body, answer.text)
         if answer.status_code >= 400:
             error_of(answer)
+
+
+@pytest.mark.parametrize("required", [[["a"]], [{}], [1], [None], "a", {"a": 1}])
+@pytest.mark.parametrize("place", ["tools", "response_format"])
+def test_a_schema_that_asks_for_what_is_no_name_is_no_fault_of_the_servers(
+    http: httpx.Client, required: Any, place: str
+) -> None:
+    schema = {**SCHEMA, "required": required}
+    forms = {
+        "tools": [{"type": "function", "function": {**FUNCTION, "parameters": schema}}],
+        "response_format": {"type": "json_schema", "json_schema": {"schema": schema}},
+    }
+    choice = {"tool_choice": "required"} if place == "tools" else {}
+    assert post(http, CHAT, {"messages": MESSAGES, place: forms[place], **choice}).status_code in (200, 400)
