@@ -29,6 +29,8 @@ from am_memory.cli_options import (
     RunBy,
     TriggerTokens,
     TrustMessages,
+    TrustRemoteCode,
+    WindowTokens,
     is_given,
     policy_of,
 )
@@ -115,6 +117,8 @@ def chat(  # noqa: PLR0913, PLR0917  what can be set
     dtype: Dtype = None,
     compile: Compile = False,
     trust_messages: TrustMessages = False,
+    window_tokens: WindowTokens = None,
+    trust_remote_code: TrustRemoteCode = False,
     session: Annotated[str, typer.Option(help="Name of the conversation; it goes on where it was saved.")] = "default",
     store: StoreURL = None,
     system: Annotated[str | None, typer.Option(help="System prompt of a new conversation.")] = None,
@@ -136,6 +140,8 @@ def chat(  # noqa: PLR0913, PLR0917  what can be set
             store=store or default_store(),
             on_event=bars,
             trust_messages=trust_messages,
+            window_tokens=window_tokens,
+            trust_remote_code=trust_remote_code,
         )
         memory.has_default_policy = not any(is_given(context, option) for option in POLICY_OPTIONS)
         conversation = memory.session(session)

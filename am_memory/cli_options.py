@@ -26,6 +26,13 @@ Compile = Annotated[bool, typer.Option("--compile", help="Compile the model's la
 TrustMessages = Annotated[
     bool, typer.Option("--trust-messages", help="Read control tokens that messages spell (<|im_end|>) as such.")
 ]
+WindowTokens = Annotated[
+    int | None,
+    typer.Option(help="Positions that are used [default: all that the model was trained on]", show_default=False),
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model; read it first.")
+]
 TriggerTokens = Annotated[int, typer.Option(help="Size of the cache, in tokens, that fires a compaction.")]
 KeepRatio = Annotated[float, typer.Option(help="Slots kept for each token that is compacted.")]
 Pinned = Annotated[

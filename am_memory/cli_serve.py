@@ -19,6 +19,8 @@ from am_memory.cli_options import (
     RunBy,
     TriggerTokens,
     TrustMessages,
+    TrustRemoteCode,
+    WindowTokens,
     policy_of,
 )
 from am_memory.errors import InvalidInput
@@ -68,6 +70,8 @@ def serve(  # noqa: PLR0913, PLR0917  # each is an option of the command
     dtype: Dtype = None,
     compile: Compile = False,
     trust_messages: TrustMessages = False,
+    window_tokens: WindowTokens = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Serve OpenAI's API, and a chat page at /, with history without an end."""
     try:
@@ -105,6 +109,8 @@ def serve(  # noqa: PLR0913, PLR0917  # each is an option of the command
         compile=compile,
         store=store,
         trust_messages=trust_messages,
+        window_tokens=window_tokens,
+        trust_remote_code=trust_remote_code,
     )
     run(memory, settings)
 

@@ -89,6 +89,8 @@ class Memory:
         store: str | os.PathLike[str] | None = None,
         on_event: Listener = ignore,
         trust_messages: bool = False,
+        window_tokens: int | None = None,
+        trust_remote_code: bool = False,
     ) -> Memory:
         """Load a model and give it a memory.
 
@@ -101,6 +103,10 @@ class Memory:
                 (docs/performance.md); for llama.cpp float16.
             compile: compile the model's layers by `torch.compile` for decoding (engine "transformers" only). Loading
                 takes up to a minute longer; docs/performance.md says what it is good for.
+            window_tokens: positions that are used, if not all that the model was trained on; a model of "longrope" has
+                to be told (engine "transformers" only).
+            trust_remote_code: run the code that comes with a model that transformers does not have (engine
+                "transformers" only). It can do whatever you can: read it first.
 
         Raises:
             ModelNotFound: there is no such model.
@@ -112,6 +118,11 @@ class Memory:
         if engine == "llama_cpp":
             if compile:
                 raise InvalidInput("compile=True is for engine='transformers'; llama.cpp is compiled as it is")
+            if window_tokens is not None or trust_remote_code:
+                raise InvalidInput(
+                    "window_tokens and trust_remote_code are for engine='transformers'; a GGUF file says what its "
+                    "window is, and has no code"
+                )
             from am_memory.engines.llama_cpp import LlamaCppEngine
 
             runs = LlamaCppEngine.from_pretrained(model, device=device, dtype=dtype)
@@ -119,9 +130,9 @@ class Memory:
         from am_memory.engines.transformers import TransformersEngine
         from am_memory.models import load_model
 
-        loaded, tokenizer = load_model(model, device=device, dtype=dtype)
+        loaded, tokenizer = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         return cls(
-            TransformersEngine(loaded, tokenizer, compile=compile),
+            TransformersEngine(loaded, tokenizer, compile=compile, window_tokens=window_tokens),
             policy,
             sampling=Sampling.from_generation_config(loaded.generation_config),
             store=store,

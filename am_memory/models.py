@@ -27,10 +27,14 @@ from gguf import GGUFReader
 from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -87,7 +91,11 @@ def demo_model_path() -> Path:
 
 
 def load_model(
-    model: str | os.PathLike[str], *, device: str | None = None, dtype: torch.dtype | None = None
+    model: str | os.PathLike[str],
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer, ready for inference.
 
@@ -95,6 +103,7 @@ def load_model(
         model: "demo" (the bundled model), a hub id, a folder that transformers can load, or a .gguf file.
         device: None takes CUDA if there is one, else the CPU.
         dtype: None takes bfloat16 on CUDA, float32 elsewhere.
+        trust_remote_code: run the code that comes with the model, if it is one that transformers does not have.
 
     Raises:
         ModelNotFound: nothing readable lies there, or the hub does not give it.
@@ -105,10 +114,10 @@ def load_model(
     dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
     source = _locate(model)
     if isinstance(source, str):
-        loaded, tokenizer = _load_pretrained(source, place, dtype)
+        loaded, tokenizer = _load_pretrained(source, place, dtype, trust_remote_code)
     else:
         with _no_progress_bars():
-            loaded, tokenizer = _load_path(source, place, dtype)
+            loaded, tokenizer = _load_path(source, place, dtype, trust_remote_code)
     return loaded.requires_grad_(False), tokenizer
 
 
@@ -235,36 +244,53 @@ def gguf_path(model: str | os.PathLike[str]) -> Path:
     return source
 
 
-def _load_path(path: Path, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+def _load_path(path: Path, device: torch.device, dtype: torch.dtype, trust_remote_code: bool) -> LoadedModel:
     if path.is_file():
         return _load_gguf(path, device, dtype)
     if not (path / "config.json").is_file():
         raise ModelNotFound(f"{path} has no config.json: give a folder that save_pretrained() wrote, or a .gguf file")
-    return _load_pretrained(str(path), device, dtype)
+    return _load_pretrained(str(path), device, dtype, trust_remote_code)
 
 
-def _load_pretrained(source: str, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+def _load_pretrained(
+    source: str, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
+) -> LoadedModel:
     """Load a hub id or a folder."""
+    trust = {"trust_remote_code": trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        loaded = _from_pretrained(source, config=config, dtype=dtype, device_map=device, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, **trust)
+        loaded = _from_pretrained(source, _auto_class(config), config=config, dtype=dtype, device_map=device, **trust)
     except (OSError, SafetensorError) as error:
         looked_up = "" if Path(source).is_dir() else " (no such folder here, so it was looked up as a hub id)"
         raise ModelNotFound(f"{source} cannot be loaded{looked_up}: {error}") from error
     except (ValueError, KeyError, ImportError) as error:
-        raise UnsupportedModel(f"{source} is no causal language model that transformers can run: {error}") from error
+        if "trust_remote_code" in str(error):
+            raise UnsupportedModel(
+                f"{source} comes with code of its own, and runs by that alone: read it, and if you trust it, load it "
+                "with trust_remote_code=True (--trust-remote-code)"
+            ) from error
+        raise UnsupportedModel(
+            f"{source} is no causal language model that transformers can run: {error}. One that you can load yourself "
+            "is tried as it is: Memory(TransformersEngine(model, tokenizer))"
+        ) from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, config=config, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, config=config, **trust)
     except (OSError, ValueError, LookupError, TypeError, ImportError) as error:
         raise ModelNotFound(f"{source} has no tokenizer that transformers can read: {error}") from error
     return loaded, tokenizer
 
 
-def _from_pretrained(source: str | Path, **options: Any) -> PreTrainedModel:
+def _auto_class(config: PreTrainedConfig) -> Any:
+    """What loads a model of this configuration: one that reads images as well is used for its text."""
+    own_code = getattr(config, "auto_map", None) or {}
+    reads_images = "AutoModelForImageTextToText" in own_code or type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    is_text_model = "AutoModelForCausalLM" in own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if reads_images and not is_text_model else AutoModelForCausalLM
+
+
+def _from_pretrained(source: str | Path, auto_class: Any = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:
     """Transformers fills weights that the files lack with random numbers; here they are an error."""
-    result: Any = AutoModelForCausalLM.from_pretrained(
-        source, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
+    result: Any = auto_class.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     loaded, report = result
     lacking = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
     if lacking:

@@ -6,7 +6,7 @@ Knows text, chat and sampling; leaves reading and compacting to its context.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from am_memory.memory import Memory
 
 Content = str | Sequence[int] | Sequence[Message]
+
+NOT_TEXT = ("image", "input_image", "audio", "input_audio", "video", "file", "input_file", "document", "media")
+"""How the names begin of parts of a message that are no text."""
 
 CLOSING_SHARE = 0.25
 """Of the tokens of an answer: the last ones bring a constrained answer to its end."""
@@ -263,6 +266,7 @@ class Session:
             raise InvalidInput("token ids and messages are mixed: append them one after the other")
         else:
             messages: Sequence[Message] = content  # type: ignore[assignment]
+            _require_text(messages)
             after, token_ids = history.told(self.engine, messages, num_tokens, ends_turn=self._ends_turn)
         if not token_ids:
             raise InvalidInput(f"empty input {content!r}: append at least one token")
@@ -597,6 +601,16 @@ class Session:
     def _require_tokens(self) -> None:
         if not self._context.tokens:
             raise InvalidInput(f"session {self.name!r} is empty: append something before asking what follows")
+
+
+def _require_text(messages: Sequence[Message]) -> None:
+    """Raise InvalidInput for messages with parts that are no text: a template writes a mark for them, and no more."""
+    for message in messages:
+        parts = message.get("content") if isinstance(message, Mapping) else None
+        for part in parts if isinstance(parts, list | tuple) else ():
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if isinstance(kind, str) and kind.startswith(NOT_TEXT):
+                raise InvalidInput(f"a message holds a part of type {kind!r}, and a memory text alone: say it in words")
 
 
 def _logprob(logits: Tensor, token_id: int, num_top: int) -> TokenLogprob:

@@ -57,7 +57,7 @@ class RaySettings(BaseModel):
     Attributes:
         model: a hub id, a folder, a .gguf file, or "demo", which every node can reach.
         store: a folder or fsspec URL that every node can reach: where conversations outlive their replicas.
-        engine, device, dtype, compile: as `Memory.from_pretrained` takes them.
+        engine, device, dtype, compile, window_tokens, trust_remote_code: as `Memory.from_pretrained` takes them.
         policy: when and how the memory is compacted.
         server: keys, limits and the rest; `host` is the one that Ray Serve's own proxies listen on. Keys may stand in
             the environment as well, as those of `am-memory serve` do.
@@ -75,6 +75,8 @@ class RaySettings(BaseModel):
     device: str | None = None
     dtype: DtypeName | None = None
     compile: bool = False
+    window_tokens: int | None = None
+    trust_remote_code: bool = False
     policy: MemoryPolicy = MemoryPolicy()
     server: dict[str, Any] = {}
     num_replicas: Annotated[int, Field(ge=1)] = 1
@@ -99,6 +101,8 @@ class Replica:
             device=settings.device,
             dtype=settings.dtype,
             compile=settings.compile,
+            window_tokens=settings.window_tokens,
+            trust_remote_code=settings.trust_remote_code,
             store=settings.store,
         )
         sys.setswitchinterval(SWITCH_SECONDS)

@@ -51,7 +51,8 @@ class ChatAMMemory(BaseChatModel):
         trigger: the cache's size that fires a compaction: ("tokens", 8192), or ("fraction", 0.8) of the window.
         keep: how much of the cache, the newest part, a compaction leaves exact: ("fraction", 0.5), or in tokens.
         policy: all of the memory's settings; `trigger` and `keep` are set in it where they are given.
-        device, dtype, compile, trust_messages: as `Memory.from_pretrained` takes them.
+        device, dtype, compile, trust_messages, window_tokens, trust_remote_code: as `Memory.from_pretrained` takes
+            them.
         store: a folder or fsspec URL; with it, threads outlive the process.
         max_bytes: of all kept caches; None: 4 GiB.
         max_tokens, stop: generated at most; texts that end an answer.
@@ -81,6 +82,8 @@ class ChatAMMemory(BaseChatModel):
     compile: bool = False
     store: str | None = None
     trust_messages: bool = False
+    window_tokens: int | None = None
+    trust_remote_code: bool = False
     max_bytes: int | None = None
     temperature: float | None = Field(default=None, ge=0)
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -112,7 +115,7 @@ class ChatAMMemory(BaseChatModel):
         check_names(self.model_kwargs)
         given = [
             name
-            for name in ("device", "dtype", "compile", "store", "trust_messages")
+            for name in ("device", "dtype", "compile", "store", "trust_messages", "window_tokens", "trust_remote_code")
             if getattr(self, name) not in (None, False)
         ]
         if isinstance(self.model, Memory) and given:
@@ -171,6 +174,8 @@ class ChatAMMemory(BaseChatModel):
             compile=self.compile,
             store=self.store,
             trust_messages=self.trust_messages,
+            window_tokens=self.window_tokens,
+            trust_remote_code=self.trust_remote_code,
         )
 
     @property
