@@ -43,8 +43,14 @@ class Pending:
         self._told: SimpleQueue[tuple[str, int, int] | None] = SimpleQueue()
         self._is_stopped = False
         self._stream = _beside(order.engine.info.device)
+        self._order = order
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="am-memory-ahead")
-        self._made: Future[Made] = self._worker.submit(self._make, order)
+        self._made: Future[Made]
+
+    def start(self) -> None:
+        """Begin the work."""
+        self._made = self._worker.submit(self._make, self._order)
+        del self._order  # with its cache
         self._worker.shutdown(wait=False)  # the thread ends with its work
         self._made.add_done_callback(lambda _: self._told.put(None))
 

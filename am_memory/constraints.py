@@ -8,7 +8,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -67,6 +67,14 @@ class Constraint(Protocol):
         """
         ...
 
+    def state(self) -> Any:
+        """Where in the answer it is, for `restore`: nothing that follows changes it."""
+        ...
+
+    def restore(self, state: Any) -> None:
+        """Go back to where it was: a token that is taken back was never accepted."""
+        ...
+
 
 class _Grammar:
     """A grammar of llguidance, at one place in it."""
@@ -77,7 +85,7 @@ class _Grammar:
         self._tokenizer = vocabulary.tokenizer
         self._closers = vocabulary.closers if is_closed else ()
         self._matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
-        self._require_sound("llguidance does not take this grammar")
+        _require_sound(self._matcher, "llguidance does not take this grammar")
         left_out = left_out_by(self._matcher.get_grammar_warnings())
         self.left_out = frozenset(left_out).union(*(schema.left_out for schema in schemas))
         if self.left_out:
@@ -89,7 +97,7 @@ class _Grammar:
 
     def mask(self, logits: Tensor, *, is_closing: bool = False) -> Tensor:
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        self._require_sound("the answer cannot follow this grammar further")
+        _require_sound(self._matcher, "the answer cannot follow this grammar further")
         is_allowed = torch.zeros(len(logits), dtype=torch.bool)
         unpacked = torch.from_numpy(np.unpackbits(bits, count=min(len(logits), 8 * len(bits)), bitorder="little"))
         is_allowed[: len(unpacked)] = unpacked
@@ -103,16 +111,25 @@ class _Grammar:
         if self.is_complete and token_id in self._tokenizer.eos_tokens:
             return  # llguidance has stopped already
         is_token = 0 <= token_id < self._tokenizer.vocab_size
-        if not is_token or self._matcher.try_consume_tokens([token_id]) != 1:
-            self._require_sound("the answer cannot follow this grammar further")
+        matcher = self._matcher.deep_copy()  # so that a state is never changed; it takes a microsecond
+        if not is_token or matcher.try_consume_tokens([token_id]) != 1:
+            _require_sound(matcher, "the answer cannot follow this grammar further")
             raise InvalidInput(f"token id {token_id} does not follow the grammar: take one that mask() allows")
+        self._matcher = matcher
 
-    def _require_sound(self, problem: str) -> None:
-        if self._matcher.is_error():
-            # llguidance appends the lines of the grammar, or its whole state.
-            reason = re.split(r"\n *\d+ \| |<state>", self._matcher.get_error())[0]
-            way_out = WAY_OUT if AT_A_LIMIT.search(reason) else ""
-            raise InvalidInput(f"{problem}: {' '.join(reason.split())}{way_out}")
+    def state(self) -> LLMatcher:
+        return self._matcher
+
+    def restore(self, state: LLMatcher) -> None:
+        self._matcher = state
+
+
+def _require_sound(matcher: LLMatcher, problem: str) -> None:
+    if matcher.is_error():
+        # llguidance appends the lines of the grammar, or its whole state.
+        reason = re.split(r"\n *\d+ \| |<state>", matcher.get_error())[0]
+        way_out = WAY_OUT if AT_A_LIMIT.search(reason) else ""
+        raise InvalidInput(f"{problem}: {' '.join(reason.split())}{way_out}")
 
 
 def json_schema(engine: Engine, schema: Mapping[str, object]) -> Constraint:

@@ -6,8 +6,8 @@ goes on. The tokens are the truth; tokens and schedule together rebuild the cach
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -42,6 +42,7 @@ from am_memory.events import (
     SpanRecalled,
     WindowExceeded,
 )
+from am_memory.history import History
 from am_memory.order import Made, Order
 from am_memory.originals import Original, between
 from am_memory.policy import SINK_TOKENS, MemoryPolicy, Plan, Sizes, most_at_once, plan, trigger_tokens
@@ -51,12 +52,9 @@ from am_memory.recall import Recalled, at_rest, brought_back, put_away
 from am_memory.schedule import ScheduledCompaction, ScheduledRecall, under
 from am_memory.search import Span, search
 from am_memory.slots import Segment
+from am_memory.transaction import Restorable, Transaction
 
 T = TypeVar("T")
-
-Weights = Callable[[float, int, int], Sequence[float] | None]
-"""How much it counts that the tokens from one position to another can be repeated, with a policy's
-`tool_result_weight`; None: all alike."""
 
 
 @dataclass
@@ -68,7 +66,7 @@ class Context:
         tokens: every token, read or not; the cache holds the first `cache.num_tokens` of them.
         schedule: the compactions made so far, in order.
         num_pinned: tokens at the start that stay exact.
-        weights: how much it counts that the tokens from one position to another can be repeated.
+        history: the messages that the tokens are of; kept here, so that one step changes both or neither.
         originals: the exact entries of compacted tokens, as far as they are kept, in the order of the tokens.
         recalled: segments that are exact for now, the one recalled last at the end.
         pending: a compaction under way while tokens are read, where the policy has `ahead_tokens`.
@@ -84,7 +82,7 @@ class Context:
     tokens: list[int] = field(default_factory=list)
     schedule: list[ScheduledCompaction] = field(default_factory=list)
     num_pinned: int = SINK_TOKENS
-    weights: Weights = lambda tool_result_weight, start, end: None
+    history: History = field(default_factory=History)
     originals: tuple[Original, ...] = ()
     recalled: tuple[Recalled, ...] = ()
     pending: Pending | None = None
@@ -138,30 +136,9 @@ class Context:
         most = self.engine.info.max_tokens
         return max_new_tokens if most is None else min(max_new_tokens, most - len(self.tokens) + 1)
 
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """All or nothing: whatever is raised inside, the context is afterwards as it was before."""
-        state, pinned, live = self.cache.state(), (self.num_pinned, self.trigger), self.live and self.live.copy()
-        # Inside, both lists are only added to, or replaced.
-        tokens, num_tokens, schedule, num_compactions = self.tokens, len(self.tokens), self.schedule, len(self.schedule)
-        originals, recalled, pending = self.originals, self.recalled, self.pending
-        given_up = None
-        try:
-            yield
-            given_up = pending
-        except BaseException:
-            given_up = self.pending
-            self.cache.restore(state)
-            del tokens[num_tokens:], schedule[num_compactions:]
-            self.tokens, self.schedule, self.live = tokens, schedule, live
-            self.num_pinned, self.trigger = pinned
-            # What was found to be lost is not brought back by an error.
-            self.originals, self.recalled = tuple(each for each in originals if each.lost is None), recalled
-            self.pending = None if pending is not None and pending.has_failed else pending
-            raise
-        finally:
-            if given_up is not None and given_up is not self.pending:
-                given_up.stop()
+    def transaction(self, *others: Restorable) -> Transaction:
+        """All or nothing: whatever is raised inside, the context and these others are as they were before."""
+        return Transaction(self, others)
 
     def read(self, end: int) -> None:
         """Bring the first `end` tokens into the cache, compacting whenever the trigger is reached."""
@@ -211,6 +188,7 @@ class Context:
         """Begin a compaction, to be swapped in at the trigger."""
         planned = plan(self.policy, self.sizes, self.trigger, None, self._boundary)
         self.pending = Pending(self.order(planned, self.cache.fork()))
+        self.pending.start()  # only now: whoever takes this step back stops what it began
 
     @property
     def chunk_tokens(self) -> int:
@@ -314,7 +292,7 @@ class Context:
             num_pinned=self.num_pinned,
             trigger=self.trigger,
             place=self.policy.originals,
-            weights=self.weights(policy.tool_result_weight, start, segment.end),
+            weights=self.history.weights(policy.tool_result_weight, start, segment.end),
             live=self.live.since(live_start) if self.live and "live" in policy.reference_queries else None,
             calibration=calibration,
             made=made,
@@ -542,9 +520,9 @@ class Context:
     def emptied(self, num_tokens: int) -> Context:
         """Another context of the first `num_tokens` tokens, of which nothing is read."""
         cache, tokens = self.engine.new_cache(), self.tokens[:num_tokens]
-        pinned, weights = self.num_pinned, self.weights
+        pinned, history = self.num_pinned, self.history
         return Context(
-            self.name, self.engine, self.policy, self.notify, cache, tokens, num_pinned=pinned, weights=weights
+            self.name, self.engine, self.policy, self.notify, cache, tokens, num_pinned=pinned, history=history
         )
 
     def fork(self, name: str, policy: MemoryPolicy | None = None) -> Context:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -127,6 +126,8 @@ class Session:
         """Its policy was given to it, and not to the memory: it goes on under it wherever it is resumed."""
         self.saved_version: str | None = None
         """What is saved under its name, as far as it knows (see `Store.save`); nothing else is overwritten."""
+        self._in_doubt: str | None = None
+        """What its last save was to write: an interrupt may have come right behind that."""
         self._is_deleted = False
 
     @property
@@ -150,13 +151,11 @@ class Session:
 
     @property
     def _history(self) -> History:
-        return self._told
+        return self._context.history
 
     @_history.setter
     def _history(self, history: History) -> None:
-        # The context gets what it needs of it, and not the session: a cycle would keep a cache that nobody uses.
-        self._told = history
-        self._context.weights = history.weights
+        self._context.history = history
 
     @property
     def chunk_tokens(self) -> int:
@@ -176,19 +175,7 @@ class Session:
     def rename(self, name: str) -> None:
         """Give it another name, for events and the store."""
         self._context.name = name
-        self.saved_version, self._is_deleted = None, False
-
-    @contextmanager
-    def _step(self) -> Iterator[None]:
-        """One step of engine work: alone on the device, and all or nothing."""
-        with self._memory.device:
-            history = self._history
-            try:
-                with self._context.transaction():
-                    yield
-            except BaseException:
-                self._history = history
-                raise
+        self.saved_version, self._in_doubt, self._is_deleted = None, None, False
 
     def append(self, content: Content) -> int:
         """Add to the conversation and read it, compacting whenever the trigger is reached.
@@ -204,7 +191,7 @@ class Session:
             PromptTooLong: what the policy pins leaves no room below its trigger.
             CompactionFailed: a compaction on the way failed.
         """
-        with self._step():
+        with self._memory.device, self._context.transaction():
             num_tokens = self._tell(self.encode(content))
             self._context.read(len(self._context.tokens) - 1)
         return num_tokens
@@ -219,7 +206,7 @@ class Session:
             InvalidInput, PromptTooLong: as `append`.
             UnsupportedOperation: the session has changed since this was encoded.
         """
-        with self._step():
+        with self._memory.device, self._context.transaction():
             return self._tell(content if isinstance(content, Encoded) else self.encode(content))
 
     def _tell(self, encoded: Encoded) -> int:
@@ -242,7 +229,7 @@ class Session:
             CompactionFailed: a compaction on the way failed; nothing of this call was read.
         """
         context, end = self._context, max(len(self._context.tokens) - 1, 0)
-        with self._step():
+        with self._memory.device, self._context.transaction():
             context.read(end if max_tokens is None else min(end, context.cache.num_tokens + max_tokens))
         return max(end - context.cache.num_tokens, 0)
 
@@ -340,8 +327,9 @@ class Session:
         sampler = Sampler(sampling)
         stream = TextStream(lambda ids: self.engine.decode(ids, skip_special=True), sampling.stop)
         tokens, expected = context.tokens, len(context.tokens)
+        constraints = () if constraint is None else (constraint,)
         for number in range(1, max_new_tokens + 1):
-            with self._step():
+            with self._memory.device, context.transaction(*constraints):
                 if number == 1:
                     tokens, expected = self._open_answer()
                     max_new_tokens = context.at_most(max_new_tokens)
@@ -396,7 +384,7 @@ class Session:
         self._require_tokens()
         if not isinstance(continuation, Sequence):
             raise InvalidInput(f"{type(continuation).__name__} is no continuation: give text or token ids")
-        with self._step():
+        with self._memory.device, self._context.transaction():
             token_ids = self.engine.encode(continuation) if isinstance(continuation, str) else list(continuation)
             if not token_ids:
                 raise InvalidInput("an empty continuation has no logits: give at least one token")
@@ -418,7 +406,7 @@ class Session:
         """
         if fraction is not None and not 0 < fraction <= 1:
             raise InvalidInput(f"fraction is {fraction}: it must lie above 0 and be at most 1")
-        with self._step():
+        with self._memory.device, self._context.transaction():
             return self._context.compact(fraction)
 
     def search(self, text: str, top: int = 5, *, span_tokens: int = 32) -> list[Span]:
@@ -439,7 +427,7 @@ class Session:
             raise InvalidInput(f"{text!r} is nothing to search for: give a question, or some words")
         if top < 1 or span_tokens < 1:
             raise InvalidInput(f"top is {top} and span_tokens {span_tokens}: each must be at least 1")
-        with self._step():
+        with self._memory.device, self._context.transaction():
             spans = self._context.search(text, span_tokens)
         return sorted(spans, key=lambda span: -span.score)[:top]
 
@@ -467,7 +455,7 @@ class Session:
                 f"there is nothing to recall between tokens {start} and {end}: give a span within the "
                 f"{len(self._context.tokens)} tokens of the session"
             )
-        with self._step():
+        with self._memory.device, self._context.transaction():
             return self._context.recall(start, end)
 
     @property
@@ -498,7 +486,7 @@ class Session:
             )
         if num_tokens == len(self._context.tokens):
             return
-        with self._step():
+        with self._memory.device, self._context.transaction():
             self._context.rewind(num_tokens)
             self._history = self._history.rewound(self.engine, self._context.tokens)
 
@@ -557,10 +545,15 @@ class Session:
                     f"session {self.name!r} was deleted, so it is not saved: give it a name with Memory.keep(session, "
                     "NAME), or save it with overwrite=True, if it is to stay after all"
                 )
-            replaces = ANY if overwrite else self.saved_version
+            replaces, in_doubt = ANY if overwrite else self.saved_version, self._in_doubt
             self.saved_version = self._context.reading_originals(
-                lambda: store.save(self.name, self.snapshot(), replaces=replaces)
+                lambda: store.save(
+                    self.name, self.snapshot(), replaces=replaces, in_doubt=in_doubt, on_version=self._may_be_saved_as
+                )
             )
+
+    def _may_be_saved_as(self, version: str) -> None:
+        self._in_doubt = version
 
     def snapshot(self) -> SavedSession:
         """All that the session is, as it would be saved; by reference, for reading only."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from hashlib import sha256
@@ -65,12 +65,22 @@ class Store:
         self._loaded: WeakValueDictionary[tuple[SavedOriginal, Place], Original] = WeakValueDictionary()
         self._is_swept = False
 
-    def save(self, name: str, saved: SavedSession, *, replaces: str | None = ANY) -> str:
+    def save(
+        self,
+        name: str,
+        saved: SavedSession,
+        *,
+        replaces: str | None = ANY,
+        in_doubt: str | None = None,
+        on_version: Callable[[str], None] = lambda version: None,
+    ) -> str:
         """Put this session in place of the saved one, which stays if anything fails.
 
         Args:
             replaces: the version that it went on from, None where there was none: another is not overwritten. On this
                 machine that is certain. Elsewhere, where files have no locks, it is looked at just before.
+            in_doubt: another version that may be overwritten: what an earlier save, interrupted, was to write.
+            on_version: told which version this will be, before it can be there.
 
         Returns:
             The version that it is saved as.
@@ -82,10 +92,11 @@ class Store:
             StorageError: the store cannot be written to, or a message holds what JSON cannot.
         """
         data = packed(saved)
+        version = version_of(data[: files.HEAD_BYTES])
 
         def check(head: bytes | None) -> None:
             found = None if head is None else version_of(head)
-            if replaces not in (ANY, found):
+            if replaces not in (ANY, found) and (found is None or found != in_doubt):
                 self._refuse(name, found, replaces)
 
         with self._reaching("read"):
@@ -99,12 +110,13 @@ class Store:
                 self._write(self._original(original.digest, mark), b"")
             if entries is not None:
                 self._write(self._original(original.digest), entries)
+        on_version(version)
         self._write(self._path(name), data, check)
         try:
             self._drop_originals(held, mark, {original.digest for original in saved.originals})
         except StorageError as error:  # saved it is; the next save tries again
             logger.warning("%s", error)
-        return version_of(data[: files.HEAD_BYTES])
+        return version
 
     def _refuse(self, name: str, found: str | None, replaces: str | None) -> None:
         if found is None:

@@ -91,8 +91,8 @@ def waited_for(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From now on nothing is read while a compaction is made."""
 
     class Waited(Pending):
-        def __init__(self, order: Order) -> None:
-            super().__init__(order)
+        def start(self) -> None:
+            super().start()
             wait([self._made])
 
     return lambda: monkeypatch.setattr("am_memory.context.Pending", Waited)
@@ -413,7 +413,7 @@ def test_saving_and_loading_changes_no_token(
     alice, undisturbed = memory.session("alice"), memory.session("undisturbed")
     for each in (alice, undisturbed):
         each.append(some_tokens(BEGINS_AT + 1))
-        with each._step():
+        with each._context.transaction():
             write(each._context, SINCE)
     pending = alice._context.pending
     assert pending is not None
@@ -422,7 +422,7 @@ def test_saving_and_loading_changes_no_token(
     loaded = Memory(engine, POLICY, sampling=GREEDY, store=tmp_path).session("alice")
     assert loaded.tokens == alice.tokens
     for each in (alice, undisturbed, loaded):
-        with each._step():
+        with each._context.transaction():
             write(each._context, 60)
     assert_same(alice._context, undisturbed._context)
     assert_same(loaded._context, undisturbed._context, atol=1e-4)

@@ -162,7 +162,7 @@ def test_a_recall_is_in_the_record_of_who_keeps_no_originals_any_more(memory: Me
     session.recall(session.segments[0])
     session.append(some_tokens(8, seed=1))
     session.save()
-    resumed = Memory(memory.engine, POLICY, store=tmp_path / "store").session("one")
+    resumed = Memory(memory.engine, POLICY, store=tmp_path / "store").session("one", policy=POLICY)
     assert resumed.recalled == ()
     resumed.append(some_tokens(8, seed=2))
     assert_equals_its_rebuild(resumed)
@@ -185,7 +185,7 @@ def test_compactions_are_made_again_under_the_policy_that_they_were_made_under(
     assert len(branch._context.schedule) > num_before > 0
     assert_equals_its_rebuild(branch)
     session.save()
-    resumed = Memory(memory.engine, POLICY, store=tmp_path / "store").session("one")
+    resumed = Memory(memory.engine, POLICY, store=tmp_path / "store").session("one", policy=POLICY)
     resumed.append(some_tokens(TRIGGER, seed=1))
     assert_equals_its_rebuild(resumed)
 

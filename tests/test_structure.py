@@ -63,7 +63,7 @@ LAYERS: tuple[set[str], ...] = (
         "capabilities",
         "resuming",
     },
-    {"memory", "context", "rebuild", "session", "watch"},
+    {"memory", "context", "rebuild", "transaction", "session", "watch"},
     {"asked", "threads", "texts"},
     {"chat"},
     {"cli", "demo", "display"},

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -139,7 +138,7 @@ class TransformersEngine:
             if logits is not None:
                 return logits
         ids = torch.tensor([list(token_ids)]).to(self.model.device, non_blocking=True)
-        with self._reading(cache, on_query):
+        with _Reading(cache, on_query):
             if num_logits == 0:
                 self.model.base_model(input_ids=ids, use_cache=True, **{self._cache_argument: cache})
                 return torch.empty(0, self.info.vocab_size)
@@ -185,23 +184,8 @@ class TransformersEngine:
         return output.logits[:, -1, : self.info.vocab_size].float()  # type: ignore[no-any-return]
 
     def _read_token(self, cache: KVCache, token_id: Tensor, position: Tensor) -> Tensor:
-        with self._reading(cache, None):
+        with _Reading(cache, None):
             return self._step(token_id, position, cache)
-
-    @contextmanager
-    def _reading(self, cache: KVCache, on_query: OnQuery | None) -> Iterator[None]:
-        """While we drive the model ourselves: queries go to `on_query`, and nobody watches."""
-        layers = cache.compactable
-        watcher, sinks = cache.before_forward, [layer.query_sink for layer in layers]
-        try:
-            cache.before_forward = None
-            for index, layer in enumerate(layers):
-                layer.query_sink = None if on_query is None else partial(on_query, index)
-            yield
-        finally:
-            cache.before_forward = watcher
-            for layer, sink in zip(layers, sinks, strict=True):
-                layer.query_sink = sink
 
     def encode(self, text: str, *, add_special: bool = False, as_text: bool = False) -> list[int]:
         if as_text:
@@ -240,6 +224,40 @@ class TransformersEngine:
                     add_generation_prompt=add_generation_prompt,
                 )
             )
+
+
+class _Reading:
+    """While we drive the model ourselves: queries go to `on_query`, and nobody watches.
+
+    No generator: an interrupt on its way out would leave it to be finished whenever Python frees it.
+    """
+
+    def __init__(self, cache: KVCache, on_query: OnQuery | None) -> None:
+        self._cache, self._on_query, self._layers = cache, on_query, cache.compactable
+        watcher, sinks = cache.before_forward, [layer.query_sink for layer in self._layers]
+        if watcher is None:  # nobody's: what an interrupt has left there
+            sinks = [None] * len(sinks)
+        self._before = watcher, sinks
+
+    def __enter__(self) -> None:
+        try:
+            self._cache.before_forward = None
+            for index, layer in enumerate(self._layers):
+                layer.query_sink = None if self._on_query is None else partial(self._on_query, index)
+        except BaseException:
+            self._put_back()
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self._put_back()
+        finally:  # again, should it have been interrupted
+            self._put_back()
+
+    def _put_back(self) -> None:
+        self._cache.before_forward, sinks = self._before
+        for layer, sink in zip(self._layers, sinks, strict=True):
+            layer.query_sink = sink
 
 
 def _model_info(
