@@ -843,7 +843,7 @@ TOOL_TURN = [
 def test_the_tokens_of_a_tool_result_count_less(engine: TransformersEngine) -> None:
     session = Memory(engine, MemoryPolicy(trigger_tokens=600, tool_result_weight=0.25)).session()
     session.append(TOOL_TURN)
-    weights = session._context.weights(0.25, 3, len(session.tokens))
+    weights = session._context.history.weights(0.25, 3, len(session.tokens))
     assert weights is not None
     light = [token for token, weight in zip(session.tokens[3:], weights, strict=True) if weight == 0.25]
     assert engine.decode(light) == f"<|im_start|>tool\n{TOOL_TURN[1]['content']}<|im_end|>\n"
