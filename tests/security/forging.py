@@ -137,7 +137,7 @@ def forge_tensor(chance: random.Random, tensors: dict[str, Tensor]) -> None:
             tensor = chance.choice([tensor.flatten(), tensor[None], tensor.reshape(*tensor.shape[::-1])])
         case _ if tensor.numel():
             info = torch.finfo(tensor.dtype) if tensor.is_floating_point() else torch.iinfo(tensor.dtype)
-            absurd = [float("nan"), float("inf")] if tensor.is_floating_point() else [-1, 0, 1, 7, 260]
+            absurd = [float("nan"), float("inf")] if tensor.is_floating_point() else [-1, 0, 1, 7, 100]
             number = chance.choice([*absurd, info.min, info.max])
             flat = tensor.view(-1)
             where = slice(None) if chance.random() < 0.3 else chance.randrange(len(flat))
