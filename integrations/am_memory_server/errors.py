@@ -94,7 +94,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(503, message, type="server_error", code="compaction_failed")
         case AMMemoryError():
             logger.error("%s: %s", type(error).__name__, message)
-            return ApiError(503, message, type="server_error", code="memory_error")
+            told = "the memory failed; the server's log has more"  # the message may name files of the server's
+            return ApiError(503, told, type="server_error", code="memory_error")
     logger.error("unexpected error", exc_info=error)
     return ApiError(500, "internal error; the server's log has more", type="server_error", code="internal_error")
 

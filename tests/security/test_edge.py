@@ -14,11 +14,14 @@ import pytest
 import uvicorn
 from am_memory_server import ServerSettings
 from am_memory_server.connections import BoundedConnection, connections_of
+from am_memory_server.errors import as_api_error
 from am_memory_server.serve import configured
 from serving import NewServer, Server, until
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
+
+from am_memory.errors import InvalidInput, StorageError
 
 ALICE, BOB, OPERATOR = "key-of-alice", "key-of-bob", "key-of-the-operator"
 CHAT = "/v1/chat/completions"
@@ -371,8 +374,13 @@ def test_json_may_be_called_by_any_of_its_names(server: Server, kind: str) -> No
         assert http.post(CHAT, content=ASKED, headers={"Content-Type": kind}).status_code == 200
 
 
-def test_settings_that_leave_no_room_for_one_request_are_refused() -> None:
-    from am_memory.errors import InvalidInput
+def test_no_client_is_told_where_the_server_keeps_what() -> None:
+    """What went wrong in the store came out with its folder, and the digest that stands for a key."""
+    answer = as_api_error(StorageError("/data/conversations/0a1b/one.session is damaged"))
+    assert (answer.status, answer.code) == (503, "memory_error")
+    assert "/data" not in answer.message
 
+
+def test_settings_that_leave_no_room_for_one_request_are_refused() -> None:
     with pytest.raises(InvalidInput, match="max_body_bytes 100 is more than the 50 bytes"):
         ServerSettings(max_body_bytes=100, max_pending_bytes=100, api_keys=(ALICE, BOB))
