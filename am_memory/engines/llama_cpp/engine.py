@@ -24,7 +24,7 @@ from am_memory.engines.llama_cpp.library import TORCH_TYPES, captured_log, ggml_
 from am_memory.engines.llama_cpp.self_test import tested_model
 from am_memory.engines.llama_cpp.vocabulary import Vocabulary
 from am_memory.engines.templates import control_tokens, template_errors
-from am_memory.errors import InvalidInput, ModelNotFound
+from am_memory.errors import InvalidInput, ModelNotFound, UnsupportedModel
 from am_memory.gguf_header import BadHeader, read_header, require_vocabulary
 from am_memory.models import file_fingerprint, gguf_path
 
@@ -168,6 +168,20 @@ class LlamaCppEngine:
         return self.vocabulary.token_texts()
 
 
+def _require_readable(path: Path) -> None:
+    """Refuse what llama.cpp would end the process over: a bad vocabulary, or a token past a table of positions."""
+    try:
+        header = read_header(path)
+        require_vocabulary(header)
+    except (BadHeader, OSError) as error:
+        raise ModelNotFound(f"{path} cannot be read by llama.cpp: {error}") from error
+    if table := header.shapes.get("position_embd.weight"):
+        raise UnsupportedModel(
+            f"{path} has a table of {table[-1]:,} positions, and none after them: use a model with rotary positions, "
+            "or engine='transformers', which reads as many tokens as there are positions"
+        )
+
+
 class _Weights:
     """A model that llama.cpp loaded for us."""
 
@@ -176,10 +190,7 @@ class _Weights:
         params = self._lib.llama_model_default_params()
         params.n_gpu_layers = num_gpu_layers
         self.path = path
-        try:
-            require_vocabulary(read_header(path))
-        except (BadHeader, OSError) as error:
-            raise ModelNotFound(f"{path} cannot be read by llama.cpp: {error}") from error
+        _require_readable(path)
         with captured_log() as lines:
             self.model = self._lib.llama_model_load_from_file(os.fsencode(path), params)
         if self.model is None:
@@ -207,6 +218,7 @@ class _UsersLlama:
         self._llama = llama
         self.model = llama.model
         self.path = Path(llama.model_path)
+        _require_readable(self.path)
 
     def params(self) -> Any:
         """A copy of its context's parameters."""

@@ -6,6 +6,7 @@ import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -68,6 +69,22 @@ def test_a_model_of_another_kind_is_refused(
     monkeypatch.setattr(library(), function, lambda model: result)
     with pytest.raises(UnsupportedModel, match=reason):
         LlamaCppEngine(tiny_gguf)
+
+
+def test_a_table_of_positions_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    """llama.cpp ends the process at a position past it, and how queries turn is tried at position 4,096."""
+    writer = gguf.GGUFWriter(tmp_path / "gpt2.gguf", "gpt2")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["a", "b", "ab"])
+    writer.add_token_merges(["a b"])
+    writer.add_tensor("token_embd.weight", np.zeros((3, 8), np.float32))
+    writer.add_tensor("position_embd.weight", np.zeros((1024, 8), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedModel, match=r"a table of 1,024 positions, and none after them"):
+        LlamaCppEngine(tmp_path / "gpt2.gguf")
 
 
 def test_another_version_of_the_package_is_refused(
