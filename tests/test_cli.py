@@ -57,6 +57,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch, engine: TransformersEngine) -> Transfo
         store: str | None = None,
         on_event: Listener = ignore,
         trust_messages: bool = False,
+        window_tokens: int | None = None,
+        trust_remote_code: bool = False,
     ) -> Memory:
         return Memory(tiny_engine, policy, store=store, on_event=on_event, trust_messages=trust_messages)
 
@@ -310,10 +312,15 @@ def test_a_missed_gate_is_a_warning() -> None:
 @pytest.mark.parametrize("command", ["chat", "serve"])
 def test_how_a_model_is_run_reaches_it(run: CommandLine, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     def from_pretrained(*_: object, **given: object) -> Memory:
-        raise InvalidInput(" ".join(f"{name}={given[name]}" for name in ("engine", "device", "dtype", "compile")))
+        names = ("engine", "device", "dtype", "compile", "window_tokens", "trust_remote_code")
+        raise InvalidInput(" ".join(f"{name}={given[name]}" for name in names))
 
     monkeypatch.setattr(Memory, "from_pretrained", from_pretrained)
-    assert "engine=transformers device=None dtype=None compile=False" in run(command).output
+    monkeypatch.setenv("COLUMNS", "200")
+    before = "engine=transformers device=None dtype=None compile=False window_tokens=None trust_remote_code=False"
+    assert before in run(command).output
+    options = ("--window-tokens", "4096", "--trust-remote-code")
+    assert "window_tokens=4096 trust_remote_code=True" in run(command, *options).output
     options = ("--engine", "llama_cpp", "--device", "cpu", "--dtype", "bfloat16", "--compile")
     assert "engine=llama_cpp device=cpu dtype=bfloat16 compile=True" in run(command, *options).output
     assert "'int4' is not one of" in run(command, "--dtype", "int4").output

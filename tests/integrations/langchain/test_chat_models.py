@@ -594,4 +594,5 @@ def test_what_a_model_is_loaded_with_is_what_was_set(
     monkeypatch.setattr(Memory, "from_pretrained", from_pretrained)
     settings: dict[str, Any] = {"engine": "llama_cpp", "device": "cuda:1", "dtype": "bfloat16", "store": "there"}
     ChatAMMemory(model="mine", policy=ROOMY, compile=True, **settings).invoke("hello", max_tokens=1)
-    assert loaded == {"source": "mine", "policy": ROOMY, "compile": True, "trust_messages": False, **settings}
+    left = {"trust_messages": False, "window_tokens": None, "trust_remote_code": False}
+    assert loaded == {"source": "mine", "policy": ROOMY, "compile": True, **left, **settings}
