@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from am_memory.errors import CompactionFailed, InvalidInput
 from am_memory.session import Session, Stats
@@ -18,6 +18,7 @@ from am_memory_server.errors import ApiError
 from am_memory_server.json_bodies import JSONRoute
 from am_memory_server.memory_view import CompactionView, MemoryView, view
 from am_memory_server.scheduler import Steps, aside
+from am_memory_server.schemas import StrictBody
 from am_memory_server.service import Compactions, Service, last_used, report_dict
 
 T = TypeVar("T")
@@ -41,17 +42,13 @@ class SessionList(BaseModel):
     data: list[SessionEntry]
 
 
-class CompactBody(BaseModel):
+class CompactBody(StrictBody):
     """`fraction` of the cache without its pinned tokens, oldest first; null: as the server's policy says."""
-
-    model_config = ConfigDict(extra="forbid")
 
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None
 
 
-class ForkBody(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class ForkBody(StrictBody):
     id: Annotated[str, Field(min_length=1)]
 
 

@@ -7,7 +7,15 @@ import time
 import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 MAX_CONVERSATION_CHARS = 200
 CONVERSATION_KEYS = ("conversation_id", "thread_id", "session_id", "chat_id")
@@ -25,10 +33,25 @@ def _finite(schema: dict[str, Any]) -> dict[str, Any]:
 Schema = Annotated[dict[str, Any], AfterValidator(_finite)]
 
 
-class _Request(BaseModel):
+MAX_NAMES = 100
+
+
+def _few(values: Any) -> Any:
+    """What has few names, if it has any: of each that is wrong an error would be kept, which is larger than it."""
+    if isinstance(values, dict) and len(values) > MAX_NAMES:
+        raise ValueError(f"it has {len(values)} names: give {MAX_NAMES} at most")
+    return values
+
+
+class StrictBody(BaseModel):
     """What is not known is refused by name, as OpenAI's API does."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_names(cls, body: Any) -> Any:
+        return _few(body)
 
 
 class _Part(BaseModel):
@@ -77,7 +100,7 @@ class ChatMessage(_Part):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | None = None
     name: str | None = None
-    tool_calls: list[MessageToolCall] | None = None
+    tool_calls: Annotated[list[MessageToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
 
     @model_validator(mode="after")
@@ -162,7 +185,7 @@ class StreamOptions(_Options):
 # Requests
 
 
-class _Sampled(_Request):
+class _Sampled(StrictBody):
     """What both kinds of completions take."""
 
     model: str | None = None
@@ -180,7 +203,7 @@ class _Sampled(_Request):
     n: Literal[1] | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0), BeforeValidator(_few)] | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -199,7 +222,7 @@ class _Sampled(_Request):
 
 
 class ChatCompletionRequest(_Sampled):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_tokens: TokenCount | None = None
     max_completion_tokens: TokenCount | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
@@ -208,8 +231,8 @@ class ChatCompletionRequest(_Sampled):
     response_format: ResponseFormat | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    metadata: dict[str, str] | None = None
-    modalities: list[Literal["text"]] | None = None
+    metadata: Annotated[dict[str, str], BeforeValidator(_few)] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
     # For OpenAI's own service; they change nothing here.
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
@@ -237,7 +260,11 @@ class ChatCompletionRequest(_Sampled):
 
 
 class CompletionRequest(_Sampled):
-    prompt: str | Annotated[list[int], Field(min_length=1)] | Annotated[list[str], Field(min_length=1, max_length=16)]
+    prompt: (
+        str
+        | Annotated[list[int], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[str], Field(min_length=1, max_length=16, fail_fast=True)]
+    )
     max_tokens: TokenCount | None = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: Literal[False] | None = None
