@@ -34,6 +34,7 @@ class Asked:
         num_prepared: how many of these the first messages are, for each number of messages; None where what follows
             has changed them, so that the conversation cannot be cut there.
         tools: for the chat template; empty where the messages tell of them.
+        num_chars: about how long all of it is.
     """
 
     policy: MemoryPolicy
@@ -41,6 +42,7 @@ class Asked:
     prepared: tuple[Message, ...]
     num_prepared: tuple[int | None, ...]
     tools: tuple[Tool, ...]
+    num_chars: int
 
     @classmethod
     def of(
@@ -60,7 +62,12 @@ class Asked:
         prepared, template_tools = prepare(engine, numbered, tools)
         numbers = [message.pop(NUMBER, None) for message in prepared]
         return cls(
-            policy, tuple(keys), tuple(prepared), _num_prepared(numbers, len(messages)), tuple(template_tools or ())
+            policy,
+            tuple(keys),
+            tuple(prepared),
+            _num_prepared(numbers, len(messages)),
+            tuple(template_tools or ()),
+            sum(len(repr(each)) for each in (*prepared, *(template_tools or ()))),
         )
 
     @cached_property

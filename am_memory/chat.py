@@ -305,7 +305,20 @@ class ChatAnswer:
         Raises:
             StorageError: it cannot be saved; it is kept in memory all the same.
         """
-        self.turn.keep(self.message)
+        self.take()
+        self.save()
+
+    def take(self) -> None:
+        """`keep` it in memory, and pack what is to be saved."""
+        self.turn.take(self.message)
+
+    def save(self) -> None:
+        """Save what was taken. Needs no device, and may take long.
+
+        Raises:
+            StorageError: it cannot be saved; it is kept in memory all the same.
+        """
+        self.turn.save()
 
 
 def _is_strict(tool: Tool) -> bool:

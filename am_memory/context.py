@@ -336,13 +336,15 @@ class Context:
     def reading_originals(self, use: Callable[[], T]) -> T:
         """Do what reads originals, without those that are lost; what turns out to be is told, and it is done again."""
         while True:
-            for lost in [each for each in self.originals if each.lost is not None]:
-                self.originals = tuple(each for each in self.originals if each is not lost)
-                self.notify(OriginalsLost(self.name, lost.start, lost.end, lost.lost or ""))
-            try:
+            self.miss_originals()
+            with suppress(OriginalLost):
                 return use()
-            except OriginalLost:
-                continue
+
+    def miss_originals(self) -> None:
+        """Go on without the originals that turned out to be lost, and tell of them."""
+        for lost in [each for each in self.originals if each.lost is not None]:
+            self.originals = tuple(each for each in self.originals if each is not lost)
+            self.notify(OriginalsLost(self.name, lost.start, lost.end, lost.lost or ""))
 
     def recall(self, start: int, end: int) -> list[Segment]:
         """Bring the segments that hold any of the tokens [start, end) back exact, compacting others to make room.

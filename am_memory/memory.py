@@ -73,6 +73,8 @@ class Memory:
         self._listeners: list[Listener] = []
         self._sessions: dict[str, Session] = {}
         self.device = RLock()
+        self.saving = RLock()
+        """Whoever writes to the store or deletes; never taken together with the device, which waits for no store."""
         self._numbers = itertools.count(1)
         self.trigger_tokens = trigger_tokens(self.policy, engine.info.window_tokens, self.policy.num_sinks)
 
@@ -306,7 +308,7 @@ class Memory:
         Raises:
             SessionNotFound: there is none of that name.
         """
-        with self.device:
+        with self.saving:
             is_saved = self.store is not None and self.store.exists(name)
             if name not in self._sessions and not is_saved:
                 raise SessionNotFound(f"no session {name!r}; there are: {', '.join(self.names()) or 'none'}")
@@ -314,6 +316,8 @@ class Memory:
                 self.store.delete(name)
             if (session := self._sessions.pop(name, None)) is not None:
                 session.deleted()
+        if session is not None:
+            session.give_up()
 
     @property
     def chunk_tokens(self) -> int:

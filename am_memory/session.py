@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,13 +15,20 @@ from torch import Tensor
 
 from am_memory.context import Context
 from am_memory.engines.base import Message
-from am_memory.errors import InvalidInput, InvalidPolicy, PromptTooLong, SessionDeleted, UnsupportedOperation
+from am_memory.errors import (
+    InvalidInput,
+    InvalidPolicy,
+    OriginalLost,
+    PromptTooLong,
+    SessionDeleted,
+    UnsupportedOperation,
+)
 from am_memory.events import CompactionReport
 from am_memory.history import History
 from am_memory.policy import MemoryPolicy
 from am_memory.sampling import Sampler, Sampling
 from am_memory.search import Span
-from am_memory.session_file import SavedSession
+from am_memory.session_file import SavedSession, packed
 from am_memory.slots import Segment
 from am_memory.storage import ANY
 from am_memory.tokens import TextStream
@@ -63,6 +71,14 @@ class Encoded:
     num_pinned: int | None
     before: tuple[History, int]
     after: History
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A session as it is to be saved."""
+
+    saved: SavedSession
+    data: bytes
 
 
 @dataclass(frozen=True)
@@ -525,7 +541,6 @@ class Session:
     def deleted(self) -> None:
         """Take note that the memory has forgotten it: what goes on with it is not saved any more under this name."""
         self._is_deleted = True
-        self.give_up()
 
     def save(self, *, overwrite: bool = False) -> None:
         """Write the session to the memory's store, whole or not at all.
@@ -538,7 +553,33 @@ class Session:
             SessionDeleted: it was deleted meanwhile.
             StorageError: the memory has no store, or it cannot be written.
         """
+        self.write(self.packed(), overwrite=overwrite)
+
+    def packed(self) -> Packed:
+        """The session as it is, to be saved by `write`; it may go on meanwhile.
+
+        Raises:
+            StorageError: a message holds what JSON cannot.
+        """
         with self._memory.device:
+            self._context.miss_originals()
+            saved = self.snapshot()
+            return Packed(saved, packed(saved))
+
+    def write(self, what: Packed, *, overwrite: bool = False) -> None:
+        """`save`, of the session as it was packed. Needs no device, and may take long.
+
+        Raises:
+            SessionChanged, SessionDeleted, StorageError: as `save`.
+        """
+        while True:
+            with suppress(OriginalLost):
+                self._write(what, overwrite)
+                return
+            what = self.packed()  # without those that are lost
+
+    def _write(self, what: Packed, overwrite: bool) -> None:
+        with self._memory.saving:
             store = self._memory.require_store()
             if self._is_deleted and not overwrite:
                 raise SessionDeleted(
@@ -546,10 +587,13 @@ class Session:
                     "NAME), or save it with overwrite=True, if it is to stay after all"
                 )
             replaces, in_doubt = ANY if overwrite else self.saved_version, self._in_doubt
-            self.saved_version = self._context.reading_originals(
-                lambda: store.save(
-                    self.name, self.snapshot(), replaces=replaces, in_doubt=in_doubt, on_version=self._may_be_saved_as
-                )
+            self.saved_version = store.save(
+                self.name,
+                what.saved,
+                replaces=replaces,
+                in_doubt=in_doubt,
+                on_version=self._may_be_saved_as,
+                data=what.data,
             )
 
     def _may_be_saved_as(self, version: str) -> None:

@@ -73,6 +73,7 @@ class Store:
         replaces: str | None = ANY,
         in_doubt: str | None = None,
         on_version: Callable[[str], None] = lambda version: None,
+        data: bytes | None = None,
     ) -> str:
         """Put this session in place of the saved one, which stays if anything fails.
 
@@ -81,6 +82,7 @@ class Store:
                 machine that is certain. Elsewhere, where files have no locks, it is looked at just before.
             in_doubt: another version that may be overwritten: what an earlier save, interrupted, was to write.
             on_version: told which version this will be, before it can be there.
+            data: what `packed` has made of it; None: it is packed now.
 
         Returns:
             The version that it is saved as.
@@ -91,7 +93,7 @@ class Store:
             OriginalLost: some of the originals are not what they were; without these it can be saved.
             StorageError: the store cannot be written to, or a message holds what JSON cannot.
         """
-        data = packed(saved)
+        data = packed(saved) if data is None else data
         version = version_of(data[: files.HEAD_BYTES])
 
         def check(head: bytes | None) -> None:

@@ -19,6 +19,7 @@ from am_memory.session import Encoded, Session
 MAX_TEXTS = 32
 BLOCK_TOKENS = 65_536
 """That are compared at once."""
+SHORT_TOKENS = 16_384
 
 
 @dataclass
@@ -34,6 +35,11 @@ class TextTurn:
     owner: str
     _news: list[int] = field(repr=False)
     _encoded: Encoded | None = field(default=None, repr=False)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether `encode` takes no longer than a step on the device."""
+        return len(self._news) <= SHORT_TOKENS
 
     def encode(self) -> None:
         """Look at what the session has still to be told. Needs no device."""

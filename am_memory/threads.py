@@ -9,10 +9,10 @@ until they differ. Knows nothing of LangChain or HTTP.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from threading import RLock
 from typing import Annotated
 from weakref import WeakSet
@@ -24,7 +24,7 @@ from am_memory.engines.base import Message
 from am_memory.errors import InvalidInput, SessionDeleted, SessionNotFound, StorageError, require_room
 from am_memory.memory import Memory
 from am_memory.policy import MemoryPolicy
-from am_memory.session import Encoded, Session
+from am_memory.session import Encoded, Packed, Session
 from am_memory.session_file import SavedSession
 from am_memory.storage import ANY
 from am_memory.tool_calls import prepare
@@ -33,6 +33,8 @@ MAX_BYTES = 4 * 2**30
 MAX_BRANCHES = 64
 MAX_OPENED = 8
 """Saved branches of a thread that are read when it is first called for."""
+SHORT_CHARS = 16_384
+"""Of a conversation that is rendered and encoded in some milliseconds."""
 MAX_THREADS = 10_000
 """Of which it is known that their saved branches have been looked at."""
 METADATA_KEY = "am_memory.branch"
@@ -142,6 +144,7 @@ class Turn:
     _ends: tuple[int | None, ...] = field(repr=False)
     _encoded: Encoded | None = field(default=None, repr=False)
     _is_told: bool = field(default=False, repr=False)
+    _kept: Unsaved | None = field(default=None, repr=False)
 
     @property
     def _num_known(self) -> int:
@@ -149,6 +152,11 @@ class Turn:
         num_known = self._asked.num_prepared[len(self._ends) - 1]
         assert num_known is not None, "both can be cut here"
         return num_known
+
+    @property
+    def is_short(self) -> bool:
+        """Whether `encode` takes no longer than a step on the device."""
+        return self._asked.num_chars <= SHORT_CHARS
 
     def encode(self) -> None:
         """What the session has still to be told, as tokens. Needs no device, and may take long.
@@ -207,9 +215,29 @@ class Turn:
         Raises:
             StorageError: it cannot be saved; it is kept in memory all the same.
         """
+        self.take(answer)
+        self.save()
+
+    def take(self, answer: Message) -> None:
+        """`keep` it in memory, and pack what is to be saved."""
         told = self._asked.keys
         keys, ends = (*told, next_key(told[-1], key_of(answer))), (*self._ends, len(self.session.tokens))
-        self._threads._keep(Branch(self.session, self._call.thread, keys, ends), self._parent, self._call)
+        self._kept = self._threads._take(Branch(self.session, self._call.thread, keys, ends), self._parent, self._call)
+
+    def save(self) -> None:
+        """Save what was taken, and let go what it takes the place of. Needs no device, and may take long."""
+        if self._kept is not None:
+            self._threads._save(self._kept)
+
+
+@dataclass(frozen=True)
+class Unsaved:
+    """A branch that is kept in memory, and still to be saved."""
+
+    branch: Branch
+    parent: Branch | None
+    call: Call
+    packed: Packed | StorageError | None
 
 
 class Threads:
@@ -347,10 +375,11 @@ class Threads:
                 best, best_count = branch, count
         return best, best_count if best else 0, longest
 
-    def _keep(self, branch: Branch, parent: Branch | None, call: Call | None = None) -> None:
+    def _take(self, branch: Branch, parent: Branch | None, call: Call) -> Unsaved | None:
+        """Keep a branch in memory, in the place of the one that is the same; None where its thread was deleted."""
         with self._lock:
-            if call is not None and call.is_deleted:
-                return
+            if call.is_deleted:
+                return None
             name = f"{branch.thread}/{branch.keys[-1]}"
             branch.session.metadata[METADATA_KEY] = {
                 "thread": branch.thread,
@@ -360,15 +389,31 @@ class Threads:
             self.memory.keep(branch.session, name)
             self._branches.pop(name, None)
             self._branches[name] = branch
+        packed: Packed | StorageError | None = None
+        if self.memory.store is not None:
+            try:
+                packed = branch.session.packed()
+            except StorageError as error:  # raised where it is to be saved
+                packed = error
+        return Unsaved(branch, parent, call, packed)
+
+    def _save(self, kept: Unsaved) -> None:
+        """Save a kept branch, and forget the one that it went on from, where that is for nothing more."""
+        branch, parent, name = kept.branch, kept.parent, kept.branch.session.name
         try:
             if parent is not None and self._is_deleted_elsewhere(parent, branch.thread):
                 self.delete(branch.thread)
-            elif self.memory.store is not None:
+            elif kept.packed is not None:
+                if isinstance(kept.packed, StorageError):
+                    raise kept.packed
                 with suppress(SessionDeleted):  # since it was kept
-                    branch.session.save()
+                    branch.session.write(kept.packed)
+                if kept.call.is_deleted:  # while it was written
+                    self._forget(name)
             with self._lock:  # only now: a process that ends in between has lost nothing
-                if parent is not None and self._is_replaced(parent, branch):
-                    self._forget(parent.session.name)
+                is_replaced = parent is not None and self._is_replaced(parent, branch)
+            if parent is not None and is_replaced:
+                self._forget(parent.session.name)
         finally:
             with self._lock:
                 self._evict(name)
@@ -393,9 +438,10 @@ class Threads:
 
     def _forget(self, name: str) -> None:
         """In memory and in the store."""
+        with self._lock:
+            self._branches.pop(name, None)
         with suppress(SessionNotFound):
             self.memory.delete(name)
-        self._branches.pop(name, None)
 
     def _evict(self, newest: str) -> None:
         """Those go first that a longer one went on from, and of these, and of the others, those used longest ago."""
@@ -509,10 +555,11 @@ class Threads:
             for call in calls:
                 call.is_deleted = True
             mine = {branch.session.name for branch in self.branches(thread)}
-            names = mine.union(self._stored(thread))
-            for name in names:
-                self._forget(name)
-            return bool(names or calls)
+        # The store is asked without the lock, for which nobody may wait long.
+        names = mine.union(self._stored(thread))
+        for name in names:
+            self._forget(name)
+        return bool(names or calls)
 
     def prune(self, thread: str, *, keep: int = 1) -> int:
         """Forget a thread's branches but the `keep` used last; returns how many went.
@@ -526,11 +573,11 @@ class Threads:
             for call in self._calls:
                 call.is_deleted |= call.thread == thread and not keep
             used = [branch.session.name for branch in self.branches(thread)]
-            kept = used[len(used) - min(keep, len(used)) :]
-            gone = [name for name in {*used, *self._stored(thread)} if name not in kept]
-            for name in gone:
-                self._forget(name)
-            return len(gone)
+        kept = used[len(used) - min(keep, len(used)) :]
+        gone = [name for name in {*used, *self._stored(thread)} if name not in kept]
+        for name in gone:
+            self._forget(name)
+        return len(gone)
 
     def copy(self, thread: str, new_thread: str) -> None:
         """Give a thread's branches a second name; memory is shared until the two differ.
@@ -538,23 +585,23 @@ class Threads:
         Raises:
             InvalidInput: the thread is not known, or was deleted meanwhile: then nothing of it stays.
         """
-        for _ in self.copying(thread, new_thread):
-            pass
+        for save in self.copying(thread, new_thread):
+            save()
 
-    def copying(self, thread: str, new_thread: str, saved: Saved | None = None) -> Iterator[Branch]:
-        """`copy`, one branch after another."""
+    def copying(self, thread: str, new_thread: str, saved: Saved | None = None) -> Iterator[Callable[[], None]]:
+        """`copy`, one branch after another; gives what saves it, which needs no device."""
         saved = saved or self.saved(thread)
         branches, call, copies = self.open(thread, saved), self._called(new_thread), list[str]()
         for branch in branches:
             copied = Branch(branch.session.fork(), new_thread, branch.keys, branch.ends)
-            self._keep(copied, None, call)
-            copies.append(copied.session.name)
+            if (kept := self._take(copied, None, call)) is not None:
+                copies.append(copied.session.name)
+                yield partial(self._save, kept)
             if saved.call.is_deleted:
                 break
-            yield copied
         if saved.call.is_deleted:
             for name in copies:
-                self._forget(name)
+                yield partial(self._forget, name)
         if saved.call.is_deleted or not branches:
             raise InvalidInput(f"there is no thread {thread!r}; there are: {', '.join(self.names()) or 'none'}")
 

@@ -58,7 +58,8 @@ async def create_chat_completion(body: schemas.ChatCompletionRequest, request: R
     require_model(service, body.model)
     conversation = conversation_of(body, request.headers)
     path = (owner, conversation)
-    items = service.scheduler.stream(path, _job(service, _chat_request(service, body, path), path))
+    asked = _chat_request(service, body, path)
+    items = service.scheduler.stream(path, _job(service, path), lambda: _look(service, asked))
     if not body.stream:
         return await sse.unless_disconnected(request, _whole(service, body, items))
     await sse.unless_disconnected(request, anext(items))  # an error before the answer begins has a status of its own
@@ -139,12 +140,19 @@ def sampling_of(service: Service, asked: Mapping[str, Any]) -> Sampling:
     return Sampling(**{**service.memory.sampling.model_dump(), **asked})
 
 
-def _job(service: Service, request: ChatRequest, path: Path) -> Job:
-    """The job of one answer."""
+def _look(service: Service, request: ChatRequest) -> ChatAnswer:
+    """What of an answer needs no device: grammars, and what is known of the conversation."""
+    answer = ChatAnswer(service.threads, request)
+    answer.find()
+    return answer
 
-    def steps(post: Post) -> Steps[None]:
-        started, compactions = time.monotonic(), Compactions()
-        answer = yield from aside(lambda: ChatAnswer(service.threads, request))
+
+def _job(service: Service, path: Path) -> Job:
+    """The job of one answer."""
+    started = time.monotonic()
+
+    def steps(post: Post, answer: ChatAnswer) -> Steps[None]:
+        compactions = Compactions()
 
         def listener(event: Event) -> None:
             compactions.hear(event)
@@ -160,10 +168,12 @@ def _job(service: Service, request: ChatRequest, path: Path) -> Job:
                 looked = view(path[1], answer.session, 1, service.memory.trigger_tokens)
                 post(Memory({"event": "memory", "memory": looked.model_dump()}))
 
-            yield from aside(answer.find)
             with service.listening(listener):
                 answer.start()
-            yield from aside(answer.encode)
+            if answer.turn.is_short:
+                answer.encode()
+            else:
+                yield from aside(answer.encode)
             for left in service.heard(answer.read(), listener):
                 if total is None:
                     post(Started())
@@ -171,7 +181,8 @@ def _job(service: Service, request: ChatRequest, path: Path) -> Job:
                 post(Memory({"event": "reading", "left_tokens": left, "total_tokens": total, **_stats(answer)}))
                 if compactions.new:
                     remember()
-                yield None
+                if left:  # else its first token is of the same step
+                    yield None
             for number, delta in enumerate(service.heard(answer.generate(), listener)):
                 if number == 0:
                     service.metrics.first_token_seconds.observe(time.monotonic() - started)
@@ -182,7 +193,8 @@ def _job(service: Service, request: ChatRequest, path: Path) -> Job:
                     remember()
                 yield None
             remember()
-            service.saving(answer.keep)
+            answer.take()
+            yield from aside(lambda: service.saving(answer.save))
             is_complete = True
             post(Finished(answer))
         finally:

@@ -6,7 +6,6 @@ import time
 from collections.abc import AsyncGenerator, Generator
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
@@ -60,7 +59,11 @@ async def create_completion(body: schemas.CompletionRequest, request: Request, o
         raise ApiError(400, "an empty prompt cannot be completed: give at least one token", param="prompt")
     texts = [_Text(index) for index in range(len(body.prompts))]
     sampling = sampling_of(service, body.sampling())
-    items = service.scheduler.stream((owner, "completions"), _job(service, body, texts, sampling, owner))
+    items = service.scheduler.stream(
+        (owner, "completions"),
+        _job(service, body, texts, sampling, owner),
+        lambda: [service.texts.encode(prompt) for prompt in body.prompts],
+    )
     if not body.stream:
         return await sse.unless_disconnected(request, _whole(service, body, texts, items))
     await sse.unless_disconnected(request, anext(items))  # an error before the first token has a status of its own
@@ -72,13 +75,15 @@ async def create_completion(body: schemas.CompletionRequest, request: Request, o
 def _job(service: Service, body: schemas.CompletionRequest, texts: list[_Text], sampling: Sampling, owner: str) -> Job:
     """The job of one request; its prompts one after the other."""
     max_tokens, metrics = body.max_tokens or service.settings.max_tokens, service.metrics
+    started = time.monotonic()
 
-    def steps(post: Post) -> Steps[None]:
-        started = time.monotonic()
-        for text, prompt in zip(texts, body.prompts, strict=True):
-            token_ids = yield from aside(partial(service.texts.encode, prompt))
+    def steps(post: Post, prompts: list[list[int]]) -> Steps[None]:
+        for text, token_ids in zip(texts, prompts, strict=True):
             turn = service.texts.start(token_ids, owner=owner)
-            yield from aside(turn.encode)
+            if turn.is_short:
+                turn.encode()
+            else:
+                yield from aside(turn.encode)
             turn.tell()
             session = turn.session
             text.prompt_tokens, text.cached_tokens = len(session.tokens), turn.num_cached_tokens

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
 from am_memory.errors import CompactionFailed, InvalidInput
-from am_memory.session import Session, Stats
+from am_memory.session import Stats
 from am_memory.threads import Branch
 from am_memory_server.access import Owner
 from am_memory_server.chat_completions import checked_name, thread_of
@@ -84,7 +84,9 @@ class Conversations:
             except CompactionFailed as error:
                 raise ApiError(409, str(error), code="nothing_to_compact") from error
         compactions.write(session)
-        self._save(session)
+        if self.service.memory.store is not None:
+            packed = session.packed()
+            yield from aside(lambda: self.service.saving(lambda: session.write(packed)))
         return CompactionView.model_validate(report_dict(report))
 
     def fork(self, id: str, new_id: str) -> Steps[MemoryView]:
@@ -93,8 +95,9 @@ class Conversations:
         if new in (yield from aside(self.threads.names)):
             raise ApiError(409, f"there is a session {new_id!r} already: choose another id", code="session_exists")
         try:
-            for _ in self.threads.copying(thread, new, (yield from aside(lambda: self.threads.saved(thread)))):
-                yield None
+            saved = yield from aside(lambda: self.threads.saved(thread))
+            for save in self.threads.copying(thread, new, saved):
+                yield from aside(save)
         except InvalidInput as error:
             raise _unknown(id) from error
         return (yield from self.view(new_id))
@@ -114,10 +117,6 @@ class Conversations:
         if not branches:
             raise _unknown(id)
         return max(branches, key=last_used), len(branches)
-
-    def _save(self, session: Session) -> None:
-        if self.service.memory.store is not None:
-            self.service.saving(session.save)
 
 
 def _entry(id: str, branches: list[Branch]) -> SessionEntry:

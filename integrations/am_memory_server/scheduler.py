@@ -45,8 +45,10 @@ def aside(function: Callable[[], T]) -> Generator[Aside, Any, T]:
 
 Steps = Generator[Aside | None, Any, T]
 """A job under way: where it yields others may have their turns."""
-Job = Callable[[Post], Steps[object]]
-"""A job: it posts what it finds."""
+Look = Callable[[], Any]
+"""What is done first, aside, as it needs no device."""
+Job = Callable[[Post, Any], Steps[object]]
+"""A job: it is given what the look before it has found, and posts what it finds itself."""
 
 
 class QueueFull(AMMemoryError):
@@ -132,7 +134,7 @@ class _Job:
     num_taken: int = 0
     is_cancelled: bool = False
     steps: Steps[object] | None = None
-    aside: Aside | None = None  # what it wants before its next step; all that it wants, where there is no job
+    aside: Aside | None = None  # what it wants before its next step
     found: object = None
     failed: Exception | None = None
 
@@ -148,15 +150,15 @@ class _Job:
     def step(self) -> bool:
         """One step; whether it was the last. What is wanted aside before the next one is in `aside`."""
         try:
-            if self.job is None:
-                self.post(_End(self.found, self.failed))
-                return True
+            found, failed, self.found, self.failed = self.found, self.failed, None, None
             if self.steps is None:
-                self.steps = self.job(self.post)
+                if failed is not None or self.job is None:
+                    self.post(_End(found, failed))
+                    return True
+                self.steps, found = self.job(self.post, found), None
             if self.is_cancelled:
                 self.steps.close()
                 return True
-            found, failed, self.found, self.failed = self.found, self.failed, None, None
             self.aside = self.steps.send(found) if failed is None else self.steps.throw(failed)
             return False
         except StopIteration as stop:
@@ -251,14 +253,17 @@ class Scheduler:
     def is_closing(self) -> bool:
         return self._is_closing
 
-    async def stream(self, path: Path, job: Job) -> AsyncGenerator[object, None]:
+    async def stream(self, path: Path, job: Job, look: Look | None = None) -> AsyncGenerator[object, None]:
         """What a job posts, as it posts it. A consumer that stops to iterate ends it; one that is slow holds it up.
+
+        Args:
+            look: done before, aside.
 
         Raises:
             QueueFull, ShuttingDown: it is not taken.
             whatever the job raises.
         """
-        taken = self._take(path, job, self._streams)
+        taken = self._take(path, job, self._streams, look)
         try:
             while not isinstance(item := await self._next_of(taken), _End):
                 yield item
@@ -274,7 +279,7 @@ class Scheduler:
             QueueFull, ShuttingDown: it is not taken.
             whatever it raises.
         """
-        return await self._end_of(self._take(path, lambda post: steps(), self._calls))  # type: ignore[return-value]
+        return await self._end_of(self._take(path, lambda post, found: steps(), self._calls))  # type: ignore[return-value]
 
     async def look(self, path: Path, function: Callable[[], T]) -> T:
         """`call`, of what needs no device at all, and so waits for nobody else's step.
@@ -283,7 +288,7 @@ class Scheduler:
             QueueFull, ShuttingDown: it is not taken.
             whatever it raises.
         """
-        return await self._end_of(self._take(path, None, self._calls, Aside(function)))  # type: ignore[return-value]
+        return await self._end_of(self._take(path, None, self._calls, function))  # type: ignore[return-value]
 
     async def _end_of(self, job: _Job) -> object:
         try:
@@ -295,7 +300,8 @@ class Scheduler:
         finally:
             self._give_up(job)
 
-    def _take(self, path: Path, job: Job | None, line: Line, first: Aside | None = None) -> _Job:
+    def _take(self, path: Path, job: Job | None, line: Line, look: Look | None = None) -> _Job:
+        first = None if look is None else Aside(look)
         taken = _Job(path, line, job, asyncio.get_running_loop(), aside=first)
         with self._changed:
             if self._is_closing:
@@ -390,7 +396,8 @@ class Scheduler:
                 job = self._asides.pop(owner)
                 self._aside_of.add(owner)
             job.step_aside()
-            is_last = job.job is None and job.step()
+            # What was only to be looked at, or could not be, needs no turn to end.
+            is_last = job.steps is None and (job.job is None or job.failed is not None) and job.step()
             with self._changed:
                 self._aside_of.remove(owner)
                 self._stepped(job, is_last)

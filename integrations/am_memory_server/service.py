@@ -72,10 +72,10 @@ class Service:
                     return
             yield item
 
-    def saving(self, keep: Callable[[], None]) -> None:
-        """Keep a conversation; one that cannot be saved stays in memory, and the answer is not lost."""
+    def saving(self, save: Callable[[], None]) -> None:
+        """Save a conversation; one that cannot be saved stays in memory, and the answer is not lost."""
         try:
-            keep()
+            save()
         except (SessionChanged, SessionDeleted) as error:  # what lies there is somebody's own, or nobody's any more
             logger.info("%s", error)
         except StorageError as error:

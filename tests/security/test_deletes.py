@@ -22,6 +22,7 @@ from am_memory import Memory, MemoryPolicy, Sampling, Session, files
 from am_memory.cli import app
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidInput, SessionDeleted
+from am_memory.session import Packed
 from am_memory.storage import Store
 from am_memory.threads import Threads, Turn
 
@@ -114,15 +115,15 @@ def test_a_conversation_deleted_while_it_is_found_does_not_come_back(
 def test_a_conversation_deleted_while_it_is_saved_does_not_come_back(
     threads: Threads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    messages, save = told(threads), Session.save
+    messages, write = told(threads), Session.write
 
-    def deleted_first(session: Session) -> None:
+    def deleted_first(session: Session, what: Packed) -> None:
         threads.delete("owls")
-        save(session)
+        write(session, what)
 
     turn = threads.turn([*messages, asked()], thread="owls")
     answer = answered(turn)
-    monkeypatch.setattr(Session, "save", deleted_first)
+    monkeypatch.setattr(Session, "write", deleted_first)
     turn.keep(answer)
     assert threads.names() == threads.memory.names() == []
     assert stored(tmp_path / "store") == []
@@ -154,15 +155,15 @@ def test_a_conversation_deleted_while_it_is_copied_leaves_no_copy(
     turn = threads.turn([*messages[:2], asked("something else")], thread="owls")
     turn.keep(answered(turn))
     assert len(threads.branches("owls")) >= 2
-    save, saves = Session.save, []
+    write, writes = Session.write, []
 
-    def deleted_then(session: Session) -> None:
-        saves.append(session.name)
-        if len(saves) == when:
+    def deleted_then(session: Session, what: Packed) -> None:
+        writes.append(session.name)
+        if len(writes) == when:
             threads.delete("owls")
-        save(session)
+        write(session, what)
 
-    monkeypatch.setattr(Session, "save", deleted_then)
+    monkeypatch.setattr(Session, "write", deleted_then)
     with pytest.raises(InvalidInput, match="there is no thread 'owls'; there are: none"):
         threads.copy("owls", "copies")
     assert threads.names() == threads.memory.names() == []

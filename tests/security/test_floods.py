@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,7 +15,9 @@ from am_memory_server import scheduler
 from am_memory_server.access import owner_of_key
 from serving import NewServer, Server, until
 
+from am_memory import threads
 from am_memory.engines.transformers import TransformersEngine
+from am_memory.storage import Store
 
 MALLORY, ALICE, OPERATOR = "key-of-mallory", "key-of-alice", "key-of-operator"
 KEYS = {"api_keys": [MALLORY, ALICE], "operator_keys": [OPERATOR]}
@@ -138,6 +141,7 @@ def test_a_prompt_that_takes_long_to_encode_holds_up_nobody(
         return gate.passed(encode)(text, **options) if "long" in text else encode(text, **options)
 
     monkeypatch.setattr(engine, "encode", slow)
+    monkeypatch.setattr(threads, "SHORT_CHARS", 0)
     long = asked("long") if "chat" in path else {"model": "tiny", "prompt": "long"}
     with new_server(**KEYS) as server, server.http(MALLORY) as mallory, ThreadPoolExecutor(1) as pool:
         answer = pool.submit(mallory.post, path, json=long)
@@ -145,6 +149,26 @@ def test_a_prompt_that_takes_long_to_encode_holds_up_nobody(
         try:
             with server.http(ALICE) as alice:
                 assert alice.post("/v1/chat/completions", json=asked("hello"), timeout=30).status_code == 200
+        finally:
+            gate.is_open.set()
+        assert answer.result().status_code == 200
+
+
+def test_a_store_that_is_slow_holds_up_no_step(
+    new_server: NewServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate()
+    with new_server(store=tmp_path, **KEYS) as server, server.http(MALLORY) as mallory, ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(Store, "save", gate.passed(Store.save))
+        answer = pool.submit(mallory.post, "/v1/chat/completions", json=asked("hello"))
+        assert gate.has_come.wait(60)
+        try:
+            with server.http(ALICE) as alice, server.http(OPERATOR) as operator:
+                body = asked("hello", max_tokens=4, stream=True)
+                with alice.stream("POST", "/v1/chat/completions", json=body) as chunks:
+                    assert '"delta"' in next(chunks.iter_lines())
+                assert alice.post("/v1/completions", json={"prompt": "hello"}).status_code == 200
+                assert operator.get("/metrics").status_code == 200
         finally:
             gate.is_open.set()
         assert answer.result().status_code == 200

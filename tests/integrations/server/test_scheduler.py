@@ -26,7 +26,7 @@ from am_memory_server.scheduler import (
 
 
 def counting(name: str, num_steps: int, seen: list[str]) -> Job:
-    def steps(post: Post) -> Steps[None]:
+    def steps(post: Post, found: object) -> Steps[None]:
         for number in range(num_steps):
             seen.append(name)
             post(number)
@@ -35,7 +35,7 @@ def counting(name: str, num_steps: int, seen: list[str]) -> Job:
     return steps
 
 
-def endless(post: Post) -> Steps[None]:
+def endless(post: Post, found: object) -> Steps[None]:
     post("begun")
     while True:
         sleep(0.001)
@@ -91,7 +91,7 @@ def test_each_owner_has_a_share_of_the_places_whoever_holds_them() -> None:
 def gated(name: str, seen: list[str], gate: Semaphore) -> Job:
     """Each step says that it has begun, and ends when it may."""
 
-    def steps(post: Post) -> Steps[None]:
+    def steps(post: Post, found: object) -> Steps[None]:
         while True:
             seen.append(name)
             gate.acquire()
@@ -150,7 +150,7 @@ async def test_what_goes_aside_keeps_nobodys_turn(scheduler: Scheduler) -> None:
         assert done.wait(30)
         return "found"
 
-    def steps(post: Post) -> Steps[None]:
+    def steps(post: Post, found: object) -> Steps[None]:
         post((yield from aside(waiting)))
 
     job = asyncio.ensure_future(all_of(scheduler, "a", steps))
@@ -164,7 +164,7 @@ async def test_what_one_owner_has_aside_does_not_hold_up_anothers() -> None:
     scheduler = Scheduler(max_active=2 * NUM_ASIDE, max_queued=3)
     done = Event()
 
-    def steps(post: Post) -> Steps[None]:
+    def steps(post: Post, found: object) -> Steps[None]:
         yield from aside(lambda: done.wait(30))
 
     jobs = [asyncio.ensure_future(all_of(scheduler, "a", steps)) for _ in range(2 * NUM_ASIDE)]
@@ -186,6 +186,21 @@ async def test_an_error_aside_is_raised_in_the_job(scheduler: Scheduler) -> None
     assert await scheduler.call(("a", "calls"), steps) == "caught"
     with pytest.raises(ZeroDivisionError):
         await scheduler.look(("a", "calls"), lambda: 1 // 0)
+
+
+async def test_a_job_is_given_what_was_looked_at_before_and_does_not_begin_without(scheduler: Scheduler) -> None:
+    def steps(post: Post, found: object) -> Steps[None]:
+        post(found)
+        yield None
+
+    assert [item async for item in scheduler.stream(("a", "chat"), steps, lambda: "found")] == ["found"]
+    gate, seen = Semaphore(0), list[str]()
+    busy = asyncio.ensure_future(all_of(scheduler, "b", gated("b", seen, gate)))
+    await until(lambda: seen)
+    with pytest.raises(ZeroDivisionError):  # which waits for nobody's step
+        await anext(scheduler.stream(("a", "chat"), steps, lambda: 1 // 0))
+    await given_up(busy)
+    gate.release()
 
 
 async def test_what_is_only_looked_at_waits_for_no_step(scheduler: Scheduler) -> None:
@@ -223,7 +238,7 @@ async def test_calls_are_made_one_after_the_other_and_count_as_what_waits(schedu
 async def test_a_consumer_that_does_not_read_holds_up_its_own_job_alone(scheduler: Scheduler) -> None:
     posted: list[int] = []
 
-    def talking(post: Post) -> Steps[None]:
+    def talking(post: Post, found: object) -> Steps[None]:
         for number in range(10 * MAX_UNREAD):
             posted.append(number)
             post(number)
@@ -240,7 +255,7 @@ async def test_a_consumer_that_does_not_read_holds_up_its_own_job_alone(schedule
 async def test_a_job_whose_consumer_does_not_read_ends_with_it_or_with_the_server() -> None:
     scheduler, closed = Scheduler(max_active=2, max_queued=3), Event()
 
-    def talking(post: Post) -> Steps[None]:
+    def talking(post: Post, found: object) -> Steps[None]:
         try:
             for number in range(3 * MAX_UNREAD):
                 post(number)
@@ -270,7 +285,7 @@ async def test_active_jobs_take_turns_step_by_step(scheduler: Scheduler) -> None
 
 
 async def test_an_error_of_a_job_is_raised_where_it_is_awaited_and_nowhere_else(scheduler: Scheduler) -> None:
-    def failing(post: Post) -> Steps[None]:
+    def failing(post: Post, found: object) -> Steps[None]:
         yield None
         raise KeyError("broken")
 
@@ -283,9 +298,9 @@ async def test_a_job_is_closed_when_nobody_listens_any_more(scheduler: Scheduler
     closed = asyncio.Event()
     loop = asyncio.get_running_loop()
 
-    def noticing(post: Post) -> Steps[None]:
+    def noticing(post: Post, found: object) -> Steps[None]:
         try:
-            yield from endless(post)
+            yield from endless(post, found)
         finally:
             loop.call_soon_threadsafe(closed.set)
 
