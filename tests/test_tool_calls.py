@@ -37,6 +37,7 @@ from am_memory.tool_calls import (
     tool_format,
 )
 from am_memory.tool_calls.formats import HERMES, JSON, LLAMA3, MISTRAL, MISTRAL_ARGS
+from am_memory.tool_calls.prompt import _one_call_each
 
 POLICY = MemoryPolicy(trigger_tokens=2000, keep_ratio=0.25, keep_recent=8, pinned="sinks", chunk_tokens=64)
 FORMATS = (HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, JSON)
@@ -221,6 +222,29 @@ def test_several_calls_are_told_one_by_one_where_the_template_insists(new_engine
     messages, _ = prepare(engine, [USER, {**CALLING, "tool_calls": [CALL, second]}, *answers, USER], TOOLS)
     engine.render(messages)
     assert [message["content"] for message in messages] == [USER["content"], "", "Ahoy.", "", "Aye.", USER["content"]]
+
+
+class Counted(dict[str, object]):
+    """A message that counts how often it is looked at."""
+
+    num_looks = 0
+
+    def get(self, key: str, default: object = None) -> object:
+        Counted.num_looks += 1
+        return super().get(key, default)
+
+
+def test_telling_calls_one_by_one_takes_a_time_in_proportion_to_the_messages() -> None:
+    """Each message with several calls looked through all that came behind it."""
+    calls = [{**CALL, "id": f"call_{number}"} for number in (1, 2)]
+    results = [{**RESULT, "tool_call_id": call["id"]} for call in calls]
+    for num_turns in (10, 400):
+        Counted.num_looks = 0
+        told = [
+            Counted(message) for _ in range(num_turns) for message in (USER, {**CALLING, "tool_calls": calls}, *results)
+        ]
+        assert len(list(_one_call_each(told))) == 5 * num_turns
+        assert Counted.num_looks < 40 * num_turns
 
 
 def test_messages_without_tools_stay_as_they_are(new_engine: NewEngine) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, takewhile
 
 from am_memory.engines.base import Engine, Message, Tool
 from am_memory.errors import InvalidInput
@@ -175,8 +175,9 @@ def _one_call_each(messages: Sequence[dict[str, object]]) -> Iterator[dict[str, 
                 yield message
             continue
         ids = {call.get("id") for call in calls}
-        following = (other for other in messages[position + 1 :] if other.get("tool_call_id") in ids)
-        results = {other["tool_call_id"]: other for other in following}
+        behind = (messages[index] for index in range(position + 1, len(messages)))
+        following = takewhile(lambda other: other.get("role") == "tool", behind)
+        results = {other["tool_call_id"]: other for other in following if other.get("tool_call_id") in ids}
         for number, call in enumerate(calls):
             yield {**message, "content": "" if number else message["content"], "tool_calls": [call]}
             if result := results.get(call.get("id")):
