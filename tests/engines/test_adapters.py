@@ -170,6 +170,35 @@ def test_adapters_for_each_text_are_refused(wrapped: PeftModel, byte_tokenizer: 
         wrapped.generate(input_ids=PROMPT, cache=cache, max_new_tokens=5, adapter_names=["default"], **GREEDY)
 
 
+def test_a_refused_choice_of_adapters_leaves_the_model_as_it_was(
+    wrapped: PeftModel, byte_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """peft took its hooks away only where no error came, so that every session was refused from then on."""
+    memory = Memory(new_engine(wrapped, byte_tokenizer), POLICY)
+    session = memory.session()
+    session.append(TOKENS)
+    expected = session.logits([5])
+    hooks = [len(layer._forward_pre_hooks) for layer in wrapped.modules()]
+    for call in (wrapped.generate, wrapped):
+        with pytest.raises(UnsupportedOperation, match="adapter_names"):
+            call(input_ids=PROMPT, past_key_values=memory.cache(), adapter_names=["default"])
+        assert [len(layer._forward_pre_hooks) for layer in wrapped.modules()] == hooks
+        assert torch.equal(session.logits([5]), expected)
+    assert wrapped(input_ids=PROMPT, adapter_names=["default"]).logits.isfinite().all()
+
+
+def test_an_adapter_that_begins_within_the_text_is_refused_by_its_argument(
+    model: PreTrainedModel, byte_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=TOKENS[4:7])
+    wrapped = get_peft_model(model, config).eval()
+    cache = Memory(new_engine(wrapped, byte_tokenizer), POLICY).cache()
+    with pytest.raises(UnsupportedOperation, match="alora_offsets"):
+        wrapped.generate(input_ids=PROMPT, past_key_values=cache, max_new_tokens=5, **GREEDY)
+    assert not cache.num_tokens
+    assert not any(layer._forward_pre_hooks for layer in wrapped.modules())
+
+
 def test_virtual_tokens_are_refused_by_name(model: PreTrainedModel, byte_tokenizer: PreTrainedTokenizerBase) -> None:
     wrapped = get_peft_model(model, PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
     with pytest.raises(UnsupportedModel, match=r"an adapter of kind PREFIX_TUNING.*\(LoRA and its kin\)"):

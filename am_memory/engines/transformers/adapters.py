@@ -17,6 +17,8 @@ from am_memory.errors import UnsupportedModel, UnsupportedOperation
 
 Active = tuple[tuple[str, object], ...]
 """Adapters, each with its scaling."""
+FOR_ONE_CALL = frozenset({"adapter_names", "alora_offsets"})
+"""Arguments of a call by which peft chooses adapters text by text; it hangs them on the layers as hooks meanwhile."""
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
@@ -68,16 +70,16 @@ class Adapters:
         As cheap as can be, as every pass asks.
 
         Raises:
-            UnsupportedOperation: adapters are chosen for each text of a batch.
+            UnsupportedOperation: adapters are chosen for each text of a call.
         """
         if self._model.__dict__.get("peft_config") is None or (layer := self._layer()) is None:
             return None
-        for hook in layer._forward_pre_hooks.values():
-            if isinstance(hook, partial) and "adapter_names" in hook.keywords:
-                raise UnsupportedOperation(
-                    "adapter_names chooses adapters for each text of a batch, and a cache holds one text: choose them "
-                    "by set_adapter()"
-                )
+        if chosen := _chosen_for_one_call(layer):
+            self._end_choice()
+            raise UnsupportedOperation(
+                f"{', '.join(sorted(set(chosen.values())))} chooses adapters for each text of a call, and a cache is "
+                "read through the same ones from end to end: choose them by set_adapter()"
+            )
         scaling = getattr(layer, "scaling", {})
         active = () if layer.disable_adapters else tuple((name, scaling.get(name)) for name in layer.active_adapters)
         merged = tuple((name, scaling.get(name)) for name in layer.merged_adapters)
@@ -88,6 +90,13 @@ class Adapters:
         """Adapters that are there, and not active."""
         active, merged = self.active or ((), ())
         return frozenset(self._model.__dict__.get("peft_config") or ()) - {name for name, _ in (*active, *merged)}
+
+    def _end_choice(self) -> None:
+        """Take away the hooks of the call under way: peft leaves them for good where an error ends the call."""
+        for layer in self._model.modules():
+            for key in _chosen_for_one_call(layer):
+                del layer._forward_pre_hooks[key]
+                layer._forward_pre_hooks_with_kwargs.pop(key, None)
 
     def _layer(self) -> Any | None:
         """One that has adapters; peft sets all of them alike."""
@@ -101,3 +110,13 @@ class Adapters:
                     self._seen = parent._modules, name, layer
                     return layer
         return None
+
+
+def _chosen_for_one_call(layer: nn.Module) -> dict[int, str]:
+    """The hooks of a layer by which peft chooses its adapters for one call, and the arguments that they are for."""
+    return {
+        key: name
+        for key, hook in layer._forward_pre_hooks.items()
+        if isinstance(hook, partial)
+        for name in FOR_ONE_CALL & hook.keywords.keys()
+    }
