@@ -168,6 +168,17 @@ def test_other_media_than_text_are_refused(memory: Memory, tiny_model: PreTraine
         tiny_model(ids(OWL), cache=memory.cache(), **{name: torch.zeros(1)})
 
 
+def test_a_cache_that_is_not_to_be_used_is_refused_before_it_reads(
+    memory: Memory, engine: TransformersEngine, tiny_model: PreTrainedModel
+) -> None:
+    """Every token had the whole text read into the cache once more, and the answer was another, in silence."""
+    for cache in (memory.cache(), engine.new_cache()):
+        with pytest.raises(UnsupportedOperation, match="use_cache=False.*leave use_cache out"):
+            tiny_model.generate(ids(OWL), past_key_values=cache, max_new_tokens=5, use_cache=False, **GREEDY)
+        assert cache.num_tokens == 0
+        tiny_model.generate(ids(OWL), past_key_values=cache, max_new_tokens=5, **GREEDY)
+
+
 def test_arguments_may_be_given_by_their_place(memory: Memory, tiny_model: PreTrainedModel) -> None:
     cache = memory.cache()
     with torch.no_grad():

@@ -91,6 +91,11 @@ class WatchedForward:
         if not isinstance(cache, KVCache):
             return self._forward(*args, **kwargs)
         self._require(cache)
+        if asked.get("use_cache") is False:
+            raise UnsupportedOperation(
+                "use_cache=False has the whole text read again for each token, and each time this cache would hold it "
+                "once more: leave use_cache out, or give no cache"
+            )
         if cache.before_forward is None:
             return self._forward(*args, **kwargs)
         return self._watched(cache, asked)
