@@ -11,6 +11,7 @@ from typing import Any
 from llguidance import LLTokenizer
 
 from am_memory.engines.base import Message, Tool
+from am_memory.engines.characters import utf8
 from am_memory.engines.fingerprints import tokenizer_fingerprint
 from am_memory.engines.llama_cpp.library import library
 from am_memory.engines.templates import render_template
@@ -37,7 +38,7 @@ class Vocabulary:
         return frozenset(index for index in range(len(self)) if self._lib.llama_vocab_is_eog(self.handle, index))
 
     def encode(self, text: str, *, add_special: bool, as_text: bool = False) -> list[int]:
-        data = text.encode("utf-8", "surrogatepass")
+        data = utf8(text)
         size = len(data) + 8  # a token for each byte, and what the model wants around them
         tokens = (self._lib.llama_token * size)()
         count = self._lib.llama_tokenize(self.handle, data, len(data), tokens, size, add_special, not as_text)

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from am_memory.cache import KVCache
 from am_memory.engines.base import ControlTokens, Message, ModelInfo, OnQuery, SessionCache, Tool
+from am_memory.engines.characters import utf8
 from am_memory.engines.fingerprints import of_template, of_tokenizer
 from am_memory.engines.templates import control_tokens, template_errors
 from am_memory.engines.transformers import adapters, attention, support
@@ -188,6 +189,7 @@ class TransformersEngine:
             return self._step(token_id, position, cache)
 
     def encode(self, text: str, *, add_special: bool = False, as_text: bool = False) -> list[int]:
+        utf8(text)  # or it is refused
         if as_text:
             return encode_as_text(self.tokenizer, text)
         return list(self.tokenizer(text, add_special_tokens=add_special, verbose=False)["input_ids"])
