@@ -9,7 +9,6 @@ import itertools
 import json
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -18,7 +17,7 @@ from am_memory.engines.base import Engine, Message, Tool
 from am_memory.errors import InvalidInput
 from am_memory.history import check
 from am_memory.policy import MemoryPolicy
-from am_memory.tool_calls import prepare
+from am_memory.tool_calls import arguments_of, prepare
 
 NUMBER = "am_memory.number"
 """Beside what a message says, while it is prepared: which one it is."""
@@ -56,11 +55,11 @@ class Asked:
         if not messages:
             raise InvalidInput("there are no messages: give at least one")
         check(engine, messages)
-        told = [policy.model_dump(mode="json"), *tools, *([{"owner": owner}] if owner else [])]
-        keys = itertools.accumulate(map(key_of, messages), next_key, initial=digest(told))
         numbered = [{**message, NUMBER: number} for number, message in enumerate(messages)]
         prepared, template_tools = prepare(engine, numbered, tools)
         numbers = [message.pop(NUMBER, None) for message in prepared]
+        told = [policy.model_dump(mode="json"), *tools, *([{"owner": owner}] if owner else [])]
+        keys = itertools.accumulate(map(key_of, messages), next_key, initial=digest(told))
         return cls(
             policy,
             tuple(keys),
@@ -123,7 +122,11 @@ def _num_prepared(numbers: Sequence[object], num_messages: int) -> tuple[int | N
 
 
 def key_of(message: Message) -> str:
-    """A digest of what a message says; the ids of tool calls that nobody answers to are left out."""
+    """A digest of what a message says; the ids of tool calls that nobody answers to are left out.
+
+    Raises:
+        InvalidInput: as `digest`.
+    """
     said = {name: value for name, value in message.items() if name != "id" and value not in (None, [], "")}
     if isinstance(calls := said.get("tool_calls"), Sequence):
         said["tool_calls"] = [_call(call) for call in calls]
@@ -138,12 +141,17 @@ def next_key(before: str, key: str) -> str:
 def _call(call: object) -> object:
     if not isinstance(call, Mapping) or not isinstance(function := call.get("function"), Mapping):
         return call
-    arguments = function.get("arguments")
-    with suppress(ValueError):
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    return {"name": function.get("name"), "arguments": arguments}
+    return {"name": function.get("name"), "arguments": arguments_of(function.get("arguments"))}
 
 
 def digest(value: object) -> str:
-    """Of anything that JSON can hold."""
-    return sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:24]
+    """Of anything that JSON can hold.
+
+    Raises:
+        InvalidInput: it cannot.
+    """
+    try:
+        written = json.dumps(value, sort_keys=True, default=str)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidInput(f"messages or tools cannot be written as JSON: {error}") from error
+    return sha256(written.encode()).hexdigest()[:24]

@@ -19,6 +19,9 @@ from am_memory.turns import split_turns
 IS_TOOL_RESULT = "is_tool_result"
 """Marks a message that brings tools' results under another role, for a template that knows no tools."""
 
+MAX_LEVELS = 200
+"""Of lists and objects in each other in what is told: no code behind this has to fear for its stack."""
+
 
 @dataclass(frozen=True)
 class History:
@@ -203,3 +206,23 @@ def check(engine: Engine, messages: Sequence[Message]) -> None:
             raise InvalidInput(
                 f'message {position} is {message!r}; give {{"role": "user", "content": "..."}}, or text, or token ids'
             )
+    require_levels(messages, "messages")
+
+
+def require_levels(values: Sequence[object], what: str) -> None:
+    """Raise InvalidInput where these are nested more deeply than can be told."""
+    if is_nested(values, MAX_LEVELS):
+        raise InvalidInput(f"the {what} are nested too deeply: give them no more than {MAX_LEVELS} levels")
+
+
+def is_nested(value: object, levels: int) -> bool:
+    """Whether there are lists or objects in each other for more than so many levels."""
+    inside = {id(value): value}  # each once, however many hold it
+    for _ in range(levels):
+        inside = {
+            id(item): item
+            for outer in inside.values()
+            for item in (outer.values() if isinstance(outer, Mapping) else outer)  # type: ignore[attr-defined]
+            if isinstance(item, Mapping | list | tuple)
+        }
+    return bool(inside)

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from am_memory import MemoryPolicy, asked
-from am_memory.asked import Asked, last_common_cut, last_cuts, num_shared
+from am_memory.asked import Asked, key_of, last_common_cut, last_cuts, num_shared
 from am_memory.engines.base import Message
 from am_memory.errors import InvalidInput
-from am_memory.tool_calls import prepare
+from am_memory.tool_calls import arguments_of, prepare
 
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
 WRITTEN = {
@@ -146,3 +146,69 @@ def test_what_is_no_message_is_refused() -> None:
     wrong: Any = ["not a message"]
     with pytest.raises(InvalidInput, match="message 0 is 'not a message'"):
         asked_of(Template(""), wrong)
+
+
+# Arguments and other values that clients may nest
+
+DEEP = 3000
+ARGUMENTS = [
+    "abc", '"abc"', "[1,2]", "[1,     2]", [1, 2], "1", "1.0", 1, "null", "", None, "{}", {}, '{"a": 1}', '{"a":1}',
+    {"a": 1}, '{"a": 2}', '{"a": ' * 100 + "1" + "}" * 100, '{"a":' * 100 + "1" + "}" * 100, "[" * DEEP, "[ " * DEEP,
+]  # fmt: skip
+
+
+def calling_with(arguments: object) -> dict[str, object]:
+    return {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "look", "arguments": arguments}}]}
+
+
+def test_calls_are_the_same_where_their_arguments_are_told_the_same() -> None:
+    """Texts that are no object are told as they stand, and the second of two had been told as the first."""
+    keys = [key_of(calling_with(arguments)) for arguments in ARGUMENTS]
+    told = [arguments_of(arguments) for arguments in ARGUMENTS]
+    pairs = [(one, other) for one in range(len(told)) for other in range(one)]
+    assert all((keys[one] == keys[other]) == (told[one] == told[other]) for one, other in pairs)
+    assert sum(keys[one] == keys[other] for one, other in pairs) == 10  # four are {}, three {"a": 1}, two 1
+
+
+def nested(levels: int) -> object:
+    value: list[object] = []
+    for _ in range(levels):
+        value = [value, {"a": value}]  # each held twice, as no JSON has it
+    return value
+
+
+def itself() -> object:
+    value: list[object] = []
+    value += [value, value]
+    return value
+
+
+@pytest.mark.parametrize("deep", [nested(DEEP), itself()], ids=["deep", "itself"])
+@pytest.mark.parametrize("place", ["content", "field", "arguments", "tools"])
+def test_what_is_nested_too_deeply_is_refused(deep: object, place: str) -> None:
+    said: list[dict[str, object]] = [{"role": "user", "content": "hi"}]
+    tools = [{**TOOL, "function": {"name": "look", "parameters": deep}}] if place == "tools" else []
+    match place:
+        case "content":
+            said.append({"role": "user", "content": deep})
+        case "field":
+            said.append({"role": "user", "content": "hi", "x": deep})
+        case "arguments":
+            said.append(calling_with({"a": deep}))
+    what = "tools" if tools else "messages"
+    with pytest.raises(InvalidInput, match=f"the {what} are nested too deeply: give them no more than 200 levels"):
+        asked_of(Template("text"), said, tools)
+    with pytest.raises(InvalidInput, match="nested too deeply"):
+        prepare(Template("text"), said, tools)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("written", ["{", '{"a":'])
+def test_arguments_of_any_depth_are_told_as_they_were_written(written: str) -> None:
+    text = written * DEEP
+    found = asked_of(Template("text"), [{"role": "user", "content": "hi"}, calling_with(text)])
+    assert text in str(found.prepared[-1]["content"])
+
+
+def test_names_that_no_json_has_are_refused() -> None:
+    with pytest.raises(InvalidInput, match="cannot be written as JSON"):
+        asked_of(Template("text"), [{"role": "user", "content": "hi", "x": {1: 1, "a": 1}}])

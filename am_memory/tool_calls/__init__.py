@@ -12,7 +12,7 @@ from am_memory.tool_calls.forced import (
 )
 from am_memory.tool_calls.formats import ToolFormat, tool_format
 from am_memory.tool_calls.parsing import InvalidCall, ParsedAnswer, ParsedCall, ToolCallStream, answer_text, parse
-from am_memory.tool_calls.prompt import prepare
+from am_memory.tool_calls.prompt import arguments_of, prepare
 
 __all__ = [
     "InvalidCall",
@@ -21,6 +21,7 @@ __all__ = [
     "ToolCallStream",
     "ToolFormat",
     "answer_text",
+    "arguments_of",
     "calls_or_json_constraint",
     "calls_or_text_constraint",
     "no_call_constraint",

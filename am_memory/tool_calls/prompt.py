@@ -10,7 +10,7 @@ from itertools import groupby, takewhile
 
 from am_memory.engines.base import Engine, Message, Tool
 from am_memory.errors import InvalidInput
-from am_memory.history import IS_TOOL_RESULT
+from am_memory.history import IS_TOOL_RESULT, is_nested, require_levels
 from am_memory.tool_calls.formats import HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, ToolFormat, template_format
 
 INSTRUCTIONS = """\
@@ -49,8 +49,10 @@ def prepare(
         messages and tools for `Engine.render`; tools are None where the messages tell everything.
 
     Raises:
-        InvalidInput: a tool or a call without a name, or content that is not text.
+        InvalidInput: a tool or a call without a name, content that is not text, or any of it nested too deeply.
     """
+    require_levels(messages, "messages")
+    require_levels(tools or (), "tools")
     for tool in tools or ():
         tool_name(tool)
     told = [_normal(message) for message in messages]
@@ -100,34 +102,21 @@ def _normal_call(call: object) -> dict[str, object]:
     return {
         **call,
         "type": "function",
-        "function": {"name": function["name"], "arguments": _arguments(function.get("arguments"))},
+        "function": {"name": function["name"], "arguments": arguments_of(function.get("arguments"))},
     }
 
 
-def _arguments(written: object) -> dict[str, object] | str:
-    """Arguments as an object; as they were written where they are none."""
+def arguments_of(written: object) -> dict[str, object] | str:
+    """A call's arguments as they are told: an object; as they were written where they are none."""
     arguments = written or {}
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments, strict=False)
         except (ValueError, RecursionError):  # not JSON, or nested more deeply than can be read
             return str(written)
-    if isinstance(arguments, Mapping) and (isinstance(written, Mapping) or not _is_nested(arguments, MAX_NESTING)):
+    if isinstance(arguments, Mapping) and (isinstance(written, Mapping) or not is_nested(arguments, MAX_NESTING)):
         return dict(arguments)
     return written if isinstance(written, str) else json.dumps(written, ensure_ascii=False, default=str)
-
-
-def _is_nested(value: object, levels: int) -> bool:
-    """Whether there are lists or objects in each other for more than so many levels."""
-    inside = [value]
-    for _ in range(levels):
-        inside = [
-            item
-            for outer in inside
-            for item in (outer.values() if isinstance(outer, Mapping) else outer)  # type: ignore[attr-defined]
-            if isinstance(item, Mapping | list)
-        ]
-    return bool(inside)
 
 
 def _has_broken_call(message: Message) -> bool:

@@ -69,6 +69,14 @@ def test_a_thousand_levels_are_no_fault_of_the_servers(http: httpx.Client, place
     assert post(http, CHAT, PLACES[place] % nested(60, *NESTS[kind])).status_code in KNOWN_CODES
 
 
+@pytest.mark.parametrize("arguments", ["[" * 3000, '{"a":' * 3000, "[" * 3000 + "]" * 3000])
+def test_arguments_that_a_model_nested_too_deeply_are_told_to_it(http: httpx.Client, arguments: str) -> None:
+    call = {**CALL, "function": {"name": "f", "arguments": arguments}}
+    told = [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    answer = post(http, CHAT, {"messages": [*told, {"role": "tool", "tool_call_id": "1", "content": "r"}]})
+    assert answer.status_code == 200, answer.text
+
+
 @pytest.mark.parametrize(
     "value",
     ["NaN", "Infinity", "-Infinity", '"\\ud800"', '"\\udc00\\ud800"', "9" * 5000, "{", "'a'", "01", "\x00", '"\x01"'],
