@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from numbers import Integral
 from typing import Any
 
 
@@ -88,6 +89,18 @@ def require_room(kept: str, **limits: int) -> None:
     for name, limit in limits.items():
         if limit < 1:
             raise InvalidInput(f"{name} is {limit}: give what kept {kept} may take, at least 1")
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is a whole number, and neither True nor False, which Python takes for 1 and 0."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def require_whole(least: int, **numbers: Any) -> None:
+    """Raise InvalidInput for what is no whole number, or less than `least`."""
+    for name, number in numbers.items():
+        if not is_whole(number) or number < least:
+            raise InvalidInput(f"{name} is {number!r}: give a whole number, at least {least}")
 
 
 def unknown(given: Iterable[str], known: Iterable[str]) -> str:

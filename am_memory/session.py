@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
@@ -22,6 +23,8 @@ from am_memory.errors import (
     PromptTooLong,
     SessionDeleted,
     UnsupportedOperation,
+    is_whole,
+    require_whole,
 )
 from am_memory.events import CompactionReport
 from am_memory.history import History
@@ -242,8 +245,11 @@ class Session:
         The very last token is always left to `generate`, and not counted.
 
         Raises:
+            InvalidInput: a limit that is no whole number, or below 0.
             CompactionFailed: a compaction on the way failed; nothing of this call was read.
         """
+        if max_tokens is not None:
+            require_whole(0, max_tokens=max_tokens)
         context, end = self._context, max(len(self._context.tokens) - 1, 0)
         with self._memory.device, self._context.transaction():
             context.read(end if max_tokens is None else min(end, context.cache.num_tokens + max_tokens))
@@ -264,7 +270,7 @@ class Session:
         elif not isinstance(content, Sequence):
             raise InvalidInput(f"{type(content).__name__} cannot be appended: give text, token ids or chat messages")
         elif all(isinstance(item, int) for item in content):
-            token_ids = [item for item in content if isinstance(item, int)]
+            token_ids = _as_token_ids(content)
         elif any(isinstance(item, int) for item in content):
             raise InvalidInput("token ids and messages are mixed: append them one after the other")
         else:
@@ -326,11 +332,12 @@ class Session:
                 none at all.
 
         Raises:
-            InvalidInput: an empty conversation, a complete answer with nothing said since, a limit below 1, or a
-                constraint that is complete already.
+            InvalidInput: an empty conversation, a complete answer with nothing said since, a limit below 1, a number
+                of log probabilities below 0, or a constraint that is complete already.
         """
-        if max_new_tokens < 1:
-            raise InvalidInput(f"max_new_tokens is {max_new_tokens}: at least 1 token can be generated")
+        require_whole(1, max_new_tokens=max_new_tokens)
+        if top_logprobs is not None:
+            require_whole(0, top_logprobs=top_logprobs)
         if constraint is not None and constraint.is_complete:
             raise InvalidInput("the constraint is complete, and allows nothing more: make a new one for each answer")
         self._require_tokens()
@@ -401,7 +408,9 @@ class Session:
         if not isinstance(continuation, Sequence):
             raise InvalidInput(f"{type(continuation).__name__} is no continuation: give text or token ids")
         with self._memory.device, self._context.transaction():
-            token_ids = self.engine.encode(continuation) if isinstance(continuation, str) else list(continuation)
+            token_ids = (
+                self.engine.encode(continuation) if isinstance(continuation, str) else _as_token_ids(continuation)
+            )
             if not token_ids:
                 raise InvalidInput("an empty continuation has no logits: give at least one token")
             self._context.check(token_ids)
@@ -420,8 +429,9 @@ class Session:
             CompactionFailed: nothing to compact, out of memory, or a fit that is not finite.
             BudgetTooSmall: the policy leaves a head too few slots for so few tokens.
         """
-        if fraction is not None and not 0 < fraction <= 1:
-            raise InvalidInput(f"fraction is {fraction}: it must lie above 0 and be at most 1")
+        is_share = isinstance(fraction, Real) and not isinstance(fraction, bool) and 0 < fraction <= 1
+        if fraction is not None and not is_share:
+            raise InvalidInput(f"fraction is {fraction!r}: it must be a number above 0, and at most 1")
         with self._memory.device, self._context.transaction():
             return self._context.compact(fraction)
 
@@ -439,10 +449,9 @@ class Session:
             InvalidInput: an empty text or conversation, or a number below 1.
         """
         self._require_tokens()
-        if not text.strip():
+        if not isinstance(text, str) or not text.strip():
             raise InvalidInput(f"{text!r} is nothing to search for: give a question, or some words")
-        if top < 1 or span_tokens < 1:
-            raise InvalidInput(f"top is {top} and span_tokens {span_tokens}: each must be at least 1")
+        require_whole(1, top=top, span_tokens=span_tokens)
         with self._memory.device, self._context.transaction():
             spans = self._context.search(text, span_tokens)
         return sorted(spans, key=lambda span: -span.score)[:top]
@@ -462,10 +471,10 @@ class Session:
             The segments that are exact now and hold a token of the span; what was never compacted is in none.
 
         Raises:
-            InvalidInput: a span that is not in the conversation, or whose originals were not kept, or are lost.
+            InvalidInput: no span, or one that is not in the conversation, or whose originals were not kept or are lost.
             PromptTooLong: it does not fit below the trigger.
         """
-        start, end = span if isinstance(span, tuple) else (span.start, span.end)
+        start, end = _ends(span)
         if not 0 <= start < end <= len(self._context.tokens):
             raise InvalidInput(
                 f"there is nothing to recall between tokens {start} and {end}: give a span within the "
@@ -493,12 +502,12 @@ class Session:
         where it is not so, and a fork made before goes back at once.
 
         Raises:
-            InvalidInput: fewer than 0 tokens, or more than there are.
+            InvalidInput: no whole number, fewer than 0 tokens, or more than there are.
         """
-        if not 0 <= num_tokens <= len(self._context.tokens):
+        if not is_whole(num_tokens) or not 0 <= num_tokens <= len(self._context.tokens):
             raise InvalidInput(
-                f"cannot rewind to {num_tokens} tokens: the session has {len(self._context.tokens)}; give a number "
-                "between 0 and that"
+                f"cannot rewind to {num_tokens!r} tokens: the session has {len(self._context.tokens)}; give a whole "
+                "number between 0 and that"
             )
         if num_tokens == len(self._context.tokens):
             return
@@ -648,6 +657,24 @@ def _require_text(messages: Sequence[Message]) -> None:
             kind = part.get("type") if isinstance(part, Mapping) else None
             if isinstance(kind, str) and kind.startswith(NOT_TEXT):
                 raise InvalidInput(f"a message holds a part of type {kind!r}, and a memory text alone: say it in words")
+
+
+def _as_token_ids(given: Sequence[Any]) -> list[Any]:
+    """Token ids as they are given, to be checked against the vocabulary; True and False would pass for 1 and 0."""
+    for position, token_id in enumerate(given):
+        if isinstance(token_id, bool):
+            raise InvalidInput(f"{token_id} at position {position} is no token id: give whole numbers, or text")
+    return list(given)
+
+
+def _ends(span: object) -> tuple[int, int]:
+    """The first token of a span, and the one behind its last."""
+    ends = (span.start, span.end) if isinstance(span, Segment | Span) else span
+    if not (isinstance(ends, tuple) and len(ends) == 2 and all(map(is_whole, ends))):
+        raise InvalidInput(
+            f"{span!r} is no span: give one of `segments`, what `search` found, or (start, end) in tokens"
+        )
+    return ends
 
 
 def _logprob(logits: Tensor, token_id: int, num_top: int) -> TokenLogprob:

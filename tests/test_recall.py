@@ -536,7 +536,7 @@ def test_every_key_is_counted_once(new_memory: NewMemory, originals: str) -> Non
 
 @pytest.mark.parametrize(
     ("text", "top", "span_tokens", "words"),
-    [("  ", 5, 32, "nothing to search for"), ("what?", 0, 32, "top is 0"), ("what?", 5, 0, "span_tokens 0")],
+    [("  ", 5, 32, "nothing to search for"), ("what?", 0, 32, "top is 0"), ("what?", 5, 0, "span_tokens is 0")],
 )
 def test_a_bad_search_is_refused(new_memory: NewMemory, text: str, top: int, span_tokens: int, words: str) -> None:
     with pytest.raises(InvalidInput, match=words):

@@ -462,7 +462,9 @@ def test_rewinding_to_nothing_is_beginning_anew(memory: Memory, scripted: Callab
 def test_rewinding_to_where_nothing_is_is_refused(session: Session, num_tokens: int) -> None:
     session.append(TEXT)
     before = state(session)
-    with pytest.raises(InvalidInput, match=rf"cannot rewind to {num_tokens} tokens: the session has 51; give a number"):
+    with pytest.raises(
+        InvalidInput, match=rf"cannot rewind to {num_tokens} tokens: the session has 51; give a whole number"
+    ):
         session.rewind(num_tokens)
     assert state(session) == before
 
@@ -557,7 +559,7 @@ def test_everything_but_the_pinned_tokens_can_be_compacted(session: Session) -> 
 @pytest.mark.parametrize("fraction", [0.0, -0.5, 1.01, float("nan")])
 def test_a_fraction_out_of_range_is_refused(session: Session, fraction: float) -> None:
     session.append(TEXT)
-    with pytest.raises(InvalidInput, match="fraction is .*: it must lie above 0 and be at most 1"):
+    with pytest.raises(InvalidInput, match="fraction is .*: it must be a number above 0, and at most 1"):
         session.compact(fraction)
 
 
@@ -630,6 +632,7 @@ def test_a_branch_may_have_another_policy(memory: Memory) -> None:
         ([1, 2, -1], "token id -1 at position 2"),
         ([1, USER], "mixed: append them one after the other"),
         ([1.5], 'message 0 is 1.5; give {"role"'),
+        ([1, True], "True at position 1 is no token id: give whole numbers, or text"),
         (["a"], "message 0 is 'a'"),
         ([{"content": "no role"}], "message 0 is"),
         ([{"role": 5, "content": "x"}], "message 0 is"),
@@ -648,7 +651,7 @@ def test_bad_content_is_refused_and_changes_nothing(session: Session, content: o
     assert state(session) == before
 
 
-@pytest.mark.parametrize("content", ["", [], [260], [-1], [USER], ["a"], 5, None], ids=repr)
+@pytest.mark.parametrize("content", ["", [], [260], [-1], [True], [USER], ["a"], 5, None], ids=repr)
 def test_a_bad_continuation_has_no_logits(session: Session, content: object) -> None:
     session.append(TEXT)
     before = state(session)
@@ -666,8 +669,42 @@ def test_an_empty_session_has_nothing_that_follows(session: Session) -> None:
 @pytest.mark.parametrize("count", [0, -3])
 def test_no_tokens_at_all_cannot_be_generated(session: Session, count: int) -> None:
     session.append(TEXT)
-    with pytest.raises(InvalidInput, match=f"max_new_tokens is {count}: at least 1"):
+    with pytest.raises(InvalidInput, match=f"max_new_tokens is {count}: give a whole number, at least 1"):
         session.generate(count)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda session: session.generate(2.5), "max_new_tokens is 2.5: give a whole number, at least 1"),
+        (lambda session: session.generate("9"), "max_new_tokens is '9'"),
+        (lambda session: session.generate(True), "max_new_tokens is True"),
+        (lambda session: session.generate(1, top_logprobs=-1), "top_logprobs is -1: give a whole number, at least 0"),
+        (lambda session: session.generate(1, top_logprobs=1.0), "top_logprobs is 1.0"),
+        (lambda session: session.read(2.5), "max_tokens is 2.5: give a whole number, at least 0"),
+        (lambda session: session.read(-1), "max_tokens is -1"),
+        (lambda session: session.rewind(5.0), "cannot rewind to 5.0 tokens: .* give a whole number between 0 and that"),
+        (lambda session: session.rewind("5"), "cannot rewind to '5' tokens"),
+        (lambda session: session.recall([1, 3]), r"\[1, 3\] is no span: give one of `segments`"),
+        (lambda session: session.recall((1.0, 3)), r"\(1.0, 3\) is no span"),
+        (lambda session: session.recall((1, 2, 3)), r"\(1, 2, 3\) is no span"),
+        (lambda session: session.recall(None), "None is no span"),
+        (lambda session: session.compact("1"), "fraction is '1': it must be a number above 0, and at most 1"),
+        (lambda session: session.compact(True), "fraction is True"),
+        (lambda session: session.compact(float("nan")), "fraction is nan"),
+        (lambda session: session.search(5), "5 is nothing to search for"),
+        (lambda session: session.search("owl", 2.5), "top is 2.5: give a whole number, at least 1"),
+        (lambda session: session.search("owl", span_tokens=0), "span_tokens is 0"),
+    ],
+)
+def test_what_is_no_such_number_is_refused_by_its_value(
+    session: Session, call: Callable[[Session], object], words: str
+) -> None:
+    session.append(TEXT)
+    before = state(session)
+    with pytest.raises(InvalidInput, match=words):
+        call(session)
+    assert state(session) == before
 
 
 @pytest.mark.parametrize(
