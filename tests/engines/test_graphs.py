@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Memory, MemoryPolicy, Sampling
 from am_memory.engines.transformers import TransformersEngine, fused, graphs
-from am_memory.engines.transformers.graphs import PATIENCE, TokenGraphs, shortcut, token_graphs
+from am_memory.engines.transformers import engine as engine_module
+from am_memory.engines.transformers.graphs import PATIENCE, TokenGraphs, token_graphs
 
 pytest.importorskip("triton", reason="Triton has no build for this machine")
 
@@ -60,31 +61,33 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "can_attend", lambda query: bool(in_pass))  # else the faster path of CPUs
 
 
-@pytest.fixture
-def new_engine(new_tiny_model: NewModel, byte_tokenizer: PreTrainedTokenizerBase) -> Callable[[], TransformersEngine]:
-    """The tiny model with graphs, on the device that there is."""
+NewEngine = Callable[..., TransformersEngine]
 
-    def new() -> TransformersEngine:
-        engine = TransformersEngine(new_tiny_model().to("cuda" if ON_GPU else "cpu"), byte_tokenizer)
-        if not ON_GPU:
-            engine._graphs = TokenGraphs(engine._read_token, engine.model.device)
-            engine.model.forward = shortcut(engine.model, engine._graphs, engine._cache_argument)
-        return engine
+
+@pytest.fixture
+def new_engine(new_tiny_model: NewModel, byte_tokenizer: PreTrainedTokenizerBase) -> NewEngine:
+    """The tiny model, with graphs or without, on the device that there is."""
+
+    def new(*, has_graphs: bool = True) -> TransformersEngine:
+        with pytest.MonkeyPatch.context() as patched:
+            if not has_graphs:
+                patched.setattr(engine_module, "token_graphs", lambda *_: None)
+            elif not ON_GPU:
+                patched.setattr(engine_module, "token_graphs", lambda model, read, *_: TokenGraphs(read, model.device))
+            return TransformersEngine(new_tiny_model().to("cuda" if ON_GPU else "cpu"), byte_tokenizer)
 
     return new
 
 
 @pytest.fixture
-def engine(new_engine: Callable[[], TransformersEngine]) -> TransformersEngine:
+def engine(new_engine: NewEngine) -> TransformersEngine:
     return new_engine()
 
 
 @pytest.fixture
-def plain(new_engine: Callable[[], TransformersEngine]) -> TransformersEngine:
+def plain(new_engine: NewEngine) -> TransformersEngine:
     """The same without."""
-    engine = new_engine()
-    engine._graphs, engine.model.forward = None, type(engine.model).forward.__get__(engine.model)
-    return engine
+    return new_engine(has_graphs=False)
 
 
 @pytest.fixture
