@@ -93,16 +93,36 @@ class History:
         count = sum(start < len(token_ids) for start in self.starts)
         is_cut = count > 0 and self.starts[count : count + 1] != (len(token_ids),)
         left = replace(self, messages=self.messages[:count], starts=self.starts[:count], is_answering=is_cut)
-        return left._cut(engine.decode(token_ids[left.starts[-1] :], skip_special=True)) if is_cut else left
+        return left._cut(engine, token_ids[left.starts[-1] :]) if is_cut else left
 
-    def _cut(self, text: str) -> History:
-        """The last message's content up to where `text` ends, which may have words of the template before it."""
-        last, text = self.messages[-1], text.rstrip(REPLACEMENT)
-        content = last.get("content")
-        if not isinstance(content, str):
-            return self
-        size = next(size for size in range(len(content), -1, -1) if text.endswith(content[:size]))
-        return replace(self, messages=(*self.messages[:-1], {**last, "content": content[:size]}))
+    def _cut(self, engine: Engine, token_ids: Sequence[int]) -> History:
+        """The last message as far as these tokens of it say it; calls and parts are then the text that they are."""
+        last = self.messages[-1]
+        content, header = last.get("content"), self._header(engine)
+        words = engine.decode(header, skip_special=True) if header else ""
+        if last["role"] == "assistant" and isinstance(content, str) and content.startswith(words):
+            header = []  # it was begun by plain text, as that stood
+        said = token_ids[len(header) :]
+        text = engine.decode(said, skip_special=True).rstrip(REPLACEMENT) if said else ""
+        if isinstance(content, str) and not last.get("tool_calls"):
+            size = next(size for size in range(len(content), -1, -1) if text.endswith(content[:size]))
+            last = {**last, "content": content[:size]}
+        else:
+            last = {**{key: value for key, value in last.items() if key != "tool_calls"}, "content": text}
+        return replace(self, messages=(*self.messages[:-1], last))
+
+    def _header(self, engine: Engine) -> list[int]:
+        """The tokens that the template writes before what the last message says, as far as that can be told."""
+        chat = self._chat(engine)
+        *before, last = chat.messages
+        try:
+            begin = chat.write(before) if before else ""
+            told = [chat.write([*before, {"role": last["role"], "content": content}]) for content in ("0", "x")]
+        except InvalidInput:  # of a template that insists on other fields
+            return []
+        size = next((size for size, (one, other) in enumerate(zip(*told, strict=False)) if one != other), 0)
+        header = told[0][:size]
+        return chat.encode(header[len(begin) :]) if header.startswith(begin) else []
 
     def told(
         self, engine: Engine, messages: Sequence[Message], num_tokens: int, *, ends_turn: bool

@@ -13,20 +13,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 
-from am_memory.engines.base import Engine, Message, Tool
+from am_memory.engines.base import ControlTokens, Engine, Message, Tool
 from am_memory.errors import InvalidInput
 
 Span = tuple[int, int]
+StandIn = Callable[[str], str]
+Hold = Callable[[str, StandIn], str]
 
-_SPARE = re.compile("[\ue000-\uf8ff\U000f0000-\U000ffffd\U00100000-\U0010fffd]")
-"""Characters for private use: those that no message holds stand in for what is held apart."""
+_SPARE = range(0x20000, 0x2A6DE)
+"""Letters of which hardly any text has one: those that no message holds stand in for what is held apart. What a
+template does to text (trimming it, lower case, JSON, Python's own writing) leaves them as they are."""
 
 
 class Chat:
     """Some messages on their way through a model's chat template.
 
-    What they spell of control tokens is held apart: one character stands for each different text of these. It is taken
-    from those that none of the messages holds, so that nothing anybody says can be taken for it.
+    What they spell of control tokens is held apart: one letter stands for each different text of these. It is taken
+    from those that none of the messages holds, so that nothing anybody says can be taken for it. Where turns begin or
+    end all the same that would not if nothing of what is said were shown to the template (two texts that make one mark
+    together, or that the template changes into one), nothing of it is.
 
     Args:
         messages: as chat templates take them.
@@ -48,20 +53,35 @@ class Chat:
         self._engine = engine
         self._trusts_messages = trusts_messages
         self._stand_ins: dict[str, str] = {}
-        self._spare = _spare_characters([*messages, *tools])
+        self._spare = _spare_letters([*messages, *tools])
         self.messages, self._tools = list(messages), list(tools)
         if trusts_messages:
             return
         control = engine.control_tokens
-        everywhere = _Spelling.of(control.turns, control.tags)
-        own = _Spelling.of(control.turns)  # the model's own messages may hold its tags
+        everywhere = _Spelling.of(control, has_tags=True)
+        own = _Spelling.of(control, has_tags=False)  # the model's own messages may hold its tags
         try:
-            self._tools = [self._hold(tool, everywhere) for tool in tools]
+            self._tools = [self._hold(tool, everywhere.replace) for tool in tools]
             self.messages = [
-                self._hold(message, own if message.get("role") == "assistant" else everywhere) for message in messages
+                self._hold(message, (own if message.get("role") == "assistant" else everywhere).replace)
+                for message in messages
             ]
+            unseen = [self._hold(message, _whole) for message in messages], [self._hold(tool, _whole) for tool in tools]
+            if not self._has_the_turns_of(*unseen, own):
+                self.messages, self._tools = unseen
         except RecursionError as error:
             raise InvalidInput("messages or tools are nested too deeply to be read: give them fewer levels") from error
+
+    def _has_the_turns_of(self, messages: Sequence[Message], tools: Sequence[Tool], spelling: _Spelling) -> bool:
+        """Whether the template writes the same turns as where it sees nothing of what is said."""
+        if not messages:
+            return True
+        try:
+            shown = self.write()
+            unseen = self._engine.render(messages, tools=tools or None)
+        except InvalidInput:  # nothing is written of them
+            return True
+        return spelling.spelled(shown) == spelling.spelled(unseen)
 
     def write(
         self, messages: Sequence[Message] | None = None, *, add_generation_prompt: bool = False, has_tools: bool = True
@@ -115,19 +135,18 @@ class Chat:
         text, spelled = self._put_back(text)
         if self._trusts_messages:
             return engine.encode(text)
-        control = engine.control_tokens
-        spelling = _Spelling.of(control.turns, control.tags)
+        spelling = _Spelling.of(engine.control_tokens, has_tags=True)
         found = list(spelling.find(text))
         written = [span for span in found if not _overlaps(spelled, span)]
         if len(written) == len(found):
             token_ids = engine.encode(text)
             # A tokenizer that normalises text may find more than was spelled.
-            if sum(token_id in spelling.ids for token_id in token_ids) <= len(written):
+            if spelling.count(token_ids) <= len(written):
                 return token_ids
-        return _encoded_in_sections(engine, text, written, spelling)
+        return _encoded_in_sections(engine, text, written, spelled, spelling)
 
-    def _hold(self, message: Message, spelling: _Spelling) -> Message:
-        held: Message = _mapped(message, lambda text: spelling.replace(text, self._stand_in))  # type: ignore[assignment]
+    def _hold(self, message: Message, hold: Hold) -> Message:
+        held: Message = _mapped(message, lambda text: hold(text, self._stand_in))  # type: ignore[assignment]
         return held
 
     def _stand_in(self, text: str) -> str:
@@ -135,8 +154,8 @@ class Chat:
             character = next(self._spare, None)
             if character is None:
                 raise InvalidInput(
-                    "the messages hold every character for private use, so that none is left to tell what they spell "
-                    "from the chat template's own marks: leave some out"
+                    f"the messages hold every letter from U+{_SPARE.start:X} to U+{_SPARE.stop - 1:X}, so that none is "
+                    "left to tell what they spell from the chat template's own marks: leave some out"
                 )
             self._stand_ins[text] = character
         return self._stand_ins[text]
@@ -156,14 +175,18 @@ class Chat:
         return "".join(pieces), spans
 
 
-def _encoded_in_sections(engine: Engine, text: str, written: Sequence[Span], spelling: _Spelling) -> list[int]:
+def _encoded_in_sections(
+    engine: Engine, text: str, written: Sequence[Span], spelled: Sequence[Span], spelling: _Spelling
+) -> list[int]:
     """With what stands between the template's control tokens as text, where it would give control tokens itself."""
     token_ids: list[int] = []
     done = start = 0
     for first, last in [*written, (len(text), len(text))]:
-        if not spelling.ids.isdisjoint(engine.encode(text[start:first])):
+        section = text[start:first]
+        spells = any(_overlaps(spelled, (start + begin, start + end)) for begin, end in spelling.find(section))
+        if spells or spelling.count(engine.encode(section)):
             token_ids += engine.encode(text[done:start]) if done < start else []
-            token_ids += _encoded_as_text(engine, text[start:first], spelling)
+            token_ids += _encoded_as_text(engine, section, spelling)
             done = first
         start = last
     return token_ids + (engine.encode(text[done:]) if done < len(text) else [])
@@ -171,13 +194,13 @@ def _encoded_in_sections(engine: Engine, text: str, written: Sequence[Span], spe
 
 def _encoded_as_text(engine: Engine, text: str, spelling: _Spelling) -> list[int]:
     token_ids = engine.encode(text, as_text=True)
-    if spelling.ids.isdisjoint(token_ids):
+    if not spelling.count(token_ids):
         return token_ids
     # The tokenizer finds some in any text: it gets none of them whole.
     cuts = [0, *(first + 1 for first, _ in spelling.find(text)), len(text)]
     parts = [engine.encode(text[start:end], as_text=True) for start, end in pairwise(cuts)]
     token_ids = [token_id for part in parts for token_id in part]
-    if not spelling.ids.isdisjoint(token_ids):
+    if spelling.count(token_ids):
         raise InvalidInput(
             f"a message spells a control token which this model's tokenizer cannot read as text: {text[:200]!r}; "
             "leave it out, or allow control tokens in messages (trust_messages=True)"
@@ -193,40 +216,43 @@ def _overlaps(spans: Sequence[Span], span: Span) -> bool:
 
 
 class _Spelling:
-    """How some control tokens are spelled.
+    """How some control tokens are spelled."""
 
-    Attributes:
-        ids: of the tokens.
-        find: where the longest ones stand in a text, from left to right.
-    """
-
-    def __init__(self, tokens: tuple[tuple[str, int], ...]) -> None:
+    def __init__(self, tokens: tuple[tuple[str, int], ...], unknown: int | None) -> None:
         texts = sorted((text for text, _ in tokens), key=len, reverse=True)
-        self.ids = frozenset(token_id for _, token_id in tokens)
+        self._ids = {token_id for _, token_id in tokens} - {unknown}
         self._pattern = re.compile("|".join(map(re.escape, texts)) or "(?!)")
-        self._beginnings = frozenset(text[:size] for text in texts for size in range(1, len(text)))
-        self._longest = max(map(len, texts), default=0)
 
     @staticmethod
-    def of(*kinds: Mapping[str, int]) -> _Spelling:
-        return _spelling(tuple(sorted(item for kind in kinds for item in kind.items())))
+    def of(control: ControlTokens, *, has_tags: bool) -> _Spelling:
+        tokens = {**control.turns, **control.tags} if has_tags else control.turns
+        return _spelling(tuple(sorted(tokens.items())), control.unknown)
 
     def find(self, text: str) -> Iterator[Span]:
+        """Where the longest ones stand in a text, from left to right."""
         return (match.span() for match in self._pattern.finditer(text))
 
-    def replace(self, text: str, stand_in: Callable[[str], str]) -> str:
-        """With a stand-in for each of them, and for the last character where a text behind it may end one."""
-        text = self._pattern.sub(lambda match: stand_in(match[0]), text)
-        said = text.rstrip()
-        tails = (said[-size:] for size in range(1, min(self._longest, len(said) + 1)))
-        if any(tail in self._beginnings for tail in tails):
-            text = said[:-1] + stand_in(said[-1]) + text[len(said) :]
-        return text
+    def spelled(self, text: str) -> list[str]:
+        return self._pattern.findall(text)
+
+    def count(self, token_ids: Sequence[int]) -> int:
+        """How many of the tokens are such; what stands for text that the vocabulary does not know is none."""
+        return sum(token_id in self._ids for token_id in token_ids)
+
+    def replace(self, text: str, stand_in: StandIn) -> str:
+        """The text with a letter for each of them."""
+        return self._pattern.sub(lambda match: stand_in(match[0]), text)
 
 
 @lru_cache(maxsize=64)
-def _spelling(tokens: tuple[tuple[str, int], ...]) -> _Spelling:
-    return _Spelling(tokens)
+def _spelling(tokens: tuple[tuple[str, int], ...], unknown: int | None) -> _Spelling:
+    return _Spelling(tokens, unknown)
+
+
+def _whole(text: str, stand_in: StandIn) -> str:
+    """A letter for all of a text but the white space around it."""
+    said = text.strip()
+    return text.replace(said, stand_in(said)) if said else text
 
 
 def _mapped(value: object, change: Callable[[str], str]) -> object:
@@ -235,7 +261,10 @@ def _mapped(value: object, change: Callable[[str], str]) -> object:
         return change(value)
     if isinstance(value, Mapping):
         return {
-            _mapped(key, change): item if _is_name(key, item) else _mapped(item, change) for key, item in value.items()
+            key if isinstance(key, str) and key.isidentifier() else _mapped(key, change): (
+                item if _is_name(key, item) else _mapped(item, change)
+            )
+            for key, item in value.items()
         }
     if isinstance(value, list | tuple):
         return [_mapped(item, change) for item in value]
@@ -255,15 +284,16 @@ def _num_same_at_end(first: str, second: str) -> int:
 
 
 def _is_name(key: object, value: object) -> bool:
-    """Whether a field says what a message or a part of it is; templates compare these with words of their own."""
-    return key in ("role", "type") and isinstance(value, str) and value.isidentifier()
+    """Whether a field says what a message or a part of it is, or belongs to; templates look at these themselves."""
+    return (
+        key in ("role", "type", "id", "tool_call_id") and isinstance(value, str) and bool(re.fullmatch(r"\w+", value))
+    )
 
 
-def _spare_characters(said: Sequence[object]) -> Iterator[str]:
-    """Characters that none of what is said holds; all of it is searched when the first one is asked for."""
-    held = {character for text in _texts(said) for character in _SPARE.findall(text)}
-    for codes in (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)):
-        yield from (chr(code) for code in codes if chr(code) not in held)
+def _spare_letters(said: Sequence[object]) -> Iterator[str]:
+    """Letters that none of what is said holds; all of it is searched when the first one is asked for."""
+    held = {character for text in _texts(said) if not text.isascii() for character in text if ord(character) in _SPARE}
+    yield from (chr(code) for code in _SPARE if chr(code) not in held)
 
 
 def _texts(value: object) -> Iterator[str]:

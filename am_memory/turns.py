@@ -19,6 +19,9 @@ MAX_TOGETHER = 32
 """Messages that a template may write in one piece (the results of several tool calls); with more of them in a row,
 the rest is not told apart."""
 
+MAX_OPENING = 3
+"""Messages of the system that each of the others is rendered behind."""
+
 
 def split_turns(chat: Chat, count: int, text: str) -> list[str]:
     """What the template writes for each message of a chat but the first `count`.
@@ -49,7 +52,7 @@ def split_turns(chat: Chat, count: int, text: str) -> list[str]:
 
 def _num_opening(messages: Sequence[Message]) -> int:
     """How many messages open a conversation: the system's, and the first one behind them."""
-    is_system = (message["role"] in ("system", "developer") for message in messages)
+    is_system = (message["role"] in ("system", "developer") for message in messages[:MAX_OPENING])
     return sum(itertools.takewhile(bool, is_system)) + 1
 
 
@@ -57,7 +60,10 @@ def _pieces(chat: Chat, opening: int, previous: int, first: int, end: int) -> It
     """What the template writes for the messages from `first` to `end`, behind several short conversations."""
     messages = chat.messages
     opening = min(opening, first)
-    for context in ([*messages[:opening], *messages[max(previous, opening) : first]], messages[:opening]):
+    begun = [*messages[:opening]]
+    if opening < previous:  # what it says is of no matter here, and may be long
+        begun = [{**message, "content": "0"} for message in begun]
+    for context in ([*begun, *messages[max(previous, opening) : first]], begun):
         write = partial(chat.write, has_tools=first <= opening)
         try:
             begin = write(context) if context else ""

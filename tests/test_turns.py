@@ -121,6 +121,19 @@ def test_the_work_is_in_proportion_to_the_messages(name: str) -> None:
     assert num_rendered(800) < 12 * 800
 
 
+def test_many_messages_of_the_system_take_no_longer_than_others() -> None:
+    """All of them were rendered again for each, and a long one with each message."""
+    engine = Templated(CHATML)
+    chat = engine.chat([{"role": "system", "content": "Be kind."}] * 800)
+    assert len(split_turns(chat, 0, chat.write())) == 800
+    assert engine.num_messages_rendered < 12 * 800
+    shown = []
+    chat.write = lambda messages=None, **_: shown.append(sum(len(m["content"]) for m in messages)) or ""  # type: ignore[method-assign]
+    chat.messages = [{"role": "system", "content": "x" * 10_000}, *[{"role": "user", "content": "y"}] * 100]
+    split_turns(chat, 0, "no match")
+    assert sum(shown) < 100 * 10_000
+
+
 def test_a_template_that_writes_nothing_in_turn_is_not_told_apart() -> None:
     """The last of many messages holds all: none of them can be cut off, and nothing is guessed."""
     backwards = "{% for message in messages | reverse %}{{ message.role }}: {{ message.content }}\n{% endfor %}"

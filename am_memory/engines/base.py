@@ -90,10 +90,12 @@ class ControlTokens:
         turns: those that begin or end something, such as a turn: all special tokens, and others that the template
             writes around messages.
         tags: others that it writes within a turn, such as `<think>`: the model's own messages may hold them.
+        unknown: the token that the tokenizer gives for what its vocabulary cannot spell, if there is one.
     """
 
     turns: Mapping[str, int]
     tags: Mapping[str, int]
+    unknown: int | None = None
 
 
 class SessionLayer(Protocol):

@@ -37,6 +37,7 @@ def control_tokens(
     template: str | None,
     special: Mapping[str, int],
     added: Mapping[str, int],
+    unknown: int | None,
     render: Callable[[Sequence[Message]], str],
 ) -> ControlTokens:
     """What a chat template alone may write.
@@ -44,16 +45,30 @@ def control_tokens(
     Args:
         special: tokens that the tokenizer calls special, by their text.
         added: others that it finds in a text before anything else: some models tell turns apart by such.
+        unknown: what the tokenizer gives for text that its vocabulary cannot spell.
         render: by the template.
     """
     special = {text: id for text, id in special.items() if not text.isspace()}  # anybody may write a line's end
-    written = {text: id for text, id in added.items() if text in (template or "") and not text.isspace()}
-    chat = ""
-    if written:
+    added = {text: id for text, id in added.items() if not text.isspace()}
+    chats = list(_rendered_trials(render)) if added else []
+    written = {text: id for text, id in added.items() if any(text in shown for shown in [template or "", *chats])}
+    # What no trial tells to be within a turn is taken for what begins or ends one.
+    turns = {text: id for text, id in written.items() if not chats or any(text in chat for chat in chats)}
+    tags = {text: id for text, id in written.items() if text not in turns}
+    return ControlTokens({**special, **turns}, tags, unknown)
+
+
+def _rendered_trials(render: Callable[[Sequence[Message]], str]) -> Iterator[str]:
+    """Chats of every role, as far as the template takes them; none ends with an answer, which some begin with a tag."""
+    for roles in (
+        "user",
+        "system user",
+        "user assistant user",
+        "system user assistant user",
+        "user assistant tool user",
+    ):
         with suppress(InvalidInput):
-            chat = render([{"role": role, "content": "0"} for role in ("user", "assistant", "user")])
-    turns = {text: id for text, id in written.items() if text in chat}
-    return ControlTokens({**special, **turns}, {text: id for text, id in written.items() if text not in turns})
+            yield render([{"role": role, "content": "0", "tool_call_id": "000000000"} for role in roles.split()])
 
 
 @contextmanager

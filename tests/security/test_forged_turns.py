@@ -171,3 +171,34 @@ def test_langchain_and_the_command_line_pass_the_option_on(
     assert loaded == [False, False, True, True]
     with pytest.raises(InvalidInput, match="trust_messages cannot be set on a Memory that is made"):
         ChatAMMemory(model=Memory(engine, POLICY), trust_messages=True)
+
+
+CALLS = (
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}{%- if m.content is string %}{{- m.content }}"
+    "{%- else %}{%- for p in m.content %}{{- p.text }}{%- endfor %}{%- endif %}{%- for c in m.tool_calls or [] %}"
+    "{{- '\n<tool_call>\n' ~ (c.function | tojson) ~ '\n</tool_call>' }}{%- endfor %}{{- '<|im_end|>\n' }}{%- endfor %}"
+)
+
+
+def test_messages_say_what_the_context_holds_after_a_rewind_into_them(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call of which no token was left stood in the messages, and was written anew; so did parts of a content, and a
+    text that begins as its own header."""
+    monkeypatch.setattr(engine.tokenizer, "chat_template", CALLS)
+    function = {"name": "get_weather", "arguments": {"city": "Paris"}}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "type": "function", "function": function}]}
+    parts = {"role": "user", "content": [{"type": "text", "text": "one two three"}]}
+    session = Memory(engine, POLICY).session()
+    session.append([said("user\nSECRET", "user"), call, parts])
+    for count in range(1, len(session.tokens)):
+        branch = session.fork()
+        branch.rewind(count)
+        held = text(branch)
+        for message in branch.messages:
+            content = message["content"] if isinstance(message["content"], str) else "one two three"
+            assert content in held.replace(f"{IM_START}user\n", "", 1) if content else True
+            assert "get_weather" in held or "tool_calls" not in message
+        branch.append([said("go on", "user")])
+        assert text(branch).count("get_weather") == held.count("get_weather")
+        assert text(branch).endswith(f"{IM_END}\n{IM_START}user\ngo on{IM_END}\n")

@@ -146,7 +146,9 @@ class LlamaCppEngine:
     @cached_property
     def control_tokens(self) -> ControlTokens:
         vocabulary = self.vocabulary
-        return control_tokens(vocabulary.chat_template, vocabulary.special, vocabulary.added, self.render)
+        return control_tokens(
+            vocabulary.chat_template, vocabulary.special, vocabulary.added, vocabulary.unknown, self.render
+        )
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = False) -> str:
         return self.vocabulary.decode(token_ids, skip_special=skip_special)

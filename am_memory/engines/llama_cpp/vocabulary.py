@@ -68,6 +68,11 @@ class Vocabulary:
         return self._spelled(self._lib.LLAMA_TOKEN_ATTR_CONTROL | self._lib.LLAMA_TOKEN_ATTR_UNKNOWN)
 
     @cached_property
+    def unknown(self) -> int | None:
+        """The token for what the vocabulary cannot spell."""
+        return next(iter(self._spelled(self._lib.LLAMA_TOKEN_ATTR_UNKNOWN).values()), None)
+
+    @cached_property
     def added(self) -> dict[str, int]:
         """Tokens that are found in a text before anything else, by how they are spelled."""
         return self._spelled(self._lib.LLAMA_TOKEN_ATTR_USER_DEFINED)

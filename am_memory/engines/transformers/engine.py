@@ -201,7 +201,10 @@ class TransformersEngine:
             tokens = self.tokenizer.added_tokens_decoder
             special = {token.content: id for id, token in tokens.items() if token.special}
             added = {token.content: id for id, token in tokens.items() if not token.special}
-            self._control_tokens = template, control_tokens(template, special, added, self.render)
+            self._control_tokens = (
+                template,
+                control_tokens(template, special, added, self.tokenizer.unk_token_id, self.render),
+            )
         return self._control_tokens[1]
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = False) -> str:
