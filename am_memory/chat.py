@@ -15,7 +15,7 @@ from typing import Literal, cast
 from am_memory.constraints import Constraint, json_schema
 from am_memory.engines.base import Engine, Message, Tool
 from am_memory.errors import InvalidInput
-from am_memory.json_schemas import Check
+from am_memory.json_schemas import Check, Unchecked
 from am_memory.policy import MemoryPolicy
 from am_memory.sampling import Sampling
 from am_memory.session import Piece, Session, TokenLogprob
@@ -125,7 +125,7 @@ class ChatAnswer:
 
     Attributes:
         schema_error: what in a complete answer does not follow the schema that it was asked to; only a keyword that no
-            grammar holds (`Constraint.left_out`) can be missed.
+            grammar holds (`Constraint.left_out`) can be missed; or why it is not checked.
 
     Raises:
         InvalidInput: a choice that is none of the tools, a schema that cannot be enforced, an unknown form.
@@ -255,7 +255,11 @@ class ChatAnswer:
     def _checked(self, call: ParsedCall) -> ParsedCall | InvalidCall:
         """The call; where it is strict and does not follow its schema, none that can be made."""
         check = self._checks.get(call.name)
-        problem = None if check is None else check.problem_with(call.arguments)
+        try:
+            problem = None if check is None else check.problem_with(call.arguments)
+        except Unchecked as error:
+            self._miss(f"the arguments of {call.name} are not checked: {error}")
+            return call
         if problem is None:
             return call
         self._miss(f"the arguments of {call.name} do not follow their schema: {problem}")
@@ -270,6 +274,9 @@ class ChatAnswer:
             return
         try:
             problem = self._checks[None].problem_with(json.loads(self.content))
+        except Unchecked as error:
+            self._miss(f"the answer is not checked: {error}")
+            return
         except (ValueError, RecursionError) as error:
             problem = str(error)
         if problem is not None:

@@ -10,8 +10,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 import jsonschema_rs
+from jsonschema_rs import ValidationErrorKind as _Kind
 from llguidance import LLMatcher
 
 from am_memory.errors import InvalidInput
@@ -24,8 +26,15 @@ JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separato
 MAX_CHECK_STEPS = 2_000_000
 """Looks at a value; a schema of many alternatives within each other would ask for more than anybody waits for."""
 MAX_CHECK_DEPTH = 64
-MAX_BACKTRACKS = 100_000
+MAX_BACKTRACKS = 1_000
+"""Of one pattern at one text; each may cost as much as a step of the check does."""
+CHARS_PER_STEP = 8
+"""Of a text that a pattern, or anything else, looks at in one step."""
 MAX_REASON_CHARS = 300
+
+_LOOKS_BACK = re.compile(r"\(\?(?!:)|\\[^dDsSwWbBnrtfv.^$*+?()\[\]{}|/-]|[+*?}]\+")
+"""In patterns that may backtrack: lookaround, references, and what else is more than a regular expression."""
+_REPEATS = re.compile(r"\{(\d{1,9})(?:,(\d{0,9}))?\}")
 
 _MAPS = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
@@ -81,10 +90,15 @@ def left_out_by(warnings: Iterable[str]) -> set[str]:
     return found
 
 
+class Unchecked(Exception):
+    """Whether a value is of a schema is not known: finding it out would take too long. No fault of the value's."""
+
+
 class Check:
     """Whether a value is of a schema, all of it.
 
     Patterns are those of JSON Schema; one that is no pattern there is not looked at.
+    A check has one budget, `MAX_CHECK_STEPS`, for all that its schema and its patterns may look at in a value.
 
     Raises:
         InvalidInput: the schema is none, or refers to something outside of it.
@@ -97,17 +111,26 @@ class Check:
         self._validator = _validator(self._schema)
 
     def problem_with(self, value: object) -> str | None:
-        """What is wrong with a value; None where it is of the schema."""
+        """What is wrong with a value; None where it is of the schema.
+
+        Raises:
+            Unchecked: it would take too long.
+        """
         try:
             depth, size = _depth_and_size(value)
             num_steps = _Steps(self._schema).along(self._schema, depth) * size
         except RecursionError:
             num_steps = MAX_CHECK_STEPS + 1
         if num_steps > MAX_CHECK_STEPS:
-            return "it cannot be checked against its schema: there are too many alternatives within each other"
+            raise Unchecked(
+                "it cannot be checked against its schema: there are too many alternatives within each other, or "
+                "patterns"
+            )
         error = next(self._validator.iter_errors(value), None)
         if error is None:
             return None
+        if isinstance(error.kind, (_Kind.BacktrackLimitExceeded, _Kind.RegexEngineFailure)):
+            raise Unchecked("it cannot be checked against its schema: a pattern is tried for too long")
         place = "".join(f"[{step!r}]" for step in error.instance_path)
         return f"{place + ': ' if place else ''}{_shortened(error.message)}"
 
@@ -255,7 +278,7 @@ class _Steps:
         key = id(schema), depth
         if key not in self._found:
             self._found[key] = MAX_CHECK_STEPS + 1  # where it refers to itself without going deeper
-            count = 1 + sum(self.along(part, depth) for part in self._in_place(schema))
+            count = 1 + sum(self.along(part, depth) for part in self._in_place(schema)) + _pattern_steps(schema)
             deeper = [self.along(part, depth - 1) for part in self._below(schema)]
             named = [self.along(part, depth - 1) for part in _mapping(schema.get("properties")).values()]
             listed = [self.along(part, depth - 1) for part in _list(schema.get("prefixItems"))]
@@ -280,10 +303,25 @@ class _Steps:
         yield from _mapping(schema.get("patternProperties")).values()
 
 
+def _pattern_steps(schema: Schema) -> int:
+    """Of the schema's own patterns at a text of one step: at worst, each backtrack reads the text in each state."""
+    count = 0
+    for pattern in (schema.get("pattern"), *_mapping(schema.get("patternProperties"))):
+        if isinstance(pattern, str):
+            repeats = [int(most or least) for least, most in _REPEATS.findall(pattern)]
+            num_states = max(prod(max(each, 1) for each in repeats), len(pattern) // 2)
+            count += (MAX_BACKTRACKS if _LOOKS_BACK.search(pattern) else 1) * (1 + (num_states // 32) ** 3)
+    return count
+
+
 def _depth_and_size(value: object) -> tuple[int, int]:
+    """How deep it is, and how many steps one look at all of its values and names takes."""
+    if isinstance(value, str):
+        return 1, 1 + len(value) // CHARS_PER_STEP
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     found = [_depth_and_size(each) for each in inner]
-    return 1 + max((depth for depth, _ in found), default=0), 1 + sum(size for _, size in found)
+    names = sum(len(name) // CHARS_PER_STEP for name in value) if isinstance(value, dict) else 0
+    return 1 + max((depth for depth, _ in found), default=0), 1 + names + sum(size for _, size in found)
 
 
 def _mapping(value: object) -> Mapping[str, object]:

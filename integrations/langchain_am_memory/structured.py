@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Literal, cast
 
@@ -22,7 +23,9 @@ from langchain_core.utils.function_calling import convert_to_json_schema, conver
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import ConfigDict
 
-from am_memory.json_schemas import Check
+from am_memory.json_schemas import Check, Unchecked
+
+logger = logging.getLogger("am_memory.langchain")
 
 Method = Literal["function_calling", "json_schema", "json_mode"]
 
@@ -35,7 +38,11 @@ class _Checked(BaseCumulativeTransformOutputParser[Any]):
     check: Check
 
     def _require(self, value: Any) -> None:
-        problem = None if value is None else self.check.problem_with(value)
+        try:
+            problem = None if value is None else self.check.problem_with(value)
+        except Unchecked as error:
+            logger.warning("the answer is not checked: %s", error)
+            return
         if problem is not None:
             raise OutputParserException(f"the answer does not follow its schema: {problem}", json.dumps(value))
 

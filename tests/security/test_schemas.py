@@ -7,12 +7,27 @@ from contextlib import suppress
 
 import pytest
 
+from am_memory.chat import ChatAnswer, ChatRequest
 from am_memory.constraints import json_schema
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidInput
-from am_memory.json_schemas import Check
+from am_memory.json_schemas import Check, Unchecked
+from am_memory.memory import Memory
+from am_memory.policy import MemoryPolicy
+from am_memory.threads import Threads
+from am_memory.tool_calls import ParsedCall
 
-UNCHECKED = "it cannot be checked against its schema: there are too many alternatives within each other"
+UNCHECKED = "cannot be checked against its schema: there are too many alternatives within each other, or patterns"
+
+
+@pytest.fixture
+def chat_answer(engine: TransformersEngine) -> ChatAnswer:
+    parameters = {"type": "object", "properties": {"a": {"type": "string", **LOOKS}}}
+    tool = {"type": "function", "function": {"name": "add", "strict": True, "parameters": parameters}}
+    return ChatAnswer(
+        Threads(Memory(engine, MemoryPolicy(trigger_tokens=512))),
+        ChatRequest([{"role": "user", "content": "hello"}], tools=[tool]),
+    )
 
 
 def nested(depth: int, value: object = "x") -> object:
@@ -29,7 +44,7 @@ def test_nothing_is_fetched_for_a_schema(engine: TransformersEngine, place: str)
         listener.settimeout(0)
         schema = {place: f"http://127.0.0.1:{listener.getsockname()[1]}/schema", "uniqueItems": True}
         for make in (lambda: json_schema(engine, schema), lambda: Check(schema).problem_with([1])):
-            with suppress(InvalidInput):
+            with suppress(InvalidInput, Unchecked):
                 make()
         with pytest.raises(BlockingIOError):
             listener.accept()
@@ -39,7 +54,60 @@ def test_nothing_is_fetched_for_a_schema(engine: TransformersEngine, place: str)
     "pattern", ["^(?=a)(a+)+$", "^(?=a)(a|a)*$", r"^(?=a)(a*)*\1$", "^(?=a)(.*)(.*)(.*)(.*)(.*)b$"]
 )
 def test_a_pattern_that_would_be_tried_for_ever_is_given_up(pattern: str) -> None:
-    assert Check({"type": "string", "pattern": pattern}).problem_with("a" * 5000 + "!")
+    with suppress(Unchecked):
+        assert Check({"type": "string", "pattern": pattern}).problem_with("a" * 5000 + "!")
+
+
+LOOKS = {"pattern": "^(?:((?=a)a|(?=a)a)+b|a+)$"}  # takes 2^n backtracks for n letters
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        (LOOKS, "a" * 14),
+        ({"not": {"not": LOOKS}}, "a" * 14),
+        ({"anyOf": [LOOKS, {"type": "null"}]}, "a" * 14),
+        ({"propertyNames": LOOKS}, {"a" * 14: 1}),
+        ({"patternProperties": {LOOKS["pattern"]: {}}, "additionalProperties": False}, {"a" * 14: 1}),
+        ({"items": LOOKS, "uniqueItems": True}, ["a" * 14]),
+    ],
+)
+def test_a_pattern_that_is_given_up_is_not_the_values_fault(schema: dict, value: object) -> None:
+    with pytest.raises(Unchecked, match="a pattern is tried for too long"):
+        Check(schema).problem_with(value)
+
+
+def several(number: int) -> list[dict]:
+    return [{"pattern": f"^(?:((?=a)a|(?=a)a)+b{i}|a+)$"} for i in range(number)]
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        ({"items": {"not": {"not": {"allOf": several(400)}}}}, ["a" * 9] * 10),
+        ({"items": {"allOf": several(50)}}, ["a" * 9] * 100),
+        ({"propertyNames": {"allOf": several(400)}}, {"a" * 9 + str(i): 1 for i in range(10)}),
+        ({"patternProperties": {each["pattern"]: {} for each in several(400)}}, {f"a{i}": 1 for i in range(10)}),
+        ({"$defs": {"p": several(1)[0]}, "items": {"allOf": [{"$ref": "#/$defs/p"}] * 400}}, ["a" * 9] * 10),
+        ({"pattern": "(?:(?=[ab]*a[ab]{500}c)b|[ab])*c"}, "ab" * 500),  # few backtracks, each of many states
+        ({"pattern": "(?:(?=[ab]*a([ab]{50}){50}c)b|[ab])*c"}, "ab" * 500),
+        ({"pattern": "(?:(?=a*b)a|a)*$c"}, "a" * 100_000),  # few backtracks, each over a long text
+    ],
+)
+def test_many_patterns_at_many_texts_are_not_all_tried(
+    monkeypatch: pytest.MonkeyPatch, schema: dict, value: object
+) -> None:
+    """Each of them stays below its own limit; all together held the device's thread for seconds."""
+    check = Check(schema)
+    monkeypatch.setattr(check, "_validator", None)  # it is not even begun
+    with pytest.raises(Unchecked, match=UNCHECKED):
+        check.problem_with(value)
+
+
+def test_a_strict_call_that_cannot_be_checked_is_a_call(chat_answer: ChatAnswer) -> None:
+    call = ParsedCall("add", {"a": "a" * 14})
+    assert chat_answer._checked(call) is call
+    assert "the arguments of add are not checked: it cannot be checked" in str(chat_answer.schema_error)
 
 
 R = {"$ref": "#"}
@@ -62,7 +130,8 @@ LEVELS = {f"d{i}": {"anyOf": [{"items": {"$ref": f"#/$defs/d{i + 1}"}}] * 2, "un
     ],
 )
 def test_alternatives_within_each_other_are_not_all_tried(schema: dict, value: object) -> None:
-    assert Check(schema).problem_with(value) == UNCHECKED
+    with pytest.raises(Unchecked, match=UNCHECKED):
+        Check(schema).problem_with(value)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +139,9 @@ def test_alternatives_within_each_other_are_not_all_tried(schema: dict, value: o
     [
         ({"properties": {"left": {"anyOf": [R, {"type": "null"}]}, "right": {"anyOf": [R, {"type": "null"}]}}}, "tree"),
         ({"type": "object", "properties": {f"p{i}": {"enum": [*range(20)]} for i in range(400)}}, {f"p{i}": i % 20 for i in range(400)}),
+        ({"items": {"pattern": r"^(?=.*\d)(?=.*[a-z])[a-z\d-]{8,40}$"}}, [f"item-{i:04}" for i in range(200)]),
+        ({"items": {"pattern": r"^[A-Z]{3}-\d{1,50}$"}, "uniqueItems": True}, [f"ABC-{i}" for i in range(5000)]),
+        ({"properties": {"text": {"pattern": r"^(?!\s).*\S$"}}}, {"text": "words of an answer " * 500 + "."}),
         ({"type": "array", "items": {"anyOf": [{"const": i} for i in range(40)]}}, [i % 40 for i in range(1000)]),
     ],
 )  # fmt: skip
