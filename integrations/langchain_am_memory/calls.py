@@ -9,7 +9,7 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from am_memory import MemoryPolicy, Sampling
 from am_memory.chat import ChatRequest
-from am_memory.errors import InvalidInput, unknown
+from am_memory.errors import InvalidInput, require_whole, unknown
 
 if TYPE_CHECKING:
     from langchain_am_memory.chat_models import ChatAMMemory
@@ -46,16 +46,19 @@ class Call:
         self.parallel_calls: bool | None = kwargs.pop("parallel_tool_calls", None)
         choice = one_choice(kwargs.pop("tool_choice", None), self.tools)
         self.tool_choice: str | None = "required" if choice == "any" else choice
-        self.max_tokens = int(kwargs.pop("max_tokens", None) or model.max_tokens)
+        max_tokens = kwargs.pop("max_tokens", None)
+        self.max_tokens: int = model.max_tokens if max_tokens is None else max_tokens
+        require_whole(1, max_tokens=self.max_tokens)
         self.response_format = kwargs.pop("response_format", None)
         self.sampling = self._sampling(model, kwargs, stop)
 
     def _sampling(self, model: ChatAMMemory, kwargs: dict[str, Any], stop: list[str] | None) -> Sampling:
-        own = {name: getattr(model, name) for name in Sampling.model_fields if name != "stop"}
+        own = {name: getattr(model, name) for name in Sampling.model_fields}
         asked = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
         values = {name: value for name, value in {**own, **asked}.items() if value is not None}
-        default = self.threads.memory.sampling
-        return Sampling(**{**default.model_dump(), **values, "stop": tuple(stop or model.stop or default.stop)})
+        if stop not in (None, []):
+            values["stop"] = stop
+        return Sampling(**{**self.threads.memory.sampling.model_dump(), **values})
 
     def request(self, messages: list[dict[str, Any]], thread: str) -> ChatRequest:
         return ChatRequest(

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from threading import Lock
-from typing import Any
+from typing import Any, get_args
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.exceptions import ContextOverflowError
@@ -34,6 +34,12 @@ from langchain_am_memory.workers import worker_of
 
 Limit = tuple[str, int | float]
 """("tokens", a number) or ("fraction", a share), as LangChain's middleware has them."""
+
+OF_LOADING = (
+    *("engine", "device", "dtype", "compile", "store"),
+    *("trust_messages", "window_tokens", "trust_remote_code"),
+)
+"""Settings by which a model is loaded, so that they say nothing of a `Memory` that is made."""
 
 _loading = Lock()
 
@@ -114,9 +120,7 @@ class ChatAMMemory(BaseChatModel):
         self._memory_policy()
         check_names(self.model_kwargs)
         given = [
-            name
-            for name in ("device", "dtype", "compile", "store", "trust_messages", "window_tokens", "trust_remote_code")
-            if getattr(self, name) not in (None, False)
+            name for name in OF_LOADING if name in self.model_fields_set and getattr(self, name) not in (None, False)
         ]
         if isinstance(self.model, Memory) and given:
             raise InvalidInput(f"{', '.join(given)} cannot be set on a Memory that is made: give it to the Memory")
@@ -134,15 +138,19 @@ class ChatAMMemory(BaseChatModel):
             changes["trigger_tokens"] = int(size) if kind == "tokens" else float(size)
         if self.keep is not None:
             kind, size = self.keep
-            if kind == "tokens":
-                trigger = changes.get("trigger_tokens", policy.trigger_tokens)
-                if isinstance(trigger, float):
-                    raise InvalidPolicy(
-                        f"keep={self.keep} in tokens needs a trigger in tokens, not {trigger:.0%} of the window: give "
-                        'trigger=("tokens", ...), or keep=("fraction", ...)'
-                    )
-                size = size / trigger
-            changes["compact_fraction"] = 1 - size
+            trigger = changes.get("trigger_tokens", policy.trigger_tokens)
+            if kind == "tokens" and isinstance(trigger, float):
+                raise InvalidPolicy(
+                    f"keep={self.keep} in tokens needs a trigger in tokens, not {trigger:.0%} of the window: give "
+                    'trigger=("tokens", ...), or keep=("fraction", ...)'
+                )
+            whole = trigger if kind == "tokens" else 1
+            if not 0 <= size < whole:
+                raise InvalidPolicy(
+                    f"keep={self.keep} with a trigger of {trigger}: what a compaction leaves exact is at least 0 and "
+                    f"below {whole}; lower keep, or raise trigger"
+                )
+            changes["compact_fraction"] = 1 - size / whole
         return policy.with_changes(**changes)
 
     # What it runs on
@@ -447,7 +455,12 @@ class ChatAMMemory(BaseChatModel):
                 "function_calling": it is a forced call of a tool with that schema.
             include_raw: give {"raw", "parsed", "parsing_error"} in place of what was parsed.
             strict: accepted for other providers' sake; a schema is always strict here.
+
+        Raises:
+            InvalidInput: another method, or an argument that it does not take.
         """
         if wrong := unknown(kwargs, ("method", "include_raw", "strict")):
             raise InvalidInput(f"with_structured_output takes no {wrong}")
+        if method not in get_args(Method):
+            raise InvalidInput(f"method is {method!r}: give one of {', '.join(get_args(Method))}")
         return structured(self, schema, method, include_raw=include_raw)

@@ -545,6 +545,71 @@ def test_keep_in_tokens_needs_a_trigger_in_tokens() -> None:
         ChatAMMemory(model="demo", trigger=("fraction", 0.5), keep=("tokens", 1000))
 
 
+@pytest.mark.parametrize(
+    ("keep", "words"),
+    [
+        (
+            ("tokens", 5000),
+            r"keep=\('tokens', 5000\) with a trigger of 4000: .* below 4000; lower keep, or raise trigger",
+        ),
+        (("tokens", 4000), "with a trigger of 4000"),
+        (("tokens", -1), "at least 0"),
+        (("fraction", 1.0), r"keep=\('fraction', 1.0\) .* below 1;"),
+    ],
+)
+def test_a_keep_that_leaves_nothing_to_compact_is_refused_by_its_name(keep: tuple[str, float], words: str) -> None:
+    """A `compact_fraction` below 0 was complained of, which nobody had set."""
+    with pytest.raises(InvalidPolicy, match=words):
+        ChatAMMemory(model="demo", trigger=("tokens", 4000), keep=keep)
+
+
+def test_a_keep_of_a_trigger_of_nothing_is_refused() -> None:
+    with pytest.raises(InvalidPolicy, match="with a trigger of 0"):
+        ChatAMMemory(model="demo", trigger=("tokens", 0), keep=("tokens", 0))
+
+
+@pytest.mark.parametrize("name", ["llama_cpp", "transformers"])
+def test_an_engine_beside_a_memory_is_refused(new_model: NewModel, name: str) -> None:
+    with pytest.raises(InvalidInput, match="engine cannot be set on a Memory that is made"):
+        new_model(engine=name)
+
+
+def test_a_structured_output_by_another_method_is_refused(new_model: NewModel) -> None:
+    with pytest.raises(InvalidInput, match="method is 'bogus': give one of function_calling, json_schema, json_mode"):
+        new_model().with_structured_output(Weather, method="bogus")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_tokens": 0}, "max_tokens is 0: give a whole number, at least 1"),
+        ({"max_tokens": 2.5}, "max_tokens is 2.5"),
+        ({"max_tokens": "9"}, "max_tokens is '9'"),
+        ({"stop": 5}, "stop 5: "),
+        ({"stop": 0}, "stop 0: "),
+        ({"stop": "abc"}, "stop 'abc': "),
+        ({"stop": [5]}, "stop.0 5: "),
+    ],
+)
+def test_bad_options_of_a_call_are_refused_by_their_values(
+    new_model: NewModel, options: dict[str, Any], words: str
+) -> None:
+    """No tokens at all were the default's number, and one text to stop at was each of its characters."""
+    with pytest.raises(InvalidInput, match=words):
+        new_model().invoke("hello", **options)
+    with pytest.raises(InvalidInput, match=words):
+        new_model(model_kwargs=options).invoke("hello")
+
+
+def test_stops_are_those_of_the_call_then_of_model_kwargs_then_of_the_model(new_model: NewModel) -> None:
+    def stops(of_call: list[str] | None, **fields: Any) -> tuple[str, ...]:
+        return Call(new_model(**fields), {}, of_call).sampling.stop
+
+    assert stops(["a"], stop=["b"], model_kwargs={"stop": ["c"]}) == ("a",)
+    assert stops(None, stop=["b"], model_kwargs={"stop": ["c"]}) == ("c",)
+    assert stops(None, stop=["b"]) == stops([], stop=["b"]) == ("b",)
+
+
 def test_a_limit_of_another_kind_is_refused() -> None:
     with pytest.raises(InvalidPolicy, match="keep=.*messages.*give"):
         ChatAMMemory(model="demo", keep=("messages", 20))
