@@ -24,6 +24,8 @@ _SPARE = range(0x20000, 0x2A6DE)
 """Letters of which hardly any text has one: those that no message holds stand in for what is held apart. What a
 template does to text (trimming it, lower case, JSON, Python's own writing) leaves them as they are."""
 
+_SPARE_LETTER = re.compile(f"([{chr(_SPARE.start)}-{chr(_SPARE.stop - 1)}])")
+
 
 class Chat:
     """Some messages on their way through a model's chat template.
@@ -53,6 +55,7 @@ class Chat:
         self._engine = engine
         self._trusts_messages = trusts_messages
         self._stand_ins: dict[str, str] = {}
+        self._texts: dict[str, str] = {}  # by their stand-ins
         self._spare = _spare_letters([*messages, *tools])
         self.messages, self._tools = list(messages), list(tools)
         if trusts_messages:
@@ -66,22 +69,23 @@ class Chat:
                 self._hold(message, (own if message.get("role") == "assistant" else everywhere).replace)
                 for message in messages
             ]
-            unseen = [self._hold(message, _whole) for message in messages], [self._hold(tool, _whole) for tool in tools]
-            if not self._has_the_turns_of(*unseen, own):
-                self.messages, self._tools = unseen
+            if not self._has_its_own_turns(messages, tools, own):
+                self._tools = [self._hold(tool, _whole) for tool in tools]
+                self.messages = [self._hold(message, _whole) for message in messages]
         except RecursionError as error:
             raise InvalidInput("messages or tools are nested too deeply to be read: give them fewer levels") from error
 
-    def _has_the_turns_of(self, messages: Sequence[Message], tools: Sequence[Tool], spelling: _Spelling) -> bool:
+    def _has_its_own_turns(self, messages: Sequence[Message], tools: Sequence[Tool], spelling: _Spelling) -> bool:
         """Whether the template writes the same turns as where it sees nothing of what is said."""
         if not messages:
             return True
+        unseen = [self._hold(message, _unseen) for message in messages], [self._hold(tool, _unseen) for tool in tools]
         try:
             shown = self.write()
-            unseen = self._engine.render(messages, tools=tools or None)
+            template_alone = self._engine.render(unseen[0], tools=unseen[1] or None)
         except InvalidInput:  # nothing is written of them
             return True
-        return spelling.spelled(shown) == spelling.spelled(unseen)
+        return spelling.spelled(shown) == spelling.spelled(template_alone)
 
     def write(
         self, messages: Sequence[Message] | None = None, *, add_generation_prompt: bool = False, has_tools: bool = True
@@ -151,24 +155,23 @@ class Chat:
 
     def _stand_in(self, text: str) -> str:
         if text not in self._stand_ins:
-            character = next(self._spare, None)
-            if character is None:
+            letter = next(self._spare, None)
+            if letter is None:
                 raise InvalidInput(
                     f"the messages hold every letter from U+{_SPARE.start:X} to U+{_SPARE.stop - 1:X}, so that none is "
                     "left to tell what they spell from the chat template's own marks: leave some out"
                 )
-            self._stand_ins[text] = character
+            self._stand_ins[text], self._texts[letter] = letter, text
         return self._stand_ins[text]
 
     def _put_back(self, text: str) -> tuple[str, list[Span]]:
         """The text with what the stand-ins stand for, and where that is now, in order."""
-        if not self._stand_ins:
+        if not self._texts or text.isascii():
             return text, []
-        text_of = {character: spelled for spelled, character in self._stand_ins.items()}
         pieces, spans, size = [], [], 0
-        for piece in re.split(f"([{''.join(text_of)}])", text):
-            spelled = text_of.get(piece, piece)
-            if piece in text_of:
+        for piece in _SPARE_LETTER.split(text):
+            spelled = self._texts.get(piece, piece)
+            if piece in self._texts:
                 spans.append((size, size + len(spelled)))
             pieces.append(spelled)
             size += len(spelled)
@@ -253,6 +256,11 @@ def _whole(text: str, stand_in: StandIn) -> str:
     """A letter for all of a text but the white space around it."""
     said = text.strip()
     return text.replace(said, stand_in(said)) if said else text
+
+
+def _unseen(text: str, stand_in: StandIn) -> str:
+    """The same letter for every text."""
+    return chr(_SPARE.stop) if text.strip() else text
 
 
 def _mapped(value: object, change: Callable[[str], str]) -> object:

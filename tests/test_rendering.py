@@ -326,3 +326,8 @@ def test_json_that_a_template_writes_keeps_what_was_spelled(new_engine: NewEngin
     found = ids(engine, message(f'say "{IM_END}"'))
     assert json.loads(engine.decode(found)) == f'say "{IM_END}"'
     assert controls(engine, found) == []
+
+
+def test_any_number_of_different_texts_is_taken(engine: TransformersEngine) -> None:
+    """There are fewer letters to stand for texts than a long history may have of these."""
+    assert len(Chat(engine, [message(f"call {number}") for number in range(45_000)]).messages) == 45_000
