@@ -19,7 +19,7 @@ from am_memory.json_schemas import Check, Unchecked
 from am_memory.policy import MemoryPolicy
 from am_memory.sampling import Sampling
 from am_memory.session import Piece, Session, TokenLogprob
-from am_memory.threads import Found, Threads, Turn
+from am_memory.threads import Call, Found, Threads, Turn
 from am_memory.tool_calls import (
     InvalidCall,
     ParsedCall,
@@ -123,6 +123,9 @@ class ChatAnswer:
 
     A conversation that is not kept leaves nothing behind.
 
+    Args:
+        call: of the request's thread, where it was called for before; None: it is called for now.
+
     Attributes:
         schema_error: what in a complete answer does not follow the schema that it was asked to; only a keyword that no
             grammar holds (`Constraint.left_out`) can be missed; or why it is not checked.
@@ -132,7 +135,7 @@ class ChatAnswer:
         UnsupportedOperation: the engine's tokenizer cannot be constrained.
     """
 
-    def __init__(self, threads: Threads, request: ChatRequest) -> None:
+    def __init__(self, threads: Threads, request: ChatRequest, call: Call | None = None) -> None:
         engine = threads.memory.engine
         self.request = request
         self.sampling = request.sampling or threads.memory.sampling
@@ -146,6 +149,7 @@ class ChatAnswer:
         self.finish_reason: FinishReason | None = None
         self.num_tokens = 0
         self._threads = threads
+        self._call = call or threads.called(request.thread)
         self._found: Found | None = None
         self._turn: Turn | None = None
         self._format = None if request.tool_choice == "none" else format
@@ -180,6 +184,7 @@ class ChatAnswer:
             thread=request.thread,
             owner=request.owner,
             policy=request.policy,
+            call=self._call,
         )
 
     def start(self) -> None:

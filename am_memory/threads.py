@@ -317,19 +317,24 @@ class Threads:
         thread: str = "default",
         owner: str = "",
         policy: MemoryPolicy | None = None,
+        call: Call | None = None,
     ) -> Found:
         """Look at a conversation, and get from the store what it may go on from. Needs no device.
+
+        Args:
+            call: of this thread, where it was `called` for before; None: it begins now.
 
         Raises:
             InvalidInput: no messages, or such as no chat template takes.
         """
-        call = self._called(thread)
+        call = call or self.called(thread)
         asked = Asked.of(self.memory.engine, messages, tools, policy or self.memory.policy, owner)
         with self._lock:
             is_known = self._longest(self._branches.values(), asked)[1] >= len(messages)
         return Found(asked, Saved(call) if is_known else self._saved(call, asked.keys))
 
-    def _called(self, thread: str) -> Call:
+    def called(self, thread: str) -> Call:
+        """A call of a thread that may wait before it looks for anything: deleted meanwhile, it is not kept."""
         call = Call(thread)
         with self._lock:
             self._calls.add(call)
@@ -526,7 +531,7 @@ class Threads:
 
         Needs no device: another thread may do it while sessions go on.
         """
-        call, stored = self._called(thread), self._stored(thread)
+        call, stored = self.called(thread), self._stored(thread)
         with self._lock:
             names = [name for name in stored if name not in self._branches]
         return self._read(call, names[:MAX_OPENED])
@@ -591,7 +596,7 @@ class Threads:
     def copying(self, thread: str, new_thread: str, saved: Saved | None = None) -> Iterator[Callable[[], None]]:
         """`copy`, one branch after another; gives what saves it, which needs no device."""
         saved = saved or self.saved(thread)
-        branches, call, copies = self.open(thread, saved), self._called(new_thread), list[str]()
+        branches, call, copies = self.open(thread, saved), self.called(new_thread), list[str]()
         for branch in branches:
             copied = Branch(branch.session.fork(), new_thread, branch.keys, branch.ends)
             if (kept := self._take(copied, None, call)) is not None:

@@ -17,6 +17,7 @@ from am_memory.engines.base import Engine
 from am_memory.events import CompactionFinished, CompactionStarted, Event, SessionRebuilt
 from am_memory.sampling import Sampling
 from am_memory.session import TokenLogprob
+from am_memory.threads import Call
 from am_memory_server import schemas, sse
 from am_memory_server.access import Owner
 from am_memory_server.errors import ApiError
@@ -59,7 +60,8 @@ async def create_chat_completion(body: schemas.ChatCompletionRequest, request: R
     conversation = conversation_of(body, request.headers)
     path = (owner, conversation)
     asked = _chat_request(service, body, path)
-    items = service.scheduler.stream(path, _job(service, path), lambda: _look(service, asked))
+    call = service.threads.called(asked.thread)  # now: it may be deleted while this waits for its place
+    items = service.scheduler.stream(path, _job(service, path), lambda: _look(service, asked, call))
     if not body.stream:
         return await sse.unless_disconnected(request, _whole(service, body, items))
     await sse.unless_disconnected(request, anext(items))  # an error before the answer begins has a status of its own
@@ -95,12 +97,12 @@ def conversation_of(body: schemas.ChatCompletionRequest, headers: Mapping[str, s
     return f"auto-{sha256(''.join(opening).encode()).hexdigest()[:16]}"
 
 
-def checked_name(name: str) -> str:
-    """The name of a conversation, if it can be one; raises ApiError."""
+def checked_name(name: str, param: str = "metadata") -> str:
+    """The name of a conversation, if it can be one; raises ApiError, which says where it was given."""
     limit = schemas.MAX_CONVERSATION_CHARS
     if not 0 < len(name) <= limit or not name.isprintable():
         raise ApiError(
-            400, f"{name[:50]!r} cannot name a conversation: give 1 to {limit} printable characters", param="metadata"
+            400, f"{name[:50]!r} cannot name a conversation: give 1 to {limit} printable characters", param=param
         )
     return name
 
@@ -140,9 +142,9 @@ def sampling_of(service: Service, asked: Mapping[str, Any]) -> Sampling:
     return Sampling(**{**service.memory.sampling.model_dump(), **asked})
 
 
-def _look(service: Service, request: ChatRequest) -> ChatAnswer:
+def _look(service: Service, request: ChatRequest, call: Call) -> ChatAnswer:
     """What of an answer needs no device: grammars, and what is known of the conversation."""
-    answer = ChatAnswer(service.threads, request)
+    answer = ChatAnswer(service.threads, request, call)
     answer.find()
     return answer
 

@@ -90,7 +90,7 @@ class Conversations:
         return CompactionView.model_validate(report_dict(report))
 
     def fork(self, id: str, new_id: str) -> Steps[MemoryView]:
-        thread, new = (thread_of((self.owner, checked_name(name))) for name in (id, new_id))
+        thread, new = (thread_of((self.owner, name)) for name in (id, checked_name(new_id, "id")))
         yield from self._newest(id)
         if new in (yield from aside(self.threads.names)):
             raise ApiError(409, f"there is a session {new_id!r} already: choose another id", code="session_exists")

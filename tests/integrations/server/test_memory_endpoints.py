@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from serving import NewServer, Server
+from am_memory_server.access import ANONYMOUS
+from serving import NewServer, Server, until
 
 SESSIONS = "/v1/memory/sessions"
 LONG = "a prompt longer than the cache, which is compacted as it is read. " * 12
@@ -161,6 +163,37 @@ def test_a_conversation_deleted_while_it_is_answered_does_not_come_back(http: ht
     assert http.get(SESSIONS).json()["data"] == []
     assert http.delete(f"{SESSIONS}/tea").status_code == 404
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_conversation_deleted_while_a_request_of_it_waits_does_not_come_back(
+    new_server: NewServer, tmp_path: Path, is_new: bool
+) -> None:
+    with new_server(store=tmp_path, max_active=1) as server, server.http() as http, ThreadPoolExecutor() as pool:
+        if not is_new:
+            say(http, "the owl's secret")
+        scheduler = server.service.scheduler
+        scheduler._streams.held[ANONYMOUS] += 1  # another answer of this owner
+        waiting = pool.submit(say, http, "the owl's other secret")
+        until(lambda: scheduler.num_waiting == 1, 20)
+        assert http.delete(f"{SESSIONS}/tea").status_code == 200
+        assert http.delete(f"{SESSIONS}/tea").status_code == 404
+        with scheduler._changed:
+            scheduler._streams.leave(ANONYMOUS)
+            scheduler._admit(scheduler._streams)
+        assert waiting.result().status_code == 200
+        assert http.get(SESSIONS).json()["data"] == []
+        assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+        say(http, "what is said after the deletion is kept")
+        assert [entry["id"] for entry in http.get(SESSIONS).json()["data"]] == ["tea"]
+
+
+@pytest.mark.parametrize("name", ["x" * 201, "two\nlines"])
+def test_a_name_that_no_fork_can_have_is_refused_where_it_was_given(http: httpx.Client, name: str) -> None:
+    say(http, "hello")
+    error = http.post(f"{SESSIONS}/tea/fork", json={"id": name}).json()["error"]
+    assert error["param"] == "id"
+    assert "cannot name a conversation: give 1 to 200" in error["message"]
 
 
 def test_what_cannot_be_read_is_listed_and_can_be_deleted(new_server: NewServer, tmp_path: Path) -> None:
