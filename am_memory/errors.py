@@ -7,6 +7,9 @@ from difflib import get_close_matches
 from numbers import Integral
 from typing import Any
 
+MAX_VALUE_CHARS = 100
+"""Of what is wrong, each end is told."""
+
 
 class AMMemoryError(Exception):
     """Base class: catching it catches everything that `am_memory` raises on purpose."""
@@ -129,5 +132,9 @@ def _problem(error: Mapping[str, Any], names: Sequence[str], *, shows_value: boo
     place = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         return f"there is no {unknown([place], names)}"
-    value = f" {error['input']!r}" if shows_value else ""
+    value = f" {_shortened(repr(error['input']))}" if shows_value else ""
     return f"{place}{value}: {error['msg']}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 2 * MAX_VALUE_CHARS else f"{text[:MAX_VALUE_CHARS]}...{text[-MAX_VALUE_CHARS:]}"

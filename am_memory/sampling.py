@@ -24,6 +24,10 @@ TEMPERATURES = 1e-30, 1e30
 """Beyond them, logits are divided into what float32 cannot say; at them, the likeliest token alone or all are left."""
 
 
+MAX_STOPS, MAX_STOP_CHARS = 16, 1_000
+"""What may begin a stop text is held back, and each of them is looked for at every token."""
+
+
 class Sampling(BaseModel):
     """How the next token is chosen; the names and the meaning are those of transformers' `GenerationConfig`.
 
@@ -31,7 +35,7 @@ class Sampling(BaseModel):
         temperature: 0 is greedy decoding.
         top_k, top_p, min_p: cut the tail of the distribution; None leaves it.
         repetition_penalty: above 1 makes tokens that are already in the context less likely.
-        stop: texts that end the generation; they are not given out.
+        stop: texts that end the generation; they are not given out. At most 16, of 1,000 characters each.
         seed: makes sampling repeatable.
 
     Raises:
@@ -45,7 +49,7 @@ class Sampling(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
-    stop: tuple[str, ...] = ()
+    stop: Annotated[tuple[Annotated[str, Field(max_length=MAX_STOP_CHARS)], ...], Field(max_length=MAX_STOPS)] = ()
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
 
     def __init__(self, **values: object) -> None:

@@ -192,3 +192,13 @@ def test_a_sampling_is_frozen_and_survives_json() -> None:
 def test_a_setting_that_there_is_not_is_refused_with_the_nearest_one() -> None:
     with pytest.raises(InvalidInput, match=r"there is no temprature \(did you mean temperature\?\)$"):
         Sampling(temprature=0.5)
+
+
+@pytest.mark.parametrize(
+    ("stop", "message"), [(("a" * 1001,), "at most 1000 characters"), (("a",) * 17, "at most 16 items")]
+)
+def test_stop_texts_are_few_and_short(stop: tuple[str, ...], message: str) -> None:
+    assert Sampling(stop=("a" * 1000,) * 16).stop[0] == "a" * 1000
+    with pytest.raises(InvalidInput, match=message) as refused:
+        Sampling(stop=stop)
+    assert len(str(refused.value)) < 500

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import SupportsIndex
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -168,3 +169,24 @@ def test_the_pieces_are_the_text_up_to_the_first_stop_that_is_complete(
     expected = text if seen is None else seen[: min(seen.find(each) for each in stop if each in seen)]
     assert actual == expected
     assert stream.is_stopped == (seen is not None)
+
+
+class CountedText(str):
+    """Counts how often it is looked into."""
+
+    looks = 0
+
+    def __getitem__(self, place: SupportsIndex | slice) -> str:
+        CountedText.looks += 1
+        return super().__getitem__(place)
+
+
+@pytest.mark.parametrize("pattern", ["a", "ab", "aab", "abacabad"])
+@pytest.mark.parametrize("ending", ["", "!", "a"])
+def test_a_stop_is_looked_into_once_a_character_however_much_of_it_is_held_back(pattern: str, ending: str) -> None:
+    """Each beginning of it was compared at each token: the square of what is held back, for every token."""
+    CountedText.looks = 0
+    text = (pattern * 2000)[:2000] + ending
+    stream = TextStream(lambda tokens: "".join(text[token] for token in tokens), [CountedText(pattern * 4000)])
+    assert "".join(pieces(stream, range(len(text)))) == text
+    assert CountedText.looks <= 4 * (len(text) + len(pattern * 4000))

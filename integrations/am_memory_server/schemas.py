@@ -17,6 +17,8 @@ from pydantic import (
     model_validator,
 )
 
+from am_memory.sampling import MAX_STOP_CHARS, MAX_STOPS
+
 MAX_CONVERSATION_CHARS = 200
 CONVERSATION_KEYS = ("conversation_id", "thread_id", "session_id", "chat_id")
 """Of `metadata`, in this order."""
@@ -191,7 +193,9 @@ class _Sampled(StrictBody):
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=16)] = []
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]], Field(max_length=MAX_STOPS)
+    ] = []
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None

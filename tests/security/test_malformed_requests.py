@@ -116,6 +116,8 @@ def test_a_number_beyond_all_numbers_is_not_told_to_the_model(http: httpx.Client
         (CHAT, {"messages": [{"role": "user"}]}, "messages.0"),
         (CHAT, {"messages": MESSAGES, "metadata": {"a": 1}}, "metadata.a"),
         (CHAT, {"messages": MESSAGES, "stop": ["a", ""]}, "stop.1"),
+        (CHAT, {"messages": MESSAGES, "stop": ["a", "b" * 1001]}, "stop.1"),
+        (TEXT, {"prompt": "hi", "stop": ["a"] * 17}, "stop"),
         (CHAT, {"messages": MESSAGES, "nonsense": 1}, "nonsense"),
         (TEXT, {"prompt": {}}, "prompt"),
         (TEXT, {"prompt": [1, "a"]}, "prompt.1"),
