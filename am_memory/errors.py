@@ -106,6 +106,13 @@ def require_whole(least: int, **numbers: Any) -> None:
             raise InvalidInput(f"{name} is {number!r}: give a whole number, at least {least}")
 
 
+def require_flags(**flags: object) -> None:
+    """Raise InvalidInput for what is neither True nor False, nor None, which leaves it open."""
+    for name, flag in flags.items():
+        if flag is not None and not isinstance(flag, bool):
+            raise InvalidInput(f"{name} is {flag!r}: give True or False")
+
+
 def unknown(given: Iterable[str], known: Iterable[str]) -> str:
     """The names that are not known, each with the one that it may be meant for; "" where there are none."""
     names = sorted(known)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from am_memory import MemoryPolicy, Sampling
 from am_memory.chat import ChatRequest
-from am_memory.errors import InvalidInput, require_whole, unknown
+from am_memory.errors import InvalidInput, require_flags, require_whole, unknown
 
 if TYPE_CHECKING:
     from langchain_am_memory.chat_models import ChatAMMemory
@@ -26,10 +26,21 @@ OF_LANGCHAIN = frozenset({"thread_id", "stream", "ls_structured_output_format", 
 """What LangChain and we take out of a call's arguments before it comes to be made."""
 
 
-def check_names(given: Iterable[str]) -> None:
-    """Raise InvalidInput for names of arguments that no call takes."""
+def check_arguments(given: Mapping[str, Any]) -> None:
+    """Raise InvalidInput for names of arguments that no call takes, and for values that are none of theirs."""
     if wrong := unknown(given, NAMES | OF_LANGCHAIN):
         raise InvalidInput(f"unknown arguments: {wrong}: see ChatAMMemory for what a call takes")
+    require_flags(**{name: given.get(name) for name in ("strict", "parallel_tool_calls")})
+    require_policy(memory_policy=given.get("memory_policy"))
+    if (max_tokens := given.get("max_tokens")) is not None:
+        require_whole(1, max_tokens=max_tokens)
+
+
+def require_policy(**policies: object) -> None:
+    """Raise InvalidInput for what is no policy, nor None, which leaves it to the model."""
+    for name, policy in policies.items():
+        if policy is not None and not isinstance(policy, MemoryPolicy):
+            raise InvalidInput(f"{name} is {policy!r}: give a MemoryPolicy, such as MemoryPolicy(trigger_tokens=4096)")
 
 
 class Call:
@@ -37,7 +48,7 @@ class Call:
 
     def __init__(self, model: ChatAMMemory, kwargs: dict[str, Any], stop: list[str] | None) -> None:
         kwargs = {**model.model_kwargs, **kwargs}
-        check_names(kwargs)
+        check_arguments(kwargs)
         override = kwargs.pop("model", None)
         self.policy: MemoryPolicy = kwargs.pop("memory_policy", None) or model._memory_policy()
         self.model_name = str(override or model._model_name)
@@ -86,22 +97,34 @@ def openai_tools(tools: Sequence[Any] | None, *, strict: bool | None = None) -> 
     return [{**tool, "function": {**tool["function"], "strict": strict}} for tool in converted]
 
 
-def one_choice(choice: dict[str, Any] | str | bool | None, tools: list[dict[str, Any]]) -> Any:
+def one_choice(choice: object, tools: list[dict[str, Any]]) -> str | None:
     """The choice in one form: None, "auto", "none", "any", or a tool's name.
 
+    Args:
+        choice: one of these, a truth value, or a mapping as the APIs of OpenAI or Anthropic have it.
+
     Raises:
-        InvalidInput: the name of no tool.
+        InvalidInput: the name of no tool, or none of these forms.
     """
-    if choice in (None, False, "auto", "none"):
-        return choice or None
-    if choice in ("any", "required", True):
-        return "any"
-    name = _name(choice)
-    names = [tool["function"]["name"] for tool in tools]
-    if name not in names:
-        raise InvalidInput(f"tool_choice {name!r} is none of the tools: {', '.join(names) or 'there are none'}")
-    return name
-
-
-def _name(choice: Any) -> str:
-    return str(choice["function"]["name"] if isinstance(choice, dict) else choice)
+    match choice:
+        case None | False:
+            return None
+        case True | "any" | "required":
+            return "any"
+        case "auto" | "none":
+            return choice
+        case {"type": "auto" | "none" | "any" | "required" as kind, **others} if not others:
+            return one_choice(kind, tools)
+        case (
+            str(name)
+            | {"type": "function", "function": {"name": str(name)}}
+            | {"type": "function" | "tool", "name": str(name)}
+        ):
+            names = [tool["function"]["name"] for tool in tools]
+            if name not in names:
+                raise InvalidInput(f"tool_choice {name!r} is none of the tools: {', '.join(names) or 'there are none'}")
+            return name
+    raise InvalidInput(
+        f'tool_choice is {choice!r}: give "auto", "none", "any", the name of a tool, or '
+        '{"type": "function", "function": {"name": ...}}'
+    )

@@ -26,7 +26,7 @@ from am_memory.errors import CompactionFailed, InvalidInput, InvalidPolicy, Prom
 from am_memory.threads import Threads
 from langchain_am_memory import threads_of
 from langchain_am_memory.answers import PROVIDER, Chunks, whole
-from langchain_am_memory.calls import Call, check_names, one_choice, openai_tools
+from langchain_am_memory.calls import Call, check_arguments, one_choice, openai_tools
 from langchain_am_memory.compactions import Run, ToldLater, listener
 from langchain_am_memory.messages import to_openai
 from langchain_am_memory.structured import Method, structured
@@ -109,7 +109,7 @@ class ChatAMMemory(BaseChatModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _check_names(cls, given: Any) -> Any:
+    def _check_arguments(cls, given: Any) -> Any:
         aliases = {field.alias for field in cls.model_fields.values() if field.alias is not None}
         if wrong := unknown(given, cls.model_fields.keys() | aliases):
             raise InvalidInput(f"ChatAMMemory takes no {wrong}")
@@ -118,7 +118,7 @@ class ChatAMMemory(BaseChatModel):
     @model_validator(mode="after")
     def _check_settings(self) -> ChatAMMemory:
         self._memory_policy()
-        check_names(self.model_kwargs)
+        check_arguments(self.model_kwargs)
         given = [
             name for name in OF_LOADING if name in self.model_fields_set and getattr(self, name) not in (None, False)
         ]
@@ -404,9 +404,9 @@ class ChatAMMemory(BaseChatModel):
         """The model with arguments for every call.
 
         Raises:
-            InvalidInput: the name of an argument that no call takes.
+            InvalidInput: the name of an argument that no call takes, or a value that is none of its.
         """
-        check_names(kwargs)
+        check_arguments(kwargs)
         return super().bind(**kwargs)
 
     def bind_tools(
@@ -423,18 +423,20 @@ class ChatAMMemory(BaseChatModel):
         Args:
             tools: anything that LangChain can make a function's schema of.
             tool_choice: "auto" (None) leaves it to the model, "none" forbids calls, "any" (or "required", or True)
-                forces one, and so does the name of a tool, or {"type": "function", "function": {"name": ...}}. What is
-                forced is guaranteed, by constrained decoding.
+                forces one, and so does the name of a tool. Mappings as the APIs of OpenAI and Anthropic have them say
+                the same: {"type": "function", "function": {"name": ...}}, {"type": "tool", "name": ...},
+                {"type": "any"}. What is forced is guaranteed, by constrained decoding.
             parallel_tool_calls: False: an answer has one call at most; True: a forced one may have several, as a free
                 one may in any case.
             strict: arguments follow their schema where the model chooses to call, too; None: as each tool says itself.
 
         Raises:
-            InvalidInput: a choice that is none of the tools, or an argument that no call takes.
+            InvalidInput: a choice of no known form or none of the tools, or an argument that no call takes.
         """
-        schemas = openai_tools(tools)
+        schemas, options = openai_tools(tools), {"parallel_tool_calls": parallel_tool_calls, "strict": strict}
+        given = {name: value for name, value in options.items() if value is not None}
         bound: Runnable[LanguageModelInput, AIMessage] = self.bind(
-            tools=schemas, tool_choice=one_choice(tool_choice, schemas), **kwargs
+            tools=schemas, tool_choice=one_choice(tool_choice, schemas), **given, **kwargs
         )
         return bound
 

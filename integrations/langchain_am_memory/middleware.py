@@ -21,8 +21,9 @@ from langgraph.types import Command
 from typing_extensions import NotRequired
 
 from am_memory import MemoryPolicy
-from am_memory.errors import CompactionFailed, InvalidInput, SessionChanged, SessionDeleted
+from am_memory.errors import CompactionFailed, InvalidInput, SessionChanged, SessionDeleted, require_flags, unknown
 from langchain_am_memory import threads_of
+from langchain_am_memory.calls import require_policy
 from langchain_am_memory.chat_models import ChatAMMemory
 from langchain_am_memory.compactions import listener
 
@@ -47,14 +48,26 @@ class AMMemoryMiddleware(AgentMiddleware[MemoryState, Any, Any]):
         policy: of this agent's conversations; None: the model's.
         compact_tool: give the agent a tool, `compact_memory`, with which it compacts its own memory.
         name: a name that lets it replace another middleware, such as "SummarizationMiddleware" of deep agents.
+
+    Raises:
+        InvalidInput: another argument, or a value that is none of theirs.
     """
 
     state_schema = MemoryState
 
     def __init__(
-        self, *, policy: MemoryPolicy | None = None, compact_tool: bool = False, name: str = "AMMemoryMiddleware"
+        self,
+        *,
+        policy: MemoryPolicy | None = None,
+        compact_tool: bool = False,
+        name: str = "AMMemoryMiddleware",
+        **others: Any,
     ) -> None:
         super().__init__()
+        if wrong := unknown(others, ("policy", "compact_tool", "name")):
+            raise InvalidInput(f"AMMemoryMiddleware takes no {wrong}")
+        require_flags(compact_tool=compact_tool)
+        require_policy(policy=policy)
         self.policy = policy
         self.tools: list[BaseTool] = [self._compact_tool()] if compact_tool else []
         self._name = name

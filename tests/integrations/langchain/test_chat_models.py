@@ -253,6 +253,64 @@ def test_the_name_of_no_tool_is_refused(new_model: NewModel) -> None:
         new_model().bind_tools([add], tool_choice="subtract")
 
 
+@pytest.mark.parametrize(
+    ("choice", "meant"),
+    [
+        *(("auto", "auto"), ({"type": "auto"}, "auto"), ({"type": "none"}, "none"), (False, None)),
+        *(("any", "any"), (True, "any"), ("required", "any"), ({"type": "any"}, "any"), ({"type": "required"}, "any")),
+        ({"type": "function", "function": {"name": "add"}}, "add"),
+        ({"type": "function", "name": "add"}, "add"),
+        ({"type": "tool", "name": "add"}, "add"),
+    ],
+)
+def test_a_choice_is_taken_as_the_well_known_apis_have_it(new_model: NewModel, choice: Any, meant: str | None) -> None:
+    assert new_model().bind_tools([add], tool_choice=choice).kwargs["tool_choice"] == meant
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        *({"type": "function"}, {"type": "tool"}, {"function": "add"}, {"function": {}}, {}, 3, ["add"]),
+        *({"type": "function", "function": {"name": 3}}, {"type": "any", "disable_parallel_tool_use": True}),
+    ],
+    ids=str,
+)
+def test_a_choice_in_no_known_form_is_refused(new_model: NewModel, choice: Any) -> None:
+    with pytest.raises(InvalidInput, match=r'tool_choice is .*: give "auto", "none", "any", the name of a tool'):
+        new_model().bind_tools([add], tool_choice=choice)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"strict": "yes"}, "strict is 'yes': give True or False"),
+        ({"parallel_tool_calls": "no"}, "parallel_tool_calls is 'no': give True or False"),
+        ({"parallel_tool_calls": 0}, "parallel_tool_calls is 0: give True or False"),
+        ({"max_tokens": "abc"}, "max_tokens is 'abc': give a whole number"),
+        ({"max_tokens": 2.7}, "max_tokens is 2.7: give a whole number"),
+        ({"memory_policy": {"trigger_tokens": 600}}, "memory_policy is .*: give a MemoryPolicy"),
+        ({"memory_policy": 3}, "memory_policy is 3: give a MemoryPolicy"),
+    ],
+    ids=str,
+)
+def test_a_value_that_is_none_of_its_arguments_is_refused(new_model: NewModel, given: dict, message: str) -> None:
+    model = new_model()
+    for take in (
+        lambda: model.bind_tools([add], **given),
+        lambda: model.bind(**given),
+        lambda: model.invoke("hello", **given),
+        lambda: new_model(model_kwargs=given),
+    ):
+        with pytest.raises(InvalidInput, match=message):
+            take()
+
+
+def test_what_is_said_of_calls_beside_tools_is_bound(new_model: NewModel) -> None:
+    """It was taken, and passed over."""
+    bound = new_model().bind_tools([add], strict=True, parallel_tool_calls=False)
+    assert (bound.kwargs["strict"], bound.kwargs["parallel_tool_calls"]) == (True, False)
+
+
 @pytest.mark.parametrize("choice", [None, "any"])
 @pytest.mark.parametrize(
     "options",

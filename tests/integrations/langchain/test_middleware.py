@@ -106,3 +106,17 @@ def test_another_model_is_refused() -> None:
     agent = create_agent(FakeListChatModel(responses=["hello"]), [], middleware=[AMMemoryMiddleware()])
     with pytest.raises(InvalidInput, match="not FakeListChatModel"):
         agent.invoke({"messages": [HumanMessage("hello")]})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"compact_tol": True}, r"AMMemoryMiddleware takes no compact_tol \(did you mean compact_tool\?\)"),
+        ({"compact_tool": "yes"}, "compact_tool is 'yes': give True or False"),
+        ({"policy": {"trigger_tokens": 600}}, "policy is .*: give a MemoryPolicy"),
+    ],
+    ids=str,
+)
+def test_what_is_no_setting_of_the_middleware_is_refused(given: dict, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        AMMemoryMiddleware(**given)
