@@ -373,7 +373,7 @@ class Context:
 
     def recall_again(self, start: int) -> None:
         """Go on with a recall that a saved session had; where originals or room are lacking, it has ended here."""
-        segment = next((segment for segment in self.cache.segments if segment.start == start), None)
+        segment = self._segment_at(start)
         if segment is None:
             return
         if self._have_room_for([segment]):
@@ -386,18 +386,23 @@ class Context:
         """Have the segment that begins at `start` exact, as the one recalled last, or compact again.
 
         Raises:
-            InvalidInput: there are no originals of it.
+            InvalidInput: there are no originals of it, or no such segment.
         """
         held = next((each for each in self.recalled if each.segment.start == start), None)
         if not is_exact and held is not None:
             self.cache.restore(put_away(self.transformers_cache.state(), held))
             self.notify(SpanPutAway(self.name, held.segment.start, held.segment.end, self.cache.kv_tokens))
         elif held is None:
-            self._bring_back(next(segment for segment in self.cache.segments if segment.start == start))
+            if (segment := self._segment_at(start)) is None:
+                raise InvalidInput(f"no segment begins at token {start}: there are {self.cache.segments}")
+            self._bring_back(segment)
             held = self.recalled[-1]
         others = tuple(each for each in self.recalled if each is not held)
         self.recalled = (*others, held) if is_exact else others
         self._note(start, is_exact=is_exact)
+
+    def _segment_at(self, start: int) -> Segment | None:
+        return next((segment for segment in self.cache.segments if segment.start == start), None)
 
     def _note(self, start: int, *, is_exact: bool) -> None:
         """In the schedule: what is read from now on sees the segment so."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from itertools import chain, pairwise
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from am_memory.events import PolicyChange
 from am_memory.layers import LayerState, SlidingState, TailState
 from am_memory.policy import MemoryPolicy
 from am_memory.quantised import Quantised, Rows
+from am_memory.schedule import ScheduledRecall
 from am_memory.session_file import SavedSession
 from am_memory.slots import PINNED_RANK
 
@@ -143,11 +145,23 @@ def _problem_of_schedule(saved: SavedSession) -> str:
         if older != ([] if made.plan.is_refit else held) or newest[0] != begins or newest[1] > made.at_tokens:
             return f"a compaction of tokens {newest[0]} to {newest[1]} behind segments {held}"
         held = [*older, newest]
+        if problem := _problem_of_recalls(made.recalls, {start for start, _ in held}):
+            return problem
     there = [(segment.start, segment.end) for segment in saved.state.segments]
     if there != held:
         return f"its compactions leave segments {held}, and it has {there}"
     if saved.state.num_pinned != (saved.num_pinned if held else 0):
         return f"{saved.state.num_pinned} tokens are pinned, and {saved.num_pinned} should be"
+    return ""
+
+
+def _problem_of_recalls(recalls: Sequence[ScheduledRecall], starts: Collection[int]) -> str:
+    """Segments that are there become exact, and of these some are compact again."""
+    exact = set[int]()
+    for recall in recalls:
+        if recall.start not in (starts if recall.is_exact else exact):
+            return f"a segment recalled or put away at token {recall.start}, where none is"
+        (exact.add if recall.is_exact else exact.discard)(recall.start)
     return ""
 
 

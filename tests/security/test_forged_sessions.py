@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -130,6 +131,27 @@ def test_contents_that_are_nested_too_deeply_are_refused(engine: TransformersEng
     data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
     file.tensors["session"] = data
     assert outcome(Memory(engine, POLICIES["plain"], store=tmp_path), file.sealed()) == "CorruptSession"
+
+
+@pytest.mark.parametrize("recalls", [
+    [[60, 7, True]],
+    [[60, 3, False]],
+    [[60, 3, True], [60, 3, False], [60, 3, False]],
+])  # fmt: skip
+def test_a_recall_of_what_is_no_segment_is_refused(
+    engine: TransformersEngine, tmp_path: Any, recalls: list[list[Any]]
+) -> None:
+    """It ended a rewind, much later, in an error that was not ours."""
+    memory = Memory(engine, POLICIES["originals"], store=tmp_path)
+    session = saved_session(memory)
+    session.recall(session.segments[0])
+    session.save()
+    file = File.of((tmp_path / "alice.safetensors").read_bytes())
+    assert file.content["schedule"][-1]["recalls"] == [[ANY, 3, True]]
+    loaded(engine, tmp_path, file, "originals")
+    file.content["schedule"][-1]["recalls"] = recalls
+    with pytest.raises(CorruptSession, match=r"recalled or put away at token .*, where none is"):
+        loaded(engine, tmp_path, file, "originals")
 
 
 def test_a_window_that_lacks_tokens_is_refused(sliding_engine: TransformersEngine, tmp_path: Any) -> None:
