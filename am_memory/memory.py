@@ -28,7 +28,7 @@ from am_memory.sampling import Sampling
 from am_memory.schedule import as_policy, under
 from am_memory.session import Session
 from am_memory.session_file import SavedSession
-from am_memory.storage import ANY, Store
+from am_memory.storage import Store
 from am_memory.watch import watched
 
 if TYPE_CHECKING:
@@ -275,10 +275,18 @@ class Memory:
         """
         return self._new("scratch", policy, tools)
 
-    def keep(self, session: Session, name: str) -> None:
-        """Keep a session under a name, in place of the one that has it; in the store, too, as soon as it is saved."""
+    def keep(self, session: Session, name: str, *, overwrite: bool = False) -> None:
+        """Keep a session under a name, in place of the one that has it; in the store, too, as soon as it is saved.
+
+        What somebody else has saved under that name, which neither of the two went on from, is not overwritten.
+
+        Args:
+            overwrite: it is, by the next save.
+        """
         session.rename(name)
-        session.saved_version = ANY
+        held = self._sessions.get(name)
+        if overwrite or (held is not None and held is not session):
+            session.take_place_of(None if overwrite else held)
         self._sessions[name] = session
 
     def release(self, name: str) -> None:

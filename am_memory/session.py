@@ -192,9 +192,16 @@ class Session:
         return self._context.trigger
 
     def rename(self, name: str) -> None:
-        """Give it another name, for events and the store."""
+        """Give it another name, for events and the store; under the same one it is what it was, deleted or not."""
+        if name == self.name:
+            return
         self._context.name = name
         self.saved_version, self._in_doubt, self._is_deleted = None, None, False
+
+    def take_place_of(self, other: Session | None) -> None:
+        """Be saved in place of what another one of the same name would be; None: of anything, or where nothing is."""
+        self.saved_version, self._in_doubt = (other.saved_version, other._in_doubt) if other else (ANY, None)
+        self._is_deleted = False
 
     def append(self, content: Content) -> int:
         """Add to the conversation and read it, compacting whenever the trigger is reached.
@@ -550,6 +557,11 @@ class Session:
     def deleted(self) -> None:
         """Take note that the memory has forgotten it: what goes on with it is not saved any more under this name."""
         self._is_deleted = True
+
+    @property
+    def is_deleted(self) -> bool:
+        """Whether the memory has forgotten it."""
+        return self._is_deleted
 
     def save(self, *, overwrite: bool = False) -> None:
         """Write the session to the memory's store, whole or not at all.

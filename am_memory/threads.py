@@ -76,10 +76,15 @@ class Branch:
         """Whether it can go on from there without reading anything again; if not, from no place before either."""
         return self.session.can_rewind(self.end_of(count))
 
-    def extends(self, other: Branch) -> bool:
-        """Whether the other's conversation is the beginning of this one."""
-        is_longer = self.thread == other.thread and len(self.keys) > len(other.keys)
-        return is_longer and self.keys[len(other.keys) - 1] == other.keys[-1]
+    @property
+    def was_saved(self) -> bool:
+        """Whether it lay in the store at some time."""
+        return self.session.saved_version not in (None, ANY)
+
+    def is_extended_by(self, other: Branch | Kept) -> bool:
+        """Whether its conversation is the beginning of the other's."""
+        is_longer = self.thread == other.thread and len(other.keys) > len(self.keys)
+        return is_longer and other.keys[len(self.keys) - 1] == self.keys[-1]
 
 
 class Kept(BaseModel):
@@ -391,7 +396,7 @@ class Threads:
                 "keys": list(branch.keys),
                 "ends": list(branch.ends),
             }
-            self.memory.keep(branch.session, name)
+            self.memory.keep(branch.session, name, overwrite=True)  # its name says all that is in it
             self._branches.pop(name, None)
             self._branches[name] = branch
         packed: Packed | StorageError | None = None
@@ -407,7 +412,7 @@ class Threads:
         branch, parent, name = kept.branch, kept.parent, kept.branch.session.name
         try:
             if parent is not None and self._is_deleted_elsewhere(parent, branch.thread):
-                self.delete(branch.thread)
+                self._forget_deleted(branch)
             elif kept.packed is not None:
                 if isinstance(kept.packed, StorageError):
                     raise kept.packed
@@ -424,14 +429,39 @@ class Threads:
                 self._evict(name)
 
     def _is_deleted_elsewhere(self, parent: Branch, thread: str) -> bool:
-        """Whether what a branch went on from was saved, and nothing of its thread is any more.
+        """Whether what a branch went on from was saved, and neither it nor what went on from it is any more.
 
         Another process that only goes on from it saves its own branch before it takes this one away.
         """
         store = self.memory.store
-        if store is None or parent.thread != thread or parent.session.saved_version in (None, ANY):
+        if store is None or parent.thread != thread or not (parent.was_saved or parent.session.is_deleted):
             return False
-        return not store.exists(parent.session.name) and not self._stored(thread)
+        if store.exists(parent.session.name):
+            return False
+        looked_at: list[str] = []
+        while looked_at != (stored := self._stored(thread)):  # what is taken away meanwhile has left another one
+            if any(parent.is_extended_by(kept) for kept in self._kept(thread, stored)):
+                return False
+            looked_at = stored
+        return True
+
+    def _kept(self, thread: str, names: Iterable[str]) -> Iterator[Kept]:
+        """Of saved branches, one after another, what was saved with them; nothing of those that cannot be read."""
+        for each in names:
+            for name, saved in self._read(Call(thread), [each]).sessions:
+                with suppress(ValueError):
+                    yield Kept.of(name, saved)
+
+    def _forget_deleted(self, branch: Branch) -> None:
+        """A branch that goes on from what was deleted elsewhere, and all of its thread that was deleted with it.
+
+        What was begun anew since then stays, and so does what is still to be saved.
+        """
+        branch.session.deleted()  # so that what goes on from it is not saved either
+        stored = self._stored(branch.thread)
+        gone = [each.session.name for each in self.branches(branch.thread) if each.was_saved]
+        for name in {branch.session.name, *gone}.difference(stored):
+            self._forget(name)
 
     def _is_replaced(self, parent: Branch, branch: Branch) -> bool:
         """Whether all that a branch is for can be had of the one that went on from it.
@@ -439,7 +469,7 @@ class Threads:
         Where its end lies in a compacted span of the new one, it stays, to go back to.
         """
         is_ours = self._branches.get(parent.session.name) is parent
-        return is_ours and branch.extends(parent) and branch.session.can_rewind(parent.end_of(len(parent.keys)))
+        return is_ours and parent.is_extended_by(branch) and branch.session.can_rewind(parent.end_of(len(parent.keys)))
 
     def _forget(self, name: str) -> None:
         """In memory and in the store."""
@@ -461,7 +491,7 @@ class Threads:
             self.memory.release(name)
 
     def _is_extended(self, branch: Branch) -> bool:
-        return any(other.extends(branch) for other in self._branches.values())
+        return any(branch.is_extended_by(other) for other in self._branches.values())
 
     def _saved(self, call: Call, keys: Sequence[str] = ()) -> Saved:
         """Saved branches of a thread that are not in memory, out of the store.

@@ -101,6 +101,59 @@ def test_a_fork_or_a_new_name_overwrites_nothing(new_memory: NewMemory) -> None:
         session.save()
 
 
+def test_what_is_kept_takes_the_place_of_what_this_process_knows(new_memory: NewMemory) -> None:
+    saved_session(new_memory())
+    memory = new_memory()
+    fork = memory.session("alice").fork()
+    memory.keep(fork, "alice")
+    fork.append("And so on.")
+    fork.save()
+    assert new_memory().session("alice").tokens == fork.tokens
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+@pytest.mark.parametrize("is_the_same", [False, True])
+def test_what_is_kept_overwrites_nothing_that_another_process_saved(
+    new_memory: NewMemory, is_held: bool, is_the_same: bool
+) -> None:
+    saved_session(new_memory())
+    memory = new_memory()
+    session = memory.session("alice")
+    mine = session if is_the_same else session.fork()
+    if not is_held:
+        memory.release("alice")
+    theirs = new_memory().session("alice")
+    theirs.append("They say so.")
+    theirs.save()
+    memory.keep(mine, "alice")
+    with pytest.raises(SessionChanged):
+        mine.save()
+    assert new_memory().session("alice").tokens == theirs.tokens
+    memory.keep(mine, "alice", overwrite=True)
+    mine.save()
+    assert new_memory().session("alice").tokens == mine.tokens
+
+
+@pytest.mark.parametrize("deletes_elsewhere", [False, True])
+@pytest.mark.parametrize("keeps", [False, True])
+def test_the_same_name_given_once_more_brings_nothing_back(
+    new_memory: NewMemory, deletes_elsewhere: bool, keeps: bool
+) -> None:
+    memory = new_memory()
+    session = saved_session(memory)
+    (new_memory() if deletes_elsewhere else memory).delete("alice")
+    if keeps:
+        memory.keep(session, "alice")
+    else:
+        session.rename("alice")
+    with pytest.raises(SessionDeleted):
+        session.save()
+    assert memory.store is not None and memory.store.names() == []
+    memory.keep(session, "alice", overwrite=True)
+    session.save()
+    assert new_memory().session("alice").tokens == session.tokens
+
+
 def test_one_process_saves_as_often_as_it_likes(new_memory: NewMemory) -> None:
     session = saved_session(new_memory())
     for text in ("one", "two", "three"):
@@ -279,6 +332,56 @@ def test_a_conversation_that_another_process_deleted_while_it_is_answered_does_n
     assert server.names() == other.names() == []
     later = turned(server, [user("hello")])
     assert server.turn([*later, user("on")], thread="owls").num_cached_tokens > 0
+
+
+def said_in(threads: Threads) -> str:
+    """All that lies in the store."""
+    return str([threads.memory.saved(name).messages for name in threads.memory.require_store().names()])
+
+
+def test_a_conversation_deleted_elsewhere_does_not_come_back_where_its_thread_was_begun_anew(
+    new_memory: NewMemory,
+) -> None:
+    server, other = (Threads(new_memory()) for _ in range(2))
+    messages = turned(server, [user("the owl's secret")])
+    other.delete("owls")
+    fresh = turned(other, [user("hello")])
+    later = turned(server, [*messages, user("on")])
+    assert [branch.session.messages for branch in server.branches("owls")] == []
+    assert "secret" not in said_in(other)
+    assert Threads(new_memory()).turn([*fresh, user("on")], thread="owls").num_cached_tokens > 0
+    turned(server, [*later, user("once more")])
+    assert "secret" in said_in(other)  # as it was told once more
+
+
+def test_what_goes_on_from_a_deleted_answer_before_that_is_saved_does_not_come_back(new_memory: NewMemory) -> None:
+    server, other = (Threads(new_memory()) for _ in range(2))
+    messages = turned(server, [user("the owl's secret")])
+    other.delete("owls")
+    turned(other, [user("hello")])
+    turns = []
+    for text in ("on", "and on"):
+        messages.append(user(text))
+        turns.append(server.turn(messages, thread="owls"))
+        answer = "".join(piece.text for piece in turns[-1].session.generate(4))
+        messages.append({"role": "assistant", "content": answer})
+        turns[-1].take(messages[-1])
+    for turn in turns:
+        turn.save()
+    assert server.branches("owls") == []
+    assert "secret" not in said_in(other)
+
+
+def test_a_conversation_that_another_process_goes_on_with_is_kept_among_others(new_memory: NewMemory) -> None:
+    server, other = (Threads(new_memory()) for _ in range(2))
+    turned(other, [user("hello")])
+    messages = turned(server, [user("the owl's secret")])
+    for text in ("left", "more of it"):
+        end = turned(other, [*messages, user(text)])
+        turned(other, [*end, user("on")])
+    turned(server, [*messages, user("right")])
+    assert "right" in said_in(other)
+    assert len(server.branches("owls")) >= 1
 
 
 # The command line
