@@ -24,6 +24,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from am_memory_server.errors import ApiError
+from am_memory_server.json_bodies import num_values
 from am_memory_server.settings import ServerSettings, is_loopback_name
 
 ANONYMOUS = "anonymous"
@@ -94,7 +95,8 @@ class Admission:
         Of other methods than POST none is read. The caller is written into the scope's state.
 
         Raises:
-            ApiError: by its head it is not let in; or the body is no JSON, too large, too slow, or more than may wait.
+            ApiError: by its head it is not let in; or the body is no JSON, too large, too slow, more than may wait, or
+                would become too much.
             ClientDisconnect: the client went away before its end.
         """
         if _is_open(scope["path"]):
@@ -120,6 +122,7 @@ class Admission:
                     f"the request's body did not arrive within {settings.body_seconds:g} s: send it faster, or less",
                     code="request_timeout",
                 ) from None
+            _require_few_values(body, settings.max_body_values)
             yield body
 
     def caller_of(self, headers: Mapping[str, str]) -> Caller:
@@ -173,6 +176,17 @@ def _require_json(content_type: str) -> None:
             415,
             f"the body's media type {told}: send JSON, and say so with `Content-Type: application/json`",
             code="unsupported_media_type",
+        )
+
+
+def _require_few_values(body: bytes, most: int) -> None:
+    """Raise ApiError for a body that would take far more memory than its bytes, once it is read as JSON."""
+    if (found := num_values(body, most)) > most:
+        raise ApiError(
+            413,
+            f"the request has {found} JSON names and values or more, and {most} at most are read: send fewer messages, "
+            "or fewer fields in them",
+            code="request_too_large",
         )
 
 

@@ -45,6 +45,16 @@ def _few(values: Any) -> Any:
     return values
 
 
+MAX_MESSAGES = 20_000
+
+
+def _not_too_many(messages: Any) -> Any:
+    """Said before any of them is looked at."""
+    if isinstance(messages, list) and len(messages) > MAX_MESSAGES:
+        raise ValueError(f"there are {len(messages)} messages: send {MAX_MESSAGES} at most, and the oldest ones as one")
+    return messages
+
+
 class StrictBody(BaseModel):
     """What is not known is refused by name, as OpenAI's API does."""
 
@@ -226,7 +236,9 @@ class _Sampled(StrictBody):
 
 
 class ChatCompletionRequest(_Sampled):
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[
+        list[ChatMessage], Field(min_length=1, fail_fast=True, max_length=MAX_MESSAGES), BeforeValidator(_not_too_many)
+    ]
     max_tokens: TokenCount | None = None
     max_completion_tokens: TokenCount | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None

@@ -28,6 +28,7 @@ class ServerSettings(BaseModel):
         max_tokens: of an answer, where a request says nothing.
         max_answer_tokens: that a request may ask for.
         max_body_bytes: of a request.
+        max_body_values: JSON names and values in it, wherever: they take more than their bytes.
         max_pending_bytes: of the bodies of all requests that are read, wait or are answered; where there are several
             API keys, one of them gets a share.
         max_connections: open at once; the oldest one that asks for nothing makes room for a new one.
@@ -56,6 +57,7 @@ class ServerSettings(BaseModel):
     max_tokens: Count = 1024
     max_answer_tokens: Count = 16384
     max_body_bytes: Count = 16 * MIB
+    max_body_values: Count = 200_000
     max_pending_bytes: Count = 256 * MIB
     max_connections: Count = 512
     body_seconds: Seconds = 60.0

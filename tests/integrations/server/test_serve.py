@@ -41,7 +41,7 @@ def test_every_option_reaches_the_server(started: list[tuple[Memory, ServerSetti
         "--operator-key third-key --max-pending-mib 8 --max-connections 9 --body-seconds 10 --idle-seconds 11 "
     )
     options += "--cors-origin https://a.example --max-tokens 7 --max-active 2 --max-queued 3 --max-sessions 5 "
-    options += f"--max-session-mib 6 --max-body-mib 1 --shutdown-seconds 1.5 --store {tmp_path}"
+    options += f"--max-session-mib 6 --max-body-mib 1 --max-body-values 999 --shutdown-seconds 1.5 --store {tmp_path}"
     result = run(*options.split())
     assert result.exit_code == 0, result.output
     ((memory, settings),) = started
@@ -59,6 +59,7 @@ def test_every_option_reaches_the_server(started: list[tuple[Memory, ServerSetti
         max_sessions=5,
         max_session_bytes=6 * 2**20,
         max_body_bytes=2**20,
+        max_body_values=999,
         operator_keys=("third-key",),
         max_pending_bytes=8 * 2**20,
         max_connections=9,
