@@ -20,7 +20,7 @@ from am_memory.errors import (
     SessionNotFound,
     UnsupportedOperation,
 )
-from am_memory_server.scheduler import QueueFull, ShuttingDown
+from am_memory_server.scheduler import NotRead, QueueFull, ShuttingDown
 
 logger = logging.getLogger("am_memory.server")
 RETRY_SECONDS = 2
@@ -80,6 +80,8 @@ def as_api_error(error: Exception) -> ApiError:
             return error
         case QueueFull():
             return ApiError(429, message, type="rate_limit_error", code="rate_limit_exceeded")
+        case NotRead():
+            return ApiError(408, message, code="answer_not_read")
         case ShuttingDown():
             return ApiError(503, message, type="server_error", code="shutting_down")
         case PromptTooLong():

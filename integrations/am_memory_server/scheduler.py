@@ -59,6 +59,10 @@ class ShuttingDown(AMMemoryError):
     """The server takes nothing new."""
 
 
+class NotRead(AMMemoryError):
+    """An answer is not read, and too many of its owner's are not."""
+
+
 class FairQueue(Generic[T]):
     """Takes turns between the first names of the paths, then between the second ones, and so on.
 
@@ -227,6 +231,7 @@ class Scheduler:
         self._asides: FairQueue[_Job] = FairQueue()
         self._aside_of: set[str] = set()  # owners of what is done aside at the moment
         self._unread: set[_Job] = set()  # those that wait for their consumers
+        self._resting: dict[_Job, None] = {}  # begun, and without a place: unread, or read again and in line for one
         self._num_jobs = 0
         self._is_closing = False
         self._threads = [Thread(target=self._work, name="am_memory device", daemon=True)]
@@ -256,11 +261,15 @@ class Scheduler:
     async def stream(self, path: Path, job: Job, look: Look | None = None) -> AsyncGenerator[object, None]:
         """What a job posts, as it posts it. A consumer that stops to iterate ends it; one that is slow holds it up.
 
+        While it is held up it has no place. Of each owner as many may be so as there are places, as each takes memory:
+        one more ends the one that has been for longest.
+
         Args:
             look: done before, aside.
 
         Raises:
             QueueFull, ShuttingDown: it is not taken.
+            NotRead: it was ended.
             whatever the job raises.
         """
         taken = self._take(path, job, self._streams, look)
@@ -326,9 +335,10 @@ class Scheduler:
         """Nobody waits for it any more: if it has begun, it is closed at its next turn."""
         with self._changed:
             job.is_cancelled = True
-            if job.line.waiting.discard(job.path, job):
+            is_in_line = job.line.waiting.discard(job.path, job)
+            if is_in_line and job not in self._resting:
                 self._num_jobs -= 1
-            elif job in self._unread or self._asides.discard(job.path, job):
+            elif is_in_line or job in self._unread or self._asides.discard(job.path, job):
                 self._go_on(job)
             self._changed.notify_all()
 
@@ -336,6 +346,7 @@ class Scheduler:
 
     def _admit(self, line: Line) -> None:
         for job in line.admitted():
+            self._resting.pop(job, None)
             (self._due if job.aside is None else self._asides).push(job.path, job)
         self._changed.notify_all()
 
@@ -344,15 +355,40 @@ class Scheduler:
         is_behind = job.num_posted - job.num_taken > MAX_UNREAD
         if is_behind and not job.is_cancelled and not self._is_closing:
             self._unread.add(job)
+            if job not in self._resting:
+                self._rest(job)
+            return
+        self._unread.discard(job)
+        if job in self._resting and not job.is_cancelled:
+            job.line.waiting.push(job.path, job)
+            self._admit(job.line)
         else:
-            self._unread.discard(job)
             self._due.push(job.path, job)
             self._changed.notify_all()
+
+    def _rest(self, job: _Job) -> None:
+        """Its place is somebody else's until it is read again."""
+        self._resting[job] = None
+        job.line.leave(job.owner)
+        mine = [each for each in self._resting if each.owner == job.owner]
+        if len(mine) > job.line.num_places:
+            self._end(next(each for each in mine if each in self._unread), len(mine))
+        self._admit(job.line)
+
+    def _end(self, job: _Job, num_unread: int) -> None:
+        """Close it at its next turn; its consumer is told after what was posted."""
+        told = f"this answer was ended, as {num_unread} answers of this key were not read as fast as they came: read"
+        job.post(_End(None, NotRead(f"{told} them sooner, or ask for fewer at once")))
+        job.is_cancelled = True
+        self._go_on(job)
 
     def _stepped(self, job: _Job, is_last: bool) -> None:
         if is_last:
             self._num_jobs -= 1
-            job.line.leave(job.owner)
+            if job in self._resting:
+                del self._resting[job]
+            else:
+                job.line.leave(job.owner)
             self._admit(job.line)
         elif job.aside is not None and not job.is_cancelled:
             self._asides.push(job.path, job)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from threading import Event, Semaphore
 from time import sleep
 from typing import Any
@@ -16,6 +16,7 @@ from am_memory_server.scheduler import (
     FairQueue,
     Job,
     Line,
+    NotRead,
     Post,
     QueueFull,
     Scheduler,
@@ -250,6 +251,69 @@ async def test_a_consumer_that_does_not_read_holds_up_its_own_job_alone(schedule
         assert await all_of(scheduler, "b", counting("b", 50, [])) == list(range(50))
         assert len(posted) <= MAX_UNREAD + 2
         assert [item async for item in items] == list(range(1, 10 * MAX_UNREAD))
+
+
+def talking_to_nobody(post: Post, found: object) -> Steps[None]:
+    for number in range(3 * MAX_UNREAD):
+        post(number)
+        yield None
+
+
+async def test_answers_that_are_not_read_hold_no_place_of_their_owner(scheduler: Scheduler) -> None:
+    async with AsyncExitStack() as stack:
+        unread = [scheduler.stream(("a", str(number)), talking_to_nobody) for number in range(2)]
+        for items in unread:
+            await stack.enter_async_context(aclosing(items))
+            assert await anext(items) == 0
+        await until(lambda: len(scheduler._unread) == 2)
+        assert scheduler.num_active == 0
+        assert await all_of(scheduler, "a", counting("a", 50, [])) == list(range(50))
+        for items in unread:  # nothing of them is lost
+            assert [item async for item in items] == list(range(1, 3 * MAX_UNREAD))
+    assert not scheduler._resting
+
+
+async def test_of_too_many_answers_that_are_not_read_the_one_that_waits_for_longest_is_ended(
+    scheduler: Scheduler,
+) -> None:
+    async with AsyncExitStack() as stack:
+        unread = [scheduler.stream((owner, "chat"), talking_to_nobody) for owner in "baaa"]
+        for number, items in enumerate(unread):
+            await stack.enter_async_context(aclosing(items))
+            assert await anext(items) == 0
+            if number < 3:
+                await until(lambda: len(scheduler._unread) == number + 1)  # noqa: B023  # used at once
+        await until(lambda: scheduler._num_jobs == 3)
+        other, ended, *rest = unread
+        with pytest.raises(NotRead, match="3 answers of this key were not read"):
+            assert [item async for item in ended]
+        for items in (other, *rest):
+            assert [item async for item in items] == list(range(1, 3 * MAX_UNREAD))
+    assert not scheduler._resting
+
+
+@pytest.mark.parametrize("is_read_again", [True, False])
+async def test_an_answer_that_rested_is_closed_when_nobody_listens_any_more(is_read_again: bool) -> None:
+    scheduler, closed = Scheduler(max_active=1, max_queued=3), Event()
+
+    def talking(post: Post, found: object) -> Steps[None]:
+        try:
+            yield from talking_to_nobody(post, found)
+        finally:
+            closed.set()
+
+    async with aclosing(scheduler.stream(("a", "chat"), talking)) as items:
+        await anext(items)
+        await until(lambda: scheduler._unread)
+        async with aclosing(scheduler.stream(("a", "other"), endless)) as others:
+            assert await anext(others) == "begun"
+            while is_read_again and not scheduler.num_waiting:
+                await anext(items)
+            await items.aclose()
+            assert await asyncio.to_thread(closed.wait, 30)
+    await asyncio.to_thread(scheduler.close)
+    assert not scheduler._num_jobs
+    assert not scheduler._streams.held
 
 
 async def test_a_job_whose_consumer_does_not_read_ends_with_it_or_with_the_server() -> None:
