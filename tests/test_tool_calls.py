@@ -346,7 +346,16 @@ def test_arguments_that_are_no_object_are_told_as_they_were_written(
     assert "Ahoy." in written
 
 
-@pytest.mark.parametrize(("arguments", "written"), [([1, 2], "[1, 2]"), (3, "3")])
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [
+        ([1, 2], "[1, 2]"),
+        (3, "3"),
+        ('{"a":"\\ud800"}', '{"a":"\\ud800"}'),
+        ({"a": "\ud800"}, '{"a": "\\ud800"}'),
+        ("\ud800", "\\ud800"),
+    ],
+)
 def test_arguments_of_another_type_are_told_as_json(
     engine: TransformersEngine, arguments: object, written: str
 ) -> None:

@@ -113,10 +113,24 @@ def arguments_of(written: object) -> dict[str, object] | str:
         try:
             arguments = json.loads(arguments, strict=False)
         except (ValueError, RecursionError):  # not JSON, or nested more deeply than can be read
-            return str(written)
-    if isinstance(arguments, Mapping) and (isinstance(written, Mapping) or not is_nested(arguments, MAX_NESTING)):
-        return dict(arguments)
-    return written if isinstance(written, str) else json.dumps(written, ensure_ascii=False, default=str)
+            arguments = None
+    if isinstance(arguments, Mapping) and not _has_half_characters(arguments):
+        as_object = dict(arguments)
+        if isinstance(written, Mapping) or not is_nested(as_object, MAX_NESTING):
+            return as_object
+    text = written if isinstance(written, str) else json.dumps(written, default=str, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode()  # half a character as it is written in JSON
+
+
+def _has_half_characters(arguments: Mapping[str, object]) -> bool:
+    """Whether a text in it holds half of a surrogate pair, of which no token can be made; JSON may write one."""
+    try:
+        json.dumps(arguments, default=str, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    except RecursionError:  # that it is nested too deeply is said where it is rendered
+        return False
+    return False
 
 
 def _has_broken_call(message: Message) -> bool:
