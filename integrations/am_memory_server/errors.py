@@ -21,6 +21,7 @@ from am_memory.errors import (
     UnsupportedOperation,
 )
 from am_memory_server.scheduler import NotRead, QueueFull, ShuttingDown
+from am_memory_server.schemas import UNKNOWN_NAME
 
 logger = logging.getLogger("am_memory.server")
 RETRY_SECONDS = 2
@@ -151,6 +152,8 @@ def _place(problem: Any, body: Any) -> str:
         if is_in_list or (isinstance(here, dict) and part in here):
             place.append(str(part))
             here = here[part]
+    if problem["type"] == UNKNOWN_NAME:
+        place.append(problem["ctx"]["name"])
     if problem["type"] == "missing":
         place.append(str(parts[-1]) if parts else "")
     return ".".join(place)

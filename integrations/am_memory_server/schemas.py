@@ -16,7 +16,9 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
+from am_memory.errors import unknown
 from am_memory.sampling import MAX_STOP_CHARS, MAX_STOPS
 
 MAX_CONVERSATION_CHARS = 200
@@ -46,6 +48,10 @@ def _few(values: Any) -> Any:
 
 
 MAX_MESSAGES = 20_000
+MAX_NAME_CHARS = 100
+"""Of an unknown name, when it is told, and compared to those that there are."""
+UNKNOWN_NAME = "unknown_name"
+"""The type of an error within an object, whose `name` says where."""
 
 
 def _not_too_many(messages: Any) -> Any:
@@ -62,8 +68,13 @@ class StrictBody(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _has_few_names(cls, body: Any) -> Any:
-        return _few(body)
+    def _has_known_names(cls, body: Any) -> Any:
+        if isinstance(body, dict):
+            known = {name for key, field in cls.model_fields.items() for name in (key, field.alias) if name}
+            if strange := [str(name)[:MAX_NAME_CHARS] for name in _few(body) if name not in known]:
+                told = {"told": unknown(strange, known), "name": strange[0]}
+                raise PydanticCustomError(UNKNOWN_NAME, "there is no {told}", told)
+        return body
 
 
 class _Part(BaseModel):
@@ -157,10 +168,10 @@ class NamedTool(_Part):
     function: NamedFunction
 
 
-class _Options(BaseModel):
+class _Options(StrictBody):
     """What only we read: a name that is not known would be lost in silence."""
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)
 
 
 class JSONSchema(_Options):

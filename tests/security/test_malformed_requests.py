@@ -184,6 +184,26 @@ def test_the_parameter_that_is_wrong_is_named_as_it_was_sent(
     assert error_of(post(http, path, body))["param"] == param
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "param", "meant"),
+    [
+        (CHAT, {"messages": MESSAGES, "max_token": 4}, "max_token", "max_tokens"),
+        (TEXT, {"prompt": "a", "temperatur": 0}, "temperatur", "temperature"),
+        (CHAT, {"messages": MESSAGES, "stream_options": {"include_usag": True}}, "stream_options.include_usag", None),
+        (f"{SESSIONS}/a/compact", {"fractoin": 0.5}, "fractoin", "fraction"),
+        (CHAT, {"messages": MESSAGES, "z" * 10**6: 1}, "z" * 100, ""),
+    ],
+)
+def test_an_unknown_name_is_told_with_the_nearest(
+    http: httpx.Client, path: str, body: dict[str, Any], param: str, meant: str | None
+) -> None:
+    error = error_of(post(http, path, body))
+    assert error["param"] == param
+    expected = "include_usage" if meant is None else meant
+    assert (f"(did you mean {expected}?)" in error["message"]) == bool(expected)
+    assert f"there is no {param.rpartition('.')[2]}" in error["message"]
+
+
 def test_a_message_is_never_as_long_as_what_it_is_about(http: httpx.Client) -> None:
     error_of(post(http, CHAT, {"messages": MESSAGES, "x" * 100_000: 1}))
     error_of(post(http, CHAT, {"messages": MESSAGES, "model": "x" * 100_000}))
