@@ -148,6 +148,7 @@ class ChatAnswer:
         self.tool_calls: list[ToolCall] = []
         self.finish_reason: FinishReason | None = None
         self.num_tokens = 0
+        self._num_compactions_read: int | None = None
         self._threads = threads
         self._call = call or threads.called(request.thread)
         self._found: Found | None = None
@@ -208,11 +209,12 @@ class ChatAnswer:
     def generate(self) -> Iterator[Delta]:
         """The answer as it comes, a step for each token, and one for what was held back."""
         request = self.request
-        self._num_compactions_read = self.session.stats.num_compactions
         pieces = self.session.generate(
             request.max_tokens, self.sampling, self.constraint, top_logprobs=request.top_logprobs
         )
         for piece in pieces:
+            if self.num_tokens == 0:  # the first step has read the last of the prompt, and nothing of the answer
+                self._num_compactions_read = self.session.stats.num_compactions
             yield Delta(tuple(self._push(piece)), self._logprobs(piece))
             if piece.finish_reason is not None:
                 left = () if self._format is None else (*self._calls.push(self._text.finish()), *self._calls.finish())
@@ -302,8 +304,9 @@ class ChatAnswer:
 
     @property
     def num_compactions(self) -> int:
-        """Made while the answer was generated; those in reading the prompt are not counted."""
-        return self.session.stats.num_compactions - self._num_compactions_read
+        """Made behind the whole prompt, as the model read its own answer; those in reading the prompt do not count."""
+        num_read = self._num_compactions_read
+        return 0 if num_read is None else self.session.stats.num_compactions - num_read
 
     @property
     def message(self) -> dict[str, object]:

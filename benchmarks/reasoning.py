@@ -166,8 +166,11 @@ def reading(policy: MemoryPolicy, *, with_examples: bool = True) -> Scheme:
         for prompt in prompts:
             session = reader.fork()
             session.append(prompt.question)
-            num_read, num_told = session.stats.num_compactions, len(session.tokens)
-            text = "".join(piece.text for piece in session.generate(new_tokens, GREEDY))
+            num_told = len(session.tokens)
+            pieces = session.generate(new_tokens, GREEDY)
+            first = next(pieces)  # reads the last of the prompt
+            num_read = session.stats.num_compactions
+            text = first.text + "".join(piece.text for piece in pieces)
             stats, num_old = session.stats, session.segments[-1].end if session.segments else 0
             yield Answer(
                 text=text,
