@@ -34,6 +34,12 @@ WAY_OUT = (
     ": the schema or grammar is too large: give it fewer properties, values of enum and levels, and shorter texts and "
     "patterns"
 )
+_IN_SCHEMA = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: ")
+"""The place is one in a grammar that nobody sees: a schema is one line of it."""
+_BOUNDS = re.compile(r"Failed to generate regex for \w+ range: min=(?:Some\((.+?)\)|None), max=(?:Some\((.+?)\)|None)")
+_NOTHING_FOLLOWS = (
+    'nothing can follow: a schema or rule that refers to itself alone, as {"$ref": "#"} does, has no value'
+)
 
 
 class Constraint(Protocol):
@@ -129,7 +135,20 @@ def _require_sound(matcher: LLMatcher, problem: str) -> None:
         # llguidance appends the lines of the grammar, or its whole state.
         reason = re.split(r"\n *\d+ \| |<state>", matcher.get_error())[0]
         way_out = WAY_OUT if AT_A_LIMIT.search(reason) else ""
-        raise InvalidInput(f"{problem}: {' '.join(reason.split())}{way_out}")
+        raise InvalidInput(f"{problem}: {_told(' '.join(reason.split()))}{way_out}")
+
+
+def _told(reason: str) -> str:
+    """In words of schemas what llguidance says in its own."""
+    if reason == "NoExtensionBias":
+        return _NOTHING_FOLLOWS
+    reason = _IN_SCHEMA.sub("the JSON schema: ", reason)
+    if (found := _BOUNDS.search(reason)) is None:
+        return reason
+    bounds = " and ".join(
+        f"{name} {value}" for name, value in zip(("minimum", "maximum"), found.groups(), strict=True) if value
+    )
+    return f"a number with the {bounds} is more than a grammar holds: give bounds of 18 digits at most"
 
 
 def json_schema(engine: Engine, schema: Mapping[str, object]) -> Constraint:

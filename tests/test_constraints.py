@@ -173,7 +173,10 @@ def test_the_schema_given_is_not_changed(engine: TransformersEngine) -> None:
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
-        ({"type": "ship"}, "does not take this grammar: .* Invalid type: ship$"),
+        ({"type": "ship"}, "does not take this grammar: the JSON schema: Invalid type: ship$"),
+        ({"type": "integer", "minimum": 10**18}, "a number with the minimum 10{18} is more than .* 18 digits at most"),
+        ({"type": "integer", "maximum": -(10**18)}, "a number with the maximum -10{18} is more than a grammar holds"),
+        ({"type": "number", "maximum": 1e300}, "a number with the maximum 1e300 is more than a grammar holds"),
         ({"$ref": "#/$defs/ship"}, "Pointer '/\\$defs/ship' does not exist$"),
         ({"enum": []}, "Unsatisfiable schema"),
         ({"const": {1, 2}}, "the schema cannot be written as JSON: Object of type set"),
@@ -460,3 +463,13 @@ def test_the_demo_model_fills_in_a_form(demo: tuple[PreTrainedModel, PreTrainedT
     ship = json.loads("".join(piece.text for piece in pieces))
     assert ship["kind"] in ("brig", "sloop")
     assert ship["guns"] in range(100)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{"$ref": "#"}, {"allOf": [{"$ref": "#"}]}, {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}],
+    ids=str,
+)
+def test_a_schema_that_refers_to_itself_alone_is_refused_in_words(engine: TransformersEngine, schema: dict) -> None:
+    with pytest.raises(InvalidInput, match="nothing can follow: a schema or rule that refers to itself alone"):
+        json_schema(engine, schema).mask(torch.zeros(engine.info.vocab_size))
