@@ -25,7 +25,7 @@ from am_memory.errors import InvalidPolicy
 LEAST_GAIN = 1e-12
 """What a slot of a head that loses nothing is taken to save, so that it has a logarithm."""
 LEAST_STEP, MOST_LOSS = 1e-6, 1e6
-"""Between two ratios, and in nats per token: whatever lies within, slopes are numbers that float32 can say."""
+"""Of a ratio, and of it above the one before; in nats per token. Slopes are then numbers that float32 can say."""
 MAX_FILE_BYTES = 16 * 2**20
 """Some hundred times what the largest models take."""
 
@@ -56,9 +56,10 @@ class Calibration(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Calibration:
         for low, high in pairwise([0.0, *self.ratios, 1.0]):
-            if high - low < LEAST_STEP:
+            if high < LEAST_STEP or high - low < LEAST_STEP * high:
                 raise ValueError(
-                    f"ratios must ascend between 0 and 1 by {LEAST_STEP:g} at least, not from {low} to {high}"
+                    f"ratios must ascend between {LEAST_STEP:g} and 1, each by a share of {LEAST_STEP:g} at least, "
+                    f"not from {low} to {high}"
                 )
         for index, head in enumerate(self.losses):
             if len(head) != len(self.ratios) or not 0 <= min(head) <= max(head) <= MOST_LOSS:
