@@ -3,7 +3,7 @@
 from am_memory.errors import AMMemoryError
 from am_memory.memory import Memory
 from am_memory.policy import MemoryPolicy
-from am_memory.sampling import Sampling
-from am_memory.session import Piece, Session, Stats
+from am_memory.session.session import Piece, Session, Stats
+from am_memory.text.sampling import Sampling
 
 __all__ = ["AMMemoryError", "Memory", "MemoryPolicy", "Piece", "Sampling", "Session", "Stats"]

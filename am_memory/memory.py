@@ -15,21 +15,21 @@ from functools import cached_property
 from threading import RLock
 from typing import TYPE_CHECKING
 
-from am_memory.cache import KVCache, Snapshot
-from am_memory.context import Context
+from am_memory.compaction.record import as_policy, under
 from am_memory.engines.base import DtypeName, Engine, EngineName, Message, as_dtype
 from am_memory.errors import InvalidInput, InvalidPolicy, SessionNotFound, StorageError
 from am_memory.events import Event, Listener, OriginalsLost, OriginUnknown, PolicyChanged, ignore, log
-from am_memory.history import History
+from am_memory.kv_cache.cache import KVCache, Snapshot
 from am_memory.policy import MemoryPolicy, trigger_tokens
-from am_memory.rendering import Chat
-from am_memory.resuming import changes_of, check_content, check_origin, check_windows, policy_of
-from am_memory.sampling import Sampling
-from am_memory.schedule import as_policy, under
-from am_memory.session import Session
-from am_memory.session_file import SavedSession
-from am_memory.storage import Store
-from am_memory.watch import watched
+from am_memory.session.chat_history import History
+from am_memory.session.context import Context
+from am_memory.session.generate_hook import watched
+from am_memory.session.resuming import changes_of, check_content, check_origin, check_windows, policy_of
+from am_memory.session.session import Session
+from am_memory.storage.session_file import SavedSession
+from am_memory.storage.store import Store
+from am_memory.text.chat_template import Chat
+from am_memory.text.sampling import Sampling
 
 if TYPE_CHECKING:
     import torch
@@ -129,8 +129,8 @@ class Memory:
 
             runs = LlamaCppEngine.from_pretrained(model, device=device, dtype=dtype)
             return cls(runs, policy, store=store, on_event=on_event, trust_messages=trust_messages)
+        from am_memory.engines.loading import load_model
         from am_memory.engines.transformers import TransformersEngine
-        from am_memory.models import load_model
 
         loaded, tokenizer = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         return cls(

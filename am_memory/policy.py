@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from am_memory.errors import BudgetTooSmall, CompactionFailed, InvalidInput, InvalidPolicy, problems
-from am_memory.slots import Segment, resized
+from am_memory.kv_cache.slots import Segment, resized
 from am_memory.solver import HighestAttention, KeySelection, as_selection, parameters
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
     python benchmarks/beyond_window.py --model MODEL --tokens 61440
 
-Turns of prose that comes with Python (`pydoc_data.topics`), some with a fact in them (`am_memory.demo.Ship`). After
+Turns of prose that comes with Python (`pydoc_data.topics`), some with a fact in them (`am_memory.cli.demo.Ship`). After
 each stretch of it:
 
     NLL        of the last tokens of the stretch, predicted before they are read
@@ -27,7 +27,7 @@ import torch
 from common import machine, table, write_json
 
 from am_memory import Memory, MemoryPolicy, Sampling, Session
-from am_memory.demo import PLAIN, TOWNS, Ship, ask, asked_text
+from am_memory.cli.demo import PLAIN, TOWNS, Ship, ask, asked_text
 from am_memory.engines.transformers import TransformersEngine
 
 SINKS, TURN_CHARS, FACT_EVERY = 4, 1200, 4

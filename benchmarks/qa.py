@@ -38,7 +38,7 @@ from torch import Tensor
 
 from am_memory import Memory, MemoryPolicy, Session
 from am_memory.budgets import Calibration
-from am_memory.demo import asked_text
+from am_memory.cli.demo import asked_text
 from am_memory.engines.base import Engine
 from am_memory.errors import InvalidInput, PromptTooLong
 

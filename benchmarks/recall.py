@@ -19,7 +19,7 @@ from common import kl_divergence, machine, mean_spread, table, write_json
 from torch import Tensor
 
 from am_memory import Memory, MemoryPolicy, Session
-from am_memory.demo import Fact, facts, hide, prose, question_text
+from am_memory.cli.demo import Fact, facts, hide, prose, question_text
 from am_memory.engines.base import EngineName, Message
 from am_memory.solver import OMP
 

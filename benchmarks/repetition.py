@@ -28,12 +28,12 @@ from recall import CONTINUATION, POLICY, Judge, Result, report
 from torch import Tensor
 
 from am_memory import Memory, Session
-from am_memory.demo import Fact, facts, hide
+from am_memory.cli.demo import Fact, facts, hide
 from am_memory.engines.base import Message
-from am_memory.sampling import Sampling
 from am_memory.solver import Block
 from am_memory.solver.exact import unnormalised_weights
 from am_memory.solver.keys import repeat_first_in_padding
+from am_memory.text.sampling import Sampling
 
 OBSERVED_TOKENS = 32
 SINKS = 4

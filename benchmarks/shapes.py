@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
-from am_memory.compaction import MAX_GROUP_HEADS
+from am_memory.compaction.compact import MAX_GROUP_HEADS
 
 SHAPES: dict[str, PreTrainedConfig] = {
     "qwen3-4b": Qwen3Config(

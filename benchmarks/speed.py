@@ -33,13 +33,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 
 from am_memory import Memory, MemoryPolicy, Sampling, Session
-from am_memory.cache import KVCache
-from am_memory.demo import prose
+from am_memory.cli.demo import prose
+from am_memory.engines.loading import load_model
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.engines.transformers.attention import attend
 from am_memory.engines.transformers.graphs import PATIENCE
 from am_memory.events import CompactionProgress, CompactionStarted, Event
-from am_memory.models import load_model
+from am_memory.kv_cache.cache import KVCache
 from am_memory.policy import SINK_TOKENS
 from am_memory.solver.block import MAX_CHUNK_ELEMENTS, MAX_CHUNK_ELEMENTS_CPU
 

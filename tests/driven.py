@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from am_memory import Memory
-from am_memory.context import Context
+from am_memory.session.context import Context
 
 
 def some_tokens(count: int, seed: int = 0) -> list[int]:

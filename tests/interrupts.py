@@ -21,9 +21,9 @@ import torch
 
 import am_memory
 from am_memory import Memory, MemoryPolicy, Sampling, Session
-from am_memory.constraints import Constraint, regex
 from am_memory.engines.base import Engine
 from am_memory.errors import CompactionFailed
+from am_memory.text.constraints import Constraint, regex
 
 PACKAGE = str(Path(am_memory.__file__).parent)
 KEEPING_BOOKS = (

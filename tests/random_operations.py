@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from am_memory import AMMemoryError, Memory, MemoryPolicy, Sampling, Session
-from am_memory.context import Context
 from am_memory.engines.base import Engine
-from am_memory.layers import SlidingState, TailState
-from am_memory.quantised import Quantised, decoded
+from am_memory.kv_cache.int8 import Quantised, decoded
+from am_memory.kv_cache.layers import SlidingState, TailState
+from am_memory.session.context import Context
 
 POLICY = MemoryPolicy(trigger_tokens=128, keep_ratio=0.25, keep_recent=6, pinned=3, chunk_tokens=1)
 POLICIES: dict[str, dict[str, object]] = {

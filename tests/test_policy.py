@@ -18,8 +18,8 @@ from pydantic import ValidationError
 from am_memory import AMMemoryError, Memory, MemoryPolicy
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import BudgetTooSmall, CompactionFailed, InvalidPolicy
+from am_memory.kv_cache.slots import Segment
 from am_memory.policy import Sizes, max_compact_tokens, min_block_tokens, plan, shrink, trigger_tokens
-from am_memory.slots import Segment
 from am_memory.solver import OMP, HighestAttention
 
 NUM_HEADS = 6

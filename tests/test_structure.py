@@ -16,77 +16,22 @@ INTEGRATIONS = ROOT / "integrations"
 # From the bottom up; a part may import its own layer and those below.
 LAYERS: tuple[set[str], ...] = (
     {"errors", "events"},
-    {
-        "gpu",
-        "quantised",
-        "rotation",
-        "slots",
-        "layers",
-        "cache",
-        "solver",
-        "gguf_header",
-        "models",
-        "tokens",
-        "token_counts",
-        "byte_level",
-        "sampling",
-    },
+    {"solver", "kv_cache"},
     {"engines"},
-    {
-        "policy",
-        "schedule",
-        "budgets",
-        "queries",
-        "originals",
-        "spill",
-        "files",
-        "session_file",
-        "session_layers",
-        "storage",
-        "rendering",
-        "turns",
-        "history",
-        "boundaries",
-        "json_schemas",
-        "constraints",
-        "tool_calls",
-    },
-    {
-        "compaction",
-        "on_policy",
-        "recall",
-        "search",
-        "calibration",
-        "summary",
-        "order",
-        "ahead",
-        "capabilities",
-        "resuming",
-    },
-    {"memory", "context", "rebuild", "transaction", "session", "watch"},
-    {"asked", "threads", "texts"},
-    {"chat"},
-    {"cli", "demo", "display"},
+    {"policy"},
+    {"budgets", "text"},
+    {"queries"},
+    {"recall"},
+    {"compaction"},
+    {"storage"},
+    {"memory", "session"},
+    {"conversations"},
+    {"cli"},
 )
 LAYER_OF = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
-ENGINES_MAY_IMPORT = {
-    "engines",
-    "gpu",
-    "quantised",
-    "rotation",
-    "slots",
-    "layers",
-    "cache",
-    "errors",
-    "events",
-    "gguf_header",
-    "models",
-    "tokens",
-    "sampling",
-}
-SOLVER_MAY_IMPORT = {"solver", "errors", "gpu"}
-CHOOSES_AN_ENGINE = {"memory", "cli", "demo"}  # inside a function only: a heavy engine loads when asked for
+SOLVER_MAY_IMPORT = {"solver", "errors"}
+CHOOSES_AN_ENGINE = {"memory", "cli"}  # inside a function only: a heavy engine loads when asked for
 NEVER_IN_THE_LIBRARY = {"langchain", "langchain_core", "langgraph", "fastapi", "starlette", "uvicorn", "ray"}
 STARTS = {("cli", "am_memory_server")}  # inside a function only: a command starts what is built on the library
 PACKAGES_ABOVE = {"langchain_am_memory", "am_memory_server", "integrations", "examples", "benchmarks", "tests"}
@@ -111,9 +56,8 @@ def module_name(path: Path) -> str:
 
 
 def part_of(module: str) -> str:
-    """The file or folder directly in am_memory: am_memory.solver.keys is of `solver`; cli files are all of `cli`."""
-    part = [*module.split("."), ""][1]
-    return "cli" if part.startswith("cli") else part
+    """The file or folder directly in am_memory: am_memory.solver.keys belongs to `solver`."""
+    return [*module.split("."), ""][1]
 
 
 def imports_of(path: Path) -> list[Import]:
@@ -176,18 +120,10 @@ def test_nothing_inside_imports_the_package_itself() -> None:
     assert not [str(found) for found in OUR_IMPORTS if found.module == "am_memory"]
 
 
-def test_engines_know_the_cache_and_never_compaction() -> None:
-    assert not _forbidden("engines", ENGINES_MAY_IMPORT)
-
-
 def test_the_solver_knows_tensors_only() -> None:
-    assert not _forbidden("solver", SOLVER_MAY_IMPORT)
+    inside = [found for found in OUR_IMPORTS if part_of(module_name(found.path)) == "solver"]
+    assert not [str(found) for found in inside if part_of(found.module) not in SOLVER_MAY_IMPORT]
     assert not [str(f) for f in IMPORTS if part_of(module_name(f.path)) == "solver" and "transformers" in f.module]
-
-
-def _forbidden(part: str, allowed: set[str]) -> list[str]:
-    inside = [found for found in OUR_IMPORTS if part_of(module_name(found.path)) == part]
-    return [str(found) for found in inside if part_of(found.module) not in allowed]
 
 
 def test_only_the_protocol_of_the_engines_is_imported() -> None:

@@ -1,6 +1,6 @@
 """Slots go where a measurement on the model says that they are needed, weighed by the scores of each block.
 
-Owns the measured curves, their file, and the way from curves to a ranking; `am_memory.calibration` measures them.
+Owns the measured curves, their file, and the way from curves to a ranking; `compaction/sensitivity.py` measures them.
 """
 
 from __future__ import annotations

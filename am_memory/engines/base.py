@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Literal, Protocol, get_args, runtime_checkable
 import torch
 from torch import Tensor
 
-from am_memory.cache import Snapshot
 from am_memory.errors import InvalidInput
-from am_memory.slots import Segment, Slots
+from am_memory.kv_cache.cache import Snapshot
+from am_memory.kv_cache.slots import Segment, Slots
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -135,7 +135,7 @@ class SessionLayer(Protocol):
 
 
 class SessionCache(Protocol):
-    """The cache of one session: `am_memory.cache.KVCache`, or what an engine has in its place.
+    """The cache of one session: `am_memory.kv_cache.cache.KVCache`, or what an engine has in its place.
 
     A snapshot must be cheap, as one is taken at every token, and restoring it exact, as long as nothing but what came
     after it was forgotten before other tokens were read.

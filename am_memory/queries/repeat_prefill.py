@@ -13,7 +13,7 @@ from torch import Tensor
 from am_memory.engines.base import Engine, SessionCache
 from am_memory.queries.reference import ReferenceQueries
 from am_memory.queries.scratch import queries_on_scratch
-from am_memory.rendering import Chat
+from am_memory.text.chat_template import Chat
 
 REQUEST = "Repeat the previous context."
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from am_memory.engines.base import Engine
-from am_memory.rendering import Chat
+from am_memory.text.chat_template import Chat
 
 
 def spoken_positions(engine: Engine, token_ids: Sequence[int], start: int, end: int) -> list[int]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from am_memory.gpu import MAX_HEAD_DIM, dot_dtype, padded, runs_triton
 from am_memory.solver.block import LOG2_E, Block
+from am_memory.solver.triton_support import MAX_HEAD_DIM, dot_dtype, padded, runs_triton
 
 SMALL_BLOCK_TOKENS = 200
 """In a block of so many keys, a query of the mean share counts half as much as it would if its share were all."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from am_memory.gpu.softmax import LOG2_E, add_keys
+from am_memory.solver.triton_softmax import LOG2_E, add_keys
 
 
 @triton.jit

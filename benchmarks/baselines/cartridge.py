@@ -24,14 +24,14 @@ from torch.nn.functional import kl_div
 from transformers import DynamicCache
 
 from am_memory import Session
-from am_memory.cache import KVCache
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.engines.transformers.support import cache_argument
 from am_memory.errors import UnsupportedOperation
+from am_memory.kv_cache.cache import KVCache
+from am_memory.kv_cache.slots import Segment, Slots
 from am_memory.policy import plan
 from am_memory.queries.repeat_prefill import repeat_request
 from am_memory.queries.self_study import self_study
-from am_memory.slots import Segment, Slots
 
 LEARNING_RATE = 2e-2
 REPEATED_TOKENS = 256

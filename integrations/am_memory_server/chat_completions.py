@@ -12,12 +12,12 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
-from am_memory.chat import ChatAnswer, ChatRequest, Delta, ToolCall
+from am_memory.conversations.chat import ChatAnswer, ChatRequest, Delta, ToolCall
+from am_memory.conversations.threads import Call
 from am_memory.engines.base import Engine
 from am_memory.events import CompactionFinished, CompactionStarted, Event, SessionRebuilt
-from am_memory.sampling import Sampling
-from am_memory.session import TokenLogprob
-from am_memory.threads import Call
+from am_memory.session.session import TokenLogprob
+from am_memory.text.sampling import Sampling
 from am_memory_server import schemas, sse
 from am_memory_server.access import Owner
 from am_memory_server.errors import ApiError

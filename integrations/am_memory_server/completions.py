@@ -11,10 +11,10 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
-from am_memory.chat import FINISH_REASONS
+from am_memory.conversations.chat import FINISH_REASONS
 from am_memory.engines.base import Engine
-from am_memory.sampling import Sampling
-from am_memory.session import Piece
+from am_memory.session.session import Piece
+from am_memory.text.sampling import Sampling
 from am_memory_server import schemas, sse
 from am_memory_server.access import Owner
 from am_memory_server.chat_completions import check_max_tokens, require_model, sampling_of

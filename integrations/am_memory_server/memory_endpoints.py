@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, TypeVar
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
+from am_memory.conversations.threads import Branch
 from am_memory.errors import CompactionFailed, InvalidInput
-from am_memory.session import Stats
-from am_memory.threads import Branch
+from am_memory.session.session import Stats
 from am_memory_server.access import Owner
 from am_memory_server.chat_completions import checked_name, thread_of
 from am_memory_server.errors import ApiError

@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from am_memory.display import head_slots
-from am_memory.layers import LayerState, TailState
-from am_memory.schedule import ScheduledCompaction
-from am_memory.session import Session, Stats
-from am_memory.session_file import SavedSession
+from am_memory.cli.display import head_slots
+from am_memory.compaction.record import ScheduledCompaction
+from am_memory.kv_cache.layers import LayerState, TailState
+from am_memory.session.session import Session, Stats
+from am_memory.storage.session_file import SavedSession
 from am_memory_server.service import kept_compactions
 
 

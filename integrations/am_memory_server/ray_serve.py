@@ -26,7 +26,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Message
 
-from am_memory.cli_serve import KEYS_VARIABLE, OPERATOR_KEYS_VARIABLE, keys_of_environment, name_of
+from am_memory.cli.serve import KEYS_VARIABLE, OPERATOR_KEYS_VARIABLE, keys_of_environment, name_of
 from am_memory.engines.base import DtypeName, EngineName
 from am_memory.errors import InvalidInput, problems
 from am_memory.memory import Memory

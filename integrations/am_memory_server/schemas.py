@@ -19,7 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from am_memory.errors import unknown
-from am_memory.sampling import MAX_STOP_CHARS, MAX_STOPS
+from am_memory.text.sampling import MAX_STOP_CHARS, MAX_STOPS
 
 MAX_CONVERSATION_CHARS = 200
 CONVERSATION_KEYS = ("conversation_id", "thread_id", "session_id", "chat_id")

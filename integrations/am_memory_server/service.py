@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, TypeVar
 
+from am_memory.conversations.texts import Texts
+from am_memory.conversations.threads import Branch, Threads
 from am_memory.errors import SessionChanged, SessionDeleted, StorageError
 from am_memory.events import CompactionFinished, CompactionReport, Event, Listener
 from am_memory.memory import Memory
-from am_memory.session import Session
-from am_memory.texts import Texts
-from am_memory.threads import Branch, Threads
+from am_memory.session.session import Session
 from am_memory_server.errors import logger
 from am_memory_server.metrics import Metrics, Sizes
 from am_memory_server.scheduler import Scheduler

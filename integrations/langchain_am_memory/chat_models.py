@@ -20,10 +20,10 @@ from langchain_core.tools import BaseTool
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 
 from am_memory import Memory, MemoryPolicy, Sampling
-from am_memory.chat import ChatAnswer, as_told
+from am_memory.conversations.chat import ChatAnswer, as_told
+from am_memory.conversations.threads import Threads
 from am_memory.engines.base import EngineName
 from am_memory.errors import CompactionFailed, InvalidInput, InvalidPolicy, PromptTooLong, unknown
-from am_memory.threads import Threads
 from langchain_am_memory import threads_of
 from langchain_am_memory.answers import PROVIDER, Chunks, whole
 from langchain_am_memory.calls import Call, check_arguments, one_choice, openai_tools

@@ -23,7 +23,7 @@ from langchain_core.utils.function_calling import convert_to_json_schema, conver
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import ConfigDict
 
-from am_memory.json_schemas import Check, Unchecked
+from am_memory.text.json_schemas import Check, Unchecked
 
 logger = logging.getLogger("am_memory.langchain")
 

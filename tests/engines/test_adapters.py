@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Memory, MemoryPolicy
+from am_memory.engines.loading import fingerprint
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import ModelMismatch, UnsupportedModel, UnsupportedOperation
-from am_memory.models import fingerprint
 
 POLICY = MemoryPolicy(trigger_tokens=64, keep_ratio=0.25, keep_recent=6, pinned=4, chunk_tokens=16)
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 258}

@@ -10,8 +10,8 @@ from am_memory.engines.transformers import partwise
 from am_memory.engines.transformers.attention import attend, attention_forward
 from am_memory.engines.transformers.partwise import merge, partial_attention
 from am_memory.errors import UnsupportedOperation
-from am_memory.layers import CompactableLayer
-from am_memory.slots import PINNED_RANK, Slots
+from am_memory.kv_cache.layers import CompactableLayer
+from am_memory.kv_cache.slots import PINNED_RANK, Slots
 
 NUM_HEADS, HEAD_DIM = 3, 16
 SCALING = 0.3

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from am_memory.cache import KVCache
 from am_memory.engines.base import Branching
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.engines.transformers.partwise import plain_partial_attention
 from am_memory.errors import InvalidInput
+from am_memory.kv_cache.cache import KVCache
 from am_memory.memory import Memory
 from am_memory.policy import MemoryPolicy
 

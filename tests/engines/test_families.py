@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Memory, MemoryPolicy
-from am_memory.cache import KVCache
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.engines.transformers.attention import ATTENTION_NAME
 from am_memory.errors import UnsupportedModel
+from am_memory.kv_cache.cache import KVCache
 
 NUM_TOKENS = 60
 SIZES = {

@@ -22,8 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Memory, MemoryPolicy, Sampling
 from am_memory.engines.transformers import TransformersEngine, fused, partwise
-from am_memory.quantised import Quantised
-from am_memory.slots import Slots
+from am_memory.kv_cache.int8 import Quantised
+from am_memory.kv_cache.slots import Slots
 
 pytest.importorskip("triton", reason="Triton has no build for this machine")
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from am_memory.cache import KVCache
 from am_memory.engines.base import Branches
 from am_memory.engines.transformers import TransformersEngine
+from am_memory.kv_cache.cache import KVCache
 from am_memory.queries import Conversations, queries_on_scratch, self_study, self_study_queries
 from am_memory.queries.self_study import PROMPTS, study_prompts
 

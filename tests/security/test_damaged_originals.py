@@ -17,9 +17,9 @@ from am_memory import Memory, MemoryPolicy, Sampling, Session
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidInput, OriginalLost
 from am_memory.events import Event, OriginalsLost
-from am_memory.originals import FileOriginal
-from am_memory.spill import Spill
-from am_memory.storage import Store
+from am_memory.recall.original_files import Spill
+from am_memory.recall.originals import FileOriginal
+from am_memory.storage.store import Store
 
 POLICY = MemoryPolicy(trigger_tokens=128, keep_ratio=0.25, keep_recent=8, pinned=3, chunk_tokens=32, originals="disk")
 

@@ -18,13 +18,14 @@ from langchain_am_memory import AMMemoryCheckpointer, ChatAMMemory
 from langgraph.checkpoint.memory import InMemorySaver
 from typer.testing import CliRunner
 
-from am_memory import Memory, MemoryPolicy, Sampling, Session, files
-from am_memory.cli import app
+from am_memory import Memory, MemoryPolicy, Sampling, Session
+from am_memory.cli.main import app
+from am_memory.conversations.threads import Threads, Turn
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidInput, SessionDeleted
-from am_memory.session import Packed
-from am_memory.storage import Store
-from am_memory.threads import Threads, Turn
+from am_memory.session.session import Packed
+from am_memory.storage import files
+from am_memory.storage.store import Store
 
 POLICY = MemoryPolicy(trigger_tokens=96, keep_ratio=0.25, pinned=3, keep_recent=4, chunk_tokens=16, originals="host")
 SECRET = "the owl's secret"
@@ -271,7 +272,7 @@ KILLED = dedent("""
         spec.loader.exec_module(loaded)
         return loaded
 
-    files, spill = module("files"), module("spill")
+    files, spill = module("storage/files"), module("recall/original_files")
     path, tempfile.tempdir, when = sys.argv[1:]
     kill = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
     spill.spill().write(b"the owl's secret" * 100)

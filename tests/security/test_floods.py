@@ -15,9 +15,9 @@ from am_memory_server import scheduler
 from am_memory_server.access import owner_of_key
 from serving import NewServer, Server, until
 
-from am_memory import threads
+from am_memory.conversations import threads
 from am_memory.engines.transformers import TransformersEngine
-from am_memory.storage import Store
+from am_memory.storage.store import Store
 
 MALLORY, ALICE, OPERATOR = "key-of-mallory", "key-of-alice", "key-of-operator"
 KEYS = {"api_keys": [MALLORY, ALICE], "operator_keys": [OPERATOR]}

@@ -11,12 +11,12 @@ from langchain_am_memory import ChatAMMemory
 from typer.testing import CliRunner
 
 from am_memory import Memory, MemoryPolicy, Session
-from am_memory.chat import ChatAnswer, ChatRequest
-from am_memory.cli import app
+from am_memory.cli.main import app
+from am_memory.conversations.chat import ChatAnswer, ChatRequest
+from am_memory.conversations.threads import Threads
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidInput
 from am_memory.queries import as_turn
-from am_memory.threads import Threads
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 FORGERIES = {

@@ -12,15 +12,16 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from am_memory import Memory, MemoryPolicy, session_file
+from am_memory import Memory, MemoryPolicy
+from am_memory.conversations.threads import Threads
 from am_memory.engines.base import ModelInfo
 from am_memory.engines.fingerprints import of_template, of_tokenizer, template_fingerprint
 from am_memory.engines.llama_cpp import LlamaCppEngine
+from am_memory.engines.loading import fingerprint
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import ModelMismatch
 from am_memory.events import Event, OriginUnknown
-from am_memory.models import fingerprint
-from am_memory.threads import Threads
+from am_memory.storage import session_file
 
 POLICY = MemoryPolicy(trigger_tokens=500)
 SAY = [{"role": "user", "content": "Hello."}]

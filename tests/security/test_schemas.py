@@ -7,15 +7,15 @@ from contextlib import suppress
 
 import pytest
 
-from am_memory.chat import ChatAnswer, ChatRequest
-from am_memory.constraints import json_schema
+from am_memory.conversations.chat import ChatAnswer, ChatRequest
+from am_memory.conversations.threads import Threads
+from am_memory.conversations.tool_calls import ParsedCall
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidInput
-from am_memory.json_schemas import Check, Unchecked
 from am_memory.memory import Memory
 from am_memory.policy import MemoryPolicy
-from am_memory.threads import Threads
-from am_memory.tool_calls import ParsedCall
+from am_memory.text.constraints import json_schema
+from am_memory.text.json_schemas import Check, Unchecked
 
 UNCHECKED = "cannot be checked against its schema: there are too many alternatives within each other, or patterns"
 

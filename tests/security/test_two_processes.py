@@ -12,13 +12,14 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from typer.testing import CliRunner
 
-from am_memory import Memory, MemoryPolicy, Sampling, Session, files
-from am_memory.cli import app
+from am_memory import Memory, MemoryPolicy, Sampling, Session
+from am_memory.cli.main import app
+from am_memory.conversations.threads import Threads
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import SessionChanged, SessionDeleted
-from am_memory.session_file import version_of
-from am_memory.storage import Store
-from am_memory.threads import Threads
+from am_memory.storage import files
+from am_memory.storage.session_file import version_of
+from am_memory.storage.store import Store
 
 POLICY = MemoryPolicy(trigger_tokens=500, keep_ratio=0.25, pinned=3, keep_recent=4, chunk_tokens=64)
 ROOT = Path(__file__).parent.parent.parent
@@ -252,7 +253,7 @@ WRITER = dedent("""
     import importlib.util, sys
     from fsspec.implementations.local import LocalFileSystem
 
-    spec = importlib.util.spec_from_file_location("files", "am_memory/files.py")
+    spec = importlib.util.spec_from_file_location("files", "am_memory/storage/files.py")
     files = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(files)
     path, count = sys.argv[1], int(sys.argv[2])

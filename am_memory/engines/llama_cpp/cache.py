@@ -22,15 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from am_memory.cache import Snapshot
 from am_memory.engines.llama_cpp.capture import OnAttention
 from am_memory.engines.llama_cpp.decoder import CellSequence
 from am_memory.engines.llama_cpp.model import LayerShape, Model
 from am_memory.engines.llama_cpp.state import Column, SequenceState
 from am_memory.errors import CorruptSession, UnsupportedOperation
-from am_memory.layers import LayerState, SlidingState, TailBuffer, TailState
-from am_memory.quantised import Rows, decoded
-from am_memory.slots import PINNED_RANK, Segment, Slots, carried_over
+from am_memory.kv_cache.cache import Snapshot
+from am_memory.kv_cache.int8 import Rows, decoded
+from am_memory.kv_cache.layers import LayerState, SlidingState, TailBuffer, TailState
+from am_memory.kv_cache.slots import PINNED_RANK, Segment, Slots, carried_over
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from am_memory.engines.base import ControlTokens, Message, ModelInfo, OnQuery, SessionCache, Tool
 from am_memory.engines.fingerprints import template_fingerprint
+from am_memory.engines.gguf_header import BadHeader, read_header, require_vocabulary
 from am_memory.engines.llama_cpp import support
 from am_memory.engines.llama_cpp.cache import CellCache
 from am_memory.engines.llama_cpp.capture import Attention
@@ -23,10 +24,9 @@ from am_memory.engines.llama_cpp.decoder import Decoder
 from am_memory.engines.llama_cpp.library import TORCH_TYPES, captured_log, ggml_type, library, reason
 from am_memory.engines.llama_cpp.self_test import tested_model
 from am_memory.engines.llama_cpp.vocabulary import Vocabulary
+from am_memory.engines.loading import file_fingerprint, gguf_path
 from am_memory.engines.templates import control_tokens, template_errors
 from am_memory.errors import InvalidInput, ModelNotFound, UnsupportedModel
-from am_memory.gguf_header import BadHeader, read_header, require_vocabulary
-from am_memory.models import file_fingerprint, gguf_path
 
 
 class LlamaCppEngine:

@@ -17,8 +17,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from am_memory.engines.transformers import fused, partwise
 from am_memory.engines.transformers.branches import BranchLayer
 from am_memory.errors import UnsupportedOperation
-from am_memory.layers import CompactableLayer
-from am_memory.slots import Slots
+from am_memory.kv_cache.layers import CompactableLayer
+from am_memory.kv_cache.slots import Slots
 
 ATTENTION_NAME = "am_memory"
 NOT_OURS = ("softcap", "s_aux", "position_bias")

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from am_memory.engines.transformers.partwise import merge, partial_attention, past_parts
-from am_memory.layers import CompactableLayer
+from am_memory.kv_cache.layers import CompactableLayer
 
 Entries = tuple[Tensor, Tensor]
 """Keys and values, (num_key_value_heads, num_tokens, head_dim)."""

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from am_memory.cache import KVCache
 from am_memory.engines.transformers import support
 from am_memory.engines.transformers.attention import IS_DEFERRED, attention_forward
 from am_memory.errors import EngineFailed, UnsupportedModel
+from am_memory.kv_cache.cache import KVCache
 
 WAY_OUT = "load it with compile=False"
 

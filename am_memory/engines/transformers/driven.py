@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 
-from am_memory.cache import KVCache
 from am_memory.engines.transformers.attention import NO_MASK
 from am_memory.errors import UnsupportedOperation
+from am_memory.kv_cache.cache import KVCache
 
 CACHE_NAMES = ("cache", "past_key_values")
 """What `forward` calls its cache: the second became the first within transformers 5, and is still taken."""

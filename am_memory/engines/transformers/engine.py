@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from am_memory.cache import KVCache
 from am_memory.engines.base import ControlTokens, Message, ModelInfo, OnQuery, SessionCache, Tool
 from am_memory.engines.characters import utf8
 from am_memory.engines.fingerprints import of_template, of_tokenizer
+from am_memory.engines.loading import fingerprint
 from am_memory.engines.templates import control_tokens, template_errors
 from am_memory.engines.transformers import adapters, attention, support
 from am_memory.engines.transformers.adapters import Adapters, unwrapped
@@ -26,8 +26,8 @@ from am_memory.engines.transformers.plain_text import encode_as_text
 from am_memory.engines.transformers.positions import num_positions, refusal, refuse_too_long_answers
 from am_memory.engines.transformers.rotary import layer_rotations
 from am_memory.errors import InvalidInput, UnsupportedModel, UnsupportedOperation
-from am_memory.models import fingerprint
-from am_memory.rotation import Rotation
+from am_memory.kv_cache.cache import KVCache
+from am_memory.kv_cache.rotation import Rotation
 
 
 class TransformersEngine:

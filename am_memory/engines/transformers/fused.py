@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from am_memory.gpu import MAX_HEAD_DIM, dot_dtype, padded, power_of_two_from, runs_triton
-from am_memory.quantised import Quantised
-from am_memory.slots import Slots
+from am_memory.kv_cache.int8 import Quantised
+from am_memory.kv_cache.slots import Slots
+from am_memory.solver.triton_support import MAX_HEAD_DIM, dot_dtype, padded, power_of_two_from, runs_triton
 
 KEYS_PER_PART = 128
 MAX_SPLIT_ROWS = 64

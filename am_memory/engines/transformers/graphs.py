@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from am_memory.cache import KVCache
 from am_memory.engines.transformers import support
-from am_memory.layers import CompactableLayer
+from am_memory.kv_cache.cache import KVCache
+from am_memory.kv_cache.layers import CompactableLayer
 
 PATIENCE = 4
 """Tokens that a cache reads one by one, in the same slots, before a graph is captured, which takes as long as two."""

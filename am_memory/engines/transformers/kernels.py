@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from am_memory.gpu.softmax import LOG2_E, add_keys
+from am_memory.solver.triton_softmax import LOG2_E, add_keys
 
 
 @triton.jit(do_not_specialize=["num_tokens", "tail_tokens", "num_slot_parts", "keys_per_part"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from am_memory.slots import Slots
+from am_memory.kv_cache.slots import Slots
 
 MAX_SCORES = 2**24
 """Attention scores held at once by the plain operations."""

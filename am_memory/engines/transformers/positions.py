@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, PreTrainedModel
 
-from am_memory.cache import KVCache
 from am_memory.engines.transformers.driven import InPlaceOf
 from am_memory.engines.transformers.support import cache_argument
 from am_memory.errors import PromptTooLong
+from am_memory.kv_cache.cache import KVCache
 
 NUM_STEPS = 3
 aten = torch.ops.aten

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from am_memory.cache import KVCache
 from am_memory.engines.transformers.held_rope import HeldRope, length_dependent_kinds
 from am_memory.engines.transformers.support import cache_argument
 from am_memory.errors import UnsupportedModel
-from am_memory.layers import CompactableLayer
-from am_memory.rotation import Rotation
+from am_memory.kv_cache.cache import KVCache
+from am_memory.kv_cache.layers import CompactableLayer
+from am_memory.kv_cache.rotation import Rotation
 
 TOLERANCE = 5e-2
 """Of what a turned key is off, relative to it: rounding, in bfloat16 too. What does not fit is off by about 1."""

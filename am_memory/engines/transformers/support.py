@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from am_memory.cache import KVCache
 from am_memory.engines.transformers.attention import ATTENTION_NAME
 from am_memory.errors import InvalidInput, UnsupportedModel, UnsupportedOperation
-from am_memory.slots import Segment, Slots
+from am_memory.kv_cache.cache import KVCache
+from am_memory.kv_cache.slots import Segment, Slots
 
 PROBE_TOKENS = 8
 PROBE_STEPS = ((0, 3), (3, 4), (4, PROBE_TOKENS))

@@ -18,8 +18,8 @@ from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CompactionFailed, CorruptSession, EngineFailed, InvalidPolicy, UnsupportedOperation
 from am_memory.events import CompactionFinished, Event
-from am_memory.layers import TailState
-from am_memory.slots import PINNED_RANK, carried_over
+from am_memory.kv_cache.layers import TailState
+from am_memory.kv_cache.slots import PINNED_RANK, carried_over
 
 POLICY = MemoryPolicy(trigger_tokens=120, keep_ratio=0.25, pinned=4, keep_recent=8)
 TEXT = "An owl is a bird that hunts at night, and sleeps by day. It hears a mouse under the snow, and flies without a sound. "
@@ -183,7 +183,7 @@ def test_heads_without_a_constant_direction_are_reported(
     memory = Memory(llama, POLICY, on_event=heard.append)
     for limit, expected in ((10.0, 0), (-1.0, 6)):
         monkeypatch.setattr(fold, "MAX_FOLD_ERROR", limit)
-        monkeypatch.setattr("am_memory.compaction.MAX_FOLD_ERROR", limit)
+        monkeypatch.setattr("am_memory.compaction.compact.MAX_FOLD_ERROR", limit)
         session = memory.session()
         session.append(TEXT[:100])
         session.compact(0.5)
@@ -272,7 +272,7 @@ def test_a_failed_compaction_changes_nothing(new_session: NewSession, monkeypatc
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("am_memory.compaction.fit", fail)
+    monkeypatch.setattr("am_memory.compaction.compact.fit", fail)
     with pytest.raises(CompactionFailed, match="out of memory"):
         session.compact(0.5)
     monkeypatch.undo()

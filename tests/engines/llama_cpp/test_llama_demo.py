@@ -12,10 +12,10 @@ from llama_cpp import Llama
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Memory, MemoryPolicy
-from am_memory.constraints import json_schema
-from am_memory.demo import prose
+from am_memory.cli.demo import prose
 from am_memory.engines.llama_cpp import LlamaCppEngine
-from am_memory.models import demo_model_path
+from am_memory.engines.loading import demo_model_path
+from am_memory.text.constraints import json_schema
 
 pytestmark = pytest.mark.model
 
@@ -32,7 +32,7 @@ def test_tokens_are_those_of_transformers(
     memory: Memory, demo: tuple[PreTrainedModel, PreTrainedTokenizerBase]
 ) -> None:
     """On prose, code, digits, marks, scripts and the text of special tokens."""
-    files = ["README.md", "am_memory/compaction.py", "pyproject.toml"]
+    files = ["README.md", "am_memory/compaction/compact.py", "pyproject.toml"]
     texts = [(ROOT / name).read_text(encoding="utf-8") for name in files]
     texts += ["<|im_start|>user\n1234 567,89<|im_end|>\n", "Grüße  \n\n\t\u2603 \U0001f989 你好 مرحبا", " a", "a ", ""]
     for text in texts:

@@ -14,7 +14,7 @@ from am_memory import Memory, MemoryPolicy
 from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CorruptSession, UnsupportedModel
-from am_memory.layers import SlidingState
+from am_memory.kv_cache.layers import SlidingState
 
 WINDOW = 16
 POLICY = MemoryPolicy(trigger_tokens=120, keep_ratio=0.25, pinned=4, keep_recent=8, head_budget="uniform")

@@ -37,7 +37,7 @@ SERVE = dedent("""
     if where == "save":
         os.link = dies_at(os.link, int(number))  # all is written, and does not have its name yet
     elif where == "compaction":
-        import am_memory.order as order
+        import am_memory.compaction.job as order
         order.compact = dies_at(order.compact, int(number))
     policy = MemoryPolicy(trigger_tokens=200, keep_ratio=0.25, pinned=3, keep_recent=16)
     memory = Memory.from_pretrained(model, policy=policy, store=store, device="cpu")

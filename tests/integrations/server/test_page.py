@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from serving import NewServer, Server, until
 
-from am_memory.chat import ChatAnswer, Delta
+from am_memory.conversations.chat import ChatAnswer, Delta
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")

@@ -15,7 +15,7 @@ import openai
 import pytest
 from serving import until
 
-from am_memory.cli_serve import KEYS_VARIABLE
+from am_memory.cli.serve import KEYS_VARIABLE
 from am_memory.errors import InvalidInput, InvalidPolicy
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'attention-matching-memory[ray]'")

@@ -11,8 +11,8 @@ from am_memory_server import ServerSettings
 from typer.testing import CliRunner
 
 from am_memory import Memory, MemoryPolicy
-from am_memory.cli import app
-from am_memory.cli_serve import KEYS_VARIABLE, OPERATOR_KEYS_VARIABLE, name_of
+from am_memory.cli.main import app
+from am_memory.cli.serve import KEYS_VARIABLE, OPERATOR_KEYS_VARIABLE, name_of
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidInput
 

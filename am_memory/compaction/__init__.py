@@ -1,0 +1,1 @@
+"""One compaction, from the plan to the slots that are swapped in."""

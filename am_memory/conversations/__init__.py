@@ -1,0 +1,1 @@
+"""Whole conversations in, of which only what is new is read."""

@@ -1,0 +1,40 @@
+"""What tool calls look like as text: told to a model, forced on it, and read from its answers.
+
+Messages and tools are dicts as OpenAI's chat completions have them; knows no session and no framework.
+"""
+
+from am_memory.conversations.tool_calls.forced import (
+    calls_or_json_constraint,
+    calls_or_text_constraint,
+    no_call_constraint,
+    parameters,
+    tool_call_constraint,
+)
+from am_memory.conversations.tool_calls.formats import ToolFormat, tool_format
+from am_memory.conversations.tool_calls.parsing import (
+    InvalidCall,
+    ParsedAnswer,
+    ParsedCall,
+    ToolCallStream,
+    answer_text,
+    parse,
+)
+from am_memory.conversations.tool_calls.prompt import arguments_of, prepare
+
+__all__ = [
+    "InvalidCall",
+    "ParsedAnswer",
+    "ParsedCall",
+    "ToolCallStream",
+    "ToolFormat",
+    "answer_text",
+    "arguments_of",
+    "calls_or_json_constraint",
+    "calls_or_text_constraint",
+    "no_call_constraint",
+    "parameters",
+    "parse",
+    "prepare",
+    "tool_call_constraint",
+    "tool_format",
+]

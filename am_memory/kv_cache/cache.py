@@ -1,0 +1,245 @@
+"""The KV cache of one session: ragged compact slots, then an exact tail that grows in place.
+
+Owns the layout `[pinned exact][segment 1]...[segment n][exact tail]`, logical against physical length, sharing between
+forks, and its own bytes. Knows no model, no policy, and not how slots are computed.
+
+What makes it safe: slots are immutable, and a tail only ever writes behind its own length. A snapshot is therefore a
+handful of references, restoring it is exact, and forks share memory until one of them appends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from am_memory.errors import UnsupportedOperation
+from am_memory.kv_cache.layers import CompactableLayer, LayerState, SlidingLayer, TailState
+from am_memory.kv_cache.rotation import Rotation
+from am_memory.kv_cache.slots import Segment, Slots, carried_over
+
+
+class Snapshot(Protocol):
+    """A whole cache at one moment, as whoever saves it sees it; an engine's own cache may have a state of its own."""
+
+    @property
+    def layers(self) -> tuple[LayerState, ...]: ...
+
+    @property
+    def segments(self) -> tuple[Segment, ...]: ...
+
+    @property
+    def num_pinned(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class CacheState:
+    """A whole cache at one moment, as references; `KVCache.restore` takes it back exactly."""
+
+    layers: tuple[LayerState, ...]
+    segments: tuple[Segment, ...]
+    num_pinned: int
+
+    def exchanged(self, segment: Segment, new_slots: Sequence[Slots]) -> CacheState:
+        """The state in which other slots stand for a segment's tokens.
+
+        Args:
+            segment: one of `segments`; it keeps its `num_slots`, whatever the number of the new ones.
+            new_slots: of each compactable layer.
+        """
+        slots_of_layer = iter(new_slots)
+        states: list[LayerState] = []
+        for state in self.layers:
+            if isinstance(state, TailState):
+                assert state.slots is not None
+                before = state.slots.where(state.slots.positions < segment.start)
+                after = state.slots.where(state.slots.positions >= segment.end)
+                states.append(state._replace(slots=Slots.concat([before, next(slots_of_layer), after])))
+            else:
+                states.append(state)
+        return replace(self, layers=tuple(states))
+
+
+BeforeForward = Callable[[Sequence[int], int, int, str], tuple[int, list[Tensor]]]
+"""Called with the tokens that a model is about to read into a cache, for how many of the last ones logits are wanted,
+how many of the last ones have to be read in one pass, and what for, if that is more than logits.
+
+Says how many of the first are read already, and gives the logits of those among them for which they are wanted,
+(num_tokens, vocab_size) pass by pass."""
+
+
+class KVCache(Cache):
+    """The cache of one session, usable wherever transformers takes a `Cache`.
+
+    Args:
+        sliding_windows: for each layer of the model its sliding window in tokens, or None for full attention.
+        rotations: how each layer of the model turns its keys; None: slots stay where they were written.
+
+    Attributes:
+        before_forward: set where somebody else drives the model (`generate`), to watch what it reads.
+        num_announced: tokens that there will be after the pass of which `before_forward` was told.
+        weights: what else than the model itself the entries depend on, as the engine has it (adapters).
+        held_rope: what holds the model's RoPE while it reads into this cache, where it depends on the text's length.
+    """
+
+    layers: list[CompactableLayer | SlidingLayer]  # type: ignore[assignment]
+    has_ragged_heads = True
+
+    def __init__(self, sliding_windows: Sequence[int | None], rotations: Sequence[Rotation] | None = None) -> None:
+        each: Sequence[Rotation | None] = rotations or [None] * len(sliding_windows)
+        super().__init__(
+            layers=[
+                CompactableLayer(rotation) if window is None else SlidingLayer(window)
+                for window, rotation in zip(sliding_windows, each, strict=True)
+            ]
+        )
+        self.sliding_windows, self.rotations = tuple(sliding_windows), rotations
+        self.segments: tuple[Segment, ...] = ()
+        self.num_pinned = 0
+        self.before_forward: BeforeForward | None = None
+        self.num_announced = 0
+        self.weights: object = None
+        self.held_rope: object = None
+
+    @property
+    def compactable(self) -> list[CompactableLayer]:
+        return [layer for layer in self.layers if isinstance(layer, CompactableLayer)]
+
+    @property
+    def num_tokens(self) -> int:
+        """Logical length."""
+        return self.get_seq_length()
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Logical length: what every layer has seen, also when a forward pass was interrupted between two of them."""
+        return min(layer.get_seq_length() for layer in self.layers)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Asked once in a pass, before its first layer: no pass may read into a watched cache that nobody told of it.
+
+        Raises:
+            UnsupportedOperation: a pass of another model, or of a part of it.
+        """
+        if self.before_forward is not None and self.num_announced != self.num_tokens + query_length:
+            raise UnsupportedOperation(
+                f"{query_length} tokens are about to be read into a cache of memory.cache() by another model than its "
+                "memory's, or by a part of it: pass the cache to memory.engine.model"
+            )
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    @property
+    def num_tail_tokens(self) -> int:
+        """Exact tokens behind the segments; before the first compaction this is everything."""
+        return self.compactable[0].length
+
+    @property
+    def num_exact_tokens(self) -> int:
+        """Exact tokens: pinned ones and the tail."""
+        return self.num_pinned + self.num_tail_tokens
+
+    @property
+    def num_compact_slots(self) -> float:
+        """Mean compact slots per KV head, over all compactable layers; pinned entries count as exact."""
+        num_slots = sum(layer.slots.num_slots for layer in self.compactable if layer.slots is not None)
+        return num_slots / self.num_heads - self.num_pinned if num_slots else 0.0
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads of all compactable layers together."""
+        return sum(layer.num_heads for layer in self.compactable)
+
+    @property
+    def kv_tokens(self) -> float:
+        """Physical size: exact tokens + mean compact slots per head."""
+        return self.num_exact_tokens + self.num_compact_slots
+
+    @property
+    def nbytes(self) -> int:
+        """What keys, values and biases take in the device's memory, with spare capacity."""
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors)
+
+    @property
+    def exact_nbytes(self) -> int:
+        """What an uncompacted cache of the same tokens would take."""
+        per_token = sum(
+            2 * layer.num_heads * layer.buffer.key.shape[3] * layer.buffer.key.element_size()
+            for layer in self.compactable
+            if layer.buffer is not None
+        )
+        sliding = (
+            tensor.nbytes for layer in self.layers if isinstance(layer, SlidingLayer) for tensor in layer.tensors
+        )
+        return per_token * self.num_tokens + sum(sliding)
+
+    def state(self) -> CacheState:
+        return CacheState(tuple(layer.state() for layer in self.layers), self.segments, self.num_pinned)
+
+    def restore(self, state: Snapshot) -> None:
+        for layer, layer_state in zip(self.layers, state.layers, strict=True):
+            layer.restore(layer_state)
+        self.segments, self.num_pinned = state.segments, state.num_pinned
+
+    def fork(self) -> KVCache:
+        """A second cache with the same content; memory is shared until one of the two appends."""
+        branch = KVCache(self.sliding_windows, self.rotations)
+        for mine, other in zip(self.layers, branch.layers, strict=True):
+            other.restore(mine.state())
+            if isinstance(mine, CompactableLayer) and isinstance(other, CompactableLayer):
+                other.scaling = mine.scaling
+                if mine.buffer is not None:
+                    mine.buffer.is_shared = True
+        branch.segments, branch.num_pinned = self.segments, self.num_pinned
+        branch.weights, branch.held_rope = self.weights, self.held_rope
+        return branch
+
+    def compacted(self, segments: Sequence[Segment], new_slots: Sequence[Slots], num_pinned: int) -> CacheState:
+        """The state in which `new_slots` stand for the tail's tokens up to the end of the last of `segments`.
+
+        Args:
+            segments: all segments afterwards, the new one last; older ones are cut to their `num_slots` and turned to
+                their `shift`, and those that are not among them give way to the new one.
+            new_slots: the new segment's slots of each compactable layer, ranked within the segment.
+            num_pinned: tokens at the start of the tail that stay exact (only before the first compaction).
+
+        Returns:
+            A new state; this cache is as it was.
+        """
+        slots_of_layer, (older, distances) = iter(new_slots), carried_over(self.segments, segments)
+        states = tuple(
+            layer.compacted(older, distances, segments[-1], next(slots_of_layer), num_pinned)
+            if isinstance(layer, CompactableLayer)
+            else layer.state()
+            for layer in self.layers
+        )
+        return CacheState(states, tuple(segments), max(self.num_pinned, num_pinned))
+
+    def compacted_layer(
+        self, layer: CompactableLayer, segments: Sequence[Segment], new_slots: Slots, num_pinned: int
+    ) -> TailState:
+        """What `compacted` makes of one layer, with the new segment's slots of that layer."""
+        return layer.compacted(*carried_over(self.segments, segments), segments[-1], new_slots, num_pinned)
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[no-untyped-call]
+        self.segments, self.num_pinned = (), 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens, in all layers or in none."""
+        if tokens_to_remove and not self.is_croppable:
+            raise UnsupportedOperation(
+                f"cannot remove {-tokens_to_remove} tokens from the cache: a sliding window has forgotten what came "
+                "before them; use Session.rewind, which rebuilds"
+            )
+        super().crop(tokens_to_remove)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all layers have seen the same tokens; an interrupted forward pass leaves the first ones ahead."""
+        return len({layer.get_seq_length() for layer in self.layers}) == 1
+
+    def truncate(self, num_tokens: int) -> None:
+        """Forget everything after the first `num_tokens` logical tokens; the rest must be in the exact tail."""
+        self.crop(num_tokens - self.num_tokens)

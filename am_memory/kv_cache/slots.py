@@ -1,0 +1,233 @@
+"""Compact slots, ragged over the heads of a layer, and the segments of tokens that they stand for.
+
+Slots are immutable, so that snapshots and forks share them. Knows no model, no policy, and not how slots are computed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from am_memory.kv_cache.int8 import Quantised, Rows, cat, decoded, tensors
+from am_memory.kv_cache.rotation import Rotation
+
+PINNED_RANK = -1
+"""The rank of an entry that no budget cuts."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Logical tokens [start, end) held in `num_slots` slots, counted over all layers and KV heads.
+
+    Cutting a segment is a cut in the ranking that its slots were born with: slots of rank >= num_slots go. It depends
+    on the size alone, never on the path.
+
+    Attributes:
+        shift: by how many positions its keys stand later than they were written.
+    """
+
+    start: int
+    end: int
+    num_slots: int
+    shift: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.start
+
+
+def resized(segment: Segment, num_slots: int) -> Segment:
+    """The same tokens in fewer slots."""
+    return replace(segment, num_slots=min(num_slots, segment.num_slots))
+
+
+def carried_over(held: Sequence[Segment], segments: Sequence[Segment]) -> tuple[list[Segment], list[int]]:
+    """What becomes of the segments that a cache holds when it is to have others.
+
+    Args:
+        segments: afterwards, the new one last.
+
+    Returns:
+        The held ones as they are among `segments`, with no slots where they are not; how far each of them is turned.
+    """
+    kept = {segment.start: segment for segment in segments[:-1]}
+    older = [kept.get(segment.start, replace(segment, num_slots=0)) for segment in held]
+    return older, [after.shift - before.shift for before, after in zip(held, older, strict=True)]
+
+
+class HeadSlots(NamedTuple):
+    """One KV head's slots, as views that broadcast against (batch, heads, queries, head_dim)."""
+
+    key: Tensor  # (1, 1, num_slots, head_dim)
+    value: Tensor  # (1, 1, num_slots, head_dim)
+    bias: Tensor  # (1, 1, 1, num_slots)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The compact entries of one layer, ragged over its KV heads; immutable, so forks share them.
+
+    Attributes:
+        key, value: (total_slots, head_dim), head after head; within a head in the order of the tokens. Where segments
+            are kept in int8, they are `Quantised`, with pinned and recalled entries as they were.
+        bias: (total_slots,), log of how many exact entries a slot weighs; zero for pinned exact entries.
+        positions: (total_slots,) int32, the logical position that a slot's key was written at.
+        ranks: (total_slots,) int32, the slot's place in its segment's ranking at birth, or `PINNED_RANK`. Attention
+            needs neither of the two: they stay in host memory, and cutting never waits for a device.
+        cu_slots: where each head begins, and the end: num_key_value_heads + 1 numbers.
+    """
+
+    key: Rows
+    value: Rows
+    bias: Tensor
+    positions: Tensor
+    ranks: Tensor
+    cu_slots: tuple[int, ...]
+
+    @classmethod
+    def exact(cls, key: Tensor, value: Tensor, start: int) -> Slots:
+        """Pinned entries as they are; key and value: (num_key_value_heads, seq_len, head_dim)."""
+        num_heads, seq_len, head_dim = key.shape
+        positions = torch.arange(start, start + seq_len, dtype=torch.int32)
+        return cls(
+            key=key.reshape(-1, head_dim).clone(),
+            value=value.reshape(-1, head_dim).clone(),
+            bias=key.new_zeros(num_heads * seq_len),
+            positions=positions.repeat(num_heads),
+            ranks=torch.full_like(positions, PINNED_RANK).repeat(num_heads),
+            cu_slots=tuple(range(0, num_heads * seq_len + 1, seq_len)) if seq_len else (0,) * (num_heads + 1),
+        )
+
+    @classmethod
+    def recalled(cls, key: Tensor, value: Tensor, start: int) -> Slots:
+        """A segment's entries as they were before it was compacted, each of the first rank; shapes as of `exact`."""
+        exact = cls.exact(key, value, start)
+        return replace(exact, ranks=torch.zeros_like(exact.ranks))
+
+    @classmethod
+    def concat(cls, parts: Sequence[Slots]) -> Slots:
+        """Head by head, one part after another; parts must come in the order of their tokens."""
+        num_heads = parts[0].num_heads
+        stacked = cls.stack([part.head(head) for head in range(num_heads) for part in parts])
+        return replace(stacked, cu_slots=stacked.cu_slots[:: len(parts)])
+
+    def head(self, index: int) -> Slots:
+        """One head's slots, as a layer of one head; views, but of what is in int8."""
+        where = slice(self.cu_slots[index], self.cu_slots[index + 1])
+        return self._of((field[where] for field in self.fields), (0, where.stop - where.start))
+
+    @classmethod
+    def stack(cls, heads: Sequence[Slots]) -> Slots:
+        """One layer from its heads, given one by one."""
+        fields = (cat(field) for field in zip(*(head.fields for head in heads), strict=True))
+        return cls._of(fields, (0, *itertools.accumulate(head.num_slots for head in heads)))
+
+    @classmethod
+    def _of(cls, fields: Iterable[Any], cu_slots: tuple[int, ...]) -> Slots:
+        key, value, bias, positions, ranks = fields
+        return cls(key, value, bias, positions, ranks, cu_slots)
+
+    def to(self, device: torch.device | str) -> Slots:
+        """The same slots with what attention needs on a device."""
+        return replace(self, key=self.key.to(device), value=self.value.to(device), bias=self.bias.to(device))
+
+    def quantised(self) -> Slots:
+        """One head's slots with keys and values in int8."""
+        assert self.num_heads == 1
+        return replace(self, key=Quantised.of(decoded(self.key)), value=Quantised.of(decoded(self.value)))
+
+    def decoded(self) -> Slots:
+        """The same slots with keys and values in the model's dtype, for attention."""
+        if isinstance(self.key, Tensor):
+            return self
+        return replace(self, key=decoded(self.key), value=decoded(self.value))
+
+    def within(self, start: int, end: int) -> Slots:
+        """The slots of the tokens at [start, end), pinned ones apart."""
+        keep = (self.positions >= start) & (self.positions < end) & (self.ranks != PINNED_RANK)
+        return self.where(keep)
+
+    def apart(self) -> Slots:
+        """The same slots without what is derived from them and kept: that is ready only in the stream it is made in."""
+        key, value = (replace(of) if isinstance(of, Quantised) else of for of in (self.key, self.value))
+        return replace(self, key=key, value=value)
+
+    def where(self, keep: Tensor) -> Slots:
+        """The slots for which `keep`, (total_slots,) bool in host memory, is true."""
+        kept_before = [0, *keep.cumsum(0).tolist()]
+        cu_slots = tuple(kept_before[start] for start in self.cu_slots)
+        kept = keep.nonzero()[:, 0]
+        fields = (field[kept if isinstance(field, Quantised) else kept.to(field.device)] for field in self.fields)
+        return self._of(fields, cu_slots)
+
+    def cut(self, segments: Sequence[Segment]) -> Slots:
+        """Drop the slots that no longer fit in their segment's `num_slots`.
+
+        Args:
+            segments: all that the slots are of, in the order of their tokens.
+        """
+        if not segments:
+            return self
+        limits = self.ranks.new_tensor([segment.num_slots for segment in segments])
+        keep = self.ranks < limits[self._segment_indices(segments)]  # a pinned slot's rank is below any limit
+        return self if bool(keep.all()) else self.where(keep)
+
+    def turned(self, rotation: Rotation, segments: Sequence[Segment], distances: Sequence[int]) -> Slots:
+        """The keys of each segment so many positions later, pinned ones with the oldest segment.
+
+        Args:
+            segments: all that the slots are of, in the order of their tokens.
+        """
+        if not any(distances):
+            return self
+        distance = torch.tensor(distances)[self._segment_indices(segments)]
+        key = rotation.turned(decoded(self.key), distance)
+        return replace(self, key=self.key.recoded(key) if isinstance(self.key, Quantised) else key)
+
+    def _segment_indices(self, segments: Sequence[Segment]) -> Tensor:
+        """(total_slots,): which segment each slot is of; a pinned one, before all of them, counts to the first."""
+        starts = self.positions.new_tensor([segment.start for segment in segments])
+        return (torch.searchsorted(starts, self.positions, right=True) - 1).clamp_min(0)
+
+    @property
+    def fields(self) -> tuple[Rows, ...]:
+        return self.key, self.value, self.bias, self.positions, self.ranks
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What attention needs, in the device's memory: key, value and bias where nothing is in int8."""
+        return *tensors(self.key), *tensors(self.value), self.bias
+
+    @cached_property
+    def heads(self) -> tuple[HeadSlots, ...]:
+        """Views, so not of what is in int8."""
+        key, value, bias = self.tensors
+        return tuple(
+            HeadSlots(key[None, None, begin:end], value[None, None, begin:end], bias[None, None, None, begin:end])
+            for begin, end in itertools.pairwise(self.cu_slots)
+        )
+
+    @property
+    def num_slots(self) -> int:
+        """Over all heads of the layer."""
+        return self.cu_slots[-1]
+
+    @property
+    def num_heads(self) -> int:
+        return len(self.cu_slots) - 1
+
+    @cached_property
+    def longest(self) -> int:
+        """Slots of the head that has the most."""
+        return max(end - begin for begin, end in itertools.pairwise(self.cu_slots))
+
+    @cached_property
+    def cu_slots_tensor(self) -> Tensor:
+        """`cu_slots` as int32 in the device's memory, for kernels."""
+        return torch.tensor(self.cu_slots, dtype=torch.int32).to(self.bias.device, non_blocking=True)

@@ -1,0 +1,208 @@
+"""The exact entries of compacted spans, kept off the device: in host memory, or on disk.
+
+Owns how they are written as bytes. Immutable, so that branches share them. Knows no policy and no session.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from typing import Literal, Protocol
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from am_memory.errors import OriginalLost, StorageError
+from am_memory.recall.original_files import Spill, spill
+
+Place = Literal["host", "disk"]
+
+LayerEntries = tuple[Tensor, Tensor]
+"""Keys and values of one layer: (num_key_value_heads, num_tokens, head_dim)."""
+
+
+class Original(Protocol):
+    """The exact entries of the logical tokens [start, end), in every compactable layer."""
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def end(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int:
+        """What they take off the device."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Of `packed`, from when they were kept."""
+        ...
+
+    @property
+    def lost(self) -> str | None:
+        """Why they cannot be read any more, since somebody tried to; None: they can, as far as is known."""
+        ...
+
+    def layers(self) -> list[LayerEntries]:
+        """In host memory.
+
+        Raises:
+            OriginalLost: they are not what was kept.
+        """
+        ...
+
+    def packed(self) -> bytes:
+        """As one safetensors file; raises OriginalLost as `layers` does."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class HostOriginal:
+    """In host memory."""
+
+    start: int
+    end: int
+    entries: tuple[LayerEntries, ...]
+    lost: None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(key.nbytes + value.nbytes for key, value in self.entries)
+
+    @cached_property
+    def digest(self) -> str:
+        return sha256(self.packed()).hexdigest()
+
+    def layers(self) -> list[LayerEntries]:
+        return list(self.entries)
+
+    def packed(self) -> bytes:
+        return _packed(self.entries)
+
+
+@dataclass(eq=False)
+class FileOriginal:
+    """On disk, in room that is given back when nobody needs it any more; compared with its digest whenever read."""
+
+    start: int
+    end: int
+    digest: str
+    nbytes: int
+    file: Spill
+    offset: int
+    lost: str | None = None
+
+    @classmethod
+    def write(cls, start: int, end: int, data: bytes) -> FileOriginal:
+        """Into the folder for temporary files.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        try:
+            file = spill()
+            offset = file.write(data)
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {len(data)} bytes of original entries to {tempfile.gettempdir()!r}: {error}; set TMPDIR "
+                "to a folder with room, or originals to 'host' or 'drop'"
+            ) from error
+        original = cls(start, end, sha256(data).hexdigest(), len(data), file, offset)
+        weakref.finalize(original, file.free, offset, len(data)).atexit = False  # the file ends with the process
+        return original
+
+    def layers(self) -> list[LayerEntries]:
+        return unpacked(self.packed())
+
+    def packed(self) -> bytes:
+        try:
+            data = self.file.read(self.offset, self.nbytes)
+        except OSError as error:
+            raise self._lose(str(error)) from error
+        if sha256(data).hexdigest() != self.digest:
+            raise self._lose(f"they were altered on the disk, in {tempfile.gettempdir()!r}")
+        return data
+
+    def _lose(self, reason: str) -> OriginalLost:
+        self.lost = reason
+        return OriginalLost(
+            f"the original entries of tokens {self.start} to {self.end} cannot be read: {reason}; what is compact "
+            "stays as it is"
+        )
+
+
+def keep(start: int, end: int, entries: Iterable[LayerEntries], place: Place) -> Original:
+    """Copy exact entries to where they are kept; raises StorageError if they cannot be."""
+    if place == "disk":
+        return FileOriginal.write(start, end, _packed(entries))
+    # A copy even from a device that is the host: the entries are views of a tail that goes on to change.
+    return HostOriginal(start, end, tuple((_to_host(key), _to_host(value)) for key, value in entries))
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def received(start: int, end: int, data: bytes, like: Sequence[LayerEntries], place: Place) -> Original:
+    """From the bytes that `Original.packed` gave.
+
+    Args:
+        like: any entries of the same layers.
+
+    Raises:
+        OriginalLost: the bytes are something else.
+        StorageError: they cannot be written.
+    """
+    entries = unpacked(data)
+    kinds = [[_kind(tensor) for tensor in layer] for layer in entries]
+    if kinds != [[_kind(tensor) for tensor in layer] for layer in like] or any(
+        tensor.shape[1] != end - start for layer in entries for tensor in layer
+    ):
+        raise OriginalLost(f"they are not the entries of {end - start} tokens in these layers")
+    return FileOriginal.write(start, end, data) if place == "disk" else HostOriginal(start, end, tuple(entries))
+
+
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    """All of a layer's keys or values that does not depend on the number of tokens."""
+    return tensor.dtype, tensor.ndim, *(size for axis, size in enumerate(tensor.shape) if axis != 1)
+
+
+def _packed(entries: Iterable[LayerEntries]) -> bytes:
+    tensors = {}
+    for index, (key, value) in enumerate(entries):
+        tensors[f"{index}.key"], tensors[f"{index}.value"] = key.cpu().contiguous(), value.cpu().contiguous()
+    return safetensors.torch.save(tensors)
+
+
+def unpacked(data: bytes) -> list[LayerEntries]:
+    """Raises OriginalLost for bytes that `Original.packed` did not give."""
+    try:
+        tensors = safetensors.torch.load(data)
+        return [(tensors[f"{index}.key"], tensors[f"{index}.value"]) for index in range(len(tensors) // 2)]
+    except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise OriginalLost(f"what should be original entries is something else: {error}") from error
+
+
+def between(originals: Sequence[Original], start: int, end: int) -> list[LayerEntries] | None:
+    """The entries of the tokens [start, end), which some originals must tile; None where they do not.
+
+    Raises:
+        OriginalLost: of one of them, as it turns out.
+    """
+    parts = [each for each in originals if each.start < end and each.end > start and each.lost is None]
+    edges = [start, *itertools.chain.from_iterable((part.start, part.end) for part in parts), end]
+    if any(one != other for one, other in zip(edges[::2], edges[1::2], strict=True)):
+        return None
+    layers = zip(*(part.layers() for part in parts), strict=True)
+    return [
+        (torch.cat([key for key, _ in pieces], dim=1), torch.cat([value for _, value in pieces], dim=1))
+        for pieces in layers
+    ]

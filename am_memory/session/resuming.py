@@ -1,0 +1,207 @@
+"""What a saved session has to be before it goes on with a model. Knows no store."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from itertools import chain, pairwise
+
+from torch import Tensor
+
+from am_memory.compaction.record import ScheduledRecall
+from am_memory.engines.base import ModelInfo, SessionCache
+from am_memory.errors import CorruptSession, InvalidPolicy, ModelMismatch, StorageError
+from am_memory.events import PolicyChange
+from am_memory.kv_cache.cache import CacheState, KVCache, Snapshot
+from am_memory.kv_cache.int8 import Quantised, Rows
+from am_memory.kv_cache.layers import LayerState, SlidingState, TailState
+from am_memory.kv_cache.slots import PINNED_RANK
+from am_memory.policy import MemoryPolicy
+from am_memory.storage.session_file import SavedSession
+
+
+def check_origin(name: str, saved: SavedSession, info: ModelInfo) -> tuple[str, ...]:
+    """Check that a session was saved with this model, this tokenizer and, where it has messages, this chat template.
+
+    Returns:
+        Of which of them nobody has said what they were when it was saved.
+
+    Raises:
+        ModelMismatch: with another, by name.
+    """
+    parts = [
+        ("model", saved.fingerprint, info.fingerprint),
+        ("tokenizer", saved.tokenizer_fingerprint, info.tokenizer_fingerprint),
+    ]
+    if saved.messages:
+        parts.append(("chat template", saved.template_fingerprint, info.template_fingerprint))
+    others = [(what, before, now) for what, before, now in parts if before and now and before != now]
+    if others:
+        saved_with = " and ".join(f"{what} {before}" for what, before, _ in others)
+        this = " and ".join(f"{what} {now}" for what, _, now in others)
+        raise ModelMismatch(
+            f"session {name!r} was saved with {saved_with}, and {info.name} has {this}: load the "
+            f"{' and the '.join(what for what, *_ in others)} that it was saved with, or choose another name"
+        )
+    return tuple(what for what, before, now in parts if now and not before)
+
+
+def policy_of(name: str, saved: SavedSession, policy: MemoryPolicy, *, is_default: bool) -> MemoryPolicy:
+    """Under which policy a session goes on, where nobody names one: its own, if it had one, else the memory's.
+
+    Args:
+        policy: the memory's.
+        is_default: nobody has asked for it, so that the saved one goes before it.
+
+    Raises:
+        StorageError: the saved policy is needed, and is none.
+    """
+    if not changes_of(saved, policy) or not (saved.has_own_policy or is_default):
+        return policy
+    try:
+        return MemoryPolicy(**saved.policy)
+    except InvalidPolicy as error:
+        raise StorageError(
+            f"session {name!r} cannot go on under the policy that it was saved with: {error}; name one: "
+            f"memory.session({name!r}, policy=...)"
+        ) from error
+
+
+def changes_of(saved: SavedSession, policy: MemoryPolicy) -> tuple[PolicyChange, ...]:
+    """What another policy says otherwise than the one that a session was saved with."""
+    before = {**MemoryPolicy().model_dump(mode="json"), **saved.policy}
+    now = policy.model_dump(mode="json")
+    return tuple(
+        PolicyChange(field, before.get(field), now.get(field))
+        for field in sorted({*before, *now})
+        if before.get(field) != now.get(field)
+    )
+
+
+def check_content(name: str, saved: SavedSession, info: ModelInfo, like: Snapshot) -> None:
+    """Check that a session is one that this model may have had: whoever can write its file can claim anything in it.
+
+    Args:
+        like: what a cache of this model is that holds one token.
+
+    Raises:
+        CorruptSession: it is not, and why.
+    """
+    problem = _problem_of_text(saved, info) or _problem_of_layers(saved, like) or _problem_of_schedule(saved)
+    for layer in saved.state.layers:
+        problem = problem or _problem_of_slots(layer, saved.state, adds_bias=isinstance(like, CacheState))
+    if problem:
+        raise _corrupt(name, problem)
+
+
+def check_windows(name: str, cache: SessionCache) -> None:
+    """Check that sliding windows hold what the next token sees; raises CorruptSession as `check_content` does."""
+    if not isinstance(cache, KVCache):
+        return
+    for window, state in zip(cache.sliding_windows, cache.state().layers, strict=True):
+        if isinstance(state, SlidingState) and state.keys is not None and window is not None:
+            held, seen = state.keys.shape[2], min(state.num_tokens, window - 1)
+            if held != seen:
+                raise _corrupt(name, f"a sliding window holds {held} tokens, of which the next one sees {seen}")
+
+
+def _corrupt(name: str, problem: str) -> CorruptSession:
+    return CorruptSession(
+        f"session {name!r} is none that this model could have had: {problem}; restore it from a copy, or delete it"
+    )
+
+
+def _problem_of_text(saved: SavedSession, info: ModelInfo) -> str:
+    written = (token_ids for made in saved.schedule for token_ids in (*made.conversations, *(made.summary or ((),))))
+    if any(not 0 <= token_id < info.vocab_size for token_id in chain(saved.tokens, *written)):
+        return f"it has token ids outside of the vocabulary of {info.vocab_size}"
+    if saved.is_answering and not (saved.messages and isinstance(saved.messages[-1].get("content"), str)):
+        return "it is in the midst of an answer, and has none"
+    return ""
+
+
+def _problem_of_layers(saved: SavedSession, like: Snapshot) -> str:
+    layers = saved.state.layers
+    if [type(layer) for layer in layers] != [type(layer) for layer in like.layers]:
+        return f"it has {len(layers)} layers, of other kinds than the model's {len(like.layers)}"
+    if len({_entries(layer) == () for layer in layers}) > 1:
+        return "some of its layers hold nothing"
+    kinds = [(_kind(layer), _kind(model_layer)) for layer, model_layer in zip(layers, like.layers, strict=True)]
+    for index, (kind, model_kind) in enumerate(kinds):
+        if kind and kind != model_kind:
+            return f"layer {index} holds {kind}, where the model has {model_kind}"
+    num_heads = sum(_entries(layer)[0].shape[1] for layer in layers if isinstance(layer, TailState) and _entries(layer))
+    for segment in chain(saved.state.segments, *(made.plan.segments for made in saved.schedule)):
+        if segment.num_slots > segment.num_tokens * num_heads:
+            return f"{segment} has more than a slot for each token of {num_heads} heads"
+    return ""
+
+
+def _problem_of_schedule(saved: SavedSession) -> str:
+    """Each compaction has to begin where the one before ended, and the last to have left what is there."""
+    held: list[tuple[int, int]] = []
+    for made in saved.schedule:
+        *older, newest = [(segment.start, segment.end) for segment in made.plan.segments]
+        begins = saved.num_pinned if made.plan.is_refit or not held else held[-1][1]
+        if older != ([] if made.plan.is_refit else held) or newest[0] != begins or newest[1] > made.at_tokens:
+            return f"a compaction of tokens {newest[0]} to {newest[1]} behind segments {held}"
+        held = [*older, newest]
+        if problem := _problem_of_recalls(made.recalls, {start for start, _ in held}):
+            return problem
+    there = [(segment.start, segment.end) for segment in saved.state.segments]
+    if there != held:
+        return f"its compactions leave segments {held}, and it has {there}"
+    if saved.state.num_pinned != (saved.num_pinned if held else 0):
+        return f"{saved.state.num_pinned} tokens are pinned, and {saved.num_pinned} should be"
+    return ""
+
+
+def _problem_of_recalls(recalls: Sequence[ScheduledRecall], starts: Collection[int]) -> str:
+    """Segments that are there become exact, and of these some are compact again."""
+    exact = set[int]()
+    for recall in recalls:
+        if recall.start not in (starts if recall.is_exact else exact):
+            return f"a segment recalled or put away at token {recall.start}, where none is"
+        (exact.add if recall.is_exact else exact.discard)(recall.start)
+    return ""
+
+
+def _problem_of_slots(layer: LayerState, state: Snapshot, *, adds_bias: bool) -> str:
+    if isinstance(layer, SlidingState) or layer.slots is None:
+        return ""
+    slots = layer.slots
+    is_pinned, is_placed = slots.ranks == PINNED_RANK, slots.positions < state.num_pinned
+    num_pinned = [int(is_pinned[begin:end].sum()) for begin, end in pairwise(slots.cu_slots)]
+    if bool((is_placed != is_pinned).any()) or any(count != state.num_pinned for count in num_pinned):
+        return f"its heads have {num_pinned} slots of {state.num_pinned} pinned tokens"
+    for segment in state.segments:
+        is_placed = is_placed | (slots.positions >= segment.start) & (slots.positions < segment.end)
+    if not bool(is_placed.all()):
+        return "it has slots of tokens that are in no segment"
+    # Where a bias is added to scores as they are computed, it has their type.
+    if adds_bias and slots.bias.dtype != _row_kind(slots.key)[0]:
+        return f"it has biases of {slots.bias.dtype}"
+    scales = [rows.scale for rows in (slots.key, slots.value) if isinstance(rows, Quantised)]
+    if not all(bool(numbers.isfinite().all()) for numbers in (slots.bias, *scales)):
+        return "it has slots whose bias or scale is no number"
+    return ""
+
+
+def _entries(layer: LayerState) -> tuple[Tensor, ...]:
+    """Exact keys and values; nothing where nothing was read."""
+    if isinstance(layer, SlidingState):
+        return () if layer.keys is None or layer.values is None else (layer.keys, layer.values)
+    return () if layer.buffer is None else (layer.buffer.key, layer.buffer.value)
+
+
+def _kind(layer: LayerState) -> list[tuple[object, ...]]:
+    """All of a layer's keys and values that does not depend on their number; of compact ones, where it differs."""
+    exact = [(tensor.dtype, tensor.shape[3]) for tensor in _entries(layer)]
+    heads = [(tensor.shape[1],) for tensor in _entries(layer)]
+    slots = layer.slots if isinstance(layer, TailState) else None
+    compact = exact if slots is None else [_row_kind(rows) for rows in (slots.key, slots.value)]
+    return [*heads, *exact, *(compact if compact != exact else ())]
+
+
+def _row_kind(rows: Rows) -> tuple[object, ...]:
+    held = rows.exact if isinstance(rows, Quantised) else rows
+    return held.dtype, held.shape[1]

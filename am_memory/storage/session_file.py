@@ -1,0 +1,250 @@
+"""The file of a saved session: one safetensors file, with a checksum of itself. Knows no store and no model.
+
+metadata                 format, needs (the first version of this project that reads it), sha256
+session                  what is no tensor, as JSON in bytes: safetensors bounds its own header to 100 MB
+tokens                   int64
+layers.3.key, .value     the exact tail without its spare room, or the sliding window
+layers.3.slots.key, ...  the fields of `Slots`, where there are any; where they are in int8 those of `Quantised`
+                         in place of a key or value: layers.3.slots.key.codes, ...
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Annotated, Any
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from am_memory.compaction.record import ScheduledCompaction
+from am_memory.engines.base import Message
+from am_memory.errors import NewerFormat, StorageError
+from am_memory.kv_cache.cache import CacheState, Snapshot
+from am_memory.kv_cache.layers import SlidingState
+from am_memory.kv_cache.slots import Segment
+from am_memory.recall.originals import Original
+from am_memory.storage import files
+from am_memory.storage.session_layers import packed_layer, require, require_segments, unpacked_layer
+
+FORMAT, NEEDS = 1, "0.1.0"
+"""How a file is written, and the first version of this project that reads it; the metadata never changes."""
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
+MAX_AXES, MAX_EMPTY_SIZE = 4, 2**24
+CHECKSUM_KEY, ZEROS = b'"sha256":"', b"0" * 64
+"""The checksum is of the whole file with zeros in its own place."""
+
+
+class SavedOriginal(BaseModel, frozen=True, from_attributes=True):
+    """Which exact entries a session has: those of the tokens [start, end), in a file of this digest."""
+
+    start: Annotated[int, Field(ge=0)]
+    end: int
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True)
+class SavedSession:
+    """All that a session is.
+
+    Attributes:
+        fingerprint: of the model that the cache belongs to.
+        policy: as JSON.
+        has_own_policy: it was given to this session, and not to the memory.
+        tokens: every token; the cache holds the first ones.
+        schedule: the compactions made so far.
+        messages: of the chat, as chat templates take them.
+        message_starts: for each message, how many tokens stood before it.
+        is_answering: the last message was being generated.
+        tools: that the chat template tells the model of.
+        metadata: what the application keeps with the session.
+        num_pinned: tokens at the start that stay exact.
+        state: the cache, with nothing recalled.
+        originals: the exact entries of compacted tokens, where they are kept.
+        recalled: where the segments begin that were exact for the time being.
+        tokenizer_fingerprint: of the tokenizer that the tokens are of; "" where nobody has said so.
+        template_fingerprint: of the chat template that wrote the messages; "" where there was none, or nobody said so.
+        version: of the saved file, see `version_of`; "" for what was not loaded.
+        left_out: originals that are saved and were not loaded.
+        lost: originals that could not be, and why.
+    """
+
+    fingerprint: str
+    policy: dict[str, object]
+    tokens: tuple[int, ...]
+    schedule: tuple[ScheduledCompaction, ...]
+    messages: tuple[Message, ...]
+    message_starts: tuple[int, ...]
+    is_answering: bool
+    num_pinned: int
+    state: Snapshot
+    tools: tuple[Message, ...] = ()
+    metadata: dict[str, Any] = field(default_factory=dict)
+    originals: tuple[Original, ...] = ()
+    recalled: tuple[int, ...] = ()
+    tokenizer_fingerprint: str = ""
+    template_fingerprint: str = ""
+    has_own_policy: bool = False
+    version: str = field(default="", compare=False)
+    left_out: tuple[SavedOriginal, ...] = field(default=(), compare=False)
+    lost: tuple[tuple[SavedOriginal, str], ...] = field(default=(), compare=False)
+
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Layer(BaseModel, from_attributes=True):
+    num_tokens: Count | None = None  # that a sliding window has seen; None for full attention
+
+
+class _Cache(BaseModel, from_attributes=True):
+    layers: tuple[_Layer, ...]
+    segments: tuple[Segment, ...]
+    num_pinned: Count
+
+
+class _Content(BaseModel, from_attributes=True):
+    """The part of a `SavedSession` that is no tensor."""
+
+    fingerprint: str
+    policy: dict[str, Any]
+    schedule: tuple[ScheduledCompaction, ...]
+    messages: tuple[dict[str, Any], ...]
+    message_starts: tuple[int, ...]
+    is_answering: bool
+    num_pinned: Count
+    state: _Cache
+    tools: tuple[dict[str, Any], ...] = ()
+    metadata: dict[str, Any] = {}
+    originals: tuple[SavedOriginal, ...] = ()
+    recalled: tuple[int, ...] = ()
+    tokenizer_fingerprint: str = ""
+    template_fingerprint: str = ""
+    has_own_policy: bool = False
+
+
+def packed(saved: SavedSession) -> bytes:
+    """The whole file."""
+    try:
+        text = json.dumps(_Content.model_validate(saved).model_dump())
+    except (TypeError, ValueError, RecursionError) as error:
+        raise StorageError(f"a message cannot be saved: {error}; keep to what JSON can hold") from error
+    tensors = {
+        "session": torch.frombuffer(bytearray(text, "ascii"), dtype=torch.uint8),
+        "tokens": torch.tensor(saved.tokens, dtype=torch.int64),
+    }
+    for index, layer in enumerate(saved.state.layers):
+        for part, tensor in packed_layer(layer).items():
+            if tensor is not None:
+                tensors[f"layers.{index}.{part}"] = tensor.cpu().contiguous()
+    data = safetensors.torch.save(tensors, {"format": str(FORMAT), "needs": NEEDS, "sha256": ZEROS.decode()})
+    return data.replace(ZEROS, sha256(data).hexdigest().encode(), 1)
+
+
+def version_of(head: bytes) -> str:
+    """What tells a saved file from any other, given its first bytes: its checksum; "" for what is no such file."""
+    start = head.find(CHECKSUM_KEY) + len(CHECKSUM_KEY)
+    version = head[start : start + len(ZEROS)]
+    return version.decode() if start >= len(CHECKSUM_KEY) and re.fullmatch(rb"[0-9a-f]{64}", version) else ""
+
+
+def unpacked(data: bytes, device: torch.device) -> SavedSession:
+    """A session without its originals, which are `left_out`.
+
+    All that is claimed is checked against what is there, so that nothing which is made of a session can be larger than
+    its file, or lie outside of it.
+
+    Raises:
+        NewerFormat: a newer version of this project wrote it.
+        KeyError, TypeError, ValueError: it cannot be a session.
+    """
+    try:
+        return _unpacked(data, device)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _unpacked(data: bytes, device: torch.device) -> SavedSession:
+    header = _verified_header(data)
+    metadata = header.pop("__metadata__")
+    if int(metadata["format"]) > FORMAT:
+        raise NewerFormat(
+            f"format {metadata['format']}, and this version reads up to {FORMAT}: upgrade attention-matching-memory to "
+            f"{metadata['needs']} or newer"
+        )
+    for name, entry in header.items():
+        _require_room(name, entry)
+    try:
+        tensors = safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise ValueError(str(error)) from error
+    text, ids = tensors.pop("session"), tensors.pop("tokens")
+    require(text.dtype == torch.uint8 and ids.dtype == torch.int64 and ids.ndim == 1, "its parts are of another type")
+    content = _Content.model_validate(json.loads(bytes(text.numpy())))
+    tokens = tuple(ids.tolist())
+    require_segments(content.state.segments, len(tokens))
+    _require_schedule(content.schedule, len(tokens))
+    starts = [0, *content.message_starts, len(tokens)]
+    is_in_order = len(content.messages) == len(starts) - 2 and starts == sorted(starts)
+    require(is_in_order, "not every message has a start, or they are not in order")
+    require(all(isinstance(message.get("role"), str) for message in content.messages), "a message has no role")
+    cache = _cache(content.state, tensors, len(tokens), device)
+    held = {**dict(content), "tokens": tokens, "state": cache, "originals": (), "left_out": content.originals}
+    return SavedSession(**held, version=version_of(data[: files.HEAD_BYTES]))
+
+
+def _verified_header(data: bytes) -> dict[str, Any]:
+    start = data.find(CHECKSUM_KEY) + len(CHECKSUM_KEY)
+    end = start + len(ZEROS)
+    digest = sha256(data[:start] + ZEROS)
+    digest.update(memoryview(data)[end:])
+    is_whole = data[start:end] == digest.hexdigest().encode()
+    require(is_whole, "its checksum does not match, so it was cut off or altered")
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    require(isinstance(header, dict) and isinstance(header["__metadata__"], dict), "its header is none")
+    return dict(header)
+
+
+def _require_room(name: str, entry: Any) -> None:
+    """Raise ValueError unless a tensor takes the bytes that its shape does."""
+    shape, (begin, end) = entry["shape"], entry["data_offsets"]
+    is_shape = len(shape) <= MAX_AXES and all(type(size) is int and size >= 0 for size in shape)
+    require(is_shape and math.prod(shape) * ITEM_BYTES[entry["dtype"]] == end - begin, f"{name} has not its size")
+    require(0 not in shape or max(shape) <= MAX_EMPTY_SIZE, f"{name} is empty, and too large")
+
+
+def _require_schedule(schedule: Sequence[ScheduledCompaction], num_tokens: int) -> None:
+    before = 0
+    for made in schedule:
+        require(
+            before <= made.at_tokens <= made.swapped_at <= num_tokens
+            and made.lag_tokens >= 0
+            and 0 <= made.live_start <= made.at_tokens
+            and all(0 <= recall.at_tokens <= num_tokens for recall in made.recalls)
+            and len(made.plan.segments) > 0,
+            f"a compaction at {made.at_tokens} of {num_tokens} tokens, after one at {before}",
+        )
+        require_segments(made.plan.segments, made.at_tokens)
+        before = made.swapped_at
+
+
+def _cache(cache: _Cache, tensors: dict[str, Tensor], num_tokens: int, device: torch.device) -> CacheState:
+    parts: dict[int, dict[str, Tensor]] = {index: {} for index in range(len(cache.layers))}
+    for name, tensor in tensors.items():
+        _, index, part = name.split(".", 2)
+        parts[int(index)][part] = tensor
+    tail_start = cache.segments[-1].end if cache.segments else 0
+    layers = tuple(
+        unpacked_layer(parts[index], layer.num_tokens, tail_start, device) for index, layer in enumerate(cache.layers)
+    )
+    ends = {state.num_tokens if isinstance(state, SlidingState) else state.start + state.length for state in layers}
+    # The last token is left to be read with what follows it.
+    is_consistent = len(ends) == 1 and tail_start <= max(ends) <= max(num_tokens - 1, 0)
+    require(is_consistent, f"layers of {ends} tokens in a session of {num_tokens}")
+    return CacheState(layers, cache.segments, cache.num_pinned)

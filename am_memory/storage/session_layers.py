@@ -1,0 +1,111 @@
+"""The layers of a saved cache as tensors with names, and what these have to be. Knows no file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from am_memory.kv_cache.int8 import NOT_CODED, Quantised, Rows, tensors
+from am_memory.kv_cache.layers import LayerState, SlidingState, TailBuffer, TailState
+from am_memory.kv_cache.slots import PINNED_RANK, Segment, Slots
+
+SLOT_FIELDS = ("key", "value", "bias", "positions", "ranks")
+QUANTISED_FIELDS = ("codes", "scale", "exact", "group")
+
+
+def packed_layer(layer: LayerState) -> dict[str, Tensor | None]:
+    """The tensors of a layer, without spare room."""
+    if isinstance(layer, SlidingState):
+        return {"key": layer.keys, "value": layer.values}
+    parts: dict[str, Tensor | None] = {}
+    if layer.buffer is not None:
+        parts["key"] = layer.buffer.key[:, :, : layer.length]
+        parts["value"] = layer.buffer.value[:, :, : layer.length]
+    if layer.slots is not None:
+        for name, field in zip(SLOT_FIELDS, layer.slots.fields, strict=True):
+            if isinstance(field, Quantised):
+                parts.update({f"slots.{name}.{of}": getattr(field, of) for of in QUANTISED_FIELDS})
+            else:
+                parts[f"slots.{name}"] = field
+        parts["slots.cu_slots"] = torch.tensor(layer.slots.cu_slots)
+    return parts
+
+
+def unpacked_layer(
+    parts: dict[str, Tensor], window_tokens: int | None, tail_start: int, device: torch.device
+) -> LayerState:
+    """The inverse.
+
+    Args:
+        window_tokens: that a sliding window has seen; None for full attention.
+        tail_start: where the exact tail begins.
+
+    Raises:
+        KeyError, ValueError: it cannot be one.
+    """
+    if not parts:
+        return TailState(None, None, 0, 0) if window_tokens is None else SlidingState(None, None, 0)
+    key, value = parts["key"], parts["value"]
+    is_pair = key.ndim == value.ndim == 4 and key.shape[:3] == value.shape[:3] and key.shape[0] == 1
+    is_pair = is_pair and key.dtype == value.dtype and key.is_floating_point() and key.shape[1] > 0
+    require(is_pair, f"keys {key.dtype} {tuple(key.shape)}, values {value.dtype} {tuple(value.shape)}")
+    if window_tokens is not None:
+        require(key.shape[2] <= window_tokens, f"a window holds {key.shape[2]} of {window_tokens} tokens")
+        return SlidingState(key.to(device), value.to(device), window_tokens)
+    has_slots = any(name.startswith("slots.") for name in parts)
+    require(has_slots == bool(tail_start), f"a tail that begins at {tail_start} behind {'slots' * has_slots or 'none'}")
+    slots = _slots(parts, key.shape[1], tail_start).to(device) if has_slots else None
+    return TailState(slots, TailBuffer(key.to(device), value.to(device)), tail_start, key.shape[2])
+
+
+def _slots(parts: dict[str, Tensor], num_heads: int, tail_start: int) -> Slots:
+    fields: dict[str, Any] = {name: _slot_field(parts, f"slots.{name}") for name in SLOT_FIELDS}
+    cu_slots, positions, ranks, bias = parts["slots.cu_slots"], fields["positions"], fields["ranks"], fields["bias"]
+    is_typed = (
+        cu_slots.dtype == torch.int64
+        and positions.dtype == ranks.dtype == torch.int32
+        and cu_slots.ndim == positions.ndim == ranks.ndim == bias.ndim == 1
+        and bias.is_floating_point()
+        and all(tensor.ndim == 2 for rows in (fields["key"], fields["value"]) for tensor in tensors(rows))
+    )
+    require(is_typed, "slots are of another type")
+    bounds, sizes = cu_slots.tolist(), {len(field) for field in fields.values()}
+    is_ascending = bounds == sorted(bounds) and len(bounds) == num_heads + 1 and bounds[0] == 0
+    require(is_ascending and sizes == {bounds[-1]}, f"slots {bounds} in tensors of {sizes}")
+    is_placed = bool(((positions >= 0) & (positions < tail_start) & (ranks >= PINNED_RANK)).all())
+    require(is_placed, f"slots of tokens outside of the {tail_start} that are compacted")
+    return Slots(**fields, cu_slots=tuple(bounds))
+
+
+def _slot_field(parts: dict[str, Tensor], name: str) -> Rows:
+    if name in parts:
+        return parts[name]
+    rows = Quantised(*(parts[f"{name}.{of}"] for of in QUANTISED_FIELDS))
+    is_typed = rows.codes.dtype == torch.int8 and rows.scale.dtype == torch.float32 and rows.group.dtype == torch.int64
+    is_typed = is_typed and rows.exact.is_floating_point() and rows.group.ndim == 1
+    require(is_typed and all(tensor.ndim == 2 for tensor in rows.tensors), "coded slots are of another type")
+    coded = rows.group[rows.group != NOT_CODED]
+    sizes, widths = [len(tensor) for tensor in rows.tensors], {tensor.shape[1] for tensor in rows.tensors}
+    groups = torch.unique_consecutive(coded).tolist()
+    is_whole = sizes == [len(coded), len(groups), len(rows) - len(coded)] and len(widths) == 1
+    require(is_whole and groups == list(range(len(groups))), f"{len(coded)} of {len(rows)} rows coded in {sizes}")
+    return rows
+
+
+def require_segments(segments: Sequence[Segment], num_tokens: int) -> None:
+    """Raise ValueError unless segments follow each other among so many tokens."""
+    for segment in segments:
+        is_segment = 0 <= segment.start < segment.end <= num_tokens and segment.num_slots >= 0
+        require(is_segment and 0 <= segment.shift <= num_tokens, f"{segment} among {num_tokens} tokens")
+    is_in_order = all(one.end <= other.start for one, other in pairwise(segments))
+    require(is_in_order, "segments that are not one behind the other")
+
+
+def require(is_so: bool, otherwise: str) -> None:
+    """Raise ValueError where something is not so."""
+    if not is_so:
+        raise ValueError(otherwise)

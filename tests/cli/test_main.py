@@ -1,0 +1,340 @@
+"""The command line, on the tiny model where it only has to run and on the demo model where it has to convince."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from am_memory import Memory, MemoryPolicy, Session
+from am_memory.cli.display import EventBars
+from am_memory.cli.main import app
+from am_memory.engines.transformers import TransformersEngine
+from am_memory.errors import InvalidInput
+from am_memory.events import GateMissed, Listener, ignore
+from am_memory.storage.store import Store
+
+CommandLine = Callable[..., Result]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+    """Runs the command line, with a fresh store and what a user would type."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def run(*arguments: str, typed: str = "") -> Result:
+        return CliRunner().invoke(app, [*arguments], input=typed)
+
+    return run
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Where the command line saves."""
+    return Store(str(tmp_path / "am_memory" / "sessions"))
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch, engine: TransformersEngine) -> TransformersEngine:
+    """Whatever model is asked for, the tiny one is loaded."""
+
+    tiny_engine = engine
+
+    def from_pretrained(
+        model: str,
+        *,
+        engine: str,
+        policy: MemoryPolicy,
+        device: str | None = None,
+        dtype: str | None = None,
+        compile: bool = False,
+        store: str | None = None,
+        on_event: Listener = ignore,
+        trust_messages: bool = False,
+        window_tokens: int | None = None,
+        trust_remote_code: bool = False,
+    ) -> Memory:
+        return Memory(tiny_engine, policy, store=store, on_event=on_event, trust_messages=trust_messages)
+
+    monkeypatch.setattr(Memory, "from_pretrained", from_pretrained)
+    return engine
+
+
+CHAT = ("chat", "--trigger-tokens", "256", "--keep-ratio", "0.25", "--max-new-tokens", "8", "--temperature", "0")
+
+
+def interrupted_once(function: Callable[..., object]) -> Callable[..., object]:
+    """The same function, but its first call is a control-C."""
+    calls = []
+
+    def interrupted(*args: object, **kwargs: object) -> object:
+        calls.append(args)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    return interrupted
+
+
+# Errors
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_policy_that_cannot_work_is_one_line_and_exit_status_1(run: CommandLine) -> None:
+    result = run("chat", "--trigger-tokens", "5")
+    assert result.exit_code == 1
+    assert re.fullmatch(
+        r"InvalidPolicy: trigger_tokens 5 leaves nothing to compact: .*raise trigger_tokens.*\n", result.stderr
+    )
+    assert result.stdout == ""
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_number_out_of_range_is_one_line_and_exit_status_1(run: CommandLine) -> None:
+    result = run("demo", "--keep-ratio", "2")
+    assert result.exit_code == 1
+    assert re.fullmatch(r"InvalidPolicy: keep_ratio 2.0: .*\n", result.stderr)
+
+
+def test_an_unknown_model_is_one_line_and_exit_status_1(run: CommandLine) -> None:
+    result = run("chat", "--model", "./nowhere.gguf")
+    assert result.exit_code == 1
+    assert re.fullmatch(r"ModelNotFound: .*nowhere\.gguf.*\n", result.stderr)
+
+
+def test_inspecting_a_session_that_is_not_there_names_those_that_are(run: CommandLine) -> None:
+    result = run("inspect", "alice")
+    assert result.exit_code == 1
+    assert re.fullmatch(r"SessionNotFound: no session 'alice' in .*; there are: none\n", result.stderr)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_inspecting_a_session_that_was_cut_off_says_so(run: CommandLine, store: Store) -> None:
+    run(*CHAT, "--session", "alice", typed="Hello.\n")
+    (path,) = Path(store.url).glob("*")
+    path.write_bytes(path.read_bytes()[:-100])
+    result = run("inspect", "alice")
+    assert result.exit_code == 1
+    assert re.fullmatch(r"CorruptSession: .*cut off or altered; restore .*\n", result.stderr)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_session_of_another_model_is_refused(run: CommandLine, store: Store) -> None:
+    """`Memory.session` raises ModelMismatch, and the saved session stays."""
+    run(*CHAT, typed="Hello.\n")
+    saved = store.load("default")
+    store.save("default", type(saved)(**{**vars(saved), "fingerprint": "another"}))
+    result = run(*CHAT, typed="Hello.\n")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("ModelMismatch: session 'default' was saved with model another")
+
+
+def test_no_command_shows_them_all(run: CommandLine) -> None:
+    assert all(command in run().output for command in ("demo", "chat", "inspect"))
+
+
+# Chat
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_chat_goes_on_after_a_restart(run: CommandLine, store: Store) -> None:
+    run(*CHAT, typed="Hello, how are you?\n")
+    num_tokens = len(store.load("default").tokens)
+    result = run(*CHAT, typed="And now?\n/quit\n")
+    assert "> Hello, how are you?" in result.output
+    saved = store.load("default")
+    assert len(saved.tokens) > num_tokens
+    assert [message["role"] for message in saved.messages] == ["user", "assistant"] * 2
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_chat_compacts_by_itself_and_shows_it(run: CommandLine, store: Store) -> None:
+    result = run(*CHAT, typed=f"{'Tell me more. ' * 40}\n")
+    assert "compacted tokens" in result.output
+    assert "0 compactions" in result.output
+    assert re.search(r"/256 tokens in the cache, 5\d\d said · .* · \d compactions", result.output)
+    assert store.load("default").schedule
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_compaction_in_the_middle_of_an_answer_is_marked_in_it(run: CommandLine) -> None:
+    result = run(*CHAT[:-3], "100", "--temperature", "0", typed=f"{'Tell me. ' * 22}\n")
+    assert re.search(r"⟨compacted \d+ tokens into \d+ slots⟩", result.output)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_system_prompt_of_a_new_conversation_stays_exact(run: CommandLine, store: Store) -> None:
+    run(*CHAT, "--system", "You are a pirate.", typed=f"{'Tell me more. ' * 40}\n")
+    saved = store.load("default")
+    assert saved.messages[0] == {"role": "system", "content": "You are a pirate."}
+    assert saved.state.num_pinned > len("You are a pirate.")
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_commands_of_a_chat_do_what_they_say(run: CommandLine, store: Store) -> None:
+    typed = f"{'Hello. ' * 20}\n/compact\n/stats\n/fork branch\nOn the branch.\n/save\n/unknown\n/quit\n"
+    result = run(*CHAT, typed=typed)
+    assert result.exit_code == 0
+    assert "compacted tokens" in result.output
+    assert re.search(r"compactions +1", result.output)
+    assert "now in branch" in result.output
+    assert result.output.count("/compact, /stats, /fork NAME, /save, /quit") == 2
+    assert store.names() == ["branch", "default"]
+    default, branch = store.load("default"), store.load("branch")
+    assert branch.tokens[: len(default.tokens)] == default.tokens
+    assert len(branch.messages) == len(default.messages) + 2
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_mistake_in_a_chat_does_not_end_it(run: CommandLine) -> None:
+    result = run(*CHAT, typed="/compact\nHello.\n/fork default\n/stats\n")
+    assert "CompactionFailed: nothing to compact" in result.output
+    assert "InvalidInput: there is a session 'default' already" in result.output
+    assert "tokens of the conversation" in result.output
+    assert result.exit_code == 0
+
+
+def test_control_c_while_reading_leaves_the_session_as_it_was(
+    run: CommandLine, store: Store, tiny: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny, "forward", interrupted_once(tiny.forward))
+    result = run(*CHAT, typed="Lost.\nKept.\n")
+    assert "(stopped)" in result.output
+    assert result.exit_code == 0
+    assert [message["content"] for message in store.load("default").messages if message["role"] == "user"] == ["Kept."]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_control_c_before_the_answer_takes_the_question_back(
+    run: CommandLine, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A question without an answer would stand before the next one, which many chat templates refuse."""
+    monkeypatch.setattr(Session, "generate", interrupted_once(Session.generate))
+    run(*CHAT, typed="Lost.\nKept.\n")
+    assert [message["content"] for message in store.load("default").messages if message["role"] == "user"] == ["Kept."]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_control_c_ends_the_answer_and_keeps_what_was_said(
+    run: CommandLine, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = Session.generate
+
+    def stopped(self: Session, *args: object) -> object:
+        for number, piece in enumerate(generate(self, *args)):  # type: ignore[arg-type]
+            if number == 3:
+                raise KeyboardInterrupt
+            yield piece
+
+    monkeypatch.setattr(Session, "generate", stopped)
+    result = run(*CHAT, typed="Hello.\nGo on.\n")
+    assert result.output.count("(stopped)") == 2
+    assert [message["role"] for message in store.load("default").messages] == ["user", "assistant"] * 2
+
+
+@pytest.mark.usefixtures("tiny")
+def test_what_is_no_terminal_gets_plain_lines(run: CommandLine) -> None:
+    result = run(*CHAT, typed=f"{'Tell me more. ' * 40}\n/stats\n")
+    assert "\x1b" not in result.output
+    assert "> Tell me more." in result.output
+
+
+# Inspect
+
+
+@pytest.mark.usefixtures("tiny")
+def test_inspect_shows_the_segments_and_the_slots_of_every_head(run: CommandLine, store: Store) -> None:
+    run(*CHAT, "--session", "alice", typed=f"{'Tell me more. ' * 40}\n")
+    assert run("inspect").output == "alice\n"
+    result = run("inspect", "alice")
+    state = store.load("alice").state
+    assert result.exit_code == 0
+    assert all(f"{segment.start:,}-{segment.end:,}" in result.output for segment in state.segments)
+    for layer in state.layers:
+        slots = [
+            end - begin - state.num_pinned
+            for begin, end in zip(layer.slots.cu_slots, layer.slots.cu_slots[1:], strict=False)
+        ]
+        assert re.search(r" +".join(map(str, slots)), result.output)
+
+
+def test_a_gguf_file_is_run_by_llama_cpp(run: CommandLine, tiny_gguf: Path) -> None:
+    """A chat that goes on after a restart, and what is left of it."""
+    chat = (*CHAT, "--engine", "llama_cpp", "--model", str(tiny_gguf))
+    assert "compacted tokens" in run(*chat, typed="Tell me of owls. " * 20 + "\n").output
+    assert "> Tell me of owls." in run(*chat, typed="/quit\n").output
+    shown = run("inspect", "default").output
+    assert re.search(r"4-\d+ +│ \d+\.\d slots per head", shown)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_inspect_shows_a_session_that_was_never_compacted(run: CommandLine) -> None:
+    run(*CHAT, typed="Hello.\n")
+    result = run("inspect", "default")
+    assert result.exit_code == 0
+    assert "0 compactions" in result.output
+
+
+# Demo
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_demo_runs_on_any_model(run: CommandLine) -> None:
+    result = run("demo", "--model", "folder/tiny", "--letters", "3", "--trigger-tokens", "1024")
+    assert result.exit_code == 0
+    assert "tiny reads 3 letters" in result.output
+    assert "compacted tokens" in result.output
+    assert "everything kept" in result.output
+
+
+@pytest.mark.model
+def test_the_demo_recalls_more_than_a_cache_of_the_same_size(run: CommandLine) -> None:
+    result = run("demo", "--letters", "6", "--trigger-tokens", "384")
+    assert result.exit_code == 0
+    found = re.search(r"letters 1-\d.*?(\d+) of \d+.*?(\d+) of \d+.*?(\d+) of \d+", result.output)
+    assert found is not None
+    memory, truncated, everything = map(int, found.groups())
+    assert truncated < memory <= everything + 2
+
+
+def test_a_missed_gate_is_a_warning() -> None:
+    console = Console(file=StringIO(), width=200)
+    EventBars(console)(GateMissed("alice", 4, 1239, 0.52, 0.3))
+    assert "tokens 4-1,239: an error of 0.52 is above the 0.3 of max_error" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("command", ["chat", "serve"])
+def test_how_a_model_is_run_reaches_it(run: CommandLine, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    def from_pretrained(*_: object, **given: object) -> Memory:
+        names = ("engine", "device", "dtype", "compile", "window_tokens", "trust_remote_code")
+        raise InvalidInput(" ".join(f"{name}={given[name]}" for name in names))
+
+    monkeypatch.setattr(Memory, "from_pretrained", from_pretrained)
+    monkeypatch.setenv("COLUMNS", "200")
+    before = "engine=transformers device=None dtype=None compile=False window_tokens=None trust_remote_code=False"
+    assert before in run(command).output
+    options = ("--window-tokens", "4096", "--trust-remote-code")
+    assert "window_tokens=4096 trust_remote_code=True" in run(command, *options).output
+    options = ("--engine", "llama_cpp", "--device", "cpu", "--dtype", "bfloat16", "--compile")
+    assert "engine=llama_cpp device=cpu dtype=bfloat16 compile=True" in run(command, *options).output
+    assert "'int4' is not one of" in run(command, "--dtype", "int4").output
+
+
+@pytest.mark.parametrize("command", ["chat", "serve"])
+@pytest.mark.parametrize("pinned", ["sinks", "first_message", "70"])
+def test_what_is_pinned_can_be_chosen(
+    run: CommandLine, monkeypatch: pytest.MonkeyPatch, command: str, pinned: str
+) -> None:
+    def from_pretrained(*_: object, policy: MemoryPolicy, **__: object) -> Memory:
+        raise InvalidInput(f"pinned={policy.pinned!r}")
+
+    monkeypatch.setattr(Memory, "from_pretrained", from_pretrained)
+    assert f"pinned={70 if pinned == '70' else repr(pinned)}" in run(command, "--pinned", pinned).output
+    assert "pinned" in run(command, "--pinned", "everything").output
+    assert run(command, "--pinned", "everything").exit_code == 1

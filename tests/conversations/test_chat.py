@@ -1,0 +1,233 @@
+"""One chat completion: read in steps, answered in parts, kept only when it is whole."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+
+from am_memory import Memory, MemoryPolicy, Sampling
+from am_memory.conversations.chat import ChatAnswer, ChatRequest, Part, ToolCall
+from am_memory.conversations.threads import Threads
+from am_memory.conversations.tool_calls import InvalidCall, ToolFormat
+from am_memory.conversations.tool_calls.formats import HERMES, JSON, LLAMA3, MISTRAL, MISTRAL_ARGS
+from am_memory.engines.transformers import TransformersEngine
+from am_memory.errors import InvalidInput
+
+POLICY = MemoryPolicy(trigger_tokens=400, keep_ratio=0.25, pinned=3, keep_recent=4, chunk_tokens=32)
+QUESTION = {"role": "user", "content": "a question that takes more than one chunk of thirty-two tokens to read"}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "description": "Look.",
+        "parameters": {"type": "object", "properties": {"at": {"enum": ["sea", "sky"]}}, "required": ["at"]},
+    },
+}
+
+
+@pytest.fixture
+def threads(engine: TransformersEngine) -> Threads:
+    return Threads(Memory(engine, POLICY))
+
+
+def request(**options: object) -> ChatRequest:
+    return ChatRequest(**{"messages": [QUESTION], "max_tokens": 8, "sampling": Sampling(), **options})  # type: ignore[arg-type]
+
+
+def run(answer: ChatAnswer) -> list[Part]:
+    for _ in answer.read():
+        pass
+    return [part for delta in answer.generate() for part in delta.parts]
+
+
+def test_a_prompt_is_read_in_steps_of_a_chunk(threads: Threads) -> None:
+    left = list(ChatAnswer(threads, request()).read())
+    assert len(left) > 2
+    assert all(before - after <= 32 for before, after in pairwise(left))
+    assert left[-1] == 0
+
+
+def test_the_parts_are_the_message_that_is_kept(threads: Threads) -> None:
+    answer = ChatAnswer(threads, request())
+    parts = run(answer)
+    assert answer.message == {"role": "assistant", "content": "".join(map(str, parts))}
+    assert answer.finish_reason == "length"
+    answer.keep()
+    again = ChatAnswer(threads, request(messages=[QUESTION, answer.message, QUESTION]))
+    run(again)
+    assert again.usage.cached_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_an_answer_that_is_not_kept_leaves_nothing_behind(threads: Threads) -> None:
+    run(ChatAnswer(threads, request()))
+    assert threads.names() == []
+
+
+def test_owners_share_nothing_of_the_same_conversation(threads: Threads) -> None:
+    first = ChatAnswer(threads, request(owner="ada", thread="ada/1"))
+    run(first)
+    first.keep()
+    cached = []
+    for owner in ("ada", "bob", ""):
+        answer = ChatAnswer(threads, request(owner=owner, thread=f"{owner}/2"))
+        run(answer)
+        cached.append(answer.usage.cached_tokens)
+    assert cached[0] > 0
+    assert cached[1:] == [0, 0]
+
+
+def test_a_forced_call_is_a_part_and_the_reason_to_finish(threads: Threads) -> None:
+    answer = ChatAnswer(threads, request(tools=[TOOL], tool_choice="look", max_tokens=200))
+    (call,) = run(answer)
+    assert isinstance(call, ToolCall)
+    assert call.arguments["at"] in ("sea", "sky")
+    assert json.loads(call.arguments_json) == call.arguments
+    assert answer.finish_reason == "tool_calls"
+    assert answer.message["tool_calls"] == [call.as_message()]
+
+
+def test_every_token_that_is_said_has_its_log_probability(threads: Threads) -> None:
+    answer = ChatAnswer(threads, request(top_logprobs=2))
+    for _ in answer.read():
+        pass
+    found = [token for delta in answer.generate() for token in delta.logprobs]
+    said = answer.session.tokens[-answer.num_tokens :]
+    assert [token.token_id for token in found] == list(said)
+    assert all(token.top[0] == (token.token_id, token.logprob) for token in found)  # greedy: the likeliest
+    assert all(len(token.top) == 2 for token in found)
+
+
+def test_what_cannot_be_asked_for_is_refused_before_anything_is_read(threads: Threads) -> None:
+    with pytest.raises(InvalidInput, match="'sub' is none of the tools: look"):
+        ChatAnswer(threads, request(tools=[TOOL], tool_choice="sub"))
+    with pytest.raises(InvalidInput, match="there are none"):
+        ChatAnswer(threads, request(tool_choice="required"))
+    with pytest.raises(InvalidInput, match="response_format"):
+        ChatAnswer(threads, request(response_format={"type": "poem"}))
+
+
+# What grammars hold, and what is checked behind them
+
+HAIL = {
+    "type": "function",
+    "function": {
+        "name": "hail",
+        "strict": True,
+        "parameters": {"type": "object", "properties": {"ship": {"enum": ["Vesper"]}}, "required": ["ship"]},
+    },
+}
+ODD = {"type": "object", "properties": {"at": {"type": "array", "items": {"enum": [1, 2]}, "uniqueItems": True}}}
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Have the model say something, and then end its turn."""
+
+    def script(text: str) -> None:
+        tokens = itertools.chain(text.encode(), itertools.repeat(257))
+        monkeypatch.setattr("am_memory.session.session.Sampler.choose", lambda self, logits, ids: next(tokens))
+
+    return script
+
+
+@pytest.mark.parametrize("format", [HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, JSON], ids=lambda format: format.name)
+def test_the_beginning_of_a_call_that_was_cut_off_is_not_said_beside_whole_ones(
+    threads: Threads, format: ToolFormat, say: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stood in the answer as its text, and in the conversation as if the model had meant to say it."""
+    monkeypatch.setattr("am_memory.conversations.chat.tool_format", lambda engine: format)
+    one, two = (format.write([("hail", {"ship": "Vesper"})] * count) for count in (1, 2))
+    for cut in (1, 4, 9, 22):
+        for options in ({"tool_choice": "required", "parallel_calls": True}, {}):
+            say(two)
+            num_tokens = len(one.removesuffix(format.end)) + cut
+            answer = ChatAnswer(
+                threads, request(tools=[HAIL], max_tokens=num_tokens, text_of_invalid_calls=True, **options)
+            )
+            (call,) = run(answer)
+            assert isinstance(call, ToolCall)
+            assert (answer.content, answer.message["content"], answer.finish_reason) == ("", "", "tool_calls")
+
+
+def test_a_strict_tool_is_told_as_any_other(threads: Threads) -> None:
+    plain = {**HAIL, "function": {name: value for name, value in HAIL["function"].items() if name != "strict"}}
+    for tool in (HAIL, plain):
+        run(answer := ChatAnswer(threads, request(tools=[tool])))
+        answer.keep()
+    assert answer.usage.cached_tokens > 0
+
+
+@pytest.mark.parametrize("is_strict", [True, False])
+def test_a_free_call_follows_its_schema_where_the_tool_is_strict(
+    threads: Threads, say: Callable[[str], None], is_strict: bool
+) -> None:
+    tool = {**HAIL, "function": {**HAIL["function"], "strict": is_strict}}
+    say(HERMES.write([("hail", {"ship": "Titanic"})]))
+    answer = ChatAnswer(threads, request(tools=[tool], max_tokens=200))
+    if is_strict:
+        with pytest.raises(InvalidInput, match="does not follow the grammar"):
+            run(answer)
+    else:
+        (call,) = run(answer)
+        assert isinstance(call, ToolCall)
+
+
+def test_one_call_at_most_is_made_where_one_is_asked_for(threads: Threads, say: Callable[[str], None]) -> None:
+    for parallel, count in ((None, 2), (True, 2), (False, 1)):
+        two = HERMES.write([("hail", {"ship": "Vesper"})] * 2)
+        say(two if count == 2 else HERMES.write([("hail", {"ship": "Vesper"})]))
+        answer = ChatAnswer(threads, request(tools=[HAIL], max_tokens=200, parallel_calls=parallel))
+        assert len([part for part in run(answer) if isinstance(part, ToolCall)]) == count
+
+
+@pytest.mark.parametrize("is_strict", [True, False])
+def test_arguments_are_checked_for_what_no_grammar_holds(
+    threads: Threads, say: Callable[[str], None], is_strict: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    tool = {"type": "function", "function": {"name": "mark", "parameters": ODD, "strict": is_strict}}
+    for numbers, is_right in (([1, 2], True), ([1, 1], False)):
+        say(HERMES.write([("mark", {"at": numbers})]))
+        answer = ChatAnswer(threads, request(tools=[tool], tool_choice="mark", max_tokens=200))
+        (part,) = run(answer)
+        assert isinstance(part, ToolCall) is (is_right or not is_strict)
+        assert (answer.schema_error is None) is is_right
+    assert "the arguments of mark do not follow their schema: ['at']: [1,1] has non-unique" in str(answer.schema_error)
+    assert str(answer.schema_error) in caplog.text
+    if is_strict:
+        assert part == InvalidCall(
+            '{"name": "mark", "arguments": {"at": [1, 1]}}',
+            "the arguments do not follow their schema: ['at']: [1,1] has non-unique elements",
+        )
+
+
+def test_an_answer_in_a_form_is_checked_for_what_no_grammar_holds(threads: Threads, say: Callable[[str], None]) -> None:
+    form = {"type": "json_schema", "json_schema": {"schema": ODD}}
+    for numbers, is_right in (("[1, 2]", True), ("[1, 1]", False)):
+        say(f'{{"at": {numbers}}}')
+        run(answer := ChatAnswer(threads, request(response_format=form, max_tokens=200)))
+        assert (answer.schema_error is None) is is_right
+        assert answer.finish_reason == "stop"
+
+
+def test_an_answer_that_was_cut_off_is_not_checked(threads: Threads, say: Callable[[str], None]) -> None:
+    say('{"at": [1, 1')
+    form = {"type": "json_schema", "json_schema": {"schema": ODD}}
+    run(answer := ChatAnswer(threads, request(response_format=form, max_tokens=10)))
+    assert (answer.schema_error, answer.finish_reason) == (None, "length")
+
+
+def test_beside_a_form_a_tool_can_be_called(threads: Threads, say: Callable[[str], None]) -> None:
+    """The whole answer had to be JSON, so that an agent with a response format never called a tool."""
+    form = {"type": "json_schema", "json_schema": {"schema": ODD}}
+    say(HERMES.write([("look", {"at": "sea"})]))
+    (call,) = run(ChatAnswer(threads, request(tools=[TOOL], response_format=form, max_tokens=200)))
+    assert isinstance(call, ToolCall)
+    say('{"at": [1, 2]}')
+    assert (
+        "".join(map(str, run(ChatAnswer(threads, request(tools=[TOOL], response_format=form, max_tokens=200)))))
+        == '{"at": [1, 2]}'
+    )
