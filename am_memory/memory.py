@@ -15,12 +15,13 @@ from functools import cached_property
 from threading import RLock
 from typing import TYPE_CHECKING
 
+from am_memory.compaction.plan import trigger_tokens
 from am_memory.compaction.record import as_policy, under
 from am_memory.engines.base import DtypeName, Engine, EngineName, Message, as_dtype
 from am_memory.errors import InvalidInput, InvalidPolicy, SessionNotFound, StorageError
 from am_memory.events import Event, Listener, OriginalsLost, OriginUnknown, PolicyChanged, ignore, log
 from am_memory.kv_cache.cache import KVCache, Snapshot
-from am_memory.policy import MemoryPolicy, trigger_tokens
+from am_memory.policy import MemoryPolicy
 from am_memory.session.chat_history import History
 from am_memory.session.context import Context
 from am_memory.session.generate_hook import watched

@@ -1,12 +1,11 @@
-"""When to compact, what, and to how many slots. Pure: sizes in, a plan out; touches no tensor and no model."""
+"""The policy of a memory: when its contexts are compacted, how much of them, and to how many slots.
+
+Only the fields and their checks. `am_memory.compaction.plan` turns a policy into the plan of a compaction.
+"""
 
 from __future__ import annotations
 
-import math
 import os
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
@@ -19,8 +18,7 @@ from pydantic import (
     field_validator,
 )
 
-from am_memory.errors import BudgetTooSmall, CompactionFailed, InvalidInput, InvalidPolicy, problems
-from am_memory.kv_cache.slots import Segment, resized
+from am_memory.errors import InvalidInput, InvalidPolicy, problems
 from am_memory.solver import HighestAttention, KeySelection, as_selection, parameters
 
 if TYPE_CHECKING:
@@ -30,11 +28,6 @@ SINK_TOKENS = 4
 """The first tokens of a text, on which models rest the attention that they need nowhere else."""
 CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS = 512, 2048
 """Tokens in one forward pass; fewer do not fill a GPU. A policy does not say them, so that it is one on all devices."""
-BOUNDARY_SLACK = 0.25
-"""How much of a block may be left for the next one, so that it ends where the text has a boundary."""
-
-Boundary = Callable[[int, int], int]
-"""Where, from one position to another, both included, a block should end."""
 
 
 class MemoryPolicy(BaseModel):
@@ -190,230 +183,3 @@ class MemoryPolicy(BaseModel):
     @field_serializer("key_selection")
     def _selection_parameters(self, selection: KeySelection) -> str | dict[str, object]:
         return parameters(selection)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What a plan depends on.
-
-    Attributes:
-        num_tokens: logical tokens in the cache.
-        num_pinned: tokens at the start that stay exact.
-        num_tail_tokens: exact tokens behind the segments, the pinned ones among them before the first compaction.
-        segments: as they are.
-        num_heads: KV heads of all compactable layers.
-        reach_tokens: how far behind a token what it looks at may stand; None: what is compact cannot be moved.
-    """
-
-    num_tokens: int
-    num_pinned: int
-    num_tail_tokens: int
-    segments: tuple[Segment, ...]
-    num_heads: int
-    reach_tokens: int | None = None
-
-    @property
-    def exact_start(self) -> int:
-        """The first exact token that may be compacted."""
-        return max(self.num_tokens - self.num_tail_tokens, self.num_pinned)
-
-    @property
-    def compact_slots(self) -> float:
-        """Mean over heads."""
-        return sum(segment.num_slots for segment in self.segments) / max(self.num_heads, 1)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One compaction: `segments` afterwards, the new one last; with `is_refit` it stands for all before it as well."""
-
-    segments: tuple[Segment, ...]
-    is_refit: bool = False
-
-    @property
-    def newest(self) -> Segment:
-        return self.segments[-1]
-
-
-def trigger_tokens(policy: MemoryPolicy, window_tokens: int, num_pinned: int) -> int:
-    """The physical size that fires, in tokens.
-
-    Raises:
-        InvalidPolicy: this policy cannot go on for ever with this model and these pinned tokens.
-        BudgetTooSmall: its compactions would leave a head fewer than `min_slots`.
-    """
-    trigger = policy.trigger_tokens
-    tokens = trigger if isinstance(trigger, int) else int(trigger * window_tokens)
-    if tokens > window_tokens:
-        raise InvalidPolicy(
-            f"trigger_tokens {tokens} is above the model's window of {window_tokens}: set it to {window_tokens} or less"
-        )
-    block = min_block_tokens(policy, tokens, num_pinned)
-    if block < 1:
-        raise InvalidPolicy(
-            f"trigger_tokens {tokens} leaves nothing to compact: {num_pinned} tokens are pinned, {policy.keep_recent} "
-            f"are kept as recent and up to {max_compact_tokens(policy, tokens)} are compact; raise trigger_tokens, or "
-            "lower keep_recent, pinned or max_compact_tokens"
-        )
-    _check_floor(policy, block)
-    if policy.ahead_tokens:
-        _check_ahead(policy, tokens, num_pinned)
-    bound = max_compact_tokens(policy, tokens)
-    if bound < policy.min_slots:
-        raise BudgetTooSmall(
-            f"max_compact_tokens {bound} leaves {bound} slots per head; at least {policy.min_slots} are needed: raise "
-            f"max_compact_tokens to {policy.min_slots}, or lower min_slots"
-        )
-    return tokens
-
-
-def max_compact_tokens(policy: MemoryPolicy, trigger: int) -> int:
-    """The bound on all segments together, in mean slots per head."""
-    if policy.max_compact_tokens is not None:
-        return policy.max_compact_tokens
-    return max(int(trigger * policy.compact_fraction / 2), 1)
-
-
-def min_block_tokens(policy: MemoryPolicy, trigger: int, num_pinned: int, ahead_tokens: int = 0) -> int:
-    """Exact tokens that a compaction covers at least, begun so far below the trigger with segments at their bound."""
-    compact, size = max_compact_tokens(policy, trigger), trigger - ahead_tokens
-    # It is due when there is no room for one more token, so that the cache may be almost a token below that size.
-    covered = math.floor(policy.compact_fraction * (size - 1 - num_pinned)) + 1 - compact
-    return min(covered, size - num_pinned - compact - policy.keep_recent)
-
-
-def most_at_once(policy: MemoryPolicy, trigger: int, num_pinned: int) -> int:
-    """The most tokens that can be read in one pass wherever the cache stands: a compaction that is begun so far below
-    the trigger covers no fewer, and leaves no head without its floor of slots."""
-
-    def is_too_much(num_tokens: int) -> bool:
-        block = min_block_tokens(policy, trigger, num_pinned, policy.ahead_tokens + num_tokens)
-        return block < max(num_tokens, _floor_tokens(policy))
-
-    return max(bisect_left(range(trigger), True, key=is_too_much) - 1, 1)  # the more tokens, the smaller the block
-
-
-def _check_ahead(policy: MemoryPolicy, trigger: int, num_pinned: int) -> None:
-    ahead_tokens = policy.ahead_tokens
-    block = min_block_tokens(policy, trigger, num_pinned, ahead_tokens)
-    if ahead_tokens >= block:
-        less = range(min(ahead_tokens, trigger), -1, -1)
-        possible = next(each for each in less if each < min_block_tokens(policy, trigger, num_pinned, each))
-        raise InvalidPolicy(
-            f"ahead_tokens {ahead_tokens} is not below the {max(block, 0)} tokens that a compaction covers at least if "
-            f"it is begun so far below the trigger of {trigger}: lower it to {possible}, or raise trigger_tokens"
-        )
-    _check_floor(policy, block)
-
-
-def _floor_tokens(policy: MemoryPolicy) -> int:
-    """The smallest block in which each head gets its floor of slots."""
-    return math.ceil(policy.min_slots / policy.keep_ratio)
-
-
-def _check_floor(policy: MemoryPolicy, block_tokens: int) -> None:
-    if block_tokens * policy.keep_ratio < min(policy.min_slots, block_tokens):
-        raise BudgetTooSmall(
-            f"keep_ratio {policy.keep_ratio} of {block_tokens} tokens leaves {block_tokens * policy.keep_ratio:.1f} "
-            f"slots per head; at least {policy.min_slots} are needed: raise keep_ratio to "
-            f"{min(policy.min_slots, block_tokens) / block_tokens:.3f}, compact more tokens at once, or lower min_slots"
-        )
-
-
-def plan(
-    policy: MemoryPolicy,
-    sizes: Sizes,
-    trigger: int,
-    fraction: float | None = None,
-    boundary: Boundary = lambda earliest, latest: latest,
-) -> Plan:
-    """What a compaction does now.
-
-    Args:
-        fraction: of the cache without its pinned tokens, oldest first; None: the policy's, sparing the recent tokens
-            and ending where the text has a boundary.
-        boundary: where among the positions from one to another, both included, the block should end.
-
-    Raises:
-        CompactionFailed: there is no exact token to compact.
-        BudgetTooSmall: a head would get fewer than `min_slots`.
-    """
-    available = sizes.num_tokens - sizes.exact_start
-    if fraction is None:
-        share, spared = policy.compact_fraction, policy.keep_recent
-    else:
-        share, spared = fraction, 0
-    covered = math.ceil(share * (available + sizes.compact_slots) - sizes.compact_slots)
-    end = sizes.exact_start + min(covered, available - spared)
-    if end <= sizes.exact_start:
-        raise CompactionFailed(
-            f"nothing to compact: {max(available, 0)} exact tokens after {sizes.num_pinned} pinned ones, "
-            f"{spared} of them recent, {sizes.compact_slots:.0f} compact slots; read more first, or raise the fraction"
-        )
-    is_refit = policy.recompaction == "refit"
-    start = sizes.num_pinned if is_refit else sizes.exact_start
-    if fraction is None:
-        least = max(math.ceil((1 - BOUNDARY_SLACK) * (end - sizes.exact_start)), _floor_tokens(policy))
-        end = boundary(min(sizes.exact_start + least, end), end)
-    older = () if is_refit else sizes.segments
-    _check_floor(policy, end - start)
-    # What is refit stays where it stands, moved up before or not, and so do the pinned tokens.
-    shift = sizes.segments[0].shift if is_refit and sizes.segments else 0
-    newest = Segment(start, end, round(policy.keep_ratio * (end - start) * sizes.num_heads), shift)
-    bound = max_compact_tokens(policy, trigger) * sizes.num_heads
-    segments = shrink([*older, newest], bound)
-    floor = min(policy.min_slots * sizes.num_heads, newest.num_slots)
-    if segments[-1].num_slots < floor:  # so long a conversation that an equal share is too little to begin with
-        segments = [*shrink(older, bound - floor), resized(newest, floor)]
-    return Plan(tuple(within_reach(segments, sizes, trigger)), is_refit)
-
-
-def within_reach(segments: Sequence[Segment], sizes: Sizes, trigger: int) -> list[Segment]:
-    """Those moved up to half the reach that would else get out of it before the next compaction.
-
-    A segment moves as it is, so that old ones come to stand at the same positions; pinned tokens go with the oldest.
-
-    Args:
-        segments: after a compaction, the new one last, which stays.
-    """
-    reach, newest = sizes.reach_tokens, segments[-1]
-    if reach is None:
-        return list(segments)
-    num_slots = sum(segment.num_slots for segment in segments) / sizes.num_heads
-    num_exact = sizes.num_pinned + sizes.num_tokens - newest.end
-    next_tokens = sizes.num_tokens + trigger - num_exact - num_slots
-
-    def moved(segment: Segment, first: int) -> Segment:
-        if next_tokens - first - segment.shift <= reach:
-            return segment
-        shift = min(sizes.num_tokens - reach // 2 - segment.start, newest.start - segment.end)
-        return replace(segment, shift=max(shift, segment.shift))
-
-    firsts = [0, *(segment.start for segment in segments[1:])]
-    return [*map(moved, segments[:-1], firsts), newest]
-
-
-def richer(policy: MemoryPolicy, trigger: int, num_heads: int, plan: Plan) -> Plan | None:
-    """The same plan with twice the slots for its newest segment, or what the bound leaves; None where that is none."""
-    newest, older = plan.newest, plan.segments[:-1]
-    room = max_compact_tokens(policy, trigger) * num_heads - sum(segment.num_slots for segment in older)
-    num_slots = min(2 * newest.num_slots, newest.num_tokens * num_heads, room)
-    if num_slots <= newest.num_slots:
-        return None
-    return replace(plan, segments=(*older, replace(newest, num_slots=num_slots)))
-
-
-def shrink(segments: Sequence[Segment], max_slots: int) -> list[Segment]:
-    """Cut the richest segments, by slots for each token, to one level, so that all fit into `max_slots`."""
-    if sum(segment.num_slots for segment in segments) <= max_slots:
-        return list(segments)
-    poorest_first = sorted(segments, key=lambda segment: segment.num_slots / segment.num_tokens)
-    slots_left, tokens_left = max_slots, sum(segment.num_tokens for segment in segments)
-    level = 0.0
-    for segment in poorest_first:
-        level = slots_left / tokens_left
-        if segment.num_slots > level * segment.num_tokens:
-            break
-        slots_left -= segment.num_slots
-        tokens_left -= segment.num_tokens
-    return [resized(segment, int(level * segment.num_tokens)) for segment in segments]

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from am_memory.budgets import Calibration, adaptive_ranks, calibrated_ranks, shared_ranks, uniform_ranks
+from am_memory.compaction.plan import Plan
 from am_memory.engines.base import SessionCache, SessionLayer
 from am_memory.errors import CompactionFailed, InvalidInput
 from am_memory.kv_cache.int8 import decoded
 from am_memory.kv_cache.slots import Segment, Slots
-from am_memory.policy import MemoryPolicy, Plan
+from am_memory.policy import MemoryPolicy
 from am_memory.queries import Progress, ReferenceQueries
 from am_memory.solver import MAX_FOLD_ERROR, Block, ExactAttention, Fit, exact_attention, fit, output_error
 
@@ -34,7 +35,7 @@ HELD_OUT_INTERVAL = 8
 # Pull of the biases toward none: reference queries that look alike leave some of them undecided.
 BIAS_RIDGE = 1e-2
 
-Richer = Callable[[Plan], Plan | None]
+MoreSlots = Callable[[Plan], Plan | None]
 """The same plan with more slots for its newest segment, or None where there are no more."""
 
 
@@ -78,8 +79,8 @@ class Compaction:
         )
 
 
-def as_planned(plan: Plan) -> None:
-    """A `Richer` that never has more slots."""
+def no_more_slots(plan: Plan) -> None:
+    """A `MoreSlots` that never has any."""
 
 
 def compact(
@@ -88,7 +89,7 @@ def compact(
     queries: Sequence[ReferenceQueries],
     policy: MemoryPolicy,
     progress: Progress,
-    richer: Richer,
+    more_slots: MoreSlots,
     calibration: Calibration | None = None,
 ) -> Compaction:
     """Make the slots that are to replace the plan's newest segment's entries (arXiv:2602.16284, sections 3 and 4).
@@ -97,7 +98,7 @@ def compact(
         cache: holds these entries; only looked at.
         queries: of each compactable layer.
         progress: told of the stages "score", counted in layers, and "fit", counted in KV heads.
-        richer: what to try next while the held-out error is above the policy's `max_error`.
+        more_slots: the plan to try next while the held-out error is above the policy's `max_error`.
         calibration: of the model, where the policy's `head_budget` asks for one.
 
     Raises:
@@ -119,7 +120,7 @@ def compact(
         each_layer = zip(layers, blocks, exacts, entries, ranks, strict=True)
         heads = [head for index, of_layer in enumerate(each_layer) for head in heads_of(index, *of_layer)]
         fitted = fit_all(heads, plan, policy, progress)
-        while not fitted.passes(policy.max_error) and (more := richer(plan)) is not None:
+        while not fitted.passes(policy.max_error) and (more := more_slots(plan)) is not None:
             plan = more
             fitted = fit_all(heads, plan, policy, progress)
         return Compaction.of(plan, fitted, policy, scored - started, time.perf_counter() - scored)

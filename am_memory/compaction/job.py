@@ -14,14 +14,15 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 from am_memory.budgets import Calibration
-from am_memory.compaction.compact import Compaction, as_planned, compact, failures
+from am_memory.compaction.compact import Compaction, compact, failures, no_more_slots
 from am_memory.compaction.layerwise import compact_on_policy
+from am_memory.compaction.plan import Plan, with_more_slots
 from am_memory.compaction.record import ScheduledCompaction
 from am_memory.compaction.summary import stand_in, write_summary
 from am_memory.engines.base import Engine, SessionCache
 from am_memory.kv_cache.cache import KVCache
 from am_memory.kv_cache.slots import resized
-from am_memory.policy import MemoryPolicy, Plan, richer
+from am_memory.policy import MemoryPolicy
 from am_memory.queries import LiveQueries, Passage, Progress, QuerySources
 from am_memory.recall.originals import Original, keep
 
@@ -122,7 +123,7 @@ class Order:
     def _at_once(self, passage: Passage, plan: Plan, sources: QuerySources) -> Compaction:
         """With all queries at hand; a plan that was made before gets no more slots."""
         queries, cache = sources.sample(passage), passage.cache
-        more = as_planned if self.made else partial(richer, self.policy, self.trigger, cache.num_heads)
+        more = no_more_slots if self.made else partial(with_more_slots, self.policy, self.trigger, cache.num_heads)
         return compact(cache, plan, queries, self.policy, sources.progress, more, self.calibration)
 
     def _on_policy(self, passage: Passage, plan: Plan, sources: QuerySources) -> Compaction:

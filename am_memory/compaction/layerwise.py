@@ -16,8 +16,9 @@ import torch
 
 from am_memory.budgets import Calibration
 from am_memory.compaction.compact import Compaction, Entries, Fitted, failures, fit_all, heads_of, slot_ranks
+from am_memory.compaction.plan import Plan
 from am_memory.kv_cache.cache import KVCache
-from am_memory.policy import MemoryPolicy, Plan
+from am_memory.policy import MemoryPolicy
 from am_memory.queries import OnLayer, Progress, ReferenceQueries
 from am_memory.solver import exact_attention
 

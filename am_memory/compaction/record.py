@@ -12,8 +12,9 @@ from typing import Annotated, NamedTuple
 
 from pydantic import BeforeValidator
 
+from am_memory.compaction.plan import Plan
 from am_memory.errors import InvalidPolicy
-from am_memory.policy import MemoryPolicy, Plan
+from am_memory.policy import MemoryPolicy
 
 
 class Summary(NamedTuple):

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from am_memory.budgets import Calibration
 from am_memory.compaction.compact import Entries, Head, fit_all
+from am_memory.compaction.plan import Plan
 from am_memory.engines.base import Engine
 from am_memory.errors import InvalidInput, UnsupportedOperation
 from am_memory.kv_cache.cache import CacheState, KVCache
 from am_memory.kv_cache.layers import CompactableLayer, TailBuffer, TailState
 from am_memory.kv_cache.slots import Segment, Slots
-from am_memory.policy import SINK_TOKENS, MemoryPolicy, Plan
+from am_memory.policy import SINK_TOKENS, MemoryPolicy
 from am_memory.queries import ReferenceQueries, repeat_queries
 from am_memory.queries.repeat_prefill import repeat_request
 from am_memory.solver import exact_attention

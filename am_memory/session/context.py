@@ -17,6 +17,7 @@ from am_memory.budgets import calibration_for
 from am_memory.compaction.background import Pending
 from am_memory.compaction.compact import failures
 from am_memory.compaction.job import Made, Order
+from am_memory.compaction.plan import Plan, Sizes, most_at_once, plan, trigger_tokens
 from am_memory.compaction.record import ScheduledCompaction, ScheduledRecall, under
 from am_memory.compaction.requirements import require
 from am_memory.engines.base import Engine, SessionCache
@@ -44,7 +45,7 @@ from am_memory.events import (
 )
 from am_memory.kv_cache.cache import KVCache, Snapshot
 from am_memory.kv_cache.slots import Segment
-from am_memory.policy import SINK_TOKENS, MemoryPolicy, Plan, Sizes, most_at_once, plan, trigger_tokens
+from am_memory.policy import SINK_TOKENS, MemoryPolicy
 from am_memory.queries import LiveQueries
 from am_memory.recall.originals import Original, between
 from am_memory.recall.paging import Recalled, at_rest, brought_back, put_away

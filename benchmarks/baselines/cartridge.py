@@ -24,12 +24,12 @@ from torch.nn.functional import kl_div
 from transformers import DynamicCache
 
 from am_memory import Session
+from am_memory.compaction.plan import plan
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.engines.transformers.support import cache_argument
 from am_memory.errors import UnsupportedOperation
 from am_memory.kv_cache.cache import KVCache
 from am_memory.kv_cache.slots import Segment, Slots
-from am_memory.policy import plan
 from am_memory.queries.repeat_prefill import repeat_request
 from am_memory.queries.self_study import self_study
 

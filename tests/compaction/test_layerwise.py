@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 from am_memory import Memory, MemoryPolicy, Session
 from am_memory.budgets import Calibration
 from am_memory.compaction.compact import Entries, fit_all, heads_of, slot_ranks
+from am_memory.compaction.plan import Plan
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidPolicy
 from am_memory.events import CompactionProgress, Event
 from am_memory.kv_cache.cache import KVCache
 from am_memory.kv_cache.slots import Slots
-from am_memory.policy import Plan
 from am_memory.queries import repeat_queries
 from am_memory.solver import exact_attention
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Memory, MemoryPolicy
+from am_memory.compaction.plan import most_at_once
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import UnsupportedOperation
 from am_memory.kv_cache.cache import KVCache
-from am_memory.policy import most_at_once
 
 POLICY = MemoryPolicy(trigger_tokens=64, keep_ratio=0.25, keep_recent=6, pinned=4, chunk_tokens=16)
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 258}

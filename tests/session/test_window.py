@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from am_memory import Memory, MemoryPolicy, Sampling, Session
+from am_memory.compaction.plan import Plan, Sizes, plan, within_reach
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.events import Event, WindowExceeded, ignore
 from am_memory.kv_cache.int8 import Quantised
 from am_memory.kv_cache.slots import PINNED_RANK, Segment
-from am_memory.policy import Plan, Sizes, plan, within_reach
 from am_memory.recall.search import held_keys
 from am_memory.session.context import Context
 
@@ -153,7 +153,7 @@ def test_leaving_the_window_says_that_what_is_old_moves(new_memory: NewMemory) -
 
 def test_only_keys_turn_and_pinned_ones_go_with_the_oldest_segment(new_memory: NewMemory, monkeypatch) -> None:
     session = read_session(new_memory())
-    monkeypatch.setattr("am_memory.policy.within_reach", lambda segments, *_: segments)
+    monkeypatch.setattr("am_memory.compaction.plan.within_reach", lambda segments, *_: segments)
     context = session._context
     still = context.fork("still")
     before, fitted = still.cache.state(), plan(POLICY, still.sizes, still.trigger)

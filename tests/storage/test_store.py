@@ -18,6 +18,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from am_memory import Memory, MemoryPolicy, Sampling, Session
+from am_memory.compaction.plan import Plan
 from am_memory.compaction.record import ScheduledCompaction
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CorruptSession, NewerFormat, SessionNotFound, StorageError
@@ -25,7 +26,6 @@ from am_memory.kv_cache.cache import CacheState
 from am_memory.kv_cache.int8 import Quantised, cat
 from am_memory.kv_cache.layers import CompactableLayer, SlidingState, TailBuffer, TailState
 from am_memory.kv_cache.slots import Segment, Slots
-from am_memory.policy import Plan
 from am_memory.storage import session_file
 from am_memory.storage.session_file import SavedSession
 from am_memory.storage.store import Store
