@@ -48,7 +48,7 @@ class SessionNotFound(AMMemoryError):
 
 
 class StorageError(AMMemoryError):
-    """A store out of reach, or a session that cannot be saved or read: corrupted, of a newer format, another model."""
+    """A store out of reach, or a session that cannot be saved or read: corrupted, of another format or model."""
 
 
 class CorruptSession(StorageError):
@@ -57,6 +57,10 @@ class CorruptSession(StorageError):
 
 class NewerFormat(StorageError):
     """The session was saved by a newer version of this project."""
+
+
+class OlderFormat(StorageError):
+    """The session was saved by an older version of this project, in a format that this version no longer reads."""
 
 
 class ModelMismatch(StorageError):

@@ -242,7 +242,7 @@ class Memory:
         cache.restore(saved.state)
         check_windows(name, cache)
         is_same = saved.policy == policy.model_dump(mode="json")
-        schedule = list(saved.schedule) if is_same else under(as_policy(saved.policy), saved.schedule)
+        records = list(saved.records) if is_same else under(as_policy(saved.policy), saved.records)
         context = Context(
             name,
             self.engine,
@@ -250,7 +250,7 @@ class Memory:
             self._notify,
             cache,
             list(saved.tokens),
-            schedule,
+            records,
             saved.num_pinned,
             originals=saved.originals,
         )

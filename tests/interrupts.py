@@ -102,7 +102,7 @@ class Scene:
             tuple(map(str, session.messages)),
             session.message_starts,
             context.history.is_answering,
-            tuple(context.schedule),
+            tuple(context.records),
             context.cache.num_tokens,
             context.cache.is_whole,
             session.segments,

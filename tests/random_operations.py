@@ -67,7 +67,7 @@ def differences(one: Context, other: Context, atol: float = 0) -> list[str]:
         what
         for what, of in {
             "tokens": lambda context: context.tokens,
-            "schedule": lambda context: context.schedule,
+            "records": lambda context: context.records,
             "segments": lambda context: context.cache.segments,
             "tokens read": lambda context: context.cache.num_tokens,
             "recalled": lambda context: [each.segment for each in context.recalled],
@@ -177,7 +177,7 @@ class Driver:
         self.session.save()
         saved, self.session = self.session, self.resumed(self.session.name)
         if saved._context.pending is None:
-            assert self.session._context.schedule == saved._context.schedule or self.policy != saved._context.policy
+            assert self.session._context.records == saved._context.records or self.policy != saved._context.policy
 
     def logits(self) -> None:
         self.session.logits(self.tokens(4))

@@ -66,10 +66,10 @@ def test_self_study_writes_about_the_block_and_a_rebuild_reads_that_again(demo: 
     written = letters(seed=0, num_letters=3, num_facts=1)
     for letter in written:
         session.append(letter.messages)
-    ship, made = written[0].facts[0], session.snapshot().schedule
+    ship, made = written[0].facts[0], session.snapshot().records
     assert made
     assert all(len(entry.conversations) == 4 for entry in made)
     assert ask(session, [ship]) == {ship: ship.code}
     session._context.rebuild(len(session.tokens), "to compare")
-    assert session.snapshot().schedule == made
+    assert session.snapshot().records == made
     assert ask(session, [ship]) == {ship: ship.code}

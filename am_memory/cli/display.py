@@ -154,7 +154,7 @@ def segments_table(saved: SavedSession) -> Table:
     state = saved.state
     full_attention = [layer for layer in state.layers if isinstance(layer, TailState)]
     num_heads = sum(len(head_slots(layer)) for layer in full_attention)
-    compacted_at = {entry.plan.newest.start: entry.at_tokens for entry in saved.schedule}
+    compacted_at = {entry.plan.newest.start: entry.at_tokens for entry in saved.records}
     table = Table("tokens", "held as", "of their size", "compacted at token", title="The conversation, oldest first")
     if state.num_pinned:
         table.add_row(f"0-{state.num_pinned}", "pinned, exact", "100 %", "")

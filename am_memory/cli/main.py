@@ -260,7 +260,7 @@ def inspect(
     num_bytes = sum(layer_bytes(layer) for layer in saved.state.layers)
     console.print(
         f"[bold]{escape(session)}[/]: {len(saved.tokens):,} tokens, {len(saved.messages)} messages, "
-        f"{len(saved.schedule)} compactions, {megabytes(num_bytes)} of cache, model {saved.fingerprint}"
+        f"{len(saved.records)} compactions, {megabytes(num_bytes)} of cache, model {saved.fingerprint}"
     )
     console.print(segments_table(saved))
     console.print(layers_table(saved))

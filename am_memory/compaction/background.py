@@ -15,17 +15,17 @@ from queue import SimpleQueue
 
 import torch
 
-from am_memory.compaction.job import Made, Order
+from am_memory.compaction.job import CompactionJob, CompactionResult
 from am_memory.kv_cache.cache import CacheState, KVCache
 from am_memory.kv_cache.layers import SlidingState, TailState
 from am_memory.queries import Progress
 
 
-class Pending:
-    """What an order will have made; its contexts may share it, as branches of each other.
+class BackgroundCompaction:
+    """What a job will have made; its contexts may share it, as branches of each other.
 
     Args:
-        order: its cache is nobody else's.
+        job: its cache is nobody else's.
 
     Attributes:
         at_tokens: logical tokens in the cache when it was begun.
@@ -33,30 +33,30 @@ class Pending:
         has_failed: and somebody was told so.
     """
 
-    def __init__(self, order: Order) -> None:
-        assert isinstance(order.cache, KVCache)
-        for layer in order.cache.compactable:
+    def __init__(self, job: CompactionJob) -> None:
+        assert isinstance(job.cache, KVCache)
+        for layer in job.cache.compactable:
             layer.slots = layer.slots and layer.slots.apart()
-        self.at_tokens = order.cache.num_tokens
+        self.at_tokens = job.cache.num_tokens
         self.is_shared = self.has_failed = False
-        self._windows = [state for state in order.cache.state().layers if isinstance(state, SlidingState)]
+        self._windows = [state for state in job.cache.state().layers if isinstance(state, SlidingState)]
         self._told: SimpleQueue[tuple[str, int, int] | None] = SimpleQueue()
         self._is_stopped = False
-        self._stream = _beside(order.engine.info.device)
-        self._order = order
+        self._stream = _beside(job.engine.info.device)
+        self._job = job
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="am-memory-ahead")
-        self._made: Future[Made]
+        self._future: Future[CompactionResult]
 
     def start(self) -> None:
         """Begin the work."""
-        self._made = self._worker.submit(self._make, self._order)
-        del self._order  # with its cache
+        self._future = self._worker.submit(self._run, self._job)
+        del self._job  # with its cache
         self._worker.shutdown(wait=False)  # the thread ends with its work
-        self._made.add_done_callback(lambda _: self._told.put(None))
+        self._future.add_done_callback(lambda _: self._told.put(None))
 
-    def _make(self, order: Order) -> Made:
+    def _run(self, job: CompactionJob) -> CompactionResult:
         with self._stream:
-            return order.make(self._tell)
+            return job.run(self._tell)
 
     def _tell(self, stage: str, done: int, total: int) -> None:
         if self._is_stopped:
@@ -74,18 +74,18 @@ class Pending:
         while not self._told.empty() and (told := self._next_told()) is not None:
             progress(*told)
 
-    def result(self, progress: Progress) -> Made:
+    def result(self, progress: Progress) -> CompactionResult:
         """Wait for the end of it, and tell of its progress meanwhile.
 
         Raises:
-            CompactionFailed, StorageError: as `Order.make` does, each time that it is asked for.
+            CompactionFailed, StorageError: as `CompactionJob.run` does, each time that it is asked for.
         """
         while (told := self._next_told()) is not None:
             progress(*told)
-        if (error := self._made.exception()) is not None:
+        if (error := self._future.exception()) is not None:
             self.has_failed = True
             raise error
-        made = self._made.result()
+        made = self._future.result()
         for slots in made.result.slots:
             for tensor in slots.tensors:
                 if tensor.is_cuda:  # made in another stream, whose next tensors must not be put in its place too early

@@ -17,7 +17,7 @@ from am_memory.budgets import Calibration
 from am_memory.compaction.compact import Compaction, compact, failures, no_more_slots
 from am_memory.compaction.layerwise import compact_on_policy
 from am_memory.compaction.plan import Plan, with_more_slots
-from am_memory.compaction.record import ScheduledCompaction
+from am_memory.compaction.record import CompactionRecord
 from am_memory.compaction.summary import stand_in, write_summary
 from am_memory.engines.base import Engine, SessionCache
 from am_memory.kv_cache.cache import KVCache
@@ -27,23 +27,23 @@ from am_memory.queries import LiveQueries, Passage, Progress, QuerySources
 from am_memory.recall.originals import Original, keep
 
 
-class Made(NamedTuple):
+class CompactionResult(NamedTuple):
     """A compaction that is ready to be swapped in, into a cache that may have read on since.
 
     Attributes:
-        entry: for the schedule, as if it were swapped in at once.
+        record: makes it again, as if it were swapped in at once.
         original: the block's exact entries, where the policy keeps them.
         query_seconds: wall time of what is neither scoring nor fitting.
     """
 
     result: Compaction
-    entry: ScheduledCompaction
+    record: CompactionRecord
     original: Original | None
     query_seconds: float
 
 
 @dataclass(frozen=True)
-class Order:
+class CompactionJob:
     """A compaction to be made.
 
     Attributes:
@@ -56,7 +56,7 @@ class Order:
         weights: how much it counts that each of the block's tokens can be repeated; None: all alike.
         live: the queries that passed, where the policy wants them.
         calibration: of the model, where the policy's `head_budget` asks for one.
-        made: what is made again, as it was; None: nothing, and the gate may give a new plan more slots.
+        replayed: the record of a compaction that is made again; None: a new one, to which the gate may give more slots.
     """
 
     engine: Engine
@@ -71,9 +71,9 @@ class Order:
     weights: Sequence[float] | None
     live: LiveQueries | None
     calibration: Calibration | None
-    made: ScheduledCompaction | None = None
+    replayed: CompactionRecord | None = None
 
-    def make(self, progress: Progress) -> Made:
+    def run(self, progress: Progress) -> CompactionResult:
         """Carry it out; the cache is afterwards as it was.
 
         Args:
@@ -86,27 +86,27 @@ class Order:
         started = time.perf_counter()
         sources = QuerySources(self.engine, self.policy, self.live, progress)
         with failures(self.plan.newest):
-            passage, entry = self._prepared(sources)
-            result = (self._on_policy if self.policy.on_policy else self._at_once)(passage, entry.plan, sources)
+            passage, record = self._prepared(sources)
+            result = (self._on_policy if self.policy.on_policy else self._at_once)(passage, record.plan, sources)
         query_seconds = time.perf_counter() - started - result.score_seconds - result.fit_seconds
-        return Made(result, replace(entry, plan=result.plan), self._original(), query_seconds)
+        return CompactionResult(result, replace(record, plan=result.plan), self._original(), query_seconds)
 
     @property
-    def entry(self) -> ScheduledCompaction:
+    def record(self) -> CompactionRecord:
         """As far as it is known before it is made."""
-        if self.made is not None:
-            return replace(self.made, lag_tokens=0, recalls=())
+        if self.replayed is not None:
+            return replace(self.replayed, lag_tokens=0, recalls=())
         at_tokens = self.cache.num_tokens
         live_start = self.live.start if self.live is not None else 0
-        return ScheduledCompaction(at_tokens, self.plan, live_start=at_tokens if live_start is None else live_start)
+        return CompactionRecord(at_tokens, self.plan, live_start=at_tokens if live_start is None else live_start)
 
-    def _prepared(self, sources: QuerySources) -> tuple[Passage, ScheduledCompaction]:
+    def _prepared(self, sources: QuerySources) -> tuple[Passage, CompactionRecord]:
         """What is compacted, the block or a summary in its place; what was planned and written."""
-        cache, plan, policy, made, weights = self.cache, self.plan, self.policy, self.made, self.weights
+        cache, plan, policy, replayed, weights = self.cache, self.plan, self.policy, self.replayed, self.weights
         tokens, start, end = self.tokens, self.start, plan.newest.end
-        conversations = made.conversations if made and made.conversations else sources.converse(cache)
-        summary = made.summary if made else None
-        if made is None and policy.summary_tokens is not None:
+        conversations = replayed.conversations if replayed and replayed.conversations else sources.converse(cache)
+        summary = replayed.summary if replayed else None
+        if replayed is None and policy.summary_tokens is not None:
             max_tokens, on_progress = min(policy.summary_tokens, end - start), partial(sources.progress, "summary")
             summary = write_summary(self.engine, cache, end, max_tokens=max_tokens, on_progress=on_progress)
         if summary is not None and summary.answer:
@@ -118,12 +118,12 @@ class Order:
             start, weights = end - len(summary.answer), None
             tokens = [*tokens[:start], *summary.answer]
         passage = Passage(cache, tokens, start, end, weights, conversations)
-        return passage, replace(self.entry, plan=plan, conversations=conversations, summary=summary)
+        return passage, replace(self.record, plan=plan, conversations=conversations, summary=summary)
 
     def _at_once(self, passage: Passage, plan: Plan, sources: QuerySources) -> Compaction:
         """With all queries at hand; a plan that was made before gets no more slots."""
         queries, cache = sources.sample(passage), passage.cache
-        more = no_more_slots if self.made else partial(with_more_slots, self.policy, self.trigger, cache.num_heads)
+        more = no_more_slots if self.replayed else partial(with_more_slots, self.policy, self.trigger, cache.num_heads)
         return compact(cache, plan, queries, self.policy, sources.progress, more, self.calibration)
 
     def _on_policy(self, passage: Passage, plan: Plan, sources: QuerySources) -> Compaction:

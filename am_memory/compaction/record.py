@@ -24,7 +24,7 @@ class Summary(NamedTuple):
     answer: tuple[int, ...]
 
 
-class ScheduledRecall(NamedTuple):
+class RecallRecord(NamedTuple):
     """A segment that became exact, or compact again, when the cache held `at_tokens` logical tokens.
 
     Attributes:
@@ -50,7 +50,7 @@ def _read(policy: object) -> MemoryPolicy | None:
 
 
 @dataclass(frozen=True)
-class ScheduledCompaction:
+class CompactionRecord:
     """A compaction that was made when the cache held `at_tokens` logical tokens.
 
     Attributes:
@@ -69,7 +69,7 @@ class ScheduledCompaction:
     summary: Summary | None = None
     lag_tokens: int = 0
     live_start: int = 0
-    recalls: tuple[ScheduledRecall, ...] = ()
+    recalls: tuple[RecallRecord, ...] = ()
     policy: Annotated[MemoryPolicy | None, BeforeValidator(_read)] = None
 
     @property
@@ -77,7 +77,7 @@ class ScheduledCompaction:
         """Logical tokens in the cache when it was swapped in."""
         return self.at_tokens + self.lag_tokens
 
-    def within(self, num_tokens: int) -> ScheduledCompaction:
+    def within(self, num_tokens: int) -> CompactionRecord:
         """The same, swapped in, and with its segments recalled, when the cache held `num_tokens` at most.
 
         Args:
@@ -91,6 +91,6 @@ class ScheduledCompaction:
         )
 
 
-def under(policy: MemoryPolicy | None, schedule: Iterable[ScheduledCompaction]) -> list[ScheduledCompaction]:
-    """The schedule of a context of this policy, for one that goes on under another; None: it is not known."""
-    return [replace(made, policy=made.policy or policy) for made in schedule]
+def under(policy: MemoryPolicy | None, records: Iterable[CompactionRecord]) -> list[CompactionRecord]:
+    """The records of a context of this policy, for one that goes on under another; None: it is not known."""
+    return [replace(made, policy=made.policy or policy) for made in records]

@@ -1,7 +1,7 @@
-"""A watched context: the tokens, the cache derived from them, and the schedule of the compactions between.
+"""A watched context: the tokens, the cache derived from them, and the records of the compactions between.
 
 Owns the watching: it reads tokens in chunks, and when the cache reaches its trigger it compacts the oldest part and
-goes on. The tokens are the truth; tokens and schedule together rebuild the cache. Knows nothing of text or sampling.
+goes on. The tokens are the truth; tokens and records together rebuild the cache. Knows nothing of text or sampling.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import TypeVar
 from torch import Tensor, cat
 
 from am_memory.budgets import calibration_for
-from am_memory.compaction.background import Pending
+from am_memory.compaction.background import BackgroundCompaction
 from am_memory.compaction.compact import failures
-from am_memory.compaction.job import Made, Order
+from am_memory.compaction.job import CompactionJob, CompactionResult
 from am_memory.compaction.plan import Plan, Sizes, most_at_once, plan, trigger_tokens
-from am_memory.compaction.record import ScheduledCompaction, ScheduledRecall, under
+from am_memory.compaction.record import CompactionRecord, RecallRecord, under
 from am_memory.compaction.requirements import require
 from am_memory.engines.base import Engine, SessionCache
 from am_memory.errors import (
@@ -65,7 +65,7 @@ class Context:
     Attributes:
         name: for events.
         tokens: every token, read or not; the cache holds the first `cache.num_tokens` of them.
-        schedule: the compactions made so far, in order.
+        records: the compactions made so far, in order.
         num_pinned: tokens at the start that stay exact.
         history: the messages that the tokens are of; kept here, so that one step changes both or neither.
         originals: the exact entries of compacted tokens, as far as they are kept, in the order of the tokens.
@@ -81,12 +81,12 @@ class Context:
     notify: Listener
     cache: SessionCache
     tokens: list[int] = field(default_factory=list)
-    schedule: list[ScheduledCompaction] = field(default_factory=list)
+    records: list[CompactionRecord] = field(default_factory=list)
     num_pinned: int = SINK_TOKENS
     history: History = field(default_factory=History)
     originals: tuple[Original, ...] = ()
     recalled: tuple[Recalled, ...] = ()
-    pending: Pending | None = None
+    pending: BackgroundCompaction | None = None
 
     def __post_init__(self) -> None:
         require(self.policy, self.engine.info, self.cache)
@@ -101,9 +101,9 @@ class Context:
         Raises:
             InvalidPolicy: the trigger leaves nothing to compact beside them.
         """
-        if self.schedule:
+        if self.records:
             raise InvalidInput(
-                f"cannot pin {num_tokens} tokens after {len(self.schedule)} compactions: pin before the first one"
+                f"cannot pin {num_tokens} tokens after {len(self.records)} compactions: pin before the first one"
             )
         self.trigger = trigger_tokens(self.policy, self.engine.info.window_tokens, num_tokens)
         self.num_pinned, self.pending = num_tokens, None
@@ -188,7 +188,7 @@ class Context:
     def begin(self) -> None:
         """Begin a compaction, to be swapped in at the trigger."""
         planned = plan(self.policy, self.sizes, self.trigger, None, self._boundary)
-        self.pending = Pending(self.order(planned, self.cache.fork()))
+        self.pending = BackgroundCompaction(self.job(planned, self.cache.fork()))
         self.pending.start()  # only now: whoever takes this step back stops what it began
 
     @property
@@ -263,7 +263,7 @@ class Context:
         if self.pending is not None and fraction is None:
             return self.swap_in(self.pending.result(self.progress))
         planned = plan(self.policy, self.sizes, self.trigger, fraction, self._boundary)
-        return self.swap_in(self.order(planned, self.cache).make(self.progress))
+        return self.swap_in(self.job(planned, self.cache).run(self.progress))
 
     def _boundary(self, earliest: int, latest: int) -> int:
         """Where a block should end, which may be behind all that has been said."""
@@ -274,16 +274,16 @@ class Context:
     def progress(self, stage: str, done: int, total: int) -> None:
         self.notify(CompactionProgress(self.name, stage, done, total))
 
-    def order(self, plan: Plan, cache: SessionCache, made: ScheduledCompaction | None = None) -> Order:
-        """Say that a planned compaction begins, on this cache or a branch of it; it is `made` again, or new."""
+    def job(self, plan: Plan, cache: SessionCache, replayed: CompactionRecord | None = None) -> CompactionJob:
+        """Say that a planned compaction begins, on this cache or a branch of it; it is `replayed`, or new."""
         segment, policy, calibration, live_start = plan.newest, self.policy, self._calibration, 0
-        if made is not None:
-            live_start = made.live_start
-            if made.policy is not None:
-                policy, calibration = made.policy, calibration_for(made.policy.head_budget, self.engine.info)
+        if replayed is not None:
+            live_start = replayed.live_start
+            if replayed.policy is not None:
+                policy, calibration = replayed.policy, calibration_for(replayed.policy.head_budget, self.engine.info)
         self.notify(CompactionStarted(self.name, segment.start, segment.end, cache.kv_tokens))
         start = max(segment.start, cache.num_tokens - cache.num_tail_tokens)
-        return Order(
+        return CompactionJob(
             engine=self.engine,
             policy=policy,
             cache=cache,
@@ -296,10 +296,10 @@ class Context:
             weights=self.history.weights(policy.tool_result_weight, start, segment.end),
             live=self.live.since(live_start) if self.live and "live" in policy.reference_queries else None,
             calibration=calibration,
-            made=made,
+            replayed=replayed,
         )
 
-    def swap_in(self, made: Made) -> CompactionReport:
+    def swap_in(self, made: CompactionResult) -> CompactionReport:
         """Put a compaction in its place; the cache may have read on since it was begun."""
         cache, result, segment = self.cache, made.result, made.result.plan.newest
         kv_tokens, kv_bytes = cache.kv_tokens, cache.nbytes
@@ -309,7 +309,7 @@ class Context:
         self.pending = None
         if made.original is not None:
             self.originals = (*self.originals, made.original)
-        self.schedule.append(replace(made.entry, lag_tokens=cache.num_tokens - made.entry.at_tokens))
+        self.records.append(replace(made.record, lag_tokens=cache.num_tokens - made.record.at_tokens))
         report = CompactionReport(
             session=self.name,
             start=segment.start,
@@ -326,7 +326,7 @@ class Context:
             fit_seconds=result.fit_seconds,
             num_unbiased_heads=result.num_unbiased_heads,
             held_out_error=result.held_out_error,
-            summary_tokens=len(made.entry.summary.answer) if made.entry.summary else 0,
+            summary_tokens=len(made.record.summary.answer) if made.record.summary else 0,
         )
         self.notify(CompactionFinished(self.name, report))
         limit = self.policy.max_error
@@ -406,10 +406,10 @@ class Context:
         return next((segment for segment in self.cache.segments if segment.start == start), None)
 
     def _note(self, start: int, *, is_exact: bool) -> None:
-        """In the schedule: what is read from now on sees the segment so."""
-        *before, last = self.schedule
-        recall = ScheduledRecall(self.cache.num_tokens, start, is_exact)
-        self.schedule = [*before, replace(last, recalls=(*last.recalls, recall))]
+        """In the records: what is read from now on sees the segment so."""
+        *before, last = self.records
+        recall = RecallRecord(self.cache.num_tokens, start, is_exact)
+        self.records = [*before, replace(last, recalls=(*last.recalls, recall))]
 
     def _have_room_for(self, segments: Sequence[Segment]) -> bool:
         """Whether these compact segments fit below where a compaction begins when they are exact."""
@@ -490,7 +490,7 @@ class Context:
         num_cached = self._num_cached(num_tokens)
         self.cache.truncate(num_cached)
         # What came later and saw none of them stays; a rebuild must find it before the tokens that are now to come.
-        self.schedule = [made.within(num_cached) for made in self.schedule]
+        self.records = [made.within(num_cached) for made in self.records]
         self.tokens = self.tokens[:num_tokens]
         self.went_back()
 
@@ -506,11 +506,11 @@ class Context:
 
         Its queries were asked from behind them all, so that of fewer tokens another one would be made.
         """
-        return any(made.at_tokens > self._num_cached(num_tokens) for made in self.schedule[-1:])
+        return any(made.at_tokens > self._num_cached(num_tokens) for made in self.records[-1:])
 
     def compacted_after(self, num_tokens: int) -> bool:
         """Whether a compaction was swapped in when there were more than the first `num_tokens` tokens."""
-        return any(made.swapped_at > self._num_cached(num_tokens) for made in self.schedule[-1:])
+        return any(made.swapped_at > self._num_cached(num_tokens) for made in self.records[-1:])
 
     def _num_cached(self, num_tokens: int) -> int:
         """Of the first `num_tokens` tokens, those in the cache when the last one is left to read."""
@@ -521,7 +521,7 @@ class Context:
         self.notify(SessionRebuilt(self.name, num_tokens, reason))
         fresh = rebuilt(self, num_tokens, self._num_cached(num_tokens))
         self.cache.restore(fresh.cache.state())
-        self.tokens, self.schedule, self.originals = fresh.tokens, fresh.schedule, fresh.originals
+        self.tokens, self.records, self.originals = fresh.tokens, fresh.records, fresh.originals
         self.recalled, self.pending = fresh.recalled, fresh.pending
         self.live = fresh.live if self.live is not None else None
 
@@ -544,7 +544,7 @@ class Context:
             policy=policy or self.policy,
             cache=self.cache.fork(),
             tokens=list(self.tokens),
-            schedule=list(self.schedule) if is_same else under(self.policy, self.schedule),
+            records=list(self.records) if is_same else under(self.policy, self.records),
             pending=self.pending if is_same else None,
         )
         if self.live is not None and branch.live is not None:

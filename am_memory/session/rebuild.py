@@ -1,4 +1,4 @@
-"""A context made again of its tokens and its schedule: the cache that it had, to rounding.
+"""A context made again of its tokens and its records: the cache that it had, to rounding.
 
 Every step is taken where it was taken: a compaction is made, and swapped in, when the cache held as many tokens as
 then, and what was recalled is exact while the same tokens are read. No trigger is asked, so that what comes out depends
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from am_memory.compaction.record import ScheduledCompaction
+from am_memory.compaction.record import CompactionRecord
 from am_memory.queries import LiveQueries
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def rebuilt(context: Context, num_tokens: int, num_cached: int) -> Context:
         CompactionFailed, StorageError: a compaction cannot be made again.
     """
     fresh = context.emptied(num_tokens)
-    done = [made for made in context.schedule if made.swapped_at <= num_cached]
+    done = [made for made in context.records if made.swapped_at <= num_cached]
     policies = [context.policy, *(made.policy for made in done if made.policy is not None)]
     if any("live" in policy.reference_queries for policy in policies):
         fresh.live = LiveQueries()
@@ -45,16 +45,16 @@ def rebuilt(context: Context, num_tokens: int, num_cached: int) -> Context:
 
 def _begun_at(context: Context, num_done: int, num_cached: int) -> int | None:
     """When the compaction was begun that was under way; None where there was none."""
-    begun = [made.at_tokens for made in context.schedule[num_done : num_done + 1]]
+    begun = [made.at_tokens for made in context.records[num_done : num_done + 1]]
     if context.pending is not None:
         begun.append(context.pending.at_tokens)
     is_ahead = context.policy.ahead_tokens > 0
     return next((at_tokens for at_tokens in begun if is_ahead and at_tokens <= num_cached), None)
 
 
-def _make_again(fresh: Context, made: ScheduledCompaction, num_cached: int) -> None:
+def _make_again(fresh: Context, made: CompactionRecord, num_cached: int) -> None:
     read_as_it_is(fresh, made.at_tokens)
-    again = fresh.order(made.plan, fresh.cache, made).make(fresh.progress)
+    again = fresh.job(made.plan, fresh.cache, made).run(fresh.progress)
     read_as_it_is(fresh, made.swapped_at)
     fresh.swap_in(again)
     for recall in made.recalls:

@@ -7,7 +7,7 @@ from itertools import chain, pairwise
 
 from torch import Tensor
 
-from am_memory.compaction.record import ScheduledRecall
+from am_memory.compaction.record import RecallRecord
 from am_memory.engines.base import ModelInfo, SessionCache
 from am_memory.errors import CorruptSession, InvalidPolicy, ModelMismatch, StorageError
 from am_memory.events import PolicyChange
@@ -86,7 +86,7 @@ def check_content(name: str, saved: SavedSession, info: ModelInfo, like: Snapsho
     Raises:
         CorruptSession: it is not, and why.
     """
-    problem = _problem_of_text(saved, info) or _problem_of_layers(saved, like) or _problem_of_schedule(saved)
+    problem = _problem_of_text(saved, info) or _problem_of_layers(saved, like) or _problem_of_records(saved)
     for layer in saved.state.layers:
         problem = problem or _problem_of_slots(layer, saved.state, adds_bias=isinstance(like, CacheState))
     if problem:
@@ -111,7 +111,7 @@ def _corrupt(name: str, problem: str) -> CorruptSession:
 
 
 def _problem_of_text(saved: SavedSession, info: ModelInfo) -> str:
-    written = (token_ids for made in saved.schedule for token_ids in (*made.conversations, *(made.summary or ((),))))
+    written = (token_ids for made in saved.records for token_ids in (*made.conversations, *(made.summary or ((),))))
     if any(not 0 <= token_id < info.vocab_size for token_id in chain(saved.tokens, *written)):
         return f"it has token ids outside of the vocabulary of {info.vocab_size}"
     if saved.is_answering and not (saved.messages and isinstance(saved.messages[-1].get("content"), str)):
@@ -130,16 +130,16 @@ def _problem_of_layers(saved: SavedSession, like: Snapshot) -> str:
         if kind and kind != model_kind:
             return f"layer {index} holds {kind}, where the model has {model_kind}"
     num_heads = sum(_entries(layer)[0].shape[1] for layer in layers if isinstance(layer, TailState) and _entries(layer))
-    for segment in chain(saved.state.segments, *(made.plan.segments for made in saved.schedule)):
+    for segment in chain(saved.state.segments, *(made.plan.segments for made in saved.records)):
         if segment.num_slots > segment.num_tokens * num_heads:
             return f"{segment} has more than a slot for each token of {num_heads} heads"
     return ""
 
 
-def _problem_of_schedule(saved: SavedSession) -> str:
+def _problem_of_records(saved: SavedSession) -> str:
     """Each compaction has to begin where the one before ended, and the last to have left what is there."""
     held: list[tuple[int, int]] = []
-    for made in saved.schedule:
+    for made in saved.records:
         *older, newest = [(segment.start, segment.end) for segment in made.plan.segments]
         begins = saved.num_pinned if made.plan.is_refit or not held else held[-1][1]
         if older != ([] if made.plan.is_refit else held) or newest[0] != begins or newest[1] > made.at_tokens:
@@ -155,7 +155,7 @@ def _problem_of_schedule(saved: SavedSession) -> str:
     return ""
 
 
-def _problem_of_recalls(recalls: Sequence[ScheduledRecall], starts: Collection[int]) -> str:
+def _problem_of_recalls(recalls: Sequence[RecallRecord], starts: Collection[int]) -> str:
     """Segments that are there become exact, and of these some are compact again."""
     exact = set[int]()
     for recall in recalls:

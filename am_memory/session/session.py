@@ -294,7 +294,7 @@ class Session:
 
     def _num_pinned(self, history: History) -> int | None:
         """How many tokens are to stay exact; None where a compaction has been made, which decided that."""
-        if self._context.schedule:
+        if self._context.records:
             return None
         policy = self._context.policy
         if policy.pinned in ("system", "first_message"):
@@ -630,7 +630,7 @@ class Session:
             policy=context.policy.model_dump(mode="json"),
             has_own_policy=self.has_own_policy,
             tokens=tuple(context.tokens),
-            schedule=tuple(context.schedule),
+            records=tuple(context.records),
             messages=self._history.messages,
             message_starts=self._history.starts,
             is_answering=self._history.is_answering,
@@ -651,7 +651,7 @@ class Session:
             exact_tokens=cache.num_exact_tokens,
             kv_bytes=cache.nbytes,
             exact_kv_bytes=cache.exact_nbytes,
-            num_compactions=len(context.schedule),
+            num_compactions=len(context.records),
             num_segments=len(cache.segments),
             originals_bytes=context.off_device_bytes,
         )

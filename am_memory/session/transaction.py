@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from am_memory.compaction.background import Pending
-    from am_memory.compaction.record import ScheduledCompaction
+    from am_memory.compaction.background import BackgroundCompaction
+    from am_memory.compaction.record import CompactionRecord
     from am_memory.kv_cache.cache import Snapshot
     from am_memory.queries import LiveQueries
     from am_memory.recall.originals import Original
@@ -38,14 +38,14 @@ class _Before:
     cache: Snapshot
     tokens: list[int]
     num_tokens: int
-    schedule: list[ScheduledCompaction]
+    records: list[CompactionRecord]
     num_compactions: int
     history: History
     pinned: tuple[int, int]
     live: LiveQueries | None
     originals: tuple[Original, ...]
     recalled: tuple[Recalled, ...]
-    pending: Pending | None
+    pending: BackgroundCompaction | None
     others: tuple[Any, ...]
 
     @classmethod
@@ -54,8 +54,8 @@ class _Before:
             cache=context.cache.state(),
             tokens=context.tokens,
             num_tokens=len(context.tokens),
-            schedule=context.schedule,
-            num_compactions=len(context.schedule),
+            records=context.records,
+            num_compactions=len(context.records),
             history=context.history,
             pinned=(context.num_pinned, context.trigger),
             live=context.live and context.live.copy(),
@@ -68,8 +68,8 @@ class _Before:
     def put_back(self, context: Context, others: tuple[Restorable, ...]) -> None:
         """Of any state in between, as often as one likes."""
         context.cache.restore(self.cache)
-        del self.tokens[self.num_tokens :], self.schedule[self.num_compactions :]
-        context.tokens, context.schedule, context.history = self.tokens, self.schedule, self.history
+        del self.tokens[self.num_tokens :], self.records[self.num_compactions :]
+        context.tokens, context.records, context.history = self.tokens, self.records, self.history
         context.num_pinned, context.trigger = self.pinned
         context.live, context.recalled = self.live, self.recalled
         # What was found to be lost is not brought back by an error.

@@ -23,9 +23,9 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from am_memory.compaction.record import ScheduledCompaction
+from am_memory.compaction.record import CompactionRecord
 from am_memory.engines.base import Message
-from am_memory.errors import NewerFormat, StorageError
+from am_memory.errors import NewerFormat, OlderFormat, StorageError
 from am_memory.kv_cache.cache import CacheState, Snapshot
 from am_memory.kv_cache.layers import SlidingState
 from am_memory.kv_cache.slots import Segment
@@ -33,7 +33,7 @@ from am_memory.recall.originals import Original
 from am_memory.storage import files
 from am_memory.storage.session_layers import packed_layer, require, require_segments, unpacked_layer
 
-FORMAT, NEEDS = 1, "0.1.0"
+FORMAT, NEEDS = 2, "0.1.0"
 """How a file is written, and the first version of this project that reads it; the metadata never changes."""
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
 MAX_AXES, MAX_EMPTY_SIZE = 4, 2**24
@@ -58,7 +58,7 @@ class SavedSession:
         policy: as JSON.
         has_own_policy: it was given to this session, and not to the memory.
         tokens: every token; the cache holds the first ones.
-        schedule: the compactions made so far.
+        records: the compactions made so far.
         messages: of the chat, as chat templates take them.
         message_starts: for each message, how many tokens stood before it.
         is_answering: the last message was being generated.
@@ -78,7 +78,7 @@ class SavedSession:
     fingerprint: str
     policy: dict[str, object]
     tokens: tuple[int, ...]
-    schedule: tuple[ScheduledCompaction, ...]
+    records: tuple[CompactionRecord, ...]
     messages: tuple[Message, ...]
     message_starts: tuple[int, ...]
     is_answering: bool
@@ -114,7 +114,7 @@ class _Content(BaseModel, from_attributes=True):
 
     fingerprint: str
     policy: dict[str, Any]
-    schedule: tuple[ScheduledCompaction, ...]
+    records: tuple[CompactionRecord, ...]
     messages: tuple[dict[str, Any], ...]
     message_starts: tuple[int, ...]
     is_answering: bool
@@ -161,7 +161,7 @@ def unpacked(data: bytes, device: torch.device) -> SavedSession:
     its file, or lie outside of it.
 
     Raises:
-        NewerFormat: a newer version of this project wrote it.
+        NewerFormat, OlderFormat: another version of this project wrote it.
         KeyError, TypeError, ValueError: it cannot be a session.
     """
     try:
@@ -178,6 +178,11 @@ def _unpacked(data: bytes, device: torch.device) -> SavedSession:
             f"format {metadata['format']}, and this version reads up to {FORMAT}: upgrade attention-matching-memory to "
             f"{metadata['needs']} or newer"
         )
+    if int(metadata["format"]) < FORMAT:
+        raise OlderFormat(
+            f"format {metadata['format']}, and this version reads format {FORMAT} alone: open it with the version that "
+            "saved it, or delete it and give the conversation to a new session"
+        )
     for name, entry in header.items():
         _require_room(name, entry)
     try:
@@ -189,7 +194,7 @@ def _unpacked(data: bytes, device: torch.device) -> SavedSession:
     content = _Content.model_validate(json.loads(bytes(text.numpy())))
     tokens = tuple(ids.tolist())
     require_segments(content.state.segments, len(tokens))
-    _require_schedule(content.schedule, len(tokens))
+    _require_records(content.records, len(tokens))
     starts = [0, *content.message_starts, len(tokens)]
     is_in_order = len(content.messages) == len(starts) - 2 and starts == sorted(starts)
     require(is_in_order, "not every message has a start, or they are not in order")
@@ -219,9 +224,9 @@ def _require_room(name: str, entry: Any) -> None:
     require(0 not in shape or max(shape) <= MAX_EMPTY_SIZE, f"{name} is empty, and too large")
 
 
-def _require_schedule(schedule: Sequence[ScheduledCompaction], num_tokens: int) -> None:
+def _require_records(records: Sequence[CompactionRecord], num_tokens: int) -> None:
     before = 0
-    for made in schedule:
+    for made in records:
         require(
             before <= made.at_tokens <= made.swapped_at <= num_tokens
             and made.lag_tokens >= 0

@@ -27,6 +27,7 @@ from am_memory.errors import (
     AMMemoryError,
     CorruptSession,
     NewerFormat,
+    OlderFormat,
     OriginalLost,
     SessionChanged,
     SessionDeleted,
@@ -228,7 +229,7 @@ class Store:
         Raises:
             SessionNotFound: there is none of that name.
             CorruptSession: the file is not what was written.
-            NewerFormat: a newer version of this project wrote it.
+            NewerFormat, OlderFormat: another version of this project wrote it.
             StorageError: the store cannot be read.
         """
         target = torch.device(device or "cpu")
@@ -239,8 +240,8 @@ class Store:
             data: bytes = self._files.cat_file(self._path(name))
         try:
             saved = unpacked(data, target)
-        except NewerFormat as error:
-            raise NewerFormat(f"{where} has {error}") from error
+        except (NewerFormat, OlderFormat) as error:
+            raise type(error)(f"{where} has {error}") from error
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptSession(
                 f"{where} cannot be read: {error}; restore {self._path(name)} from a copy, or delete it"

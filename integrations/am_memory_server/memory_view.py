@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from am_memory.cli.display import head_slots
-from am_memory.compaction.record import ScheduledCompaction
+from am_memory.compaction.record import CompactionRecord
 from am_memory.kv_cache.layers import LayerState, TailState
 from am_memory.session.session import Session, Stats
 from am_memory.storage.session_file import SavedSession
@@ -102,7 +102,7 @@ def segments(saved: SavedSession) -> list[SegmentView]:
     num_pinned = min(state.num_pinned or saved.num_pinned, end)
     views = [SegmentView(kind="pinned", start=0, end=num_pinned, slots=num_pinned)] if num_pinned else []
     for segment in state.segments:
-        slots, cuts = segment.num_slots / num_heads, _num_cuts(saved.schedule, segment.start)
+        slots, cuts = segment.num_slots / num_heads, _num_cuts(saved.records, segment.start)
         views.append(
             SegmentView(kind="compacted", start=segment.start, end=segment.end, slots=round(slots, 2), num_cuts=cuts)
         )
@@ -111,9 +111,9 @@ def segments(saved: SavedSession) -> list[SegmentView]:
     return views
 
 
-def _num_cuts(schedule: tuple[ScheduledCompaction, ...], start: int) -> int:
+def _num_cuts(records: tuple[CompactionRecord, ...], start: int) -> int:
     """How often the segment that begins at `start` was made anew, or smaller, after its birth."""
-    forms = [next((part for part in made.plan.segments if part.start == start), None) for made in schedule]
+    forms = [next((part for part in made.plan.segments if part.start == start), None) for made in records]
     known = [form for form in forms if form is not None]
     return sum(before != after for before, after in pairwise(known))
 

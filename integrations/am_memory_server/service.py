@@ -97,7 +97,7 @@ class Compactions:
     def write(self, session: Session) -> None:
         """Into the session, with the time, for when it is kept; reports of compactions that were undone are dropped."""
         kept = {**session.metadata.get(METADATA_KEY, {}), "updated": time.time()}
-        made = {(entry.plan.newest.start, entry.plan.newest.end) for entry in session.snapshot().schedule}
+        made = {(entry.plan.newest.start, entry.plan.newest.end) for entry in session.snapshot().records}
         reports = [*kept.get("compactions", []), *self.new]
         kept["compactions"] = [report for report in reports if (report["start"], report["end"]) in made]
         self.new = []

@@ -159,7 +159,7 @@ def test_a_chat_compacts_by_itself_and_shows_it(run: CommandLine, store: Store) 
     assert "compacted tokens" in result.output
     assert "0 compactions" in result.output
     assert re.search(r"/256 tokens in the cache, 5\d\d said · .* · \d compactions", result.output)
-    assert store.load("default").schedule
+    assert store.load("default").records
 
 
 @pytest.mark.usefixtures("tiny")

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Memory, MemoryPolicy, Sampling
-from am_memory.compaction.background import Pending
-from am_memory.compaction.job import Made, Order
+from am_memory.compaction.background import BackgroundCompaction
+from am_memory.compaction.job import CompactionJob, CompactionResult
 from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CompactionFailed, InvalidPolicy
@@ -66,7 +66,7 @@ def held(context: Context) -> list[Tensor]:
 
 def assert_same(one: Context, other: Context, atol: float = 0) -> None:
     assert one.tokens == other.tokens
-    assert one.schedule == other.schedule
+    assert one.records == other.records
     for mine, theirs in zip(held(one), held(other), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=atol)
 
@@ -78,7 +78,7 @@ def with_one_pending(context: Context) -> Context:
     write(context, SINCE)
     assert context.pending is not None
     assert context.pending.at_tokens == BEGINS_AT
-    assert context.schedule == []
+    assert context.records == []
     return context
 
 
@@ -90,27 +90,27 @@ def workers() -> list[threading.Thread]:
 def waited_for(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From now on nothing is read while a compaction is made."""
 
-    class Waited(Pending):
+    class Waited(BackgroundCompaction):
         def start(self) -> None:
             super().start()
-            wait([self._made])
+            wait([self._future])
 
-    return lambda: monkeypatch.setattr("am_memory.session.context.Pending", Waited)
+    return lambda: monkeypatch.setattr("am_memory.session.context.BackgroundCompaction", Waited)
 
 
 class Gate:
     """Holds up whoever makes a compaction in another thread, until it is opened."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.opened, self.num_made, make = threading.Event(), 0, Order.make
+        self.opened, self.num_made, run = threading.Event(), 0, CompactionJob.run
 
-        def held_up(order: Order, progress: Callable[[str, int, int], None]) -> Made:
+        def held_up(job: CompactionJob, progress: Callable[[str, int, int], None]) -> CompactionResult:
             self.num_made += 1
             while threading.current_thread() is not threading.main_thread() and not self.opened.wait(0.01):
                 progress("repeat", 0, 1)
-            return make(order, progress)
+            return run(job, progress)
 
-        monkeypatch.setattr(Order, "make", held_up)
+        monkeypatch.setattr(CompactionJob, "run", held_up)
 
 
 @pytest.fixture
@@ -134,10 +134,10 @@ def test_decoding_goes_on_while_it_is_made(new_context: NewContext, gate: Gate) 
     context = with_one_pending(new_context())
     write(context, TRIGGER - BEGINS_AT - SINCE)
     assert context.cache.kv_tokens == TRIGGER
-    assert context.schedule == []
+    assert context.records == []
     gate.opened.set()
     write(context, 1)
-    (entry,) = context.schedule
+    (entry,) = context.records
     assert (entry.at_tokens, entry.swapped_at) == (BEGINS_AT, TRIGGER)
     assert entry.plan.newest.end <= BEGINS_AT - POLICY.keep_recent
     assert context.pending is None
@@ -165,16 +165,16 @@ def test_tokens_are_those_of_one_that_is_made_at_once_and_swapped_in_as_late(
     context = new_context(policy)
     read(context, some_tokens(60))
     write(context, 200)
-    assert [entry.lag_tokens for entry in context.schedule] == [POLICY.ahead_tokens] * len(context.schedule)
-    assert len(context.schedule) > 3
+    assert [entry.lag_tokens for entry in context.records] == [POLICY.ahead_tokens] * len(context.records)
+    assert len(context.records) > 3
     once = new_context(policy, ahead_tokens=0)
     once.tokens = list(context.tokens)
-    for entry in context.schedule:  # in this thread, on the cache itself
+    for entry in context.records:  # in this thread, on the cache itself
         read_as_it_is(once, entry.at_tokens)
-        made = once.order(entry.plan, once.cache, entry).make(once.progress)
+        made = once.job(entry.plan, once.cache, entry).run(once.progress)
         read_as_it_is(once, entry.swapped_at)
         once.swap_in(made)
-    assert once.schedule == context.schedule
+    assert once.records == context.records
     torch.testing.assert_close(once.next_logits(), context.next_logits(), rtol=0, atol=1e-3)
 
 
@@ -282,7 +282,7 @@ def test_a_step_that_fails_afterwards_leaves_it_under_way(new_context: NewContex
     assert context.pending is pending
     fail_after(context, 20)  # swapped in, and taken back
     assert context.pending is pending
-    assert context.schedule == []
+    assert context.records == []
     for each in (context, other):
         write(each, 30)
     assert_same(context, other)
@@ -314,11 +314,11 @@ def test_a_failure_shows_where_it_would_be_swapped_in_and_the_next_attempt_works
         before = context.cache.state(), list(context.tokens)
         with pytest.raises(CompactionFailed, match=r"out of memory while compacting \d+ tokens; nothing was changed"):
             write(context, 1)
-        assert (context.cache.state(), context.tokens, context.schedule) == (*before, [])
+        assert (context.cache.state(), context.tokens, context.records) == (*before, [])
         with pytest.raises(CompactionFailed, match="out of memory"):
             write(context, 1)
     write(context, 30)
-    assert [(entry.at_tokens, entry.lag_tokens) for entry in context.schedule][:1] == [(TRIGGER, 0)]
+    assert [(entry.at_tokens, entry.lag_tokens) for entry in context.records][:1] == [(TRIGGER, 0)]
 
 
 # All that is not reading on
@@ -348,7 +348,7 @@ def test_rewinding_behind_where_it_was_swapped_in_finds_it_under_way_again(new_c
     write(context, 40)
     assert context.compacted_after(num_tokens)
     context.rebuild(num_tokens, "a test")
-    assert context.schedule == []
+    assert context.records == []
     for each in (context, other):
         write(each, 40)
     assert_same(context, other, atol=1e-4)
@@ -371,10 +371,10 @@ def test_compacting_now_swaps_it_in_and_by_a_fraction_gives_it_up(new_context: N
     context, other = (with_one_pending(new_context()) for _ in range(2))
     with context.transaction():
         context.compact()
-    assert [(entry.at_tokens, entry.lag_tokens) for entry in context.schedule] == [(BEGINS_AT, SINCE)]
+    assert [(entry.at_tokens, entry.lag_tokens) for entry in context.records] == [(BEGINS_AT, SINCE)]
     with other.transaction():
         other.compact(0.3)
-    assert [(entry.at_tokens, entry.lag_tokens) for entry in other.schedule] == [(BEGINS_AT + SINCE, 0)]
+    assert [(entry.at_tokens, entry.lag_tokens) for entry in other.records] == [(BEGINS_AT + SINCE, 0)]
     for each in (context, other):
         assert each.pending is None
         write(each, 60)
@@ -396,7 +396,7 @@ def test_what_is_recalled_goes_back_before_one_is_begun(new_context: NewContext)
     with context.transaction():
         context.recall(segment.start, segment.end)
     assert context.pending is None
-    assert context.schedule[-1].lag_tokens == 0
+    assert context.records[-1].lag_tokens == 0
     assert [each.segment.start for each in context.recalled] == [segment.start]
 
 
@@ -471,5 +471,5 @@ def test_on_a_gpu_another_stream_makes_the_same(
         contexts.append(Context("test", engine, POLICY, ignore, engine.new_cache(), num_pinned=POLICY.num_sinks))
         read(contexts[-1], some_tokens(60))
         write(contexts[-1], 300)
-    assert len(contexts[0].schedule) > 4
+    assert len(contexts[0].records) > 4
     assert_same(*contexts, atol=1e-4)

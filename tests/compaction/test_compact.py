@@ -367,7 +367,7 @@ def test_a_compaction_above_the_gate_gets_more_slots(new_session: NewSession) ->
     assert doublings >= 1
     assert doublings == round(doublings) or report.num_slots == report.end - report.start
     assert report.held_out_error <= plain.held_out_error / 2
-    assert session.segments[0].num_slots == session._context.schedule[0].plan.newest.num_slots
+    assert session.segments[0].num_slots == session._context.records[0].plan.newest.num_slots
     assert session.stats.kv_tokens == pytest.approx(4 + report.num_slots)
 
 
@@ -395,10 +395,10 @@ def test_a_rebuilt_session_has_the_slots_that_the_gate_gave(engine: Transformers
     policy = POLICY.model_copy(update={"max_error": 1e-6, "trigger_tokens": 96, "keep_ratio": 0.05})
     session = Memory(engine, policy).session()
     session.append(TOKENS)
-    made = session._context.schedule
+    made = session._context.records
     session.rewind(session.segments[-1].end - 1)
-    assert session._context.schedule == made[: len(session._context.schedule)]
-    assert session._context.schedule
+    assert session._context.records == made[: len(session._context.records)]
+    assert session._context.records
 
 
 def test_too_few_queries_to_hold_any_out_have_no_gate(new_session: NewSession) -> None:

@@ -67,7 +67,7 @@ def assert_same(mine: list[Tensor], theirs: list[Tensor]) -> None:
 
 
 def answers(session: Session) -> list[list[int]]:
-    return [list(made.summary.answer) for made in session.snapshot().schedule if made.summary]
+    return [list(made.summary.answer) for made in session.snapshot().records if made.summary]
 
 
 def compact_positions(session: Session) -> set[int]:
@@ -116,7 +116,7 @@ def test_a_whole_summary_is_what_transformers_reads_turned_back(
     """Prompt and answer read behind the block by the stock model; the answer's entries turned by its own RoPE."""
     session = told_session(new_memory(**WHOLE))
     report, tokens, probe = session.compact(0.5), list(session.tokens), some_tokens(9, seed=1)
-    (summary,) = (made.summary for made in session.snapshot().schedule)
+    (summary,) = (made.summary for made in session.snapshot().records)
     told, asked = DynamicCache(), DynamicCache()
     stock_model(torch.tensor([tokens[:-1]]), past_key_values=told)
     stock_model(torch.tensor([[*tokens[: report.end], *summary.prompt, *summary.answer]]), past_key_values=asked)
@@ -203,11 +203,11 @@ def test_layers_with_sliding_windows_keep_the_block(
 def test_a_rebuild_reads_the_summary_and_writes_none(new_memory: NewMemory, monkeypatch: pytest.MonkeyPatch) -> None:
     session = told_session(new_memory())
     session.compact(0.5)
-    before, schedule = held(session), session.snapshot().schedule
+    before, records = held(session), session.snapshot().records
     monkeypatch.setattr(WRITING, lambda *_args, **_options: pytest.fail("written anew"))
     session._context.rebuild(len(session.tokens), "test")
     assert_same(held(session), before)
-    assert session.snapshot().schedule == schedule
+    assert session.snapshot().records == records
 
 
 def test_a_saved_session_has_its_summary(new_memory: NewMemory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +216,7 @@ def test_a_saved_session_has_its_summary(new_memory: NewMemory, monkeypatch: pyt
     session.save()
     monkeypatch.setattr(WRITING, lambda *_args, **_options: pytest.fail("written anew"))
     loaded = new_memory().session("alice")
-    assert loaded.snapshot().schedule == session.snapshot().schedule
+    assert loaded.snapshot().records == session.snapshot().records
     for _ in range(2):  # as saved, and rebuilt
         assert_same(held(loaded), held(session))
         loaded._context.rebuild(len(session.tokens), "test")
@@ -267,7 +267,7 @@ def test_running_out_of_memory_leaves_the_session_as_it_was(
         session.compact(0.5)
     assert session.stats == stats
     assert_same(held(session), before)
-    assert not session.snapshot().schedule
+    assert not session.snapshot().records
 
 
 def test_a_failure_in_any_forward_pass_leaves_the_session_as_it_was(
@@ -291,7 +291,7 @@ def test_a_failure_in_any_forward_pass_leaves_the_session_as_it_was(
             session.compact(0.5)
         except KeyboardInterrupt:
             assert_same(held(session), before)
-            assert not session.snapshot().schedule
+            assert not session.snapshot().records
         else:
             is_made = True
     monkeypatch.undo()

@@ -299,7 +299,7 @@ def test_a_branch_shares_codes_and_goes_its_own_way(new_session: NewSession) -> 
 
 def test_what_is_compacted_again_is_decoded_first(new_session: NewSession) -> None:
     session = new_session(num_tokens=300, recompaction="refit")
-    assert len(session._context.schedule) > 1
+    assert len(session._context.records) > 1
     assert len(session.segments) == 1
     assert all(slots.key.decoded().isfinite().all() for slots in slots_of(session))
 

@@ -52,17 +52,17 @@ def change(content: Any, path: str, value: Any) -> None:
     ("state.segments.1.start", 5),
     ("state.segments.0.shift", 10**9),
     ("state.layers.0.num_tokens", 99),
-    ("schedule.0.at_tokens", -5),
-    ("schedule.0.at_tokens", 10**12),
-    ("schedule.0.lag_tokens", 10**12),
-    ("schedule.0.lag_tokens", -1),
-    ("schedule.0.live_start", 10**12),
-    ("schedule.0.plan.segments", []),
-    ("schedule.0.plan.segments.0.num_slots", 2**40),
-    ("schedule.0.plan.segments.0.end", 10**6),
-    ("schedule.0.conversations", [[10**9]]),
-    ("schedule.0.summary", [[-1], [5]]),
-    ("schedule", []),
+    ("records.0.at_tokens", -5),
+    ("records.0.at_tokens", 10**12),
+    ("records.0.lag_tokens", 10**12),
+    ("records.0.lag_tokens", -1),
+    ("records.0.live_start", 10**12),
+    ("records.0.plan.segments", []),
+    ("records.0.plan.segments.0.num_slots", 2**40),
+    ("records.0.plan.segments.0.end", 10**6),
+    ("records.0.conversations", [[10**9]]),
+    ("records.0.summary", [[-1], [5]]),
+    ("records", []),
     ("messages.0.role", None),
     ("messages", []),
     ("message_starts.0", -1),
@@ -147,9 +147,9 @@ def test_a_recall_of_what_is_no_segment_is_refused(
     session.recall(session.segments[0])
     session.save()
     file = File.of((tmp_path / "alice.safetensors").read_bytes())
-    assert file.content["schedule"][-1]["recalls"] == [[ANY, 3, True]]
+    assert file.content["records"][-1]["recalls"] == [[ANY, 3, True]]
     loaded(engine, tmp_path, file, "originals")
-    file.content["schedule"][-1]["recalls"] = recalls
+    file.content["records"][-1]["recalls"] = recalls
     with pytest.raises(CorruptSession, match=r"recalled or put away at token .*, where none is"):
         loaded(engine, tmp_path, file, "originals")
 

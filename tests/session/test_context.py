@@ -82,7 +82,7 @@ def snapshot(context: Context) -> tuple[object, ...]:
     }  # fmt: skip
     return (
         list(context.tokens),
-        list(context.schedule),
+        list(context.records),
         context.cache.state(),
         [entry.tolist() for entry in held(context)],
         (context.num_pinned, context.trigger, live),
@@ -102,21 +102,21 @@ def test_nothing_is_compacted_below_the_trigger(new_context: NewContext) -> None
     context = new_context()
     read(context, some_tokens(65))
     assert context.cache.kv_tokens == 64
-    assert context.schedule == []
+    assert context.records == []
 
 
 def test_one_token_more_fires(new_context: NewContext) -> None:
     context = new_context()
     read(context, some_tokens(66))
-    assert [entry.at_tokens for entry in context.schedule] == [64]
+    assert [entry.at_tokens for entry in context.records] == [64]
 
 
 def test_a_prompt_longer_than_the_trigger_is_compacted_as_it_is_read(new_context: NewContext) -> None:
     context = new_context()
     read(context, some_tokens(400))
-    assert len(context.schedule) > 5
+    assert len(context.records) > 5
     assert context.cache.num_tokens == 399
-    starts, ends = zip(*[(entry.plan.newest.start, entry.plan.newest.end) for entry in context.schedule], strict=True)
+    starts, ends = zip(*[(entry.plan.newest.start, entry.plan.newest.end) for entry in context.records], strict=True)
     assert starts == (3, *ends[:-1])  # each token is compacted once
 
 
@@ -124,7 +124,7 @@ def test_the_trigger_fires_in_the_middle_of_generation(new_context: NewContext) 
     context = new_context()
     read(context, some_tokens(50))
     write(context, 40)
-    assert [entry.at_tokens for entry in context.schedule][0] == 64
+    assert [entry.at_tokens for entry in context.records][0] == 64
     assert len(context.tokens) == 90
 
 
@@ -174,9 +174,9 @@ def test_the_cache_never_exceeds_the_trigger_nor_the_segments_their_bound(
 def test_the_segments_keep_to_the_bound_of_the_policy(new_context: NewContext) -> None:
     context = new_context(max_compact_tokens=8)
     read(context, some_tokens(300))
-    slots = [sum(segment.num_slots for segment in entry.plan.segments) for entry in context.schedule]
+    slots = [sum(segment.num_slots for segment in entry.plan.segments) for entry in context.records]
     assert max(slots) <= 8 * context.cache.num_heads
-    assert len(context.cache.segments) == len(context.schedule)
+    assert len(context.cache.segments) == len(context.records)
 
 
 def test_keeping_everything_changes_nothing(new_context: NewContext, stock_model: PreTrainedModel) -> None:
@@ -204,7 +204,7 @@ def test_pinned_tokens_stay_exact_to_the_bit(new_context: NewContext) -> None:
     read(context, some_tokens(40))
     exact = [[entry.clone() for entry in layer.exact_entries(0, 10)] for layer in context.cache.compactable]
     read(context, some_tokens(300, seed=1))
-    assert len(context.schedule) > 3
+    assert len(context.records) > 3
     for layer, (key, value) in zip(context.cache.compactable, exact, strict=True):
         for head in range(layer.num_heads):
             slots = layer.slots.head(head)
@@ -216,7 +216,7 @@ def test_pinned_tokens_stay_exact_to_the_bit(new_context: NewContext) -> None:
 def test_recent_tokens_stay_exact(new_context: NewContext) -> None:
     context = new_context(compact_fraction=1.0, keep_recent=20)
     read(context, some_tokens(400))
-    assert all(entry.at_tokens - entry.plan.newest.end >= 20 for entry in context.schedule)
+    assert all(entry.at_tokens - entry.plan.newest.end >= 20 for entry in context.records)
 
 
 # Pinning
@@ -256,7 +256,7 @@ def test_live_queries_alone_compact(new_context: NewContext) -> None:
     context = new_context(reference_queries=LIVE)
     read(context, some_tokens(150))
     write(context, 30)
-    assert len(context.schedule) > 2
+    assert len(context.records) > 2
 
 
 def test_live_queries_need_tokens_after_the_block(new_context: NewContext) -> None:
@@ -301,15 +301,15 @@ def test_self_study_serves_alone_and_with_others(new_context: NewContext, source
     context = new_context(reference_queries=sources, self_study_tokens=8)
     read(context, some_tokens(100))
     write(context, 10)
-    assert context.schedule
-    assert all(made.conversations for made in context.schedule)
+    assert context.records
+    assert all(made.conversations for made in context.records)
 
 
 def test_without_self_study_nothing_is_written(new_context: NewContext) -> None:
     context = new_context(reference_queries=BOTH)
     read(context, some_tokens(100))
-    assert context.schedule
-    assert not any(made.conversations for made in context.schedule)
+    assert context.records
+    assert not any(made.conversations for made in context.records)
 
 
 def test_a_rebuild_reads_what_was_written_and_writes_nothing(
@@ -321,7 +321,7 @@ def test_a_rebuild_reads_what_was_written_and_writes_nothing(
     read(context, some_tokens(60, seed=1))
     monkeypatch.setattr("am_memory.queries.sources.self_study", lambda *_args, **_options: pytest.fail("written anew"))
     context.rewind(90)
-    assert context.schedule == before.schedule
+    assert context.records == before.records
     assert_same_entries(context, before, atol=1e-4)
 
 
@@ -332,12 +332,12 @@ def test_a_branch_that_takes_self_study_up_can_be_rebuilt(new_context: NewContex
     branch = context.fork("branch", context.policy.model_copy(update=STUDY))
     for each in (context, branch):
         each.rewind(90)
-    assert branch.schedule
+    assert branch.records
     assert_same_entries(branch, context, atol=1e-4)
-    num_before = len(branch.schedule)
+    num_before = len(branch.records)
     read(branch, some_tokens(100, seed=1))
-    assert [bool(made.conversations) for made in branch.schedule] == [
-        number >= num_before for number in range(len(branch.schedule))
+    assert [bool(made.conversations) for made in branch.records] == [
+        number >= num_before for number in range(len(branch.records))
     ]
 
 
@@ -364,7 +364,7 @@ def test_a_context_made_of_a_saved_cache_knows_where_its_live_queries_are(
     cache.restore(saved.cache.state())
     resumed = Context("resumed", engine, saved.policy, ignore, cache, list(saved.tokens), num_pinned=3)
     read(resumed, some_tokens(60, seed=1))
-    assert resumed.schedule
+    assert resumed.records
 
 
 def test_a_failed_step_gives_back_the_live_queries_that_it_pushed_out(new_context: NewContext) -> None:
@@ -421,9 +421,9 @@ def test_rewinding_exact_tokens_is_as_if_they_had_never_been_read(new_context: N
     context, other = new_context(), new_context()
     read(context, some_tokens(120))
     read(other, some_tokens(120))
-    num_compactions, room = len(context.schedule), int(context.trigger - context.cache.kv_tokens)
+    num_compactions, room = len(context.records), int(context.trigger - context.cache.kv_tokens)
     read(context, some_tokens(room, seed=1))
-    assert len(context.schedule) == num_compactions > 0
+    assert len(context.records) == num_compactions > 0
     context.rewind(120)
     assert context.tokens == other.tokens
     assert_same_entries(context, other)
@@ -444,7 +444,7 @@ def test_rewinding_into_a_segment_gives_what_reading_that_far_gave(
     if num_tokens:
         read(other, tokens[:num_tokens])
     assert context.tokens == tokens[:num_tokens]
-    assert context.schedule == other.schedule
+    assert context.records == other.records
     assert_same_entries(context, other, atol=1e-4)
     assert [event.num_tokens for event in events if isinstance(event, SessionRebuilt)] == [num_tokens]
     read(context, some_tokens(60, seed=3))
@@ -461,7 +461,7 @@ def test_rewinding_replays_compactions_that_no_trigger_asked_for(new_context: Ne
     read(context, tokens[120:])
     context.compact(1.0)
     context.rewind(120)
-    assert len(context.schedule) == 1
+    assert len(context.records) == 1
     assert_same_entries(context, middle, atol=1e-4)
 
 
@@ -472,7 +472,7 @@ def test_rewinding_over_a_generation_gives_what_was_before_it(new_context: NewCo
     write(context, 60)
     context.rewind(80)
     assert context.tokens == before.tokens
-    assert context.schedule == before.schedule
+    assert context.records == before.records
     assert_same_entries(context, before, atol=1e-4)
 
 
@@ -615,7 +615,7 @@ def origin(engine: TransformersEngine) -> Context:
     context = Context("test", engine, policy, ignore, engine.new_cache(), num_pinned=3)
     read(context, some_tokens(110))
     read(context, some_tokens(int(context.trigger - context.cache.kv_tokens)))
-    assert len(context.schedule) > 2
+    assert len(context.records) > 2
     return context
 
 

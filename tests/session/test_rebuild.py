@@ -1,4 +1,4 @@
-"""Tokens are the truth: what is made again of tokens and schedule is what was there, to the bit."""
+"""Tokens are the truth: what is made again of tokens and records is what was there, to the bit."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_random_operations_leave_what_their_record_gives(engine: TransformersEng
         for _ in range(4):
             driver.step()
         assert driver.differences() == [], driver.done
-    assert driver.session._context.schedule
+    assert driver.session._context.records
 
 
 def test_random_operations_on_sliding_windows(
@@ -72,7 +72,7 @@ def test_a_compaction_that_saw_what_is_forgotten_is_taken_back(memory: Memory, e
     tokens = some_tokens(TRIGGER + 10)
     session.append(tokens)
     other.append(tokens[:120])
-    (made,) = session._context.schedule
+    (made,) = session._context.records
     assert made.plan.newest.end < 120 < made.at_tokens
     assert not session.can_rewind(120)
     session.rewind(120)
@@ -102,12 +102,12 @@ def test_a_compaction_begun_before_what_is_forgotten_stays(memory: Memory, event
     """It saw none of it: only that it was swapped in later, and is now swapped in earlier."""
     session = memory.session("one", policy=POLICY.with_changes(ahead_tokens=15))
     session.append(some_tokens(TRIGGER + 10))
-    (made,) = session._context.schedule
+    (made,) = session._context.records
     num_tokens = made.at_tokens + 5
     assert not session.can_rewind(num_tokens)
     session.rewind(num_tokens)
     assert num_rebuilt(events) == 0
-    assert [(made.at_tokens, made.swapped_at) for made in session._context.schedule] == [
+    assert [(made.at_tokens, made.swapped_at) for made in session._context.records] == [
         (made.at_tokens, num_tokens - 1)
     ]
     session.append(some_tokens(20, seed=1))
@@ -132,7 +132,7 @@ def test_going_back_reads_no_more_than_was_read(memory: Memory) -> None:
 def test_llama_cpp_takes_it_back_as_well(llama: LlamaCppEngine) -> None:
     session = Memory(llama, MemoryPolicy(trigger_tokens=96, keep_ratio=0.3, keep_recent=8, pinned=4)).session()
     session.append(some_tokens(110))
-    (made,) = session._context.schedule
+    (made,) = session._context.records
     assert made.plan.newest.end < 90 < made.at_tokens
     session.rewind(90)
     assert session.segments == ()
@@ -176,13 +176,13 @@ def test_compactions_are_made_again_under_the_policy_that_they_were_made_under(
     before = POLICY.with_changes(key_selection="omp", reference_queries=("repeat", "live"), head_budget="uniform")
     session = memory.session("one", policy=before)
     session.append(some_tokens(TRIGGER + 10))
-    num_before = len(session._context.schedule)
+    num_before = len(session._context.records)
     branch = session.fork("branch", policy=POLICY)
     if is_saved:
         branch.save()
         branch = Memory(memory.engine, POLICY, store=tmp_path / "store").session("branch")
     branch.append(some_tokens(TRIGGER, seed=1))
-    assert len(branch._context.schedule) > num_before > 0
+    assert len(branch._context.records) > num_before > 0
     assert_equals_its_rebuild(branch)
     session.save()
     resumed = Memory(memory.engine, POLICY, store=tmp_path / "store").session("one", policy=POLICY)
@@ -205,8 +205,8 @@ def test_a_branch_of_a_policy_with_a_selection_of_ones_own_is_rebuilt_and_saved(
     assert_equals_its_rebuild(branch)
     branch.save()
     resumed = Memory(memory.engine, POLICY, store=tmp_path / "store").session("branch")
-    assert [made.plan for made in resumed._context.schedule] == [made.plan for made in branch._context.schedule]
-    assert [made.policy for made in resumed._context.schedule] == [None]
+    assert [made.plan for made in resumed._context.records] == [made.plan for made in branch._context.records]
+    assert [made.policy for made in resumed._context.records] == [None]
 
 
 def test_live_queries_that_a_compaction_did_not_have_are_not_used_when_it_is_made_again(
@@ -220,6 +220,6 @@ def test_live_queries_that_a_compaction_did_not_have_are_not_used_when_it_is_mad
     resumed = Memory(memory.engine, policy, store=tmp_path / "store").session("one")
     resumed.append(some_tokens(20, seed=1))
     session.append(some_tokens(20, seed=1))
-    assert [each._context.schedule[0].live_start for each in (session, resumed)] == [0, TRIGGER - 11]
+    assert [each._context.records[0].live_start for each in (session, resumed)] == [0, TRIGGER - 11]
     for each in (session, resumed):
         assert_equals_its_rebuild(each)

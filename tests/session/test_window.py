@@ -159,7 +159,7 @@ def test_only_keys_turn_and_pinned_ones_go_with_the_oldest_segment(new_memory: N
     before, fitted = still.cache.state(), plan(POLICY, still.sizes, still.trigger)
     far = Plan(tuple(replace(each, shift=each.shift + 50) for each in fitted.segments[:-1]) + fitted.segments[-1:])
     for each, planned in ((still, fitted), (context, far)):
-        each.swap_in(each.order(planned, each.cache).make(lambda *_: None))
+        each.swap_in(each.job(planned, each.cache).run(lambda *_: None))
     for layer, unmoved in zip(context.cache.compactable, still.cache.compactable, strict=True):
         slots, expected = layer.slots, unmoved.slots
         assert torch.equal(slots.value, expected.value)

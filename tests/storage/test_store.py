@@ -19,9 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, 
 
 from am_memory import Memory, MemoryPolicy, Sampling, Session
 from am_memory.compaction.plan import Plan
-from am_memory.compaction.record import ScheduledCompaction
+from am_memory.compaction.record import CompactionRecord
 from am_memory.engines.transformers import TransformersEngine
-from am_memory.errors import CorruptSession, NewerFormat, SessionNotFound, StorageError
+from am_memory.errors import CorruptSession, NewerFormat, OlderFormat, SessionNotFound, StorageError
 from am_memory.kv_cache.cache import CacheState
 from am_memory.kv_cache.int8 import Quantised, cat
 from am_memory.kv_cache.layers import CompactableLayer, SlidingState, TailBuffer, TailState
@@ -60,9 +60,9 @@ def saved_session(dtype: torch.dtype = torch.float32) -> SavedSession:
         fingerprint="0123456789abcdef",
         policy={"trigger_tokens": 64, "keep_ratio": 0.1, "reference_queries": ["repeat"]},
         tokens=tuple(range(NUM_TOKENS + 1)),
-        schedule=(
-            ScheduledCompaction(30, Plan((Segment(4, 20, 5),))),
-            ScheduledCompaction(48, Plan(segments, is_refit=True), conversations=((7, 8, 9), (7,)), lag_tokens=3),
+        records=(
+            CompactionRecord(30, Plan((Segment(4, 20, 5),))),
+            CompactionRecord(48, Plan(segments, is_refit=True), conversations=((7, 8, 9), (7,)), lag_tokens=3),
         ),
         messages=(
             {"role": "user", "content": "snow ☃, half a character \udcff, nothing \0"},
@@ -117,17 +117,9 @@ def test_a_loaded_session_is_the_saved_one_to_the_bit(store: Store, dtype: torch
     assert plain(store.load("alice")) == plain(saved)
 
 
-def test_a_compaction_that_an_older_version_saved_was_swapped_in_where_it_was_begun() -> None:
-    content = json.loads(json.dumps(session_file._Content.model_validate(saved_session()).model_dump()))
-    assert [entry.pop("lag_tokens") for entry in content["schedule"]] == [0, 3]
-    assert [entry.swapped_at for entry in session_file._Content.model_validate(content).schedule] == [30, 48]
-
-
 def test_a_session_that_has_read_nothing_is_saved_as_such(store: Store) -> None:
     nothing = CacheState((TailState(None, None, 0, 0), SlidingState(None, None, 0)), (), 0)
-    saved = replace(
-        saved_session(), tokens=(), schedule=(), messages=(), message_starts=(), num_pinned=0, state=nothing
-    )
+    saved = replace(saved_session(), tokens=(), records=(), messages=(), message_starts=(), num_pinned=0, state=nothing)
     store.save("new", saved)
     assert store.load("new") == saved
 
@@ -180,7 +172,7 @@ def test_a_session_is_loaded_onto_the_device_asked_for(folder: Store) -> None:
 def test_a_saved_file_is_plain_safetensors(folder: Store, tmp_path: Path) -> None:
     folder.save("alice", saved_session())
     with safe_open(tmp_path / "alice.safetensors", "pt") as file:
-        assert file.metadata()["format"] == "1"
+        assert file.metadata()["format"] == "2"
         assert file.get_tensor("tokens").tolist() == list(range(NUM_TOKENS + 1))
         assert json.loads(bytes(file.get_tensor("session").numpy()))["fingerprint"] == "0123456789abcdef"
 
@@ -460,22 +452,30 @@ def test_contents_that_contradict_each_other_are_refused(
 
 
 @pytest.fixture
-def newer_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
-    with monkeypatch.context() as patch:
-        patch.setattr(session_file, "FORMAT", 2)
-        patch.setattr(session_file, "NEEDS", "7.8.9")
-        Store(str(tmp_path)).save("alice", saved_session())
-    return (tmp_path / "alice.safetensors").read_bytes()
+def bytes_of_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], bytes]:
+    def save(number: int) -> bytes:
+        with monkeypatch.context() as patch:
+            patch.setattr(session_file, "FORMAT", number)
+            patch.setattr(session_file, "NEEDS", "7.8.9")
+            Store(str(tmp_path)).save("alice", saved_session())
+        return (tmp_path / "alice.safetensors").read_bytes()
+
+    return save
 
 
-def test_a_newer_format_says_which_version_reads_it(newer_bytes: bytes) -> None:
-    with pytest.raises(NewerFormat, match=r"format 2, .* up to 1: upgrade .* to 7\.8\.9 or newer"):
-        load_bytes(newer_bytes)
+def test_a_newer_format_says_which_version_reads_it(bytes_of_format: Callable[[int], bytes]) -> None:
+    with pytest.raises(NewerFormat, match=r"format 3, .* up to 2: upgrade .* to 7\.8\.9 or newer"):
+        load_bytes(bytes_of_format(3))
+
+
+def test_an_older_format_is_refused_by_its_number(bytes_of_format: Callable[[int], bytes]) -> None:
+    with pytest.raises(OlderFormat, match=r"has format 1, and this version reads format 2 alone: open it with the ver"):
+        load_bytes(bytes_of_format(1))
 
 
 def test_a_damaged_file_is_not_taken_for_a_newer_format(file_bytes: bytes) -> None:
     with pytest.raises(CorruptSession):
-        load_bytes(file_bytes.replace(b'"format":"1"', b'"format":"2"'))
+        load_bytes(file_bytes.replace(b'"format":"2"', b'"format":"3"'))
 
 
 # With a model

@@ -168,9 +168,9 @@ def test_self_study_compacts_and_a_rebuild_gives_the_same(new_session: NewSessio
         each.append(TEXT[:100])
     session.append(TEXT)
     session.rewind(len(other.tokens))
-    made = session.snapshot().schedule
+    made = session.snapshot().records
     assert made
-    assert made == other.snapshot().schedule
+    assert made == other.snapshot().records
     assert_same(session.logits(PROBE), other.logits(PROBE))
 
 
