@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from am_memory.compaction.plan import trigger_tokens
 from am_memory.compaction.record import as_policy, under
-from am_memory.engines.base import DtypeName, Engine, EngineName, Message, as_dtype
+from am_memory.engines.base import Engine, Message
+from am_memory.engines.names import DtypeName, EngineName, as_dtype
 from am_memory.errors import InvalidInput, InvalidPolicy, SessionNotFound, StorageError
 from am_memory.events import Event, Listener, OriginalsLost, OriginUnknown, PolicyChanged, ignore, log
 from am_memory.kv_cache.cache import KVCache, Snapshot

@@ -21,7 +21,7 @@ from common import machine, table, write_json
 
 from am_memory import Memory, MemoryPolicy, Sampling
 from am_memory.cli.demo import prose
-from am_memory.engines.base import EngineName
+from am_memory.engines.names import EngineName
 
 BLOCK = 20
 

@@ -29,7 +29,8 @@ from common import drawing, machine, table, write_json
 from pydantic import TypeAdapter
 
 from am_memory import Memory, MemoryPolicy, Sampling
-from am_memory.engines.base import Engine, EngineName, Message
+from am_memory.engines.base import Engine, Message
+from am_memory.engines.names import EngineName
 
 PROBLEMS = Path(__file__).parent / "problems"
 SYSTEM = "You solve problems step by step. Your last sentence says the answer, like this: The answer is 12."

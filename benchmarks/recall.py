@@ -20,7 +20,8 @@ from torch import Tensor
 
 from am_memory import Memory, MemoryPolicy, Session
 from am_memory.cli.demo import Fact, facts, hide, prose, question_text
-from am_memory.engines.base import EngineName, Message
+from am_memory.engines.base import Message
+from am_memory.engines.names import EngineName
 from am_memory.solver import OMP
 
 CONTINUATION = (

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from am_memory import Memory, MemoryPolicy, Sampling, Session
 from am_memory.cli.demo import Fact, facts, hide
-from am_memory.engines.base import EngineName
+from am_memory.engines.names import EngineName
 
 TURNS, CODES_IN_TURN, SENTENCES_IN_TURN, LINE_TOKENS = 6, 3, 22, 24
 SINKS = 4

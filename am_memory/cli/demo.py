@@ -18,7 +18,8 @@ from rich.panel import Panel
 from rich.table import Table
 
 from am_memory.cli.display import EventBars, megabytes, status
-from am_memory.engines.base import Engine, EngineName, Message
+from am_memory.engines.base import Engine, Message
+from am_memory.engines.names import EngineName
 from am_memory.memory import Memory
 from am_memory.policy import SINK_TOKENS, MemoryPolicy
 from am_memory.session.session import Session

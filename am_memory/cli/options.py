@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from am_memory.engines.base import DtypeName, EngineName
+from am_memory.engines.names import DtypeName, EngineName
 from am_memory.policy import MemoryPolicy
 
 MODEL_HELP = 'A hub id, a folder, a .gguf file, or "demo" for the bundled model.'

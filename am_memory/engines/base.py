@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, get_args, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from am_memory.errors import InvalidInput
 from am_memory.kv_cache.cache import Snapshot
 from am_memory.kv_cache.slots import Segment, Slots
 
@@ -22,32 +21,12 @@ Message = Mapping[str, object]
 Tool = Mapping[str, object]
 """A function that the model may call: {"type": "function", "function": {"name", "description", "parameters"}}."""
 
-EngineName = Literal["transformers", "llama_cpp"]
-"""What runs a model; a memory may be given any other `Engine`."""
-
-DtypeName = Literal["float32", "bfloat16", "float16"]
-"""How a dtype is named where there is no torch: on the command line, in a configuration."""
-
 OnQuery = Callable[[int, Tensor, Tensor], None]
 """Called with (index among the compactable layers, query, log_mass).
 
 query: (num_key_value_heads, num_key_value_groups, num_tokens, head_dim), after RoPE.
 log_mass: (num_key_value_heads, num_key_value_groups, num_tokens) float32, log of the sum of exp(score) over all keys.
 """
-
-
-def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """The dtype itself, where it is named; None stays what the engine takes by itself.
-
-    Raises:
-        InvalidInput: no dtype has this name.
-    """
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in get_args(DtypeName):
-        raise InvalidInput(f"dtype {dtype!r} is none of {', '.join(get_args(DtypeName))}: give one of them")
-    named: torch.dtype = getattr(torch, dtype)
-    return named
 
 
 @dataclass(frozen=True)

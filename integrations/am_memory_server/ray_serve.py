@@ -27,7 +27,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Message
 
 from am_memory.cli.serve import KEYS_VARIABLE, OPERATOR_KEYS_VARIABLE, keys_of_environment, name_of
-from am_memory.engines.base import DtypeName, EngineName
+from am_memory.engines.names import DtypeName, EngineName
 from am_memory.errors import InvalidInput, problems
 from am_memory.memory import Memory
 from am_memory.policy import MemoryPolicy

@@ -22,7 +22,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 from am_memory import Memory, MemoryPolicy, Sampling
 from am_memory.conversations.chat import ChatAnswer, as_told
 from am_memory.conversations.threads import Threads
-from am_memory.engines.base import EngineName
+from am_memory.engines.names import EngineName
 from am_memory.errors import CompactionFailed, InvalidInput, InvalidPolicy, PromptTooLong, unknown
 from langchain_am_memory import threads_of
 from langchain_am_memory.answers import PROVIDER, Chunks, whole

@@ -25,8 +25,8 @@ from transformers.utils import logging as transformers_logging
 
 from am_memory import Memory, MemoryPolicy
 from am_memory.engines import loading
-from am_memory.engines.base import EngineName, as_dtype
 from am_memory.engines.loading import demo_model_path, fingerprint, load_model, needs_conversion
+from am_memory.engines.names import EngineName, as_dtype
 from am_memory.errors import InvalidInput, ModelNotFound, UnsupportedModel
 
 HIDDEN, HEADS, KV_HEADS, LAYERS = 64, 4, 2, 2

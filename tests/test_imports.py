@@ -1,0 +1,40 @@
+"""Which packages are loaded when: torch and transformers take seconds, and a help text needs neither."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import am_memory
+
+HEAVY = {"torch", "transformers", "numpy", "fsspec", "gguf", "jinja2", "llguidance", "tiktoken"}
+
+
+def loaded_by(code: str) -> set[str]:
+    """The heavy packages that a fresh interpreter has loaded after some code."""
+    program = f"import sys\n{code}\nprint(*sys.modules, file=sys.stderr)"
+    result = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    return HEAVY & set(result.stderr.split())
+
+
+def test_importing_the_library_loads_nothing_heavy() -> None:
+    assert not loaded_by("import am_memory; dir(am_memory)")
+
+
+def test_using_a_memory_loads_torch() -> None:
+    """The probe itself works."""
+    assert "torch" in loaded_by("from am_memory import Memory")
+
+
+def test_every_public_name_can_be_imported_and_is_listed() -> None:
+    assert set(am_memory.__all__) <= set(dir(am_memory))
+    names: dict[str, object] = {}
+    exec("from am_memory import *", names)
+    assert set(am_memory.__all__) <= set(names)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match=r"module 'am_memory' has no attribute 'Memmory'"):
+        am_memory.Memmory  # type: ignore[attr-defined]  # noqa: B018
