@@ -329,11 +329,6 @@ class Memory:
         if session is not None:
             session.give_up()
 
-    @property
-    def chunk_tokens(self) -> int:
-        """Tokens that a session under the memory's policy reads in one forward pass."""
-        return self.policy.chunk_tokens_on(self.engine.info.device)
-
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, without anything added."""
         return self.engine.encode(text)

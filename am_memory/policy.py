@@ -6,7 +6,7 @@ Only the fields and their checks. `am_memory.compaction.plan` turns a policy int
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -21,13 +21,8 @@ from pydantic import (
 from am_memory.errors import InvalidInput, InvalidPolicy, problems
 from am_memory.solver import HighestAttention, KeySelection, as_selection, parameters
 
-if TYPE_CHECKING:
-    import torch
-
 SINK_TOKENS = 4
 """The first tokens of a text, on which models rest the attention that they need nowhere else."""
-CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS = 512, 2048
-"""Tokens in one forward pass; fewer do not fill a GPU. A policy does not say them, so that it is one on all devices."""
 
 
 class MemoryPolicy(BaseModel):
@@ -86,7 +81,7 @@ class MemoryPolicy(BaseModel):
         fit: what is fitted beside the choice of keys; all but "bias_and_values" is for ablations.
         ridge: pull of the fitted values toward the originals, as a fraction of the mean diagonal. With 0.5 what follows
             is nearer to the full cache where a long text only goes on, and less is recalled of what is asked for.
-        chunk_tokens: tokens read in one forward pass; None: what suits the device, 512 on a CPU and 2,048 on a GPU.
+        chunk_tokens: tokens in one forward pass, at most; None: `Engine.chunk_tokens`.
 
     Raises:
         InvalidPolicy: a value out of its range.
@@ -132,10 +127,6 @@ class MemoryPolicy(BaseModel):
             InvalidPolicy: a value out of its range.
         """
         return type(self)(**{**{name: getattr(self, name) for name in self.model_fields_set}, **changes})
-
-    def chunk_tokens_on(self, device: torch.device) -> int:
-        """Tokens read in one forward pass: what the policy says, or what suits the device."""
-        return self.chunk_tokens or (CPU_CHUNK_TOKENS if device.type == "cpu" else GPU_CHUNK_TOKENS)
 
     @property
     def num_sinks(self) -> int:

@@ -86,8 +86,8 @@ def main() -> None:
     full, start = remembering(memory.scratch()), args.tokens - args.judged
     full(token_ids[:start], False)
     for name, read in readers.items():
-        for begin in range(0, start, memory.chunk_tokens):
-            read(token_ids[begin : min(begin + memory.chunk_tokens, start)], False)
+        for begin in range(0, start, memory.engine.chunk_tokens):
+            read(token_ids[begin : min(begin + memory.engine.chunk_tokens, start)], False)
         print(f"{name} has read {start} tokens", flush=True)
     kl: dict[str, list[float]] = {name: [] for name in readers}
     sizes: dict[str, list[float]] = {name: [] for name in sessions}

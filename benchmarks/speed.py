@@ -124,7 +124,7 @@ class Context:
         with bench.stock_attention():
             for length in (round(session.stats.kv_tokens), num_tokens):
                 caches.append(DynamicCache())
-                bench.read(caches[-1], bench.ids[:length], bench.memory.chunk_tokens)
+                bench.read(caches[-1], bench.ids[:length], bench.memory.engine.chunk_tokens)
         return cls(session, int8, *caches)
 
     @property
@@ -151,7 +151,7 @@ class Context:
 def decoding(bench: Bench, context: Context, num_tokens: int) -> dict[str, float]:
     """Seconds for each decoded token."""
     uncompacted = bench.memory.engine.new_cache()
-    bench.read(uncompacted, bench.ids[: context.physical.get_seq_length()], bench.memory.chunk_tokens)
+    bench.read(uncompacted, bench.ids[: context.physical.get_seq_length()], bench.memory.engine.chunk_tokens)
 
     def with_session() -> float:
         pieces = context.session.fork().generate(num_tokens + WARM_UP, Sampling())
@@ -219,7 +219,7 @@ def reading(bench: Bench, num_tokens: int) -> dict[str, float]:
         with bench.stock_attention():
             return bench.seconds(lambda: bench.read(cache, ids[:-1], chunk_tokens))
 
-    chunk_tokens = memory.chunk_tokens
+    chunk_tokens = memory.engine.chunk_tokens
     return bench.medians(
         {
             "ours": ours,

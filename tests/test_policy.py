@@ -183,12 +183,6 @@ def test_a_saved_selection_of_ones_own_asks_for_the_object() -> None:
         MemoryPolicy.model_validate_json(saved)
 
 
-def test_a_gpu_reads_more_at_once_unless_it_is_told_how_much() -> None:
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert (MemoryPolicy().chunk_tokens_on(cpu), MemoryPolicy().chunk_tokens_on(gpu)) == (512, 2048)
-    assert MemoryPolicy(chunk_tokens=512).chunk_tokens_on(gpu) == 512
-
-
 COPIES: dict[str, Callable[[MemoryPolicy], MemoryPolicy]] = {
     "all fields": lambda policy: MemoryPolicy(**dict(policy)),
     "a dump": lambda policy: MemoryPolicy(**policy.model_dump()),
@@ -202,7 +196,7 @@ COPIES: dict[str, Callable[[MemoryPolicy], MemoryPolicy]] = {
 def test_what_was_never_said_stays_unsaid_in_any_copy(name: str) -> None:
     """A copy of all fields said 512 tokens at once, on a GPU too."""
     copy = COPIES[name](MemoryPolicy(keep_ratio=0.3))
-    assert copy.chunk_tokens_on(torch.device("cuda")) == 2048
+    assert copy.chunk_tokens is None
     assert copy.keep_ratio == 0.3
 
 
@@ -212,7 +206,8 @@ def test_a_memory_writes_the_policy_that_it_was_given(engine: TransformersEngine
     written = MemoryPolicy(trigger_tokens=1000).model_dump(mode="json")
     assert memory.policy.model_dump(mode="json") == written
     assert memory.session().snapshot().policy == written
-    assert memory.chunk_tokens == memory.session().chunk_tokens == 512
+    assert memory.session().chunk_tokens == engine.chunk_tokens == 512
+    assert memory.session(policy=MemoryPolicy(trigger_tokens=1000, chunk_tokens=64)).chunk_tokens == 64
 
 
 def test_changes_are_checked_and_leave_the_rest() -> None:

@@ -111,8 +111,7 @@ class CompactionJob:
             summary = write_summary(self.engine, cache, end, max_tokens=max_tokens, on_progress=on_progress)
         if summary is not None and summary.answer:
             newest, pinned = plan.newest, self.num_pinned
-            chunk_tokens = policy.chunk_tokens_on(self.engine.info.device)
-            cache = stand_in(self.engine, cache, summary, newest, pinned, chunk_tokens=chunk_tokens)
+            cache = stand_in(self.engine, cache, summary, newest, pinned, chunk_tokens=sources.chunk_tokens)
             newest = resized(newest, len(summary.answer) * cache.num_heads)
             plan = replace(plan, segments=(*plan.segments[:-1], newest))
             start, weights = end - len(summary.answer), None

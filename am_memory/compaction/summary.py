@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from am_memory.compaction.record import Summary
-from am_memory.engines.base import Engine, SessionCache
+from am_memory.engines.base import Engine, SessionCache, in_chunks
 from am_memory.kv_cache.slots import Segment, Slots
 from am_memory.queries import as_turn, greedy_answer
 
@@ -54,8 +54,8 @@ def stand_in(
     """
     reader, conversation = _up_to(cache, block.end), (*summary.prompt, *summary.answer)
     read_at = reader.num_tokens + len(summary.prompt)
-    for start in range(0, len(conversation), chunk_tokens):
-        engine.forward(reader, conversation[start : start + chunk_tokens])
+    for chunk in in_chunks(conversation, chunk_tokens):
+        engine.forward(reader, chunk)
     stand_at, slots = block.end - len(summary.answer), []
     for layer in reader.compactable:
         key, value = layer.exact_entries(read_at, read_at + len(summary.answer))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -202,6 +202,11 @@ class Engine(Protocol):
     @property
     def info(self) -> ModelInfo: ...
 
+    @property
+    def chunk_tokens(self) -> int:
+        """How many tokens to read in one forward pass: enough to keep the device busy, few enough for its memory."""
+        ...
+
     def new_cache(self) -> SessionCache: ...
 
     def forward(
@@ -242,6 +247,11 @@ class Engine(Protocol):
     ) -> str:
         """The messages as the model's chat template writes them; it may leave out `tools`."""
         ...
+
+
+def in_chunks(token_ids: Sequence[int], chunk_tokens: int) -> Iterator[Sequence[int]]:
+    """The tokens in order, `chunk_tokens` at a time: one chunk for each forward pass."""
+    return (token_ids[start : start + chunk_tokens] for start in range(0, len(token_ids), chunk_tokens))
 
 
 class Branches(Protocol):

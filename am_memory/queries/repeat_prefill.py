@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from am_memory.engines.base import Engine, SessionCache
+from am_memory.engines.base import Engine, SessionCache, in_chunks
 from am_memory.queries.reference import ReferenceQueries
 from am_memory.queries.scratch import queries_on_scratch
 from am_memory.text.chat_template import Chat
@@ -56,7 +56,7 @@ def repeat_queries(
         For each compactable layer num_key_value_groups * num_tokens queries.
     """
     request = repeat_request(engine)
-    first, *others = (token_ids[start : start + chunk_tokens] for start in range(0, len(token_ids), chunk_tokens))
+    first, *others = in_chunks(token_ids, chunk_tokens)
     # The request is read together with the first chunk: a pass of its own would cost as much as a longer one.
     layers = queries_on_scratch(
         engine,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from am_memory.engines.base import Branches, Branching, Engine, SessionCache
+from am_memory.engines.base import Branches, Branching, Engine, SessionCache, in_chunks
 from am_memory.queries.reference import ReferenceQueries
 from am_memory.queries.repeat_prefill import as_turn
 from am_memory.queries.scratch import queries_on_scratch
@@ -129,7 +129,6 @@ def self_study_queries(
     """
     samples = []
     for conversation in conversations:
-        chunks = (conversation[start : start + chunk_tokens] for start in range(0, len(conversation), chunk_tokens))
-        passes = queries_on_scratch(engine, cache, chunks)
+        passes = queries_on_scratch(engine, cache, in_chunks(conversation, chunk_tokens))
         samples.append([ReferenceQueries.pooled(layer) for layer in passes])
     return [ReferenceQueries.union(layer) for layer in zip(*samples, strict=True)]

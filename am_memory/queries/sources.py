@@ -59,6 +59,11 @@ class QuerySources:
     live: LiveQueries | None
     progress: Progress
 
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens in one forward pass."""
+        return self.policy.chunk_tokens or self.engine.chunk_tokens
+
     def converse(self, cache: SessionCache) -> Conversations:
         """Those of self-study, written anew; none where the policy does without."""
         if "self_study" not in self.policy.reference_queries:
@@ -73,17 +78,17 @@ class QuerySources:
             CompactionFailed: only live queries are wanted, and none has passed.
         """
         samples, cache = [], passage.cache
-        chunk_tokens = self.policy.chunk_tokens_on(self.engine.info.device)
         if "repeat" in self.policy.reference_queries:
             spoken, weights = passage.spoken(self.engine)
             on_progress = partial(self.progress, "repeat")
             samples.append(
                 repeat_queries(
-                    self.engine, cache, spoken, chunk_tokens=chunk_tokens, on_progress=on_progress, weights=weights
+                    self.engine, cache, spoken, chunk_tokens=self.chunk_tokens, on_progress=on_progress, weights=weights
                 )
             )
         if passage.conversations:
-            samples.append(self_study_queries(self.engine, cache, passage.conversations, chunk_tokens=chunk_tokens))
+            conversations = passage.conversations
+            samples.append(self_study_queries(self.engine, cache, conversations, chunk_tokens=self.chunk_tokens))
         if self.live is not None:
             passed = self.live.after(passage.end)
             if passed:

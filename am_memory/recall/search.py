@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from am_memory.engines.base import Engine, SessionCache
+from am_memory.engines.base import Engine, SessionCache, in_chunks
 from am_memory.kv_cache.int8 import decoded
 from am_memory.kv_cache.slots import Segment, Slots
 from am_memory.queries import as_turn, queries_on_scratch
@@ -114,8 +114,7 @@ def _edges(engine: Engine, tokens: Sequence[int], segments: Sequence[Segment], s
 
 def taken_queries(engine: Engine, cache: SessionCache, token_ids: Sequence[int], chunk_tokens: int) -> list[Queries]:
     """Read tokens on scratch; their queries in each compactable layer. The cache is afterwards as it was."""
-    chunks = (token_ids[start : start + chunk_tokens] for start in range(0, len(token_ids), chunk_tokens))
-    passes = queries_on_scratch(engine, cache, chunks)
+    passes = queries_on_scratch(engine, cache, in_chunks(token_ids, chunk_tokens))
     return [Queries(*(torch.cat(parts, dim=2) for parts in zip(*layer, strict=True))) for layer in passes]
 
 

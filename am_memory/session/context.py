@@ -20,7 +20,7 @@ from am_memory.compaction.job import CompactionJob, CompactionResult
 from am_memory.compaction.plan import Plan, Sizes, most_at_once, plan, trigger_tokens
 from am_memory.compaction.record import CompactionRecord, RecallRecord, under
 from am_memory.compaction.requirements import require
-from am_memory.engines.base import Engine, SessionCache
+from am_memory.engines.base import Engine, SessionCache, in_chunks
 from am_memory.errors import (
     BudgetTooSmall,
     CompactionFailed,
@@ -194,7 +194,7 @@ class Context:
     @property
     def chunk_tokens(self) -> int:
         """Tokens read in one forward pass."""
-        return self.policy.chunk_tokens_on(self.engine.info.device)
+        return self.policy.chunk_tokens or self.engine.chunk_tokens
 
     @property
     def most_at_once(self) -> int:
@@ -218,8 +218,7 @@ class Context:
         ids = [self.tokens[-1], *token_ids[:-1]]
         state, rows = self.cache.state(), []
         try:
-            for start in range(0, len(ids), self.chunk_tokens):
-                chunk = ids[start : start + self.chunk_tokens]
+            for chunk in in_chunks(ids, self.chunk_tokens):
                 rows.append(self.engine.forward(self.cache, chunk, num_logits=len(chunk)))
         finally:
             self.cache.restore(state)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from am_memory.compaction.record import CompactionRecord
+from am_memory.engines.base import in_chunks
 from am_memory.queries import LiveQueries
 
 if TYPE_CHECKING:
@@ -65,5 +66,5 @@ def _make_again(fresh: Context, made: CompactionRecord, num_cached: int) -> None
 
 def read_as_it_is(fresh: Context, end: int) -> None:
     """Bring the first `end` tokens into the cache, whatever the trigger says."""
-    while (done := fresh.cache.num_tokens) < end:
-        fresh.forward(fresh.tokens[done : min(end, done + fresh.chunk_tokens)])
+    for chunk in in_chunks(fresh.tokens[fresh.cache.num_tokens : end], fresh.chunk_tokens):
+        fresh.forward(chunk)

@@ -49,6 +49,8 @@ class LlamaCppEngine:
         UnsupportedModel: llama-cpp-python is not the pinned version, or the model's cache cannot be compacted.
     """
 
+    chunk_tokens = 512
+
     def __init__(
         self,
         model: Any,

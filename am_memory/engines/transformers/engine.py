@@ -29,6 +29,9 @@ from am_memory.errors import InvalidInput, UnsupportedModel, UnsupportedOperatio
 from am_memory.kv_cache.cache import KVCache
 from am_memory.kv_cache.rotation import Rotation
 
+CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS = 512, 2048
+"""Tokens in one forward pass; fewer do not fill a GPU."""
+
 
 class TransformersEngine:
     """Runs a causal language model of transformers over caches of this project.
@@ -101,6 +104,7 @@ class TransformersEngine:
         )
         if max_tokens is not None:
             refuse_too_long_answers(model, max_tokens)
+        self.chunk_tokens = CPU_CHUNK_TOKENS if model.device.type == "cpu" else GPU_CHUNK_TOKENS
         self._graphs = token_graphs(model, self._read_token, self.new_cache)
         forward = model.forward
         if self._graphs is not None:
