@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from threading import RLock
 from typing import TYPE_CHECKING
 
 from am_memory.compaction.plan import trigger_tokens
@@ -28,6 +27,7 @@ from am_memory.session.context import Context
 from am_memory.session.generate_hook import watched
 from am_memory.session.resuming import changes_of, check_content, check_origin, check_windows, policy_of
 from am_memory.session.session import Session
+from am_memory.session.shared import Shared
 from am_memory.storage.session_file import SavedSession
 from am_memory.storage.store import Store
 from am_memory.text.chat_template import Chat
@@ -73,10 +73,7 @@ class Memory:
         self.store = store if isinstance(store, Store) or store is None else Store(os.fspath(store))
         self.on_event = on_event
         self._listeners: list[Listener] = []
-        self._sessions: dict[str, Session] = {}
-        self.device = RLock()
-        self.saving = RLock()
-        """Whoever writes to the store or deletes; never taken together with the device, which waits for no store."""
+        self._shared = Shared(engine, self.sampling, self.store, self._notify)
         self._numbers = itertools.count(1)
         self.trigger_tokens = trigger_tokens(self.policy, engine.info.window_tokens, self.policy.num_sinks)
 
@@ -160,16 +157,16 @@ class Memory:
         if name is None:
             names = (f"session-{number}" for number in self._numbers)
             name = next(name for name in names if name not in self.names())
-        with self.device:
-            if name not in self._sessions:
+        with self._shared.engine_lock:
+            if name not in self._shared.sessions:
                 if self.store is not None and self.store.exists(name):
                     return self.resume(name, self.saved(name, policy=policy), policy=policy)
-                self._sessions[name] = self._new(name, policy)
-            return self._sessions[name]
+                self._shared.sessions[name] = self._new(name, policy)
+            return self._shared.sessions[name]
 
     def _new(self, name: str, policy: MemoryPolicy | None, tools: Sequence[Message] = ()) -> Session:
         history = History(tools=tuple(tools), trusts_messages=self.trust_messages)
-        session = Session(self, self._new_context(name, policy or self.policy), history)
+        session = Session(self._shared, self._new_context(name, policy or self.policy), history)
         session.has_own_policy = policy is not None
         return session
 
@@ -197,7 +194,7 @@ class Memory:
             ModelMismatch: it was saved with another model, another tokenizer or, if it has messages, chat template.
             StorageError: there is none of that name, or it cannot be read.
         """
-        store = self.require_store()
+        store = self._shared.require_store()
         saved = store.load(name, device=self.engine.info.device, originals="drop")
         check_origin(name, saved, self.engine.info)
         place = (policy or self._policy_of(name, saved)).originals
@@ -213,8 +210,8 @@ class Memory:
             InvalidPolicy: the session cannot go on under the policy that was named.
             StorageError: it cannot go on under the policy that it had, or is none that this model could have had.
         """
-        with self.device:
-            if name not in self._sessions:
+        with self._shared.engine_lock:
+            if name not in self._shared.sessions:
                 check_content(name, saved, self.engine.info, self._cache_of_one_token)
                 try:
                     session = self._resumed(name, saved, policy or self._policy_of(name, saved))
@@ -228,8 +225,8 @@ class Memory:
                 session.has_own_policy = policy is not None or saved.has_own_policy
                 if policy is None and (changes := changes_of(saved, session.policy)):
                     self._notify(PolicyChanged(name, changes))
-                self._sessions[name] = session
-            return self._sessions[name]
+                self._shared.sessions[name] = session
+            return self._shared.sessions[name]
 
     @cached_property
     def _cache_of_one_token(self) -> Snapshot:
@@ -264,7 +261,7 @@ class Memory:
         history = History(
             saved.messages, saved.message_starts, saved.is_answering, saved.tools, trusts_messages=self.trust_messages
         )
-        session = Session(self, context, history)
+        session = Session(self._shared, context, history)
         session.metadata, session.saved_version = saved.metadata, saved.version
         return session
 
@@ -286,29 +283,18 @@ class Memory:
             overwrite: it is, by the next save.
         """
         session.rename(name)
-        held = self._sessions.get(name)
+        held = self._shared.sessions.get(name)
         if overwrite or (held is not None and held is not session):
             session.take_place_of(None if overwrite else held)
-        self._sessions[name] = session
+        self._shared.sessions[name] = session
 
     def release(self, name: str) -> None:
         """Drop a session from memory; a saved one stays in the store."""
-        self._sessions.pop(name, None)
-
-    def adopt(self, session: Session) -> None:
-        """Keep a session under its name.
-
-        Raises:
-            InvalidInput: the name is taken.
-        """
-        if session.name in self.names():
-            raise InvalidInput(f"there is a session {session.name!r} already: choose another name, or delete it first")
-        self._sessions[session.name] = session
+        self._shared.sessions.pop(name, None)
 
     def names(self) -> list[str]:
         """All sessions, in memory and in the store."""
-        stored = self.store.names() if self.store is not None else []
-        return sorted({*self._sessions, *stored})
+        return self._shared.names()
 
     def delete(self, name: str) -> None:
         """Forget a session, in memory and in the store, whether or not the saved one can be read.
@@ -318,13 +304,13 @@ class Memory:
         Raises:
             SessionNotFound: there is none of that name.
         """
-        with self.saving:
+        with self._shared.store_lock:
             is_saved = self.store is not None and self.store.exists(name)
-            if name not in self._sessions and not is_saved:
+            if name not in self._shared.sessions and not is_saved:
                 raise SessionNotFound(f"no session {name!r}; there are: {', '.join(self.names()) or 'none'}")
             if self.store is not None:
                 self.store.delete(name)
-            if (session := self._sessions.pop(name, None)) is not None:
+            if (session := self._shared.sessions.pop(name, None)) is not None:
                 session.deleted()
         if session is not None:
             session.give_up()
@@ -346,13 +332,3 @@ class Memory:
         states, the logits of a number of candidates) is refused before anything is read, where it does not fit.
         """
         return watched(self._new_context("generate()", self.policy))
-
-    def require_store(self) -> Store:
-        """The store.
-
-        Raises:
-            StorageError: there is none.
-        """
-        if self.store is None:
-            raise StorageError("this memory has no store: make it with Memory(..., store=FOLDER_OR_URL)")
-        return self.store

@@ -109,7 +109,7 @@ class Scene:
             session.recalled,
             (context.num_pinned, context.trigger, live, context.pending and context.pending.at_tokens),
             tuple((each.start, each.end) for each in context.originals),
-            tuple(sorted(self.memory._sessions)),
+            tuple(sorted(self.memory._shared.sessions)),
             tuple(self.memory.names()),
             torch.isfinite(self.constraint.mask(torch.zeros(260))).nonzero()[:, 0].tolist(),
         )
@@ -173,8 +173,8 @@ def scenes(engine: Engine, step: Step, folder: Path) -> Callable[[], Scene]:
 
     def new_scene() -> Scene:
         memory = new_memory()
-        session = Session(memory, origin.session._context.fork("alice"), origin.session._history)
-        memory.adopt(session)
+        session = Session(memory._shared, origin.session._context.fork("alice"), origin.session._history)
+        memory._shared.add(session)
         return Scene(memory, session, regex(engine, "[a-z]{30}"))
 
     return new_scene
@@ -241,9 +241,9 @@ def is_free(memory: Memory) -> bool:
     got = list[bool]()
 
     def take() -> None:
-        got.append(memory.device.acquire(timeout=5))
+        got.append(memory._shared.engine_lock.acquire(timeout=5))
         if got[0]:
-            memory.device.release()
+            memory._shared.engine_lock.release()
 
     thread = threading.Thread(target=take)
     thread.start()

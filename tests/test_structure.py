@@ -24,7 +24,8 @@ LAYERS: tuple[set[str], ...] = (
     {"recall"},
     {"compaction"},
     {"storage"},
-    {"memory", "session"},
+    {"session"},
+    {"memory"},
     {"conversations"},
     {"cli"},
 )
@@ -40,12 +41,13 @@ PACKAGES_ABOVE = {"langchain_am_memory", "am_memory_server", "integrations", "ex
 
 @dataclass(frozen=True)
 class Import:
-    """One import that runs; those under TYPE_CHECKING do not."""
+    """One import: lazy inside a function, typing under TYPE_CHECKING."""
 
     path: Path
     line: int
     module: str
     is_lazy: bool
+    is_typing: bool
 
     def __str__(self) -> str:
         return f"{self.path.relative_to(ROOT)}:{self.line} imports {self.module}"
@@ -62,23 +64,21 @@ def part_of(module: str) -> str:
 
 
 def imports_of(path: Path) -> list[Import]:
-    return list(_walk(path, ast.parse(path.read_text(encoding="utf-8")), is_lazy=False))
+    return list(_walk(path, ast.parse(path.read_text(encoding="utf-8"))))
 
 
-def _walk(path: Path, node: ast.AST, *, is_lazy: bool) -> Iterator[Import]:
+def _walk(path: Path, node: ast.AST, *, is_lazy: bool = False, is_typing: bool = False) -> Iterator[Import]:
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
-            for other in child.orelse:
-                yield from _walk(path, other, is_lazy=is_lazy)
-        elif isinstance(child, ast.Import):
+        if isinstance(child, ast.Import):
             for alias in child.names:
-                yield Import(path, child.lineno, alias.name, is_lazy)
+                yield Import(path, child.lineno, alias.name, is_lazy, is_typing)
         elif isinstance(child, ast.ImportFrom):
             for name in _modules_named(path, child):
-                yield Import(path, child.lineno, name, is_lazy)
+                yield Import(path, child.lineno, name, is_lazy, is_typing)
         else:
             is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-            yield from _walk(path, child, is_lazy=is_lazy or is_function)
+            is_guard = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+            yield from _walk(path, child, is_lazy=is_lazy or is_function, is_typing=is_typing or is_guard)
 
 
 def _modules_named(path: Path, node: ast.ImportFrom) -> Iterator[str]:
@@ -107,6 +107,7 @@ def test_every_module_has_a_layer() -> None:
 
 
 def test_imports_go_down() -> None:
+    """Imports for types alone count as well: who names a type depends on its package."""
     wrong = [
         str(found)
         for found in OUR_IMPORTS
@@ -139,11 +140,20 @@ def test_only_the_protocol_of_the_engines_is_imported() -> None:
     assert not wrong
 
 
+def test_no_two_packages_import_each_other() -> None:
+    graph: dict[str, set[str]] = {part: set() for part in LAYER_OF}
+    for found in OUR_IMPORTS:
+        if (importer := part_of(module_name(found.path))) and importer != part_of(found.module):
+            graph.setdefault(importer, set()).add(part_of(found.module))
+    assert not _cycle(graph)
+
+
 def test_no_two_modules_import_each_other() -> None:
     graph: dict[str, set[str]] = {module_name(path): set() for path in FILES}
     for found in OUR_IMPORTS:
         importer = module_name(found.path)
-        if not found.is_lazy and not importer.startswith(found.module):  # a package's __init__ gathers its own modules
+        runs = not (found.is_lazy or found.is_typing)
+        if runs and not importer.startswith(found.module):  # a package's __init__ gathers its own modules
             graph[importer].add(found.module)
     assert not _cycle(graph)
 

@@ -31,13 +31,13 @@ from am_memory.policy import MemoryPolicy
 from am_memory.recall.search import Span
 from am_memory.session.chat_history import History
 from am_memory.session.context import Context
+from am_memory.session.shared import Shared
 from am_memory.storage.session_file import SavedSession, packed
 from am_memory.storage.store import ANY
 from am_memory.text.sampling import Sampler, Sampling
 from am_memory.text.text_stream import TextStream
 
 if TYPE_CHECKING:
-    from am_memory.memory import Memory
     from am_memory.text.constraints import Constraint
 
 Content = str | Sequence[int] | Sequence[Message]
@@ -134,8 +134,8 @@ class Session:
     Every call either succeeds or leaves the session as it was; `generate` does so token by token.
     """
 
-    def __init__(self, memory: Memory, context: Context, history: History) -> None:
-        self._memory = memory
+    def __init__(self, shared: Shared, context: Context, history: History) -> None:
+        self._shared = shared
         self._context = context
         self._history = history
         self.engine = context.engine
@@ -217,7 +217,7 @@ class Session:
             PromptTooLong: what the policy pins leaves no room below its trigger.
             CompactionFailed: a compaction on the way failed.
         """
-        with self._memory.device, self._context.transaction():
+        with self._shared.engine_lock, self._context.transaction():
             num_tokens = self._tell(self.encode(content))
             self._context.read(len(self._context.tokens) - 1)
         return num_tokens
@@ -232,7 +232,7 @@ class Session:
             InvalidInput, PromptTooLong: as `append`.
             UnsupportedOperation: the session has changed since this was encoded.
         """
-        with self._memory.device, self._context.transaction():
+        with self._shared.engine_lock, self._context.transaction():
             return self._tell(content if isinstance(content, Encoded) else self.encode(content))
 
     def _tell(self, encoded: Encoded) -> int:
@@ -258,7 +258,7 @@ class Session:
         if max_tokens is not None:
             require_whole(0, max_tokens=max_tokens)
         context, end = self._context, max(len(self._context.tokens) - 1, 0)
-        with self._memory.device, self._context.transaction():
+        with self._shared.engine_lock, self._context.transaction():
             context.read(end if max_tokens is None else min(end, context.cache.num_tokens + max_tokens))
         return max(end - context.cache.num_tokens, 0)
 
@@ -348,7 +348,7 @@ class Session:
         if constraint is not None and constraint.is_complete:
             raise InvalidInput("the constraint is complete, and allows nothing more: make a new one for each answer")
         self._require_tokens()
-        return self._generate(max_new_tokens, sampling or self._memory.sampling, constraint, top_logprobs)
+        return self._generate(max_new_tokens, sampling or self._shared.sampling, constraint, top_logprobs)
 
     def _generate(
         self, max_new_tokens: int, sampling: Sampling, constraint: Constraint | None, top_logprobs: int | None
@@ -359,7 +359,7 @@ class Session:
         tokens, expected = context.tokens, len(context.tokens)
         constraints = () if constraint is None else (constraint,)
         for number in range(1, max_new_tokens + 1):
-            with self._memory.device, context.transaction(*constraints):
+            with self._shared.engine_lock, context.transaction(*constraints):
                 if number == 1:
                     tokens, expected = self._open_answer()
                     max_new_tokens = context.at_most(max_new_tokens)
@@ -414,7 +414,7 @@ class Session:
         self._require_tokens()
         if not isinstance(continuation, Sequence):
             raise InvalidInput(f"{type(continuation).__name__} is no continuation: give text or token ids")
-        with self._memory.device, self._context.transaction():
+        with self._shared.engine_lock, self._context.transaction():
             token_ids = (
                 self.engine.encode(continuation) if isinstance(continuation, str) else _as_token_ids(continuation)
             )
@@ -439,7 +439,7 @@ class Session:
         is_share = isinstance(fraction, Real) and not isinstance(fraction, bool) and 0 < fraction <= 1
         if fraction is not None and not is_share:
             raise InvalidInput(f"fraction is {fraction!r}: it must be a number above 0, and at most 1")
-        with self._memory.device, self._context.transaction():
+        with self._shared.engine_lock, self._context.transaction():
             return self._context.compact(fraction)
 
     def search(self, text: str, top: int = 5, *, span_tokens: int = 32) -> list[Span]:
@@ -459,7 +459,7 @@ class Session:
         if not isinstance(text, str) or not text.strip():
             raise InvalidInput(f"{text!r} is nothing to search for: give a question, or some words")
         require_whole(1, top=top, span_tokens=span_tokens)
-        with self._memory.device, self._context.transaction():
+        with self._shared.engine_lock, self._context.transaction():
             spans = self._context.search(text, span_tokens)
         return sorted(spans, key=lambda span: -span.score)[:top]
 
@@ -487,7 +487,7 @@ class Session:
                 f"there is nothing to recall between tokens {start} and {end}: give a span within the "
                 f"{len(self._context.tokens)} tokens of the session"
             )
-        with self._memory.device, self._context.transaction():
+        with self._shared.engine_lock, self._context.transaction():
             return self._context.recall(start, end)
 
     @property
@@ -518,7 +518,7 @@ class Session:
             )
         if num_tokens == len(self._context.tokens):
             return
-        with self._memory.device, self._context.transaction():
+        with self._shared.engine_lock, self._context.transaction():
             self._context.rewind(num_tokens)
             self._history = self._history.rewound(self.engine, self._context.tokens)
 
@@ -541,17 +541,17 @@ class Session:
         Raises:
             InvalidInput: there is a session of that name already.
         """
-        with self._memory.device:
-            branch = Session(self._memory, self._context.fork(name or f"{self.name} (scratch)", policy), self._history)
+        with self._shared.engine_lock:
+            branch = Session(self._shared, self._context.fork(name or f"{self.name} (scratch)", policy), self._history)
             branch.metadata = copy.deepcopy(self.metadata)
             branch.has_own_policy = policy is not None or self.has_own_policy
             if name is not None:
-                self._memory.adopt(branch)
+                self._shared.add(branch)
         return branch
 
     def give_up(self) -> None:
         """Stop a compaction that is under way (`ahead_tokens`); if the session goes on, it is begun anew."""
-        with self._memory.device:
+        with self._shared.engine_lock:
             self._context.give_up()
 
     def deleted(self) -> None:
@@ -582,7 +582,7 @@ class Session:
         Raises:
             StorageError: a message holds what JSON cannot.
         """
-        with self._memory.device:
+        with self._shared.engine_lock:
             self._context.miss_originals()
             saved = self.snapshot()
             return Packed(saved, packed(saved))
@@ -600,8 +600,8 @@ class Session:
             what = self.packed()  # without those that are lost
 
     def _write(self, what: Packed, overwrite: bool) -> None:
-        with self._memory.saving:
-            store = self._memory.require_store()
+        with self._shared.store_lock:
+            store = self._shared.require_store()
             if self._is_deleted and not overwrite:
                 raise SessionDeleted(
                     f"session {self.name!r} was deleted, so it is not saved: give it a name with Memory.keep(session, "

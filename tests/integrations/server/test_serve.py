@@ -46,7 +46,7 @@ def test_every_option_reaches_the_server(started: list[tuple[Memory, ServerSetti
     assert result.exit_code == 0, result.output
     ((memory, settings),) = started
     assert (memory.policy.trigger_tokens, memory.policy.keep_ratio) == (300, 0.5)
-    assert memory.require_store().url == str(tmp_path)
+    assert memory._shared.require_store().url == str(tmp_path)
     assert settings == ServerSettings(
         model_name="demo",
         host="0.0.0.0",

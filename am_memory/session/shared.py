@@ -1,0 +1,64 @@
+"""The part of a memory that its sessions need: one engine, one store, one lock for each, and the sessions' names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from threading import RLock
+from typing import TYPE_CHECKING
+
+from am_memory.engines.base import Engine
+from am_memory.errors import InvalidInput, StorageError
+from am_memory.events import Listener
+from am_memory.storage.store import Store
+from am_memory.text.sampling import Sampling
+
+if TYPE_CHECKING:
+    from am_memory.session.session import Session
+
+
+@dataclass(eq=False)
+class Shared:
+    """Everything that the sessions of one memory share.
+
+    Attributes:
+        engine: runs the model.
+        sampling: how tokens are chosen where a call does not say.
+        store: where sessions are saved; None: nowhere.
+        notify: called with every event.
+        sessions: the named sessions that are in memory.
+        engine_lock: held while the engine works. No code waits for the store while it holds this lock.
+        store_lock: held while a session is saved or deleted. It is never held together with `engine_lock`.
+    """
+
+    engine: Engine
+    sampling: Sampling
+    store: Store | None
+    notify: Listener
+    sessions: dict[str, Session] = field(default_factory=dict)
+    engine_lock: RLock = field(default_factory=RLock)
+    store_lock: RLock = field(default_factory=RLock)
+
+    def names(self) -> list[str]:
+        """All named sessions, in memory and in the store."""
+        stored = self.store.names() if self.store is not None else []
+        return sorted({*self.sessions, *stored})
+
+    def add(self, session: Session) -> None:
+        """Keep a session under its name.
+
+        Raises:
+            InvalidInput: the name is taken.
+        """
+        if session.name in self.names():
+            raise InvalidInput(f"there is a session {session.name!r} already: choose another name, or delete it first")
+        self.sessions[session.name] = session
+
+    def require_store(self) -> Store:
+        """The store.
+
+        Raises:
+            StorageError: there is none.
+        """
+        if self.store is None:
+            raise StorageError("this memory has no store: make it with Memory(..., store=FOLDER_OR_URL)")
+        return self.store
