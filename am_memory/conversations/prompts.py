@@ -14,6 +14,7 @@ from functools import cached_property
 from hashlib import sha256
 
 from am_memory.conversations.tool_calls import arguments_of, prepare
+from am_memory.conversations.tool_calls.prompt import without_strict
 from am_memory.engines.base import Engine, Message, Tool
 from am_memory.errors import InvalidInput
 from am_memory.policy import MemoryPolicy
@@ -58,7 +59,7 @@ class Asked:
         numbered = [{**message, NUMBER: number} for number, message in enumerate(messages)]
         prepared, template_tools = prepare(engine, numbered, tools)
         numbers = [message.pop(NUMBER, None) for message in prepared]
-        told = [policy.model_dump(mode="json"), *tools, *([{"owner": owner}] if owner else [])]
+        told = [policy.model_dump(mode="json"), *map(without_strict, tools), *([{"owner": owner}] if owner else [])]
         keys = itertools.accumulate(map(key_of, messages), next_key, initial=digest(told))
         return cls(
             policy,

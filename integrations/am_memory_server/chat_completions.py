@@ -6,14 +6,16 @@ import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
-from am_memory.conversations.chat import ChatAnswer, ChatRequest, Delta, ToolCall
-from am_memory.conversations.threads import Call
+from am_memory.conversations.chat import HostWork, PromptProgress, answer_chat
+from am_memory.conversations.chat_answer import ChatAnswer, Delta, ToolCall
+from am_memory.conversations.chat_request import ChatRequest
 from am_memory.engines.base import Engine
 from am_memory.events import CompactionFinished, CompactionStarted, Event, SessionRebuilt
 from am_memory.session.session import TokenLogprob
@@ -61,7 +63,7 @@ async def create_chat_completion(body: schemas.ChatCompletionRequest, request: R
     path = (owner, conversation)
     asked = _chat_request(service, body, path)
     call = service.threads.called(asked.thread)  # now: it may be deleted while this waits for its place
-    items = service.scheduler.stream(path, _job(service, path), lambda: _look(service, asked, call))
+    items = service.scheduler.stream(path, _job(service, path), lambda: ChatAnswer(service.threads, asked, call))
     if not body.stream:
         return await sse.unless_disconnected(request, _whole(service, body, items))
     await sse.unless_disconnected(request, anext(items))  # an error before the answer begins has a status of its own
@@ -142,14 +144,7 @@ def sampling_of(service: Service, asked: Mapping[str, Any]) -> Sampling:
     return Sampling(**{**service.memory.sampling.model_dump(), **asked})
 
 
-def _look(service: Service, request: ChatRequest, call: Call) -> ChatAnswer:
-    """What of an answer needs no device: grammars, and what is known of the conversation."""
-    answer = ChatAnswer(service.threads, request, call)
-    answer.find()
-    return answer
-
-
-def _job(service: Service, path: Path) -> Job:
+def _job(service: Service, key: Path) -> Job:
     """The job of one answer."""
     started = time.monotonic()
 
@@ -161,42 +156,37 @@ def _job(service: Service, path: Path) -> Job:
             if (told := _event(event)) is not None:
                 post(Memory(told))
 
-        is_complete = False
+        def remember() -> None:
+            compactions.write(answer.session)
+            looked = view(key[1], answer.session, 1, service.memory.trigger_tokens)
+            post(Memory({"event": "memory", "memory": looked.model_dump()}))
+
+        is_started = is_complete = False
+        num_deltas = 0
         try:
-            total = None
-
-            def remember() -> None:
-                compactions.write(answer.session)
-                looked = view(path[1], answer.session, 1, service.memory.trigger_tokens)
-                post(Memory({"event": "memory", "memory": looked.model_dump()}))
-
-            with service.listening(listener):
-                answer.start()
-            if answer.turn.is_short:
-                answer.encode()
-            else:
-                yield from aside(answer.encode)
-            for left in service.heard(answer.read(), listener):
-                if total is None:
-                    post(Started())
-                    total = len(answer.session.tokens) - answer.turn.num_cached_tokens
-                post(Memory({"event": "reading", "left_tokens": left, "total_tokens": total, **_stats(answer)}))
-                if compactions.new:
+            for step in service.heard(answer_chat(answer), listener):
+                if isinstance(step, HostWork):
+                    yield from aside(partial(service.saving, step.run))
+                    continue
+                if isinstance(step, PromptProgress):
+                    if not is_started:
+                        post(Started())
+                    is_started = True
+                    left, total = step.left_tokens, step.total_tokens
+                    post(Memory({"event": "reading", "left_tokens": left, "total_tokens": total, **_stats(answer)}))
+                else:
+                    if num_deltas == 0:
+                        service.metrics.first_token_seconds.observe(time.monotonic() - started)
+                    if num_deltas % STATS_EVERY == 0:
+                        post(Memory({"event": "size", **_stats(answer)}))
+                    num_deltas += 1
+                    post(step)
+                if compactions.new or answer.finish_reason is not None:
                     remember()
-                if left:  # else its first token is of the same step
+                if (
+                    not isinstance(step, PromptProgress) or step.left_tokens
+                ):  # the last chunk's turn has the first token
                     yield None
-            for number, delta in enumerate(service.heard(answer.generate(), listener)):
-                if number == 0:
-                    service.metrics.first_token_seconds.observe(time.monotonic() - started)
-                if number % STATS_EVERY == 0:
-                    post(Memory({"event": "size", **_stats(answer)}))
-                post(delta)
-                if compactions.new:
-                    remember()
-                yield None
-            remember()
-            answer.take()
-            yield from aside(lambda: service.saving(answer.save))
             is_complete = True
             post(Finished(answer))
         finally:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
-from am_memory.conversations.chat import FINISH_REASONS
+from am_memory.conversations.chat_answer import FINISH_REASONS
 from am_memory.engines.base import Engine
 from am_memory.session.session import Piece
 from am_memory.text.sampling import Sampling

@@ -10,7 +10,7 @@ from langchain_core.messages.ai import UsageMetadata
 from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 
-from am_memory.conversations.chat import ChatAnswer, Part
+from am_memory.conversations.chat_answer import ChatAnswer, Part
 from am_memory.conversations.tool_calls import InvalidCall
 
 PROVIDER = "am_memory"

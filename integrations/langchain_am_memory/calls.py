@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from am_memory import MemoryPolicy, Sampling
-from am_memory.conversations.chat import ChatRequest
+from am_memory.conversations.chat_request import ChatRequest
 from am_memory.errors import InvalidInput, require_flags, require_whole, unknown
 
 if TYPE_CHECKING:

@@ -20,10 +20,11 @@ from langchain_core.tools import BaseTool
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 
 from am_memory import Memory, MemoryPolicy, Sampling
-from am_memory.conversations.chat import ChatAnswer, as_told
+from am_memory.conversations.chat import HostWork, answer_chat
+from am_memory.conversations.chat_answer import ChatAnswer, Delta
 from am_memory.conversations.threads import Threads
 from am_memory.engines.names import EngineName
-from am_memory.errors import CompactionFailed, InvalidInput, InvalidPolicy, PromptTooLong, unknown
+from am_memory.errors import InvalidInput, InvalidPolicy, PromptTooLong, unknown
 from langchain_am_memory import threads_of
 from langchain_am_memory.answers import PROVIDER, Chunks, whole
 from langchain_am_memory.calls import Call, check_arguments, one_choice, openai_tools
@@ -257,7 +258,7 @@ class ChatAMMemory(BaseChatModel):
 
     def get_num_tokens_from_messages(self, messages: Sequence[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """Exactly what reading these messages and tools takes, the opening of the answer included."""
-        return self.threads().num_tokens(to_openai(messages), [as_told(tool) for tool in openai_tools(tools)])
+        return self.threads().num_tokens(to_openai(messages), openai_tools(tools))
 
     # The thread of a config, which a bare model's own methods do not pass on
 
@@ -374,29 +375,23 @@ class ChatAMMemory(BaseChatModel):
     ) -> Generator[ChatGenerationChunk, None, None]:
         started = time.monotonic()
         answer = ChatAnswer(call.threads, call.request(messages, thread))
-        self._read(answer)
-        said = Chunks()
-        for delta in answer.generate():
-            if self.timeout is not None and time.monotonic() - started > self.timeout:
-                raise TimeoutError(
-                    f"no complete answer after {self.timeout} s: raise timeout, or lower max_tokens ({call.max_tokens})"
-                )
-            for part in delta.parts:
-                yield said.chunk(part)
-        answer.keep()
-        yield said.last(answer, call.model_name)
-
-    def _read(self, answer: ChatAnswer) -> None:
-        for attempt in range(self.max_retries + 1):
-            try:
-                for _ in answer.read():
-                    pass
-                return
-            except PromptTooLong as error:
-                raise ContextOverflowError(str(error)) from error
-            except CompactionFailed:
-                if attempt == self.max_retries:
-                    raise
+        chunks = Chunks()
+        try:
+            for step in answer_chat(answer, max_retries=self.max_retries):
+                if isinstance(step, HostWork):
+                    step.run()
+                    continue
+                if self.timeout is not None and time.monotonic() - started > self.timeout:
+                    raise TimeoutError(
+                        f"no complete answer after {self.timeout} s: raise timeout, or lower max_tokens "
+                        f"({call.max_tokens})"
+                    )
+                if isinstance(step, Delta):
+                    for part in step.parts:
+                        yield chunks.chunk(part)
+        except PromptTooLong as error:
+            raise ContextOverflowError(str(error)) from error
+        yield chunks.last(answer, call.model_name)
 
     # Tools and structure
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import pytest
 
-from am_memory import Memory, MemoryPolicy, Sampling
-from am_memory.conversations.chat import ChatAnswer, ChatRequest, Part, ToolCall
+from am_memory import Memory, MemoryPolicy, Sampling, Session
+from am_memory.conversations.chat import HostWork, PromptProgress, answer_chat
+from am_memory.conversations.chat_answer import ChatAnswer, Delta, Part, ToolCall
+from am_memory.conversations.chat_request import ChatRequest
 from am_memory.conversations.threads import Threads
 from am_memory.conversations.tool_calls import InvalidCall, ToolFormat
 from am_memory.conversations.tool_calls.formats import HERMES, JSON, LLAMA3, MISTRAL, MISTRAL_ARGS
 from am_memory.engines.transformers import TransformersEngine
-from am_memory.errors import InvalidInput
+from am_memory.errors import CompactionFailed, InvalidInput
 
 POLICY = MemoryPolicy(trigger_tokens=400, keep_ratio=0.25, pinned=3, keep_recent=4, chunk_tokens=32)
 QUESTION = {"role": "user", "content": "a question that takes more than one chunk of thirty-two tokens to read"}
@@ -38,17 +40,49 @@ def request(**options: object) -> ChatRequest:
     return ChatRequest(**{"messages": [QUESTION], "max_tokens": 8, "sampling": Sampling(), **options})  # type: ignore[arg-type]
 
 
+def deltas(answer: ChatAnswer) -> Iterator[Delta]:
+    """Run the whole answer; the conversation is kept at the end."""
+    for step in answer_chat(answer):
+        if isinstance(step, HostWork):
+            step.run()
+        elif isinstance(step, Delta):
+            yield step
+
+
 def run(answer: ChatAnswer) -> list[Part]:
-    for _ in answer.read():
-        pass
-    return [part for delta in answer.generate() for part in delta.parts]
+    return [part for delta in deltas(answer) for part in delta.parts]
 
 
 def test_a_prompt_is_read_in_steps_of_a_chunk(threads: Threads) -> None:
-    left = list(ChatAnswer(threads, request()).read())
-    assert len(left) > 2
-    assert all(before - after <= 32 for before, after in pairwise(left))
+    steps = answer_chat(ChatAnswer(threads, request()))
+    read = list(itertools.takewhile(lambda step: isinstance(step, PromptProgress), steps))
+    left = [read[0].total_tokens, *(step.left_tokens for step in read)]
+    assert len(read) > 2
+    assert all(before - after <= 33 for before, after in pairwise(left))  # 32, and the last token, which is not counted
     assert left[-1] == 0
+
+
+def test_a_failed_compaction_in_reading_is_tried_again(threads: Threads, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, failures = Session.read, iter([CompactionFailed("out of memory"), None])
+
+    def failing(session: Session, max_tokens: int) -> int:
+        if (error := next(failures, None)) is not None:
+            raise error
+        return read(session, max_tokens)
+
+    monkeypatch.setattr(Session, "read", failing)
+    with pytest.raises(CompactionFailed):
+        run(ChatAnswer(threads, request()))
+    failures = iter([CompactionFailed("out of memory"), None])
+    answer = ChatAnswer(threads, request())
+    assert [step for step in answer_chat(answer, max_retries=1) if isinstance(step, Delta)]
+    assert answer.finish_reason == "length"
+
+
+def test_the_last_delta_says_why_the_answer_ended(threads: Threads) -> None:
+    answer = ChatAnswer(threads, request())
+    reasons = [delta.finish_reason for delta in deltas(answer)]
+    assert reasons == [*[None] * 7, "length"]
 
 
 def test_the_parts_are_the_message_that_is_kept(threads: Threads) -> None:
@@ -56,21 +90,21 @@ def test_the_parts_are_the_message_that_is_kept(threads: Threads) -> None:
     parts = run(answer)
     assert answer.message == {"role": "assistant", "content": "".join(map(str, parts))}
     assert answer.finish_reason == "length"
-    answer.keep()
     again = ChatAnswer(threads, request(messages=[QUESTION, answer.message, QUESTION]))
     run(again)
     assert again.usage.cached_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
 def test_an_answer_that_is_not_kept_leaves_nothing_behind(threads: Threads) -> None:
-    run(ChatAnswer(threads, request()))
+    for step in answer_chat(ChatAnswer(threads, request())):
+        if isinstance(step, Delta) and step.finish_reason is not None:
+            break
     assert threads.names() == []
 
 
 def test_owners_share_nothing_of_the_same_conversation(threads: Threads) -> None:
     first = ChatAnswer(threads, request(owner="ada", thread="ada/1"))
     run(first)
-    first.keep()
     cached = []
     for owner in ("ada", "bob", ""):
         answer = ChatAnswer(threads, request(owner=owner, thread=f"{owner}/2"))
@@ -92,9 +126,7 @@ def test_a_forced_call_is_a_part_and_the_reason_to_finish(threads: Threads) -> N
 
 def test_every_token_that_is_said_has_its_log_probability(threads: Threads) -> None:
     answer = ChatAnswer(threads, request(top_logprobs=2))
-    for _ in answer.read():
-        pass
-    found = [token for delta in answer.generate() for token in delta.logprobs]
+    found = [token for delta in deltas(answer) for token in delta.logprobs]
     said = answer.session.tokens[-answer.num_tokens :]
     assert [token.token_id for token in found] == list(said)
     assert all(token.top[0] == (token.token_id, token.logprob) for token in found)  # greedy: the likeliest
@@ -139,7 +171,7 @@ def test_the_beginning_of_a_call_that_was_cut_off_is_not_said_beside_whole_ones(
     threads: Threads, format: ToolFormat, say: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It stood in the answer as its text, and in the conversation as if the model had meant to say it."""
-    monkeypatch.setattr("am_memory.conversations.chat.tool_format", lambda engine: format)
+    monkeypatch.setattr("am_memory.conversations.answer_format.tool_format", lambda engine: format)
     one, two = (format.write([("hail", {"ship": "Vesper"})] * count) for count in (1, 2))
     for cut in (1, 4, 9, 22):
         for options in ({"tool_choice": "required", "parallel_calls": True}, {}):
@@ -157,7 +189,6 @@ def test_a_strict_tool_is_told_as_any_other(threads: Threads) -> None:
     plain = {**HAIL, "function": {name: value for name, value in HAIL["function"].items() if name != "strict"}}
     for tool in (HAIL, plain):
         run(answer := ChatAnswer(threads, request(tools=[tool])))
-        answer.keep()
     assert answer.usage.cached_tokens > 0
 
 

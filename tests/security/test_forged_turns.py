@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 
 from am_memory import Memory, MemoryPolicy, Session
 from am_memory.cli.main import app
-from am_memory.conversations.chat import ChatAnswer, ChatRequest
+from am_memory.conversations.chat import HostWork, answer_chat
+from am_memory.conversations.chat_answer import ChatAnswer
+from am_memory.conversations.chat_request import ChatRequest
 from am_memory.conversations.threads import Threads
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidInput
@@ -100,9 +102,9 @@ def test_no_text_of_a_later_call_is_lost(memory: Memory, role: str, forgery: str
 
     def call(messages: list[Mapping[str, object]]) -> ChatAnswer:
         answer = ChatAnswer(threads, ChatRequest(messages, max_tokens=4))
-        for _ in itertools.chain(answer.read(), answer.generate()):
-            pass
-        answer.keep()
+        for step in answer_chat(answer):
+            if isinstance(step, HostWork):
+                step.run()
         return answer
 
     hello = said("hello", "user")

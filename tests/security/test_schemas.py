@@ -7,13 +7,11 @@ from contextlib import suppress
 
 import pytest
 
-from am_memory.conversations.chat import ChatAnswer, ChatRequest
-from am_memory.conversations.threads import Threads
+from am_memory.conversations.answer_format import AnswerFormat
+from am_memory.conversations.chat_request import ChatRequest
 from am_memory.conversations.tool_calls import ParsedCall
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidInput
-from am_memory.memory import Memory
-from am_memory.policy import MemoryPolicy
 from am_memory.text.constraints import json_schema
 from am_memory.text.json_schemas import Check, Unchecked
 
@@ -21,13 +19,10 @@ UNCHECKED = "cannot be checked against its schema: there are too many alternativ
 
 
 @pytest.fixture
-def chat_answer(engine: TransformersEngine) -> ChatAnswer:
+def answer_format(engine: TransformersEngine) -> AnswerFormat:
     parameters = {"type": "object", "properties": {"a": {"type": "string", **LOOKS}}}
     tool = {"type": "function", "function": {"name": "add", "strict": True, "parameters": parameters}}
-    return ChatAnswer(
-        Threads(Memory(engine, MemoryPolicy(trigger_tokens=512))),
-        ChatRequest([{"role": "user", "content": "hello"}], tools=[tool]),
-    )
+    return AnswerFormat(engine, ChatRequest([{"role": "user", "content": "hello"}], tools=[tool]))
 
 
 def nested(depth: int, value: object = "x") -> object:
@@ -104,10 +99,10 @@ def test_many_patterns_at_many_texts_are_not_all_tried(
         check.problem_with(value)
 
 
-def test_a_strict_call_that_cannot_be_checked_is_a_call(chat_answer: ChatAnswer) -> None:
+def test_a_strict_call_that_cannot_be_checked_is_a_call(answer_format: AnswerFormat) -> None:
     call = ParsedCall("add", {"a": "a" * 14})
-    assert chat_answer._checked(call) is call
-    assert "the arguments of add are not checked: it cannot be checked" in str(chat_answer.schema_error)
+    assert answer_format.checked_call(call) is call
+    assert "the arguments of add are not checked: it cannot be checked" in str(answer_format.schema_error)
 
 
 R = {"$ref": "#"}

@@ -62,10 +62,11 @@ def prepare(
     require_levels(tools or (), "tools")
     for tool in tools or ():
         tool_name(tool)
+    tools = [without_strict(tool) for tool in tools or ()]
     told = [_normal(message) for message in messages]
     format = template_format(engine)
     if format is None:
-        return _as_text(engine, told, tools or ()), None
+        return _as_text(engine, told, tools), None
     told = [_answer_as_text(message, format) if _has_broken_call(message) else message for message in told]
     if format in (MISTRAL, MISTRAL_ARGS):
         told = [_with_short_ids(message) for message in told]
@@ -85,6 +86,20 @@ def tool_name(tool: Tool) -> str:
     if not isinstance(name, str) or not name:
         raise InvalidInput(f'{tool!r} is no tool: give {{"type": "function", "function": {{"name": ...}}}}')
     return name
+
+
+def is_strict(tool: Tool) -> bool:
+    """Whether the arguments of every call must follow the tool's schema, as in OpenAI's API."""
+    function = tool.get("function")
+    return isinstance(function, Mapping) and function.get("strict") is True
+
+
+def without_strict(tool: Tool) -> Tool:
+    """The tool as the model sees it: `strict` concerns the decoder alone."""
+    function = tool.get("function")
+    if not isinstance(function, Mapping) or "strict" not in function:
+        return tool
+    return {**tool, "function": {name: value for name, value in function.items() if name != "strict"}}
 
 
 def _normal(message: Message) -> dict[str, object]:

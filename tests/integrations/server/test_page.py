@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from serving import NewServer, Server, until
 
-from am_memory.conversations.chat import ChatAnswer, Delta
+from am_memory.conversations.chat_answer import ChatAnswer, Delta
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -202,7 +202,7 @@ def test_an_answer_without_a_word_says_so(page: Page, monkeypatch: pytest.Monkey
 
     def silent(answer: ChatAnswer) -> Iterator[Delta]:
         answer.finish_reason = "stop"
-        yield Delta()
+        yield Delta(finish_reason="stop")
 
     monkeypatch.setattr(ChatAnswer, "generate", silent)
     page.say("are you there?")

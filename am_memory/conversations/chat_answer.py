@@ -1,0 +1,186 @@
+"""One answer as it is generated: pieces of text in, parts of the answer out. `chat.py` runs it."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from am_memory.conversations.answer_format import AnswerFormat
+from am_memory.conversations.chat_request import ChatRequest
+from am_memory.conversations.threads import Call, Threads, Turn
+from am_memory.conversations.tool_calls import InvalidCall, ParsedCall, ToolCallStream, answer_text
+from am_memory.session.session import Piece, Session, TokenLogprob
+
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+FINISH_REASONS: Mapping[str, FinishReason] = {"eos": "stop", "stop": "stop", "length": "length"}
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that the model makes."""
+
+    index: int
+    name: str
+    arguments: dict[str, object]
+    id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
+
+    @property
+    def arguments_json(self) -> str:
+        return json.dumps(self.arguments, ensure_ascii=False)
+
+    def as_message(self) -> dict[str, object]:
+        """The call as an item of a message's `tool_calls`."""
+        function = {"name": self.name, "arguments": self.arguments_json}
+        return {"id": self.id, "type": "function", "function": function}
+
+
+Part = str | ToolCall | InvalidCall
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The part of the answer that one token adds. It is often empty, where text is held back.
+
+    Attributes:
+        finish_reason: why the answer has ended, in its last delta.
+    """
+
+    parts: tuple[Part, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one call. `cached_tokens` are those of the prompt that were not read again."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+class ChatAnswer:
+    """One answer, and its figures. `answer_chat` generates it.
+
+    Making it needs no device, but may take long: it compiles the grammar and looks for saved branches in the store.
+
+    Args:
+        call: a call that `threads.called` has registered already; None: it is registered here.
+
+    Raises:
+        InvalidInput: the messages, the tools, `tool_choice` or a schema cannot be used.
+        UnsupportedOperation: the engine's tokenizer cannot be constrained.
+    """
+
+    def __init__(self, threads: Threads, request: ChatRequest, call: Call | None = None) -> None:
+        engine = threads.memory.engine
+        self.request = request
+        self.format = AnswerFormat(engine, request)
+        self.content = ""
+        self.tool_calls: list[ToolCall] = []
+        self.finish_reason: FinishReason | None = None
+        self.num_tokens = 0
+        self._sampling = request.sampling or threads.memory.sampling
+        self._num_compactions_before: int | None = None
+        self._threads = threads
+        self._found = threads.find(
+            request.messages,
+            request.tools,
+            thread=request.thread,
+            owner=request.owner,
+            policy=request.policy,
+            call=call,
+        )
+        self._turn: Turn | None = None
+        self._calls: ToolCallStream | None = None
+        if self.format.tool_format is not None and request.tool_choice != "none":
+            self._calls = ToolCallStream(self.format.tool_format)
+            self._text = answer_text(engine, self.format.tool_format, self._sampling.stop)
+
+    def begin(self) -> Turn:
+        """Go on from the longest branch that begins like the conversation."""
+        self._turn = self._threads.start(self._found)
+        return self._turn
+
+    @property
+    def turn(self) -> Turn:
+        assert self._turn is not None, "begin() comes first"
+        return self._turn
+
+    @property
+    def session(self) -> Session:
+        return self.turn.session
+
+    def generate(self) -> Iterator[Delta]:
+        """Generate the answer, one delta for each token. The prompt has been read."""
+        request = self.request
+        pieces = self.session.generate(
+            request.max_tokens, self._sampling, self.format.constraint, top_logprobs=request.top_logprobs
+        )
+        for piece in pieces:
+            if self.num_tokens == 0:  # this step has read the last token of the prompt, and none of the answer
+                self._num_compactions_before = self.session.stats.num_compactions
+            parts = [*self._push(piece)]
+            if piece.finish_reason is not None:
+                parts += self._finish(piece.finish_reason)
+            # The token that ends the turn is not part of the answer.
+            logprobs = () if piece.finish_reason == "eos" else piece.logprobs
+            yield Delta(tuple(parts), logprobs, self.finish_reason)
+
+    def _push(self, piece: Piece) -> Iterator[Part]:
+        self.num_tokens += len(piece.token_ids)
+        if self._calls is None:
+            yield from self._add([piece.text])
+        else:
+            text = "".join(self._text.push(token_id) for token_id in piece.token_ids)
+            yield from self._add(self._calls.push(text))
+
+    def _finish(self, reason: str) -> Iterator[Part]:
+        if self._calls is not None:
+            yield from self._add([*self._calls.push(self._text.finish()), *self._calls.finish()])
+        if reason != "length" and not self.tool_calls:
+            self.format.check_content(self.content)
+        self.finish_reason = "tool_calls" if self.tool_calls else FINISH_REASONS[reason]
+
+    def _add(self, events: Sequence[str | ParsedCall | InvalidCall]) -> Iterator[Part]:
+        for event in events:
+            part = self.format.checked_call(event) if isinstance(event, ParsedCall) else event
+            if isinstance(part, ParsedCall):
+                call = ToolCall(len(self.tool_calls), part.name, part.arguments)
+                self.tool_calls.append(call)
+                yield call
+            elif isinstance(part, InvalidCall) and not self.request.text_of_invalid_calls:
+                yield part
+            elif self.format.constraint is not None and self.tool_calls:
+                continue  # a grammar allows no text after a call: this is the start of another call that was cut off
+            elif text := part.text if isinstance(part, InvalidCall) else part:
+                self.content += text
+                yield text
+
+    @property
+    def schema_error(self) -> str | None:
+        """How the answer violates its schema, or why it was not checked; None if it follows it."""
+        return self.format.schema_error
+
+    @property
+    def usage(self) -> Usage:
+        num_prompt = len(self.session.tokens) - self.num_tokens
+        return Usage(num_prompt, self.num_tokens, self.turn.num_cached_tokens)
+
+    @property
+    def num_compactions(self) -> int:
+        """Compactions since the whole prompt was read."""
+        num_before = self._num_compactions_before
+        return 0 if num_before is None else self.session.stats.num_compactions - num_before
+
+    @property
+    def message(self) -> dict[str, object]:
+        """The answer as a message of the next call."""
+        message: dict[str, object] = {"role": "assistant", "content": self.content}
+        if self.tool_calls:
+            message["tool_calls"] = [call.as_message() for call in self.tool_calls]
+        return message
