@@ -30,7 +30,7 @@ from langchain_core.callbacks import UsageMetadataCallbackHandler
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolMessage, trim_messages
 
 from am_memory import Memory, MemoryPolicy
-from am_memory.cli.demo import TOWNS, Fact, prose
+from am_memory.cli.letters import TOWNS, Fact, prose
 
 SYSTEM = "You keep the codes of the valley's gates. Answer in one short sentence."
 Middleware = AgentMiddleware[Any, Any, Any]
@@ -64,7 +64,7 @@ MORE_TOWNS = [
     "Wendron",
     "Yelland",
 ]
-"""am_memory.cli.demo has 36, and its seeds depend on their number."""
+"""am_memory.cli.letters has 36, and its seeds depend on their number."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Turn:
 
     def messages(self, number: int) -> list[BaseMessage]:
         call = {"name": "read_page", "args": {"number": number}, "id": f"call_{number}", "type": "tool_call"}
-        told = " ".join(fact.told for fact in self.facts)
+        told = " ".join(fact.sentence for fact in self.facts)
         return [
             HumanMessage(f"{told} Keep this in mind, and read page {number} of the chronicle."),
             AIMessage("", tool_calls=[call]),

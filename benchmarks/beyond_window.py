@@ -2,8 +2,8 @@
 
     python benchmarks/beyond_window.py --model MODEL --tokens 61440
 
-Turns of prose that comes with Python (`pydoc_data.topics`), some with a fact in them (`am_memory.cli.demo.Ship`). After
-each stretch of it:
+Turns of prose that comes with Python (`pydoc_data.topics`), some with a fact in them
+(`am_memory.cli.letters.Ship`). After each stretch of it:
 
     NLL        of the last tokens of the stretch, predicted before they are read
     recent     facts of the last two stretches that are recalled; old: those from before
@@ -27,7 +27,8 @@ import torch
 from common import machine, table, write_json
 
 from am_memory import Memory, MemoryPolicy, Sampling, Session
-from am_memory.cli.demo import PLAIN, TOWNS, Ship, ask, asked_text
+from am_memory.cli.letters import TOWNS, Ship
+from am_memory.cli.questions import PLAIN, ask, question_turn
 from am_memory.engines.transformers import TransformersEngine
 
 SINKS, TURN_CHARS, FACT_EVERY = 4, 1200, 4
@@ -69,7 +70,7 @@ def conversation(memory: Memory, num_tokens: int, seed: int) -> Conversation:
         told, town = text[start : start + TURN_CHARS], next(names, None) if number % FACT_EVERY == 1 else None
         if town is not None:
             ship = Ship(town, str(rng.randint(10, 99)))
-            told = f"{told}\n{ship.told}\n"
+            told = f"{told}\n{ship.sentence}\n"
         messages = [{"role": "user", "content": told}, {"role": "assistant", "content": "Thank you, go on."}]
         tokens += engine.encode(engine.render(messages))
         if town is not None:
@@ -110,7 +111,7 @@ def recalled(session: Session, facts: list[Ship]) -> tuple[int, int]:
 
 def answered(memory: Memory, session: Session) -> tuple[str, float]:
     """What a branch answers, and its NLL when only the question was read."""
-    asked = memory.engine.encode(asked_text(memory.engine, QUESTION, ""))
+    asked = memory.engine.encode(question_turn(memory.engine, QUESTION, ""))
     branch, alone = session.fork(policy=PLAIN), memory.scratch(policy=PLAIN)
     branch.append(asked)
     ids = [token for piece in branch.generate(NUM_ANSWERED, GREEDY) for token in piece.token_ids]

@@ -18,7 +18,7 @@ import torch
 from common import machine, table, write_json
 
 from am_memory import Memory, MemoryPolicy, Session
-from am_memory.cli.demo import prose
+from am_memory.cli.letters import prose
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

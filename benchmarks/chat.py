@@ -20,7 +20,7 @@ import psutil
 from common import machine, table, write_json
 
 from am_memory import Memory, MemoryPolicy, Sampling
-from am_memory.cli.demo import prose
+from am_memory.cli.letters import prose
 from am_memory.engines.names import EngineName
 
 BLOCK = 20

@@ -21,7 +21,7 @@ from common import kl_divergence, machine, mean_spread, table, write_json
 from recall import CONTINUATION, ask
 
 from am_memory import Memory, MemoryPolicy
-from am_memory.cli.demo import facts, hide, prose
+from am_memory.cli.letters import facts, hide, prose
 
 POLICY = MemoryPolicy(trigger_tokens=1.0, pinned="sinks", max_compact_tokens=2000)
 ANY_ERROR = 1e9

@@ -20,7 +20,7 @@ from common import machine, table, write_json
 from recall import ask
 
 from am_memory import Memory, MemoryPolicy, Session
-from am_memory.cli.demo import Fact, facts, hide
+from am_memory.cli.letters import Fact, facts, hide
 from am_memory.recall.search import Span
 
 POLICY = MemoryPolicy(trigger_tokens=0.25, pinned="sinks", keep_recent=16, max_compact_tokens=200, originals="host")

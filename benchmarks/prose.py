@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from am_memory import Memory, MemoryPolicy, Session
-from am_memory.cli.demo import PLAIN
+from am_memory.cli.questions import PLAIN
 from am_memory.engines.transformers import TransformersEngine
 
 PIECE = 32

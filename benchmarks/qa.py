@@ -38,7 +38,7 @@ from torch import Tensor
 
 from am_memory import Memory, MemoryPolicy, Session
 from am_memory.budgets import Calibration
-from am_memory.cli.demo import asked_text
+from am_memory.cli.questions import question_turn
 from am_memory.engines.base import Engine
 from am_memory.errors import InvalidInput, PromptTooLong
 
@@ -65,7 +65,7 @@ def letter_log_probs(session: Session, question: Question) -> Tensor:
     Raises:
         InvalidInput: the model's tokenizer does not write the letters as one last token each.
     """
-    asked = asked_text(session.engine, question.asked, OPENING)
+    asked = question_turn(session.engine, question.asked, OPENING)
     answers = [session.engine.encode(f"{asked} {letter}") for letter, _ in zip(LETTERS, question.options, strict=False)]
     if len({tuple(answer[:-1]) for answer in answers}) > 1 or len({answer[-1] for answer in answers}) < len(answers):
         raise InvalidInput(

@@ -19,7 +19,8 @@ from common import kl_divergence, machine, mean_spread, table, write_json
 from torch import Tensor
 
 from am_memory import Memory, MemoryPolicy, Session
-from am_memory.cli.demo import Fact, facts, hide, prose, question_text
+from am_memory.cli.letters import Fact, facts, hide, prose
+from am_memory.cli.questions import fact_turn
 from am_memory.engines.base import Message
 from am_memory.engines.names import EngineName
 from am_memory.solver import OMP
@@ -75,7 +76,7 @@ class Result:
 def ask(session: Session, fact: Fact) -> tuple[bool, Tensor]:
     """Whether the code is recalled, and the logits at its tokens; the session's last message must be an answer."""
     engine = session.engine
-    context, code = engine.encode(question_text(engine, fact)), engine.encode(" " + fact.code)
+    context, code = engine.encode(fact_turn(engine, fact)), engine.encode(" " + fact.code)
     logits = session.logits([*context, *code])[len(context) :]
     return logits.argmax(-1).tolist() == code, logits
 

@@ -28,7 +28,7 @@ from recall import CONTINUATION, POLICY, Judge, Result, report
 from torch import Tensor
 
 from am_memory import Memory, Session
-from am_memory.cli.demo import Fact, facts, hide
+from am_memory.cli.letters import Fact, facts, hide
 from am_memory.engines.base import Message
 from am_memory.solver import Block
 from am_memory.solver.exact import unnormalised_weights

@@ -33,7 +33,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 
 from am_memory import Memory, MemoryPolicy, Sampling, Session
-from am_memory.cli.demo import prose
+from am_memory.cli.letters import prose
 from am_memory.engines.loading import load_model
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.engines.transformers.attention import attend

@@ -20,7 +20,7 @@ from common import kl_divergence, machine, table, write_json
 from torch import Tensor
 
 from am_memory import Memory, MemoryPolicy, Sampling, Session
-from am_memory.cli.demo import Fact, facts, hide
+from am_memory.cli.letters import Fact, facts, hide
 from am_memory.engines.names import EngineName
 
 TURNS, CODES_IN_TURN, SENTENCES_IN_TURN, LINE_TOKENS = 6, 3, 22, 24

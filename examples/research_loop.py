@@ -17,7 +17,7 @@ from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.tools import tool
 
 from am_memory import MemoryPolicy
-from am_memory.cli.demo import letters
+from am_memory.cli.letters import letters
 
 POLICY = MemoryPolicy(trigger_tokens=768, keep_ratio=0.15, compact_fraction=0.75, max_compact_tokens=300)
 

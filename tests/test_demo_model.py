@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Memory, MemoryPolicy
-from am_memory.cli.demo import ask, letters, prose
+from am_memory.cli.letters import letters, prose
+from am_memory.cli.questions import ask
 from am_memory.engines.transformers import TransformersEngine
 
 pytestmark = pytest.mark.model

@@ -23,6 +23,13 @@ def test_importing_the_library_loads_nothing_heavy() -> None:
     assert not loaded_by("import am_memory; dir(am_memory)")
 
 
+@pytest.mark.parametrize("command", ["", "demo", "chat", "serve", "calibrate", "inspect", "delete"])
+def test_no_help_text_loads_anything_heavy(command: str) -> None:
+    code = "from am_memory.cli.main import app\ntry: app()\nexcept SystemExit: pass"
+    arguments = f"sys.argv[1:] = {[*filter(None, [command]), '--help']}"
+    assert not loaded_by(f"{arguments}\n{code}")
+
+
 def test_using_a_memory_loads_torch() -> None:
     """The probe itself works."""
     assert "torch" in loaded_by("from am_memory import Memory")

@@ -1,41 +1,41 @@
-"""`am-memory calibrate`: measure once what each head of a model needs, keep it in a file, and draw it."""
+"""`am-memory calibrate`: measure once how many slots each head of a model needs, save it in a file, and plot it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.console import Console
 
-from am_memory.budgets import Calibration, calibrated_ranks
-from am_memory.cli.demo import PLAIN
 from am_memory.cli.display import EventBars
 from am_memory.cli.options import MODEL_HELP
-from am_memory.compaction.sensitivity import calibrate as measure
 from am_memory.errors import InvalidInput
-from am_memory.memory import Memory
+
+if TYPE_CHECKING:
+    from am_memory.budgets import Calibration
 
 SHOWN_RATIOS = (0.05, 0.1, 0.2)
-"""At which the plot shows what each head gets."""
+"""Ratios at which the plot shows the slots of each head."""
 
 
 def calibrate(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    text: Annotated[list[Path], typer.Option(help="A text file to measure on; several may be given.")],
+    text: Annotated[list[Path], typer.Option(help="A text file to measure on; may be repeated.")],
     out: Annotated[Path, typer.Option(help="The .json file to write.")],
-    plot: Annotated[Path | None, typer.Option(help="Also draw the curves and the slots into this image.")] = None,
-    block_tokens: Annotated[int, typer.Option(help="Tokens of each text that are compacted.")] = 256,
+    plot: Annotated[Path | None, typer.Option(help="Also plot the curves and the slots into this image.")] = None,
+    block_tokens: Annotated[int, typer.Option(help="Tokens of each text to compact.")] = 256,
 ) -> None:
-    """Measure how much each head is needed, for MemoryPolicy(head_budget="FILE.json")."""
+    """Measure how many slots each head needs, for MemoryPolicy(head_budget="FILE.json")."""
+    from am_memory.cli.questions import PLAIN
+    from am_memory.compaction.sensitivity import calibrate as measure
+    from am_memory.memory import Memory
+
     if out.suffix != ".json":
-        raise InvalidInput(
-            f"--out {out}: a policy knows a calibration by its ending: name it {out.with_suffix('.json')}"
-        )
+        raise InvalidInput(f"--out {out}: a calibration is a .json file: name it {out.with_suffix('.json')}")
     for file in filter(None, (out, plot)):
         if not file.parent.is_dir():
-            raise InvalidInput(f"{file} cannot be written: there is no folder {file.parent}; make it first")
+            raise InvalidInput(f"{file} cannot be written: there is no folder {file.parent}; create it first")
     if plot is not None:
         require_matplotlib()
     texts = [read(path) for path in text]
@@ -58,6 +58,7 @@ def calibrate(
 
 
 def read(path: Path) -> str:
+    """The text of a file."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -65,7 +66,7 @@ def read(path: Path) -> str:
 
 
 def require_matplotlib() -> None:
-    """Before anything takes long."""
+    """Raise InvalidInput without matplotlib, before anything takes long."""
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
@@ -73,8 +74,11 @@ def require_matplotlib() -> None:
 
 
 def draw(calibration: Calibration, path: Path, seq_len: int) -> None:
-    """The curve of each head, and each head's share of slots at some ratios."""
+    """Plot the curve of each head, and the slots of each head at some ratios."""
+    import torch
     from matplotlib.figure import Figure
+
+    from am_memory.budgets import calibrated_ranks
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     curves, shares = figure.subplots(1, 2)
@@ -82,13 +86,13 @@ def draw(calibration: Calibration, path: Path, seq_len: int) -> None:
         curves.plot(calibration.ratios, losses, linewidth=0.8, alpha=0.6)
     curves.set(xscale="log", yscale="log", xlabel="slots per key", ylabel="KL, nats per token")
     figure.suptitle(calibration.model, fontsize=10)
-    curves.set_title("What is lost with one head compacted", fontsize=9)
+    curves.set_title("Loss with one head compacted", fontsize=9)
     num_heads = len(calibration.losses)
     ranks = calibrated_ranks(calibration, torch.ones(num_heads, seq_len), 1)
     for ratio in SHOWN_RATIOS:
         counts = (ranks < ratio * num_heads * seq_len).sum(dim=1) / seq_len
         shares.plot(range(num_heads), counts.sort(descending=True).values, label=f"{ratio:.0%} of all")
-    shares.set(xlabel="heads, richest first", ylabel="slots per key")
-    shares.set_title("What the heads get", fontsize=9)
+    shares.set(xlabel="heads, most slots first", ylabel="slots per key")
+    shares.set_title("Slots of each head", fontsize=9)
     shares.legend()
     figure.savefig(path, dpi=150)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from am_memory.errors import AMMemoryError
 from am_memory.events import (
     CompactionFinished,
     CompactionProgress,
@@ -23,9 +25,9 @@ from am_memory.events import (
     SessionRebuilt,
     WindowExceeded,
 )
-from am_memory.kv_cache.layers import LayerState, TailState
-from am_memory.session.session import Session
-from am_memory.storage.session_file import SavedSession
+
+if TYPE_CHECKING:
+    from am_memory.session.session import Session
 
 STAGES = {
     "repeat": "  repeating the block",
@@ -36,7 +38,6 @@ STAGES = {
 }
 BAR_CELLS = 20
 MIB = 2**20
-LEVELS = " ▁▂▃▄▅▆▇█"
 
 
 class EventBars:
@@ -149,60 +150,6 @@ def stats_table(session: Session) -> Table:
     return table
 
 
-def segments_table(saved: SavedSession) -> Table:
-    """What stands for which tokens, oldest first."""
-    state = saved.state
-    full_attention = [layer for layer in state.layers if isinstance(layer, TailState)]
-    num_heads = sum(len(head_slots(layer)) for layer in full_attention)
-    compacted_at = {entry.plan.newest.start: entry.at_tokens for entry in saved.records}
-    table = Table("tokens", "held as", "of their size", "compacted at token", title="The conversation, oldest first")
-    if state.num_pinned:
-        table.add_row(f"0-{state.num_pinned}", "pinned, exact", "100 %", "")
-    for segment in state.segments:
-        slots = segment.num_slots / num_heads
-        share = slots / segment.num_tokens
-        at_tokens = compacted_at.get(segment.start)
-        when = "" if at_tokens is None else f"{at_tokens:,}"
-        table.add_row(f"{segment.start:,}-{segment.end:,}", f"{slots:.1f} slots per head", f"{share:.1%}", when)
-    tail = full_attention[0]
-    if tail.length:
-        start = max(tail.start, state.num_pinned)
-        table.add_row(f"{start:,}-{tail.start + tail.length:,}", "exact", "100 %", "")
-    return table
-
-
-def layers_table(saved: SavedSession) -> Table:
-    """Compact slots of every KV head of every layer: where the budget puts them."""
-    table = Table("layer", "compact slots of each KV head", "", "exact tokens", "MiB", title="Layers")
-    num_pinned = saved.state.num_pinned if saved.state.segments else 0
-    counts = [
-        [count - num_pinned for count in head_slots(layer)] if isinstance(layer, TailState) else []
-        for layer in saved.state.layers
-    ]
-    most = max((count for heads in counts for count in heads), default=0)
-    for index, (layer, heads) in enumerate(zip(saved.state.layers, counts, strict=True)):
-        if not isinstance(layer, TailState):
-            table.add_row(str(index), "sliding window", "", "", f"{layer_bytes(layer) / MIB:.2f}")
-            continue
-        bars = "".join(LEVELS[round((len(LEVELS) - 1) * max(count, 0) / max(most, 1))] for count in heads)
-        shown = "  ".join(f"{max(count, 0):4d}" for count in heads)
-        exact = f"{layer.length + num_pinned:,}"
-        table.add_row(str(index), shown, f"[cyan]{bars}[/]", exact, f"{layer_bytes(layer) / MIB:.2f}")
-    return table
-
-
-def head_slots(layer: TailState) -> list[int]:
-    """Slots of each KV head, pinned ones included."""
-    if layer.slots is not None:
-        return [end - begin for begin, end in pairwise(layer.slots.cu_slots)]
-    return [0] * (0 if layer.buffer is None else layer.buffer.key.shape[1])
-
-
-def layer_bytes(layer: LayerState) -> int:
-    """What a layer's tensors take."""
-    if isinstance(layer, TailState):
-        exact = () if layer.buffer is None else (layer.buffer.key, layer.buffer.value)
-        tensors = [*exact, *(layer.slots.tensors if layer.slots is not None else ())]
-    else:
-        tensors = [tensor for tensor in (layer.keys, layer.values) if tensor is not None]
-    return sum(tensor.nbytes for tensor in tensors)
+def show_error(console: Console, error: AMMemoryError) -> None:
+    """One line, whatever the width of the terminal."""
+    console.print(f"[red]{type(error).__name__}:[/] {escape(str(error))}", soft_wrap=True, highlight=False)

@@ -1,59 +1,138 @@
-"""Options that several commands of `am-memory` have."""
+"""Options that several commands share. Loads no model and no torch: `am-memory COMMAND --help` reads this file."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from am_memory.engines.names import DtypeName, EngineName
-from am_memory.policy import MemoryPolicy
+from am_memory.events import Listener, ignore
+
+if TYPE_CHECKING:
+    from am_memory.memory import Memory
+    from am_memory.policy import MemoryPolicy
 
 MODEL_HELP = 'A hub id, a folder, a .gguf file, or "demo" for the bundled model.'
+STORE_HELP = "Where sessions are saved: a folder or any fsspec URL."
 
-Model = Annotated[str, typer.Option(help=MODEL_HELP)]
-RunBy = Annotated[EngineName, typer.Option("--engine", help="What runs it; llama_cpp runs a .gguf file as it is.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda [default: the best there is]", show_default=False)]
-Dtype = Annotated[
-    DtypeName | None,
-    typer.Option(
-        help="Of weights and cache; with llama_cpp of the cache alone [default: bfloat16 on CUDA, float32 on a CPU; "
-        "float16 with llama_cpp]",
-        show_default=False,
-    ),
-]
-Compile = Annotated[bool, typer.Option("--compile", help="Compile the model's layers by torch.compile.")]
-TrustMessages = Annotated[
-    bool, typer.Option("--trust-messages", help="Read control tokens that messages spell (<|im_end|>) as such.")
-]
-WindowTokens = Annotated[
-    int | None,
-    typer.Option(help="Positions that are used [default: all that the model was trained on]", show_default=False),
-]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model; read it first.")
-]
-TriggerTokens = Annotated[int, typer.Option(help="Size of the cache, in tokens, that fires a compaction.")]
-KeepRatio = Annotated[float, typer.Option(help="Slots kept for each token that is compacted.")]
-Pinned = Annotated[
-    str, typer.Option(help="What stays exact for ever: system, first_message, sinks, or a number of tokens.")
-]
+StoreURL = Annotated[str | None, typer.Option(help=STORE_HELP, show_default="~/.local/share/am_memory/sessions")]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Options of every command that loads a model and gives it a memory."""
+
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "demo"
+    engine: Annotated[
+        EngineName, typer.Option(help="Engine that runs the model; llama_cpp runs a .gguf file as it is.")
+    ] = "transformers"
+    trigger_tokens: Annotated[int, typer.Option(help="Compact when the cache reaches this size, in tokens.")] = 2048
+    keep_ratio: Annotated[float, typer.Option(help="Slots kept for each compacted token.")] = 0.1
+    pinned: Annotated[
+        str, typer.Option(help="Never compacted: system, first_message, sinks, or a number of tokens.")
+    ] = "system"
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda if there is one")] = None
+    dtype: Annotated[
+        DtypeName | None,
+        typer.Option(
+            help="dtype of weights and cache; with llama_cpp, of the cache alone.",
+            show_default="bfloat16 on CUDA, float32 on a CPU, float16 with llama_cpp",
+        ),
+    ] = None
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the model's layers with torch.compile.")] = False
+    trust_messages: Annotated[
+        bool, typer.Option("--trust-messages", help="Read control tokens in messages (<|im_end|>) as control tokens.")
+    ] = False
+    window_tokens: Annotated[
+        int | None,
+        typer.Option(help="Context window, in tokens.", show_default="the one the model was trained on"),
+    ] = None
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model; read it first.")
+    ] = False
+
+    @property
+    def policy(self) -> MemoryPolicy:
+        """The policy of these options.
+
+        Raises:
+            InvalidPolicy: an option is out of its range.
+        """
+        from am_memory.policy import MemoryPolicy
+
+        pinned = int(self.pinned) if self.pinned.isdecimal() else self.pinned
+        return MemoryPolicy(trigger_tokens=self.trigger_tokens, keep_ratio=self.keep_ratio, pinned=pinned)
+
+    def load(self, *, store: str | None = None, on_event: Listener = ignore) -> Memory:
+        """Load the model, and give it a memory."""
+        from am_memory.memory import Memory
+
+        return Memory.from_pretrained(
+            self.model,
+            engine=self.engine,
+            policy=self.policy,
+            device=self.device,
+            dtype=self.dtype,
+            compile=self.compile,
+            store=store,
+            on_event=on_event,
+            trust_messages=self.trust_messages,
+            window_tokens=self.window_tokens,
+            trust_remote_code=self.trust_remote_code,
+        )
 
 
 POLICY_OPTIONS = ("trigger_tokens", "keep_ratio", "pinned")
 
+Command = Callable[..., None]
+
+
+def with_options(*groups: Any) -> Callable[[Command], Command]:
+    """Give a command one option for each field of its first parameters, which are dataclasses.
+
+    Args:
+        groups: one instance for each of these parameters; its values are the defaults.
+    """
+
+    def decorate(command: Command) -> Command:
+        own = [*signature(command, eval_str=True).parameters.values()][len(groups) :]
+        spread = [parameter for group in groups for parameter in parameters_of(group)]
+        parameters = [*spread, *(parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in own)]
+
+        @wraps(command)
+        def run(**values: Any) -> None:
+            filled = [replace(group, **{f.name: values.pop(f.name) for f in fields(group)}) for group in groups]
+            command(*filled, **values)
+
+        run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
+def parameters_of(group: Any) -> Iterator[Parameter]:
+    """A parameter for each field of a dataclass's instance, with its value as the default."""
+    hints = get_type_hints(type(group), include_extras=True)
+    for field in fields(group):
+        name, default = field.name, getattr(group, field.name)
+        yield Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=hints[name])
+
 
 def is_given(context: typer.Context, option: str) -> bool:
-    """Whether the user has given an option, and not left it at its default."""
+    """Whether the user has given an option, rather than left it at its default."""
     source = context.get_parameter_source(option)
     return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
 
 
-def policy_of(trigger_tokens: int, keep_ratio: float, pinned: str) -> MemoryPolicy:
-    """The policy that these options come to.
-
-    Raises:
-        InvalidPolicy: one of them is out of its range.
-    """
-    num_pinned = int(pinned) if pinned.isdecimal() else pinned
-    return MemoryPolicy(trigger_tokens=trigger_tokens, keep_ratio=keep_ratio, pinned=num_pinned)
+def default_store() -> str:
+    """The folder of saved sessions where no --store is given."""
+    home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return str(Path(home) / "am_memory" / "sessions")

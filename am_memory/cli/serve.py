@@ -4,125 +4,118 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from am_memory.cli.options import (
-    Compile,
-    Device,
-    Dtype,
-    KeepRatio,
-    Model,
-    Pinned,
-    RunBy,
-    TriggerTokens,
-    TrustMessages,
-    TrustRemoteCode,
-    WindowTokens,
-    policy_of,
-)
+from am_memory.cli.options import Loading, with_options
 from am_memory.errors import InvalidInput
-from am_memory.memory import Memory
+
+if TYPE_CHECKING:
+    from am_memory_server.settings import ServerSettings
 
 KEYS_VARIABLE = "AM_MEMORY_API_KEYS"
 OPERATOR_KEYS_VARIABLE = "AM_MEMORY_OPERATOR_KEYS"
 MIB = 2**20
 
 
-def serve(  # noqa: PLR0913, PLR0917  # each is an option of the command
-    model: Model = "demo",
-    engine: RunBy = "transformers",
-    model_name: Annotated[str | None, typer.Option(help="What clients call it [default: by the model]")] = None,
-    trigger_tokens: TriggerTokens = 2048,
-    keep_ratio: KeepRatio = 0.1,
-    pinned: Pinned = "system",
-    store: Annotated[
-        str | None, typer.Option(help="Where conversations are kept: a folder or any fsspec URL [default: nowhere]")
-    ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; beyond this machine it takes a key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+@dataclass(frozen=True)
+class Serving:
+    """Options of the server itself: its address, its keys and its limits."""
+
+    model_name: Annotated[str | None, typer.Option(help="Name of the model for clients.", show_default="its own")] = (
+        None
+    )
+    host: Annotated[str, typer.Option(help="Address to listen on. Any but a local one needs a key.")] = "127.0.0.1"
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000
     api_key: Annotated[
         list[str] | None,
-        typer.Option(help=f"Opens the server; several may be given. Better in ${KEYS_VARIABLE}, with commas between."),
-    ] = None,
+        typer.Option(help=f"A key that opens the server; may be repeated. Or set ${KEYS_VARIABLE}=ONE,TWO."),
+    ] = None
     operator_key: Annotated[
         list[str] | None,
-        typer.Option(help=f"Opens /metrics alone; several may be given. Better in ${OPERATOR_KEYS_VARIABLE}."),
-    ] = None,
+        typer.Option(help=f"A key that opens /metrics alone; may be repeated. Or set ${OPERATOR_KEYS_VARIABLE}."),
+    ] = None
     allow_anonymous: Annotated[
-        bool, typer.Option("--allow-anonymous", help="Let everybody in who reaches the server.")
-    ] = False,
-    cors_origin: Annotated[list[str] | None, typer.Option(help="A web page's origin that may call the server.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Of an answer, where a request says nothing.")] = 1024,
-    max_active: Annotated[int, typer.Option(help="Answers written at once, in turn; each key has a share.")] = 4,
-    max_queued: Annotated[int, typer.Option(help="Requests of one key that may wait.")] = 64,
-    max_sessions: Annotated[int, typer.Option(help="Conversations kept in memory.")] = 64,
-    max_session_mib: Annotated[int, typer.Option(help="What their caches may take, in MiB.")] = 4096,
-    max_body_mib: Annotated[int, typer.Option(help="Size of a request, in MiB.")] = 16,
-    max_body_values: Annotated[int, typer.Option(help="JSON names and values in a request.")] = 200_000,
-    max_pending_mib: Annotated[int, typer.Option(help="Requests under way, in MiB; one key has a share.")] = 256,
-    max_connections: Annotated[int, typer.Option(help="Connections open at once.")] = 512,
-    body_seconds: Annotated[float, typer.Option(help="For the body of a request to arrive.")] = 60.0,
-    idle_seconds: Annotated[float, typer.Option(help="That a connection may ask for nothing, or read nothing.")] = 30.0,
-    shutdown_seconds: Annotated[float, typer.Option(help="For running answers to come to their end.")] = 30.0,
-    device: Device = None,
-    dtype: Dtype = None,
-    compile: Compile = False,
-    trust_messages: TrustMessages = False,
-    window_tokens: WindowTokens = None,
-    trust_remote_code: TrustRemoteCode = False,
+        bool, typer.Option("--allow-anonymous", help="Let everybody use a server that other machines can reach.")
+    ] = False
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="Origin of a web page that may call the server; may be repeated.")
+    ] = None
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens, if a request sets no limit.")] = 1024
+    max_active: Annotated[int, typer.Option(help="Answers generated at once, in turn; each key has a share.")] = 4
+    max_queued: Annotated[int, typer.Option(help="Waiting requests of one key.")] = 64
+    max_sessions: Annotated[int, typer.Option(help="Conversations kept in memory.")] = 64
+    max_session_mib: Annotated[int, typer.Option(help="Size of their caches, in MiB.")] = 4096
+    max_body_mib: Annotated[int, typer.Option(help="Size of one request, in MiB.")] = 16
+    max_body_values: Annotated[int, typer.Option(help="JSON names and values in one request.")] = 200_000
+    max_pending_mib: Annotated[
+        int, typer.Option(help="Size of all requests in progress, in MiB; each key has a share.")
+    ] = 256
+    max_connections: Annotated[int, typer.Option(help="Open connections.")] = 512
+    body_seconds: Annotated[float, typer.Option(help="Time for the body of a request to arrive.")] = 60.0
+    idle_seconds: Annotated[
+        float, typer.Option(help="Time that a connection may stay open without a request, or without reading.")
+    ] = 30.0
+    shutdown_seconds: Annotated[float, typer.Option(help="Time for running answers to finish on shutdown.")] = 30.0
+
+    def settings(self, model: str) -> ServerSettings:
+        """The settings of the server.
+
+        Raises:
+            InvalidInput: an option is out of its range, or the server would be open to everybody by accident.
+        """
+        from am_memory_server.settings import ServerSettings
+
+        return ServerSettings(
+            model_name=self.model_name or name_of(model),
+            host=self.host,
+            port=self.port,
+            api_keys=(*(self.api_key or ()), *keys_of_environment()),
+            operator_keys=(*(self.operator_key or ()), *keys_of_environment(OPERATOR_KEYS_VARIABLE)),
+            allow_anonymous=self.allow_anonymous,
+            cors_origins=tuple(self.cors_origin or ()),
+            max_tokens=self.max_tokens,
+            max_active=self.max_active,
+            max_queued=self.max_queued,
+            max_sessions=self.max_sessions,
+            max_session_bytes=self.max_session_mib * MIB,
+            max_body_bytes=self.max_body_mib * MIB,
+            max_body_values=self.max_body_values,
+            max_pending_bytes=self.max_pending_mib * MIB,
+            max_connections=self.max_connections,
+            body_seconds=self.body_seconds,
+            idle_seconds=self.idle_seconds,
+            shutdown_seconds=self.shutdown_seconds,
+        )
+
+
+@with_options(Loading(), Serving())
+def serve(
+    loading: Loading,
+    serving: Serving,
+    store: Annotated[
+        str | None,
+        typer.Option(help="Where conversations are saved: a folder or any fsspec URL.", show_default="nowhere"),
+    ] = None,
 ) -> None:
-    """Serve OpenAI's API, and a chat page at /, with history without an end."""
+    """Serve OpenAI's API, and a chat page at /, for conversations without an end."""
     try:
         from am_memory_server.serve import serve as run
-        from am_memory_server.settings import ServerSettings
     except ModuleNotFoundError as error:
         raise InvalidInput(f"the server needs {error.name}: pip install 'attention-matching-memory[server]'") from error
-    settings = ServerSettings(
-        model_name=model_name or name_of(model),
-        host=host,
-        port=port,
-        api_keys=(*(api_key or ()), *keys_of_environment()),
-        operator_keys=(*(operator_key or ()), *keys_of_environment(OPERATOR_KEYS_VARIABLE)),
-        allow_anonymous=allow_anonymous,
-        cors_origins=tuple(cors_origin or ()),
-        max_tokens=max_tokens,
-        max_active=max_active,
-        max_queued=max_queued,
-        max_sessions=max_sessions,
-        max_session_bytes=max_session_mib * MIB,
-        max_body_bytes=max_body_mib * MIB,
-        max_body_values=max_body_values,
-        max_pending_bytes=max_pending_mib * MIB,
-        max_connections=max_connections,
-        body_seconds=body_seconds,
-        idle_seconds=idle_seconds,
-        shutdown_seconds=shutdown_seconds,
-    )
-    policy = policy_of(trigger_tokens, keep_ratio, pinned)
-    memory = Memory.from_pretrained(
-        model,
-        engine=engine,
-        policy=policy,
-        device=device,
-        dtype=dtype,
-        compile=compile,
-        store=store,
-        trust_messages=trust_messages,
-        window_tokens=window_tokens,
-        trust_remote_code=trust_remote_code,
-    )
-    run(memory, settings)
+    settings = serving.settings(loading.model)
+    run(loading.load(store=store), settings)
 
 
 def keys_of_environment(variable: str = KEYS_VARIABLE) -> tuple[str, ...]:
-    """The keys that the environment names."""
+    """The keys in an environment variable, separated by commas or spaces."""
     return tuple(filter(None, re.split(r"[,\s]+", os.environ.get(variable, ""))))
 
 
 def name_of(model: str) -> str:
-    """What clients call a model: a hub id as it is, the last part of a path."""
+    """The name of a model for clients: a hub id as it is, the last part of a path."""
     path = Path(model)
     return path.name.removesuffix(".gguf") if path.exists() else model

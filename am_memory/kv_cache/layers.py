@@ -6,6 +6,7 @@ Owns how entries are appended, shared between forks and forgotten, in one layer;
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from torch import Tensor, tensor
@@ -50,6 +51,20 @@ class TailState(NamedTuple):
     start: int
     length: int
 
+    @property
+    def head_slots(self) -> list[int]:
+        """Slots of each KV head, pinned ones included."""
+        if self.slots is not None:
+            return [end - begin for begin, end in pairwise(self.slots.cu_slots)]
+        return [0] * (0 if self.buffer is None else self.buffer.key.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        exact = () if self.buffer is None else (self.buffer.key, self.buffer.value)
+        compact = () if self.slots is None else self.slots.tensors
+        return sum(tensor.nbytes for tensor in (*exact, *compact))
+
 
 class SlidingState(NamedTuple):
     """What a sliding-window layer is at one moment; transformers never writes into these tensors."""
@@ -57,6 +72,11 @@ class SlidingState(NamedTuple):
     keys: Tensor | None
     values: Tensor | None
     num_tokens: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(tensor.nbytes for tensor in (self.keys, self.values) if tensor is not None)
 
 
 class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from am_memory.cli.display import head_slots
 from am_memory.compaction.record import CompactionRecord
 from am_memory.kv_cache.layers import LayerState, TailState
 from am_memory.session.session import Session, Stats
@@ -97,7 +96,7 @@ def segments(saved: SavedSession) -> list[SegmentView]:
     """The conversation from its first token to the last one read, without gaps."""
     state = saved.state
     full = [layer for layer in state.layers if isinstance(layer, TailState)]
-    num_heads = sum(len(head_slots(layer)) for layer in full) or 1
+    num_heads = sum(len(layer.head_slots) for layer in full) or 1
     end = full[0].start + full[0].length if full else 0
     num_pinned = min(state.num_pinned or saved.num_pinned, end)
     views = [SegmentView(kind="pinned", start=0, end=num_pinned, slots=num_pinned)] if num_pinned else []
@@ -128,7 +127,7 @@ def _layer(index: int, layer: LayerState, saved: SavedSession) -> LayerView:
             index=index, kind="sliding", exact_tokens=num_tokens, slots=[0] * num_heads, bytes=[per_head] * num_heads
         )
     num_pinned = saved.state.num_pinned if saved.state.segments else 0
-    held = head_slots(layer)
+    held = layer.head_slots
     exact = 0 if layer.buffer is None else sum(t.nbytes for t in (layer.buffer.key, layer.buffer.value)) // len(held)
     per_slot = 0
     if layer.slots is not None and layer.slots.num_slots:

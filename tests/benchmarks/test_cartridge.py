@@ -18,7 +18,7 @@ from recall import Judge, Scene
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Memory, MemoryPolicy, Session
-from am_memory.cli.demo import facts
+from am_memory.cli.letters import facts
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import UnsupportedOperation
 

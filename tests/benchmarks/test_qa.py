@@ -14,7 +14,7 @@ from repetition import OBSERVED_TOKENS, SINKS, Size
 
 from am_memory import Memory, Session
 from am_memory.budgets import calibrated_ranks
-from am_memory.cli.demo import asked_text
+from am_memory.cli.questions import question_turn
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidInput, PromptTooLong
 
@@ -113,7 +113,7 @@ def test_letters_are_compared_where_the_answer_is_opened(full: Session) -> None:
     question, before = DOCUMENT.questions[0], full.tokens
     log_probs = qa.letter_log_probs(full, question)
     branch = full.fork()
-    opened = asked_text(full.engine, "Who sleeps?\nA. The cat\nB. The owl\nWhich answer is right?", "The answer is ")
+    opened = question_turn(full.engine, "Who sleeps?\nA. The cat\nB. The owl\nWhich answer is right?", "The answer is ")
     branch.append(full.engine.encode(opened))
     expected = branch.logits("A")[0, [ord("A"), ord("B")]].log_softmax(-1)
     torch.testing.assert_close(log_probs, expected, atol=1e-4, rtol=0)

@@ -135,6 +135,12 @@ def test_a_session_of_another_model_is_refused(run: CommandLine, store: Store) -
     assert result.stderr.startswith("ModelMismatch: session 'default' was saved with model another")
 
 
+def test_a_default_that_depends_on_the_machine_is_shown(run: CommandLine) -> None:
+    """Rich read "[default: ...]" in a help text as markup, and showed nothing."""
+    assert "cuda if there is one" in run("serve", "--help").output
+    assert "~/.local/share" in run("inspect", "--help").output
+
+
 def test_no_command_shows_them_all(run: CommandLine) -> None:
     assert all(command in run().output for command in ("demo", "chat", "inspect"))
 

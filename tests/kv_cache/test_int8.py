@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Memory, MemoryPolicy, Sampling, Session
-from am_memory.cli.demo import ask, letters
+from am_memory.cli.letters import letters
+from am_memory.cli.questions import ask
 from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.transformers import TransformersEngine, attention
 from am_memory.errors import InvalidPolicy

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Memory, MemoryPolicy, Sampling, Session
-from am_memory.cli.demo import facts, hide
+from am_memory.cli.letters import facts, hide
 from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidInput, InvalidPolicy, PromptTooLong, StorageError

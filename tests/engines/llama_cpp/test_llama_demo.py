@@ -12,7 +12,7 @@ from llama_cpp import Llama
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Memory, MemoryPolicy
-from am_memory.cli.demo import prose
+from am_memory.cli.letters import prose
 from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.loading import demo_model_path
 from am_memory.text.constraints import json_schema

@@ -1,0 +1,102 @@
+"""`am-memory inspect` and `am-memory delete`: sessions as they lie in a store."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from am_memory.cli.display import MIB, megabytes
+from am_memory.cli.options import StoreURL, default_store
+from am_memory.errors import SessionNotFound
+
+if TYPE_CHECKING:
+    from am_memory.kv_cache.layers import TailState
+    from am_memory.storage.session_file import SavedSession
+
+LEVELS = " ▁▂▃▄▅▆▇█"
+
+
+def inspect(
+    session: Annotated[str | None, typer.Argument(help="Its name; without one, all names are listed.")] = None,
+    store: StoreURL = None,
+) -> None:
+    """Show what a saved session holds: segments, slots of every layer and head, bytes."""
+    from am_memory.storage.store import Store
+
+    console, folder = Console(highlight=False), Store(store or default_store())
+    if session is None:
+        names = folder.names()
+        console.print(Text("\n".join(names) if names else f"no sessions in {folder.url}"))
+        return
+    saved = folder.load(session)
+    num_bytes = sum(layer.nbytes for layer in saved.state.layers)
+    console.print(
+        f"[bold]{escape(session)}[/]: {len(saved.tokens):,} tokens, {len(saved.messages)} messages, "
+        f"{len(saved.records)} compactions, {megabytes(num_bytes)} of cache, model {saved.fingerprint}"
+    )
+    console.print(segments_table(saved))
+    console.print(layers_table(saved))
+
+
+def delete(session: Annotated[str, typer.Argument(help="Its name.")], store: StoreURL = None) -> None:
+    """Delete a saved session, even if it cannot be read. Needs no model."""
+    from am_memory.storage.store import Store
+
+    folder = Store(store or default_store())
+    if session not in folder.names():
+        raise SessionNotFound(
+            f"no session {session!r} in {folder.url!r}; there are: {', '.join(folder.names()) or 'none'}"
+        )
+    folder.delete(session)
+    Console(highlight=False).print(f"deleted {escape(session)}")
+
+
+def tail_layers(saved: SavedSession) -> dict[int, TailState]:
+    """The layers whose caches grow with the conversation, by index; sliding windows are not among them."""
+    from am_memory.kv_cache.layers import TailState
+
+    return {index: layer for index, layer in enumerate(saved.state.layers) if isinstance(layer, TailState)}
+
+
+def segments_table(saved: SavedSession) -> Table:
+    """How each span of the conversation is held, oldest first."""
+    state, layers = saved.state, [*tail_layers(saved).values()]
+    num_heads = sum(len(layer.head_slots) for layer in layers)
+    compacted_at = {record.plan.newest.start: record.at_tokens for record in saved.records}
+    table = Table("tokens", "held as", "of their size", "compacted at token", title="The conversation, oldest first")
+    if state.num_pinned:
+        table.add_row(f"0-{state.num_pinned}", "pinned, exact", "100 %", "")
+    for segment in state.segments:
+        slots = segment.num_slots / num_heads
+        share = slots / segment.num_tokens
+        at_tokens = compacted_at.get(segment.start)
+        when = "" if at_tokens is None else f"{at_tokens:,}"
+        table.add_row(f"{segment.start:,}-{segment.end:,}", f"{slots:.1f} slots per head", f"{share:.1%}", when)
+    tail = layers[0]
+    if tail.length:
+        start = max(tail.start, state.num_pinned)
+        table.add_row(f"{start:,}-{tail.start + tail.length:,}", "exact", "100 %", "")
+    return table
+
+
+def layers_table(saved: SavedSession) -> Table:
+    """Compact slots of every KV head of every layer: where the budget puts them."""
+    table = Table("layer", "compact slots of each KV head", "", "exact tokens", "MiB", title="Layers")
+    num_pinned = saved.state.num_pinned if saved.state.segments else 0
+    tails = tail_layers(saved)
+    most = max((count - num_pinned for layer in tails.values() for count in layer.head_slots), default=0)
+    for index, layer in enumerate(saved.state.layers):
+        mib = f"{layer.nbytes / MIB:.2f}"
+        if (tail := tails.get(index)) is None:
+            table.add_row(str(index), "sliding window", "", "", mib)
+            continue
+        counts = [max(count - num_pinned, 0) for count in tail.head_slots]
+        bars = "".join(LEVELS[round((len(LEVELS) - 1) * count / max(most, 1))] for count in counts)
+        shown = "  ".join(f"{count:4d}" for count in counts)
+        table.add_row(str(index), shown, f"[cyan]{bars}[/]", f"{tail.length + num_pinned:,}", mib)
+    return table
