@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 
 import torch
+from inside import context_of
 from torch import Tensor
 
 from am_memory import Memory
@@ -38,6 +39,6 @@ def logits_in_turn(memory: Memory, token_ids: Sequence[int], least_compactions: 
     for number, token in enumerate(token_ids):
         session = sessions[number % 2]
         session.append([token])
-        rows.append(session._context.next_logits())
+        rows.append(context_of(session).next_logits())
     assert all(session.stats.num_compactions >= least_compactions for session in sessions)
     return torch.stack(rows).cpu()

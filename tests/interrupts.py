@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+from inside import context_of, history_of, shared_of
 
 import am_memory
 from am_memory import Memory, MemoryPolicy, Sampling, Session
@@ -94,7 +95,7 @@ class Scene:
 
     def seen(self) -> tuple[object, ...]:
         """All that can be told of it; equal before and after an interrupt, or equal to what the step leaves."""
-        session, context = self.session, self.session._context
+        session, context = self.session, context_of(self.session)
         live = None if context.live is None else context.live.start
         return (
             session.name,
@@ -109,7 +110,7 @@ class Scene:
             session.recalled,
             (context.num_pinned, context.trigger, live, context.pending and context.pending.at_tokens),
             tuple((each.start, each.end) for each in context.originals),
-            tuple(sorted(self.memory._shared.sessions)),
+            tuple(sorted(shared_of(self.memory).sessions)),
             tuple(self.memory.names()),
             torch.isfinite(self.constraint.mask(torch.zeros(260))).nonzero()[:, 0].tolist(),
         )
@@ -173,8 +174,8 @@ def scenes(engine: Engine, step: Step, folder: Path) -> Callable[[], Scene]:
 
     def new_scene() -> Scene:
         memory = new_memory()
-        session = Session(memory._shared, origin.session._context.fork("alice"), origin.session._history)
-        memory._shared.add(session)
+        session = Session(shared_of(memory), context_of(origin.session).fork("alice"), history_of(origin.session))
+        shared_of(memory).add(session)
         return Scene(memory, session, regex(engine, "[a-z]{30}"))
 
     return new_scene
@@ -241,9 +242,9 @@ def is_free(memory: Memory) -> bool:
     got = list[bool]()
 
     def take() -> None:
-        got.append(memory._shared.engine_lock.acquire(timeout=5))
+        got.append(shared_of(memory).engine_lock.acquire(timeout=5))
         if got[0]:
-            memory._shared.engine_lock.release()
+            shared_of(memory).engine_lock.release()
 
     thread = threading.Thread(target=take)
     thread.start()

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 
 import torch
+from inside import context_of, pending_of, records_of
 from torch import Tensor
 
 from am_memory import AMMemoryError, Memory, MemoryPolicy, Sampling, Session
@@ -176,15 +177,15 @@ class Driver:
     def save(self) -> None:
         self.session.save()
         saved, self.session = self.session, self.resumed(self.session.name)
-        if saved._context.pending is None:
-            assert self.session._context.records == saved._context.records or self.policy != saved._context.policy
+        if pending_of(saved) is None:
+            assert records_of(self.session) == records_of(saved) or self.policy != context_of(saved).policy
 
     def logits(self) -> None:
         self.session.logits(self.tokens(4))
 
     def differences(self) -> list[str]:
         """Between the session and its rebuild."""
-        context = self.session._context
+        context = context_of(self.session)
         rebuilt = context.fork("rebuilt")
         with rebuilt.transaction():
             rebuilt.rebuild(len(rebuilt.tokens), "compared")

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from inside import rebuild
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Memory, MemoryPolicy
@@ -71,6 +72,6 @@ def test_self_study_writes_about_the_block_and_a_rebuild_reads_that_again(demo: 
     assert made
     assert all(len(entry.conversations) == 4 for entry in made)
     assert ask(session, [ship]) == {ship: ship.code}
-    session._context.rebuild(len(session.tokens), "to compare")
+    rebuild(session)
     assert session.snapshot().records == made
     assert ask(session, [ship]) == {ship: ship.code}

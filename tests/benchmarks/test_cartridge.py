@@ -14,6 +14,7 @@ import pytest
 import torch
 from baselines import cartridge
 from baselines.cartridge import Cartridge, trained
+from inside import layers_of
 from recall import Judge, Scene
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -70,7 +71,7 @@ def test_every_head_gets_as_many_slots_as_a_compaction_leaves_it_on_average(sess
     assert swapped_in.stats.kv_tokens == pytest.approx(branch.stats.kv_tokens, abs=0.5)
     assert all(
         {end - begin for begin, end in itertools.pairwise(layer.slots.cu_slots)} == {4 + 18}
-        for layer in swapped_in._context.cache.compactable
+        for layer in layers_of(swapped_in)
     )
 
 

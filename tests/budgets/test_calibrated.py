@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from inside import cache_of, layers_of
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -139,7 +140,7 @@ def test_a_session_gives_its_heads_what_the_file_says(engine: TransformersEngine
     session = Memory(engine, policy).session()
     session.append(TOKENS)
     session.compact(1.0)
-    layers = session._context.cache.compactable
+    layers = layers_of(session)
     counts = [layer.slots.head(head).num_slots - 4 for layer in layers for head in range(2)]
     assert counts == [1, 1, 1, round(0.1 * 235 * 6) - 5, 1, 1]
     assert session.fork().stats.kv_tokens == session.stats.kv_tokens
@@ -209,4 +210,4 @@ def test_the_demo_models_calibration_ships_with_the_package(demo) -> None:
     session = Memory(engine, MemoryPolicy(trigger_tokens=384, keep_ratio=0.25, head_budget="calibrated")).session()
     session.append(" ".join(map(str, range(200))))
     assert session.stats.num_compactions >= 1
-    assert len(calibration.losses) == session._context.cache.num_heads
+    assert len(calibration.losses) == cache_of(session).num_heads

@@ -12,6 +12,7 @@ import torch
 from driven import read, some_tokens, write
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
+from inside import context_of, pending_of
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -413,19 +414,19 @@ def test_saving_and_loading_changes_no_token(
     alice, undisturbed = memory.session("alice"), memory.session("undisturbed")
     for each in (alice, undisturbed):
         each.append(some_tokens(BEGINS_AT + 1))
-        with each._context.transaction():
-            write(each._context, SINCE)
-    pending = alice._context.pending
+        with context_of(each).transaction():
+            write(context_of(each), SINCE)
+    pending = pending_of(alice)
     assert pending is not None
     alice.save()
-    assert alice._context.pending is pending
+    assert pending_of(alice) is pending
     loaded = Memory(engine, POLICY, sampling=GREEDY, store=tmp_path).session("alice")
     assert loaded.tokens == alice.tokens
     for each in (alice, undisturbed, loaded):
-        with each._context.transaction():
-            write(each._context, 60)
-    assert_same(alice._context, undisturbed._context)
-    assert_same(loaded._context, undisturbed._context, atol=1e-4)
+        with context_of(each).transaction():
+            write(context_of(each), 60)
+    assert_same(context_of(alice), context_of(undisturbed))
+    assert_same(context_of(loaded), context_of(undisturbed), atol=1e-4)
 
 
 def test_a_session_that_is_deleted_leaves_no_thread(engine: TransformersEngine, gate: Gate) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from inside import cache_of, context_of, layers_of, records_of
 from torch import Tensor
 
 from am_memory import Memory, MemoryPolicy, Session
@@ -37,9 +38,9 @@ def new_session(engine: TransformersEngine) -> NewSession:
     return make
 
 
-def slots_of(session: Session) -> list[list[int]]:
-    """Positions of the slots of each head of each layer."""
-    layers = session._context.cache.compactable
+def positions_of(session: Session) -> list[list[int]]:
+    """The positions of the slots of each head of each layer."""
+    layers = layers_of(session)
     return [layer.slots.head(head).positions.tolist() for layer in layers for head in range(layer.slots.num_heads)]
 
 
@@ -68,22 +69,22 @@ def test_a_compaction_keeps_the_ratio_over_all_heads(new_session: NewSession) ->
 def test_a_uniform_budget_gives_every_head_the_same(new_session: NewSession) -> None:
     session = new_session(head_budget="uniform")
     session.compact(1.0)
-    assert max(map(len, slots_of(session))) - min(map(len, slots_of(session))) <= 1
+    assert max(map(len, positions_of(session))) - min(map(len, positions_of(session))) <= 1
 
 
 def test_an_adaptive_budget_differs_between_heads(new_session: NewSession) -> None:
     session = new_session()
     session.compact(1.0)
-    assert max(map(len, slots_of(session))) - min(map(len, slots_of(session))) > 5
+    assert max(map(len, positions_of(session))) - min(map(len, positions_of(session))) > 5
 
 
 def test_pinned_entries_stay_bit_for_bit(new_session: NewSession) -> None:
     session = new_session()
-    exact = [layer.exact_entries(0, 4) for layer in session._context.cache.compactable]
+    exact = [layer.exact_entries(0, 4) for layer in layers_of(session)]
     exact = [(key.clone(), value.clone()) for key, value in exact]
     session.compact(0.5)
     session.compact(1.0)
-    for layer, (key, value) in zip(session._context.cache.compactable, exact, strict=True):
+    for layer, (key, value) in zip(layers_of(session), exact, strict=True):
         for head in range(layer.slots.num_heads):
             slots = layer.slots.head(head)
             is_pinned = slots.ranks == PINNED_RANK
@@ -104,7 +105,7 @@ def test_the_fit_is_closer_than_eviction_of_the_same_slots(new_session: NewSessi
 
 def test_eviction_keeps_the_original_values_and_no_bias(new_session: NewSession) -> None:
     session = new_session(fit="nothing")
-    layer = session._context.cache.compactable[0]
+    layer = layers_of(session)[0]
     key, value = (entries.clone() for entries in layer.exact_entries(0, 239))
     session.compact(1.0)
     slots = layer.slots.head(1)
@@ -117,8 +118,8 @@ def test_eviction_keeps_the_original_values_and_no_bias(new_session: NewSession)
 def test_shrinking_in_steps_or_at_once_keeps_the_same_slots(new_session: NewSession) -> None:
     session = new_session()
     session.compact(1.0)
-    (segment,) = session._context.cache.segments
-    slots = session._context.cache.compactable[0].slots
+    (segment,) = cache_of(session).segments
+    slots = layers_of(session)[0].slots
     half, third = replace(segment, num_slots=segment.num_slots // 2), replace(segment, num_slots=segment.num_slots // 3)
     assert slots.cut([half]).cut([third]).positions.tolist() == slots.cut([third]).positions.tolist()
 
@@ -126,13 +127,13 @@ def test_shrinking_in_steps_or_at_once_keeps_the_same_slots(new_session: NewSess
 def test_older_segments_shrink_to_the_bound_and_are_never_re_ranked(new_session: NewSession) -> None:
     session = new_session(max_compact_tokens=40)
     session.compact(0.4)
-    before = slots_of(session)
+    before = positions_of(session)
     session.append(TOKENS)
     session.compact(1.0)
-    assert session._context.cache.num_compact_slots <= 40
-    (first, second) = session._context.cache.segments
+    assert cache_of(session).num_compact_slots <= 40
+    (first, second) = cache_of(session).segments
     assert first.num_slots / first.num_tokens == pytest.approx(second.num_slots / second.num_tokens, rel=0.05)
-    for old, new in zip(before, slots_of(session), strict=True):
+    for old, new in zip(before, positions_of(session), strict=True):
         assert {position for position in new if position < first.end} <= set(old)
 
 
@@ -141,7 +142,7 @@ def test_refit_puts_one_segment_in_the_place_of_all(new_session: NewSession) -> 
     session.compact(0.5)
     session.append(TOKENS)
     session.compact(1.0)
-    cache = session._context.cache
+    cache = cache_of(session)
     assert cache.segments == (Segment(4, 479, cache.segments[0].num_slots),)
     assert cache.num_compact_slots == pytest.approx(0.25 * 475, abs=1)
     assert torch.isfinite(session.logits(TOKENS[:5])).all()
@@ -162,9 +163,9 @@ def test_refit_carries_the_bias_of_what_it_compacts_again(new_session: NewSessio
     session.compact(1.0)
     expected = session.logits(TOKENS[:20])
     branch = session.fork(
-        policy=session._context.policy.model_copy(update={"recompaction": "refit", "keep_ratio": 1.0})
+        policy=context_of(session).policy.model_copy(update={"recompaction": "refit", "keep_ratio": 1.0})
     )
-    branch._context.policy = branch._context.policy.model_copy(update={"max_compact_tokens": 500})
+    context_of(branch).policy = context_of(branch).policy.model_copy(update={"max_compact_tokens": 500})
     branch.append(TOKENS[:2])
     session.append(TOKENS[:2])
     branch.compact(1.0)
@@ -183,7 +184,7 @@ def test_a_key_selection_of_ones_own_is_used(new_session: NewSession) -> None:
 
     session = new_session(key_selection=Newest(), head_budget="uniform")
     session.compact(1.0)
-    assert all(min(positions[4:]) > 170 for positions in slots_of(session))
+    assert all(min(positions[4:]) > 170 for positions in positions_of(session))
 
 
 def test_named_selections_are_those_of_the_solver() -> None:
@@ -196,7 +197,7 @@ def test_a_compaction_is_repeatable(new_session: NewSession) -> None:
     first, second = new_session(), new_session()
     first.compact(0.7)
     second.compact(0.7)
-    assert slots_of(first) == slots_of(second)
+    assert positions_of(first) == positions_of(second)
     assert torch.equal(first.logits(TOKENS[:9]), second.logits(TOKENS[:9]))
 
 
@@ -282,7 +283,7 @@ def test_running_out_of_memory_in_self_study_leaves_the_session_as_it_was(
 def test_keys_that_are_not_finite_cannot_be_compacted_and_say_so(new_session: NewSession) -> None:
     session = new_session()
     stats = session.stats
-    key, _ = session._context.cache.compactable[1].exact_entries(20, 21)
+    key, _ = layers_of(session)[1].exact_entries(20, 21)
     key.fill_(torch.nan)
     with pytest.raises(CompactionFailed, match="not finite"):
         session.compact(0.5)
@@ -356,7 +357,7 @@ def test_keys_are_chosen_by_all_queries_with_a_gate_too(new_session: NewSession)
     gated, other = new_session(max_error=1e9), new_session()
     for session in (gated, other):
         session.compact(1.0)
-    assert slots_of(gated) == slots_of(other)
+    assert positions_of(gated) == positions_of(other)
 
 
 def test_a_compaction_above_the_gate_gets_more_slots(new_session: NewSession) -> None:
@@ -367,7 +368,7 @@ def test_a_compaction_above_the_gate_gets_more_slots(new_session: NewSession) ->
     assert doublings >= 1
     assert doublings == round(doublings) or report.num_slots == report.end - report.start
     assert report.held_out_error <= plain.held_out_error / 2
-    assert session.segments[0].num_slots == session._context.records[0].plan.newest.num_slots
+    assert session.segments[0].num_slots == records_of(session)[0].plan.newest.num_slots
     assert session.stats.kv_tokens == pytest.approx(4 + report.num_slots)
 
 
@@ -395,10 +396,10 @@ def test_a_rebuilt_session_has_the_slots_that_the_gate_gave(engine: Transformers
     policy = POLICY.model_copy(update={"max_error": 1e-6, "trigger_tokens": 96, "keep_ratio": 0.05})
     session = Memory(engine, policy).session()
     session.append(TOKENS)
-    made = session._context.records
+    made = records_of(session)
     session.rewind(session.segments[-1].end - 1)
-    assert session._context.records == made[: len(session._context.records)]
-    assert session._context.records
+    assert records_of(session) == made[: len(records_of(session))]
+    assert records_of(session)
 
 
 def test_too_few_queries_to_hold_any_out_have_no_gate(new_session: NewSession) -> None:

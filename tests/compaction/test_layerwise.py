@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from inside import cache_of, layers_of, rebuild, slots_of, state_of
 from transformers import PreTrainedModel
 
 from am_memory import Memory, MemoryPolicy, Session
@@ -35,18 +36,18 @@ def compacted(engine: TransformersEngine, **changes: object) -> list[Slots]:
     """What each layer holds of the first half of the tokens."""
     session = new_session(engine, **changes)
     session.compact(0.5)
-    slots = [layer.slots for layer in session._context.cache.compactable]
+    slots = slots_of(session)
     return [each.where(each.positions >= 4) for each in slots if each is not None]
 
 
 def one_by_one(engine: TransformersEngine) -> list[Slots]:
     """The definition: for each layer the whole model repeats anew, with the layers below compacted already."""
     session, policy = new_session(engine), POLICY
-    cache, tokens = session._context.cache, session.tokens
+    cache, tokens = cache_of(session), session.tokens
     assert isinstance(cache, KVCache)
     session.compact(0.5)
     segment = session.segments[0]
-    cache, made = new_session(engine)._context.cache, []
+    cache, made = cache_of(new_session(engine)), []
     assert isinstance(cache, KVCache)
     block_tokens = tokens[segment.start : segment.end]
     exact_queries = repeat_queries(engine, cache, block_tokens, chunk_tokens=64, on_progress=lambda *_: None)
@@ -111,7 +112,7 @@ def test_heads_have_as_many_slots_as_off_policy(engine: TransformersEngine, budg
 
 
 def test_a_calibrated_budget_is_the_same_as_off_policy(engine: TransformersEngine, tmp_path: Path) -> None:
-    cache = new_session(engine)._context.cache
+    cache = cache_of(new_session(engine))
     losses = [[0.2 * head, 0.1 * head, 0.01 * head, 0.0] for head in range(1, cache.num_heads + 1)]
     calibration = Calibration(
         fingerprint=engine.info.fingerprint, model="tiny", ratios=[0.01, 0.1, 0.4, 0.9], losses=losses
@@ -134,10 +135,10 @@ def test_older_segments_and_int8_stay_as_they_are(engine: TransformersEngine) ->
     session = new_session(engine, segment_dtype="int8")
     session.compact(0.4)
     older = session.segments
-    held = [layer.slots for layer in session._context.cache.compactable]
+    held = slots_of(session)
     session.compact(0.6)
     assert session.segments[:1] == older
-    for slots, layer in zip(held, session._context.cache.compactable, strict=True):
+    for slots, layer in zip(held, layers_of(session), strict=True):
         assert slots is not None
         assert layer.slots is not None
         again = layer.slots.where(layer.slots.positions < older[0].end)
@@ -153,10 +154,10 @@ def test_a_failure_in_the_midst_of_the_pass_leaves_the_session_as_it_was(engine:
     memory = Memory(engine, POLICY)
     session = memory.session()
     session.append(TOKENS)
-    before, logits = session._context.cache.state(), session.logits(TOKENS[:20])
+    before, logits = state_of(session), session.logits(TOKENS[:20])
     with memory.listening(fail), pytest.raises(RuntimeError, match="stop"):
         session.compact(0.5)
-    assert session._context.cache.state() == before
+    assert state_of(session) == before
     assert session.segments == ()
     assert torch.equal(session.logits(TOKENS[:20]), logits)
 
@@ -167,7 +168,7 @@ def test_rebuilt_it_is_the_same(engine: TransformersEngine) -> None:
     session.append(TOKENS[:30])
     session.compact(0.5)
     before = session.logits(TOKENS[:20])
-    session._context.rebuild(len(session.tokens), "a test")
+    rebuild(session)
     assert torch.allclose(session.logits(TOKENS[:20]), before, atol=1e-4)
 
 

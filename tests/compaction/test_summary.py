@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from inside import cache_of, layers_of, put_away_oldest, rebuild
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import rotate_half
@@ -55,7 +56,7 @@ def told_session(memory: Memory, num_tokens: int = 122) -> Session:
 def held(session: Session) -> list[Tensor]:
     """Every entry in the cache, copied."""
     entries = []
-    for layer in session._context.cache.compactable:
+    for layer in layers_of(session):
         entries += [of[:, :, : layer.length].clone() for of in (layer.buffer.key, layer.buffer.value)]
         entries += [] if layer.slots is None else [tensor.clone() for tensor in layer.slots.fields]
     return entries
@@ -71,7 +72,7 @@ def answers(session: Session) -> list[list[int]]:
 
 
 def compact_positions(session: Session) -> set[int]:
-    layers = session._context.cache.compactable
+    layers = layers_of(session)
     return {
         position
         for layer in layers
@@ -131,7 +132,7 @@ def test_a_whole_summary_is_what_transformers_reads_turned_back(
             torch.cat([one.values[:, :, :3], value, one.values[:, :, report.end :]], dim=2),
             index,
         )
-        slots = session._context.cache.compactable[index].slots
+        slots = layers_of(session)[index].slots
         ours = slots.where(slots.ranks != PINNED_RANK).key.unflatten(0, (2, 12))
         torch.testing.assert_close(ours, key[0], rtol=0, atol=1e-4)
     ids = torch.tensor([[tokens[-1], *probe[:-1]]])
@@ -188,9 +189,9 @@ def test_layers_with_sliding_windows_keep_the_block(
     new_memory: NewMemory, new_sliding_model: Callable[[], PreTrainedModel], byte_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     session = told_session(new_memory(engine=TransformersEngine(new_sliding_model(), byte_tokenizer)))
-    windows = [layer.keys.clone() for layer in session._context.cache.layers if hasattr(layer, "sliding_window")]
+    windows = [layer.keys.clone() for layer in cache_of(session).layers if hasattr(layer, "sliding_window")]
     report = session.compact(0.5)
-    after = [layer.keys for layer in session._context.cache.layers if hasattr(layer, "sliding_window")]
+    after = [layer.keys for layer in cache_of(session).layers if hasattr(layer, "sliding_window")]
     assert len(windows) == 2
     assert_same(windows, after)
     assert compact_positions(session) <= set(range(report.end - report.summary_tokens, report.end))
@@ -205,7 +206,7 @@ def test_a_rebuild_reads_the_summary_and_writes_none(new_memory: NewMemory, monk
     session.compact(0.5)
     before, records = held(session), session.snapshot().records
     monkeypatch.setattr(WRITING, lambda *_args, **_options: pytest.fail("written anew"))
-    session._context.rebuild(len(session.tokens), "test")
+    rebuild(session)
     assert_same(held(session), before)
     assert session.snapshot().records == records
 
@@ -219,14 +220,14 @@ def test_a_saved_session_has_its_summary(new_memory: NewMemory, monkeypatch: pyt
     assert loaded.snapshot().records == session.snapshot().records
     for _ in range(2):  # as saved, and rebuilt
         assert_same(held(loaded), held(session))
-        loaded._context.rebuild(len(session.tokens), "test")
+        rebuild(loaded)
 
 
 def test_a_compaction_without_a_summary_is_rebuilt_without(new_memory: NewMemory) -> None:
     session = told_session(new_memory(summary_tokens=None))
     session.compact(0.5)
     branch = session.fork(policy=POLICY)
-    branch._context.rebuild(len(session.tokens), "test")
+    rebuild(branch)
     assert_same(held(branch), held(session))
 
 
@@ -237,7 +238,7 @@ def test_recall_brings_back_the_block_and_then_the_summary(new_memory: NewMemory
     before = held(session)
     session.recall((report.start, report.end))
     torch.testing.assert_close(session.logits(probe), exact, rtol=0, atol=1e-4)
-    session._context._put_away_oldest()
+    put_away_oldest(session)
     assert_same(held(session), before)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from inside import cache_of
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,7 +34,7 @@ def compacted_cache(engine: TransformersEngine, **options: object) -> KVCache:
     session = Memory(engine, policy=policy).scratch()
     session.append(PAST)
     session.compact(0.5)
-    cache = session._context.cache
+    cache = cache_of(session)
     assert isinstance(cache, KVCache)
     return cache
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from inside import context_of
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -109,9 +110,9 @@ def test_a_pass_in_pieces_gives_the_logits_of_all_its_tokens(
     session.append(tokens[:1])
     expected = []
     for token in tokens[1:]:
-        session._context.make_room(1)
-        expected.append(session._context.forward(session._context.tokens[-1:], num_logits=1)[0])
-        session._context.tokens.append(token)
+        context_of(session).make_room(1)
+        expected.append(context_of(session).forward(context_of(session).tokens[-1:], num_logits=1)[0])
+        context_of(session).tokens.append(token)
     with torch.no_grad():
         cache = memory.cache()
         output = tiny_model(ids(tokens), **{name: cache}, return_dict=not is_tuple)
@@ -237,7 +238,7 @@ def test_room_for_as_many_as_are_sure_to_fit_can_be_made_at_any_time(
     for start in range(40, 64, 3):
         session = memory.scratch()
         session.append(some_tokens(200)[: start + 1])
-        context = session._context
+        context = context_of(session)
         assert context.make_room(most, most) == most
         context.forward(some_tokens(most, seed=1))
         assert context.cache.kv_tokens <= memory.trigger_tokens

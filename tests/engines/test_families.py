@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import transformers
+from inside import cache_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -155,7 +156,7 @@ def test_a_compaction_shrinks_the_full_layers_and_leaves_the_sliding_ones(engine
     policy = MemoryPolicy(trigger_tokens=1.0, keep_ratio=0.25, pinned=2)
     session = Memory(engine, policy).session()
     session.append(tokens())
-    cache: KVCache = session._context.cache
+    cache: KVCache = cache_of(session)
     sliding = [layer.state() for layer in cache.layers if layer.is_sliding]
     num_bytes = session.stats.kv_bytes
     session.compact(1.0)

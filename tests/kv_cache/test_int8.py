@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inside import context_of, layers_of, put_away_oldest, records_of, slots_of
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Memory, MemoryPolicy, Sampling, Session
@@ -203,10 +204,6 @@ def new_session(engine: TransformersEngine, tmp_path: Path) -> NewSession:
     return make
 
 
-def slots_of(session: Session) -> list[Slots]:
-    return [layer.slots for layer in session._context.cache.compactable]
-
-
 def assert_same_sessions(one: Session, other: Session) -> None:
     for mine, theirs in zip(slots_of(one), slots_of(other), strict=True):
         assert_same_slots(mine, theirs)
@@ -231,7 +228,7 @@ def test_bytes_are_what_is_held(new_session: NewSession) -> None:
     session = new_session(num_tokens=120)
     session.compact(0.5)
     expected = 0
-    for layer in session._context.cache.compactable:
+    for layer in layers_of(session):
         expected += 4 * 2 * HEAD_DIM * layer.num_heads * layer.buffer.capacity
         for head in range(layer.num_heads):
             num_slots = layer.slots.head(head).num_slots - 3
@@ -271,19 +268,19 @@ def test_a_recalled_segment_is_exact_and_goes_back_to_the_same_codes(new_session
     for each in (session, untouched):
         each.compact(0.5)
     (segment,) = session.recall((3, 4))
-    for slots, layer in zip(slots_of(session), exact._context.cache.compactable, strict=True):
+    for slots, layer in zip(slots_of(session), layers_of(exact), strict=True):
         key, value = layer.exact_entries(segment.start, segment.end)
         for head in range(layer.num_heads):
             held = slots.head(head).within(segment.start, segment.end)
             torch.testing.assert_close(held.key.decoded(), key[head], rtol=0, atol=1e-4)
             torch.testing.assert_close(held.value.decoded(), value[head], rtol=0, atol=1e-4)
-    session._context._put_away_oldest()
+    put_away_oldest(session)
     assert_same_sessions(session, untouched)
 
 
 def test_a_rebuilt_session_has_the_same_codes(new_session: NewSession) -> None:
     session, other = new_session(num_tokens=300), new_session("bob", 300)
-    session._context.rebuild(300, "to compare")
+    context_of(session).rebuild(300, "to compare")
     for mine, theirs in zip(slots_of(session), slots_of(other), strict=True):
         assert torch.equal(mine.key.codes, theirs.key.codes)
         assert torch.equal(mine.value.codes, theirs.value.codes)
@@ -300,7 +297,7 @@ def test_a_branch_shares_codes_and_goes_its_own_way(new_session: NewSession) -> 
 
 def test_what_is_compacted_again_is_decoded_first(new_session: NewSession) -> None:
     session = new_session(num_tokens=300, recompaction="refit")
-    assert len(session._context.records) > 1
+    assert len(records_of(session)) > 1
     assert len(session.segments) == 1
     assert all(slots.key.decoded().isfinite().all() for slots in slots_of(session))
 

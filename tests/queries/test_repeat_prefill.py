@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from inside import cache_of
 
 from am_memory import Memory, MemoryPolicy
 from am_memory.engines.transformers import TransformersEngine
@@ -26,7 +27,7 @@ def test_the_cache_is_afterwards_as_it_was(engine: TransformersEngine) -> None:
     session = Memory(engine, MemoryPolicy(trigger_tokens=1000)).session()
     session.append(TOKENS)
     before, stats = session.logits([1, 2, 3]), session.stats
-    repeat_queries(engine, session._context.cache, TOKENS[:40], chunk_tokens=16, on_progress=ignore)
+    repeat_queries(engine, cache_of(session), TOKENS[:40], chunk_tokens=16, on_progress=ignore)
     assert torch.equal(session.logits([1, 2, 3]), before)
     assert session.stats.logical_tokens == stats.logical_tokens
 

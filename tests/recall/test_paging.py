@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from inside import cache_of, context_of, layers_of, originals_of, trigger_of
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -85,7 +86,7 @@ def read_session(memory: Memory, count: int = 160, name: str = "alice") -> Sessi
 def held(session: Session) -> list[Tensor]:
     """Every entry of the cache, copied."""
     tensors = []
-    for layer in session._context.cache.compactable:
+    for layer in layers_of(session):
         tensors += [layer.buffer.key[:, :, : layer.length].clone(), layer.buffer.value[:, :, : layer.length].clone()]
         tensors += [tensor.clone() for tensor in layer.slots.fields]
     return tensors
@@ -113,7 +114,7 @@ def test_a_recalled_segment_holds_what_was_read(new_memory: NewMemory, place: st
     session.append(some_tokens(120))
     session.compact(1.0)
     assert session.recall((50, 51)) == [Segment(3, 119, session.segments[0].num_slots)] == list(session.recalled)
-    for mine, whole in zip(session._context.cache.compactable, exact._context.cache.compactable, strict=True):
+    for mine, whole in zip(layers_of(session), layers_of(exact), strict=True):
         key, value = whole.exact_entries(0, 119)
         for head in range(mine.num_heads):
             slots = mine.slots.head(head)
@@ -142,7 +143,7 @@ def test_a_recalled_segment_takes_its_room(new_memory: NewMemory) -> None:
     before, segment = session.stats, session.segments[0]
     session.recall(segment)
     after = session.stats
-    num_heads = session._context.cache.num_heads
+    num_heads = cache_of(session).num_heads
     assert after.kv_tokens == pytest.approx(before.kv_tokens + segment.num_tokens - segment.num_slots / num_heads)
     assert after.kv_bytes > before.kv_bytes
     assert after.originals_bytes > before.originals_bytes
@@ -197,7 +198,7 @@ def test_the_trigger_puts_away_what_is_recalled_before_it_compacts(new_memory: N
     session = roomy_session(new_memory(on_event=events.append))
     num_compactions, segment = session.stats.num_compactions, session.segments[0]
     session.recall(segment)
-    free = int(session._context.trigger - session.stats.kv_tokens)
+    free = int(trigger_of(session) - session.stats.kv_tokens)
     session.append(some_tokens(free + 2, seed=1))
     assert session.recalled == ()
     assert session.stats.num_compactions == num_compactions
@@ -207,11 +208,11 @@ def test_the_trigger_puts_away_what_is_recalled_before_it_compacts(new_memory: N
 
 def test_a_recall_makes_room_by_compacting_what_is_exact(new_memory: NewMemory) -> None:
     session = roomy_session(new_memory())
-    session.append(some_tokens(int(session._context.trigger - session.stats.kv_tokens), seed=1))
+    session.append(some_tokens(int(trigger_of(session) - session.stats.kv_tokens), seed=1))
     num_compactions = session.stats.num_compactions
     session.recall((3, 4))
     assert session.stats.num_compactions > num_compactions
-    assert session.stats.kv_tokens <= session._context.trigger
+    assert session.stats.kv_tokens <= trigger_of(session)
 
 
 def test_what_can_never_fit_is_refused_and_nothing_changes(new_memory: NewMemory) -> None:
@@ -258,7 +259,7 @@ def test_generation_goes_on_over_recalled_segments(new_memory: NewMemory) -> Non
 
 def test_originals_tile_what_is_compacted(new_memory: NewMemory) -> None:
     session = read_session(new_memory(), 500)
-    spans = [(original.start, original.end) for original in session._context.originals]
+    spans = [(original.start, original.end) for original in originals_of(session)]
     assert spans == [(segment.start, segment.end) for segment in session.segments]
     num_numbers = sum(end - start for start, end in spans) * 3 * 2 * 2 * 16  # layers, keys and values, heads, head_dim
     assert session.stats.originals_bytes == 4 * num_numbers
@@ -311,7 +312,7 @@ def test_a_branch_shares_originals_and_recalls_for_itself(new_memory: NewMemory)
     branch.recall((0, 50))
     assert session.recalled == ()
     assert_same(held(session), before)
-    assert branch._context.originals is session._context.originals
+    assert originals_of(branch) is originals_of(session)
 
 
 def test_a_branch_of_a_session_with_a_recall_has_it_too(new_memory: NewMemory) -> None:
@@ -338,11 +339,10 @@ def test_a_rebuilt_session_can_be_recalled_from(new_memory: NewMemory) -> None:
     num_tokens = session.segments[-1].end - 1
     session.rewind(num_tokens)
     assert session.recalled == ()
-    assert [original.end for original in session._context.originals] == [each.end for each in session.segments]
+    assert [original.end for original in originals_of(session)] == [each.end for each in session.segments]
     (segment,) = session.recall((3, 4))
     (mine,), (theirs,) = (
-        [original for original in each._context.originals if original.start == segment.start]
-        for each in (session, other)
+        [original for original in originals_of(each) if original.start == segment.start] for each in (session, other)
     )
     for (key, value), (their_key, their_value) in zip(mine.layers(), theirs.layers(), strict=True):
         torch.testing.assert_close(key, their_key, rtol=0, atol=1e-5)
@@ -363,7 +363,7 @@ def test_a_resumed_session_has_what_was_recalled(new_memory: NewMemory, place: s
     for each in (session, resumed):
         each.compact(1.0)
     assert_same(held(resumed), held(session))
-    assert isinstance(resumed._context.originals[0], FileOriginal) == (place == "disk")
+    assert isinstance(originals_of(resumed)[0], FileOriginal) == (place == "disk")
 
 
 def test_originals_that_did_not_change_are_written_once(new_memory: NewMemory, tmp_path: Path) -> None:
@@ -498,7 +498,7 @@ def test_before_anything_is_compacted_nothing_is_found(new_memory: NewMemory) ->
 def test_a_score_is_what_the_definition_gives(new_memory: NewMemory) -> None:
     """By full softmax over the originals, one query head at a time."""
     session = roomy_session(new_memory())
-    context, (original,) = session._context, session._context.originals
+    context, (original,) = context_of(session), originals_of(session)
     text, neutral = (
         taken_queries(session.engine, context.cache, some_tokens(count, seed=count), 4) for count in (9, 6)
     )
@@ -524,7 +524,7 @@ def test_a_score_is_what_the_definition_gives(new_memory: NewMemory) -> None:
 @pytest.mark.parametrize("originals", ["drop", "host"])
 def test_every_key_is_counted_once(new_memory: NewMemory, originals: str) -> None:
     session = read_session(new_memory(originals=originals), 400)
-    cache, kept = session._context.cache, session._context.originals
+    cache, kept = cache_of(session), originals_of(session)
     for layer in range(3):
         for head in range(2):
             keys = [each for each in held_keys(cache, kept) if (each.layer, each.head) == (layer, head)]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from inside import context_of, originals_of
 
 from am_memory import Memory, MemoryPolicy, Sampling, Session
 from am_memory.engines.transformers import TransformersEngine
@@ -51,7 +52,7 @@ def read_session(memory: Memory) -> Session:
 
 
 def spans(session: Session) -> list[tuple[int, int]]:
-    return [(original.start, original.end) for original in session._context.originals]
+    return [(original.start, original.end) for original in originals_of(session)]
 
 
 def lost(events: list[Event]) -> list[tuple[int, int]]:
@@ -80,7 +81,7 @@ def test_a_recall_of_what_was_damaged_is_refused_and_told_once(
 ) -> None:
     session = read_session(new_memory())
     before, kept = session.stats, spans(session)
-    damage(session._context.originals[-1])
+    damage(originals_of(session)[-1])
     for _ in range(2):
         with pytest.raises(InvalidInput, match=r"cannot be recalled: .* or are lost"):
             session.recall(kept[-1])
@@ -97,8 +98,8 @@ def test_a_search_does_without_what_was_damaged(new_memory: NewMemory, events: l
     session = read_session(new_memory())
     other = read_session(Memory(session.engine, POLICY.with_changes(originals="host")))
     kept = spans(session)
-    flip(session._context.originals[0], 400)
-    other._context.originals = other._context.originals[1:]
+    flip(originals_of(session)[0], 400)
+    context_of(other).originals = originals_of(other)[1:]
     assert session.search("hoo") == other.search("hoo")
     assert lost(events) == kept[:1]
 
@@ -110,7 +111,7 @@ def test_a_session_is_saved_without_what_was_damaged_and_loads(
     """One bit was saved under the sound digest, and nothing of the session could be read again."""
     session = read_session(new_memory())
     kept = spans(session)
-    damage(session._context.originals[-1])
+    damage(originals_of(session)[-1])
     session.save()
     assert lost(events) == kept[-1:]
     for path in (tmp_path / "store" / "originals").iterdir():
@@ -145,7 +146,7 @@ def test_a_disk_that_cannot_be_read_fails_no_save(
 def test_each_branch_that_had_them_tells_of_it(new_memory: NewMemory, events: list[Event]) -> None:
     session = read_session(new_memory())
     branch, kept = session.fork("bob"), spans(session)
-    flip(session._context.originals[0])
+    flip(originals_of(session)[0])
     for each in (session, branch):
         each.save()
     told = [(event.session, event.start) for event in events if isinstance(event, OriginalsLost)]
@@ -181,7 +182,7 @@ def test_what_was_damaged_in_the_store_is_missed_and_told(
 ) -> None:
     session = read_session(new_memory(place))
     session.save()
-    kept, first = spans(session), session._context.originals[0]
+    kept, first = spans(session), originals_of(session)[0]
     damage(tmp_path / "store" / "originals" / f"{first.digest}.safetensors")
     with caplog.at_level(logging.WARNING, "am_memory"):
         resumed = new_memory(place).session("alice")
@@ -212,7 +213,7 @@ def test_sound_bytes_of_something_else_are_no_originals(
 ) -> None:
     """Under a digest of their own, which the session's file names: whoever can write one can write the other."""
     session = read_session(new_memory("host"))
-    first, *others = session._context.originals
+    first, *others = originals_of(session)
     tensors = {}
     for index, (key, value) in enumerate(change(first.layers())):
         tensors[f"{index}.key"], tensors[f"{index}.value"] = key.contiguous(), value.contiguous()
@@ -222,12 +223,12 @@ def test_sound_bytes_of_something_else_are_no_originals(
     session.save()
     resumed = new_memory("host").session("alice")
     assert lost(events) == [(first.start, first.end)]
-    assert [original.digest for original in resumed._context.originals] == [original.digest for original in others]
+    assert [original.digest for original in originals_of(resumed)] == [original.digest for original in others]
 
 
 def test_the_store_itself_refuses_to_write_what_was_damaged(new_memory: NewMemory, tmp_path: Path) -> None:
     session = read_session(new_memory())
-    flip(session._context.originals[0])
+    flip(originals_of(session)[0])
     saved = session.snapshot()
     with pytest.raises(OriginalLost, match=r"were altered on the disk, in .*; what is compact stays as it is"):
         Store(str(tmp_path / "other")).save("alice", saved)

@@ -10,6 +10,7 @@ from textwrap import dedent
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from inside import shared_of
 from typer.testing import CliRunner
 
 from am_memory import Memory, MemoryPolicy, Sampling, Session
@@ -337,7 +338,7 @@ def test_a_conversation_that_another_process_deleted_while_it_is_answered_does_n
 
 def said_in(threads: Threads) -> str:
     """All that lies in the store."""
-    return str([threads.memory.saved(name).messages for name in threads.memory._shared.require_store().names()])
+    return str([threads.memory.saved(name).messages for name in shared_of(threads.memory).require_store().names()])
 
 
 def test_a_conversation_deleted_elsewhere_does_not_come_back_where_its_thread_was_begun_anew(

@@ -17,6 +17,7 @@ import torch
 from driven import read, some_tokens, write
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
+from inside import layers_of
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -755,7 +756,7 @@ def test_a_branch_that_goes_on_does_not_keep_its_parents_cache_alive(engine: Tra
     parent.append(list(range(1, 60)))
     branch = parent.fork()
     branch.append([1, 2, 3])
-    held = [weakref.ref(layer.buffer) for layer in parent._context.cache.compactable]
+    held = [weakref.ref(layer.buffer) for layer in layers_of(parent)]
     del parent
     gc.collect()
     assert [buffer() for buffer in held] == [None] * len(held)

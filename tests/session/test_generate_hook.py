@@ -10,6 +10,7 @@ from contextlib import contextmanager, redirect_stdout
 
 import pytest
 import torch
+from inside import context_of
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
@@ -131,7 +132,7 @@ def test_a_long_prompt_gives_the_logits_that_a_session_has(memory: Memory, tiny_
     session.append(prompt)
     with torch.no_grad():
         logits = tiny_model(ids(prompt), cache=memory.cache(), position_ids=ids(range(200))).logits
-    torch.testing.assert_close(logits[0, -1], session._context.next_logits(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(logits[0, -1], context_of(session).next_logits(), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("how", [SAMPLED, {"repetition_penalty": 1.3}, {"prefill_chunk_size": 30}], ids=str)

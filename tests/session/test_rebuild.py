@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from driven import some_tokens
+from inside import cache_of, context_of, records_of
 from random_operations import KINDS, POLICIES, POLICY, Driver, differences
 
 from am_memory import Memory, MemoryPolicy, Session
@@ -31,9 +32,9 @@ def memory(engine: TransformersEngine, events: list[Event], tmp_path: Path) -> M
 
 
 def assert_equals_its_rebuild(session: Session) -> None:
-    rebuilt = session._context.fork("rebuilt")
+    rebuilt = context_of(session).fork("rebuilt")
     rebuilt.rebuild(len(rebuilt.tokens), "a test")
-    assert differences(session._context, rebuilt) == []
+    assert differences(context_of(session), rebuilt) == []
 
 
 def num_rebuilt(events: list[Event]) -> int:
@@ -49,7 +50,7 @@ def test_random_operations_leave_what_their_record_gives(engine: TransformersEng
         for _ in range(4):
             driver.step()
         assert driver.differences() == [], driver.done
-    assert driver.session._context.records
+    assert records_of(driver.session)
 
 
 def test_random_operations_on_sliding_windows(
@@ -72,13 +73,13 @@ def test_a_compaction_that_saw_what_is_forgotten_is_taken_back(memory: Memory, e
     tokens = some_tokens(TRIGGER + 10)
     session.append(tokens)
     other.append(tokens[:120])
-    (made,) = session._context.records
+    (made,) = records_of(session)
     assert made.plan.newest.end < 120 < made.at_tokens
     assert not session.can_rewind(120)
     session.rewind(120)
     assert num_rebuilt(events) == 1
     assert session.segments == ()
-    assert differences(session._context, other._context) == []
+    assert differences(context_of(session), context_of(other)) == []
     assert_equals_its_rebuild(session)
 
 
@@ -94,7 +95,7 @@ def test_an_answer_that_no_compaction_saw_is_dropped_and_nothing_is_read_again(
         assert session.can_rewind(len(before.tokens))
         session.rewind(len(before.tokens))
     assert num_rebuilt(events) == 0
-    assert differences(session._context, before._context) == []
+    assert differences(context_of(session), context_of(before)) == []
     assert_equals_its_rebuild(session)
 
 
@@ -102,14 +103,12 @@ def test_a_compaction_begun_before_what_is_forgotten_stays(memory: Memory, event
     """It saw none of it: only that it was swapped in later, and is now swapped in earlier."""
     session = memory.session("one", policy=POLICY.with_changes(ahead_tokens=15))
     session.append(some_tokens(TRIGGER + 10))
-    (made,) = session._context.records
+    (made,) = records_of(session)
     num_tokens = made.at_tokens + 5
     assert not session.can_rewind(num_tokens)
     session.rewind(num_tokens)
     assert num_rebuilt(events) == 0
-    assert [(made.at_tokens, made.swapped_at) for made in session._context.records] == [
-        (made.at_tokens, num_tokens - 1)
-    ]
+    assert [(made.at_tokens, made.swapped_at) for made in records_of(session)] == [(made.at_tokens, num_tokens - 1)]
     session.append(some_tokens(20, seed=1))
     assert_equals_its_rebuild(session)
 
@@ -122,17 +121,17 @@ def test_going_back_reads_no_more_than_was_read(memory: Memory) -> None:
     session.rewind(TRIGGER - 20)
     assert session.read(0) == 0
     session.append(some_tokens(TRIGGER + 10, seed=1))
-    num_read = session._context.cache.num_tokens
+    num_read = cache_of(session).num_tokens
     session.tell(some_tokens(300, seed=2))
     session.rewind(len(session.tokens) - 10)
-    assert session._context.cache.num_tokens == num_read
+    assert cache_of(session).num_tokens == num_read
     assert_equals_its_rebuild(session)
 
 
 def test_llama_cpp_takes_it_back_as_well(llama: LlamaCppEngine) -> None:
     session = Memory(llama, MemoryPolicy(trigger_tokens=96, keep_ratio=0.3, keep_recent=8, pinned=4)).session()
     session.append(some_tokens(110))
-    (made,) = session._context.records
+    (made,) = records_of(session)
     assert made.plan.newest.end < 90 < made.at_tokens
     session.rewind(90)
     assert session.segments == ()
@@ -176,13 +175,13 @@ def test_compactions_are_made_again_under_the_policy_that_they_were_made_under(
     before = POLICY.with_changes(key_selection="omp", reference_queries=("repeat", "live"), head_budget="uniform")
     session = memory.session("one", policy=before)
     session.append(some_tokens(TRIGGER + 10))
-    num_before = len(session._context.records)
+    num_before = len(records_of(session))
     branch = session.fork("branch", policy=POLICY)
     if is_saved:
         branch.save()
         branch = Memory(memory.engine, POLICY, store=tmp_path / "store").session("branch")
     branch.append(some_tokens(TRIGGER, seed=1))
-    assert len(branch._context.records) > num_before > 0
+    assert len(records_of(branch)) > num_before > 0
     assert_equals_its_rebuild(branch)
     session.save()
     resumed = Memory(memory.engine, POLICY, store=tmp_path / "store").session("one", policy=POLICY)
@@ -205,8 +204,8 @@ def test_a_branch_of_a_policy_with_a_selection_of_ones_own_is_rebuilt_and_saved(
     assert_equals_its_rebuild(branch)
     branch.save()
     resumed = Memory(memory.engine, POLICY, store=tmp_path / "store").session("branch")
-    assert [made.plan for made in resumed._context.records] == [made.plan for made in branch._context.records]
-    assert [made.policy for made in resumed._context.records] == [None]
+    assert [made.plan for made in records_of(resumed)] == [made.plan for made in records_of(branch)]
+    assert [made.policy for made in records_of(resumed)] == [None]
 
 
 def test_live_queries_that_a_compaction_did_not_have_are_not_used_when_it_is_made_again(
@@ -220,6 +219,6 @@ def test_live_queries_that_a_compaction_did_not_have_are_not_used_when_it_is_mad
     resumed = Memory(memory.engine, policy, store=tmp_path / "store").session("one")
     resumed.append(some_tokens(20, seed=1))
     session.append(some_tokens(20, seed=1))
-    assert [each._context.records[0].live_start for each in (session, resumed)] == [0, TRIGGER - 11]
+    assert [records_of(each)[0].live_start for each in (session, resumed)] == [0, TRIGGER - 11]
     for each in (session, resumed):
         assert_equals_its_rebuild(each)

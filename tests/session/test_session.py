@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from inside import cache_of, context_of, history_of, layers_of, rebuild, state_of
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -72,7 +73,7 @@ def chars(session: Session) -> str:
 
 
 def state(session: Session) -> tuple[object, ...]:
-    return session.tokens, session.messages, session._history, session.stats, session._context.cache.state()
+    return session.tokens, session.messages, history_of(session), session.stats, state_of(session)
 
 
 def stock_logits(model: PreTrainedModel, token_ids: Sequence[int]) -> Tensor:
@@ -398,7 +399,7 @@ def chat(session: Session, scripted: Callable) -> list[tuple[object, ...]]:
     seen = []
     for step in steps:
         step()
-        seen.append((session.tokens, session.messages, session._history.is_answering))
+        seen.append((session.tokens, session.messages, history_of(session).is_answering))
     return seen
 
 
@@ -409,7 +410,7 @@ def test_rewinding_to_any_step_of_a_chat_gives_what_it_was(session: Session, scr
         branch = session.fork()
         branch.rewind(len(tokens))
         assert branch.tokens == tokens
-        assert (branch.messages, branch._history.is_answering) == (messages, is_answering)
+        assert (branch.messages, history_of(branch).is_answering) == (messages, is_answering)
 
 
 def test_a_chat_goes_on_from_where_it_was_rewound_to(session: Session, scripted: Callable) -> None:
@@ -485,7 +486,7 @@ def test_rewinding_to_where_nothing_is_is_refused(session: Session, num_tokens: 
 def test_what_is_pinned_stays_exact_to_the_bit(memory: Memory, pinned: str | int, num_pinned: int) -> None:
     session = memory.session(policy=POLICY.model_copy(update={"trigger_tokens": 200, "pinned": pinned}))
     session.append([SYSTEM, USER, TOLD])
-    cache = session._context.cache
+    cache = cache_of(session)
     exact = [[entry.clone() for entry in layer.exact_entries(0, num_pinned)] for layer in cache.compactable]
     for _ in range(4):
         session.append([{"role": "user", "content": TEXT}, TOLD])
@@ -502,7 +503,7 @@ def test_what_is_pinned_stays_exact_to_the_bit(memory: Memory, pinned: str | int
 def test_without_a_system_prompt_the_sinks_are_pinned(memory: Memory) -> None:
     session = memory.session(policy=SMALL.model_copy(update={"pinned": "system"}))
     session.append([USER, {"role": "assistant", "content": TEXT * 3}])
-    assert session._context.cache.num_pinned == 4
+    assert cache_of(session).num_pinned == 4
 
 
 def test_text_before_a_pinned_system_prompt_is_pinned_with_it(memory: Memory) -> None:
@@ -510,7 +511,7 @@ def test_text_before_a_pinned_system_prompt_is_pinned_with_it(memory: Memory) ->
     session = memory.session(policy=POLICY.model_copy(update={"pinned": "system"}))
     session.append("12345")
     session.append([SYSTEM, USER])
-    assert session._context.num_pinned == 5 + len("?system\nYou are an owl.?\n?user\n")
+    assert context_of(session).num_pinned == 5 + len("?system\nYou are an owl.?\n?user\n")
 
 
 def test_a_system_prompt_that_leaves_no_room_is_refused(memory: Memory) -> None:
@@ -519,7 +520,7 @@ def test_a_system_prompt_that_leaves_no_room_is_refused(memory: Memory) -> None:
         PromptTooLong, match=r"the first 118 tokens are to stay exact .*: raise trigger_tokens from 96, or"
     ):
         session.append([{"role": "system", "content": TEXT * 2}, USER])
-    assert (session.tokens, session.messages, session._context.num_pinned) == ((), [], 4)
+    assert (session.tokens, session.messages, context_of(session).num_pinned) == ((), [], 4)
     session.append([SYSTEM, USER])
 
 
@@ -771,7 +772,7 @@ def test_a_generation_that_fails_midway_keeps_the_tokens_given_out(
     said = next(pieces).text + next(pieces).text
     before = state(session)
     with monkeypatch.context() as patch:
-        patch.setattr(session._context, "next_logits", lambda: (_ for _ in ()).throw(Boom()))
+        patch.setattr(context_of(session), "next_logits", lambda: (_ for _ in ()).throw(Boom()))
         with pytest.raises(Boom):
             next(pieces)
     assert state(session) == before
@@ -814,8 +815,8 @@ def test_sessions_of_several_threads_do_not_mix(memory: Memory) -> None:
     alone = [memory.session(f"alone {number}") for number in range(2)]
     together = [memory.session(f"together {number}", policy=SMALL) for number in range(2)]
     for number, session in enumerate(alone):
-        session._context.policy = SMALL
-        session._context.trigger = 96
+        context_of(session).policy = SMALL
+        context_of(session).trigger = 96
         session.append(f"{number} {TEXT}")
         say(session, 60)
     for number, session in enumerate(together):
@@ -832,7 +833,7 @@ def test_the_statistics_are_those_of_the_cache(memory: Memory) -> None:
     session = memory.session(policy=SMALL)
     assert session.stats.kv_bytes == session.stats.kv_tokens == session.stats.logical_tokens == 0
     session.append(TEXT * 4)
-    stats, cache = session.stats, session._context.cache
+    stats, cache = session.stats, cache_of(session)
     per_token = 2 * 16 * 4 * 6  # key and value of 16 float32, of 2 KV heads in 3 layers
     assert stats.exact_kv_bytes == per_token * (stats.logical_tokens - 1)
     assert stats.kv_bytes == sum(tensor.nbytes for layer in cache.layers for tensor in layer.tensors)
@@ -880,7 +881,7 @@ TOOL_TURN = [
 def test_the_tokens_of_a_tool_result_count_less(engine: TransformersEngine) -> None:
     session = Memory(engine, MemoryPolicy(trigger_tokens=600, tool_result_weight=0.25)).session()
     session.append(TOOL_TURN)
-    weights = session._context.history.weights(0.25, 3, len(session.tokens))
+    weights = context_of(session).history.weights(0.25, 3, len(session.tokens))
     assert weights is not None
     light = [token for token, weight in zip(session.tokens[3:], weights, strict=True) if weight == 0.25]
     assert engine.decode(light) == f"<|im_start|>tool\n{TOOL_TURN[1]['content']}<|im_end|>\n"
@@ -901,8 +902,8 @@ def test_a_tool_result_that_counts_less_gets_fewer_slots(
         session = Memory(TransformersEngine(*demo), policy).session()
         session.append(TOOL_TURN)
         session.compact(1.0)
-        (start, end), *_ = session._history.tool_results
-        positions = torch.cat([layer.slots.positions for layer in session._context.cache.compactable])
+        (start, end), *_ = history_of(session).tool_results
+        positions = torch.cat([layer.slots.positions for layer in layers_of(session)])
         shares.append(float(((positions >= start) & (positions < end)).float().mean()))
     assert shares[1] < most * shares[0]
 
@@ -913,7 +914,7 @@ def test_a_rebuilt_session_weighs_tool_results_as_before(engine: TransformersEng
     session.append(TOOL_TURN)
     session.compact(1.0)
     expected = session.logits("ships")
-    session._context.rebuild(len(session.tokens), "a test")
+    rebuild(session)
     assert torch.equal(session.logits("ships"), expected)
 
 
@@ -926,7 +927,7 @@ def test_what_nobody_uses_any_more_is_freed_at_once(memory: Memory) -> None:
         session.append(TEXT * 6)
         branch = session.fork("bob")
         branch.append(TEXT)
-        caches = [weakref.ref(each._context.cache) for each in (session, branch)]
+        caches = [weakref.ref(cache_of(each)) for each in (session, branch)]
         assert session.stats.num_compactions > 0
         del session, branch
         for name in ("alice", "bob"):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inside import cache_of, context_of, layers_of, rebuild
 from pydantic import TypeAdapter
 
 from am_memory import Memory, MemoryPolicy, Sampling, Session
@@ -154,7 +155,7 @@ def test_leaving_the_window_says_that_what_is_old_moves(new_memory: NewMemory) -
 def test_only_keys_turn_and_pinned_ones_go_with_the_oldest_segment(new_memory: NewMemory, monkeypatch) -> None:
     session = read_session(new_memory())
     monkeypatch.setattr("am_memory.compaction.plan.within_reach", lambda segments, *_: segments)
-    context = session._context
+    context = context_of(session)
     still = context.fork("still")
     before, fitted = still.cache.state(), plan(POLICY, still.sizes, still.trigger)
     far = Plan(tuple(replace(each, shift=each.shift + 50) for each in fitted.segments[:-1]) + fitted.segments[-1:])
@@ -175,29 +176,29 @@ def test_only_keys_turn_and_pinned_ones_go_with_the_oldest_segment(new_memory: N
 
 def test_a_rebuild_gives_the_same_cache(new_memory: NewMemory) -> None:
     session = read_session(new_memory())
-    before = session._context.fork("before")
-    session._context.rebuild(len(session.tokens), "a test")
-    assert_same_cache(session._context, before, atol=1e-5)
+    before = context_of(session).fork("before")
+    rebuild(session)
+    assert_same_cache(context_of(session), before, atol=1e-5)
 
 
 def test_rewinding_into_a_compacted_span_goes_back_to_where_segments_stood(new_memory: NewMemory) -> None:
     session = new_memory().session()
     session.append(some_tokens(130))
-    earlier = session._context.fork("earlier")
+    earlier = context_of(session).fork("earlier")
     session.append(some_tokens(300, seed=1))
     assert session.segments[0].shift > 0
     session.rewind(130)
-    assert_same_cache(session._context, earlier, atol=1e-5)
+    assert_same_cache(context_of(session), earlier, atol=1e-5)
 
 
 def test_a_saved_session_goes_on_as_if_it_had_not_been_saved(new_memory: NewMemory) -> None:
     session = read_session(new_memory())
     session.save()
     resumed = new_memory().session("alice")
-    assert_same_cache(resumed._context, session._context)
+    assert_same_cache(context_of(resumed), context_of(session))
     for each in (session, resumed):
         each.append(some_tokens(200, seed=1))
-    assert_same_cache(resumed._context, session._context)
+    assert_same_cache(context_of(resumed), context_of(session))
 
 
 def test_segments_that_were_saved_without_a_shift_have_none() -> None:
@@ -208,14 +209,14 @@ def test_in_int8_what_moved_is_coded_again_and_a_rebuild_gives_the_same(new_memo
     plain = read_session(new_memory(max_compact_tokens=24))
     session = read_session(new_memory(max_compact_tokens=24, segment_dtype="int8"))
     assert [segment.shift for segment in session.segments] == [segment.shift for segment in plain.segments]
-    slots = session._context.cache.compactable[0].slots
+    slots = layers_of(session)[0].slots
     assert slots is not None
     assert isinstance(slots.key, Quantised)
     assert not slots.tensors[0].is_floating_point()
-    before = copy.copy(session._context)
-    before.cache = session._context.cache.fork()
-    session._context.rebuild(len(session.tokens), "to see that it is the same")
-    assert_same_cache(before, session._context)
+    before = copy.copy(context_of(session))
+    before.cache = cache_of(session).fork()
+    rebuild(session)
+    assert_same_cache(before, context_of(session))
 
 
 def test_a_fork_moves_its_own_segments(new_memory: NewMemory) -> None:
@@ -243,7 +244,7 @@ def test_a_recalled_segment_stands_where_its_slots_stood(new_memory: NewMemory) 
     session.compact(0.9)
     segment = session.segments[1]
     assert segment.shift > 0
-    context = session._context
+    context = context_of(session)
     before, original = context.fork("before"), next(o for o in context.originals if o.start == segment.start)
     assert session.recall(segment) == [segment]
     for layer, (key, _) in zip(context.cache.compactable, original.layers(), strict=True):
@@ -255,7 +256,7 @@ def test_a_recalled_segment_stands_where_its_slots_stood(new_memory: NewMemory) 
 
 def test_search_looks_at_originals_where_their_segments_stand(new_memory: NewMemory) -> None:
     session = read_session(new_memory(originals="host"))
-    context = session._context
+    context = context_of(session)
     oldest = session.segments[0]
     keys = next(each for each in held_keys(context.cache, context.originals) if int(each.positions[0]) == oldest.start)
     key = context.originals[0].layers()[keys.layer][0][keys.head]

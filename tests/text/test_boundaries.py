@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from inside import cache_of
 
 from am_memory import Memory, MemoryPolicy
 from am_memory.engines.transformers import TransformersEngine
@@ -47,7 +48,7 @@ def test_a_triggered_compaction_ends_at_a_boundary(engine: TransformersEngine) -
     memory = Memory(engine, MemoryPolicy(trigger_tokens=600, keep_ratio=0.2, keep_recent=10))
     session = memory.session()
     session.append("The code of Carrow is 4711. " * 60)
-    texts = [engine.decode(session.tokens[made.start : made.end]) for made in session._context.cache.segments]
+    texts = [engine.decode(session.tokens[made.start : made.end]) for made in cache_of(session).segments]
     assert len(texts) > 3
     assert all(text.endswith("4711.") for text in texts)
 

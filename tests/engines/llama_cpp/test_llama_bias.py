@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from inside import cache_of, state_of
 from torch import Tensor
 
 from am_memory import Memory, MemoryPolicy, Session
@@ -34,7 +35,7 @@ def compacted(engine: Engine, *, store: Path | None = None) -> Session:
 
 def masses(session: Session) -> list[Tensor]:
     heard: list[Tensor] = []
-    cache = session._context.cache.fork()
+    cache = cache_of(session).fork()
     session.engine.forward(cache, [ord(letter) for letter in PROBE], on_query=lambda _, query, mass: heard.append(mass))
     return heard
 
@@ -55,7 +56,7 @@ def test_the_mass_that_queries_see_has_the_biases_in_it(
 
 def test_biases_are_there_and_counted(exact_llama: LlamaCppEngine) -> None:
     session = compacted(exact_llama)
-    content = session._context.cache.state()
+    content = state_of(session)
     for layer in content.layers:
         bias = layer.slots.bias.view(2, 4 + 12)
         assert not bias[:, :4].any()
@@ -68,7 +69,7 @@ def test_a_long_conversation_goes_on(exact_llama: LlamaCppEngine) -> None:
     session = Memory(exact_llama, POLICY.model_copy(update={"trigger_tokens": 120})).session()
     for _ in range(6):
         session.append(TEXT)
-    content = session._context.cache.state()
+    content = state_of(session)
     assert session.stats.num_compactions > 5
     assert {bias.shape for bias in content.biases} == {(2, content.base_cells)}
     assert session.logits(PROBE).isfinite().all()

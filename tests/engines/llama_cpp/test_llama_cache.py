@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from inside import context_of, rebuild, state_of
 from torch import Tensor
 
 from am_memory import Memory, MemoryPolicy, Session
@@ -71,7 +72,7 @@ def test_a_fit_of_nothing_is_the_same_cells(new_session: NewSession) -> None:
 def test_every_head_has_a_slot_in_every_cell(new_session: NewSession) -> None:
     session = new_session()
     report = session.compact(0.5)
-    content = session._context.cache.state()
+    content = state_of(session)
     (num_cells,) = content.segment_cells
     assert num_cells == int(report.num_slots) == content.base_cells - 4
     for layer in content.layers:
@@ -87,15 +88,15 @@ def test_the_cache_takes_the_cells_that_it_says(new_session: NewSession, llama: 
     session.compact(0.5)
     stats, cell_bytes = session.stats, 3 * 2 * 2 * 16 * 4  # layers, keys and values, heads, head_dim, float32
     assert stats.kv_bytes == stats.kv_tokens * cell_bytes < before.kv_bytes == before.kv_tokens * cell_bytes
-    assert session._context.cache.state().sequence.blob.nbytes < stats.kv_bytes + 20 * stats.kv_tokens + 300
+    assert state_of(session).sequence.blob.nbytes < stats.kv_bytes + 20 * stats.kv_tokens + 300
     assert stats.exact_kv_bytes == 99 * cell_bytes
 
 
 def test_pinned_and_recent_cells_stay_as_they_are(new_session: NewSession) -> None:
     session = new_session()
-    old = session._context.cache.state().cells
+    old = state_of(session).cells
     session.compact(0.5)
-    content = session._context.cache.state()
+    content = state_of(session)
     new, tail = content.cells, content.num_tail_tokens
     for before, after in zip((*old.keys, *old.values), (*new.keys, *new.values), strict=True):
         assert (before.rows[:4] == after.rows[:4]).all()
@@ -129,7 +130,7 @@ def test_older_segments_shrink_by_whole_cells(new_session: NewSession) -> None:
     sizes = []
     for _ in range(4):
         session.append(TEXT)
-        sizes.append(session._context.cache.state().segment_cells)
+        sizes.append(state_of(session).segment_cells)
     assert sum(sizes[-1]) <= 16
     assert all(later <= earlier for earlier, later in zip(sizes[0], sizes[-1], strict=False))
 
@@ -140,7 +141,7 @@ def test_cutting_depends_on_the_size_alone(new_session: NewSession) -> None:
     for ratio in (0.2, 0.4):
         session = new_session(keep_ratio=ratio, fit="nothing", trigger_tokens=300, max_compact_tokens=60)
         session.compact(0.5)
-        content = session._context.cache.state()
+        content = state_of(session)
         cells.append(content.cells.take(slice(4, 4 + 8)))
     for few, many in zip(cells[0].keys, cells[1].keys, strict=True):
         assert (few.rows == many.rows).all()
@@ -217,7 +218,7 @@ def test_what_gets_out_of_reach_moves_up(narrow: Memory) -> None:
     """The keys are those of the same text at later positions; pinned ones go with the oldest segment."""
     session = narrow.session()
     session.append(TEXT * 2)
-    context, moved = session._context, 0
+    context, moved = context_of(session), 0
     for token in narrow.tokenize(TEXT * 2):
         old = context.cache.state()
         session.append([token])
@@ -246,7 +247,7 @@ def test_what_was_moved_up_is_saved_and_rebuilt_as_it_is(narrow: Memory) -> None
     assert session.segments[0].shift > 0
     before = session.logits(PROBE)
     session.save()
-    session._context.rebuild(len(session.tokens), "a test")
+    rebuild(session)
     assert_same(session.logits(PROBE), before)
     loaded = Memory(narrow.engine, POLICY, store=narrow.store).session("alice")
     assert loaded.segments == session.segments
@@ -258,7 +259,7 @@ def test_a_summary_takes_the_place_of_a_block(new_session: NewSession) -> None:
     report = session.compact(0.9)
     assert 0 < report.summary_tokens <= 12
     compacted = session.logits(PROBE)
-    session._context.rebuild(len(session.tokens), "a test")
+    rebuild(session)
     assert_same(session.logits(PROBE), compacted)
 
 
@@ -341,9 +342,9 @@ def test_a_fork_that_goes_on_first_copies_nothing(new_session: NewSession) -> No
     session = new_session()
     branch = session.fork()
     branch.append(" Cats do not.")
-    assert branch._context.cache.state().sequence is session._context.cache.state().sequence
+    assert state_of(branch).sequence is state_of(session).sequence
     session.append(" Dogs do.")
-    assert branch._context.cache.state().sequence is not session._context.cache.state().sequence
+    assert state_of(branch).sequence is not state_of(session).sequence
 
 
 def test_a_fork_that_is_rewound_leaves_the_other_alone(new_session: NewSession) -> None:
@@ -413,7 +414,7 @@ def test_a_cache_of_ragged_heads_is_not_taken(llama: LlamaCppEngine, engine: Tra
     session = Memory(engine, POLICY).session()
     session.append(TEXT[:100])
     session.compact(0.5)
-    state = session._context.cache.state()
+    state = state_of(session)
     assert any(isinstance(layer, TailState) for layer in state.layers)
     with pytest.raises(CorruptSession, match="whose heads differ in their slots"):
         llama.new_cache().restore(state)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from gguf_file import write_gguf
+from inside import cache_of, state_of
 from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -75,7 +76,7 @@ def test_logits_are_those_of_the_other_engine(gemma: LlamaCppEngine, byte_tokeni
 def test_only_layers_without_a_window_are_compacted(memory: Memory) -> None:
     session = memory.session()
     session.append(TOKENS[:110])
-    cache = session._context.cache
+    cache = cache_of(session)
     assert len(cache.compactable) == 2
     whole = session.stats
     session.compact(1.0)
@@ -143,7 +144,7 @@ def test_a_saved_session_goes_on_with_its_windows(memory: Memory, gemma: LlamaCp
     session = memory.session("alice")
     session.append(TOKENS[:150])
     expected = session.logits(TOKENS[150:160])
-    windows = [layer for layer in session._context.cache.state().layers if isinstance(layer, SlidingState)]
+    windows = [layer for layer in state_of(session).layers if isinstance(layer, SlidingState)]
     assert len(windows) == 4
     session.save()
     again = Memory(gemma, POLICY, store=memory.store).session("alice")
@@ -153,7 +154,7 @@ def test_a_saved_session_goes_on_with_its_windows(memory: Memory, gemma: LlamaCp
 def test_windows_of_another_model_are_refused(memory: Memory, gemma: LlamaCppEngine) -> None:
     session = memory.session()
     session.append(TOKENS[:50])
-    content = session._context.cache.state()
+    content = state_of(session)
 
     class Saved:
         layers = content.layers[:-1]

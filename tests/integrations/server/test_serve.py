@@ -8,6 +8,7 @@ from typing import Any
 import am_memory_server.serve
 import pytest
 from am_memory_server import ServerSettings
+from inside import shared_of
 from typer.testing import CliRunner
 
 from am_memory import Memory, MemoryPolicy
@@ -46,7 +47,7 @@ def test_every_option_reaches_the_server(started: list[tuple[Memory, ServerSetti
     assert result.exit_code == 0, result.output
     ((memory, settings),) = started
     assert (memory.policy.trigger_tokens, memory.policy.keep_ratio) == (300, 0.5)
-    assert memory._shared.require_store().url == str(tmp_path)
+    assert shared_of(memory).require_store().url == str(tmp_path)
     assert settings == ServerSettings(
         model_name="demo",
         host="0.0.0.0",
