@@ -148,9 +148,9 @@ def _commands() -> Iterator[str]:
     assert isinstance(group, click.Group | typer.core.TyperGroup)
     for name, command in sorted(group.commands.items()):
         yield f"am-memory {name}"
-        for option in command.params:
-            spelled = "/".join([*option.opts, *option.secondary_opts])
-            yield f"    {spelled} = {option.default!r}"
+        for parameter in sorted(command.params, key=lambda one: one.opts[0] if one.param_type_name == "option" else ""):
+            spelled = "/".join([*parameter.opts, *parameter.secondary_opts])
+            yield f"    {spelled} = {parameter.default!r}"
 
 
 if __name__ == "__main__":
