@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from am_memory.conversations.chat_answer import ChatAnswer, Delta
-from am_memory.conversations.threads import Turn
+from am_memory.conversations.turn import Turn
 from am_memory.errors import CompactionFailed
 
 
@@ -60,10 +60,8 @@ def answer_chat(answer: ChatAnswer, *, max_retries: int = 0) -> Iterator[ChatSte
         turn.encode()
     else:
         yield HostWork(turn.encode)
-    turn.tell()
-    total = len(turn.session.tokens) - turn.num_cached_tokens
     for left in _read(turn, max_retries):
-        yield PromptProgress(left, total)
+        yield PromptProgress(left, len(turn.session.tokens) - turn.num_cached_tokens)
     yield from answer.generate()
     turn.take(answer.message)
     yield HostWork(turn.save)

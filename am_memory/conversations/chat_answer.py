@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from am_memory.conversations.answer_format import AnswerFormat
+from am_memory.conversations.branch_store import PendingCall
 from am_memory.conversations.chat_request import ChatRequest
-from am_memory.conversations.threads import Call, Threads, Turn
+from am_memory.conversations.prompts import Prompt
+from am_memory.conversations.threads import Threads
 from am_memory.conversations.tool_calls import InvalidCall, ParsedCall, ToolCallStream, answer_text
+from am_memory.conversations.turn import ChatTurn
 from am_memory.session.session import Piece, Session, TokenLogprob
 
 FinishReason = Literal["stop", "length", "tool_calls"]
@@ -55,7 +58,7 @@ class Delta:
 
 
 @dataclass(frozen=True)
-class Usage:
+class TokenUsage:
     """Tokens of one call. `cached_tokens` are those of the prompt that were not read again."""
 
     prompt_tokens: int
@@ -69,14 +72,14 @@ class ChatAnswer:
     Making it needs no device, but may take long: it compiles the grammar and looks for saved branches in the store.
 
     Args:
-        call: a call that `threads.called` has registered already; None: it is registered here.
+        call: a call that `threads.register_call` has registered already; None: it is registered here.
 
     Raises:
         InvalidInput: the messages, the tools, `tool_choice` or a schema cannot be used.
         UnsupportedOperation: the engine's tokenizer cannot be constrained.
     """
 
-    def __init__(self, threads: Threads, request: ChatRequest, call: Call | None = None) -> None:
+    def __init__(self, threads: Threads, request: ChatRequest, call: PendingCall | None = None) -> None:
         engine = threads.memory.engine
         self.request = request
         self.format = AnswerFormat(engine, request)
@@ -87,27 +90,22 @@ class ChatAnswer:
         self._sampling = request.sampling or threads.memory.sampling
         self._num_compactions_before: int | None = None
         self._threads = threads
-        self._found = threads.find(
-            request.messages,
-            request.tools,
-            thread=request.thread,
-            owner=request.owner,
-            policy=request.policy,
-            call=call,
-        )
-        self._turn: Turn | None = None
+        policy = request.policy or threads.memory.policy
+        self._prompt = Prompt.of(engine, request.messages, request.tools, policy, request.owner)
+        self._saved = threads.find(self._prompt, call or threads.register_call(request.thread))
+        self._turn: ChatTurn | None = None
         self._calls: ToolCallStream | None = None
         if self.format.tool_format is not None and request.tool_choice != "none":
             self._calls = ToolCallStream(self.format.tool_format)
             self._text = answer_text(engine, self.format.tool_format, self._sampling.stop)
 
-    def begin(self) -> Turn:
-        """Go on from the longest branch that begins like the conversation."""
-        self._turn = self._threads.start(self._found)
+    def begin(self) -> ChatTurn:
+        """Go on from the branch that shares most with the conversation."""
+        self._turn = self._threads.start(self._prompt, self._saved)
         return self._turn
 
     @property
-    def turn(self) -> Turn:
+    def turn(self) -> ChatTurn:
         assert self._turn is not None, "begin() comes first"
         return self._turn
 
@@ -167,9 +165,9 @@ class ChatAnswer:
         return self.format.schema_error
 
     @property
-    def usage(self) -> Usage:
+    def usage(self) -> TokenUsage:
         num_prompt = len(self.session.tokens) - self.num_tokens
-        return Usage(num_prompt, self.num_tokens, self.turn.num_cached_tokens)
+        return TokenUsage(num_prompt, self.num_tokens, self.turn.num_cached_tokens)
 
     @property
     def num_compactions(self) -> int:

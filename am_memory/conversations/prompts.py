@@ -1,6 +1,6 @@
-"""What one call brings: a whole conversation, its messages told apart by digests, and where it can be cut.
+"""The prompt of one call: messages and tools, with a digest for each beginning and the places where it can be cut.
 
-All of this takes a time in proportion to what is said, and needs no device. Knows no session and no store.
+Takes time in proportion to the length of the messages, and needs no device. Knows no session and no store.
 """
 
 from __future__ import annotations
@@ -20,21 +20,25 @@ from am_memory.errors import InvalidInput
 from am_memory.policy import MemoryPolicy
 from am_memory.session.chat_history import check
 
-NUMBER = "am_memory.number"
-"""Beside what a message says, while it is prepared: which one it is."""
+SHORT_CHARS = 16_384
+"""A prompt up to this long is rendered and encoded in some milliseconds."""
+INDEX = "am_memory.index"
+"""A field that carries a message's index through `prepare`."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A conversation that something is asked about.
+class Prompt:
+    """The messages and tools of one call, as far as they are known without a device.
+
+    Entry 0 of `keys` and `num_prepared` stands for policy, tools and owner; entry n for the first n messages.
 
     Attributes:
-        keys: a digest of policy and tools, then for each message one of it and all before.
-        prepared: messages as the model's chat template takes them.
-        num_prepared: how many of these the first messages are, for each number of messages; None where what follows
-            has changed them, so that the conversation cannot be cut there.
-        tools: for the chat template; empty where the messages tell of them.
-        num_chars: about how long all of it is.
+        keys: digests; each covers everything before it, so equal keys mean equal beginnings.
+        prepared: the messages as the model's chat template takes them.
+        num_prepared: how many prepared messages the first n messages give; None where later messages change them, so
+            that the conversation cannot be cut there.
+        tools: for the chat template; empty where the prepared messages describe the tools.
+        is_short: rendering and encoding it takes no longer than a step on the device.
     """
 
     policy: MemoryPolicy
@@ -42,47 +46,53 @@ class Asked:
     prepared: tuple[Message, ...]
     num_prepared: tuple[int | None, ...]
     tools: tuple[Tool, ...]
-    num_chars: int
+    is_short: bool
 
     @classmethod
     def of(
-        cls, engine: Engine, messages: Sequence[Message], tools: Sequence[Tool], policy: MemoryPolicy, owner: str
-    ) -> Asked:
-        """Look at what a call brings.
+        cls, engine: Engine, messages: Sequence[Message], tools: Sequence[Tool], policy: MemoryPolicy, owner: str = ""
+    ) -> Prompt:
+        """Prepare the messages and tools of one call.
+
+        Args:
+            messages: the whole conversation, as OpenAI's API has it: role, content, tool_calls, tool_call_id, name.
+            tools: functions that the model may call, as OpenAI's API has them.
+            policy: conversations under different policies share no cache.
+            owner: conversations of different owners share no cache, and no answer's time reveals another owner's.
 
         Raises:
-            InvalidInput: no messages, or such as no chat template takes.
+            InvalidInput: no messages, or messages that no chat template takes.
         """
         if not messages:
             raise InvalidInput("there are no messages: give at least one")
         check(engine, messages)
-        numbered = [{**message, NUMBER: number} for number, message in enumerate(messages)]
+        numbered = [{**message, INDEX: index} for index, message in enumerate(messages)]
         prepared, template_tools = prepare(engine, numbered, tools)
-        numbers = [message.pop(NUMBER, None) for message in prepared]
-        told = [policy.model_dump(mode="json"), *map(without_strict, tools), *([{"owner": owner}] if owner else [])]
-        keys = itertools.accumulate(map(key_of, messages), next_key, initial=digest(told))
+        indices = [message.pop(INDEX, None) for message in prepared]
+        setting = [policy.model_dump(mode="json"), *map(without_strict, tools), *([{"owner": owner}] if owner else [])]
+        keys = itertools.accumulate(map(message_key, messages), chained_key, initial=digest(setting))
         return cls(
             policy,
             tuple(keys),
             tuple(prepared),
-            _num_prepared(numbers, len(messages)),
+            _num_prepared(indices, len(messages)),
             tuple(template_tools or ()),
-            sum(len(repr(each)) for each in (*prepared, *(template_tools or ()))),
+            sum(len(repr(item)) for item in (*prepared, *(template_tools or ()))) <= SHORT_CHARS,
         )
 
     @cached_property
     def cuts(self) -> tuple[int, ...]:
-        """For each number of entries of `keys`, the last place up to there at which it can be cut."""
+        """For each number of entries, the last cut up to there."""
         return last_cuts(self.num_prepared)
 
 
 def num_shared(keys: Sequence[str], others: Sequence[str]) -> int:
-    """How many of the first keys are the same; each is a digest of all before, so that few have to be compared."""
+    """How many of the first keys are equal. Each key covers all before it, so a binary search finds the number."""
     return bisect_left(range(min(len(keys), len(others))), True, key=lambda index: keys[index] != others[index])
 
 
 def last_cuts(ends: Sequence[int | None]) -> tuple[int, ...]:
-    """For each number of entries, from 0 on, the largest up to it whose last entry has an end."""
+    """For each number of entries, from 0 on, the largest number up to it whose last entry has an end."""
     found = (number if end is not None else 0 for number, end in enumerate(ends, 1))
     return tuple(itertools.accumulate(found, max, initial=0))
 
@@ -94,25 +104,25 @@ def last_common_cut(cuts: Sequence[int], others: Sequence[int], count: int) -> i
     return count
 
 
-def _num_prepared(numbers: Sequence[object], num_messages: int) -> tuple[int | None, ...]:
-    """How many prepared messages the first so many messages are, where all that follow come of later ones.
+def _num_prepared(indices: Sequence[object], num_messages: int) -> tuple[int | None, ...]:
+    """For each number of messages, how many prepared messages they give, if no later message changes these.
 
     Args:
-        numbers: of the message that each prepared one comes of; None where it has none, as it was made of those between
-            its neighbours', or of none at all.
+        indices: for each prepared message, the index of the message that it comes from. None where `prepare` made it
+            from several messages between its neighbours, or from none.
     """
-    size = len(numbers)
+    size = len(indices)
     firsts, lasts = [num_messages] * (size + 1), [-1] * (size + 1)
-    known = [number if isinstance(number, int) else None for number in numbers]
-    for index in range(size - 1, -1, -1):  # the first message of which anything from here on comes
-        number = known[index]
-        firsts[index] = firsts[index + 1] if number is None else min(number, firsts[index + 1])
-    for index in range(size):  # the last message of which anything up to here comes
-        number = known[index]
-        lasts[index + 1] = max(lasts[index], firsts[index + 1] - 1 if number is None else number)
-    for index in range(size):  # what has no number comes of the first one after all before it
-        if known[index] is None:
-            firsts[index] = min(lasts[index] + 1, firsts[index + 1])
+    known = [index if isinstance(index, int) else None for index in indices]
+    for place in range(size - 1, -1, -1):  # the first message that anything from here on comes from
+        index = known[place]
+        firsts[place] = firsts[place + 1] if index is None else min(index, firsts[place + 1])
+    for place in range(size):  # the last message that anything up to here comes from
+        index = known[place]
+        lasts[place + 1] = max(lasts[place], firsts[place + 1] - 1 if index is None else index)
+    for place in range(size):  # one without an index comes from the first message after all before it
+        if known[place] is None:
+            firsts[place] = min(lasts[place] + 1, firsts[place + 1])
     counts: list[int | None] = [None] * (num_messages + 1)
     counts[0] = 0
     for count in range(size + 1):
@@ -122,34 +132,34 @@ def _num_prepared(numbers: Sequence[object], num_messages: int) -> tuple[int | N
     return tuple(counts)
 
 
-def key_of(message: Message) -> str:
-    """A digest of what a message says; the ids of tool calls that nobody answers to are left out.
+def message_key(message: Message) -> str:
+    """A digest of one message. The ids of tool calls are left out: APIs change them.
 
     Raises:
         InvalidInput: as `digest`.
     """
-    said = {name: value for name, value in message.items() if name != "id" and value not in (None, [], "")}
-    if isinstance(calls := said.get("tool_calls"), Sequence):
-        said["tool_calls"] = [_call(call) for call in calls]
-    return digest(said)
+    fields = {name: value for name, value in message.items() if name != "id" and value not in (None, [], "")}
+    if isinstance(calls := fields.get("tool_calls"), Sequence):
+        fields["tool_calls"] = [_without_id(call) for call in calls]
+    return digest(fields)
 
 
-def next_key(before: str, key: str) -> str:
-    """A digest of a message and all before, by a digest of these and its own."""
+def chained_key(before: str, key: str) -> str:
+    """The digest of a message and of all before it, from the digest of those before and its own."""
     return digest([before, key])
 
 
-def _call(call: object) -> object:
+def _without_id(call: object) -> object:
     if not isinstance(call, Mapping) or not isinstance(function := call.get("function"), Mapping):
         return call
     return {"name": function.get("name"), "arguments": arguments_of(function.get("arguments"))}
 
 
 def digest(value: object) -> str:
-    """Of anything that JSON can hold.
+    """A digest of a value that JSON can hold.
 
     Raises:
-        InvalidInput: it cannot.
+        InvalidInput: JSON cannot hold it.
     """
     try:
         written = json.dumps(value, sort_keys=True, default=str)

@@ -1,136 +1,117 @@
 """Plain texts as completion clients send them: whole, at every call. Only the tokens that are new are read.
 
-What was read is found by the longest common beginning, in tokens. Kept in memory alone, the least recently used go
-first. Knows no messages: conversations are the work of `am_memory.conversations.threads`.
+A prompt goes on from the kept text that shares most tokens with it. Texts are kept in memory alone. Knows no messages:
+`threads.py` keeps conversations.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from am_memory.conversations.prefix_pool import PrefixPool
+from am_memory.conversations.turn import Turn
 from am_memory.errors import require_room
 from am_memory.memory import Memory
-from am_memory.session.session import Encoded, Session
+from am_memory.session.session import Session
 
 MAX_TEXTS = 32
 BLOCK_TOKENS = 65_536
-"""That are compared at once."""
+"""Tokens that are compared at once."""
 SHORT_TOKENS = 16_384
+"""A prompt up to this long is checked in some milliseconds."""
 
 
-@dataclass
-class TextTurn:
-    """One call: a session that is told the prompt; `Texts.keep` keeps it.
+@dataclass(kw_only=True)
+class TextTurn(Turn):
+    """One call with a plain text. `Texts.keep` keeps it."""
 
-    Attributes:
-        num_cached_tokens: of the prompt, how many are not read in this call.
-    """
-
-    session: Session
-    num_cached_tokens: int
     owner: str
-    _news: list[int] = field(repr=False)
-    _encoded: Encoded | None = field(default=None, repr=False)
-
-    @property
-    def is_short(self) -> bool:
-        """Whether `encode` takes no longer than a step on the device."""
-        return len(self._news) <= SHORT_TOKENS
-
-    def encode(self) -> None:
-        """Look at what the session has still to be told. Needs no device."""
-        self._encoded = self.session.encode(self._news)
-
-    def tell(self) -> None:
-        """Tell the session what was encoded."""
-        assert self._encoded is not None, "encode() comes first"
-        self.session.tell(self._encoded)
 
 
 @dataclass(frozen=True)
-class _Kept:
+class KeptText:
+    """A prompt with what was generated.
+
+    Attributes:
+        tokens: (num_tokens,), int32.
+    """
+
     owner: str
     session: Session
-    tokens: Tensor  # (num_tokens,) int32
+    tokens: Tensor
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.session.stats.kv_bytes
+
+    def num_shared(self, tokens: Tensor, owner: str) -> int:
+        """How many of its first tokens a prompt of the same owner begins with."""
+        return _num_shared(self.tokens, tokens) if self.owner == owner else 0
+
+    def can_rewind(self, count: int) -> bool:
+        """Whether it can go on from its first `count` tokens without reading anything again."""
+        return self.session.can_rewind(count)
+
+    def is_prefix_of(self, other: KeptText) -> bool:
+        """Whether the other one begins with all of this one."""
+        return other.num_shared(self.tokens, self.owner) == len(self.tokens)
 
 
 class Texts:
-    """What is kept of plain texts, on one memory.
+    """The texts that are kept, on one memory. Beyond the limits the least recently used are evicted.
 
     Args:
-        max_bytes: of all kept caches together, shared memory counted for each.
-        max_texts: kept.
+        max_bytes: of all caches together; memory that they share is counted for each.
+        max_texts: how many texts are kept.
     """
 
     def __init__(self, memory: Memory, *, max_bytes: int, max_texts: int = MAX_TEXTS) -> None:
         require_room("texts", max_bytes=max_bytes, max_texts=max_texts)
-        self.memory, self.max_bytes, self.max_texts = memory, max_bytes, max_texts
-        self._kept: tuple[_Kept, ...] = ()  # least recently used first
-
-    def begin(self, prompt: str | Sequence[int], *, owner: str = "") -> TextTurn:
-        """Find what is known of a prompt; the session has been told all of it, and reads the rest when asked.
-
-        Args:
-            prompt: a text, or token ids.
-            owner: whose it is: nothing that was read for another owner is used.
-
-        Raises:
-            InvalidInput: an empty prompt, or token ids that the model does not have.
-        """
-        turn = self.start(self.encode(prompt), owner=owner)
-        turn.encode()
-        turn.tell()
-        return turn
-
-    # The same in parts: those that need no device may be done by another thread while sessions go on
+        self.memory = memory
+        self._pool = PrefixPool[KeptText](max_bytes=max_bytes, max_entries=max_texts)
+        self._numbers = itertools.count()
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """The token ids of a prompt. Needs no device, and may take long.
 
         Raises:
-            InvalidInput: an empty prompt, or token ids that the model does not have.
+            InvalidInput: an empty prompt, or token ids outside the vocabulary.
         """
         return self.memory.scratch().encode(prompt).token_ids
 
     def start(self, token_ids: list[int], *, owner: str = "") -> TextTurn:
-        """Go on from the kept text that begins most like this one; the turn is still to be told the rest."""
-        wanted = _tensor(token_ids)
-        best, count = None, 0
-        for kept in self._kept:
-            if kept.owner == owner:
-                # The last token is always read, to see what follows it.
-                shared = min(_num_shared(kept.tokens, wanted), len(wanted) - 1)
-                if shared > count and kept.session.can_rewind(shared):
-                    best, count = kept, shared
-        if best is None:
-            return TextTurn(self.memory.scratch(), 0, owner, token_ids)
-        self._kept = (*(kept for kept in self._kept if kept is not best), best)
-        branch = best.session.fork()
-        branch.rewind(count)
-        return TextTurn(branch, count, owner, token_ids[count:])
+        """Go on from the kept text that shares most tokens with a prompt, or in a new session.
+
+        Args:
+            owner: texts of different owners share no cache.
+        """
+        wanted = _tensor(token_ids[:-1])  # the last token is always read, to predict what follows it
+        match = self._pool.longest(lambda kept: kept.num_shared(wanted, owner), KeptText.can_rewind, above=0)
+        session, count = self.memory.scratch() if match.entry is None else match.entry.session.fork(), match.num_shared
+        session.rewind(count)
+        rest = token_ids[count:]
+        return TextTurn(
+            session=session, num_cached_tokens=count, is_short=len(rest) <= SHORT_TOKENS, owner=owner, _rest=rest
+        )
 
     def keep(self, turn: TextTurn) -> None:
-        """Keep a prompt with what was generated; what it goes on from is part of it."""
-        new = _Kept(turn.owner, turn.session, _tensor(turn.session.tokens))
-        others = [
-            kept
-            for kept in self._kept
-            if kept.owner != new.owner or _num_shared(kept.tokens, new.tokens) < len(kept.tokens)
-        ]
-        sizes = [kept.session.stats.kv_bytes for kept in (*others, new)]
-        first = 0
-        while first < len(others) and (len(sizes) - first > self.max_texts or sum(sizes[first:]) > self.max_bytes):
-            first += 1
-        self._kept = (*others[first:], new)
+        """Keep a prompt with what was generated, in place of the texts that it begins with."""
+        new, name = KeptText(turn.owner, turn.session, _tensor(turn.session.tokens)), f"text {next(self._numbers)}"
+        for old_name, kept in self._pool.items():
+            if kept.is_prefix_of(new):
+                self._pool.remove(old_name)
+        self._pool.put(name, new)
+        self._pool.evict(name)
 
     @property
     def kv_bytes(self) -> int:
-        """Of all kept caches."""
-        return sum(kept.session.stats.kv_bytes for kept in self._kept)
+        """Bytes of all kept caches."""
+        return self._pool.kv_bytes
 
 
 def _tensor(token_ids: Sequence[int]) -> Tensor:
@@ -138,7 +119,7 @@ def _tensor(token_ids: Sequence[int]) -> Tensor:
 
 
 def _num_shared(tokens: Tensor, others: Tensor) -> int:
-    """How many of the first tokens are the same."""
+    """How many of the first tokens are equal."""
     size = min(len(tokens), len(others))
     for start in range(0, size, BLOCK_TOKENS):
         end = min(start + BLOCK_TOKENS, size)

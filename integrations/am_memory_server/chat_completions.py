@@ -62,7 +62,7 @@ async def create_chat_completion(body: schemas.ChatCompletionRequest, request: R
     conversation = conversation_of(body, request.headers)
     path = (owner, conversation)
     asked = _chat_request(service, body, path)
-    call = service.threads.called(asked.thread)  # now: it may be deleted while this waits for its place
+    call = service.threads.register_call(asked.thread)  # now: it may be deleted while this waits for its place
     items = service.scheduler.stream(path, _job(service, path), lambda: ChatAnswer(service.threads, asked, call))
     if not body.stream:
         return await sse.unless_disconnected(request, _whole(service, body, items))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -84,18 +84,12 @@ def _job(service: Service, body: schemas.CompletionRequest, texts: list[_Text], 
                 turn.encode()
             else:
                 yield from aside(turn.encode)
-            turn.tell()
             session = turn.session
-            text.prompt_tokens, text.cached_tokens = len(session.tokens), turn.num_cached_tokens
-
-            def read() -> Generator[None, None, None]:
-                while session.read(session.chunk_tokens):  # noqa: B023  # used up before the next prompt
-                    yield
-
-            for _ in service.heard(read(), lambda event: None):
+            text.prompt_tokens, text.cached_tokens = len(token_ids), turn.num_cached_tokens
+            for left in service.heard(turn.read(), lambda event: None):
                 post(None)
-                yield None
-            post(None)
+                if left:
+                    yield None
             pieces = session.generate(max_tokens, sampling, top_logprobs=body.logprobs)
             for piece in service.heard(pieces, lambda event: None):
                 if not text.completion_tokens:

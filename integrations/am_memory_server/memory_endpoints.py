@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
-from am_memory.conversations.threads import Branch
+from am_memory.conversations.branch import Branch
 from am_memory.errors import CompactionFailed, InvalidInput
 from am_memory.session.session import Stats
 from am_memory_server.access import Owner
@@ -95,7 +95,7 @@ class Conversations:
         if new in (yield from aside(self.threads.names)):
             raise ApiError(409, f"there is a session {new_id!r} already: choose another id", code="session_exists")
         try:
-            saved = yield from aside(lambda: self.threads.saved(thread))
+            saved = yield from aside(lambda: self.threads.load(thread))
             for save in self.threads.copying(thread, new, saved):
                 yield from aside(save)
         except InvalidInput as error:
@@ -110,7 +110,7 @@ class Conversations:
     def _newest(self, id: str) -> Steps[tuple[Branch, int]]:
         """The branch that was used last, and how many there are."""
         thread = thread_of((self.owner, id))
-        saved = yield from aside(lambda: self.threads.saved(thread))
+        saved = yield from aside(lambda: self.threads.load(thread))
         branches = self.threads.open(thread, saved)
         if not branches and thread in (yield from aside(self.threads.names)):
             raise ApiError(409, f"what is saved of {id!r} cannot be read: DELETE forgets it", code="session_unreadable")

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, TypeVar
 
+from am_memory.conversations.branch import Branch
 from am_memory.conversations.texts import Texts
-from am_memory.conversations.threads import Branch, Threads
+from am_memory.conversations.threads import Threads
 from am_memory.errors import SessionChanged, SessionDeleted, StorageError
 from am_memory.events import CompactionFinished, CompactionReport, Event, Listener
 from am_memory.memory import Memory

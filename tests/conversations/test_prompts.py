@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from am_memory import MemoryPolicy
 from am_memory.conversations import prompts
-from am_memory.conversations.prompts import Asked, key_of, last_common_cut, last_cuts, num_shared
+from am_memory.conversations.prompts import Prompt, last_common_cut, last_cuts, message_key, num_shared
 from am_memory.conversations.tool_calls import arguments_of, prepare
 from am_memory.engines.base import Message
 from am_memory.errors import InvalidInput
@@ -58,8 +58,8 @@ def messages_of(roles: str) -> list[dict[str, object]]:
     return told
 
 
-def asked_of(engine: Any, messages: Sequence[Message], tools: Sequence[Message] = ()) -> Asked:
-    return Asked.of(engine, messages, tools, MemoryPolicy(), "")
+def prompt_of(engine: Any, messages: Sequence[Message], tools: Sequence[Message] = ()) -> Prompt:
+    return Prompt.of(engine, messages, tools, MemoryPolicy())
 
 
 @pytest.mark.parametrize("written", WRITTEN.values(), ids=WRITTEN.keys())
@@ -70,7 +70,7 @@ def test_where_it_can_be_cut_the_first_messages_are_prepared_alone_as_with_the_o
 ) -> None:
     engine: Any = Template(written)
     messages, tools = messages_of(begins + roles), [TOOL] if has_tools else []
-    found = asked_of(engine, messages, tools)
+    found = prompt_of(engine, messages, tools)
     assert found.prepared == tuple(prepare(engine, messages, tools)[0])
     for count, num_prepared in enumerate(found.num_prepared[1:], 1):
         if num_prepared is not None:
@@ -92,7 +92,7 @@ def test_where_it_can_be_cut_the_first_messages_are_prepared_alone_as_with_the_o
 def test_it_can_be_cut_wherever_that_is_possible(
     written: str, roles: str, num_prepared: tuple[int | None, ...]
 ) -> None:
-    found = asked_of(Template(WRITTEN[written]), messages_of(roles)).num_prepared
+    found = prompt_of(Template(WRITTEN[written]), messages_of(roles)).num_prepared
     assert found == num_prepared
 
 
@@ -105,7 +105,7 @@ def test_messages_are_prepared_once_however_many_there_are(monkeypatch: pytest.M
         return prepare(engine, messages, tools)
 
     monkeypatch.setattr(prompts, "prepare", counting)
-    found = asked_of(Template(WRITTEN["text"]), messages_of("ua" * 800))
+    found = prompt_of(Template(WRITTEN["text"]), messages_of("ua" * 800))
     assert prepared == [1600]
     assert found.num_prepared == tuple(range(1601))
 
@@ -125,7 +125,7 @@ class Counting(Sequence[str]):
 
 
 def test_what_two_conversations_share_is_found_by_a_few_looks() -> None:
-    mine = asked_of(Template(""), messages_of("ua" * 2000)).keys
+    mine = prompt_of(Template(""), messages_of("ua" * 2000)).keys
     for count in (0, 1, 1999, 4001):
         other = Counting([*mine[:count], *(f"other {index}" for index in range(4001 - count))])
         assert num_shared(other, mine) == count
@@ -134,7 +134,7 @@ def test_what_two_conversations_share_is_found_by_a_few_looks() -> None:
 
 def test_an_equal_message_after_another_beginning_is_another() -> None:
     one, other = messages_of("uau"), messages_of("aau")
-    assert num_shared(asked_of(Template(""), one).keys, asked_of(Template(""), other).keys) == 1
+    assert num_shared(prompt_of(Template(""), one).keys, prompt_of(Template(""), other).keys) == 1
 
 
 def test_a_cut_is_one_that_both_allow() -> None:
@@ -146,7 +146,7 @@ def test_a_cut_is_one_that_both_allow() -> None:
 def test_what_is_no_message_is_refused() -> None:
     wrong: Any = ["not a message"]
     with pytest.raises(InvalidInput, match="message 0 is 'not a message'"):
-        asked_of(Template(""), wrong)
+        prompt_of(Template(""), wrong)
 
 
 # Arguments and other values that clients may nest
@@ -164,7 +164,7 @@ def calling_with(arguments: object) -> dict[str, object]:
 
 def test_calls_are_the_same_where_their_arguments_are_told_the_same() -> None:
     """Texts that are no object are told as they stand, and the second of two had been told as the first."""
-    keys = [key_of(calling_with(arguments)) for arguments in ARGUMENTS]
+    keys = [message_key(calling_with(arguments)) for arguments in ARGUMENTS]
     told = [arguments_of(arguments) for arguments in ARGUMENTS]
     pairs = [(one, other) for one in range(len(told)) for other in range(one)]
     assert all((keys[one] == keys[other]) == (told[one] == told[other]) for one, other in pairs)
@@ -198,7 +198,7 @@ def test_what_is_nested_too_deeply_is_refused(deep: object, place: str) -> None:
             said.append(calling_with({"a": deep}))
     what = "tools" if tools else "messages"
     with pytest.raises(InvalidInput, match=f"the {what} are nested too deeply: give them no more than 200 levels"):
-        asked_of(Template("text"), said, tools)
+        prompt_of(Template("text"), said, tools)
     with pytest.raises(InvalidInput, match="nested too deeply"):
         prepare(Template("text"), said, tools)  # type: ignore[arg-type]
 
@@ -206,10 +206,10 @@ def test_what_is_nested_too_deeply_is_refused(deep: object, place: str) -> None:
 @pytest.mark.parametrize("written", ["{", '{"a":'])
 def test_arguments_of_any_depth_are_told_as_they_were_written(written: str) -> None:
     text = written * DEEP
-    found = asked_of(Template("text"), [{"role": "user", "content": "hi"}, calling_with(text)])
+    found = prompt_of(Template("text"), [{"role": "user", "content": "hi"}, calling_with(text)])
     assert text in str(found.prepared[-1]["content"])
 
 
 def test_names_that_no_json_has_are_refused() -> None:
     with pytest.raises(InvalidInput, match="cannot be written as JSON"):
-        asked_of(Template("text"), [{"role": "user", "content": "hi", "x": {1: 1, "a": 1}}])
+        prompt_of(Template("text"), [{"role": "user", "content": "hi", "x": {1: 1, "a": 1}}])

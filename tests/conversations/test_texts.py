@@ -17,6 +17,15 @@ def memory(engine: TransformersEngine) -> Memory:
     return Memory(engine, POLICY)
 
 
+def begun(texts: Texts, prompt: str | list[int], *, owner: str = "") -> TextTurn:
+    """A turn that has read its prompt."""
+    turn = texts.start(texts.encode(prompt), owner=owner)
+    turn.encode()
+    for _ in turn.read():
+        pass
+    return turn
+
+
 def finished(texts: Texts, turn: TextTurn, num_tokens: int = 4) -> list[int]:
     pieces = list(turn.session.generate(num_tokens, Sampling()))
     texts.keep(turn)
@@ -25,61 +34,61 @@ def finished(texts: Texts, turn: TextTurn, num_tokens: int = 4) -> list[int]:
 
 def test_a_prompt_that_goes_on_is_read_from_where_it_was_known(memory: Memory) -> None:
     texts = Texts(memory, max_bytes=10**9)
-    finished(texts, texts.begin("once upon a time"))
-    assert texts.begin("once upon a time").num_cached_tokens == len("once upon a tim")
-    assert texts.begin("once upon another").num_cached_tokens == len("once upon a")
-    assert texts.begin("twice").num_cached_tokens == 0
+    finished(texts, begun(texts, "once upon a time"))
+    assert begun(texts, "once upon a time").num_cached_tokens == len("once upon a tim")
+    assert begun(texts, "once upon another").num_cached_tokens == len("once upon a")
+    assert begun(texts, "twice").num_cached_tokens == 0
 
 
 def test_what_is_known_changes_nothing_in_the_answer(memory: Memory) -> None:
     texts = Texts(memory, max_bytes=10**9)
-    finished(texts, texts.begin("a story of the sea, and "))
-    known = texts.begin("a story of the sea, and of ships")
+    finished(texts, begun(texts, "a story of the sea, and "))
+    known = begun(texts, "a story of the sea, and of ships")
     assert known.num_cached_tokens > 0
     fresh = Texts(memory, max_bytes=10**9)
-    assert finished(texts, known, 8) == finished(fresh, fresh.begin("a story of the sea, and of ships"), 8)
+    assert finished(texts, known, 8) == finished(fresh, begun(fresh, "a story of the sea, and of ships"), 8)
 
 
 def test_a_prompt_that_leaves_a_compacted_one_is_read_afresh(memory: Memory) -> None:
     texts = Texts(memory, max_bytes=10**9)
     long = "a prompt that is longer than the cache, and so is compacted as it is read; " * 3
-    turn = texts.begin(long)
+    turn = begun(texts, long)
     finished(texts, turn)
     assert turn.session.stats.num_compactions > 0
-    assert texts.begin(long[:100] + "?").num_cached_tokens == 0
-    assert texts.begin([*turn.session.tokens, 65]).num_cached_tokens > len(long)
+    assert begun(texts, long[:100] + "?").num_cached_tokens == 0
+    assert begun(texts, [*turn.session.tokens, 65]).num_cached_tokens > len(long)
 
 
 def test_nothing_is_known_of_another_owners_text(memory: Memory) -> None:
     texts = Texts(memory, max_bytes=10**9)
-    finished(texts, texts.begin("a secret", owner="ada"))
-    assert texts.begin("a secret", owner="ada").num_cached_tokens > 0
-    assert texts.begin("a secret", owner="bob").num_cached_tokens == 0
+    finished(texts, begun(texts, "a secret", owner="ada"))
+    assert begun(texts, "a secret", owner="ada").num_cached_tokens > 0
+    assert begun(texts, "a secret", owner="bob").num_cached_tokens == 0
 
 
 def test_what_is_kept_is_bounded_in_number_and_bytes(memory: Memory) -> None:
     for texts, num_kept in ((Texts(memory, max_bytes=10**9, max_texts=2), 2), (Texts(memory, max_bytes=1), 1)):
         for text in ("one", "two", "six"):
-            finished(texts, texts.begin(text))
-        assert sum(texts.begin(text).num_cached_tokens > 0 for text in ("one", "two", "six")) <= num_kept
-        assert texts.begin("six").num_cached_tokens > 0
+            finished(texts, begun(texts, text))
+        assert sum(begun(texts, text).num_cached_tokens > 0 for text in ("one", "two", "six")) <= num_kept
+        assert begun(texts, "six").num_cached_tokens > 0
 
 
 def test_the_least_recently_used_goes_first(memory: Memory) -> None:
     """The oldest went first, however often it was asked for."""
     texts = Texts(memory, max_bytes=10**9, max_texts=2)
-    finished(texts, texts.begin("one"))
-    finished(texts, texts.begin("two"))
-    assert texts.begin("once").num_cached_tokens == len("on")
-    finished(texts, texts.begin("six"))
-    assert [texts.begin(text).num_cached_tokens > 0 for text in ("one", "two", "six")] == [True, False, True]
+    finished(texts, begun(texts, "one"))
+    finished(texts, begun(texts, "two"))
+    assert begun(texts, "once").num_cached_tokens == len("on")
+    finished(texts, begun(texts, "six"))
+    assert [begun(texts, text).num_cached_tokens > 0 for text in ("one", "two", "six")] == [True, False, True]
 
 
 def test_a_text_that_goes_on_takes_the_place_of_its_beginning(memory: Memory) -> None:
     texts = Texts(memory, max_bytes=10**9)
-    finished(texts, first := texts.begin("one"))
+    finished(texts, first := begun(texts, "one"))
     num_bytes = texts.kv_bytes
-    finished(texts, texts.begin([*first.session.tokens, 65]))
+    finished(texts, begun(texts, [*first.session.tokens, 65]))
     assert texts.kv_bytes < 2 * num_bytes + 10**4
 
 
@@ -87,4 +96,4 @@ def test_limits_and_prompts_that_cannot_be_are_refused(memory: Memory) -> None:
     with pytest.raises(InvalidInput, match="max_bytes is 0"):
         Texts(memory, max_bytes=0)
     with pytest.raises(InvalidInput, match="empty"):
-        Texts(memory, max_bytes=1).begin("")
+        Texts(memory, max_bytes=1).encode("")

@@ -10,8 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from am_memory import Memory, MemoryPolicy, Piece, Sampling, Session
-from am_memory.conversations.prompts import key_of
-from am_memory.conversations.threads import Branch, Threads, Turn
+from am_memory.conversations.branch import Branch
+from am_memory.conversations.prompts import message_key
+from am_memory.conversations.threads import Threads
+from am_memory.conversations.turn import ChatTurn
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidInput
 
@@ -29,7 +31,7 @@ def user(text: str) -> dict[str, object]:
     return {"role": "user", "content": text}
 
 
-def answer(turn: Turn, num_tokens: int = 4) -> dict[str, object]:
+def answer(turn: ChatTurn, num_tokens: int = 4) -> dict[str, object]:
     """Generate greedily, keep the conversation, and give the answer as a message."""
     message = {"role": "assistant", "content": "".join(piece.text for piece in generate(turn.session, num_tokens))}
     turn.keep(message)
@@ -281,8 +283,8 @@ def test_a_key_ignores_the_ids_of_calls_and_the_form_of_their_arguments() -> Non
         function = {"name": "look", "arguments": arguments}
         return {"role": "assistant", "content": "", "tool_calls": [{"id": call_id, "function": function}]}
 
-    assert key_of(call("1", '{"a": 1,  "b": 2}')) == key_of(call("2", {"b": 2, "a": 1}))
-    assert key_of(call("1", {"a": 1})) != key_of(call("1", {"a": 2}))
+    assert message_key(call("1", '{"a": 1,  "b": 2}')) == message_key(call("2", {"b": 2, "a": 1}))
+    assert message_key(call("1", {"a": 1})) != message_key(call("1", {"a": 2}))
 
 
 STEPS = st.lists(

@@ -20,7 +20,9 @@ from typer.testing import CliRunner
 
 from am_memory import Memory, MemoryPolicy, Sampling, Session
 from am_memory.cli.main import app
-from am_memory.conversations.threads import Threads, Turn
+from am_memory.conversations.prompts import Prompt
+from am_memory.conversations.threads import Threads
+from am_memory.conversations.turn import ChatTurn
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidInput, SessionDeleted
 from am_memory.session.session import Packed
@@ -46,7 +48,7 @@ def asked(text: str = SECRET) -> dict[str, object]:
     return {"role": "user", "content": text}
 
 
-def answered(turn: Turn) -> dict[str, object]:
+def answered(turn: ChatTurn) -> dict[str, object]:
     text = "".join(piece.text for piece in turn.session.generate(4, Sampling(temperature=0)))
     return {"role": "assistant", "content": text}
 
@@ -60,6 +62,14 @@ def told(threads: Threads, num_turns: int = 3, thread: str = "owls") -> list[dic
         messages.append(answered(turn))
         turn.keep(messages[-1])
     return messages
+
+
+def begun(threads: Threads, messages: list[dict[str, object]]) -> ChatTurn:
+    """A turn that has read nothing of its prompt yet."""
+    prompt = Prompt.of(threads.memory.engine, messages, (), POLICY)
+    turn = threads.start(prompt, threads.find(prompt, threads.register_call("owls")))
+    turn.encode()
+    return turn
 
 
 def stored(folder: Path) -> list[Path]:
@@ -76,17 +86,17 @@ def test_a_conversation_deleted_while_it_is_answered_does_not_come_back(
     threads: Threads, tmp_path: Path, moment: str, is_new: bool
 ) -> None:
     messages = [] if is_new else told(threads)
-    turn = threads.begin([*messages, asked("and then? " * 8)], thread="owls")
-    if moment != "found":
-        next(reading := turn.read())
+    turn = begun(threads, [*messages, asked("and then? " * 8)])
+    if moment == "found":
+        assert threads.delete("owls")
+    next(reading := turn.read())
     if moment == "reading":
         assert threads.delete("owls")
-    if moment != "found":
-        assert [*reading][-1:] in ([], [0])
+    assert [*reading][-1:] in ([], [0])
     pieces = turn.session.generate(4, Sampling(temperature=0))
     if moment in ("answering", "answered"):
         next(pieces)
-    if moment in ("found", "answering"):
+    if moment == "answering":
         assert threads.delete("owls")
     text = "".join(piece.text for piece in pieces)
     if moment == "answered":
@@ -131,7 +141,7 @@ def test_a_conversation_deleted_while_it_is_saved_does_not_come_back(
 
 
 def test_what_is_said_after_the_deletion_is_kept(threads: Threads) -> None:
-    turn = threads.begin([asked()], thread="owls")
+    turn = begun(threads, [asked()])
     threads.delete("owls")
     later = threads.turn([asked("hello")], thread="owls")
     later.keep(answered(later))

@@ -15,7 +15,7 @@ from am_memory_server import scheduler
 from am_memory_server.access import owner_of_key
 from serving import NewServer, Server, until
 
-from am_memory.conversations import threads
+from am_memory.conversations import prompts
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.storage.store import Store
 
@@ -141,7 +141,7 @@ def test_a_prompt_that_takes_long_to_encode_holds_up_nobody(
         return gate.passed(encode)(text, **options) if "long" in text else encode(text, **options)
 
     monkeypatch.setattr(engine, "encode", slow)
-    monkeypatch.setattr(threads, "SHORT_CHARS", 0)
+    monkeypatch.setattr(prompts, "SHORT_CHARS", 0)
     long = asked("long") if "chat" in path else {"model": "tiny", "prompt": "long"}
     with new_server(**KEYS) as server, server.http(MALLORY) as mallory, ThreadPoolExecutor(1) as pool:
         answer = pool.submit(mallory.post, path, json=long)

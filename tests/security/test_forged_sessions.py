@@ -13,7 +13,8 @@ from forging import POLICIES, File, outcome, outcomes, saved_session
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Memory
-from am_memory.conversations.threads import METADATA_KEY, Threads
+from am_memory.conversations.branch import METADATA_KEY
+from am_memory.conversations.threads import Threads
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CorruptSession
 

@@ -1,0 +1,123 @@
+"""One call: a session that goes on from what was read before, and the rest of the prompt.
+
+Its steps are short, so that other sessions can take turns on the device. `encode` and `save` need no device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from am_memory.conversations.prompts import Prompt, chained_key, message_key
+from am_memory.engines.base import Message
+from am_memory.session.session import Encoded, Session
+
+Save = Callable[[], None]
+
+
+@dataclass(kw_only=True)
+class Turn:
+    """One call.
+
+    Attributes:
+        session: a scratch branch, for `generate` once the prompt is read.
+        num_cached_tokens: tokens of the prompt that are not read again.
+        is_short: `encode` takes no longer than a step on the device.
+    """
+
+    session: Session
+    num_cached_tokens: int
+    is_short: bool
+    _rest: Sequence[Message] | Sequence[int] = field(repr=False)
+    _encoded: Encoded | None = field(default=None, repr=False)
+    _is_appended: bool = field(default=False, repr=False)
+
+    def encode(self) -> None:
+        """Make tokens of the rest of the prompt. Needs no device, and may take long.
+
+        Raises:
+            InvalidInput: the model's chat template refuses the messages.
+        """
+        if self._rest:
+            self._encoded = self.session.encode(self._rest)
+
+    def read(self) -> Iterator[int]:
+        """Read the rest of the prompt in chunks; gives the number of tokens left after each.
+
+        After an error it can be called again, and goes on where it stopped.
+
+        Raises:
+            PromptTooLong: what the policy pins leaves no room for anything else.
+            CompactionFailed: a compaction failed.
+        """
+        if not self._is_appended:
+            self._append()
+            self._is_appended, self._encoded = True, None
+        left = 1
+        while left:
+            left = self.session.read(self.session.chunk_tokens)
+            yield left
+
+    def _append(self) -> None:
+        """Add the rest of the prompt to the session, without reading it."""
+        if self._encoded is not None:
+            self.session.tell(self._encoded)
+
+
+@dataclass(kw_only=True)
+class ChatTurn(Turn):
+    """One call with a conversation.
+
+    Attributes:
+        rebuilt: why tokens that some branch had read are read again; None where none are.
+    """
+
+    rebuilt: str | None
+    _prompt: Prompt = field(repr=False)
+    _ends: tuple[int | None, ...] = field(repr=False)
+    _add: Callable[[Session, tuple[str, ...], tuple[int | None, ...]], Save] = field(repr=False)
+    _save: Save | None = field(default=None, repr=False)
+
+    def _append(self) -> None:
+        super()._append()
+        self._ends = (*self._ends, *self._new_ends())
+
+    def _new_ends(self) -> Iterator[int | None]:
+        """Tokens after each message that was added; None where the tokens of two messages cannot be told apart."""
+        prompt, session = self._prompt, self.session
+        num_known = len(prompt.prepared) - len(self._rest)
+        starts = session.message_starts[-len(self._rest) :] if self._rest else ()
+        for num_prepared in prompt.num_prepared[len(self._ends) :]:
+            if num_prepared is None:
+                yield None
+            elif num_prepared == len(prompt.prepared):
+                yield len(session.tokens)
+            else:
+                before, start = starts[num_prepared - num_known - 1 :][:2]
+                yield start if start > before else None  # two messages with one start share their tokens
+
+    def keep(self, answer: Message) -> None:
+        """Keep the conversation with the model's answer, which the next call will send back.
+
+        If the thread was deleted since the turn began, nothing is kept.
+
+        Raises:
+            StorageError: it cannot be saved. It is kept in memory.
+        """
+        self.take(answer)
+        self.save()
+
+    def take(self, answer: Message) -> None:
+        """Keep the conversation in memory; `save` saves it."""
+        keys = self._prompt.keys
+        keys, ends = (*keys, chained_key(keys[-1], message_key(answer))), (*self._ends, len(self.session.tokens))
+        self._save = self._add(self.session, keys, ends)
+
+    def save(self) -> None:
+        """Save the conversation, and delete the branch that it replaces. Needs no device, and may take long.
+
+        Raises:
+            StorageError: it cannot be saved. It is kept in memory.
+        """
+        if self._save is not None:
+            self._save()
