@@ -7,11 +7,12 @@ from am_memory.errors import AMMemoryError
 
 if TYPE_CHECKING:
     from am_memory.memory import Memory
-    from am_memory.policy import MemoryPolicy
+    from am_memory.policy import Experiments, MemoryPolicy
     from am_memory.session.session import Piece, Session, Stats
     from am_memory.text.sampling import Sampling
 else:
     _MODULES = {
+        "Experiments": "policy",
         "Memory": "memory",
         "MemoryPolicy": "policy",
         "Piece": "session.session",
@@ -31,4 +32,4 @@ else:
         return sorted({*globals(), *__all__})
 
 
-__all__ = ["AMMemoryError", "Memory", "MemoryPolicy", "Piece", "Sampling", "Session", "Stats"]
+__all__ = ["AMMemoryError", "Experiments", "Memory", "MemoryPolicy", "Piece", "Sampling", "Session", "Stats"]

@@ -6,88 +6,132 @@ Only the fields and their checks. `am_memory.compaction.plan` turns a policy int
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_serializer,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_serializer, field_validator
 
 from am_memory.errors import InvalidInput, InvalidPolicy, problems
 from am_memory.solver import HighestAttention, KeySelection, as_selection, parameters
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from typing_extensions import Self
+
 SINK_TOKENS = 4
-"""The first tokens of a text, on which models rest the attention that they need nowhere else."""
+"""Attention sinks: models put spare attention on the first tokens of a text, so these always stay exact."""
 
 
-class MemoryPolicy(BaseModel):
-    """What a memory does when a context grows; frozen, typed, serialisable.
-
-    Attributes:
-        trigger_tokens: physical size (exact tokens + mean compact slots per head) that fires a compaction; a float is
-            a fraction of the model's window.
-        compact_fraction: how much of the cache, oldest first, a compaction covers.
-        keep_ratio: slots kept for each compacted token, mean over heads.
-        max_compact_tokens: bound on the mean slots per head of all segments together; older segments shrink to fit,
-            to equal shares for each of their tokens. None: half of what a compaction covers.
-        pinned: what stays exact for ever, at the start of the context: the first 4 tokens ("sinks"), the system
-            prompt ("system"; the sinks where there is none), that and the first message ("first_message"), or a
-            number of tokens.
-        keep_recent: the last tokens, which no trigger compacts.
-        reference_queries: the sample that a compaction is fitted on, any of "repeat" (one extra pass over the block),
-            "self_study" (the model answers prompts about what it was told: a pass for each token of the longest answer)
-            and "live" (queries that passed since, turned to later positions; free).
-        self_study_tokens: how long these answers may be, all together.
-        on_policy: each layer's slots are fitted to queries that come through the layers below as compacted. The block
-            is repeated in one pass, however long, and layers are compacted as it goes through them; no layer is run
-            twice, but where the budget is not uniform: it needs the scores of all layers, from a pass of their own.
-            With reference_queries ("repeat",) alone; not with `max_error` or llama.cpp.
-        tool_result_weight: how much it counts that a tool's result can be repeated, beside what people and the model
-            say; 1 is as much. Slots and fits follow it.
-        key_selection: "highest_attention", "omp", "omp_fast", or any `KeySelection`. It is written, and told from
-            others, by its name and its fields (`am_memory.solver.parameters`).
-        head_budget: "adaptive" (slots go where the scores are, over all layers and heads), "uniform", "calibrated"
-            (scores are weighed by what a measurement on the model says that slots save, for models that one ships for)
-            or the path of such a measurement, a .json file of `am-memory calibrate`; or "auto": calibrated where one
-            ships, else adaptive where heads can differ in their slots, else as many for all heads as there are cells.
-        recompaction: "segments" (each token is compacted once, from its exact entry) or "refit" (the oldest half as it
-            is, compact entries too, again and again: arXiv:2602.16284, online AIME).
-        originals: the exact entries of compacted tokens: "drop", or kept off the device, in "host" memory or on
-            "disk", so that `Session.recall` can bring them back.
-        segment_dtype: what keys and values of compact segments are kept in: "model", its own dtype, or "int8", with a
-            scale for each channel of each segment and head, and decoded whenever they are attended to. Biases, and
-            pinned and recalled entries, keep the model's; reported errors are those before rounding.
-        max_error: the gate: an eighth of the reference queries is held out of the fits, and while the relative error of
-            the attention output on them is above this, a new segment gets twice the slots, as far as
-            `max_compact_tokens` leaves room. Where it does not, the compaction is made all the same, since the
-            conversation could not go on, and `GateMissed` says so. It holds at birth: later, segments shrink. None: no
-            gate, and nothing held out.
-        summary_tokens: before a compaction the model sums up the block, in so many tokens at most, a forward pass for
-            each. The summary takes the block's place and is what is compacted, to the slots that the block would get;
-            where it is no longer than these, it stays whole, and where the model writes nothing, the block is compacted
-            as ever (`CompactionReport.summary_tokens` says 0). What it leaves out is lost, unless there are
-            `originals`: recall brings back the block. Not with recompaction "refit" or `max_error`. None: no summary.
-        ahead_tokens: a compaction is begun when the physical size is so many tokens below the trigger, in a thread and,
-            on a GPU, a stream of its own. Reading and decoding go on with the cache as it is; it is swapped in where
-            they reach the trigger, and wait for it if they must: what comes out depends on the tokens alone, not on the
-            clock. To be less than the smallest block that is compacted so. Takes the memory of one more exact tail; not
-            on llama.cpp, nor where a RoPE changes with the length of the text. 0: decoding stands still meanwhile.
-        min_slots: slots that every head gets of a new segment before any head gets more.
-        fit: what is fitted beside the choice of keys; all but "bias_and_values" is for ablations.
-        ridge: pull of the fitted values toward the originals, as a fraction of the mean diagonal. With 0.5 what follows
-            is nearer to the full cache where a long text only goes on, and less is recalled of what is asked for.
-        chunk_tokens: tokens in one forward pass, at most; None: `Engine.chunk_tokens`.
-
-    Raises:
-        InvalidPolicy: a value out of its range.
-    """
+class _Settings(BaseModel):
+    """A frozen set of fields; a wrong value or an unknown name raises InvalidPolicy."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    def __init__(self, /, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise InvalidPolicy(problems(error.errors(), type(self).model_fields)) from error
+
+    def with_changes(self, **changes: Any) -> Self:
+        """A copy with some fields changed and checked; fields that were never set stay unset.
+
+        Raises:
+            InvalidPolicy: a value is out of range, or there is no such field.
+        """
+        return type(self)(**{**{name: getattr(self, name) for name in self.model_fields_set}, **changes})
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        """Only the fields that differ from their defaults."""
+        fields = type(self).model_fields
+        return [(name, value) for name, value in super().__repr_args__() if value != fields[name or ""].default]
+
+    def __str__(self) -> str:
+        return repr(self)
+
+
+class Experiments(_Settings):
+    """Settings for ablations and experiments. The defaults are recommended; frozen and serialisable.
+
+    Attributes:
+        fit: what is fitted after the keys are chosen: "bias_and_values", "bias", "values" or "nothing" (eviction).
+        recompaction: "segments" (each token is compacted once, from its exact entry) or "refit" (each compaction covers
+            the oldest part of the cache, compact slots included, as in the online AIME runs of arXiv:2602.16284).
+        on_policy: fit each layer to queries that have passed through the compacted layers below. The model repeats the
+            block in one pass, however long it is, and each layer is compacted when the pass reaches it. A head budget
+            other than "uniform" needs one more pass, for the scores of all layers. Works only with
+            reference_queries=("repeat",), without max_error, and not on llama.cpp.
+        summary_tokens: before each compaction, the model writes a summary of the block, of at most this many tokens, in
+            one forward pass per token. The summary is then compacted instead of the block, to the number of slots that
+            the block would get; a summary that needs no more slots than that stays whole. If the model writes nothing,
+            the block itself is compacted and `CompactionReport.summary_tokens` is 0. What the summary leaves out is
+            lost, unless the policy keeps originals: recall then restores the block. Not with recompaction="refit" or
+            max_error. None: no summary.
+        min_slots: number of slots of a new segment that every head gets before any head gets more.
+
+    Raises:
+        InvalidPolicy: a value is out of range, or there is no such field.
+    """
+
+    fit: Literal["bias_and_values", "bias", "values", "nothing"] = "bias_and_values"
+    recompaction: Literal["segments", "refit"] = "segments"
+    on_policy: bool = False
+    summary_tokens: Annotated[int, Field(gt=0)] | None = None
+    min_slots: Annotated[int, Field(gt=0)] = 1
+
+
+class MemoryPolicy(_Settings):
+    """When a memory compacts a context, and how; frozen, validated and serialisable.
+
+    Attributes:
+        trigger_tokens: size of the cache at which a compaction is due, in tokens: exact tokens plus compact slots (mean
+            over heads). A float is a fraction of the model's context window.
+        compact_fraction: share of the cache that one compaction covers, oldest tokens first.
+        keep_ratio: slots kept for each compacted token, mean over heads.
+        max_compact_tokens: upper bound on the slots of all segments together, mean over heads. When a new segment would
+            exceed it, the segments with the most slots per token shrink to an equal level. None: half of what one
+            compaction covers, so with compact_fraction 0.5 a quarter of the trigger. With the defaults, a chat reaches
+            the bound at a length of about 2.5 triggers. From there on the bound alone decides how much is kept, and
+            keep_ratio no longer matters.
+        pinned: tokens at the start of the context that are never compacted: "sinks" (the first 4), "system" (the system
+            prompt; the sinks if there is none), "first_message" (the system prompt and the first message), or a number
+            of tokens.
+        keep_recent: number of newest tokens that stay exact when the trigger fires.
+        reference_queries: queries that a compaction is fitted to, any of "repeat" (the model reads the block again),
+            "self_study" (the model answers questions about the context, in one forward pass per token of the longest
+            answer) and "live" (queries of the tokens read since the block, rotated to later positions; no extra pass).
+        self_study_tokens: upper bound on the tokens of all self-study answers together.
+        tool_result_weight: weight of tool results relative to all other messages, in the scores and in the fits.
+            Below 1, they leave more slots to what users and the model wrote.
+        key_selection: how the kept keys are chosen: "highest_attention", "omp", "omp_fast", or a `KeySelection` object.
+            A saved policy stores its name and fields (`am_memory.solver.parameters`).
+        head_budget: how slots are divided among heads: "adaptive" (to the highest scores of all layers and heads),
+            "uniform" (equally), "calibrated" (scores are weighted by a measurement on the model, for models that one
+            ships with), or the path of a .json file from `am-memory calibrate`. "auto" is calibrated where a
+            measurement ships, else adaptive; on engines whose heads share every cell, all heads keep the same tokens.
+        originals: where the exact entries of compacted tokens are kept, so that `Session.recall` can restore them:
+            "host" (host memory), "disk", or "drop" (nowhere).
+        segment_dtype: type in which compact segments store keys and values: "model" (the model's dtype) or "int8" (one
+            scale per channel of each segment and head, decoded for every attention). Biases, pinned tokens and recalled
+            tokens keep the model's dtype. Reported errors are measured before rounding.
+        max_error: quality gate. One of eight reference queries is held out of the fits. While the relative error of the
+            attention output on them is above max_error, the new segment gets twice the slots, up to
+            max_compact_tokens. If that leaves no room, the compaction is made all the same, because the conversation
+            could not go on without it, and `GateMissed` is emitted. The gate checks a new segment, not one that
+            shrinks later. None: no gate, and no query is held out.
+        ahead_tokens: begin a compaction this many tokens below the trigger, in a thread and, on a GPU, a stream of its
+            own. Reading and decoding go on with the old cache. The new one is swapped in at the trigger, which waits
+            for it if necessary: the result depends on the tokens alone, not on timing. Must be below the smallest block
+            that is compacted this way. Takes the memory of one more exact tail. Not on llama.cpp, nor with a RoPE that
+            depends on the length of the text. 0: compact at the trigger, while decoding waits.
+        ridge: strength that pulls the fitted values toward the original ones, as a fraction of the mean diagonal. With
+            0.5, plain continuation of long prose is nearer to the full cache, and questions recall less.
+        chunk_tokens: tokens read in one forward pass, at most. None: as many as suit the device, `Engine.chunk_tokens`.
+        experiments: settings for ablations and experiments.
+
+    Raises:
+        InvalidPolicy: a value is out of range, there is no such field, or two fields exclude each other.
+    """
 
     trigger_tokens: Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0, le=1)] = 8192
     compact_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
@@ -97,60 +141,28 @@ class MemoryPolicy(BaseModel):
     keep_recent: Annotated[int, Field(ge=0)] = 64
     reference_queries: Annotated[tuple[Literal["repeat", "self_study", "live"], ...], Field(min_length=1)] = ("repeat",)
     self_study_tokens: Annotated[int, Field(gt=0)] = 512
-    on_policy: bool = False
     tool_result_weight: Annotated[float, Field(gt=0, le=1)] = 1.0
     key_selection: Any = HighestAttention()
     head_budget: Literal["auto", "adaptive", "uniform", "calibrated"] | Annotated[str, Field(pattern=r"\.json$")] = (
         "auto"
     )
-    recompaction: Literal["segments", "refit"] = "segments"
     originals: Literal["drop", "host", "disk"] = "drop"
     segment_dtype: Literal["model", "int8"] = "model"
     max_error: Annotated[float, Field(gt=0)] | None = None
-    summary_tokens: Annotated[int, Field(gt=0)] | None = None
     ahead_tokens: Annotated[int, Field(ge=0)] = 0
-    min_slots: Annotated[int, Field(gt=0)] = 1
-    fit: Literal["bias_and_values", "bias", "values", "nothing"] = "bias_and_values"
     ridge: Annotated[float, Field(ge=0)] = 1e-3
     chunk_tokens: Annotated[int, Field(gt=0)] | None = None
-
-    def __init__(self, /, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise InvalidPolicy(problems(error.errors(), type(self).model_fields)) from error
-
-    def with_changes(self, **changes: Any) -> MemoryPolicy:
-        """The policy with some fields changed and checked; what was never set stays unset.
-
-        Raises:
-            InvalidPolicy: a value out of its range.
-        """
-        return type(self)(**{**{name: getattr(self, name) for name in self.model_fields_set}, **changes})
+    experiments: Experiments = Experiments()
 
     @property
     def num_sinks(self) -> int:
-        """Tokens that stay exact whatever the conversation; a system prompt or first message may pin more."""
+        """Tokens that stay exact in every context; a system prompt or first message may pin more."""
         return self.pinned if isinstance(self.pinned, int) else SINK_TOKENS
 
     @field_validator("head_budget", mode="before")
     @classmethod
     def _path_as_text(cls, budget: object) -> object:
         return os.fspath(budget) if isinstance(budget, os.PathLike) else budget
-
-    @field_validator("on_policy")
-    @classmethod
-    def _repeat_alone(cls, on_policy: bool, info: ValidationInfo) -> bool:
-        if on_policy and info.data.get("reference_queries", ("repeat",)) != ("repeat",):
-            raise ValueError('takes its queries from the repeat pass alone: set reference_queries to ("repeat",)')
-        return on_policy
-
-    @field_validator("max_error")
-    @classmethod
-    def _gate_off_policy(cls, max_error: float | None, info: ValidationInfo) -> float | None:
-        if max_error is not None and info.data.get("on_policy"):
-            raise ValueError("would fit layers twice that on_policy fits once: leave one of them out")
-        return max_error
 
     @field_validator("key_selection")
     @classmethod
@@ -160,17 +172,20 @@ class MemoryPolicy(BaseModel):
         except InvalidInput as error:
             raise ValueError(str(error)) from error
 
-    @field_validator("summary_tokens")
-    @classmethod
-    def _summary_alone(cls, num_tokens: int | None, info: ValidationInfo) -> int | None:
-        if num_tokens is not None and info.data.get("recompaction") == "refit":
-            raise ValueError("recompaction 'refit' would sum up summaries: leave it at 'segments'")
-        if num_tokens is not None and info.data.get("max_error") is not None:
-            raise ValueError(
-                "max_error would be held against the summary, not what was said: leave one of them at None"
-            )
-        return num_tokens
-
     @field_serializer("key_selection")
     def _selection_parameters(self, selection: KeySelection) -> str | dict[str, object]:
         return parameters(selection)
+
+    @field_validator("experiments")
+    @classmethod
+    def _agrees_with_other_fields(cls, experiments: Experiments, info: ValidationInfo) -> Experiments:
+        sources, max_error = info.data.get("reference_queries", ("repeat",)), info.data.get("max_error")
+        if experiments.on_policy and sources != ("repeat",):
+            raise ValueError('on_policy takes its queries from the repeat pass: set reference_queries to ("repeat",)')
+        if experiments.on_policy and max_error is not None:
+            raise ValueError("max_error may fit a layer twice, and on_policy fits it once: leave one of them out")
+        if experiments.summary_tokens is not None and max_error is not None:
+            raise ValueError("max_error would measure the summary and not the text: leave it or summary_tokens at None")
+        if experiments.summary_tokens is not None and experiments.recompaction == "refit":
+            raise ValueError("recompaction 'refit' would summarise summaries: leave it at 'segments'")
+        return experiments

@@ -22,7 +22,7 @@ import torch
 from common import kl_divergence, machine, table
 from torch import Tensor
 
-from am_memory import Memory, MemoryPolicy, Session
+from am_memory import Experiments, Memory, MemoryPolicy, Session
 from am_memory.engines.base import SessionCache
 from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.llama_cpp.decoder import Decoder
@@ -36,11 +36,15 @@ KL_SCHEMES = {"drop": None, "eviction per head": "nothing", "AM, no bias": "valu
 KL_SCHEMES |= {"AM": "bias_and_values", EXACT: "bias_and_values"}
 COUNTS, BLOCK, KEPT, NUM_AFTER = (1, 2, 4, 8), 256, 64, 128
 LONG = MemoryPolicy(trigger_tokens=NUM_CELLS, keep_ratio=0.1, pinned=SINKS)
-SCHEMES = {"AM": {}, "AM, no bias": {"fit": "values"}, "eviction per head": {"fit": "nothing"}}
+SCHEMES = {
+    "AM": {},
+    "AM, no bias": {"experiments": Experiments(fit="values")},
+    "eviction per head": {"experiments": Experiments(fit="nothing")},
+}
 SCHEMES |= {"AM, OMP, ridge 0.5": {"key_selection": "omp", "ridge": 0.5}}
 BY_QUARTERS = {"compact_fraction": 0.25, "keep_ratio": 0.2, "max_compact_tokens": 128}
 SCHEMES |= {"AM, OMP, ridge 2, by quarters": {"key_selection": "omp", "ridge": 2.0, **BY_QUARTERS}}
-SCHEMES |= {"eviction per head, by quarters": {"fit": "nothing", **BY_QUARTERS}}
+SCHEMES |= {"eviction per head, by quarters": {"experiments": Experiments(fit="nothing"), **BY_QUARTERS}}
 
 
 def text_tokens(memory: Memory) -> list[int]:
@@ -139,7 +143,9 @@ def kl(model: str, ratio: float, names: list[str]) -> None:
     rows = []
     for name in names:
         memory, fit = (exact if name == EXACT else folding), KL_SCHEMES[name]
-        session = memory.session(name, policy=policy.model_copy(update={"fit": fit or "nothing"}))
+        session = memory.session(
+            name, policy=policy.model_copy(update={"experiments": Experiments(fit=fit or "nothing")})
+        )
         row: list[object] = [name]
         for count in range(1, max(COUNTS) + 1):
             session.append(token_ids[(count - 1) * BLOCK : count * BLOCK])

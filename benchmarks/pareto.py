@@ -21,21 +21,21 @@ from baselines.cartridge import trained
 from common import drawing, machine, mean_of, read_json, table, write_json
 from recall import POLICY, Scene, report, set_scene
 
-from am_memory import Memory, MemoryPolicy, Session
+from am_memory import Experiments, Memory, MemoryPolicy, Session
 
 DEFAULT = "default"
 SCHEMES: dict[str, dict[str, object]] = {
     DEFAULT: {},
     "queries: live": {"reference_queries": ("live",)},
     "queries: repeat and live": {"reference_queries": ("repeat", "live")},
-    "on-policy": {"on_policy": True},
-    "on-policy, budget: uniform": {"on_policy": True, "head_budget": "uniform"},
+    "on-policy": {"experiments": Experiments(on_policy=True)},
+    "on-policy, budget: uniform": {"experiments": Experiments(on_policy=True), "head_budget": "uniform"},
     "queries: self-study": {"reference_queries": ("self_study",)},
     "queries: repeat and self-study": {"reference_queries": ("repeat", "self_study")},
     "keys: OMP": {"key_selection": "omp"},
     "keys: OMP, fast": {"key_selection": "omp_fast"},
     "budget: uniform": {"head_budget": "uniform"},
-    "fit: nothing (eviction)": {"fit": "nothing"},
+    "fit: nothing (eviction)": {"experiments": Experiments(fit="nothing")},
 }
 CARTRIDGE = "Cartridges style"
 Row = dict[str, object]

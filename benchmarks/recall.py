@@ -18,7 +18,7 @@ from typing import get_args
 from common import kl_divergence, machine, mean_spread, table, write_json
 from torch import Tensor
 
-from am_memory import Memory, MemoryPolicy, Session
+from am_memory import Experiments, Memory, MemoryPolicy, Session
 from am_memory.cli.letters import Fact, facts, hide, prose
 from am_memory.cli.questions import fact_turn
 from am_memory.engines.base import Message
@@ -37,23 +37,23 @@ POLICY = MemoryPolicy(trigger_tokens=1.0, pinned="sinks", max_compact_tokens=400
 ONCE = {
     "AM (default)": {},
     "AM uniform": {"head_budget": "uniform"},
-    "eviction": {"fit": "nothing"},
-    "eviction, uniform": {"fit": "nothing", "head_budget": "uniform"},
+    "eviction": {"experiments": Experiments(fit="nothing")},
+    "eviction, uniform": {"experiments": Experiments(fit="nothing"), "head_budget": "uniform"},
 }
 ON_REQUEST = {
     "AM, OMP": {"key_selection": OMP.fast()},
     "AM, self-study": {"reference_queries": ("self_study",)},
     "AM, repeat and self-study": {"reference_queries": ("repeat", "self_study")},
-    "AM of a summary": {"summary_tokens": 256},
-    "AM, on-policy": {"on_policy": True},
-    "AM uniform, on-policy": {"on_policy": True, "head_budget": "uniform"},
+    "AM of a summary": {"experiments": Experiments(summary_tokens=256)},
+    "AM, on-policy": {"experiments": Experiments(on_policy=True)},
+    "AM uniform, on-policy": {"experiments": Experiments(on_policy=True), "head_budget": "uniform"},
     "AM, int8": {"segment_dtype": "int8"},
 }
 """Run where they are named: slow, or close to the default."""
 TURNS = {
     "segments (ours)": {},
-    "segments, nothing fitted": {"fit": "nothing"},
-    "recompact everything": {"recompaction": "refit"},
+    "segments, nothing fitted": {"experiments": Experiments(fit="nothing")},
+    "recompact everything": {"experiments": Experiments(recompaction="refit")},
 }
 
 

@@ -27,7 +27,7 @@ from common import drawing, machine, mean_of, read_json, table, write_json
 from recall import CONTINUATION, POLICY, Judge, Result, report
 from torch import Tensor
 
-from am_memory import Memory, Session
+from am_memory import Experiments, Memory, Session
 from am_memory.cli.letters import Fact, facts, hide
 from am_memory.engines.base import Message
 from am_memory.solver import Block
@@ -60,8 +60,9 @@ class LargestAttention:
         return repeat_first_in_padding(ranking[:, : int(num_slots.max())], num_slots)
 
 
-SNAPKV: dict[str, object] = {"fit": "nothing", "head_budget": "uniform", "reference_queries": ("live",)}
-KVZIP: dict[str, object] = {"fit": "nothing", "key_selection": LargestAttention()}
+EVICTION = Experiments(fit="nothing")
+SNAPKV: dict[str, object] = {"experiments": EVICTION, "head_budget": "uniform", "reference_queries": ("live",)}
+KVZIP: dict[str, object] = {"experiments": EVICTION, "key_selection": LargestAttention()}
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def summarised(full: Session, memory: Memory, text: Text, count: int, size: Size
 
 SCHEMES: dict[str, Scheme] = {
     "ours": compacting(),
-    "recompact everything": compacting(recompaction="refit"),
+    "recompact everything": compacting(experiments=Experiments(recompaction="refit")),
     "eviction, observed (SnapKV style)": compacting(**SNAPKV),
     "eviction, repeated (KVzip style)": compacting(**KVZIP),
     "window": window,

@@ -19,7 +19,7 @@ from typing import get_args
 from common import kl_divergence, machine, table, write_json
 from torch import Tensor
 
-from am_memory import Memory, MemoryPolicy, Sampling, Session
+from am_memory import Experiments, Memory, MemoryPolicy, Sampling, Session
 from am_memory.cli.letters import Fact, facts, hide
 from am_memory.engines.names import EngineName
 
@@ -53,7 +53,7 @@ def run(memory: Memory, seed: int, policy: MemoryPolicy) -> list[dict[str, objec
     sessions = {"full cache": memory.scratch(), "ours": memory.scratch(policy=policy)}
     converse(sessions["ours"], told, rng)
     tokens = sessions["ours"].tokens
-    sessions["eviction"] = memory.scratch(policy=policy.model_copy(update={"fit": "nothing"}))
+    sessions["eviction"] = memory.scratch(policy=policy.model_copy(update={"experiments": Experiments(fit="nothing")}))
     sessions["truncated"] = memory.scratch()
     for name in ("full cache", "eviction"):
         sessions[name].append(tokens)

@@ -20,7 +20,7 @@ import torch
 from inside import context_of, pending_of, records_of
 from torch import Tensor
 
-from am_memory import AMMemoryError, Memory, MemoryPolicy, Sampling, Session
+from am_memory import AMMemoryError, Experiments, Memory, MemoryPolicy, Sampling, Session
 from am_memory.engines.base import Engine
 from am_memory.kv_cache.int8 import Quantised, decoded
 from am_memory.kv_cache.layers import SlidingState, TailState
@@ -37,14 +37,14 @@ POLICIES: dict[str, dict[str, object]] = {
     "live queries alone": {"reference_queries": ("live",)},
     "ahead, live, int8": {"ahead_tokens": 15, "reference_queries": ("repeat", "live"), "segment_dtype": "int8"},
     "tool results": {"tool_result_weight": 0.25},
-    "summary": {"summary_tokens": 6},
+    "summary": {"experiments": Experiments(summary_tokens=6)},
     "self-study": {"reference_queries": ("repeat", "self_study"), "self_study_tokens": 8},
     "gate": {"max_error": 0.05},
-    "refit": {"recompaction": "refit", "keep_ratio": 0.4},
+    "refit": {"experiments": Experiments(recompaction="refit"), "keep_ratio": 0.4},
     "omp": {"key_selection": "omp"},
     "omp_fast": {"key_selection": "omp_fast"},
     "uniform": {"head_budget": "uniform"},
-    "on policy": {"on_policy": True},
+    "on policy": {"experiments": Experiments(on_policy=True)},
 }
 KINDS = {
     "append": 5,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from am_memory import AMMemoryError, Memory, MemoryPolicy
+from am_memory import AMMemoryError, Experiments, Memory, MemoryPolicy
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidPolicy
 from am_memory.solver import OMP, HighestAttention
@@ -47,9 +47,7 @@ POLICY = MemoryPolicy(trigger_tokens=1000, keep_ratio=0.1, keep_recent=0)
         ("key_selection", {}),
         ("head_budget", "lottery"),
         ("head_budget", "curves.txt"),
-        ("recompaction", "never"),
-        ("min_slots", 0),
-        ("fit", "all"),
+        ("experiments", "many"),
         ("ridge", -1.0),
         ("chunk_tokens", 0),
     ],
@@ -61,9 +59,34 @@ def test_a_value_out_of_range_is_named(name: str, value: object) -> None:
     assert repr(value) in str(raised.value) or str(value) in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("fit", "all"), ("recompaction", "never"), ("on_policy", "now"), ("summary_tokens", 0), ("min_slots", 0)],
+)
+def test_a_wrong_value_of_an_experiment_is_named(name: str, value: object) -> None:
+    """Also where the experiments are read from a file."""
+    with pytest.raises(InvalidPolicy, match=f"^{name} {value!r}: "):
+        Experiments(**{name: value})
+    with pytest.raises(InvalidPolicy, match=f"^{name} {value!r}: "):
+        MemoryPolicy(experiments={name: value})
+
+
+def test_an_experiment_that_there_is_not_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(InvalidPolicy, match=r"there is no fitt \(did you mean fit\?\)$"):
+        Experiments(fitt="nothing")
+    with pytest.raises(InvalidPolicy, match=r"there is no fitt \(did you mean fit\?\)$"):
+        MemoryPolicy.model_validate_json('{"experiments": {"fitt": "nothing"}}')
+
+
+def test_a_policy_shows_what_differs_from_the_defaults() -> None:
+    policy = MemoryPolicy(trigger_tokens=8192, keep_ratio=0.2, experiments=Experiments(fit="nothing"))
+    assert str(policy) == repr(policy) == "MemoryPolicy(keep_ratio=0.2, experiments=Experiments(fit='nothing'))"
+    assert str(MemoryPolicy()) == "MemoryPolicy()"
+
+
 def test_every_wrong_value_is_named_at_once() -> None:
-    with pytest.raises(InvalidPolicy, match=r"keep_ratio 2: .*; .*min_slots 0: ") as raised:
-        MemoryPolicy(keep_ratio=2, min_slots=0)
+    with pytest.raises(InvalidPolicy, match=r"keep_ratio 2: .*; .*keep_recent -1: ") as raised:
+        MemoryPolicy(keep_ratio=2, keep_recent=-1)
     assert isinstance(raised.value, AMMemoryError)
 
 
@@ -80,7 +103,9 @@ def test_a_policy_is_frozen() -> None:
     [
         MemoryPolicy(),
         MemoryPolicy(trigger_tokens=1.0, pinned=12, reference_queries=("repeat", "live"), max_compact_tokens=77),
-        MemoryPolicy(key_selection="omp", recompaction="refit", head_budget="uniform", fit="values"),
+        MemoryPolicy(
+            key_selection="omp", head_budget="uniform", experiments=Experiments(recompaction="refit", fit="values")
+        ),
         MemoryPolicy(key_selection="omp_fast", pinned="first_message"),
         MemoryPolicy(head_budget=Path("folder") / "curves.json"),
         MemoryPolicy(reference_queries=("repeat", "self_study"), self_study_tokens=200),

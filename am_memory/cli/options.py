@@ -67,7 +67,7 @@ class Loading:
         """
         from am_memory.policy import MemoryPolicy
 
-        pinned = int(self.pinned) if self.pinned.isdecimal() else self.pinned
+        pinned: Any = int(self.pinned) if self.pinned.isdecimal() else self.pinned
         return MemoryPolicy(trigger_tokens=self.trigger_tokens, keep_ratio=self.keep_ratio, pinned=pinned)
 
     def load(self, *, store: str | None = None, on_event: Listener = ignore) -> Memory:

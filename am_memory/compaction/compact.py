@@ -189,11 +189,11 @@ def slot_ranks(
         case _ if is_shared:
             ranks = shared_ranks(together)
         case "uniform":
-            ranks = uniform_ranks(together, policy.min_slots)
+            ranks = uniform_ranks(together, policy.experiments.min_slots)
         case _ if calibration is not None:
-            ranks = calibrated_ranks(calibration, together, policy.min_slots)
+            ranks = calibrated_ranks(calibration, together, policy.experiments.min_slots)
         case _:
-            ranks = adaptive_ranks(together, policy.min_slots)
+            ranks = adaptive_ranks(together, policy.experiments.min_slots)
     split = torch.split(ranks.cpu(), [each.shape[0] for each in scores])
     return tuple(layer_ranks[:, : each.shape[1]] for layer_ranks, each in zip(split, scores, strict=True))
 
@@ -312,8 +312,8 @@ def fit_heads(group: Sequence[Head], segment: Segment, policy: MemoryPolicy) -> 
         num_slots,
         bias_ridge=BIAS_RIDGE,
         ridge=policy.ridge,
-        fit_bias=policy.fit in ("bias_and_values", "bias"),
-        fit_values=policy.fit in ("bias_and_values", "values"),
+        fit_bias=policy.experiments.fit in ("bias_and_values", "bias"),
+        fit_values=policy.experiments.fit in ("bias_and_values", "values"),
         rotations=torch.stack(rotations) if rotations else None,
         relative_mass=False,
         exact=exact.queries(every[~is_held_out]) if is_gated else exact,

@@ -87,7 +87,8 @@ class CompactionJob:
         sources = QuerySources(self.engine, self.policy, self.live, progress)
         with failures(self.plan.newest):
             passage, record = self._prepared(sources)
-            result = (self._on_policy if self.policy.on_policy else self._at_once)(passage, record.plan, sources)
+            compacted = self._on_policy if self.policy.experiments.on_policy else self._at_once
+            result = compacted(passage, record.plan, sources)
         query_seconds = time.perf_counter() - started - result.score_seconds - result.fit_seconds
         return CompactionResult(result, replace(record, plan=result.plan), self._original(), query_seconds)
 
@@ -106,8 +107,9 @@ class CompactionJob:
         tokens, start, end = self.tokens, self.start, plan.newest.end
         conversations = replayed.conversations if replayed and replayed.conversations else sources.converse(cache)
         summary = replayed.summary if replayed else None
-        if replayed is None and policy.summary_tokens is not None:
-            max_tokens, on_progress = min(policy.summary_tokens, end - start), partial(sources.progress, "summary")
+        summary_tokens = policy.experiments.summary_tokens
+        if replayed is None and summary_tokens is not None:
+            max_tokens, on_progress = min(summary_tokens, end - start), partial(sources.progress, "summary")
             summary = write_summary(self.engine, cache, end, max_tokens=max_tokens, on_progress=on_progress)
         if summary is not None and summary.answer:
             newest, pinned = plan.newest, self.num_pinned

@@ -87,11 +87,11 @@ def trigger_tokens(policy: MemoryPolicy, window_tokens: int, num_pinned: int) ->
     _check_floor(policy, block)
     if policy.ahead_tokens:
         _check_ahead(policy, tokens, num_pinned)
-    bound = max_compact_tokens(policy, tokens)
-    if bound < policy.min_slots:
+    bound, min_slots = max_compact_tokens(policy, tokens), policy.experiments.min_slots
+    if bound < min_slots:
         raise BudgetTooSmall(
-            f"max_compact_tokens {bound} leaves {bound} slots per head; at least {policy.min_slots} are needed: raise "
-            f"max_compact_tokens to {policy.min_slots}, or lower min_slots"
+            f"max_compact_tokens {bound} leaves {bound} slots per head; at least {min_slots} are needed: raise "
+            f"max_compact_tokens to {min_slots}, or lower experiments.min_slots"
         )
     return tokens
 
@@ -137,15 +137,17 @@ def _check_ahead(policy: MemoryPolicy, trigger: int, num_pinned: int) -> None:
 
 def _floor_tokens(policy: MemoryPolicy) -> int:
     """The smallest block in which each head gets its floor of slots."""
-    return math.ceil(policy.min_slots / policy.keep_ratio)
+    return math.ceil(policy.experiments.min_slots / policy.keep_ratio)
 
 
 def _check_floor(policy: MemoryPolicy, block_tokens: int) -> None:
-    if block_tokens * policy.keep_ratio < min(policy.min_slots, block_tokens):
+    min_slots = policy.experiments.min_slots
+    if block_tokens * policy.keep_ratio < min(min_slots, block_tokens):
         raise BudgetTooSmall(
             f"keep_ratio {policy.keep_ratio} of {block_tokens} tokens leaves {block_tokens * policy.keep_ratio:.1f} "
-            f"slots per head; at least {policy.min_slots} are needed: raise keep_ratio to "
-            f"{min(policy.min_slots, block_tokens) / block_tokens:.3f}, compact more tokens at once, or lower min_slots"
+            f"slots per head; at least {min_slots} are needed: raise keep_ratio to "
+            f"{min(min_slots, block_tokens) / block_tokens:.3f}, compact more tokens at once, or lower "
+            "experiments.min_slots"
         )
 
 
@@ -179,7 +181,7 @@ def plan(
             f"nothing to compact: {max(available, 0)} exact tokens after {sizes.num_pinned} pinned ones, "
             f"{spared} of them recent, {sizes.compact_slots:.0f} compact slots; read more first, or raise the fraction"
         )
-    is_refit = policy.recompaction == "refit"
+    is_refit = policy.experiments.recompaction == "refit"
     start = sizes.num_pinned if is_refit else sizes.exact_start
     if fraction is None:
         least = max(math.ceil((1 - BOUNDARY_SLACK) * (end - sizes.exact_start)), _floor_tokens(policy))
@@ -191,7 +193,7 @@ def plan(
     newest = Segment(start, end, round(policy.keep_ratio * (end - start) * sizes.num_heads), shift)
     bound = max_compact_tokens(policy, trigger) * sizes.num_heads
     segments = shrink([*older, newest], bound)
-    floor = min(policy.min_slots * sizes.num_heads, newest.num_slots)
+    floor = min(policy.experiments.min_slots * sizes.num_heads, newest.num_slots)
     if segments[-1].num_slots < floor:  # so long a conversation that an equal share is too little to begin with
         segments = [*shrink(older, bound - floor), resized(newest, floor)]
     return Plan(tuple(within_reach(segments, sizes, trigger)), is_refit)

@@ -30,15 +30,15 @@ def require(policy: MemoryPolicy, info: ModelInfo, cache: SessionCache) -> None:
             f"segment_dtype {policy.segment_dtype!r} is for engine='transformers'; this engine keeps all cells in one "
             "type: leave it at 'model', and give the engine kv_type='q8_0'"
         )
-    if policy.on_policy and not is_ours:
+    if policy.experiments.on_policy and not is_ours:
         raise InvalidPolicy(
-            "on_policy needs a cache whose layers can be compacted one by one in the midst of a pass, which is "
-            "engine='transformers': leave it at False"
+            "experiments.on_policy needs a cache whose layers can be compacted one by one in the midst of a pass, "
+            "which is engine='transformers': leave it at False"
         )
-    if policy.summary_tokens is not None and info.immovable is not None:
+    if policy.experiments.summary_tokens is not None and info.immovable is not None:
         raise InvalidPolicy(
-            f"summary_tokens {policy.summary_tokens} needs keys that can be moved to where the block stood: "
-            f"{info.immovable}; leave it at None"
+            f"experiments.summary_tokens {policy.experiments.summary_tokens} needs keys that can be moved to where "
+            f"the block stood: {info.immovable}; leave it at None"
         )
     if policy.ahead_tokens and not (info.is_reentrant and is_ours):
         raise InvalidPolicy(

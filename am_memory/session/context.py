@@ -251,7 +251,7 @@ class Context:
     @property
     def _immovable(self) -> str | None:
         """Why what is compact cannot be moved up when it gets too far away; None: it can."""
-        if self.policy.recompaction == "refit":
+        if self.policy.experiments.recompaction == "refit":
             return "recompaction 'refit' has one segment for all that was said"
         return self.engine.info.immovable
 

@@ -58,7 +58,7 @@ def policy_of(name: str, saved: SavedSession, policy: MemoryPolicy, *, is_defaul
     if not changes_of(saved, policy) or not (saved.has_own_policy or is_default):
         return policy
     try:
-        return MemoryPolicy(**saved.policy)
+        return MemoryPolicy.model_validate(saved.policy)
     except InvalidPolicy as error:
         raise StorageError(
             f"session {name!r} cannot go on under the policy that it was saved with: {error}; name one: "

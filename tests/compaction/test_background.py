@@ -16,7 +16,7 @@ from inside import context_of, pending_of
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from am_memory import Memory, MemoryPolicy, Sampling
+from am_memory import Experiments, Memory, MemoryPolicy, Sampling
 from am_memory.compaction.background import BackgroundCompaction
 from am_memory.compaction.job import CompactionJob, CompactionResult
 from am_memory.engines.llama_cpp import LlamaCppEngine
@@ -150,9 +150,9 @@ def test_decoding_goes_on_while_it_is_made(new_context: NewContext, gate: Gate) 
         {},
         {"reference_queries": ("repeat", "live")},
         {"reference_queries": ("repeat", "self_study"), "self_study_tokens": 8},
-        {"on_policy": True},
-        {"summary_tokens": 8},
-        {"recompaction": "refit", "keep_ratio": 0.5},
+        {"experiments": Experiments(on_policy=True)},
+        {"experiments": Experiments(summary_tokens=8)},
+        {"experiments": Experiments(recompaction="refit"), "keep_ratio": 0.5},
         {"max_error": 0.01},
         {"segment_dtype": "int8", "originals": "host"},
         {"key_selection": "omp_fast"},
@@ -191,7 +191,7 @@ steps = st.lists(st.tuples(st.booleans(), st.integers(1, 100)), min_size=1, max_
     keep_ratio=st.sampled_from([0.05, 0.25, 0.9, 1.0]),
     keep_recent=st.integers(0, 8),
     chunk_tokens=st.sampled_from([1, 7, 512]),
-    recompaction=st.sampled_from(["segments", "segments", "refit"]),
+    experiments=st.sampled_from([Experiments(), Experiments(), Experiments(recompaction="refit")]),
 )
 def test_the_clock_decides_nothing_and_the_cache_never_exceeds_the_trigger(
     new_context: NewContext, steps: list[tuple[bool, int]], **values: object

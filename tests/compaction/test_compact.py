@@ -11,7 +11,7 @@ import torch
 from inside import cache_of, context_of, layers_of, records_of
 from torch import Tensor
 
-from am_memory import Memory, MemoryPolicy, Session
+from am_memory import Experiments, Memory, MemoryPolicy, Session
 from am_memory.compaction.compact import Head, fit_heads, groups_of_like_size
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CompactionFailed
@@ -97,14 +97,14 @@ def test_the_fit_is_closer_than_eviction_of_the_same_slots(new_session: NewSessi
     full = new_session().logits(TOKENS[:30])
     distances = {}
     for what in ("bias_and_values", "nothing"):
-        session = new_session(fit=what)
+        session = new_session(experiments=Experiments(fit=what))
         session.compact(0.8)
         distances[what] = kl(full, session.logits(TOKENS[:30]))
     assert distances["bias_and_values"] < distances["nothing"]
 
 
 def test_eviction_keeps_the_original_values_and_no_bias(new_session: NewSession) -> None:
-    session = new_session(fit="nothing")
+    session = new_session(experiments=Experiments(fit="nothing"))
     layer = layers_of(session)[0]
     key, value = (entries.clone() for entries in layer.exact_entries(0, 239))
     session.compact(1.0)
@@ -138,7 +138,7 @@ def test_older_segments_shrink_to_the_bound_and_are_never_re_ranked(new_session:
 
 
 def test_refit_puts_one_segment_in_the_place_of_all(new_session: NewSession) -> None:
-    session = new_session(recompaction="refit")
+    session = new_session(experiments=Experiments(recompaction="refit"))
     session.compact(0.5)
     session.append(TOKENS)
     session.compact(1.0)
@@ -150,7 +150,7 @@ def test_refit_puts_one_segment_in_the_place_of_all(new_session: NewSession) -> 
 
 def test_refit_with_room_for_everything_changes_nothing(new_session: NewSession) -> None:
     """The slots of the first round, bias and all, are the entries of the second."""
-    session = new_session(recompaction="refit", keep_ratio=1.0, max_compact_tokens=500)
+    session = new_session(experiments=Experiments(recompaction="refit"), keep_ratio=1.0, max_compact_tokens=500)
     before = session.logits(TOKENS[:20])
     session.compact(0.5)
     session.compact(1.0)
@@ -163,7 +163,9 @@ def test_refit_carries_the_bias_of_what_it_compacts_again(new_session: NewSessio
     session.compact(1.0)
     expected = session.logits(TOKENS[:20])
     branch = session.fork(
-        policy=context_of(session).policy.model_copy(update={"recompaction": "refit", "keep_ratio": 1.0})
+        policy=context_of(session).policy.model_copy(
+            update={"experiments": Experiments(recompaction="refit"), "keep_ratio": 1.0}
+        )
     )
     context_of(branch).policy = context_of(branch).policy.model_copy(update={"max_compact_tokens": 500})
     branch.append(TOKENS[:2])

@@ -10,7 +10,7 @@ import torch
 from inside import cache_of, layers_of, rebuild, slots_of, state_of
 from transformers import PreTrainedModel
 
-from am_memory import Memory, MemoryPolicy, Session
+from am_memory import Experiments, Memory, MemoryPolicy, Session
 from am_memory.budgets import Calibration
 from am_memory.compaction.compact import Entries, fit_all, heads_of, slot_ranks
 from am_memory.compaction.plan import Plan
@@ -23,7 +23,14 @@ from am_memory.queries import repeat_queries
 from am_memory.solver import exact_attention
 
 TOKENS = [(17 * position * position + 5 * position) % 256 for position in range(240)]
-POLICY = MemoryPolicy(trigger_tokens=2000, keep_ratio=0.25, pinned=4, keep_recent=0, on_policy=True, chunk_tokens=64)
+POLICY = MemoryPolicy(
+    trigger_tokens=2000,
+    keep_ratio=0.25,
+    pinned=4,
+    keep_recent=0,
+    experiments=Experiments(on_policy=True),
+    chunk_tokens=64,
+)
 
 
 def new_session(engine: TransformersEngine, **changes: object) -> Session:
@@ -80,7 +87,7 @@ def test_the_first_layer_has_the_queries_of_any_repeat_pass_and_others_have_not(
     # Half of the tokens, so that no slot is left over for some heads alone; all at once, so that both passes are one.
     changes = {"head_budget": "uniform", "keep_ratio": 0.5, "chunk_tokens": 1000}
     first, *others = compacted(engine, **changes)
-    same, *off_policy = compacted(engine, **changes, on_policy=False)
+    same, *off_policy = compacted(engine, **changes, experiments=Experiments())
     assert torch.equal(first.positions, same.positions)
     assert torch.allclose(first.value, same.value, atol=1e-5)
     for on, off in zip(others, off_policy, strict=True):
@@ -107,7 +114,9 @@ def test_no_layer_runs_twice_but_for_scores(
 
 @pytest.mark.parametrize("budget", ["adaptive", "uniform"])
 def test_heads_have_as_many_slots_as_off_policy(engine: TransformersEngine, budget: str) -> None:
-    on_policy, off_policy = (compacted(engine, head_budget=budget, on_policy=each) for each in (True, False))
+    on_policy, off_policy = (
+        compacted(engine, head_budget=budget, experiments=Experiments(on_policy=each)) for each in (True, False)
+    )
     assert [slots.cu_slots for slots in on_policy] == [slots.cu_slots for slots in off_policy]
 
 
@@ -119,7 +128,10 @@ def test_a_calibrated_budget_is_the_same_as_off_policy(engine: TransformersEngin
     )
     path = tmp_path / "tiny.json"
     path.write_text(calibration.model_dump_json(), encoding="utf-8")
-    layers = [compacted(engine, head_budget=str(path), on_policy=on_policy) for on_policy in (True, False)]
+    layers = [
+        compacted(engine, head_budget=str(path), experiments=Experiments(on_policy=on_policy))
+        for on_policy in (True, False)
+    ]
     assert [slots.cu_slots for slots in layers[0]] == [slots.cu_slots for slots in layers[1]]
     assert len({slots.num_slots for slots in layers[0]}) > 1
 
@@ -177,4 +189,4 @@ def test_rebuilt_it_is_the_same(engine: TransformersEngine) -> None:
 )
 def test_what_it_cannot_be_combined_with_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(InvalidPolicy, match="on_policy"):
-        MemoryPolicy(on_policy=True, **changes)
+        MemoryPolicy(experiments=Experiments(on_policy=True), **changes)

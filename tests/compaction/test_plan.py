@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from am_memory import MemoryPolicy
+from am_memory import Experiments, MemoryPolicy
 from am_memory.compaction.plan import Sizes, max_compact_tokens, min_block_tokens, plan, shrink, trigger_tokens
 from am_memory.errors import BudgetTooSmall, CompactionFailed, InvalidPolicy
 from am_memory.kv_cache.slots import Segment
@@ -69,7 +69,7 @@ def test_older_segments_shrink_so_that_all_fit() -> None:
 
 def test_a_new_segment_has_its_floor_however_long_the_conversation() -> None:
     """Equal shares of a bound fall below a slot per head in the end: a layer without any slots could not be fitted."""
-    policy = MemoryPolicy(trigger_tokens=64, keep_ratio=0.25, keep_recent=0, min_slots=2)
+    policy = MemoryPolicy(trigger_tokens=64, keep_ratio=0.25, keep_recent=0, experiments=Experiments(min_slots=2))
     older = tuple(Segment(start, start + 10, 2 * NUM_HEADS) for start in range(0, 10_000, 10))
     made = plan(policy, Sizes(10_048, 0, 48, older, NUM_HEADS), 64, fraction=1.0)
     assert made.newest.num_slots == 2 * NUM_HEADS
@@ -77,7 +77,7 @@ def test_a_new_segment_has_its_floor_however_long_the_conversation() -> None:
 
 
 def test_refit_makes_one_segment_of_everything_before_it() -> None:
-    policy = MemoryPolicy(trigger_tokens=1000, keep_recent=0, recompaction="refit")
+    policy = MemoryPolicy(trigger_tokens=1000, keep_recent=0, experiments=Experiments(recompaction="refit"))
     made = plan(policy, Sizes(1500, 4, 896, (Segment(4, 604, 60 * NUM_HEADS),), NUM_HEADS), 1000)
     assert made.is_refit
     assert len(made.segments) == 1
@@ -97,7 +97,7 @@ def test_nothing_but_recent_tokens_cannot_be_compacted_by_the_trigger() -> None:
 
 
 def test_a_block_too_small_for_its_slots_is_refused_with_the_way_out() -> None:
-    policy = MemoryPolicy(keep_ratio=0.001, min_slots=4)
+    policy = MemoryPolicy(keep_ratio=0.001, experiments=Experiments(min_slots=4))
     with pytest.raises(
         BudgetTooSmall,
         match=r"keep_ratio 0.001 of 512 tokens leaves 0.5 slots .* at least 4 .* raise keep_ratio to 0.008",
@@ -134,7 +134,7 @@ sizes_of_some_cache = st.builds(
 def test_a_plan_covers_exact_tokens_that_may_go_and_fits_its_bound(
     sizes: Sizes, fraction: float | None, keep_ratio: float, keep_recent: int
 ) -> None:
-    policy = MemoryPolicy(keep_ratio=keep_ratio, keep_recent=keep_recent, min_slots=1)
+    policy = MemoryPolicy(keep_ratio=keep_ratio, keep_recent=keep_recent)
     try:
         made = plan(policy, sizes, 1000, fraction)
     except (CompactionFailed, BudgetTooSmall):
@@ -169,7 +169,6 @@ def test_a_policy_that_is_taken_never_gets_stuck(
         keep_ratio=keep_ratio,
         keep_recent=keep_recent,
         max_compact_tokens=bound,
-        min_slots=1,
     )
     try:
         trigger_tokens(policy, 4096, num_pinned)
@@ -287,7 +286,7 @@ def test_a_trigger_that_cannot_work_says_why_and_what_to_do(
 
 
 def test_a_ratio_that_leaves_too_few_slots_says_which_would_do() -> None:
-    policy = MemoryPolicy(trigger_tokens=256, keep_ratio=0.01, min_slots=4)
+    policy = MemoryPolicy(trigger_tokens=256, keep_ratio=0.01, experiments=Experiments(min_slots=4))
     with pytest.raises(
         BudgetTooSmall, match=r"keep_ratio 0.01 of \d+ tokens .*at least 4 .*raise keep_ratio to 0\.0\d+"
     ):
@@ -295,15 +294,17 @@ def test_a_ratio_that_leaves_too_few_slots_says_which_would_do() -> None:
 
 
 def test_the_ratio_that_the_message_names_does_work() -> None:
-    policy = MemoryPolicy(trigger_tokens=256, keep_ratio=0.01, min_slots=4)
+    experiments = Experiments(min_slots=4)
+    policy = MemoryPolicy(trigger_tokens=256, keep_ratio=0.01, experiments=experiments)
     with pytest.raises(BudgetTooSmall) as raised:
         trigger_tokens(policy, 4096, 4)
     named = float(str(raised.value).split("raise keep_ratio to ")[1].split(",")[0])
-    assert trigger_tokens(MemoryPolicy(trigger_tokens=256, keep_ratio=named, min_slots=4), 4096, 4) == 256
+    policy = MemoryPolicy(trigger_tokens=256, keep_ratio=named, experiments=experiments)
+    assert trigger_tokens(policy, 4096, 4) == 256
 
 
 def test_a_bound_below_the_floor_of_a_head_is_refused() -> None:
     """The floor was compared with the new segment before it was cut to the bound."""
-    policy = MemoryPolicy(trigger_tokens=256, max_compact_tokens=2, min_slots=4)
+    policy = MemoryPolicy(trigger_tokens=256, max_compact_tokens=2, experiments=Experiments(min_slots=4))
     with pytest.raises(BudgetTooSmall, match=r"max_compact_tokens 2 .* at least 4 .*: raise max_compact_tokens to 4"):
         trigger_tokens(policy, 4096, 4)

@@ -16,13 +16,15 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import rotate_half
 
-from am_memory import Memory, MemoryPolicy, Sampling, Session
+from am_memory import Experiments, Memory, MemoryPolicy, Sampling, Session
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CompactionFailed, InvalidPolicy
 from am_memory.events import CompactionProgress, Event, ignore
 from am_memory.kv_cache.slots import PINNED_RANK
 
-POLICY = MemoryPolicy(trigger_tokens=400, keep_ratio=0.05, pinned=3, chunk_tokens=16, summary_tokens=12)
+POLICY = MemoryPolicy(
+    trigger_tokens=400, keep_ratio=0.05, pinned=3, chunk_tokens=16, experiments=Experiments(summary_tokens=12)
+)
 WHOLE = {"keep_ratio": 0.5}
 """More slots than a summary has entries."""
 WRITING = "am_memory.compaction.job.write_summary"
@@ -91,7 +93,7 @@ def test_the_slots_stand_at_the_last_positions_of_the_block(new_memory: NewMemor
 
 
 def test_a_summary_takes_the_bytes_that_the_block_would(new_memory: NewMemory) -> None:
-    session, without = told_session(new_memory()), told_session(new_memory(summary_tokens=None))
+    session, without = told_session(new_memory()), told_session(new_memory(experiments=Experiments()))
     assert session.compact(0.5).kv_bytes_after == without.compact(0.5).kv_bytes_after
     assert session.stats.kv_tokens == without.stats.kv_tokens
 
@@ -105,7 +107,7 @@ def test_a_summary_no_longer_than_the_slots_stays_whole(new_memory: NewMemory) -
 
 
 def test_a_summary_is_never_longer_than_its_block(new_memory: NewMemory) -> None:
-    session = told_session(new_memory(summary_tokens=1000, keep_ratio=0.25), 20)
+    session = told_session(new_memory(experiments=Experiments(summary_tokens=1000), keep_ratio=0.25), 20)
     report = session.compact(0.5)
     assert 0 < report.summary_tokens <= report.end - report.start == 8
     assert compact_positions(session) <= set(range(report.start, report.end))
@@ -170,7 +172,7 @@ def test_where_nothing_is_written_the_block_is_compacted(
     new_memory: NewMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("am_memory.compaction.summary.greedy_answer", lambda *_: [])
-    session, without = told_session(new_memory()), told_session(new_memory(summary_tokens=None))
+    session, without = told_session(new_memory()), told_session(new_memory(experiments=Experiments()))
     assert session.compact(0.5).summary_tokens == without.compact(0.5).summary_tokens == 0
     assert_same(held(session), held(without))
 
@@ -224,7 +226,7 @@ def test_a_saved_session_has_its_summary(new_memory: NewMemory, monkeypatch: pyt
 
 
 def test_a_compaction_without_a_summary_is_rebuilt_without(new_memory: NewMemory) -> None:
-    session = told_session(new_memory(summary_tokens=None))
+    session = told_session(new_memory(experiments=Experiments()))
     session.compact(0.5)
     branch = session.fork(policy=POLICY)
     rebuild(branch)
@@ -274,7 +276,8 @@ def test_running_out_of_memory_leaves_the_session_as_it_was(
 def test_a_failure_in_any_forward_pass_leaves_the_session_as_it_was(
     new_memory: NewMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session, untouched = told_session(new_memory(summary_tokens=3)), told_session(new_memory(summary_tokens=3))
+    short = Experiments(summary_tokens=3)
+    session, untouched = (told_session(new_memory(experiments=short)) for _ in range(2))
     before, forward, at_call, is_made = held(session), session.engine.forward, 0, False
     while not is_made:
         at_call, calls = at_call + 1, 0
@@ -302,10 +305,10 @@ def test_a_failure_in_any_forward_pass_leaves_the_session_as_it_was(
 
 
 def test_what_cannot_be_right_is_refused(engine: TransformersEngine) -> None:
-    with pytest.raises(InvalidPolicy, match=r"summary_tokens 12: .*recompaction 'refit'"):
-        MemoryPolicy(summary_tokens=12, recompaction="refit")
-    with pytest.raises(InvalidPolicy, match=r"summary_tokens 12: .*max_error"):
-        MemoryPolicy(summary_tokens=12, max_error=0.1)
+    with pytest.raises(InvalidPolicy, match=r"summary_tokens=12.*: .*recompaction 'refit'"):
+        MemoryPolicy(experiments=Experiments(summary_tokens=12, recompaction="refit"))
+    with pytest.raises(InvalidPolicy, match=r"summary_tokens=12.*: .*max_error"):
+        MemoryPolicy(experiments=Experiments(summary_tokens=12), max_error=0.1)
     fixed = copy.copy(engine)
     fixed.info = replace(engine.info, immovable="its RoPE depends on the length of the text")
     with pytest.raises(InvalidPolicy, match=r"summary_tokens 12 .* its RoPE depends on the length.* leave it at None"):

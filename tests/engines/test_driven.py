@@ -11,7 +11,7 @@ from inside import context_of
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from am_memory import Memory, MemoryPolicy
+from am_memory import Experiments, Memory, MemoryPolicy
 from am_memory.compaction.plan import most_at_once
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import UnsupportedOperation
@@ -227,7 +227,9 @@ def test_a_call_of_forward_itself_is_watched(watched: KVCache, tiny_model: PreTr
     assert watched.segments
 
 
-@pytest.mark.parametrize("changes", [{}, {"ahead_tokens": 8}, {"keep_ratio": 0.2, "min_slots": 2}, {"pinned": 0}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"ahead_tokens": 8}, {"keep_ratio": 0.2, "experiments": Experiments(min_slots=2)}, {"pinned": 0}]
+)
 def test_room_for_as_many_as_are_sure_to_fit_can_be_made_at_any_time(
     engine: TransformersEngine, changes: dict[str, object]
 ) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from inside import context_of, layers_of, put_away_oldest, records_of, slots_of
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from am_memory import Memory, MemoryPolicy, Sampling, Session
+from am_memory import Experiments, Memory, MemoryPolicy, Sampling, Session
 from am_memory.cli.letters import letters
 from am_memory.cli.questions import ask
 from am_memory.engines.llama_cpp import LlamaCppEngine
@@ -296,7 +296,7 @@ def test_a_branch_shares_codes_and_goes_its_own_way(new_session: NewSession) -> 
 
 
 def test_what_is_compacted_again_is_decoded_first(new_session: NewSession) -> None:
-    session = new_session(num_tokens=300, recompaction="refit")
+    session = new_session(num_tokens=300, experiments=Experiments(recompaction="refit"))
     assert len(records_of(session)) > 1
     assert len(session.segments) == 1
     assert all(slots.key.decoded().isfinite().all() for slots in slots_of(session))

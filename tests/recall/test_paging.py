@@ -15,7 +15,7 @@ from inside import cache_of, context_of, layers_of, originals_of, trigger_of
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from am_memory import Memory, MemoryPolicy, Sampling, Session
+from am_memory import Experiments, Memory, MemoryPolicy, Sampling, Session
 from am_memory.cli.letters import facts, hide
 from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.transformers import TransformersEngine
@@ -182,7 +182,7 @@ def test_recalling_again_changes_nothing_but_the_order(new_memory: NewMemory) ->
 @pytest.mark.parametrize("recompaction", ["segments", "refit"])
 def test_a_compaction_after_a_recall_is_one_without_it(new_memory: NewMemory, recompaction: str) -> None:
     """What is recalled goes back to its slots first: a recall leaves nothing behind."""
-    session = roomy_session(new_memory(recompaction=recompaction))
+    session = roomy_session(new_memory(experiments=Experiments(recompaction=recompaction)))
     other = session.fork()
     session.recall((0, 80))
     assert session.recalled

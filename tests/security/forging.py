@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from am_memory import Memory, MemoryPolicy, Session
+from am_memory import Experiments, Memory, MemoryPolicy, Session
 from am_memory.engines.base import Engine
 from am_memory.errors import AMMemoryError, StorageError
 from am_memory.storage.session_file import CHECKSUM_KEY, ZEROS
@@ -34,11 +34,11 @@ POLICIES = {
     "plain": POLICY,
     "int8": POLICY.with_changes(segment_dtype="int8"),
     "originals": POLICY.with_changes(originals="host"),
-    "refit": POLICY.with_changes(recompaction="refit"),
-    "summaries": POLICY.with_changes(summary_tokens=8),
+    "refit": POLICY.with_changes(experiments=Experiments(recompaction="refit")),
+    "summaries": POLICY.with_changes(experiments=Experiments(summary_tokens=8)),
     "self-study": POLICY.with_changes(reference_queries=("self_study",), self_study_tokens=16),
 }
-QUICK_FIELDS = {*POLICY.model_fields_set, "segment_dtype", "originals", "recompaction"}
+QUICK_FIELDS = {*POLICY.model_fields_set, "segment_dtype", "originals"}
 ABSURD = [
     *(-1, 0, 1, 2, 3, 7, 50, 255, 259, 260, 10**4, 2**31 - 1, 2**31, 2**63 - 1, 2**63, 10**30, -(2**31), -(2**63) - 1),
     *(0.5, -0.5, 1e308, float("nan"), float("inf"), True, None, "", "3", "x" * 100, [], {}, [[]], [1, 2], {"role": 1}),

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import am_memory
-from am_memory import Memory, MemoryPolicy
+from am_memory import Experiments, Memory, MemoryPolicy
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CompactionFailed, InvalidInput, InvalidPolicy
 from am_memory.events import (
@@ -153,7 +153,7 @@ steps = st.lists(st.tuples(st.booleans(), st.integers(1, 130)), min_size=1, max_
     keep_ratio=st.sampled_from([0.05, 0.25, 0.9, 1.0]),
     keep_recent=st.integers(0, 8),
     chunk_tokens=st.sampled_from([1, 7, 512]),
-    recompaction=st.sampled_from(["segments", "segments", "refit"]),
+    experiments=st.sampled_from([Experiments(), Experiments(), Experiments(recompaction="refit")]),
 )
 def test_the_cache_never_exceeds_the_trigger_nor_the_segments_their_bound(
     new_context: NewContext, steps: list[tuple[bool, int]], **values: object

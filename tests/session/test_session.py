@@ -14,7 +14,7 @@ from inside import cache_of, context_of, history_of, layers_of, rebuild, state_o
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from am_memory import Memory, MemoryPolicy, Sampling, Session
+from am_memory import Experiments, Memory, MemoryPolicy, Sampling, Session
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import (
     BudgetTooSmall,
@@ -573,7 +573,7 @@ def test_nothing_to_compact_is_said(session: Session) -> None:
 
 
 def test_too_few_tokens_for_the_floor_are_refused(memory: Memory) -> None:
-    session = memory.session(policy=POLICY.model_copy(update={"min_slots": 8}))
+    session = memory.session(policy=POLICY.model_copy(update={"experiments": Experiments(min_slots=8)}))
     session.append("abcdefghijklmnop")
     before = state(session)
     with pytest.raises(BudgetTooSmall, match=r"keep_ratio 0.25 of \d+ tokens .* at least 8 .* raise keep_ratio to"):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from inside import cache_of, context_of, layers_of, rebuild
 from pydantic import TypeAdapter
 
-from am_memory import Memory, MemoryPolicy, Sampling, Session
+from am_memory import Experiments, Memory, MemoryPolicy, Sampling, Session
 from am_memory.compaction.plan import Plan, Sizes, plan, within_reach
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.events import Event, WindowExceeded, ignore
@@ -125,7 +125,7 @@ def test_what_cannot_be_moved_stays() -> None:
 
 def test_a_refit_has_one_segment_that_stays(new_memory: NewMemory) -> None:
     events: list[Event] = []
-    session = new_memory(events.append, recompaction="refit").session()
+    session = new_memory(events.append, experiments=Experiments(recompaction="refit")).session()
     session.append(some_tokens(400))
     assert [segment.shift for segment in session.segments] == [0]
     (exceeded,) = [event for event in events if isinstance(event, WindowExceeded)]
@@ -136,9 +136,8 @@ def test_a_refit_has_one_segment_that_stays(new_memory: NewMemory) -> None:
 def test_what_is_refit_stays_where_it_was_moved_to() -> None:
     """Pinned tokens count to the first segment, whichever that is: one that began anew would turn them twice."""
     sizes = Sizes(400, 3, 60, (Segment(3, 200, 30, shift=90), Segment(200, 340, 30)), num_heads=2)
-    assert [each.shift for each in plan(POLICY.model_copy(update={"recompaction": "refit"}), sizes, 64).segments] == [
-        90
-    ]
+    policy = POLICY.with_changes(experiments=Experiments(recompaction="refit"))
+    assert [segment.shift for segment in plan(policy, sizes, 64).segments] == [90]
 
 
 def test_leaving_the_window_says_that_what_is_old_moves(new_memory: NewMemory) -> None:

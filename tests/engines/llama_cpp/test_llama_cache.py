@@ -14,7 +14,7 @@ import torch
 from inside import context_of, rebuild, state_of
 from torch import Tensor
 
-from am_memory import Memory, MemoryPolicy, Session
+from am_memory import Experiments, Memory, MemoryPolicy, Session
 from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CompactionFailed, CorruptSession, EngineFailed, InvalidPolicy, UnsupportedOperation
@@ -63,7 +63,9 @@ def test_compacting_to_full_size_changes_nothing(new_session: NewSession, fracti
 
 def test_a_fit_of_nothing_is_the_same_cells(new_session: NewSession) -> None:
     """Eviction: a fork that keeps the same keys, values and biases as they are has an exact reference in transformers."""
-    session = new_session(keep_ratio=1.0, trigger_tokens=300, max_compact_tokens=100, fit="nothing")
+    session = new_session(
+        keep_ratio=1.0, trigger_tokens=300, max_compact_tokens=100, experiments=Experiments(fit="nothing")
+    )
     before = session.logits(PROBE)
     session.compact(0.7)
     assert_same(session.logits(PROBE), before)
@@ -109,7 +111,9 @@ def test_the_fit_is_nearer_than_eviction(new_session: NewSession) -> None:
     exact = session.logits(TEXT[100:]).log_softmax(-1)
     errors = []
     for fit in ("bias_and_values", "nothing"):
-        branch = session.fork(policy=MemoryPolicy(**{**dict(POLICY), "fit": fit, "keep_ratio": 0.1}))
+        branch = session.fork(
+            policy=MemoryPolicy(**{**dict(POLICY), "experiments": Experiments(fit=fit), "keep_ratio": 0.1})
+        )
         branch.compact(1.0)
         errors.append((branch.logits(TEXT[100:]).log_softmax(-1) - exact).square().mean())
     assert errors[0] < 0.8 * errors[1]
@@ -139,7 +143,9 @@ def test_cutting_depends_on_the_size_alone(new_session: NewSession) -> None:
     """A segment born with 20 cells and cut to 10 holds what it would hold had it been born with 10, before any fit."""
     cells = []
     for ratio in (0.2, 0.4):
-        session = new_session(keep_ratio=ratio, fit="nothing", trigger_tokens=300, max_compact_tokens=60)
+        session = new_session(
+            keep_ratio=ratio, experiments=Experiments(fit="nothing"), trigger_tokens=300, max_compact_tokens=60
+        )
         session.compact(0.5)
         content = state_of(session)
         cells.append(content.cells.take(slice(4, 4 + 8)))
@@ -148,7 +154,7 @@ def test_cutting_depends_on_the_size_alone(new_session: NewSession) -> None:
 
 
 def test_everything_can_be_compacted_again_and_again(new_session: NewSession) -> None:
-    session = new_session(recompaction="refit")
+    session = new_session(experiments=Experiments(recompaction="refit"))
     for _ in range(4):
         session.append(TEXT)
     assert (session.stats.num_segments, session.stats.kv_tokens <= 120) == (1, True)
@@ -255,7 +261,7 @@ def test_what_was_moved_up_is_saved_and_rebuilt_as_it_is(narrow: Memory) -> None
 
 
 def test_a_summary_takes_the_place_of_a_block(new_session: NewSession) -> None:
-    session = new_session(summary_tokens=12, keep_ratio=0.1, min_slots=1)
+    session = new_session(experiments=Experiments(summary_tokens=12), keep_ratio=0.1)
     report = session.compact(0.9)
     assert 0 < report.summary_tokens <= 12
     compacted = session.logits(PROBE)

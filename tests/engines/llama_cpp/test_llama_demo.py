@@ -11,7 +11,7 @@ import torch
 from llama_cpp import Llama
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from am_memory import Memory, MemoryPolicy
+from am_memory import Experiments, Memory, MemoryPolicy
 from am_memory.cli.letters import prose
 from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.loading import demo_model_path
@@ -77,7 +77,7 @@ def test_the_fit_is_nearer_than_eviction(memory: Memory) -> None:
     exact = full.logits(repeated).log_softmax(-1)
     divergence = []
     for fit in ("bias_and_values", "nothing"):
-        branch = full.fork(policy=MemoryPolicy(**{**dict(POLICY), "fit": fit}))
+        branch = full.fork(policy=MemoryPolicy(**{**dict(POLICY), "experiments": Experiments(fit=fit)}))
         assert branch.compact(1.0).num_unbiased_heads == 0
         divergence.append((exact.exp() * (exact - branch.logits(repeated).log_softmax(-1))).sum(-1).mean())
     assert divergence[0] < 0.95 * divergence[1]
