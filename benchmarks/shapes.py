@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
-from am_memory.compaction.compact import MAX_GROUP_HEADS
+from am_memory.compaction.head_fits import MAX_BATCH_HEADS
 
 SHAPES: dict[str, PreTrainedConfig] = {
     "qwen3-4b": Qwen3Config(
@@ -77,6 +77,6 @@ class CacheShape:
         per_head = self.num_key_value_groups * num_tokens  # queries
         queries = num_heads * per_head * (self.head_dim * self.element_size + 4)
         outputs = num_heads * per_head * (self.head_dim + 3) * 4
-        batch = min(MAX_GROUP_HEADS, num_heads) * per_head * self.head_dim * (self.element_size + 12)
+        batch = min(MAX_BATCH_HEADS, num_heads) * per_head * self.head_dim * (self.element_size + 12)
         scratch = self.exact_bytes(2 * num_tokens)
         return max(2 * queries + scratch, queries + outputs + batch + 2 * 4 * max_chunk_elements)

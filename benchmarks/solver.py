@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from am_memory.solver import OMP, Block, HighestAttention, KeySelection, exact_attention, fit, naive
+from am_memory.solver import OMP, Block, FitOptions, HighestAttention, KeySelection, exact_attention, fit, naive
 
 SIZES = {"748/149": (748, 149, 5355), "2048/410": (2048, 410, 8192)}  # keys, slots, queries
 HEAD_DIM = 64
@@ -86,11 +86,13 @@ def synthetic_block(num_heads: int, seq_len: int, num_queries: int, seed: int) -
 def ours(
     selection: KeySelection, is_relative: bool = True, ridge: float = 1e-2, bounds: tuple[float, float] = BOUNDS
 ) -> Solve:
+    options = FitOptions(bias_bounds=bounds, ridge=ridge, relative_mass=is_relative)
+
     def solve(block: Block, num_slots: int) -> Compacted:
         slots = torch.full((block.num_heads,), num_slots)
         exact = exact_attention(block)
         indices = selection(block, exact.scores, slots)
-        result = fit(block, indices, slots, bias_bounds=bounds, exact=exact, relative_mass=is_relative, ridge=ridge)
+        result = fit(block, indices, slots, options, exact=exact)
         return result.key, result.bias, result.value
 
     return solve

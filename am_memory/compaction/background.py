@@ -1,7 +1,7 @@
-"""A compaction under way beside decoding: in a thread, and on a GPU in a stream, of its own.
+"""A compaction that runs while tokens are still read and generated: in its own thread, and on a GPU its own stream.
 
-It works on a branch of the cache, so that it sees nothing of what is read meanwhile, and what comes of it does not
-depend on the clock. Knows not when it is due, nor how it is swapped in.
+It works on a branch of the cache and never sees tokens that are read meanwhile. Its result is therefore the same
+however fast it runs. It does not know when a compaction is due, nor how the result is swapped in.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from am_memory.queries import Progress
 
 
 class BackgroundCompaction:
-    """What a job will have made; its contexts may share it, as branches of each other.
+    """A job in a worker thread, and later its result. Contexts that are branches of each other may share it.
 
     Args:
-        job: its cache is nobody else's.
+        job: nothing else may use its cache.
 
     Attributes:
-        at_tokens: logical tokens in the cache when it was begun.
+        at_tokens: logical tokens in the cache when the job began.
         is_shared: branches have it too, so that none of them may stop it.
-        has_failed: and somebody was told so.
+        has_failed: the job raised an error, and `result` has raised it to a caller.
     """
 
     def __init__(self, job: CompactionJob) -> None:
@@ -40,9 +40,9 @@ class BackgroundCompaction:
         self.at_tokens = job.cache.num_tokens
         self.is_shared = self.has_failed = False
         self._windows = [state for state in job.cache.state().layers if isinstance(state, SlidingState)]
-        self._told: SimpleQueue[tuple[str, int, int] | None] = SimpleQueue()
+        self._progress: SimpleQueue[tuple[str, int, int] | None] = SimpleQueue()  # None: the job has ended
         self._is_stopped = False
-        self._stream = _beside(job.engine.info.device)
+        self._stream = _second_stream(job.engine.info.device)
         self._job = job
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="am-memory-ahead")
         self._future: Future[CompactionResult]
@@ -52,54 +52,58 @@ class BackgroundCompaction:
         self._future = self._worker.submit(self._run, self._job)
         del self._job  # with its cache
         self._worker.shutdown(wait=False)  # the thread ends with its work
-        self._future.add_done_callback(lambda _: self._told.put(None))
+        self._future.add_done_callback(lambda _: self._progress.put(None))
 
     def _run(self, job: CompactionJob) -> CompactionResult:
         with self._stream:
-            return job.run(self._tell)
+            return job.run(self._report)
 
-    def _tell(self, stage: str, done: int, total: int) -> None:
+    def _report(self, stage: str, done: int, total: int) -> None:
         if self._is_stopped:
             raise CancelledError
-        self._told.put((stage, done, total))
+        self._progress.put((stage, done, total))
 
-    def _next_told(self) -> tuple[str, int, int] | None:
-        """Wait for it; None, again and again, when the work is done."""
-        if (told := self._told.get()) is None:
-            self._told.put(None)
-        return told
+    def _next_progress(self) -> tuple[str, int, int] | None:
+        """Wait for the next report of the worker; None from when the job has ended."""
+        if (report := self._progress.get()) is None:
+            self._progress.put(None)
+        return report
 
     def relay(self, progress: Progress) -> None:
-        """Tell what the thread has told since, in the caller's."""
-        while not self._told.empty() and (told := self._next_told()) is not None:
-            progress(*told)
+        """Pass on, in the caller's thread, the progress that the worker has reported so far."""
+        while not self._progress.empty() and (report := self._next_progress()) is not None:
+            progress(*report)
 
     def result(self, progress: Progress) -> CompactionResult:
-        """Wait for the end of it, and tell of its progress meanwhile.
+        """Wait for the job to end, and pass on its progress meanwhile.
 
         Raises:
-            CompactionFailed, StorageError: as `CompactionJob.run` does, each time that it is asked for.
+            CompactionFailed, StorageError: as `CompactionJob.run` does; at every call.
         """
-        while (told := self._next_told()) is not None:
-            progress(*told)
+        while (report := self._next_progress()) is not None:
+            progress(*report)
         if (error := self._future.exception()) is not None:
             self.has_failed = True
             raise error
-        made = self._future.result()
-        for slots in made.result.slots:
+        result = self._future.result()
+        for slots in result.slots:
             for tensor in slots.tensors:
-                if tensor.is_cuda:  # made in another stream, whose next tensors must not be put in its place too early
+                if tensor.is_cuda:  # allocated in another stream: keeps that stream from reusing the memory too early
                     tensor.record_stream(torch.cuda.current_stream(tensor.device))
-        return made
+        return result
 
     def stop(self) -> None:
-        """Give it up and wait until its thread has ended; nothing where a branch has it too."""
+        """Cancel the job and wait for its thread to end. Does nothing if branches share the job."""
         if not self.is_shared:
             self._is_stopped = True
             self._worker.shutdown()
 
     def began_from(self, state: CacheState) -> CacheState:
-        """The state of the cache when it was begun, from a later one that has no other segments."""
+        """The state of the cache when the job began.
+
+        Args:
+            state: a later one, with the same segments.
+        """
         windows = iter(self._windows)
         layers = (
             layer._replace(length=self.at_tokens - layer.start) if isinstance(layer, TailState) else next(windows)
@@ -108,18 +112,18 @@ class BackgroundCompaction:
         return replace(state, layers=tuple(layers))
 
 
-def _beside(device: torch.device) -> AbstractContextManager[object]:
-    """A place for work in another thread, behind what is queued on the device by now; done when it is left."""
+def _second_stream(device: torch.device) -> AbstractContextManager[object]:
+    """A CUDA stream for the worker, behind all work queued on the device by now; nothing on other devices."""
     if device.type != "cuda":
         return nullcontext()
-    stream = _second_stream(device)
+    stream = _shared_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     return _in_stream(stream)
 
 
 @cache
-def _second_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all, as torch keeps memory for each stream that ever needed some."""
+def _shared_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all jobs: torch's allocator keeps a memory pool for each stream that was ever used."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
@@ -129,4 +133,4 @@ def _in_stream(stream: torch.cuda.Stream) -> Iterator[None]:
         with torch.cuda.stream(stream):
             yield
     finally:
-        stream.synchronize()  # what it reads may go only then, and whoever waits for the result need not wait for more
+        stream.synchronize()  # before the tensors that it reads are freed, and so that a waiter need not synchronize

@@ -1,8 +1,8 @@
-"""One compaction as it is ordered: all that it depends on, so that it can be made while its context goes on.
+"""A compaction job: everything that one compaction depends on, so that it can run while the conversation goes on.
 
-    the block, or a summary in its place  ->  reference queries  ->  scores and fits  ->  slots, to be swapped in
+    the block, or a summary in its place  ->  reference queries  ->  scores and fits  ->  a result to be swapped in
 
-Works on the cache that it is given, and leaves that as it was. Knows not when to compact, and not what becomes of it.
+It leaves its cache as it found it. It does not know when to compact, nor how the result is swapped in.
 """
 
 from __future__ import annotations
@@ -11,52 +11,65 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from am_memory.budgets import Calibration
-from am_memory.compaction.compact import Compaction, compact, failures, no_more_slots
+from am_memory.compaction.compact import compact, failures, no_more_slots
+from am_memory.compaction.head_fits import HeadFits
 from am_memory.compaction.layerwise import compact_on_policy
 from am_memory.compaction.plan import Plan, with_more_slots
 from am_memory.compaction.record import CompactionRecord
-from am_memory.compaction.summary import stand_in, write_summary
+from am_memory.compaction.summary import replace_by_summary, write_summary
 from am_memory.engines.base import Engine, SessionCache
 from am_memory.kv_cache.cache import KVCache
-from am_memory.kv_cache.slots import resized
+from am_memory.kv_cache.slots import Slots, resized
 from am_memory.policy import MemoryPolicy
 from am_memory.queries import LiveQueries, Passage, Progress, QuerySources
 from am_memory.recall.originals import Original, keep
 
 
-class CompactionResult(NamedTuple):
-    """A compaction that is ready to be swapped in, into a cache that may have read on since.
+@dataclass(frozen=True)
+class CompactionResult:
+    """A finished compaction that is not swapped in yet. The cache may have grown since it began.
 
     Attributes:
-        record: makes it again, as if it were swapped in at once.
-        original: the block's exact entries, where the policy keeps them.
-        query_seconds: wall time of what is neither scoring nor fitting.
+        record: what is kept to make the compaction again, as if it were swapped in at once. The newest segment of its
+            plan may have more slots than the job planned.
+        slots: of the newest segment, one `Slots` for each compactable layer; `SessionCache.compacted` takes them.
+        original: the exact entries of the block, if the policy keeps them.
+        mass_error, output_error: root mean square over all heads of the fit's errors on the reference queries.
+        held_out_error: the output error on queries held out of the fits; None if none were held out.
+        num_unbiased_heads: KV heads without biases, because theirs cannot be folded into their keys.
+        query_seconds, score_seconds, fit_seconds: wall time; the first covers all but scoring and fitting.
     """
 
-    result: Compaction
     record: CompactionRecord
+    slots: list[Slots]
     original: Original | None
+    mass_error: float
+    output_error: float
+    held_out_error: float | None
+    num_unbiased_heads: int
     query_seconds: float
+    score_seconds: float
+    fit_seconds: float
 
 
 @dataclass(frozen=True)
 class CompactionJob:
-    """A compaction to be made.
+    """A compaction to be run.
 
     Attributes:
-        cache: holds the block exact; nobody reads into it while the order is carried out.
-        tokens: of the conversation, to the end of the block or further.
-        start: of the block's exact tokens, which end where the plan's newest segment does.
+        cache: holds the block exact. Nothing else may use it while the job runs.
+        tokens: of the conversation, at least to the end of the block.
+        start: where the block's exact tokens begin; they end with the plan's newest segment.
         num_pinned: tokens at the start that stay exact.
-        trigger: the physical size that fires a compaction.
-        place: where the block's exact entries are kept.
-        weights: how much it counts that each of the block's tokens can be repeated; None: all alike.
-        live: the queries that passed, where the policy wants them.
-        calibration: of the model, where the policy's `head_budget` asks for one.
-        replayed: the record of a compaction that is made again; None: a new one, to which the gate may give more slots.
+        trigger_tokens: the physical size that fires a compaction.
+        originals: where the exact entries of the block are kept.
+        weights: how much each of the block's tokens counts when it is repeated; None: all alike.
+        live: queries of tokens that were read after the block, if the policy uses them.
+        calibration: sensitivity curves of the model, if the policy's `head_budget` asks for them.
+        replayed: the record of the compaction to make again. None: this is a new one, and the gate may add slots.
     """
 
     engine: Engine
@@ -66,18 +79,18 @@ class CompactionJob:
     plan: Plan
     start: int
     num_pinned: int
-    trigger: int
-    place: Literal["drop", "host", "disk"]
+    trigger_tokens: int
+    originals: Literal["drop", "host", "disk"]
     weights: Sequence[float] | None
     live: LiveQueries | None
     calibration: Calibration | None
     replayed: CompactionRecord | None = None
 
     def run(self, progress: Progress) -> CompactionResult:
-        """Carry it out; the cache is afterwards as it was.
+        """Compact the block; the cache is afterwards as it was.
 
         Args:
-            progress: told of each stage; what it raises ends the work.
+            progress: called at each stage; an exception that it raises ends the job.
 
         Raises:
             CompactionFailed: out of memory, no queries, or a result that is not finite.
@@ -86,49 +99,71 @@ class CompactionJob:
         started = time.perf_counter()
         sources = QuerySources(self.engine, self.policy, self.live, progress)
         with failures(self.plan.newest):
-            passage, record = self._prepared(sources)
-            compacted = self._on_policy if self.policy.experiments.on_policy else self._at_once
-            result = compacted(passage, record.plan, sources)
-        query_seconds = time.perf_counter() - started - result.score_seconds - result.fit_seconds
-        return CompactionResult(result, replace(record, plan=result.plan), self._original(), query_seconds)
+            passage, record = self._prepare(sources)
+            fits = (self._fit_on_policy if self.policy.experiments.on_policy else self._fit)(
+                passage, record.plan, sources
+            )
+        return CompactionResult(
+            record=replace(record, plan=fits.plan),
+            slots=fits.slots_by_layer(self.policy),
+            original=self._original(),
+            mass_error=fits.mass_error,
+            output_error=fits.output_error,
+            held_out_error=fits.held_out_error,
+            num_unbiased_heads=fits.num_unbiased_heads,
+            query_seconds=time.perf_counter() - started - fits.score_seconds - fits.fit_seconds,
+            score_seconds=fits.score_seconds,
+            fit_seconds=fits.fit_seconds,
+        )
 
-    @property
-    def record(self) -> CompactionRecord:
-        """As far as it is known before it is made."""
-        if self.replayed is not None:
-            return replace(self.replayed, lag_tokens=0, recalls=())
+    def _prepare(self, sources: QuerySources) -> tuple[Passage, CompactionRecord]:
+        """What is compacted: the block, or a summary in its place; and the record of it."""
+        record, end = self._record(sources), self.plan.newest.end
+        if record.summary is None or not record.summary.answer:
+            return Passage(self.cache, self.tokens, self.start, end, self.weights, record.conversations), record
+        answer, newest = record.summary.answer, self.plan.newest
+        cache = replace_by_summary(
+            self.engine, self.cache, record.summary, newest, self.num_pinned, chunk_tokens=sources.chunk_tokens
+        )
+        segments = (*self.plan.segments[:-1], resized(newest, len(answer) * cache.num_heads))
+        start = end - len(answer)
+        passage = Passage(cache, [*self.tokens[:start], *answer], start, end, None, record.conversations)
+        return passage, replace(record, plan=replace(self.plan, segments=segments))
+
+    def _record(self, sources: QuerySources) -> CompactionRecord:
+        """The record, with the texts that the model writes for a compaction: those replayed, or new ones."""
+        if (replayed := self.replayed) is not None:
+            conversations = replayed.conversations or sources.converse(self.cache)
+            return replace(replayed, plan=self.plan, conversations=conversations, lag_tokens=0, recalls=())
+        conversations, summary = sources.converse(self.cache), None
+        if self.policy.experiments.summary_tokens is not None:
+            end = self.plan.newest.end
+            max_tokens, on_progress = (
+                min(self.policy.experiments.summary_tokens, end - self.start),
+                sources.stage("summary"),
+            )
+            summary = write_summary(self.engine, self.cache, end, max_tokens=max_tokens, on_progress=on_progress)
         at_tokens = self.cache.num_tokens
         live_start = self.live.start if self.live is not None else 0
-        return CompactionRecord(at_tokens, self.plan, live_start=at_tokens if live_start is None else live_start)
+        return CompactionRecord(
+            at_tokens, self.plan, conversations, summary, live_start=at_tokens if live_start is None else live_start
+        )
 
-    def _prepared(self, sources: QuerySources) -> tuple[Passage, CompactionRecord]:
-        """What is compacted, the block or a summary in its place; what was planned and written."""
-        cache, plan, policy, replayed, weights = self.cache, self.plan, self.policy, self.replayed, self.weights
-        tokens, start, end = self.tokens, self.start, plan.newest.end
-        conversations = replayed.conversations if replayed and replayed.conversations else sources.converse(cache)
-        summary = replayed.summary if replayed else None
-        summary_tokens = policy.experiments.summary_tokens
-        if replayed is None and summary_tokens is not None:
-            max_tokens, on_progress = min(summary_tokens, end - start), partial(sources.progress, "summary")
-            summary = write_summary(self.engine, cache, end, max_tokens=max_tokens, on_progress=on_progress)
-        if summary is not None and summary.answer:
-            newest, pinned = plan.newest, self.num_pinned
-            cache = stand_in(self.engine, cache, summary, newest, pinned, chunk_tokens=sources.chunk_tokens)
-            newest = resized(newest, len(summary.answer) * cache.num_heads)
-            plan = replace(plan, segments=(*plan.segments[:-1], newest))
-            start, weights = end - len(summary.answer), None
-            tokens = [*tokens[:start], *summary.answer]
-        passage = Passage(cache, tokens, start, end, weights, conversations)
-        return passage, replace(self.record, plan=plan, conversations=conversations, summary=summary)
+    def _fit(self, passage: Passage, plan: Plan, sources: QuerySources) -> HeadFits:
+        """Fit all layers to queries of the exact cache."""
+        more_slots = partial(with_more_slots, self.policy, self.trigger_tokens, passage.cache.num_heads)
+        return compact(
+            passage.cache,
+            plan,
+            sources.sample(passage),
+            self.policy,
+            sources.progress,
+            more_slots=more_slots if self.replayed is None else no_more_slots,
+            calibration=self.calibration,
+        )
 
-    def _at_once(self, passage: Passage, plan: Plan, sources: QuerySources) -> Compaction:
-        """With all queries at hand; a plan that was made before gets no more slots."""
-        queries, cache = sources.sample(passage), passage.cache
-        more = no_more_slots if self.replayed else partial(with_more_slots, self.policy, self.trigger, cache.num_heads)
-        return compact(cache, plan, queries, self.policy, sources.progress, more, self.calibration)
-
-    def _on_policy(self, passage: Passage, plan: Plan, sources: QuerySources) -> Compaction:
-        """Layer by layer, while the passage is repeated."""
+    def _fit_on_policy(self, passage: Passage, plan: Plan, sources: QuerySources) -> HeadFits:
+        """Fit each layer to queries that have passed through the compacted layers below it."""
         assert isinstance(passage.cache, KVCache)
         scored_by = sources.sample(passage) if self.policy.head_budget != "uniform" else None
         repeat, progress = partial(sources.through, passage), sources.progress
@@ -137,7 +172,7 @@ class CompactionJob:
         )
 
     def _original(self) -> Original | None:
-        if self.place == "drop":
+        if self.originals == "drop":
             return None
         block = self.start, self.plan.newest.end
-        return keep(*block, (layer.exact_entries(*block) for layer in self.cache.compactable), self.place)
+        return keep(*block, (layer.exact_entries(*block) for layer in self.cache.compactable), self.originals)

@@ -1,10 +1,10 @@
-"""On-policy fitting: each layer's slots are fitted to queries that come through the layers below as compacted.
+"""On-policy fitting: a layer's slots are fitted to queries that have passed through the compacted layers below it.
 
     the block is repeated in one pass  ->  at each layer, lowest first: queries  ->  slots  ->  attention over them
 
-What goes on to the next layer is what the compacted cache will give it, errors included, so that its fit can make up
-for them (arXiv:2602.16284, section 3). No layer is run twice for that. How many slots each head gets must be known
-before: where a budget needs the scores of all layers, they come from a pass of their own.
+A layer sees the errors of the layers below, as it will when the compacted cache is used, and its fit can make up for
+them (arXiv:2602.16284, section 3). Every layer runs once. The number of slots of each head must be known before the
+pass: a budget that needs the scores of all layers takes them from a pass of its own.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from collections.abc import Callable, Sequence
 import torch
 
 from am_memory.budgets import Calibration
-from am_memory.compaction.compact import Compaction, Entries, Fitted, failures, fit_all, heads_of, slot_ranks
+from am_memory.compaction.compact import failures
+from am_memory.compaction.head_fits import HeadFits, fit_all
 from am_memory.compaction.plan import Plan
+from am_memory.compaction.scoring import LayerEntries, ScoredLayer, slot_ranks
 from am_memory.kv_cache.cache import KVCache
 from am_memory.policy import MemoryPolicy
 from am_memory.queries import OnLayer, Progress, ReferenceQueries
-from am_memory.solver import exact_attention
 
 
 def compact_on_policy(
@@ -32,45 +33,41 @@ def compact_on_policy(
     policy: MemoryPolicy,
     progress: Progress,
     calibration: Calibration | None = None,
-) -> Compaction:
-    """Make the slots that are to replace the plan's newest segment's entries, layer by layer as the block is repeated.
+) -> HeadFits:
+    """Fit the slots that will replace the entries of the plan's newest segment, layer by layer in one pass.
 
     Args:
-        cache: afterwards as it was.
+        cache: holds these entries; restored afterwards.
         num_pinned: tokens at the start that stay exact.
-        repeat: shows each layer's queries before its attention goes on, and leaves the cache as it was.
-        scored_by: queries of each compactable layer, for a budget that needs the scores of all; None: it does not.
-        progress: told of the stage "fit", counted in KV heads.
-        calibration: of the model, where the policy's `head_budget` asks for one.
+        repeat: runs the pass. It calls its argument with each layer's queries before that layer attends, and restores
+            the cache.
+        scored_by: one sample of queries for each compactable layer, if the head budget needs scores; else None.
+        progress: called with the stage "fit", counted in KV heads.
+        calibration: sensitivity curves of the model, if the policy's `head_budget` asks for them.
 
     Raises:
         CompactionFailed: out of memory, or a result that is not finite.
     """
-    segment, layers, started = plan.newest, cache.compactable, time.perf_counter()
-    with failures(segment):
-        entries = [Entries.of(layer, segment) for layer in layers]
+    started = time.perf_counter()
+    with failures(plan.newest):
+        entries = [LayerEntries.read(layer, plan.newest) for layer in cache.compactable]
         scores = [torch.empty(held.key.shape[:2]) for held in entries]  # only the shape counts
         if scored_by is not None:
-            blocks = (held.block(layer, sample) for layer, held, sample in zip(layers, entries, scored_by, strict=True))
-            scores = [exact_attention(block).scores for block in blocks]
+            in_order = enumerate(zip(cache.compactable, entries, scored_by, strict=True))
+            scores = [ScoredLayer.of(index, *parts).exact.scores for index, parts in in_order]
         ranks = slot_ranks(scores, policy, calibration)
-        score_seconds = time.perf_counter() - started
-        together, fit_seconds = Fitted([], {}, None), 0.0
+        score_seconds, fit_seconds = time.perf_counter() - started, 0.0
+        fits: list[HeadFits] = []
 
         def compact_layer(index: int, queries: ReferenceQueries) -> None:
             nonlocal fit_seconds
-            began = time.perf_counter()
-            layer, held = layers[index], entries[index]
-            block = held.block(layer, queries)
-            exact = exact_attention(block)
-            heads = heads_of(index, layer, block, exact, held, ranks[index])
-            fitted = fit_all(heads, plan, policy, lambda *told: None)
-            (slots,) = fitted.by_layer(policy)
+            began, layer = time.perf_counter(), cache.compactable[index]
+            heads = ScoredLayer.of(index, layer, entries[index], queries).heads(ranks[index])
+            fits.append(fit_all(heads, plan, policy, progress=lambda stage, done, total: None))
+            (slots,) = fits[-1].slots_by_layer(policy)
             layer.restore(cache.compacted_layer(layer, plan.segments, slots, num_pinned))
-            together.fits.extend(fitted.fits)
-            together.slots.update(fitted.slots)
             fit_seconds += time.perf_counter() - began
-            progress("fit", len(together.slots), cache.num_heads)
+            progress("fit", sum(len(of_layer.slots) for of_layer in fits), cache.num_heads)
 
         repeat(compact_layer)
-        return Compaction.of(plan, together, policy, score_seconds, fit_seconds)
+        return HeadFits.join(plan, fits, score_seconds, fit_seconds)

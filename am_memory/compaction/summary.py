@@ -1,9 +1,9 @@
-"""A summary in the place of a block: what the model writes about it stands for it, and is what is compacted.
+"""A summary in the place of a block: the model writes it, it takes the block's positions, and it is compacted instead.
 
-    block, exact  ->  the model sums it up  ->  the summary's entries at the block's last positions  ->  a compaction
+    exact block  ->  the model writes a summary  ->  its entries at the block's last positions  ->  a compaction
 
-That is how arXiv:2602.16284 comes to 200x: text first, entries then. These are taken as they were read, with the block
-in view, and turned back as one. Knows not when a summary is wanted, and not how compactions are made.
+This is how arXiv:2602.16284 reaches 200x: a summary first, Attention Matching second. The entries are taken as they
+were read, with the block in view, and rotated back to the block's positions. Knows no policy.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def write_summary(
 ) -> Summary:
     """Let the model sum up the tokens before `end`, greedily.
 
-    Where layers have sliding windows, that is all that the cache holds: they cannot go back to `end`.
+    Layers with a sliding window cannot go back to `end`. With these the summary is of all that the cache holds.
 
     Args:
-        cache: afterwards as it was, whatever happens.
+        cache: restored afterwards, whatever happens.
         end: of the block; in the exact tail, or behind it.
-        max_tokens: the summary ends with its turn, or with these.
-        on_progress: called with (tokens that are written, or not needed; max_tokens).
+        max_tokens: the summary ends with the model's turn, or with this many tokens.
+        on_progress: called with (tokens written, `max_tokens`), and with `max_tokens` twice at the end.
     """
     prompt = as_turn(engine, PROMPT)
     reader = _up_to(cache, end)
@@ -41,32 +41,32 @@ def write_summary(
     return Summary(tuple(prompt), tuple(answer))
 
 
-def stand_in(
+def replace_by_summary(
     engine: Engine, cache: SessionCache, summary: Summary, block: Segment, num_pinned: int, *, chunk_tokens: int
 ) -> SessionCache:
-    """Another cache, in which a summary's entries stand for a block, at its last positions.
+    """Another cache, in which a summary's entries take the place of a block, at the block's last positions.
 
     Args:
-        cache: holds the block exact; afterwards as it was, whatever happens.
+        cache: holds the block exact; restored afterwards, whatever happens.
         block: at least as long as the summary.
         num_pinned: tokens at the start that stay exact.
-        chunk_tokens: read at once.
+        chunk_tokens: tokens in one forward pass.
     """
     reader, conversation = _up_to(cache, block.end), (*summary.prompt, *summary.answer)
     read_at = reader.num_tokens + len(summary.prompt)
     for chunk in in_chunks(conversation, chunk_tokens):
         engine.forward(reader, chunk)
-    stand_at, slots = block.end - len(summary.answer), []
+    start, slots = block.end - len(summary.answer), []
     for layer in reader.compactable:
         key, value = layer.exact_entries(read_at, read_at + len(summary.answer))
-        slots.append(Slots.recalled(layer.turned(key, stand_at - read_at), value, stand_at))
+        slots.append(Slots.recalled(layer.turned(key, start - read_at), value, start))
     branch = cache.fork()
     branch.restore(cache.compacted([*cache.segments, block], slots, num_pinned))
     return branch
 
 
 def _up_to(cache: SessionCache, end: int) -> SessionCache:
-    """A branch without what comes behind `end`, where it can be dropped."""
+    """A branch without the tokens behind `end`, if they can be dropped."""
     branch = cache.fork()
     if branch.is_croppable:
         branch.truncate(end)

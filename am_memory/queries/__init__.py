@@ -1,12 +1,12 @@
 """Where reference queries come from, one source a file; every source gives `ReferenceQueries` for each layer."""
 
 from am_memory.queries.live import LiveQueries
+from am_memory.queries.message_tokens import message_token_positions
 from am_memory.queries.reference import ReferenceQueries
 from am_memory.queries.repeat_prefill import OnLayer, as_turn, repeat_queries
-from am_memory.queries.scratch import queries_on_scratch
+from am_memory.queries.scratch import queries_on_scratch, scratch
 from am_memory.queries.self_study import Conversations, greedy_answer, self_study, self_study_queries
 from am_memory.queries.sources import Passage, Progress, QuerySources
-from am_memory.queries.spoken import spoken_positions
 
 __all__ = [
     "Conversations",
@@ -18,9 +18,10 @@ __all__ = [
     "ReferenceQueries",
     "as_turn",
     "greedy_answer",
+    "message_token_positions",
     "queries_on_scratch",
     "repeat_queries",
+    "scratch",
     "self_study",
     "self_study_queries",
-    "spoken_positions",
 ]

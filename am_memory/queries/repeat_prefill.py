@@ -1,7 +1,7 @@
-"""Repeat-prefill: the model is asked to repeat the block, is shown it again, and its queries are taken.
+"""Repeat-prefill: the model is asked to repeat the block, reads it again, and its queries are taken.
 
-One forward pass over the block's own tokens; what the model looks up while it repeats is what recall needs
-(arXiv:2602.16284, section 3.1). Knows nothing of how the queries are used.
+One forward pass over the block's own tokens. To repeat, the model attends to what recall needs later
+(arXiv:2602.16284, section 3.1). Does not know how the queries are used.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from torch import Tensor
 
 from am_memory.engines.base import Engine, SessionCache, in_chunks
 from am_memory.queries.reference import ReferenceQueries
-from am_memory.queries.scratch import queries_on_scratch
+from am_memory.queries.scratch import queries_on_scratch, scratch
 from am_memory.text.chat_template import Chat
 
 REQUEST = "Repeat the previous context."
 
 OnLayer = Callable[[int, ReferenceQueries], None]
-"""Called with the index of a compactable layer and the queries that have come to it."""
+"""Called with (index among the compactable layers, the queries that came to that layer)."""
 
 
 def repeat_request(engine: Engine) -> list[int]:
-    """The request to repeat, as a turn of its own where the model has a chat template."""
+    """Token ids of the request to repeat; a turn of its own if the model has a chat template."""
     return as_turn(engine, REQUEST)
 
 
 def as_turn(engine: Engine, text: str) -> list[int]:
-    """A text as a turn of its own in the midst of a chat, where the model has a chat template."""
+    """Token ids of a user's turn within a chat; of the plain text if the model has no chat template."""
     if not engine.has_chat_template:
         return engine.encode(f"\n\n{text}\n\n")
     chat = Chat(engine, [{"role": role, "content": text} for role in ("user", "assistant", "user")])
@@ -46,14 +46,14 @@ def repeat_queries(
     """Read the request and the block again on scratch, and take the queries of the block's tokens.
 
     Args:
-        cache: holds the block; it is afterwards as it was.
-        token_ids: the block's tokens, as far as they are to be repeated.
-        chunk_tokens: read at once.
+        cache: holds the block; restored afterwards.
+        token_ids: the tokens of the block that are repeated.
+        chunk_tokens: tokens in one forward pass.
         on_progress: called with (tokens read, tokens to read).
-        weights: how much it counts that each of the tokens can be repeated; None: all alike.
+        weights: how much each token's queries count; None: all alike.
 
     Returns:
-        For each compactable layer num_key_value_groups * num_tokens queries.
+        For each compactable layer num_key_value_groups * len(token_ids) queries.
     """
     request = repeat_request(engine)
     first, *others = in_chunks(token_ids, chunk_tokens)
@@ -78,12 +78,12 @@ def repeat_through(
     *,
     weights: Sequence[float] | None = None,
 ) -> None:
-    """Read the request and the block again on scratch, in one pass, and show each layer's queries when they come to it.
+    """Read the request and the block again on scratch, in one pass, and hand out each layer's queries on the way.
 
     Args:
-        cache: holds the block. What `on_layer` makes of a layer is what the layers above see; afterwards all is as it
-            was, whatever happens.
-        token_ids, weights: as `repeat_queries` has them.
+        cache: holds the block; restored afterwards, whatever happens.
+        token_ids, weights: as for `repeat_queries`.
+        on_layer: called before the layer attends. If it compacts the layer, the layers above see the result.
     """
     request = repeat_request(engine)
 
@@ -91,8 +91,5 @@ def repeat_through(
         repeated = query[:, :, len(request) :], log_mass[:, :, len(request) :]
         on_layer(index, ReferenceQueries.pooled([repeated], weights))
 
-    state = cache.state()
-    try:
+    with scratch(cache):
         engine.forward(cache, [*request, *token_ids], on_query=on_query)
-    finally:
-        cache.restore(state)

@@ -1,4 +1,4 @@
-"""The queries of tokens that are read for their queries alone, and leave nothing in the cache."""
+"""Reading on scratch: forward passes that leave nothing in the cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,24 @@ from torch import Tensor
 from am_memory.engines.base import Engine, SessionCache
 
 Passes = list[tuple[Tensor, Tensor]]
-"""What `OnQuery` got at one layer, pass by pass: the queries, and the log of what each spent on everything."""
+"""One pair (query, log_mass) for each forward pass, as `OnQuery` gets them from one layer."""
+
+
+class scratch:
+    """Put a cache back as it was: `with scratch(cache):` may read and compact, and nothing of it remains.
+
+    A class and no generator: Python would close an interrupted generator at some later time, and that would put the
+    cache back over whatever was read since.
+    """
+
+    def __init__(self, cache: SessionCache) -> None:
+        self._cache, self._before = cache, cache.state()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        self._cache.restore(self._before)
 
 
 def queries_on_scratch(
@@ -18,24 +35,22 @@ def queries_on_scratch(
     chunks: Iterable[Sequence[int]],
     on_read: Callable[[int], None] = lambda num_tokens: None,
 ) -> list[Passes]:
-    """Read tokens behind what the cache holds, a forward pass for each chunk, and take their queries.
+    """Read tokens behind what the cache holds, one forward pass for each chunk, and take their queries.
 
     Args:
-        cache: it is afterwards as it was, whatever happens.
-        on_read: called with the number of tokens read so far, after each chunk.
+        cache: restored afterwards, whatever happens.
+        on_read: called after each chunk with the number of tokens read so far.
 
     Returns:
-        For each compactable layer what passed it.
+        For each compactable layer its queries, pass by pass.
     """
     passes: list[Passes] = [[] for _ in cache.compactable]
-    state, num_tokens = cache.state(), 0
-    try:
+    num_tokens = 0
+    with scratch(cache):
         for chunk in chunks:
             engine.forward(
                 cache, chunk, on_query=lambda index, query, log_mass: passes[index].append((query, log_mass))
             )
             num_tokens += len(chunk)
             on_read(num_tokens)
-    finally:
-        cache.restore(state)
     return passes

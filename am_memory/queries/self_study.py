@@ -1,8 +1,9 @@
-"""Self-study: the model answers prompts about what it was told, and the queries of prompts and answers are taken.
+"""Self-study: the model answers prompts about the conversation, and the queries of prompts and answers are taken.
 
-What it looks up while it sums up, asks, lists and structures is what later turns look up (arXiv:2602.16284, section
-3.1). Writing costs a forward pass for each token of the longest answer; a written one is read in one. The two are
-apart, so that whoever keeps the answers has the same queries again. Knows nothing of how they are used.
+To sum up, ask, list and structure, the model attends to what later turns need (arXiv:2602.16284, section 3.1).
+Generating takes a forward pass for each token of the longest answer; reading an answer takes one pass. The two are
+separate functions: a compaction that is made again reads the kept answers, and gets the same queries. Does not know
+how the queries are used.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from am_memory.engines.base import Branches, Branching, Engine, SessionCache, in_chunks
 from am_memory.queries.reference import ReferenceQueries
 from am_memory.queries.repeat_prefill import as_turn
-from am_memory.queries.scratch import queries_on_scratch
+from am_memory.queries.scratch import queries_on_scratch, scratch
 
 PROMPTS = (
     "Sum up what has been said so far in a few sentences.",
@@ -22,41 +23,45 @@ PROMPTS = (
     "as they were told.",
     "Write down as JSON what has been told so far: persons and things, their properties, and the values of these.",
 )
-"""Each is a conversation of its own."""
+"""Each starts a conversation of its own."""
 
 Conversations = tuple[tuple[int, ...], ...]
-"""Token ids of each prompt with its answer, in the order of the prompts."""
+"""Token ids of each prompt followed by its answer, in the order of `PROMPTS`."""
 
 
 def study_prompts(engine: Engine) -> list[list[int]]:
-    """The prompts, each as a turn of its own where the model has a chat template."""
+    """Token ids of the prompts, each a turn of its own if the model has a chat template."""
     return [as_turn(engine, prompt) for prompt in PROMPTS]
 
 
 def self_study(
     engine: Engine, cache: SessionCache, *, max_tokens: int, on_progress: Callable[[int, int], None]
 ) -> Conversations:
-    """Let the model answer the prompts on scratch, greedily: a token of each answer in a pass where the engine can.
+    """Let the model answer the prompts on scratch, greedily; as one batch if the engine can.
 
     Args:
-        cache: holds the block; it is afterwards as it was, whatever happens.
-        max_tokens: of all answers together. Each ends with its turn, or with its share of what others leave.
-        on_progress: called with (tokens of the budget that are used, or not needed; budget).
+        cache: holds the block; restored afterwards, whatever happens.
+        max_tokens: budget of all answers together. An answer ends with the model's turn, or when the budget is used up.
+        on_progress: called with (tokens generated, `max_tokens`), and with `max_tokens` twice at the end.
     """
     prompts = study_prompts(engine)
     branches = engine.branches(cache, prompts) if isinstance(engine, Branching) else None
     if branches is None:
-        answers = one_after_the_other(engine, cache, prompts, max_tokens, on_progress)
+        answers = answer_one_by_one(engine, cache, prompts, max_tokens, on_progress)
     else:
-        answers = side_by_side(branches, engine.info.eos_token_ids, max_tokens, on_progress)
+        answers = answer_as_batch(branches, engine.info.eos_token_ids, max_tokens, on_progress)
     on_progress(max_tokens, max_tokens)
     return tuple((*prompt, *answer) for prompt, answer in zip(prompts, answers, strict=True))
 
 
-def side_by_side(
+def answer_as_batch(
     branches: Branches, eos_token_ids: frozenset[int], max_tokens: int, on_progress: Callable[[int, int], None]
 ) -> list[list[int]]:
-    """The answers of all branches, without the end of their turns; what one leaves of its share goes to the others."""
+    """Generate all answers as one batch. Tokens that a short answer leaves go to the others.
+
+    Returns:
+        Token ids of the answers, without the tokens that end their turns.
+    """
     answers: list[list[int]] = [[] for _ in branches.logits]
     writing, num_used = answers, 0
     while True:
@@ -75,43 +80,51 @@ def side_by_side(
         branches.read(going, token_ids)
 
 
-def one_after_the_other(
+def answer_one_by_one(
     engine: Engine,
     cache: SessionCache,
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
     on_progress: Callable[[int, int], None],
 ) -> list[list[int]]:
-    """The same for an engine whose caches hold one text each; what one leaves of its share goes to those after it."""
+    """Generate the answers one by one. Tokens that a short answer leaves go to those after it.
+
+    Returns:
+        Token ids of the answers, without the tokens that end their turns.
+    """
     answers: list[list[int]] = []
     num_used = 0
 
-    def on_written(num_written: int) -> None:
-        on_progress(num_used + num_written, max_tokens)
+    def on_token(num_generated: int) -> None:
+        on_progress(num_used + num_generated, max_tokens)
 
     for index, prompt in enumerate(prompts):
         share = (max_tokens - num_used) // (len(prompts) - index)
-        answers.append(greedy_answer(engine, cache, prompt, share, on_written))
+        answers.append(greedy_answer(engine, cache, prompt, share, on_token))
         num_used += len(answers[-1])
     return answers
 
 
 def greedy_answer(
-    engine: Engine, cache: SessionCache, prompt: Sequence[int], max_tokens: int, on_written: Callable[[int], None]
+    engine: Engine, cache: SessionCache, prompt: Sequence[int], max_tokens: int, on_token: Callable[[int], None]
 ) -> list[int]:
-    """What the model answers on scratch, without the end of its turn; `on_written` gets its length at each token."""
-    state, chunk = cache.state(), prompt
-    answer: list[int] = []
-    try:
+    """Let the model answer on scratch, greedily.
+
+    Args:
+        on_token: called with the number of tokens generated so far.
+
+    Returns:
+        Token ids of the answer, without the one that ends the turn.
+    """
+    chunk, answer = prompt, list[int]()
+    with scratch(cache):
         while len(answer) < max_tokens:
             token_id = int(engine.forward(cache, chunk, num_logits=1)[0].argmax())
             if token_id in engine.info.eos_token_ids:
                 break
             chunk = [token_id]
             answer += chunk
-            on_written(len(answer))
-    finally:
-        cache.restore(state)
+            on_token(len(answer))
     return answer
 
 
@@ -121,8 +134,8 @@ def self_study_queries(
     """Read each conversation on scratch, and take the queries of all its tokens.
 
     Args:
-        cache: holds the block; it is afterwards as it was, whatever happens.
-        chunk_tokens: read at once.
+        cache: holds the block; restored afterwards, whatever happens.
+        chunk_tokens: tokens in one forward pass.
 
     Returns:
         For each compactable layer num_key_value_groups queries for each token.

@@ -1,4 +1,4 @@
-"""All sources of reference queries that a policy names, joined. Knows no compaction, and not which block is next."""
+"""All sources of reference queries that a policy names, joined. Does not know how a compaction uses the queries."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from am_memory.engines.base import Engine, SessionCache
 from am_memory.errors import CompactionFailed
 from am_memory.policy import MemoryPolicy
 from am_memory.queries.live import LiveQueries, from_further_away
+from am_memory.queries.message_tokens import message_token_positions
 from am_memory.queries.reference import ReferenceQueries
 from am_memory.queries.repeat_prefill import OnLayer, repeat_queries, repeat_through
 from am_memory.queries.self_study import Conversations, self_study, self_study_queries
-from am_memory.queries.spoken import spoken_positions
 
 Progress = Callable[[str, int, int], None]
-"""Called with (stage of a compaction, done, in all); a stage that takes queries is counted in tokens."""
+"""Called with (stage of a compaction, done, in all); stages that take queries are counted in tokens."""
 
 
 class Passage(NamedTuple):
-    """The part of a conversation that is compacted, for those who ask about it.
+    """The part of a conversation that is compacted.
 
     Attributes:
-        cache: holds it exact.
-        token_ids: of the whole conversation.
-        start, end: of the passage among them.
-        weights: how much it counts that each of its tokens can be repeated; None: all alike.
-        conversations: of self-study.
+        cache: holds the passage exact.
+        token_ids: of the whole conversation, at least to the end of the passage.
+        start, end: the passage is `token_ids[start:end]`.
+        weights: how much each of its tokens counts when it is repeated; None: all alike.
+        conversations: self-study's prompts and answers about it.
     """
 
     cache: SessionCache
@@ -38,20 +38,20 @@ class Passage(NamedTuple):
     weights: Sequence[float] | None
     conversations: Conversations
 
-    def spoken(self, engine: Engine) -> tuple[list[int], list[float] | None]:
-        """The tokens that are repeated, and how much each of them counts."""
-        positions = spoken_positions(engine, self.token_ids, self.start, self.end)
+    def message_tokens(self, engine: Engine) -> tuple[list[int], list[float] | None]:
+        """The tokens of the passage that are repeated, and how much each of them counts."""
+        positions = message_token_positions(engine, self.token_ids, self.start, self.end)
         weights = None if self.weights is None else [self.weights[position - self.start] for position in positions]
         return [self.token_ids[position] for position in positions], weights
 
 
 @dataclass(frozen=True)
 class QuerySources:
-    """Where the queries of one context's compactions come from.
+    """The reference queries of one context's compactions.
 
     Attributes:
-        live: what passed anyway; None where the policy does without.
-        progress: told of what is read or written for the queries alone.
+        live: queries of tokens that were read after the passage; None if the policy does not use them.
+        progress: called while tokens are read or generated for their queries alone.
     """
 
     engine: Engine
@@ -59,52 +59,64 @@ class QuerySources:
     live: LiveQueries | None
     progress: Progress
 
+    def stage(self, name: str) -> Callable[[int, int], None]:
+        """The progress of one stage, called with (done, in all)."""
+        return partial(self.progress, name)
+
     @property
     def chunk_tokens(self) -> int:
         """Tokens in one forward pass."""
         return self.policy.chunk_tokens or self.engine.chunk_tokens
 
     def converse(self, cache: SessionCache) -> Conversations:
-        """Those of self-study, written anew; none where the policy does without."""
+        """Generate self-study's answers; none if the policy does not use self-study."""
         if "self_study" not in self.policy.reference_queries:
             return ()
-        num_tokens = self.policy.self_study_tokens
-        return self_study(self.engine, cache, max_tokens=num_tokens, on_progress=partial(self.progress, "self_study"))
+        max_tokens = self.policy.self_study_tokens
+        return self_study(self.engine, cache, max_tokens=max_tokens, on_progress=self.stage("self_study"))
 
     def sample(self, passage: Passage) -> list[ReferenceQueries]:
-        """The queries for a passage, of each compactable layer; its cache is afterwards as it was, whatever happens.
+        """Take the queries for a passage, from all sources together.
+
+        Returns:
+            One sample for each compactable layer. The passage's cache is afterwards as it was, whatever happens.
 
         Raises:
-            CompactionFailed: only live queries are wanted, and none has passed.
+            CompactionFailed: the policy uses live queries alone, and no token was read after the passage.
         """
-        samples, cache = [], passage.cache
+        samples, cache, chunk_tokens = [], passage.cache, self.chunk_tokens
         if "repeat" in self.policy.reference_queries:
-            spoken, weights = passage.spoken(self.engine)
-            on_progress = partial(self.progress, "repeat")
+            token_ids, weights = passage.message_tokens(self.engine)
             samples.append(
                 repeat_queries(
-                    self.engine, cache, spoken, chunk_tokens=self.chunk_tokens, on_progress=on_progress, weights=weights
+                    self.engine,
+                    cache,
+                    token_ids,
+                    chunk_tokens=chunk_tokens,
+                    on_progress=self.stage("repeat"),
+                    weights=weights,
                 )
             )
         if passage.conversations:
-            conversations = passage.conversations
-            samples.append(self_study_queries(self.engine, cache, conversations, chunk_tokens=self.chunk_tokens))
-        if self.live is not None:
-            passed = self.live.after(passage.end)
-            if passed:
-                if self.engine.info.immovable is None:
-                    num_tokens = min(len(passage.token_ids), self.engine.info.window_tokens)
-                    passed = from_further_away(passed, cache.compactable, num_tokens)
-                samples.append(passed)
-            elif not samples:
-                raise CompactionFailed(
-                    f"no query has passed since token {passage.end}, and reference_queries is live alone: read more "
-                    'first, compact a smaller fraction, or add "repeat"'
-                )
+            samples.append(self_study_queries(self.engine, cache, passage.conversations, chunk_tokens=chunk_tokens))
+        if self.live is not None and (live := self._live_queries(passage, self.live)):
+            samples.append(live)
+        if not samples:
+            raise CompactionFailed(
+                f"no query has passed since token {passage.end}, and reference_queries is live alone: read more first, "
+                'compact a smaller fraction, or add "repeat"'
+            )
         return [ReferenceQueries.union(layer) for layer in zip(*samples, strict=True)]
 
+    def _live_queries(self, passage: Passage, live: LiveQueries) -> list[ReferenceQueries]:
+        queries = live.after(passage.end)
+        if self.engine.info.immovable is not None:
+            return queries
+        num_tokens = min(len(passage.token_ids), self.engine.info.window_tokens)
+        return from_further_away(queries, passage.cache.compactable, num_tokens) if queries else []
+
     def through(self, passage: Passage, on_layer: OnLayer) -> None:
-        """Show each layer's queries of the repeated passage to `on_layer`, which may compact the layer with them."""
-        spoken, weights = passage.spoken(self.engine)
-        repeat_through(self.engine, passage.cache, spoken, on_layer, weights=weights)
-        self.progress("repeat", len(spoken), len(spoken))
+        """Repeat the passage in one pass, and call `on_layer` with each layer's queries; it may compact the layer."""
+        token_ids, weights = passage.message_tokens(self.engine)
+        repeat_through(self.engine, passage.cache, token_ids, on_layer, weights=weights)
+        self.progress("repeat", len(token_ids), len(token_ids))

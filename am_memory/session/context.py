@@ -46,7 +46,7 @@ from am_memory.events import (
 from am_memory.kv_cache.cache import KVCache, Snapshot
 from am_memory.kv_cache.slots import Segment
 from am_memory.policy import SINK_TOKENS, MemoryPolicy
-from am_memory.queries import LiveQueries
+from am_memory.queries import LiveQueries, scratch
 from am_memory.recall.originals import Original, between
 from am_memory.recall.paging import Recalled, at_rest, brought_back, put_away
 from am_memory.recall.search import Span, search
@@ -216,13 +216,9 @@ class Context:
         """Logits that follow the last token and each of `token_ids` but the last; the context stays as it is."""
         self.read(len(self.tokens) - 1)
         ids = [self.tokens[-1], *token_ids[:-1]]
-        state, rows = self.cache.state(), []
-        try:
-            for chunk in in_chunks(ids, self.chunk_tokens):
-                rows.append(self.engine.forward(self.cache, chunk, num_logits=len(chunk)))
-        finally:
-            self.cache.restore(state)
-        return cat(rows)
+        with scratch(self.cache):
+            chunks = in_chunks(ids, self.chunk_tokens)
+            return cat([self.engine.forward(self.cache, chunk, num_logits=len(chunk)) for chunk in chunks])
 
     def forward(self, token_ids: Sequence[int], num_logits: int = 0) -> Tensor:
         """Read tokens into the cache, as `Engine.forward` does, and keep their queries where the policy wants them."""
@@ -290,25 +286,25 @@ class Context:
             plan=plan,
             start=start,
             num_pinned=self.num_pinned,
-            trigger=self.trigger,
-            place=self.policy.originals,
+            trigger_tokens=self.trigger,
+            originals=self.policy.originals,
             weights=self.history.weights(policy.tool_result_weight, start, segment.end),
             live=self.live.since(live_start) if self.live and "live" in policy.reference_queries else None,
             calibration=calibration,
             replayed=replayed,
         )
 
-    def swap_in(self, made: CompactionResult) -> CompactionReport:
+    def swap_in(self, result: CompactionResult) -> CompactionReport:
         """Put a compaction in its place; the cache may have read on since it was begun."""
-        cache, result, segment = self.cache, made.result, made.result.plan.newest
+        cache, record, segment = self.cache, result.record, result.record.plan.newest
         kv_tokens, kv_bytes = cache.kv_tokens, cache.nbytes
         with failures(segment):
-            state = cache.compacted(result.plan.segments, result.slots, self.num_pinned)
+            state = cache.compacted(record.plan.segments, result.slots, self.num_pinned)
         cache.restore(state)
         self.pending = None
-        if made.original is not None:
-            self.originals = (*self.originals, made.original)
-        self.records.append(replace(made.record, lag_tokens=cache.num_tokens - made.record.at_tokens))
+        if result.original is not None:
+            self.originals = (*self.originals, result.original)
+        self.records.append(replace(record, lag_tokens=cache.num_tokens - record.at_tokens))
         report = CompactionReport(
             session=self.name,
             start=segment.start,
@@ -320,12 +316,12 @@ class Context:
             kv_bytes_after=cache.nbytes,
             mass_error=result.mass_error,
             output_error=result.output_error,
-            query_seconds=made.query_seconds,
+            query_seconds=result.query_seconds,
             score_seconds=result.score_seconds,
             fit_seconds=result.fit_seconds,
             num_unbiased_heads=result.num_unbiased_heads,
             held_out_error=result.held_out_error,
-            summary_tokens=len(made.record.summary.answer) if made.record.summary else 0,
+            summary_tokens=len(record.summary.answer) if record.summary else 0,
         )
         self.notify(CompactionFinished(self.name, report))
         limit = self.policy.max_error

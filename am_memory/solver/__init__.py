@@ -7,6 +7,7 @@ from am_memory.solver.fold import MAX_FOLD_ERROR
 from am_memory.solver.keys import HighestAttention, KeySelection, attention_scores
 from am_memory.solver.named import as_selection, parameters
 from am_memory.solver.omp import OMP
+from am_memory.solver.options import FitOptions
 
 __all__ = [
     "MAX_FOLD_ERROR",
@@ -14,6 +15,7 @@ __all__ = [
     "Block",
     "ExactAttention",
     "Fit",
+    "FitOptions",
     "HighestAttention",
     "KeySelection",
     "as_selection",

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from am_memory.errors import InvalidInput
 from am_memory.solver.bias import solve_bias
 from am_memory.solver.block import Block, slot_mask
 from am_memory.solver.exact import ExactAttention, exact_attention
 from am_memory.solver.fold import fold
+from am_memory.solver.options import DEFAULT_OPTIONS, FitOptions
 from am_memory.solver.values import compact_attention, solve_values
 
 
@@ -51,45 +50,30 @@ def _relative(missing_energy: Tensor, exact: ExactAttention) -> Tensor:
     return (missing_energy / energy).sqrt().float()
 
 
-def fit(  # noqa: PLR0913  every keyword is one switch of the method, of its own meaning
+def fit(
     block: Block,
     indices: Tensor,
     num_slots: Tensor,
+    options: FitOptions = DEFAULT_OPTIONS,
     *,
-    bias_bounds: tuple[float, float] = (-3.0, 3.0),
-    bias_ridge: float = 0.0,
-    ridge: float = 1e-2,
-    fit_bias: bool = True,
-    fit_values: bool = True,
     rotations: Tensor | None = None,
-    relative_mass: bool = True,
     exact: ExactAttention | None = None,
 ) -> Fit:
     """Fit the biases to the block's attention mass, then the values to its attention output.
 
     Args:
         block: the exact block.
-        indices: (B, t) int64, the kept keys of each head, as a `KeySelection` gives them; padding is not read.
+        indices: (B, t) int64, the kept keys of each head, as a `KeySelection` returns them; padding is not read.
         num_slots: (B,) int64, how many of the t slots each head has.
-        bias_bounds: lowest <= 0 and highest >= 0 bias.
-        bias_ridge: pull of the biases toward 0, relative to the mean diagonal of their Gram matrix; 0 in the paper.
-        ridge: pull of the values toward the originals, relative to the mean diagonal of their Gram matrix.
-        fit_bias: False leaves every bias 0, for ablations and eviction.
-        fit_values: False leaves the original values.
-        rotations: (B, num_distances, head_dim, head_dim), what turns a query to later positions: the biases are made
-            part of the keys, for a cache that takes none, in a way that holds there; the values are then fitted to what
-            these keys do. None: the cache has room for biases.
-        relative_mass: weigh every query's mass alike; False weighs it by the mass over its largest exp(logit), as in
-            the paper.
-        exact: `exact_attention(block)`, where it is at hand: it spares half of the work.
+        rotations: (B, num_distances, head_dim, head_dim), matrices that turn a query to later positions, for a cache
+            that has no room for biases: each bias is folded into its key so that it holds at these positions too. The
+            values are then fitted to the attention on the folded keys. None: the cache has room for biases.
+        exact: `exact_attention(block)`, if it is at hand; passing it halves the work.
 
     Raises:
-        InvalidInput: bounds that exclude a bias of 0, or queries and keys that are not finite.
+        InvalidInput: queries or keys that are not finite.
         CompactionFailed: the biases cannot be solved to optimality.
     """
-    low, high = bias_bounds
-    if not -math.inf < low <= 0 <= high < math.inf:
-        raise InvalidInput(f"bias_bounds ({low}, {high}) must be finite, the first at most 0 and the second at least 0")
     exact = exact or exact_attention(block)
     is_slot = slot_mask(num_slots, indices.shape[1])
     # Padding stands for the block's first key, so that it stays finite; the solvers leave it out.
@@ -100,15 +84,15 @@ def fit(  # noqa: PLR0913  every keyword is one switch of the method, of its own
     if block.key_bias is not None:
         inherited = inherited + block.key_bias.gather(1, index[:, :, 0])
     bias = inherited
-    if fit_bias:
-        bias = inherited + solve_bias(block, key, inherited, exact, bias_bounds, bias_ridge, relative_mass)
+    if options.fit_bias:
+        bias = inherited + solve_bias(block, key, inherited, exact, options)
     fold_error = None
     if rotations is not None:
         key, bias, fold_error = fold(block, key, bias, exact.weight, rotations)
     attention = compact_attention(block, key, bias, value, exact)
     left = attention.missing_energy
-    if fit_values:
-        change, left = solve_values(attention, is_slot, ridge)
+    if options.fit_values:
+        change, left = solve_values(attention, is_slot, options.ridge)
         value = value + change.float()
     return Fit(
         torch.where(is_slot[:, :, None], key, 0.0),

@@ -30,6 +30,7 @@ from am_memory.engines.transformers.support import cache_argument
 from am_memory.errors import UnsupportedOperation
 from am_memory.kv_cache.cache import KVCache
 from am_memory.kv_cache.slots import Segment, Slots
+from am_memory.queries import scratch
 from am_memory.queries.repeat_prefill import repeat_request
 from am_memory.queries.self_study import self_study
 
@@ -132,11 +133,8 @@ class Cartridge:
         return [Conversation(token_ids, self._full_cache_expects(token_ids)) for token_ids in (*studied, *repeated)]
 
     def _full_cache_expects(self, token_ids: Sequence[int]) -> Tensor:
-        state = self._cache.state()
-        try:
+        with scratch(self._cache):
             return self._engine.forward(self._cache, token_ids, num_logits=len(token_ids)).log_softmax(-1)
-        finally:
-            self._cache.restore(state)
 
     def step(self, conversation: Conversation) -> float:
         """One step of Adam on a conversation; the mean KL of its tokens before it."""

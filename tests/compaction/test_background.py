@@ -208,7 +208,7 @@ def test_the_clock_decides_nothing_and_the_cache_never_exceeds_the_trigger(
                 write(each, count // 4)
             assert each.cache.kv_tokens <= each.trigger
             if each is other and each.pending is not None:
-                wait([each.pending._made])
+                wait([each.pending._future])
     assert_same(context, other)
     context.rebuild(len(context.tokens), "a test")
     torch.testing.assert_close(context.next_logits(), other.next_logits(), rtol=0, atol=1e-3)
@@ -309,7 +309,7 @@ def test_a_failure_shows_where_it_would_be_swapped_in_and_the_next_attempt_works
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("am_memory.compaction.compact.exact_attention", exhausted)
+        patch.setattr("am_memory.compaction.scoring.exact_attention", exhausted)
         context = with_one_pending(new_context())
         write(context, TRIGGER - BEGINS_AT - SINCE)
         before = context.cache.state(), list(context.tokens)

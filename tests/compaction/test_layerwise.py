@@ -12,15 +12,15 @@ from transformers import PreTrainedModel
 
 from am_memory import Experiments, Memory, MemoryPolicy, Session
 from am_memory.budgets import Calibration
-from am_memory.compaction.compact import Entries, fit_all, heads_of, slot_ranks
+from am_memory.compaction.head_fits import fit_all
 from am_memory.compaction.plan import Plan
+from am_memory.compaction.scoring import LayerEntries, ScoredLayer, slot_ranks
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidPolicy
 from am_memory.events import CompactionProgress, Event
 from am_memory.kv_cache.cache import KVCache
 from am_memory.kv_cache.slots import Slots
 from am_memory.queries import repeat_queries
-from am_memory.solver import exact_attention
 
 TOKENS = [(17 * position * position + 5 * position) % 256 for position in range(240)]
 POLICY = MemoryPolicy(
@@ -58,21 +58,19 @@ def one_by_one(engine: TransformersEngine) -> list[Slots]:
     assert isinstance(cache, KVCache)
     block_tokens = tokens[segment.start : segment.end]
     exact_queries = repeat_queries(engine, cache, block_tokens, chunk_tokens=64, on_progress=lambda *_: None)
-    blocks = [
-        Entries.of(layer, segment).block(layer, queries)
-        for layer, queries in zip(cache.compactable, exact_queries, strict=True)
+    layers = [
+        ScoredLayer.of(index, layer, LayerEntries.read(layer, segment), queries)
+        for index, (layer, queries) in enumerate(zip(cache.compactable, exact_queries, strict=True))
     ]
-    ranks = slot_ranks([exact_attention(block).scores for block in blocks], policy)
+    ranks = slot_ranks([layer.exact.scores for layer in layers], policy)
     for index, layer in enumerate(cache.compactable):
         branch = cache.fork()
         for below, slots in zip(branch.compactable, made, strict=False):
             below.restore(branch.compacted_layer(below, [segment], slots, 4))
         queries = repeat_queries(engine, branch, block_tokens, chunk_tokens=1000, on_progress=lambda *_: None)
-        held = Entries.of(layer, segment)
-        block = held.block(layer, queries[index])
-        exact = exact_attention(block)
-        heads = heads_of(index, layer, block, exact, held, ranks[index])
-        made += fit_all(heads, Plan((segment,)), policy, lambda *_: None).by_layer(policy)
+        scored = ScoredLayer.of(index, layer, LayerEntries.read(layer, segment), queries[index])
+        heads = scored.heads(ranks[index])
+        made += fit_all(heads, Plan((segment,)), policy, lambda *_: None).slots_by_layer(policy)
     return made
 
 

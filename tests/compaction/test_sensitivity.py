@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from am_memory.compaction.sensitivity import CONTINUATION_TOKENS, Passage, calibrate
+from am_memory.compaction.sensitivity import CONTINUATION_TOKENS, Probe, calibrate
 from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidInput, UnsupportedOperation
@@ -16,8 +16,8 @@ BLOCK = 100
 
 
 @pytest.fixture
-def passage(engine: TransformersEngine) -> Passage:
-    return Passage.read(engine, engine.encode(TEXT)[: SINK_TOKENS + BLOCK + CONTINUATION_TOKENS])
+def probe(engine: TransformersEngine) -> Probe:
+    return Probe.read(engine, engine.encode(TEXT)[: SINK_TOKENS + BLOCK + CONTINUATION_TOKENS])
 
 
 def test_more_slots_lose_less_and_progress_counts_every_pass(engine: TransformersEngine) -> None:
@@ -30,39 +30,39 @@ def test_more_slots_lose_less_and_progress_counts_every_pass(engine: Transformer
     assert steps == [(done, 72) for done in range(1, 73)]
 
 
-def test_a_head_with_all_its_slots_loses_nothing(passage: Passage) -> None:
-    assert max(passage.losses(BLOCK)) < 1e-5
+def test_a_head_with_all_its_slots_loses_nothing(probe: Probe) -> None:
+    assert max(probe.losses(BLOCK)) < 1e-5
 
 
-def test_only_the_one_head_is_compacted(passage: Passage) -> None:
+def test_only_the_one_head_is_compacted(probe: Probe) -> None:
     """Entries of the other heads, and of all other layers, are as they were."""
-    slots = passage.cache.compactable[1].state()
-    (layer,) = [passage.cache.layers[1]]
+    slots = probe.cache.compactable[1].state()
+    (layer,) = [probe.cache.layers[1]]
     exact = layer.exact_entries(0, SINK_TOKENS + BLOCK)
-    state = passage._with(1, 0, _few(passage, 5))
-    assert state.layers[0] == passage.whole.layers[0]
-    assert state.layers[2] == passage.whole.layers[2]
+    state = probe._compacted(1, 0, _few(probe, 5))
+    assert state.layers[0] == probe.full_state.layers[0]
+    assert state.layers[2] == probe.full_state.layers[2]
     compacted, other = (state.layers[1].slots.head(head) for head in (0, 1))
     assert compacted.num_slots == SINK_TOKENS + 5
     assert torch.equal(compacted.key[:SINK_TOKENS], exact[0][0, :SINK_TOKENS])
     assert torch.equal(other.key, exact[0][1])
     assert torch.equal(other.value, exact[1][1])
     assert not other.bias.any()
-    assert passage.cache.compactable[1].state() == slots
+    assert probe.cache.compactable[1].state() == slots
 
 
-def _few(passage: Passage, count: int):
+def _few(probe: Probe, count: int):
     """Slots that weigh nothing in particular."""
     from am_memory.kv_cache.slots import Slots
 
-    key, value = passage.cache.compactable[1].exact_entries(SINK_TOKENS, SINK_TOKENS + count)
+    key, value = probe.cache.compactable[1].exact_entries(SINK_TOKENS, SINK_TOKENS + count)
     return Slots.exact(key[:1], value[:1], start=SINK_TOKENS)
 
 
-def test_the_cache_is_as_it_was_after_every_pass(passage: Passage) -> None:
-    before = passage.full
-    list(passage.losses(3))
-    assert torch.equal(passage.log_probabilities(passage.whole), before)
+def test_the_cache_is_as_it_was_after_every_pass(probe: Probe) -> None:
+    before = probe.full
+    list(probe.losses(3))
+    assert torch.equal(probe.log_probabilities(probe.full_state), before)
 
 
 def test_texts_that_are_too_short_are_refused(engine: TransformersEngine) -> None:

@@ -251,9 +251,9 @@ def test_recall_brings_back_the_block_and_then_the_summary(new_memory: NewMemory
     "function",
     [
         WRITING,
-        "am_memory.compaction.job.stand_in",
+        "am_memory.compaction.job.replace_by_summary",
         "am_memory.queries.sources.repeat_queries",
-        "am_memory.compaction.compact.fit",
+        "am_memory.compaction.head_fits.fit",
     ],
 )
 def test_running_out_of_memory_leaves_the_session_as_it_was(

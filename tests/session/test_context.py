@@ -731,10 +731,10 @@ def test_running_out_of_memory_says_what_to_do_and_changes_nothing(
 def test_a_fit_that_is_not_finite_is_not_swapped_in(
     origin: Context, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
-    from am_memory.compaction import compact as compaction
+    from am_memory.compaction import head_fits
 
     context = origin.fork("test")
-    before, fit = snapshot(context), compaction.fit
+    before, fit = snapshot(context), head_fits.fit
 
     def broken(*args: object, **kwargs: object) -> object:
         result = fit(*args, **kwargs)
@@ -742,7 +742,7 @@ def test_a_fit_that_is_not_finite_is_not_swapped_in(
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(compaction, "fit", broken)
+        patch.setattr(head_fits, "fit", broken)
         with pytest.raises(CompactionFailed, match=r"not finite .*nothing was changed: .*raise policy.ridge"):
             STEPS["append"](context)
     assert snapshot(context) == before

@@ -286,7 +286,7 @@ def test_a_failed_compaction_can_be_made_again(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch, pytest.raises(CompactionFailed, match="out of memory"):
-        patch.setattr("am_memory.compaction.compact.fit", exhausted)
+        patch.setattr("am_memory.compaction.head_fits.fit", exhausted)
         generate(PROMPT, cache, 60)
     assert (cache.num_tokens, cache.segments) == (64, ())
     assert generate(expected[:65], cache, len(expected) - 65) == expected

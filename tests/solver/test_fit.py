@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from am_memory.errors import InvalidInput
-from am_memory.solver import Block, Fit, HighestAttention, attention_scores, exact_attention, fit, naive
+from am_memory.solver import Block, Fit, FitOptions, HighestAttention, attention_scores, exact_attention, fit, naive
 
 FIELDS = ("key", "bias", "value", "mass_error", "output_error")
 
@@ -40,7 +40,7 @@ def assert_reports_its_errors(block: Block, result: Fit) -> None:
 def test_the_fit_is_the_one_of_the_definition(make_block, seq_len, num_queries, num_slots, dtype, is_relative):
     block = make_block(2, seq_len, num_queries, dtype=dtype)
     indices, slots = select(block, [num_slots] * 2)
-    result = fit(block, indices, slots, relative_mass=is_relative)
+    result = fit(block, indices, slots, FitOptions(relative_mass=is_relative))
     for head in range(2):
         kept = indices[head].tolist()
         bias, value = naive.compact(naive.Head.of(block, head), kept, is_relative=is_relative)
@@ -52,7 +52,7 @@ def test_the_fit_is_the_one_of_the_definition(make_block, seq_len, num_queries, 
 @pytest.mark.parametrize("switches", [{}, {"fit_bias": False}, {"fit_values": False}, {"relative_mass": False}])
 def test_the_reported_errors_are_those_of_the_returned_tensors(make_block, switches):
     block = make_block(2, 300, 400)
-    result = fit(block, *select(block, [40, 40]), **switches)
+    result = fit(block, *select(block, [40, 40]), FitOptions(**switches))
     assert_reports_its_errors(block, result)
 
 
@@ -61,7 +61,7 @@ def test_the_reported_errors_are_those_of_the_returned_tensors(make_block, switc
 def test_keeping_every_key_changes_nothing(make_block, seq_len, num_queries, is_relative):
     block = make_block(2, seq_len, num_queries)
     every = torch.arange(seq_len).expand(2, -1)
-    result = fit(block, every, torch.full((2,), seq_len), relative_mass=is_relative)
+    result = fit(block, every, torch.full((2,), seq_len), FitOptions(relative_mass=is_relative))
     torch.testing.assert_close(result.key, block.key)
     torch.testing.assert_close(result.bias, torch.zeros_like(result.bias), rtol=0, atol=2e-3)
     torch.testing.assert_close(result.value, block.value, rtol=0, atol=2e-3)
@@ -112,7 +112,7 @@ def test_a_head_without_slots_is_empty_and_leaves_the_others_alone(make_block):
 def test_without_fits_it_is_eviction(make_block):
     block = make_block(2)
     indices, slots = select(block, [9, 9])
-    result = fit(block, indices, slots, fit_bias=False, fit_values=False)
+    result = fit(block, indices, slots, FitOptions(fit_bias=False, fit_values=False))
     assert (result.bias == 0).all()
     torch.testing.assert_close(result.value, block.value.gather(1, indices[:, :, None].expand(-1, -1, 16)))
 
@@ -120,8 +120,8 @@ def test_without_fits_it_is_eviction(make_block):
 def test_each_fit_lowers_its_error(make_block):
     block = make_block(2, 300, 400)
     indices, slots = select(block, [40, 40])
-    evicted = fit(block, indices, slots, fit_bias=False, fit_values=False)
-    biased = fit(block, indices, slots, fit_values=False)
+    evicted = fit(block, indices, slots, FitOptions(fit_bias=False, fit_values=False))
+    biased = fit(block, indices, slots, FitOptions(fit_values=False))
     fitted = fit(block, indices, slots)
     assert (biased.mass_error < 0.7 * evicted.mass_error).all()
     assert (fitted.output_error < 0.7 * biased.output_error).all()
@@ -131,7 +131,7 @@ def test_the_bias_is_at_least_as_good_as_least_squares_and_a_clamp(make_block):
     """The official code clamps the unbounded solution, which is not the optimum within the bounds."""
     block = make_block(1, 300, 400)
     indices, slots = select(block, [40])
-    result = fit(block, indices, slots, bias_bounds=(-0.5, 0.5))
+    result = fit(block, indices, slots, FitOptions(bias_bounds=(-0.5, 0.5)))
     head = naive.Head.of(block, 0)
     columns, mass = naive.mass_system(head, head.weight)
     columns = columns[:, indices[0]]
@@ -142,7 +142,7 @@ def test_the_bias_is_at_least_as_good_as_least_squares_and_a_clamp(make_block):
 
 def test_biases_keep_within_their_bounds(make_block):
     block = make_block(2, 300, 400)
-    result = fit(block, *select(block, [40, 40]), bias_bounds=(-0.25, 0.5))
+    result = fit(block, *select(block, [40, 40]), FitOptions(bias_bounds=(-0.25, 0.5)))
     assert result.bias.min() >= -0.25 - 1e-6
     assert result.bias.max() <= 0.5 + 1e-6
 
@@ -151,19 +151,19 @@ def test_biases_keep_within_their_bounds(make_block):
 def test_bounds_that_exclude_no_bias_or_are_infinite_are_refused(make_block, bounds):
     block = make_block(1)
     with pytest.raises(InvalidInput, match="bias_bounds"):
-        fit(block, *select(block, [3]), bias_bounds=bounds)
+        fit(block, *select(block, [3]), FitOptions(bias_bounds=bounds))
 
 
 def test_a_huge_bias_ridge_gives_no_bias(make_block):
     block = make_block(2)
-    result = fit(block, *select(block, [9, 9]), bias_ridge=1e9)
+    result = fit(block, *select(block, [9, 9]), FitOptions(bias_ridge=1e9))
     torch.testing.assert_close(result.bias, torch.zeros_like(result.bias), rtol=0, atol=1e-5)
 
 
 def test_a_huge_ridge_keeps_the_original_values(make_block):
     block = make_block(2)
     indices, slots = select(block, [9, 9])
-    result = fit(block, indices, slots, ridge=1e9)
+    result = fit(block, indices, slots, FitOptions(ridge=1e9))
     kept = block.value.gather(1, indices[:, :, None].expand(-1, -1, 16))
     torch.testing.assert_close(result.value, kept, rtol=0, atol=1e-5)
 
@@ -172,7 +172,7 @@ def test_a_huge_ridge_keeps_the_original_values(make_block):
 def test_duplicate_keys_and_fewer_queries_than_slots_have_a_finite_fit(make_block, ridge):
     block = make_block(2, 40, 10)
     twice = Block(block.query, block.key.repeat(1, 2, 1), block.value.repeat(1, 2, 1), block.scaling)
-    result = fit(twice, *select(twice, [60, 31]), ridge=ridge)
+    result = fit(twice, *select(twice, [60, 31]), FitOptions(ridge=ridge))
     assert result.value.isfinite().all()
     assert result.value.abs().max() < 100
     assert (result.output_error < 0.2).all()
@@ -183,7 +183,7 @@ def test_queries_that_attend_to_none_of_the_kept_keys_have_a_finite_fit():
     query = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
     key = torch.tensor([[[500.0, 0.0], [0.0, 1.0], [0.0, 0.5]]])
     block = Block(query, key, torch.randn(1, 3, 2), 1.0)
-    result = fit(block, torch.tensor([[1, 2]]), torch.tensor([2]), fit_bias=False, fit_values=False)
+    result = fit(block, torch.tensor([[1, 2]]), torch.tensor([2]), FitOptions(fit_bias=False, fit_values=False))
     assert_reports_its_errors(block, result)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from am_memory.solver import MAX_FOLD_ERROR, Block, exact_attention, fit
+from am_memory.solver import MAX_FOLD_ERROR, Block, FitOptions, exact_attention, fit
 from am_memory.solver.fold import constant_direction, fold
 
 B, N, T, D = 3, 200, 40, 16
@@ -119,7 +119,7 @@ def test_a_fit_with_folded_biases_is_almost_as_good() -> None:
     count = torch.full((B,), 10)
     plain = fit(block, indices, count, exact=exact)
     folded = fit(block, indices, count, exact=exact, rotations=STILL)
-    without = fit(block, indices, count, exact=exact, fit_bias=False)
+    without = fit(block, indices, count, FitOptions(fit_bias=False), exact=exact)
     assert plain.fold_error is None
     assert folded.fold_error is not None
     assert not folded.bias.any()

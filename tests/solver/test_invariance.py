@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from am_memory.solver import OMP, Block, HighestAttention, attention_scores, fit
+from am_memory.solver import OMP, Block, FitOptions, HighestAttention, attention_scores, fit
 
 # Without a pull, the biases of few queries are determined only up to rounding.
 BIAS_RIDGE = 1e-2
@@ -16,7 +16,7 @@ quick = settings(max_examples=15, deadline=None)
 def fit_highest(block: Block, num_slots: int):
     slots = torch.full((block.num_heads,), num_slots)
     indices = HighestAttention()(block, attention_scores(block), slots)
-    return indices, fit(block, indices, slots, bias_ridge=BIAS_RIDGE)
+    return indices, fit(block, indices, slots, FitOptions(bias_ridge=BIAS_RIDGE))
 
 
 @quick
@@ -28,7 +28,7 @@ def test_the_order_of_the_keys_does_not_matter(make_block, seed, seq_len, num_qu
     indices, result = fit_highest(block, num_slots)
     shuffled = Block(block.query, block.key[:, order], block.value[:, order], block.scaling)
     slots = torch.full((2,), num_slots)
-    again = fit(shuffled, order.argsort()[indices], slots, bias_ridge=BIAS_RIDGE)
+    again = fit(shuffled, order.argsort()[indices], slots, FitOptions(bias_ridge=BIAS_RIDGE))
     torch.testing.assert_close(again.mass_error, result.mass_error, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(again.output_error, result.output_error, rtol=1e-3, atol=1e-4)
 
@@ -39,7 +39,7 @@ def test_the_order_of_the_slots_does_not_matter(make_block, seed, seq_len, num_q
     num_slots = data.draw(st.integers(1, seq_len))
     block = make_block(2, seq_len, num_queries, seed=seed)
     indices, result = fit_highest(block, num_slots)
-    again = fit(block, indices.flip(1), torch.full((2,), num_slots), bias_ridge=BIAS_RIDGE)
+    again = fit(block, indices.flip(1), torch.full((2,), num_slots), FitOptions(bias_ridge=BIAS_RIDGE))
     torch.testing.assert_close(again.mass_error, result.mass_error, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(again.output_error, result.output_error, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(again.value.flip(1), result.value, rtol=0, atol=1e-3)
@@ -53,7 +53,7 @@ def test_a_vector_added_to_every_key_does_not_matter(make_block, seed, seq_len, 
     block = make_block(2, seq_len, num_queries, seed=seed)
     indices, result = fit_highest(block, num_slots)
     shifted = Block(block.query, block.key + 3.0, block.value, block.scaling)
-    again = fit(shifted, indices, torch.full((2,), num_slots), bias_ridge=BIAS_RIDGE)
+    again = fit(shifted, indices, torch.full((2,), num_slots), FitOptions(bias_ridge=BIAS_RIDGE))
     torch.testing.assert_close(again.mass_error, result.mass_error, rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(again.output_error, result.output_error, rtol=1e-2, atol=1e-3)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from am_memory.solver import OMP, Block, HighestAttention, attention_scores, exact_attention, fit, naive
+from am_memory.solver import OMP, Block, FitOptions, HighestAttention, attention_scores, exact_attention, fit, naive
 from am_memory.solver.exact import SMALL_BLOCK_TOKENS, fit_weights
 
 
@@ -65,7 +65,7 @@ def test_omp_picks_the_keys_of_the_definition(block, is_relative):
 def test_the_fit_is_the_one_of_the_definition(block, is_relative):
     slots = torch.tensor([10, 10])
     indices = HighestAttention()(block, attention_scores(block), slots)
-    result = fit(block, indices, slots, relative_mass=is_relative)
+    result = fit(block, indices, slots, FitOptions(relative_mass=is_relative))
     for index, head in enumerate(heads(block)):
         kept = indices[index].tolist()
         log_w, value = naive.compact(head, kept, is_relative=is_relative)

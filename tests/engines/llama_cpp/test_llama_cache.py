@@ -279,7 +279,7 @@ def test_a_failed_compaction_changes_nothing(new_session: NewSession, monkeypatc
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("am_memory.compaction.compact.fit", fail)
+    monkeypatch.setattr("am_memory.compaction.head_fits.fit", fail)
     with pytest.raises(CompactionFailed, match="out of memory"):
         session.compact(0.5)
     monkeypatch.undo()

@@ -1,7 +1,7 @@
-"""What was said: the tokens of a chat without the marks that its template puts between messages.
+"""The tokens of a chat's messages, without the headers and marks that the chat template puts between them.
 
-A model that is shown the next speaker's header no longer repeats, it goes on with the chat. So the marks are left out
-of what it repeats; they stay in the cache, and in what is compacted.
+A model that reads the next speaker's header stops repeating and continues the chat. The headers are therefore left out
+of the tokens that it repeats; they stay in the cache, and are compacted.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from am_memory.engines.base import Engine
 from am_memory.text.chat_template import Chat
 
 
-def spoken_positions(engine: Engine, token_ids: Sequence[int], start: int, end: int) -> list[int]:
-    """The positions of a block whose tokens somebody said.
+def message_token_positions(engine: Engine, token_ids: Sequence[int], start: int, end: int) -> list[int]:
+    """The positions of a block whose tokens belong to messages.
 
-    What stands between two messages counts as one white space, if it ends in one.
+    A separator that ends in white space keeps its last token, so that two messages stay apart.
 
     Args:
         token_ids: of the whole conversation; the block is `token_ids[start:end]`.
 
     Returns:
-        Rising positions in [start, end); all of them if nothing but marks is in the block.
+        Rising positions in [start, end); all of them if the block holds no message token.
     """
     separators = _separators(engine)
     marks = {token_id for token_id in set(token_ids[start:end]) if _is_special(engine, token_id)}
@@ -34,12 +34,12 @@ def spoken_positions(engine: Engine, token_ids: Sequence[int], start: int, end: 
             if list(token_ids[first : last + 1]) == separator:
                 ends_in_space = not engine.decode(separator[-1:]).strip()
                 left_out.update(range(first, last if ends_in_space else last + 1))
-    spoken = [position for position in range(start, end) if position not in left_out]
-    return [position for position in spoken if token_ids[position] not in marks] or list(range(start, end))
+    kept = [position for position in range(start, end) if position not in left_out]
+    return [position for position in kept if token_ids[position] not in marks] or list(range(start, end))
 
 
 def _separators(engine: Engine) -> list[list[int]]:
-    """What the chat template writes between a user's message and the model's, and the other way round."""
+    """Token ids that the chat template writes between a user's message and the model's, and the other way round."""
     if not engine.has_chat_template:
         return []
     chat = Chat(engine, [{"role": role, "content": "0"} for role in ("user", "assistant", "user")])
