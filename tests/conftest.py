@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,8 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 if TYPE_CHECKING:
+    from serving import NewServer, Server
+
     from am_memory.engines.llama_cpp import LlamaCppEngine
     from am_memory.engines.transformers import TransformersEngine
 
@@ -180,3 +182,18 @@ def llama(tiny_gguf: Path) -> LlamaCppEngine:
     from am_memory.engines.llama_cpp import LlamaCppEngine
 
     return LlamaCppEngine(tiny_gguf, kv_type="f32", flash_attention=False)
+
+
+@pytest.fixture(scope="session")
+def new_server(engine: TransformersEngine) -> NewServer:
+    """Starts servers of the tiny model: `with new_server(store=..., api_keys=[...]) as server`."""
+    from serving import servers_of
+
+    return servers_of(engine)
+
+
+@pytest.fixture(scope="session")
+def server(new_server: NewServer) -> Iterator[Server]:
+    """One server for all tests that leave it as it is; everybody may call it."""
+    with new_server() as server:
+        yield server

@@ -1,7 +1,7 @@
-"""Who may call, and with how much: API keys, the machine that is asked for, the bytes of requests and their time.
+"""Access: API keys, host names, and the size and time of request bodies.
 
-All of it is settled by a request's head before its body is read. An owner stands for an API key: a digest of it, which
-names all that belongs to its conversations.
+Everything is checked on the head of a request, before its body is read. An owner is the digest of an API key; all
+conversations of a key carry its owner's name.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from am_memory_server.settings import ServerSettings, is_loopback_name
 ANONYMOUS = "anonymous"
 OPEN_PATHS = ("/", "/health", "/openapi.json")
 OPEN_FOLDER = "/static/"
-"""Beside these, everything takes a key where there are any: a path that is forgotten here is closed."""
+"""Paths that need no key. All others do if the server has keys, so that a forgotten path is closed."""
 JSON_TYPE = re.compile(r"application/([^/;\s]+\+)?json", re.IGNORECASE)
 
-bearer = HTTPBearer(auto_error=False, description="An API key of the server, where it has any.")
+bearer = HTTPBearer(auto_error=False, description="An API key, if the server has any.")
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks.
+    """The sender of a request.
 
     Attributes:
-        owner: whose conversations are meant; None for a key that opens the server's figures alone.
-        is_operator: may see what all owners do together.
+        owner: owner of the conversations; None for an operator's key, which opens the metrics only.
+        is_operator: may read the metrics of all owners.
     """
 
     owner: str | None
@@ -50,18 +50,18 @@ class Caller:
 
 
 def owner_of_key(key: str) -> str:
-    """The digest that stands for a key."""
+    """The digest of a key."""
     return sha256(f"am_memory.server {key}".encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def owner_of_headers(headers: Mapping[str, str]) -> str | None:
-    """The digest of the key that a request brings, right or wrong; None where it brings none."""
+    """The digest of the key in a request, valid or not; None if there is no key."""
     scheme, key = get_authorization_scheme_param(headers.get("authorization"))
     return owner_of_key(key) if scheme.lower() == "bearer" and key else None
 
 
 class Gate:
-    """Lets a request in by what its head says; only then is its body read, within bounds of bytes and of time."""
+    """Middleware that checks the head of a request, then reads its body within limits of size and time."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self.app, self._admission = app, Admission(settings)
@@ -75,12 +75,12 @@ class Gate:
                 await self.app(scope, _replayed(body, receive), send)
         except ClientDisconnect:
             return
-        except ApiError as error:  # of the gate: those of the application are answered within it
+        except ApiError as error:  # of the gate; the application answers its own errors
             await error.response()(scope, receive, send)
 
 
 class Admission:
-    """Who is let in, and what they may send. Sends nothing itself."""
+    """Decides who may send a request, and how large it may be. Sends no response."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
@@ -90,14 +90,13 @@ class Admission:
 
     @asynccontextmanager
     async def body_of(self, scope: Scope, receive: Receive) -> AsyncIterator[bytes]:
-        """The body of a request that is let in, counted as the caller's until the end of the block.
+        """Check a request and read its body, which counts as the caller's until the end of the block.
 
-        Of other methods than POST none is read. The caller is written into the scope's state.
+        The body is read for POST only. The caller is written to `scope["state"]`.
 
         Raises:
-            ApiError: by its head it is not let in; or the body is no JSON, too large, too slow, more than may wait, or
-                would become too much.
-            ClientDisconnect: the client went away before its end.
+            ApiError: the request is not allowed, or its body is not JSON, too large, too slow, or has too many values.
+            ClientDisconnect: the client went away before the end of the body.
         """
         if _is_open(scope["path"]):
             yield b""
@@ -119,27 +118,27 @@ class Admission:
             except TimeoutError:
                 raise ApiError(
                     408,
-                    f"the request's body did not arrive within {settings.body_seconds:g} s: send it faster, or less",
+                    f"the body did not arrive within {settings.body_seconds:g} s: send it faster, or send less",
                     code="request_timeout",
                 ) from None
             _require_few_values(body, settings.max_body_values)
             yield body
 
     def caller_of(self, headers: Mapping[str, str]) -> Caller:
-        """Whose request it is.
+        """The sender of a request.
 
         Raises:
-            ApiError: 401 without a right key; 403 for a page that had a browser call this machine under another name.
+            ApiError: 401 without a valid key; 403 for a web page that calls this machine under another name.
         """
         sent = owner_of_headers(headers)
-        # Digests are compared, so that the time which this takes says nothing of a key.
+        # Comparing digests in constant time tells nothing of a key.
         is_operator = any(hmac.compare_digest(sent or "", known) for known in self._operators)
         if not self._owners:
             self._require_this_machine(headers.get("host", ""))
             return Caller(ANONYMOUS, is_operator or not self._operators)
         is_owner = any(hmac.compare_digest(sent or "", known) for known in self._owners)
         if not is_owner and not is_operator:
-            problem = "this is none of the server's API keys" if sent else "an API key is needed"
+            problem = "this is not one of the server's API keys" if sent else "an API key is needed"
             raise ApiError(401, f"{problem}: send it as `Authorization: Bearer KEY`", code="invalid_api_key")
         return Caller(sent if is_owner else None, is_operator)
 
@@ -147,45 +146,45 @@ class Admission:
         if self._settings.is_loopback and not is_loopback_name(_host_name(host)):
             raise ApiError(
                 403,
-                f"this server answers to this machine's own names alone, such as 127.0.0.1 and localhost, not to "
-                f"{host!r}: ask for one of those, or start it with --api-key",
+                f"this server answers only to names of this machine, such as 127.0.0.1 and localhost, not to {host!r}: "
+                "use one of them, or start the server with --api-key",
                 code="wrong_host",
             )
 
 
 def _is_open(path: str) -> bool:
-    """Whether everybody may ask for it."""
+    """Whether the path needs no key."""
     return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
 
 
 def _host_name(host: str) -> str:
-    """Without a port, and without the brackets of an IPv6 address."""
+    """A Host header without its port, and without the brackets of an IPv6 address."""
     if ":" in host.rpartition("]")[2]:
         host = host.rpartition(":")[0]
     return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
 
 def _require_json(content_type: str) -> None:
-    """Raise ApiError for a body under another media type.
+    """Raise ApiError for a body of another media type.
 
-    Those of forms and of plain text are what a browser sends for any page to any server without asking that server.
+    Any web page can make a browser send forms and plain text to any server, without asking that server first.
     """
     if not JSON_TYPE.fullmatch(content_type.partition(";")[0].strip()):
-        told = f"is {content_type[:100]!r}" if content_type else "is not said"
+        given = f"is {content_type[:100]!r}" if content_type else "is missing"
         raise ApiError(
             415,
-            f"the body's media type {told}: send JSON, and say so with `Content-Type: application/json`",
+            f"the body's media type {given}: send JSON with `Content-Type: application/json`",
             code="unsupported_media_type",
         )
 
 
 def _require_few_values(body: bytes, most: int) -> None:
-    """Raise ApiError for a body that would take far more memory than its bytes, once it is read as JSON."""
+    """Raise ApiError for a body that would take far more memory than its bytes once it is parsed."""
     if (found := num_values(body, most)) > most:
         raise ApiError(
             413,
-            f"the request has {found} JSON names and values or more, and {most} at most are read: send fewer messages, "
-            "or fewer fields in them",
+            f"the request has at least {found} JSON names and values, and the limit is {most}: send fewer messages, or "
+            "fewer fields in them",
             code="request_too_large",
         )
 
@@ -210,7 +209,7 @@ async def _read(receive: Receive, max_bytes: int, take: Callable[[int], None]) -
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """What gives a body that was read already, and then whatever else comes."""
+    """A `receive` that gives a body that has been read already, then the rest."""
     unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
@@ -220,39 +219,37 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 
 
 class PendingBytes:
-    """How many bytes of requests are held, and for whom.
+    """Counts the bytes of all requests in progress, by owner.
 
     Args:
-        most: for all together.
-        most_of_one: for one owner.
+        max_bytes: for all owners together.
+        max_owner_bytes: for one owner.
     """
 
-    def __init__(self, most: int, most_of_one: int) -> None:
-        self._most, self._most_of_one = most, most_of_one
+    def __init__(self, max_bytes: int, max_owner_bytes: int) -> None:
+        self._max_bytes, self._max_owner_bytes = max_bytes, max_owner_bytes
         self._held: Counter[str] = Counter()
 
     @contextmanager
     def of(self, owner: str) -> Iterator[Callable[[int], None]]:
-        """What takes bytes for an owner, which are given back at the end of the block.
+        """A function that counts bytes for an owner, until the end of the block.
 
-        It raises ApiError where there are too many of them: 429 for what this owner holds, 503 for what all do.
+        It raises ApiError: 429 if the owner has too many bytes, 503 if all owners together have.
         """
         taken = 0
 
         def take(count: int) -> None:
             nonlocal taken
-            if self._held[owner] + count > self._most_of_one:
+            if self._held[owner] + count > self._max_owner_bytes:
                 raise ApiError(
                     429,
-                    f"the requests of this key that are under way are larger than {self._most_of_one} bytes: "
-                    "wait for some of their answers, and try again",
+                    f"the requests of this key in progress are larger than {self._max_owner_bytes} bytes: wait for "
+                    "some of their answers, and try again",
                     type="rate_limit_error",
                     code="rate_limit_exceeded",
                 )
-            if self._held.total() + count > self._most:
-                raise ApiError(
-                    503, "the server holds as much as it can: try again", type="server_error", code="overloaded"
-                )
+            if self._held.total() + count > self._max_bytes:
+                raise ApiError(503, "the server is full: try again in a moment", type="server_error", code="overloaded")
             self._held[owner] += count
             taken += count
 
@@ -265,33 +262,33 @@ class PendingBytes:
 
 
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
-"""Asked for by each endpoint so that the description says so; the gate has looked at them before."""
+"""A dependency of each endpoint, for the OpenAPI description; the gate has checked the key before."""
 
 
 async def owner_of(request: Request, _: Credentials) -> str:
-    """Whose request it is.
+    """The owner of a request.
 
     Raises:
-        ApiError: the key is not for conversations.
+        ApiError: the key is an operator's only.
     """
     caller: Caller = request.state.caller
     if caller.owner is None:
-        raise ApiError(403, "an operator's key opens /metrics alone: take an API key", code="operator_key")
+        raise ApiError(403, "an operator's key opens /metrics only: use an API key", code="operator_key")
     return caller.owner
 
 
 async def require_operator(request: Request, _: Credentials) -> None:
-    """Let only those in who may see what all owners do together.
+    """Check that the sender may read the metrics of all owners.
 
     Raises:
-        ApiError: who asks is not one of them.
+        ApiError: the key is not an operator's.
     """
     caller: Caller = request.state.caller
     if not caller.is_operator:
         raise ApiError(
             403,
-            "these figures are of all keys together, and for whoever runs the server: ask with a key that it was given "
-            "as --operator-key",
+            "the metrics cover all keys, and are for the operator of the server: use a key that was given as "
+            "--operator-key",
             code="operator_only",
         )
 

@@ -1,7 +1,6 @@
-"""Which conversation a request is about, as far as it says so itself: for whoever chooses the replica that answers it.
+"""Session affinity: a key for each request, equal for all requests that should reach the same cache.
 
-Looks at the raw request. Knows no router, and lets nobody in: a key that is not right is refused where the answer is
-made.
+Reads the raw request. Knows no router, and checks no API key: the replica does that.
 """
 
 from __future__ import annotations
@@ -12,22 +11,22 @@ from hashlib import sha256
 from pydantic import ValidationError
 
 from am_memory_server.access import ANONYMOUS, owner_of_headers
-from am_memory_server.chat_completions import conversation_of, thread_of
 from am_memory_server.errors import ApiError
-from am_memory_server.schemas import ChatCompletionRequest, CompletionRequest
+from am_memory_server.request_schemas import ChatCompletionRequest, CompletionRequest
+from am_memory_server.requests import conversation_of, thread_of
 
 SESSIONS = "/v1/memory/sessions/"
 ACTIONS = ("/compact", "/fork")
 TEXT_CHARS, TEXT_IDS = 256, 64
-"""How much of a plain prompt's beginning tells it from others: it comes back longer each time."""
+"""Characters, or token ids, at the beginning of a plain prompt that identify it: it is longer at each call."""
 
 
 def affinity(method: str, path: str, headers: Mapping[str, str], body: bytes, *, has_keys: bool) -> str | None:
-    """What is the same for all requests that should find the same memory; None where any replica will do.
+    """The affinity key of a request; None if any replica will do.
 
     Args:
-        headers: by their names in small letters.
-        has_keys: the server asks for API keys; else everybody is the same owner, whatever key is sent.
+        headers: with lower-case names.
+        has_keys: whether the server has API keys. Without any, all clients are one owner, whatever key they send.
     """
     owner = (owner_of_headers(headers) if has_keys else None) or ANONYMOUS
     try:
@@ -36,7 +35,7 @@ def affinity(method: str, path: str, headers: Mapping[str, str], body: bytes, *,
                 return thread_of((owner, conversation_of(ChatCompletionRequest.model_validate_json(body), headers)))
             case "POST", "/v1/completions":
                 return f"{owner} {_opening(CompletionRequest.model_validate_json(body))}"
-    except (ApiError, ValidationError):  # every replica refuses it with the same words
+    except (ApiError, ValidationError):  # every replica refuses it in the same way
         return None
     if path.startswith(SESSIONS):
         name = path.removeprefix(SESSIONS)

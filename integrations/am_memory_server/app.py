@@ -1,4 +1,4 @@
-"""The application: endpoints, errors, limits and the page put together."""
+"""The ASGI application: puts the endpoints, errors, limits and the chat page together."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 
 from am_memory.memory import Memory
-from am_memory_server import chat_completions, completions, errors, memory_endpoints, metrics, schemas
+from am_memory_server import chat_completions, completions, errors, memory_endpoints, metrics
 from am_memory_server.access import Gate, Operator, Owner
+from am_memory_server.requests import require_model
+from am_memory_server.response_schemas import ErrorResponse, ModelCard, ModelList
 from am_memory_server.service import Service
 from am_memory_server.settings import ServerSettings
 
@@ -28,18 +30,18 @@ PAGE_HEADERS = {
     "Cache-Control": "no-cache",
 }
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": schemas.ErrorAnswer, "description": text}
+    status: {"model": ErrorResponse, "description": text}
     for status, text in {
-        400: "Not a request that can be served",
-        401: "No right API key",
-        403: "Asked for under a name that is not this machine's, or with a key that is not for this",
-        404: "No such model or session",
-        408: "The body took too long to arrive",
-        409: "Not possible as things are",
-        413: "Too large",
-        415: "Not sent as JSON",
-        429: "Too many requests wait already",
-        503: "Not now",
+        400: "Invalid request",
+        401: "No valid API key",
+        403: "Wrong host name, or a key that is not for this endpoint",
+        404: "Unknown model or session",
+        408: "The body took too long to arrive, or the answer was not read",
+        409: "Not possible in the current state",
+        413: "The request is too large",
+        415: "The body is not JSON",
+        429: "Too many requests are waiting",
+        503: "Not available now; try again",
     }.items()
 }
 
@@ -48,8 +50,8 @@ def create_app(memory: Memory, settings: ServerSettings | None = None) -> FastAP
     """An ASGI application that serves one memory.
 
     Args:
-        memory: with a store, conversations outlive the application.
-        settings: None: for this machine alone.
+        memory: if it has a store, conversations outlive the application.
+        settings: None: the defaults, for clients on this machine only.
     """
     service = Service(memory, settings or ServerSettings())
 
@@ -60,9 +62,9 @@ def create_app(memory: Memory, settings: ServerSettings | None = None) -> FastAP
 
     app = FastAPI(
         title="am-memory",
-        description="OpenAI's API on a local model whose KV cache is compacted again and again: unbounded history.",
+        description="OpenAI's API on a local model with unbounded history: its KV cache is compacted again and again.",
         version=version("attention-matching-memory"),
-        docs_url=None,  # they load their scripts from elsewhere
+        docs_url=None,  # these pages load scripts from other hosts
         redoc_url=None,
         lifespan=lifespan,
         responses=ERRORS,
@@ -83,27 +85,27 @@ def create_app(memory: Memory, settings: ServerSettings | None = None) -> FastAP
 
 
 def _add_status(app: FastAPI, service: Service) -> None:
-    model = schemas.Model(id=service.settings.model_name, created=service.created)
+    model = ModelCard(id=service.settings.model_name, created=service.created)
 
-    @app.get("/v1/models", response_model=schemas.ModelList, tags=["OpenAI"])
+    @app.get("/v1/models", response_model=ModelList, tags=["OpenAI"])
     async def list_models(owner: Owner) -> Any:
-        """The one model that is served."""
-        return schemas.ModelList(data=[model])
+        """List the served model: there is one."""
+        return ModelList(data=[model])
 
-    @app.get("/v1/models/{name:path}", response_model=schemas.Model, tags=["OpenAI"])
+    @app.get("/v1/models/{name:path}", response_model=ModelCard, tags=["OpenAI"])
     async def get_model(name: str, owner: Owner) -> Any:
-        """The model of that name."""
-        chat_completions.require_model(service, name)
+        """Show a model by its name."""
+        require_model(service.settings, name)
         return model
 
     @app.get("/metrics", tags=["Status"], response_class=Response)
     async def get_metrics(operator: Operator) -> Response:
-        """The figures of all keys together, for Prometheus; with an operator's key where there are any keys."""
+        """Metrics of all keys together, for Prometheus. Needs an operator's key if the server has any keys."""
         return Response(await asyncio.to_thread(service.metrics.text), media_type=metrics.MEDIA_TYPE)
 
     @app.get("/health", tags=["Status"])
     async def health() -> JSONResponse:
-        """Whether the server takes requests."""
+        """Whether the server accepts requests."""
         is_closing = service.scheduler.is_closing
         return JSONResponse({"status": "closing" if is_closing else "ok"}, 503 if is_closing else 200)
 

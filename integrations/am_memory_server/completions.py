@@ -1,4 +1,4 @@
-"""`POST /v1/completions`: plain prompts, of which only the tokens that are new are read."""
+"""`POST /v1/completions`: continues plain prompts. Only the tokens that are not in a kept cache are read."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from fastapi.responses import StreamingResponse
 
 from am_memory.conversations.chat_answer import FINISH_REASONS
 from am_memory.engines.base import Engine
+from am_memory.events import ignore
 from am_memory.session.session import Piece
-from am_memory.text.sampling import Sampling
-from am_memory_server import schemas, sse
+from am_memory_server import sse
 from am_memory_server.access import Owner
-from am_memory_server.chat_completions import check_max_tokens, require_model, sampling_of
 from am_memory_server.errors import ApiError
+from am_memory_server.jobs import Job, Publish, Steps, on_host
 from am_memory_server.json_bodies import JSONRoute
-from am_memory_server.scheduler import Job, Post, Steps, aside
+from am_memory_server.request_schemas import CompletionRequest
+from am_memory_server.requests import max_tokens_of, require_model, sampling_of
+from am_memory_server.response_schemas import LOWEST_LOGPROB, Completion, TextChoice, TextLogprobs, Usage, new_id
 from am_memory_server.service import Service
 
 router = APIRouter(route_class=JSONRoute)
@@ -28,13 +30,13 @@ router = APIRouter(route_class=JSONRoute)
 
 @dataclass
 class _Text:
-    """One prompt's completion as it comes."""
+    """The completion of one prompt, so far."""
 
     index: int
     text: str = ""
     finish_reason: Literal["stop", "length"] | None = None
-    logprobs: schemas.TextLogprobs = field(
-        default_factory=lambda: schemas.TextLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+    logprobs: TextLogprobs = field(
+        default_factory=lambda: TextLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
     )
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -42,97 +44,99 @@ class _Text:
 
 
 @dataclass(frozen=True)
-class _Piece:
-    text: _Text
-    added: str
+class _Added:
+    """An update: the part of a completion that one token adds."""
+
+    completion: _Text
+    text: str
     logprobs: dict[str, Any] | None
 
 
-@router.post("/v1/completions", response_model=schemas.Completion, tags=["OpenAI"])
-async def create_completion(body: schemas.CompletionRequest, request: Request, owner: Owner) -> Any:
-    """How plain prompts go on."""
+@router.post("/v1/completions", response_model=Completion, tags=["OpenAI"])
+async def create_completion(body: CompletionRequest, request: Request, owner: Owner) -> Any:
+    """Continue one or more plain prompts."""
     service: Service = request.app.state.service
-    require_model(service, body.model)
-    max_tokens = body.max_tokens or service.settings.max_tokens
-    check_max_tokens(service, max_tokens)
+    require_model(service.settings, body.model)
     if any(not prompt for prompt in body.prompts):
         raise ApiError(400, "an empty prompt cannot be completed: give at least one token", param="prompt")
     texts = [_Text(index) for index in range(len(body.prompts))]
-    sampling = sampling_of(service, body.sampling())
-    items = service.scheduler.stream(
+    updates = service.scheduler.stream(
         (owner, "completions"),
-        _job(service, body, texts, sampling, owner),
+        _job(service, body, texts, owner),
         lambda: [service.texts.encode(prompt) for prompt in body.prompts],
     )
     if not body.stream:
-        return await sse.unless_disconnected(request, _whole(service, body, texts, items))
-    await sse.unless_disconnected(request, anext(items))  # an error before the first token has a status of its own
+        return await sse.unless_disconnected(request, _whole(service, body, texts, updates))
+    await sse.unless_disconnected(request, anext(updates))  # an error before the first update has an HTTP status
     return StreamingResponse(
-        sse.events(_chunks(service, body, texts, items)), media_type="text/event-stream", headers=sse.HEADERS
+        sse.events(_chunks(service, body, texts, updates)), media_type="text/event-stream", headers=sse.HEADERS
     )
 
 
-def _job(service: Service, body: schemas.CompletionRequest, texts: list[_Text], sampling: Sampling, owner: str) -> Job:
-    """The job of one request; its prompts one after the other."""
-    max_tokens, metrics = body.max_tokens or service.settings.max_tokens, service.metrics
-    started = time.monotonic()
+def _job(service: Service, body: CompletionRequest, texts: list[_Text], owner: str) -> Job:
+    """The job of one request: its prompts, one after the other."""
+    max_tokens = max_tokens_of(service.settings, body.max_tokens)
+    sampling, metrics = sampling_of(service.memory.sampling, body), service.metrics
+    arrived = time.monotonic()
 
-    def steps(post: Post, prompts: list[list[int]]) -> Steps[None]:
+    def start(publish: Publish, prompts: list[list[int]]) -> Steps[None]:
         for text, token_ids in zip(texts, prompts, strict=True):
             turn = service.texts.start(token_ids, owner=owner)
             if turn.is_short:
                 turn.encode()
             else:
-                yield from aside(turn.encode)
-            session = turn.session
+                yield from on_host(turn.encode)
             text.prompt_tokens, text.cached_tokens = len(token_ids), turn.num_cached_tokens
-            for left in service.heard(turn.read(), lambda event: None):
-                post(None)
-                if left:
+            for left_tokens in service.with_events(turn.read(), ignore):
+                publish(None)
+                if left_tokens:  # the turn of the last chunk generates the first token, too
                     yield None
-            pieces = session.generate(max_tokens, sampling, top_logprobs=body.logprobs)
-            for piece in service.heard(pieces, lambda event: None):
+            pieces = turn.session.generate(max_tokens, sampling, top_logprobs=body.logprobs)
+            for piece in service.with_events(pieces, ignore):
                 if not text.completion_tokens:
-                    metrics.first_token_seconds.observe(time.monotonic() - started)
-                post(_taken(service.memory.engine, text, piece, body.logprobs is not None))
+                    metrics.first_token_seconds.observe(time.monotonic() - arrived)
+                publish(_add(service.memory.engine, text, piece, body.logprobs is not None))
                 yield None
             service.texts.keep(turn)
             metrics.prompt_tokens.inc(text.prompt_tokens)
             metrics.cached_tokens.inc(text.cached_tokens)
             metrics.generated_tokens.inc(text.completion_tokens)
             metrics.answers.labels(text.finish_reason).inc()
-        metrics.answer_seconds.observe(time.monotonic() - started)
+        metrics.answer_seconds.observe(time.monotonic() - arrived)
 
-    return steps
+    return start
 
 
-def _taken(engine: Engine, text: _Text, piece: Piece, has_logprobs: bool) -> _Piece:
-    """One piece, added to its text."""
-    text.completion_tokens += len(piece.token_ids)
+def _add(engine: Engine, completion: _Text, piece: Piece, has_logprobs: bool) -> _Added:
+    """Add a piece to its completion."""
+    completion.completion_tokens += len(piece.token_ids)
     if piece.finish_reason is not None:
         reason = FINISH_REASONS[piece.finish_reason]
-        text.finish_reason = "length" if reason == "length" else "stop"
-    said = () if piece.finish_reason == "eos" else piece.logprobs
-    new: dict[str, Any] = {
-        "tokens": [engine.decode([token.token_id]) for token in said],
-        "token_logprobs": [max(token.logprob, -9999.0) for token in said],
-        "top_logprobs": [{engine.decode([top]): max(value, -9999.0) for top, value in token.top} for token in said],
-        "text_offset": [len(text.text) for _ in said],
+        completion.finish_reason = "length" if reason == "length" else "stop"
+    tokens = () if piece.finish_reason == "eos" else piece.logprobs
+    logprobs: dict[str, Any] = {
+        "tokens": [engine.decode([token.token_id]) for token in tokens],
+        "token_logprobs": [max(token.logprob, LOWEST_LOGPROB) for token in tokens],
+        "top_logprobs": [
+            {engine.decode([top]): max(value, LOWEST_LOGPROB) for top, value in token.top} for token in tokens
+        ],
+        "text_offset": [len(completion.text) for _ in tokens],
     }
-    for name, values in new.items():
-        getattr(text.logprobs, name).extend(values)
-    text.text += piece.text
-    return _Piece(text, piece.text, new if has_logprobs else None)
+    for name, values in logprobs.items():
+        getattr(completion.logprobs, name).extend(values)
+    completion.text += piece.text
+    return _Added(completion, piece.text, logprobs if has_logprobs else None)
 
 
 async def _whole(
-    service: Service, body: schemas.CompletionRequest, texts: list[_Text], items: AsyncGenerator[object, None]
-) -> schemas.Completion:
-    async with aclosing(items):
-        async for _ in items:
+    service: Service, body: CompletionRequest, texts: list[_Text], updates: AsyncGenerator[object, None]
+) -> Completion:
+    """The completions as one response."""
+    async with aclosing(updates):
+        async for _ in updates:
             pass
     choices = [
-        schemas.TextChoice(
+        TextChoice(
             index=text.index,
             text=text.text,
             logprobs=text.logprobs if body.logprobs is not None else None,
@@ -140,11 +144,11 @@ async def _whole(
         )
         for text in texts
     ]
-    return schemas.Completion(model=service.settings.model_name, choices=choices, usage=_usage(texts))
+    return Completion(model=service.settings.model_name, choices=choices, usage=_usage(texts))
 
 
-def _usage(texts: list[_Text]) -> schemas.Usage:
-    return schemas.Usage.of(
+def _usage(texts: list[_Text]) -> Usage:
+    return Usage.of(
         sum(text.prompt_tokens for text in texts),
         sum(text.completion_tokens for text in texts),
         sum(text.cached_tokens for text in texts),
@@ -152,19 +156,20 @@ def _usage(texts: list[_Text]) -> schemas.Usage:
 
 
 async def _chunks(
-    service: Service, body: schemas.CompletionRequest, texts: list[_Text], items: AsyncGenerator[object, None]
+    service: Service, body: CompletionRequest, texts: list[_Text], updates: AsyncGenerator[object, None]
 ) -> AsyncGenerator[dict[str, Any], None]:
+    """The completions as a stream of chunks."""
     frame = {
-        "id": schemas.new_id("cmpl"),
+        "id": new_id("cmpl"),
         "object": "text_completion",
         "created": int(time.time()),
         "model": service.settings.model_name,
     }
     usage = {"usage": None} if body.includes_usage else {}
-    async with aclosing(items):
-        async for item in items:
-            if isinstance(item, _Piece):
-                choice = {"index": item.text.index, "text": item.added, "logprobs": item.logprobs}
-                yield {**frame, "choices": [{**choice, "finish_reason": item.text.finish_reason}], **usage}
+    async with aclosing(updates):
+        async for update in updates:
+            if isinstance(update, _Added):
+                choice = {"index": update.completion.index, "text": update.text, "logprobs": update.logprobs}
+                yield {**frame, "choices": [{**choice, "finish_reason": update.completion.finish_reason}], **usage}
         if body.includes_usage:
             yield {**frame, "choices": [], "usage": _usage(texts).model_dump()}

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's form, and which of ours are whose fault."""
+"""Errors in the form of OpenAI's API, and the HTTP status of each error of the library."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from am_memory.errors import (
     SessionNotFound,
     UnsupportedOperation,
 )
-from am_memory_server.scheduler import NotRead, QueueFull, ShuttingDown
-from am_memory_server.schemas import UNKNOWN_NAME
+from am_memory_server.jobs import AnswerNotRead, QueueFull, ShuttingDown
+from am_memory_server.request_schemas import UNKNOWN_NAME
 
 logger = logging.getLogger("am_memory.server")
 RETRY_SECONDS = 2
-MOST_CHARS = 1000
-"""Of a message: what is told of a request is never as long as the request."""
-MOST_PROBLEMS = 5
+MAX_CHARS = 1000
+"""Length of an error message: it may quote the request, which is long."""
+MAX_PROBLEMS = 5
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error as an HTTP response.
 
     Args:
-        status: of HTTP.
+        status: the HTTP status.
         message: for people.
-        type, code, param: as OpenAI's API has them.
+        type, code, param: see OpenAI's API.
     """
 
     def __init__(
@@ -68,20 +68,20 @@ class ApiError(Exception):
 
 
 def _shortened(text: str) -> str:
-    """Text that can be sent, and is not too long."""
+    """Valid Unicode of limited length."""
     text = text.encode("utf-8", "replace").decode()
-    return text if len(text) <= MOST_CHARS else f"{text[: MOST_CHARS // 2]} ... {text[-MOST_CHARS // 2 :]}"
+    return text if len(text) <= MAX_CHARS else f"{text[: MAX_CHARS // 2]} ... {text[-MAX_CHARS // 2 :]}"
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """Any error as one for the client; what is a fault of ours is logged, and not told."""
+    """Any error as one for the client. An internal error is logged, and its message is not sent."""
     message = str(error)
     match error:
         case ApiError():
             return error
         case QueueFull():
             return ApiError(429, message, type="rate_limit_error", code="rate_limit_exceeded")
-        case NotRead():
+        case AnswerNotRead():
             return ApiError(408, message, code="answer_not_read")
         case ShuttingDown():
             return ApiError(503, message, type="server_error", code="shutting_down")
@@ -97,14 +97,14 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(503, message, type="server_error", code="compaction_failed")
         case AMMemoryError():
             logger.error("%s: %s", type(error).__name__, message)
-            told = "the memory failed; the server's log has more"  # the message may name files of the server's
-            return ApiError(503, told, type="server_error", code="memory_error")
+            public = "the memory failed; see the server's log"  # the error itself may name files of the server
+            return ApiError(503, public, type="server_error", code="memory_error")
     logger.error("unexpected error", exc_info=error)
-    return ApiError(500, "internal error; the server's log has more", type="server_error", code="internal_error")
+    return ApiError(500, "internal error; see the server's log", type="server_error", code="internal_error")
 
 
 def install(app: FastAPI) -> None:
-    """Have every error of the application answered in this form."""
+    """Make the application answer every error in this form."""
 
     async def known(request: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response()
@@ -128,20 +128,20 @@ def install(app: FastAPI) -> None:
 
 
 def _validation_error(problems: Sequence[Any], body: Any) -> ApiError:
-    """The first problem names the parameter, as closely as others within it do; several are told."""
+    """One error for several problems; its `param` is the first one's, or a more precise one inside it."""
     if problems and problems[0]["type"] == "json_invalid":
         return ApiError(400, f"the body cannot be read as JSON: {problems[0]['ctx']['error']}", code="invalid_json")
     places = [_place(problem, body) for problem in problems]
-    told = [f"{place or 'body'}: {problem['msg']}" for place, problem in zip(places, problems, strict=True)]
-    within = [place for place in places if f"{place}.".startswith(f"{places[0]}.")]
-    param = max(within, key=len) if places[0] else None
-    return ApiError(400, "; ".join(told[:MOST_PROBLEMS]), param=param, code="invalid_request")
+    messages = [f"{place or 'body'}: {problem['msg']}" for place, problem in zip(places, problems, strict=True)]
+    inside = [place for place in places if f"{place}.".startswith(f"{places[0]}.")]
+    param = max(inside, key=len) if places[0] else None
+    return ApiError(400, "; ".join(messages[:MAX_PROBLEMS]), param=param, code="invalid_request")
 
 
 def _place(problem: Any, body: Any) -> str:
-    """Where in what was sent a problem lies; "" for all of it.
+    """The path of a problem in the request, such as messages.0.content; "" for the whole body.
 
-    Beside names and numbers of what was sent, pydantic says which of its own types it tried there, by what function.
+    pydantic's own path also names the types and functions that it tried; they are left out.
     """
     kind, *parts = problem["loc"]
     if kind != "body":

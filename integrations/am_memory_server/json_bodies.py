@@ -1,7 +1,7 @@
-"""Bodies of requests as JSON, and nothing that is none; how much they become, before they do. Knows no endpoint.
+"""Request bodies as strict JSON, and an estimate of their size in memory before they are parsed. Knows no endpoint.
 
-Python's own reader takes NaN, halves of surrogate pairs, which no text holds, and lists within lists until the stack
-ends. pydantic's takes none of these, and nests no deeper than 200.
+Python's own parser accepts NaN, lone surrogates and lists nested until the stack overflows. pydantic's refuses all of
+these, and nests 200 levels at most.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ from pydantic_core import from_json
 
 
 def num_values(body: bytes, enough: int) -> int:
-    """How many names and values a body has, nearly; once that is more than `enough`, so many at least.
+    """Estimate how many names and values a body has; above `enough`, the result is a lower bound.
 
-    Searches in C alone, each of the whole body: a value is a hundred times as large as the two bytes that say `[]`, and
-    what is counted is not made.
+    A parsed value can take a hundred times the two bytes of `[]`. So nothing is parsed here: the body is searched in C.
     """
     if (found := _num_marks(body)) <= enough:
         return found
     body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     if (found := body.count(b'"') // 2) > enough:
         return found
-    return _num_marks(b"".join(body.split(b'"')[::2]))  # without what is text
+    return _num_marks(b"".join(body.split(b'"')[::2]))  # without the texts
 
 
 def _num_marks(text: bytes) -> int:
@@ -34,13 +33,13 @@ def _num_marks(text: bytes) -> int:
 
 
 class JSONRequest(Request):
-    """A request that is read by pydantic."""
+    """A request whose body pydantic parses."""
 
     async def json(self) -> Any:
         """The body.
 
         Raises:
-            JSONDecodeError: it is no JSON, or nests too deep.
+            JSONDecodeError: the body is not JSON, or is nested too deep.
         """
         try:
             return from_json(await self.body(), allow_inf_nan=False)
@@ -49,7 +48,7 @@ class JSONRequest(Request):
 
 
 class JSONRoute(APIRoute):
-    """A route whose requests are read so."""
+    """A route that takes `JSONRequest`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()

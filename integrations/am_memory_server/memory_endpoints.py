@@ -1,4 +1,4 @@
-"""The memory of a key's conversations over HTTP: list, look, compact, fork, delete. Nobody else's is ever seen."""
+"""`/v1/memory/sessions`: list, inspect, compact, fork and delete the conversations of one key, and of no other key."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from am_memory.conversations.branch import Branch
 from am_memory.errors import CompactionFailed, InvalidInput
 from am_memory.session.session import Stats
 from am_memory_server.access import Owner
-from am_memory_server.chat_completions import checked_name, thread_of
 from am_memory_server.errors import ApiError
+from am_memory_server.jobs import Steps, on_host
 from am_memory_server.json_bodies import JSONRoute
-from am_memory_server.memory_view import CompactionView, MemoryView, view
-from am_memory_server.scheduler import Steps, aside
-from am_memory_server.schemas import StrictBody
-from am_memory_server.service import Compactions, Service, last_used, report_dict
+from am_memory_server.memory_view import CompactionView, MemoryView, memory_view
+from am_memory_server.request_schemas import StrictBody
+from am_memory_server.requests import checked_name, thread_of
+from am_memory_server.service import CompactionLog, Service, last_used, report_dict
 
 T = TypeVar("T")
 CALLS = "memory"
-"""Under which these calls take turns with the conversations of their owner."""
+"""The name under which these calls take turns with the conversations of their owner."""
 
 router = APIRouter(route_class=JSONRoute, prefix="/v1/memory/sessions", tags=["Memory"])
 
 
 class SessionEntry(BaseModel):
-    """One conversation; `stats` are those of the branch used last, None while it lies in the store alone."""
+    """One conversation. `stats` are those of the branch used last; null if the conversation is in the store only."""
 
     id: str
     object: Literal["memory.session"] = "memory.session"
@@ -43,7 +43,7 @@ class SessionList(BaseModel):
 
 
 class CompactBody(StrictBody):
-    """`fraction` of the cache without its pinned tokens, oldest first; null: as the server's policy says."""
+    """Compact this `fraction` of the cache without its pinned tokens, oldest first; null: the policy's fraction."""
 
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None
 
@@ -59,45 +59,45 @@ class Deleted(BaseModel):
 
 
 class Conversations:
-    """The conversations of one owner. Its methods are steps on the scheduler's threads, or need no device at all."""
+    """The conversations of one owner. A method that returns `Steps` is a job; the others need no device."""
 
     def __init__(self, service: Service, owner: str) -> None:
         self.service, self.threads, self.owner = service, service.threads, owner
 
     def entries(self) -> list[SessionEntry]:
-        begin, kept = thread_of((self.owner, "")), defaultdict[str, list[Branch]](list)
+        prefix, branches = thread_of((self.owner, "")), defaultdict[str, list[Branch]](list)
         for branch in self.threads.all_branches():
-            kept[branch.thread].append(branch)
-        names = [name for name in self.threads.names() if name.startswith(begin)]
-        return [_entry(name.removeprefix(begin), kept[name]) for name in names]
+            branches[branch.thread].append(branch)
+        names = [name for name in self.threads.names() if name.startswith(prefix)]
+        return [_entry(name.removeprefix(prefix), branches[name]) for name in names]
 
     def view(self, id: str) -> Steps[MemoryView]:
         newest, count = yield from self._newest(id)
-        return view(id, newest.session, count, self.service.memory.trigger_tokens)
+        return memory_view(id, newest.session, count)
 
     def compact(self, id: str, fraction: float | None) -> Steps[CompactionView]:
         session = (yield from self._newest(id))[0].session
-        compactions = Compactions()
-        with self.service.listening(compactions.hear):
+        log = CompactionLog()
+        with self.service.listening(log.on_event):
             try:
                 report = session.compact(fraction)
             except CompactionFailed as error:
                 raise ApiError(409, str(error), code="nothing_to_compact") from error
-        compactions.write(session)
+        log.write(session)
         if self.service.memory.store is not None:
             packed = session.packed()
-            yield from aside(lambda: self.service.saving(lambda: session.write(packed)))
+            yield from on_host(lambda: self.service.save_or_log(lambda: session.write(packed)))
         return CompactionView.model_validate(report_dict(report))
 
     def fork(self, id: str, new_id: str) -> Steps[MemoryView]:
         thread, new = (thread_of((self.owner, name)) for name in (id, checked_name(new_id, "id")))
         yield from self._newest(id)
-        if new in (yield from aside(self.threads.names)):
+        if new in (yield from on_host(self.threads.names)):
             raise ApiError(409, f"there is a session {new_id!r} already: choose another id", code="session_exists")
         try:
-            saved = yield from aside(lambda: self.threads.load(thread))
+            saved = yield from on_host(lambda: self.threads.load(thread))
             for save in self.threads.copying(thread, new, saved):
-                yield from aside(save)
+                yield from on_host(save)
         except InvalidInput as error:
             raise _unknown(id) from error
         return (yield from self.view(new_id))
@@ -108,12 +108,14 @@ class Conversations:
         return Deleted(id=id)
 
     def _newest(self, id: str) -> Steps[tuple[Branch, int]]:
-        """The branch that was used last, and how many there are."""
+        """The branch that was used last, and the number of branches."""
         thread = thread_of((self.owner, id))
-        saved = yield from aside(lambda: self.threads.load(thread))
+        saved = yield from on_host(lambda: self.threads.load(thread))
         branches = self.threads.open(thread, saved)
-        if not branches and thread in (yield from aside(self.threads.names)):
-            raise ApiError(409, f"what is saved of {id!r} cannot be read: DELETE forgets it", code="session_unreadable")
+        if not branches and thread in (yield from on_host(self.threads.names)):
+            raise ApiError(
+                409, f"the saved session {id!r} cannot be read: DELETE removes it", code="session_unreadable"
+            )
         if not branches:
             raise _unknown(id)
         return max(branches, key=last_used), len(branches)
@@ -128,45 +130,45 @@ def _unknown(id: str) -> ApiError:
     return ApiError(404, f"there is no session {id!r}: GET /v1/memory/sessions lists them", code="session_not_found")
 
 
-async def _called(request: Request, owner: str, method: Callable[..., Steps[T]], *args: Any) -> T:
-    """A method of the owner's conversations, in turn with all that is asked of the device."""
+async def _run(request: Request, owner: str, method: Callable[..., Steps[T]], *args: Any) -> T:
+    """Run a method of the owner's conversations as a job."""
     service: Service = request.app.state.service
     conversations = Conversations(service, owner)
     return await service.scheduler.call((owner, CALLS), lambda: method(conversations, *args))
 
 
-async def _looked(request: Request, owner: str, method: Callable[..., T], *args: Any) -> T:
-    """The same, of what needs no device."""
+async def _run_on_host(request: Request, owner: str, method: Callable[..., T], *args: Any) -> T:
+    """Run a method that needs no device."""
     service: Service = request.app.state.service
     conversations = Conversations(service, owner)
-    return await service.scheduler.look((owner, CALLS), lambda: method(conversations, *args))
+    return await service.scheduler.call_on_host((owner, CALLS), lambda: method(conversations, *args))
 
 
 @router.get("", response_model=SessionList)
 async def list_sessions(request: Request, owner: Owner) -> Any:
-    """All conversations of this key."""
-    return SessionList(data=await _looked(request, owner, Conversations.entries))
+    """List the conversations of this key."""
+    return SessionList(data=await _run_on_host(request, owner, Conversations.entries))
 
 
 @router.get("/{id:path}", response_model=MemoryView)
 async def inspect_session(id: str, request: Request, owner: Owner) -> Any:
-    """What the memory of a conversation holds: segments, compactions, slots and bytes by layer and head."""
-    return await _called(request, owner, Conversations.view, id)
+    """Show the memory of a conversation: segments, compactions, slots and bytes by layer and head."""
+    return await _run(request, owner, Conversations.view, id)
 
 
 @router.post("/{id:path}/compact", response_model=CompactionView)
 async def compact_session(id: str, body: CompactBody, request: Request, owner: Owner) -> Any:
-    """Compact now, whatever the trigger says."""
-    return await _called(request, owner, Conversations.compact, id, body.fraction)
+    """Compact now, whatever the size of the cache."""
+    return await _run(request, owner, Conversations.compact, id, body.fraction)
 
 
 @router.post("/{id:path}/fork", response_model=MemoryView, status_code=201)
 async def fork_session(id: str, body: ForkBody, request: Request, owner: Owner) -> Any:
-    """Give a conversation a second name, under which it goes its own way; memory is shared until the two differ."""
-    return await _called(request, owner, Conversations.fork, id, body.id)
+    """Copy a conversation to a new name. The two share memory until they differ."""
+    return await _run(request, owner, Conversations.fork, id, body.id)
 
 
 @router.delete("/{id:path}", response_model=Deleted)
 async def delete_session(id: str, request: Request, owner: Owner) -> Any:
-    """Forget a conversation, in memory and in the store; an answer to it that is under way is not kept."""
-    return await _looked(request, owner, Conversations.delete, id)
+    """Delete a conversation, in memory and in the store. An answer that is being generated is not kept."""
+    return await _run_on_host(request, owner, Conversations.delete, id)

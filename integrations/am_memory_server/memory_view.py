@@ -1,4 +1,4 @@
-"""What a conversation's memory looks like: sizes, segments, compactions, slots and bytes of every layer and head."""
+"""The memory of one conversation for clients: sizes, segments, compactions, slots and bytes by layer and head."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from am_memory.compaction.record import CompactionRecord
 from am_memory.kv_cache.layers import LayerState, TailState
 from am_memory.session.session import Session, Stats
 from am_memory.storage.session_file import SavedSession
-from am_memory_server.service import kept_compactions
+from am_memory_server.service import compaction_reports
 
 
 class SegmentView(BaseModel):
-    """Tokens [start, end) of the conversation, and in how many slots per head they are held.
+    """How the tokens [start, end) of the conversation are held.
 
     Attributes:
-        num_cuts: how often a compacted segment was made smaller after its birth.
+        slots: mean over the heads.
+        num_cuts: how often a compacted segment was shrunk later.
     """
 
     kind: Literal["pinned", "compacted", "exact"]
@@ -29,7 +30,7 @@ class SegmentView(BaseModel):
 
 
 class CompactionView(BaseModel):
-    """The report of a compaction, as `am_memory.events.CompactionReport` has it."""
+    """The report of a compaction: see `am_memory.events.CompactionReport`."""
 
     start: int
     end: int
@@ -48,10 +49,10 @@ class CompactionView(BaseModel):
 
 
 class LayerView(BaseModel):
-    """One layer: compact slots and bytes of each KV head; a sliding-window layer has no slots.
+    """One layer, with the compact slots and the bytes of each KV head. A sliding-window layer has no slots.
 
     Attributes:
-        exact_tokens: that every head holds as they are.
+        exact_tokens: tokens that every head holds uncompacted.
     """
 
     index: int
@@ -62,7 +63,7 @@ class LayerView(BaseModel):
 
 
 class MemoryView(BaseModel):
-    """Everything about the memory of one conversation, of the branch that was used last."""
+    """The memory of one conversation: of its branch that was used last."""
 
     id: str
     object: Literal["memory.session"] = "memory.session"
@@ -76,24 +77,24 @@ class MemoryView(BaseModel):
     layers: list[LayerView]
 
 
-def view(id: str, session: Session, num_branches: int, trigger_tokens: int) -> MemoryView:
-    """The memory of one session, by looking only."""
+def memory_view(id: str, session: Session, num_branches: int) -> MemoryView:
+    """The memory of one session. Changes nothing."""
     saved = session.snapshot()
     return MemoryView(
         id=id,
         num_branches=num_branches,
         num_messages=len(saved.messages),
-        trigger_tokens=trigger_tokens,
+        trigger_tokens=session.trigger_tokens,
         window_tokens=session.engine.info.window_tokens,
         stats=session.stats,
         segments=segments(saved),
-        compactions=[CompactionView.model_validate(report) for report in kept_compactions(session)],
+        compactions=[CompactionView.model_validate(report) for report in compaction_reports(session)],
         layers=[_layer(index, layer, saved) for index, layer in enumerate(saved.state.layers)],
     )
 
 
 def segments(saved: SavedSession) -> list[SegmentView]:
-    """The conversation from its first token to the last one read, without gaps."""
+    """The segments that cover the conversation, from its first token to the last one read."""
     state = saved.state
     full = [layer for layer in state.layers if isinstance(layer, TailState)]
     num_heads = sum(len(layer.head_slots) for layer in full) or 1
@@ -111,10 +112,9 @@ def segments(saved: SavedSession) -> list[SegmentView]:
 
 
 def _num_cuts(records: tuple[CompactionRecord, ...], start: int) -> int:
-    """How often the segment that begins at `start` was made anew, or smaller, after its birth."""
-    forms = [next((part for part in made.plan.segments if part.start == start), None) for made in records]
-    known = [form for form in forms if form is not None]
-    return sum(before != after for before, after in pairwise(known))
+    """How often the segment that begins at `start` was shrunk, or compacted again."""
+    planned = [segment for record in records for segment in record.plan.segments if segment.start == start]
+    return sum(before != after for before, after in pairwise(planned))
 
 
 def _layer(index: int, layer: LayerState, saved: SavedSession) -> LayerView:
@@ -122,13 +122,13 @@ def _layer(index: int, layer: LayerState, saved: SavedSession) -> LayerView:
         tensors: list[Any] = [tensor for tensor in (layer.keys, layer.values) if tensor is not None]
         num_heads = tensors[0].shape[1] if tensors else 0
         num_tokens = tensors[0].shape[2] if tensors else 0
-        per_head = sum(tensor.nbytes for tensor in tensors) // max(num_heads, 1)
+        per_head = layer.nbytes // max(num_heads, 1)
         return LayerView(
             index=index, kind="sliding", exact_tokens=num_tokens, slots=[0] * num_heads, bytes=[per_head] * num_heads
         )
     num_pinned = saved.state.num_pinned if saved.state.segments else 0
-    held = layer.head_slots
-    exact = 0 if layer.buffer is None else sum(t.nbytes for t in (layer.buffer.key, layer.buffer.value)) // len(held)
+    head_slots = layer.head_slots
+    exact = 0 if layer.buffer is None else (layer.buffer.key.nbytes + layer.buffer.value.nbytes) // len(head_slots)
     per_slot = 0
     if layer.slots is not None and layer.slots.num_slots:
         per_slot = sum(tensor.nbytes for tensor in layer.slots.tensors) // layer.slots.num_slots
@@ -136,6 +136,6 @@ def _layer(index: int, layer: LayerState, saved: SavedSession) -> LayerView:
         index=index,
         kind="full",
         exact_tokens=num_pinned + layer.length,
-        slots=[count - num_pinned if layer.slots is not None else 0 for count in held],
-        bytes=[exact + count * per_slot for count in held],
+        slots=[count - num_pinned if layer.slots is not None else 0 for count in head_slots],
+        bytes=[exact + count * per_slot for count in head_slots],
     )

@@ -1,4 +1,4 @@
-"""The figures of a server, for Prometheus."""
+"""Metrics of a server, for Prometheus."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MEDIA_TYPE = CONTENT_TYPE_LATEST
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured when somebody looks."""
+    """Figures that are measured when the metrics are read."""
 
     active: int
     waiting: int
@@ -32,12 +32,12 @@ class Sizes:
 
 
 SIZES = {
-    "active": "Answers being written.",
-    "waiting": "Requests that wait for the device.",
-    "sessions": "Conversations in memory, each of their branches counted.",
+    "active": "Answers being generated.",
+    "waiting": "Requests that wait.",
+    "sessions": "Conversations in memory; each branch counts.",
     "kv_bytes": "Bytes of their caches.",
-    "logical_tokens": "Tokens of these.",
-    "kv_tokens": "Tokens that their caches hold, compact slots counted as their mean over heads.",
+    "logical_tokens": "Tokens of these conversations.",
+    "kv_tokens": "Tokens in their caches; compact slots count as their mean over heads.",
 }
 
 
@@ -51,7 +51,7 @@ class _SizesCollector(Collector):
 
 
 class Metrics:
-    """Counters of one server, in a registry of their own.
+    """The metrics of one server, in their own registry.
 
     Args:
         sizes: called when the metrics are read.
@@ -67,21 +67,21 @@ class Metrics:
             return Histogram(f"{PREFIX}_{name}", text, buckets=SECONDS, registry=registry)
 
         self.requests = counter("requests", "Requests answered.", ("route", "status"))
-        self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts, read or known.")
-        self.cached_tokens = counter("cached_tokens", "Tokens of prompts that were known already.")
+        self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts, cached or not.")
+        self.cached_tokens = counter("cached_tokens", "Tokens of prompts that were in a kept cache.")
         self.generated_tokens = counter("generated_tokens", "Tokens generated.")
-        self.answers = counter("answers", "Answers by how they ended.", ("finish_reason",))
-        self.cancelled = counter("cancelled", "Answers that their client gave up.")
-        self.compactions = counter("compactions", "Compactions made.")
+        self.answers = counter("answers", "Answers, by finish reason.", ("finish_reason",))
+        self.cancelled = counter("cancelled", "Answers that were not finished.")
+        self.compactions = counter("compactions", "Compactions.")
         self.compacted_tokens = counter("compacted_tokens", "Tokens compacted.")
-        self.compaction_seconds = counter("compaction_seconds", "Seconds of compactions.", ("stage",))
-        self.rebuilds = counter("rebuilds", "Times that tokens were read again.")
+        self.compaction_seconds = counter("compaction_seconds", "Seconds of compactions, by stage.", ("stage",))
+        self.rebuilds = counter("rebuilds", "Times that a conversation was read again.")
         self.failed_saves = counter("failed_saves", "Conversations that could not be saved.")
         self.first_token_seconds = histogram("first_token_seconds", "Seconds from a request to its first token.")
         self.answer_seconds = histogram("answer_seconds", "Seconds from a request to the end of its answer.")
         registry.register(_SizesCollector(sizes))
 
-    def hear(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         """A listener of the memory."""
         match event:
             case CompactionFinished(_, report):
@@ -93,11 +93,12 @@ class Metrics:
                 self.rebuilds.inc()
 
     def text(self) -> bytes:
+        """The metrics in Prometheus's text format."""
         return generate_latest(self.registry)
 
 
 class CountRequests:
-    """Counts requests by the pattern of their route, never by the path itself."""
+    """Middleware that counts requests by the pattern of their route: paths may hold names of conversations."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics

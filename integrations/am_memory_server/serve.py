@@ -1,4 +1,4 @@
-"""Runs the application with uvicorn until it is told to stop; what is being answered then may come to its end."""
+"""Runs the application with uvicorn. On shutdown, running answers have time to finish."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ MAX_HEAD_BYTES = 16 * 2**10
 def serve(memory: Memory, settings: ServerSettings) -> None:
     """Serve until SIGINT or SIGTERM."""
     sys.setswitchinterval(SWITCH_SECONDS)
-    uvicorn.Server(configured(create_app(memory, settings), settings)).run()
+    uvicorn.Server(uvicorn_config(create_app(memory, settings), settings)).run()
 
 
-def configured(app: ASGIApp, settings: ServerSettings, *, log_level: str = "info") -> uvicorn.Config:
-    """How uvicorn runs the application: with a bound for all that a client may send, hold open or leave unread."""
+def uvicorn_config(app: ASGIApp, settings: ServerSettings, *, log_level: str = "info") -> uvicorn.Config:
+    """The configuration of uvicorn, with limits for all that a client may send, hold open or leave unread."""
     return uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
         log_level=log_level,
         server_header=False,
-        http=connections_of(settings),  # on h11: the parser in C would keep headers without a bound
-        ws="none",  # nothing here speaks it, and its connections would be counted nowhere
+        http=connections_of(settings),  # based on h11: the parser in C does not limit the headers
+        ws="none",  # not used, and WebSocket connections would not be counted
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         timeout_graceful_shutdown=math.ceil(settings.shutdown_seconds),
     )

@@ -1,6 +1,6 @@
-"""What all endpoints share: the memory and its threads, the scheduler, the metrics. Knows no HTTP.
+"""State that all endpoints share: the memory and its conversations, the scheduler, the metrics. Knows no HTTP.
 
-All that works on sessions runs on the scheduler's thread, in short steps; what needs no device goes aside.
+Work on sessions runs on the scheduler's device thread, in short steps; work that needs no device, on its host threads.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from am_memory_server.settings import ServerSettings
 T = TypeVar("T")
 METADATA_KEY = "am_memory.server"
 TEXTS_SHARE = 0.25
-"""Of the bytes for kept caches: plain texts, which are not saved."""
+"""Share of the bytes for caches that plain completions get. They are not saved."""
 
 
 class Service:
     """One model with all of its conversations.
 
     Args:
-        memory: with a store, conversations outlive the server.
+        memory: if it has a store, conversations outlive the server.
     """
 
     def __init__(self, memory: Memory, settings: ServerSettings) -> None:
@@ -47,6 +47,7 @@ class Service:
         self.created = int(time.time())
 
     def sizes(self) -> Sizes:
+        """The current figures, for the metrics."""
         kept = [branch.session.stats for branch in self.threads.all_branches()]
         return Sizes(
             active=self.scheduler.num_active,
@@ -59,63 +60,64 @@ class Service:
 
     @contextmanager
     def listening(self, listener: Listener) -> Iterator[None]:
-        """Within one step: events go to the listener and to the metrics."""
-        with self.memory.listening(listener), self.memory.listening(self.metrics.hear):
+        """Send events to the listener and to the metrics, during one step of a job."""
+        with self.memory.listening(listener), self.memory.listening(self.metrics.on_event):
             yield
 
-    def heard(self, steps: Iterator[T], listener: Listener) -> Generator[T, None, None]:
-        """Steps of one conversation, whose events go to the listener and to the metrics; those of others do not."""
+    def with_events(self, steps: Iterator[T], listener: Listener) -> Generator[T, None, None]:
+        """The same steps, of one job; their events go to the listener and to the metrics, and no other job's do."""
         while True:
             with self.listening(listener):
                 try:
-                    item = next(steps)
+                    step = next(steps)
                 except StopIteration:
                     return
-            yield item
+            yield step
 
-    def saving(self, save: Callable[[], None]) -> None:
-        """Save a conversation; one that cannot be saved stays in memory, and the answer is not lost."""
+    def save_or_log(self, save: Callable[[], None]) -> None:
+        """Save a conversation. If that fails, log it: the conversation stays in memory, and its answer is sent."""
         try:
             save()
-        except (SessionChanged, SessionDeleted) as error:  # what lies there is somebody's own, or nobody's any more
+        except (SessionChanged, SessionDeleted) as error:  # another process has saved or deleted it: not a failure
             logger.info("%s", error)
         except StorageError as error:
             self.metrics.failed_saves.inc()
-            logger.error("a conversation is kept in memory alone: %s", error)
+            logger.error("a conversation could not be saved, and is kept in memory only: %s", error)
 
 
-class Compactions:
-    """The reports of one conversation's compactions, kept in its session's metadata."""
+class CompactionLog:
+    """Collects the compaction reports of one conversation, and writes them into the metadata of its session."""
 
     def __init__(self) -> None:
-        self.new: list[dict[str, Any]] = []
+        self.unwritten: list[dict[str, Any]] = []
 
-    def hear(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         """A listener of the memory."""
         if isinstance(event, CompactionFinished):
-            self.new.append(report_dict(event.report))
+            self.unwritten.append(report_dict(event.report))
 
     def write(self, session: Session) -> None:
-        """Into the session, with the time, for when it is kept; reports of compactions that were undone are dropped."""
+        """Add the reports and the time to the session's metadata; drop the reports of compactions that were undone."""
         kept = {**session.metadata.get(METADATA_KEY, {}), "updated": time.time()}
-        made = {(entry.plan.newest.start, entry.plan.newest.end) for entry in session.snapshot().records}
-        reports = [*kept.get("compactions", []), *self.new]
+        made = {(record.plan.newest.start, record.plan.newest.end) for record in session.snapshot().records}
+        reports = [*kept.get("compactions", []), *self.unwritten]
         kept["compactions"] = [report for report in reports if (report["start"], report["end"]) in made]
-        self.new = []
+        self.unwritten = []
         session.metadata[METADATA_KEY] = kept
 
 
 def report_dict(report: CompactionReport) -> dict[str, Any]:
-    """For JSON."""
-    told = {name: value for name, value in asdict(report).items() if name != "session"}
-    return {**told, "seconds": report.seconds, "created": time.time()}
+    """A report for JSON, with the time."""
+    fields = {name: value for name, value in asdict(report).items() if name != "session"}
+    return {**fields, "seconds": report.seconds, "created": time.time()}
 
 
-def kept_compactions(session: Session) -> list[dict[str, Any]]:
+def compaction_reports(session: Session) -> list[dict[str, Any]]:
+    """The reports in a session's metadata, oldest first."""
     reports: list[dict[str, Any]] = session.metadata.get(METADATA_KEY, {}).get("compactions", [])
     return reports
 
 
 def last_used(branch: Branch) -> float:
-    """When a branch was kept; 0 for one that another program made."""
+    """When a branch was written last, in seconds since the epoch; 0 for a branch that another program made."""
     return float(branch.session.metadata.get(METADATA_KEY, {}).get("updated", 0.0))

@@ -1,4 +1,4 @@
-"""What a server may be told: where it listens, who may use it, and how much of everything it takes."""
+"""Settings of a server: its address, its keys and its limits."""
 
 from __future__ import annotations
 
@@ -10,42 +10,57 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from am_memory.errors import InvalidInput, problems
 
 MIB = 2**20
-MOST_SHARES = 4
-"""However many keys there are, one may have a quarter of what is for all of them."""
+MAX_SHARES = 4
+"""With more keys than this, a key may still have a quarter of `max_pending_bytes`."""
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class ServerSettings(BaseModel):
-    """The settings of one server; frozen.
-
-    Attributes:
-        model_name: what clients call the model.
-        host, port: where it listens.
-        api_keys: any of them opens the server; none: everybody who reaches it may use it.
-        operator_keys: any of them opens the figures of the whole server, and nothing else; one may be an API key too.
-        cors_origins: web pages of other origins that may call it.
-        max_tokens: of an answer, where a request says nothing.
-        max_answer_tokens: that a request may ask for.
-        max_body_bytes: of a request.
-        max_body_values: JSON names and values in it, wherever: they take more than their bytes.
-        max_pending_bytes: of the bodies of all requests that are read, wait or are answered; where there are several
-            API keys, one of them gets a share.
-        max_connections: open at once; the oldest one that asks for nothing makes room for a new one.
-        body_seconds: that the body of a request may take to arrive.
-        idle_seconds: that a connection may go without asking for anything, or without taking what it was sent.
-        max_active: answers that are written at the same time, token by token in turn. Each key has a share of these
-            places, one at least, whoever else holds how many.
-        max_queued: requests of one key that wait for their turn, whatever they ask for.
-        max_sessions: conversations kept in memory, each of their branches counted.
-        max_session_bytes: what their caches may take.
-        shutdown_seconds: that answers get to come to their end when the server stops.
-
-    Raises:
-        InvalidInput: a value out of its range, or a server that is open to everybody by accident.
-    """
+class Settings(BaseModel):
+    """Frozen settings whose errors are `InvalidInput`, and never show a value: it may be a key."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            found = problems(error.errors(), type(self).model_fields, shows_values=False)
+            raise InvalidInput(found) from error
+        self._check()
+
+    def _check(self) -> None:
+        """Raise InvalidInput for values that cannot go together."""
+
+
+class ServerSettings(Settings):
+    """The settings of one server.
+
+    Attributes:
+        model_name: name of the model for clients.
+        host, port: the address to listen on.
+        api_keys: each opens the server. Without any, everybody who reaches the server may use it.
+        operator_keys: each opens the metrics of the whole server, and nothing else. A key may be in both.
+        allow_anonymous: allow a server without API keys that other machines can reach.
+        cors_origins: origins of web pages that may call the server.
+        max_tokens: longest answer, if a request sets no limit.
+        max_answer_tokens: longest answer that a request may ask for.
+        max_body_bytes: size of one request.
+        max_body_values: JSON names and values in one request: they take far more memory than their bytes.
+        max_pending_bytes: size of all requests in progress; with several API keys, one key has a share.
+        max_connections: open connections; a new one closes the oldest one without a request.
+        body_seconds: time for the body of a request to arrive.
+        idle_seconds: time that a connection may stay open without a request, or without reading what it was sent.
+        max_active: answers that are generated at once, token by token in turn. Each key has a share of them, at least
+            one.
+        max_queued: waiting requests of one key, of any kind.
+        max_sessions: conversations kept in memory; each branch counts.
+        max_session_bytes: size of their caches.
+        shutdown_seconds: time for running answers to finish when the server stops.
+
+    Raises:
+        InvalidInput: a value is out of its range, or the server would be open to everybody by accident.
+    """
 
     model_name: Annotated[str, Field(min_length=1)] = "demo"
     host: str = "127.0.0.1"
@@ -68,40 +83,38 @@ class ServerSettings(BaseModel):
     max_session_bytes: Annotated[int, Field(ge=2)] = 4096 * MIB
     shutdown_seconds: Annotated[float, Field(ge=0)] = 30.0
 
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            found = problems(error.errors(), type(self).model_fields, shows_values=False)  # one may be a key
-            raise InvalidInput(found) from error
+    def _check(self) -> None:
         if not self.is_loopback and not self.api_keys and not self.allow_anonymous:
             raise InvalidInput(
-                f"host {self.host} is open to other machines, and there is no API key: give --api-key, or say "
+                f"host {self.host} can be reached from other machines, and there is no API key: give --api-key, or "
                 "--allow-anonymous if everybody may use this server"
             )
         if self.max_tokens > self.max_answer_tokens:
-            raise InvalidInput(f"max_tokens {self.max_tokens} is above max_answer_tokens {self.max_answer_tokens}")
+            raise InvalidInput(
+                f"max_tokens {self.max_tokens} is above max_answer_tokens {self.max_answer_tokens}: lower the one, or "
+                "raise the other"
+            )
         if self.max_body_bytes > self.max_key_pending_bytes:
             raise InvalidInput(
-                f"max_body_bytes {self.max_body_bytes} is more than the {self.max_key_pending_bytes} bytes that one "
-                f"key may have of max_pending_bytes {self.max_pending_bytes}: lower the one, or raise the other"
+                f"max_body_bytes {self.max_body_bytes} is above {self.max_key_pending_bytes}, one key's share of "
+                f"max_pending_bytes {self.max_pending_bytes}: lower the one, or raise the other"
             )
 
     @property
     def max_key_pending_bytes(self) -> int:
-        """What one key may have of `max_pending_bytes`: all of it, where there is no other."""
-        return self.max_pending_bytes // max(1, min(len(self.api_keys), MOST_SHARES))
+        """One key's share of `max_pending_bytes`: all of it, if there is no other key."""
+        return self.max_pending_bytes // max(1, min(len(self.api_keys), MAX_SHARES))
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine reaches it."""
+        """Whether only this machine can reach the server."""
         return is_loopback_name(self.host.strip("[]"))
 
 
 def is_loopback_name(name: str) -> bool:
-    """Whether a name, or an IP address without brackets, is one that a machine calls itself by: RFC 6761, section 6.3.
+    """Whether a host name, or an IP address without brackets, always means this machine (RFC 6761, section 6.3).
 
-    Nobody can have such a name point anywhere else.
+    No name server can make it point anywhere else.
     """
     name = name.lower().removesuffix(".")
     try:

@@ -1,4 +1,4 @@
-"""Answers that come bit by bit: server-sent events, and clients that go away. Knows nothing of what is sent."""
+"""Streams: server-sent events, and clients that disconnect. Knows nothing of their content."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ DONE = "data: [DONE]\n\n"
 
 
 async def events(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncIterator[str]:
-    """Each chunk as an event, then [DONE]; an error in between is the last event.
+    """Send each chunk as an event, then [DONE]. An error is the last event before it.
 
-    Where nothing comes for long, a comment tells proxies that the connection lives.
+    When there is no chunk for a while, a comment keeps proxies from closing the connection.
     """
     async with aclosing(chunks):
         try:
             async for chunk in _kept_alive(chunks):
-                yield ": still at work\n\n" if chunk is None else f"data: {_json(chunk)}\n\n"
-        except Exception as error:  # the status is sent already, so it is told in the stream
+                yield ": still working\n\n" if chunk is None else f"data: {_json(chunk)}\n\n"
+        except Exception as error:  # the HTTP status has been sent already
             yield failure(error)
             return
     yield DONE
 
 
 def failure(error: Exception) -> str:
-    """The end of a stream in which an answer could not be told as a status."""
+    """The end of a stream that fails after its HTTP status was sent."""
     return f"data: {_json(as_api_error(error).body)}\n\n{DONE}"
 
 
 async def _kept_alive(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncIterator[dict[str, Any] | None]:
-    """The chunks, and None whenever there is none for a while."""
+    """The chunks, and None when there is none for a while."""
     while True:
         waiting = asyncio.ensure_future(anext(chunks, None))
         try:
@@ -61,10 +61,10 @@ def _json(value: dict[str, Any]) -> str:
 
 
 async def unless_disconnected(request: Request, answer: Awaitable[T]) -> T:
-    """The answer; it is given up when the client goes away.
+    """Wait for an answer, and cancel it when the client disconnects.
 
     Raises:
-        ApiError: nobody is there to read it.
+        ApiError: the client has disconnected.
     """
     working = asyncio.ensure_future(answer)
     watching = asyncio.ensure_future(_disconnected(request))

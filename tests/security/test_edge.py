@@ -15,7 +15,7 @@ import uvicorn
 from am_memory_server import ServerSettings
 from am_memory_server.connections import BoundedConnection, connections_of
 from am_memory_server.errors import as_api_error
-from am_memory_server.serve import configured
+from am_memory_server.serve import uvicorn_config
 from serving import NewServer, Server, until
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -223,7 +223,7 @@ def test_a_client_that_does_not_read_is_sent_no_more_than_buffers_hold_and_is_gi
         await StreamingResponse(chunks())(scope, receive, send)
 
     settings = ServerSettings(idle_seconds=0.3)
-    config = configured(app, settings, log_level="error")
+    config = uvicorn_config(app, settings, log_level="error")
     config.lifespan = "off"
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -278,7 +278,7 @@ class Pipe:
 
 def test_a_client_that_reads_slowly_may_go_on_and_one_that_stopped_may_not() -> None:
     settings, clock, pipe = ServerSettings(), Clock(), Pipe(0, 900, 600, 600, 600)
-    config = configured(lambda: None, settings)  # type: ignore[arg-type]
+    config = uvicorn_config(lambda: None, settings)  # type: ignore[arg-type]
     connection: BoundedConnection = connections_of(settings)(  # type: ignore[assignment]
         config=config,
         server_state=ServerState(),
@@ -382,5 +382,5 @@ def test_no_client_is_told_where_the_server_keeps_what() -> None:
 
 
 def test_settings_that_leave_no_room_for_one_request_are_refused() -> None:
-    with pytest.raises(InvalidInput, match="max_body_bytes 100 is more than the 50 bytes"):
+    with pytest.raises(InvalidInput, match="max_body_bytes 100 is above 50"):
         ServerSettings(max_body_bytes=100, max_pending_bytes=100, api_keys=(ALICE, BOB))

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from am_memory_server import scheduler
+from am_memory_server import jobs
 from am_memory_server.access import owner_of_key
 from serving import NewServer, Server, until
 
@@ -27,14 +27,14 @@ KEYS = {"api_keys": [MALLORY, ALICE], "operator_keys": [OPERATOR]}
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
     """Whose each step on the device was, and whether its job goes on without another wait."""
     seen: list[tuple[str, bool]] = []
-    step = scheduler._Job.step
+    step = jobs.QueuedJob.step
 
-    def noted(job: scheduler._Job) -> bool:
+    def noted(job: jobs.QueuedJob) -> bool:
         is_last = step(job)
-        seen.append((job.owner, not is_last and job.aside is None))
+        seen.append((job.owner, not is_last and job.host_call is None))
         return is_last
 
-    monkeypatch.setattr(scheduler._Job, "step", noted)
+    monkeypatch.setattr(jobs.QueuedJob, "step", noted)
     return seen
 
 

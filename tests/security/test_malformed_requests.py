@@ -11,7 +11,7 @@ import httpx
 import pytest
 from am_memory_server import json_bodies
 from am_memory_server.json_bodies import num_values
-from am_memory_server.schemas import ChatCompletionRequest
+from am_memory_server.request_schemas import ChatCompletionRequest
 from pydantic import ValidationError
 from serving import NewServer
 
@@ -95,7 +95,7 @@ def test_a_body_that_would_become_too_much_is_refused_before_it_is_read(
     with new_server(max_body_values=100) as server, server.http() as http:
         answer = post(http, path, BODIES[kind])
     assert answer.status_code == 413
-    assert "100 at most are read: send fewer" in error_of(answer)["message"]
+    assert "the limit is 100: send fewer" in error_of(answer)["message"]
 
 
 def test_a_text_is_one_value_whatever_it_says(new_server: NewServer) -> None:

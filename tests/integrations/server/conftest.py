@@ -1,28 +1,13 @@
-"""A server of the tiny model."""
+"""Clients of the server, and a model for servers that are processes of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import openai
 import pytest
-from serving import NewServer, Server, servers_of
+from serving import Server
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from am_memory.engines.transformers import TransformersEngine
-
-
-@pytest.fixture(scope="session")
-def new_server(engine: TransformersEngine) -> NewServer:
-    return servers_of(engine)
-
-
-@pytest.fixture(scope="session")
-def server(new_server: NewServer) -> Iterator[Server]:
-    """One for all tests that leave it as it is; everybody may call it."""
-    with new_server() as server:
-        yield server
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import httpx
 import openai
 import uvicorn
 from am_memory_server import ServerSettings, create_app
-from am_memory_server.serve import configured
+from am_memory_server.serve import uvicorn_config
 from am_memory_server.service import Service
 
 from am_memory import Memory, MemoryPolicy
@@ -58,7 +58,7 @@ def running(memory: Memory, **settings: Any) -> Iterator[Server]:
     app = create_app(memory, ServerSettings(**{**own, **settings}))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(configured(app, app.state.service.settings, log_level="warning"))
+        server = uvicorn.Server(uvicorn_config(app, app.state.service.settings, log_level="warning"))
         thread = Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         try:

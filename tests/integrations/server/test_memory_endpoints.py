@@ -173,13 +173,13 @@ def test_a_conversation_deleted_while_a_request_of_it_waits_does_not_come_back(
         if not is_new:
             say(http, "the owl's secret")
         scheduler = server.service.scheduler
-        scheduler._streams.held[ANONYMOUS] += 1  # another answer of this owner
+        scheduler._streams.active[ANONYMOUS] += 1  # another answer of this owner
         waiting = pool.submit(say, http, "the owl's other secret")
         until(lambda: scheduler.num_waiting == 1, 20)
         assert http.delete(f"{SESSIONS}/tea").status_code == 200
         assert http.delete(f"{SESSIONS}/tea").status_code == 404
         with scheduler._changed:
-            scheduler._streams.leave(ANONYMOUS)
+            scheduler._streams.release(ANONYMOUS)
             scheduler._admit(scheduler._streams)
         assert waiting.result().status_code == 200
         assert http.get(SESSIONS).json()["data"] == []
@@ -205,7 +205,7 @@ def test_what_cannot_be_read_is_listed_and_can_be_deleted(new_server: NewServer,
         assert [entry["id"] for entry in http.get(SESSIONS).json()["data"]] == ["tea"]
         unreadable = http.get(f"{SESSIONS}/tea")
         assert unreadable.status_code == 409
-        assert "'tea' cannot be read: DELETE forgets it" in unreadable.json()["error"]["message"]
+        assert "'tea' cannot be read: DELETE removes it" in unreadable.json()["error"]["message"]
         assert http.delete(f"{SESSIONS}/tea").status_code == 200
         assert http.get(SESSIONS).json()["data"] == []
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -210,7 +210,7 @@ def test_what_cannot_be_done_is_refused_by_name(client: openai.OpenAI, options: 
 
 def test_images_are_refused(client: openai.OpenAI) -> None:
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
-    with pytest.raises(openai.BadRequestError, match="takes text alone"):
+    with pytest.raises(openai.BadRequestError, match="takes text only"):
         ask(client, [{"role": "user", "content": [image]}])
 
 

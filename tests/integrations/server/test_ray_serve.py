@@ -225,7 +225,7 @@ def test_a_conversation_survives_its_replica(cluster: Cluster) -> None:
     stream = ask(client, [{"role": "user", "content": "under way"}], "survivor", max_tokens=16000, stream=True)
     next(iter(stream))
     ray.kill(ray.get_actor(f"SERVE_REPLICA::{APP}#Replica#{owner}", namespace="serve"))
-    with pytest.raises(openai.APIError, match="lost: ask again"):
+    with pytest.raises(openai.APIError, match="lost: try again"):
         list(stream)
     again = ask(client.with_options(max_retries=5), messages, "survivor")
     assert cached(again) == known

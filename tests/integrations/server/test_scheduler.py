@@ -10,34 +10,23 @@ from time import sleep
 from typing import Any
 
 import pytest
-from am_memory_server.scheduler import (
-    MAX_UNREAD,
-    NUM_ASIDE,
-    FairQueue,
-    Job,
-    Line,
-    NotRead,
-    Post,
-    QueueFull,
-    Scheduler,
-    ShuttingDown,
-    Steps,
-    aside,
-)
+from am_memory_server.fair_queue import FairLimit, FairQueue
+from am_memory_server.jobs import AnswerNotRead, Job, Publish, QueueFull, ShuttingDown, Steps, on_host
+from am_memory_server.scheduler import MAX_UNREAD, NUM_HOST_THREADS, Scheduler
 
 
 def counting(name: str, num_steps: int, seen: list[str]) -> Job:
-    def steps(post: Post, found: object) -> Steps[None]:
+    def steps(publish: Publish, found: object) -> Steps[None]:
         for number in range(num_steps):
             seen.append(name)
-            post(number)
+            publish(number)
             yield None
 
     return steps
 
 
-def endless(post: Post, found: object) -> Steps[None]:
-    post("begun")
+def endless(publish: Publish, found: object) -> Steps[None]:
+    publish("begun")
     while True:
         sleep(0.001)
         yield None
@@ -73,30 +62,30 @@ def test_whoever_comes_new_is_not_behind_the_one_that_had_the_last_turn() -> Non
 
 
 def test_each_owner_has_a_share_of_the_places_whoever_holds_them() -> None:
-    line: Any = Line(4)
+    limit: Any = FairLimit(4)
     for name in "aaaaaabbbccd":
-        line.waiting.push((name, "chat"), name)
-        assert all(name for name in line.admitted())
-    assert line.held == {"a": 4, "b": 2, "c": 1, "d": 1}
+        limit.waiting.push((name, "chat"), name)
+        assert all(name for name in limit.admit())
+    assert limit.active == {"a": 4, "b": 2, "c": 1, "d": 1}
     for _ in range(4):
-        line.leave("a")
-        list(line.admitted())
-    assert line.held == {"a": 1, "b": 2, "c": 1, "d": 1}
-    assert line.waiting.names == ["b", "c", "a"]
-    line.leave("b")
-    assert list(line.admitted()) == []  # four have one place each
-    line.leave("d")
-    assert list(line.admitted()) == ["b"]  # a free place goes to the next in turn
+        limit.release("a")
+        list(limit.admit())
+    assert limit.active == {"a": 1, "b": 2, "c": 1, "d": 1}
+    assert limit.waiting.names == ["b", "c", "a"]
+    limit.release("b")
+    assert list(limit.admit()) == []  # four have one place each
+    limit.release("d")
+    assert list(limit.admit()) == ["b"]  # a free place goes to the next in turn
 
 
 def gated(name: str, seen: list[str], gate: Semaphore) -> Job:
     """Each step says that it has begun, and ends when it may."""
 
-    def steps(post: Post, found: object) -> Steps[None]:
+    def steps(publish: Publish, found: object) -> Steps[None]:
         while True:
             seen.append(name)
             gate.acquire()
-            post(name)
+            publish(name)
             yield None
 
     return steps
@@ -151,8 +140,8 @@ async def test_what_goes_aside_keeps_nobodys_turn(scheduler: Scheduler) -> None:
         assert done.wait(30)
         return "found"
 
-    def steps(post: Post, found: object) -> Steps[None]:
-        post((yield from aside(waiting)))
+    def steps(publish: Publish, found: object) -> Steps[None]:
+        publish((yield from on_host(waiting)))
 
     job = asyncio.ensure_future(all_of(scheduler, "a", steps))
     assert await asyncio.to_thread(begun.wait, 30)
@@ -162,15 +151,15 @@ async def test_what_goes_aside_keeps_nobodys_turn(scheduler: Scheduler) -> None:
 
 
 async def test_what_one_owner_has_aside_does_not_hold_up_anothers() -> None:
-    scheduler = Scheduler(max_active=2 * NUM_ASIDE, max_queued=3)
+    scheduler = Scheduler(max_active=2 * NUM_HOST_THREADS, max_queued=3)
     done = Event()
 
-    def steps(post: Post, found: object) -> Steps[None]:
-        yield from aside(lambda: done.wait(30))
+    def steps(publish: Publish, found: object) -> Steps[None]:
+        yield from on_host(lambda: done.wait(30))
 
-    jobs = [asyncio.ensure_future(all_of(scheduler, "a", steps)) for _ in range(2 * NUM_ASIDE)]
-    await until(lambda: scheduler.num_active == 2 * NUM_ASIDE)
-    assert await scheduler.look(("b", "calls"), lambda: "looked") == "looked"
+    jobs = [asyncio.ensure_future(all_of(scheduler, "a", steps)) for _ in range(2 * NUM_HOST_THREADS)]
+    await until(lambda: scheduler.num_active == 2 * NUM_HOST_THREADS)
+    assert await scheduler.call_on_host(("b", "calls"), lambda: "looked") == "looked"
     done.set()
     await asyncio.gather(*jobs)
     await asyncio.to_thread(scheduler.close)
@@ -179,19 +168,19 @@ async def test_what_one_owner_has_aside_does_not_hold_up_anothers() -> None:
 async def test_an_error_aside_is_raised_in_the_job(scheduler: Scheduler) -> None:
     def steps() -> Steps[str]:
         try:
-            yield from aside(lambda: 1 // 0)
+            yield from on_host(lambda: 1 // 0)
         except ZeroDivisionError:
             return "caught"
         return "not raised"
 
     assert await scheduler.call(("a", "calls"), steps) == "caught"
     with pytest.raises(ZeroDivisionError):
-        await scheduler.look(("a", "calls"), lambda: 1 // 0)
+        await scheduler.call_on_host(("a", "calls"), lambda: 1 // 0)
 
 
 async def test_a_job_is_given_what_was_looked_at_before_and_does_not_begin_without(scheduler: Scheduler) -> None:
-    def steps(post: Post, found: object) -> Steps[None]:
-        post(found)
+    def steps(publish: Publish, found: object) -> Steps[None]:
+        publish(found)
         yield None
 
     assert [item async for item in scheduler.stream(("a", "chat"), steps, lambda: "found")] == ["found"]
@@ -208,7 +197,7 @@ async def test_what_is_only_looked_at_waits_for_no_step(scheduler: Scheduler) ->
     gate, seen = Semaphore(0), list[str]()
     job = asyncio.ensure_future(all_of(scheduler, "a", gated("a", seen, gate)))
     await until(lambda: seen)
-    assert await scheduler.look(("a", "calls"), lambda: len(seen)) == 1
+    assert await scheduler.call_on_host(("a", "calls"), lambda: len(seen)) == 1
     await given_up(job)
     gate.release()
 
@@ -218,7 +207,7 @@ async def test_calls_are_made_one_after_the_other_and_count_as_what_waits(schedu
 
     def call(name: str) -> Steps[str]:
         seen.append(f"{name} begins")
-        yield from aside(lambda: sleep(0.01))
+        yield from on_host(lambda: sleep(0.01))
         seen.append(f"{name} ends")
         return name
 
@@ -227,7 +216,7 @@ async def test_calls_are_made_one_after_the_other_and_count_as_what_waits(schedu
     calls = [asyncio.ensure_future(scheduler.call(("a", "calls"), lambda name=name: call(name))) for name in "1234"]
     await until(lambda: scheduler.num_waiting == 3)
     with pytest.raises(QueueFull, match="3 requests"):
-        await scheduler.look(("a", "calls"), lambda: None)
+        await scheduler.call_on_host(("a", "calls"), lambda: None)
     with pytest.raises(QueueFull, match="3 requests"):
         await all_of(scheduler, "a", endless)
     await given_up(blocking)
@@ -239,10 +228,10 @@ async def test_calls_are_made_one_after_the_other_and_count_as_what_waits(schedu
 async def test_a_consumer_that_does_not_read_holds_up_its_own_job_alone(scheduler: Scheduler) -> None:
     posted: list[int] = []
 
-    def talking(post: Post, found: object) -> Steps[None]:
+    def talking(publish: Publish, found: object) -> Steps[None]:
         for number in range(10 * MAX_UNREAD):
             posted.append(number)
-            post(number)
+            publish(number)
             yield None
 
     async with aclosing(scheduler.stream(("a", "chat"), talking)) as items:
@@ -253,9 +242,9 @@ async def test_a_consumer_that_does_not_read_holds_up_its_own_job_alone(schedule
         assert [item async for item in items] == list(range(1, 10 * MAX_UNREAD))
 
 
-def talking_to_nobody(post: Post, found: object) -> Steps[None]:
+def talking_to_nobody(publish: Publish, found: object) -> Steps[None]:
     for number in range(3 * MAX_UNREAD):
-        post(number)
+        publish(number)
         yield None
 
 
@@ -265,12 +254,12 @@ async def test_answers_that_are_not_read_hold_no_place_of_their_owner(scheduler:
         for items in unread:
             await stack.enter_async_context(aclosing(items))
             assert await anext(items) == 0
-        await until(lambda: len(scheduler._unread) == 2)
+        await until(lambda: len(scheduler._blocked) == 2)
         assert scheduler.num_active == 0
         assert await all_of(scheduler, "a", counting("a", 50, [])) == list(range(50))
         for items in unread:  # nothing of them is lost
             assert [item async for item in items] == list(range(1, 3 * MAX_UNREAD))
-    assert not scheduler._resting
+    assert not scheduler._parked
 
 
 async def test_of_too_many_answers_that_are_not_read_the_one_that_waits_for_longest_is_ended(
@@ -282,29 +271,29 @@ async def test_of_too_many_answers_that_are_not_read_the_one_that_waits_for_long
             await stack.enter_async_context(aclosing(items))
             assert await anext(items) == 0
             if number < 3:
-                await until(lambda: len(scheduler._unread) == number + 1)  # noqa: B023  # used at once
+                await until(lambda: len(scheduler._blocked) == number + 1)  # noqa: B023  # used at once
         await until(lambda: scheduler._num_jobs == 3)
         other, ended, *rest = unread
-        with pytest.raises(NotRead, match="3 answers of this key were not read"):
+        with pytest.raises(AnswerNotRead, match="3 answers of this key were not read"):
             assert [item async for item in ended]
         for items in (other, *rest):
             assert [item async for item in items] == list(range(1, 3 * MAX_UNREAD))
-    assert not scheduler._resting
+    assert not scheduler._parked
 
 
 @pytest.mark.parametrize("is_read_again", [True, False])
 async def test_an_answer_that_rested_is_closed_when_nobody_listens_any_more(is_read_again: bool) -> None:
     scheduler, closed = Scheduler(max_active=1, max_queued=3), Event()
 
-    def talking(post: Post, found: object) -> Steps[None]:
+    def talking(publish: Publish, found: object) -> Steps[None]:
         try:
-            yield from talking_to_nobody(post, found)
+            yield from talking_to_nobody(publish, found)
         finally:
             closed.set()
 
     async with aclosing(scheduler.stream(("a", "chat"), talking)) as items:
         await anext(items)
-        await until(lambda: scheduler._unread)
+        await until(lambda: scheduler._blocked)
         async with aclosing(scheduler.stream(("a", "other"), endless)) as others:
             assert await anext(others) == "begun"
             while is_read_again and not scheduler.num_waiting:
@@ -313,27 +302,27 @@ async def test_an_answer_that_rested_is_closed_when_nobody_listens_any_more(is_r
             assert await asyncio.to_thread(closed.wait, 30)
     await asyncio.to_thread(scheduler.close)
     assert not scheduler._num_jobs
-    assert not scheduler._streams.held
+    assert not scheduler._streams.active
 
 
 async def test_a_job_whose_consumer_does_not_read_ends_with_it_or_with_the_server() -> None:
     scheduler, closed = Scheduler(max_active=2, max_queued=3), Event()
 
-    def talking(post: Post, found: object) -> Steps[None]:
+    def talking(publish: Publish, found: object) -> Steps[None]:
         try:
             for number in range(3 * MAX_UNREAD):
-                post(number)
+                publish(number)
                 yield None
         finally:
             closed.set()
 
     async with aclosing(scheduler.stream(("a", "chat"), talking)) as items:
         await anext(items)
-        await until(lambda: scheduler._unread)
+        await until(lambda: scheduler._blocked)
     assert await asyncio.to_thread(closed.wait, 30)
     async with aclosing(scheduler.stream(("a", "chat"), talking)) as items:
         await anext(items)
-        await until(lambda: scheduler._unread)
+        await until(lambda: scheduler._blocked)
         await asyncio.to_thread(scheduler.close)
 
 
@@ -349,7 +338,7 @@ async def test_active_jobs_take_turns_step_by_step(scheduler: Scheduler) -> None
 
 
 async def test_an_error_of_a_job_is_raised_where_it_is_awaited_and_nowhere_else(scheduler: Scheduler) -> None:
-    def failing(post: Post, found: object) -> Steps[None]:
+    def failing(publish: Publish, found: object) -> Steps[None]:
         yield None
         raise KeyError("broken")
 
@@ -362,9 +351,9 @@ async def test_a_job_is_closed_when_nobody_listens_any_more(scheduler: Scheduler
     closed = asyncio.Event()
     loop = asyncio.get_running_loop()
 
-    def noticing(post: Post, found: object) -> Steps[None]:
+    def noticing(publish: Publish, found: object) -> Steps[None]:
         try:
-            yield from endless(post, found)
+            yield from endless(publish, found)
         finally:
             loop.call_soon_threadsafe(closed.set)
 

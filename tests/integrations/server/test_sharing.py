@@ -129,7 +129,7 @@ def test_too_many_requests_are_told_to_come_back(new_server: NewServer) -> None:
         waiting = threading.Thread(target=lambda: streams.append(ask(client, "two", max_tokens=4, stream=True)))
         waiting.start()
         until(lambda: server.service.scheduler.num_waiting == 1)
-        with pytest.raises(openai.RateLimitError, match="waiting already"):
+        with pytest.raises(openai.RateLimitError, match="are waiting"):
             ask(client, "three")
         streams[0].close()
         waiting.join(timeout=30)

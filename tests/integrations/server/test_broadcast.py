@@ -6,18 +6,18 @@ import json
 from typing import Any
 
 import pytest
-from am_memory_server.gathered import Whole, gathered, is_for_all
+from am_memory_server.broadcast import ReplicaAnswer, is_broadcast, merged
 from am_memory_server.metrics import Metrics, Sizes
 
 SESSIONS = "/v1/memory/sessions"
 
 
-def whole(body: bytes, *, status: int = 200, replica: str = "a") -> Whole:
+def whole(body: bytes, *, status: int = 200, replica: str = "a") -> ReplicaAnswer:
     headers = [(b"content-length", b"%d" % len(body)), (b"x-other", b"kept")]
-    return Whole(replica, status, headers, body)
+    return ReplicaAnswer(replica, status, headers, body)
 
 
-def listed(*entries: dict[str, Any]) -> Whole:
+def listed(*entries: dict[str, Any]) -> ReplicaAnswer:
     return whole(json.dumps({"object": "list", "data": entries}).encode())
 
 
@@ -29,7 +29,7 @@ def test_figures_are_told_apart_by_replica() -> None:
         metrics.requests.labels("/v1/models", 200).inc()
         metrics.answer_seconds.observe(number)
         answers.append(whole(metrics.text(), replica=replica))
-    answer = gathered("/metrics", answers)
+    answer = merged("/metrics", answers)
     text = answer.body.decode()
     assert 'am_memory_generated_tokens_total{replica="one"} 1.0' in text
     assert 'am_memory_generated_tokens_total{replica="two"} 2.0' in text
@@ -43,15 +43,15 @@ def test_figures_are_told_apart_by_replica() -> None:
 def test_sessions_are_listed_once_as_the_replica_tells_them_that_holds_most() -> None:
     entries = [{"id": name, "stats": {"logical_tokens": size}} for name, size in (("b", 3), ("b", 5), ("a", 1))]
     stored = {"id": "a", "stats": None}
-    answer = gathered(SESSIONS, [listed(entries[0], stored), listed(entries[1], entries[2])])
+    answer = merged(SESSIONS, [listed(entries[0], stored), listed(entries[1], entries[2])])
     assert json.loads(answer.body) == {"object": "list", "data": [entries[2], entries[1]]}
 
 
 def test_it_is_an_error_only_where_none_succeeded() -> None:
     fine, missing = whole(b"{}"), whole(b"none", status=404)
-    assert gathered(f"{SESSIONS}/tea", [missing, fine]) == fine
-    assert gathered(f"{SESSIONS}/tea", [missing, missing]) == missing
-    assert gathered("/metrics", [whole(b"no key", status=401)]).status == 401
+    assert merged(f"{SESSIONS}/tea", [missing, fine]) == fine
+    assert merged(f"{SESSIONS}/tea", [missing, missing]) == missing
+    assert merged("/metrics", [whole(b"no key", status=401)]).status == 401
 
 
 @pytest.mark.parametrize(
@@ -66,4 +66,4 @@ def test_it_is_an_error_only_where_none_succeeded() -> None:
     ],
 )
 def test_what_is_asked_of_all(method: str, path: str, expected: bool) -> None:
-    assert is_for_all(method, path) is expected
+    assert is_broadcast(method, path) is expected

@@ -1,4 +1,4 @@
-"""One answer of what several replicas answer to the same request. Knows no router."""
+"""Requests that go to all replicas: their answers are merged into one. Knows no router."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ Headers = list[tuple[bytes, bytes]]
 
 
 @dataclass(frozen=True)
-class Whole:
-    """What one replica answers."""
+class ReplicaAnswer:
+    """The HTTP answer of one replica."""
 
     replica: str
     status: int
     headers: Headers
     body: bytes
 
-    def with_body(self, body: bytes) -> Whole:
+    def with_body(self, body: bytes) -> ReplicaAnswer:
         headers = [(name, value) for name, value in self.headers if name.lower() != b"content-length"]
-        return Whole(self.replica, self.status, [*headers, (b"content-length", b"%d" % len(body))], body)
+        return ReplicaAnswer(self.replica, self.status, [*headers, (b"content-length", b"%d" % len(body))], body)
 
 
-def is_for_all(method: str, path: str) -> bool:
-    """Whether a request is about all replicas: what is deleted is forgotten everywhere, and figures are of all."""
+def is_broadcast(method: str, path: str) -> bool:
+    """Whether a request goes to all replicas: deletions, the list of sessions, and the metrics."""
     is_deletion = method == "DELETE" and path.startswith("/v1/memory/sessions/")
     return is_deletion or (method == "GET" and path in ("/metrics", "/v1/memory/sessions"))
 
 
-def gathered(path: str, answers: Sequence[Whole]) -> Whole:
-    """One for all of them; an error only where none succeeded."""
+def merged(path: str, answers: Sequence[ReplicaAnswer]) -> ReplicaAnswer:
+    """One answer for all of them; an error only if no replica succeeded."""
     best = min(answers, key=lambda answer: answer.status)
     sound = [answer for answer in answers if answer.status == best.status == 200]
     match path:
@@ -49,21 +49,21 @@ def gathered(path: str, answers: Sequence[Whole]) -> Whole:
 
 
 def _sessions(bodies: Iterable[bytes]) -> bytes:
-    """All sessions, each as the replica tells it that holds most of it."""
-    found: dict[str, Any] = {}
+    """The sessions of all replicas; of several with one name, the longest."""
+    longest: dict[str, Any] = {}
     for body in bodies:
         for entry in json.loads(body)["data"]:
-            if entry["id"] not in found or _num_tokens(entry) > _num_tokens(found[entry["id"]]):
-                found[entry["id"]] = entry
-    return json.dumps({"object": "list", "data": [found[name] for name in sorted(found)]}).encode()
+            if entry["id"] not in longest or _num_tokens(entry) > _num_tokens(longest[entry["id"]]):
+                longest[entry["id"]] = entry
+    return json.dumps({"object": "list", "data": [longest[name] for name in sorted(longest)]}).encode()
 
 
 def _num_tokens(entry: dict[str, Any]) -> int:
     return -1 if entry["stats"] is None else int(entry["stats"]["logical_tokens"])
 
 
-def _metrics(answers: Iterable[Whole]) -> bytes:
-    """The figures of each, told apart by a label."""
+def _metrics(answers: Iterable[ReplicaAnswer]) -> bytes:
+    """The metrics of all replicas, with a label `replica`."""
     families: dict[str, Metric] = {}
     for answer in answers:
         for family in text_string_to_metric_families(answer.body.decode()):

@@ -1,10 +1,8 @@
-"""What clients send and get, in the form of OpenAI's API. Checks values; knows no memory and no model."""
+"""Requests in the form of OpenAI's API. Checks values; knows no memory and no model."""
 
 from __future__ import annotations
 
 import json
-import time
-import uuid
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -21,15 +19,21 @@ from pydantic_core import PydanticCustomError
 from am_memory.errors import unknown
 from am_memory.text.sampling import MAX_STOP_CHARS, MAX_STOPS
 
-MAX_CONVERSATION_CHARS = 200
 CONVERSATION_KEYS = ("conversation_id", "thread_id", "session_id", "chat_id")
-"""Of `metadata`, in this order."""
+"""Keys of `metadata` that name the conversation; the first one found counts."""
+MAX_MESSAGES = 20_000
+MAX_NAMES = 100
+"""Names in one object of a request."""
+MAX_NAME_CHARS = 100
+"""Characters of an unknown name that are compared with the known names and shown."""
+UNKNOWN_NAME = "unknown_name"
+"""Type of the validation error for an unknown name; its context has the `name`."""
 
 TokenCount = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 def _finite(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema with no number that is beyond all numbers, as 1e999 is read."""
+    """Refuse numbers that are read as infinite, such as 1e999."""
     json.dumps(schema, allow_nan=False)
     return schema
 
@@ -37,32 +41,24 @@ def _finite(schema: dict[str, Any]) -> dict[str, Any]:
 Schema = Annotated[dict[str, Any], AfterValidator(_finite)]
 
 
-MAX_NAMES = 100
-
-
 def _few(values: Any) -> Any:
-    """What has few names, if it has any: of each that is wrong an error would be kept, which is larger than it."""
+    """Refuse an object with many names: pydantic would keep a large error for each wrong one."""
     if isinstance(values, dict) and len(values) > MAX_NAMES:
         raise ValueError(f"it has {len(values)} names: give {MAX_NAMES} at most")
     return values
 
 
-MAX_MESSAGES = 20_000
-MAX_NAME_CHARS = 100
-"""Of an unknown name, when it is told, and compared to those that there are."""
-UNKNOWN_NAME = "unknown_name"
-"""The type of an error within an object, whose `name` says where."""
-
-
 def _not_too_many(messages: Any) -> Any:
-    """Said before any of them is looked at."""
+    """Refuse too many messages before any of them is validated."""
     if isinstance(messages, list) and len(messages) > MAX_MESSAGES:
-        raise ValueError(f"there are {len(messages)} messages: send {MAX_MESSAGES} at most, and the oldest ones as one")
+        raise ValueError(
+            f"there are {len(messages)} messages: send {MAX_MESSAGES} at most, for example with the oldest ones merged"
+        )
     return messages
 
 
 class StrictBody(BaseModel):
-    """What is not known is refused by name, as OpenAI's API does."""
+    """An object that refuses unknown names, as OpenAI's API does, and suggests the nearest known one."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -72,8 +68,8 @@ class StrictBody(BaseModel):
         if isinstance(body, dict):
             known = {name for key, field in cls.model_fields.items() for name in (key, field.alias) if name}
             if strange := [str(name)[:MAX_NAME_CHARS] for name in _few(body) if name not in known]:
-                told = {"told": unknown(strange, known), "name": strange[0]}
-                raise PydanticCustomError(UNKNOWN_NAME, "there is no {told}", told)
+                context = {"unknown": unknown(strange, known), "name": strange[0]}
+                raise PydanticCustomError(UNKNOWN_NAME, "there is no {unknown}", context)
         return body
 
 
@@ -85,7 +81,7 @@ class _Part(BaseModel):
 
 
 def _only_text(content: Any) -> Any:
-    """A list of text parts as one text."""
+    """Join a list of text parts to one text."""
     if not isinstance(content, list):
         return content
     texts = []
@@ -93,7 +89,7 @@ def _only_text(content: Any) -> Any:
         kind = part.get("type") if isinstance(part, dict) else None
         text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else None
         if kind not in ("text", "refusal") or not isinstance(text, str):
-            raise ValueError(f"a part of type {kind!r}: this model takes text alone")
+            raise ValueError(f"a part of type {kind!r}: this model takes text only")
         texts.append(text)
     return "".join(texts)
 
@@ -101,14 +97,14 @@ def _only_text(content: Any) -> Any:
 Text = Annotated[str, BeforeValidator(_only_text)]
 
 
-def _as_written(arguments: Any) -> Any:
-    """Arguments are a text, whatever it says; some programs send the value itself."""
+def _as_text(arguments: Any) -> Any:
+    """Arguments as text: some clients send the JSON value itself."""
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 class FunctionCall(_Part):
     name: Annotated[str, Field(min_length=1)]
-    arguments: Annotated[str, BeforeValidator(_as_written)] = "{}"
+    arguments: Annotated[str, BeforeValidator(_as_text)] = "{}"
 
 
 class MessageToolCall(_Part):
@@ -118,7 +114,7 @@ class MessageToolCall(_Part):
 
 
 class ChatMessage(_Part):
-    """One message; `content` is a text, or a list of text parts. What other servers put into answers is left out."""
+    """One message. `content` is a text or a list of text parts. Unknown names, which other servers add, are ignored."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | None = None
@@ -127,21 +123,21 @@ class ChatMessage(_Part):
     tool_call_id: str | None = None
 
     @model_validator(mode="after")
-    def _says_something(self) -> ChatMessage:
+    def _is_complete(self) -> ChatMessage:
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
             raise ValueError(f"a {self.role} message needs content")
         if self.tool_calls and self.role != "assistant":
-            raise ValueError("only an assistant message has tool_calls")
+            raise ValueError("only an assistant message can have tool_calls")
         if self.role == "tool" and not self.tool_call_id:
-            raise ValueError("a tool message needs the tool_call_id of the call that it answers")
+            raise ValueError("a tool message needs the tool_call_id of its call")
         return self
 
     def as_message(self) -> dict[str, Any]:
-        """As the memory takes it."""
+        """The message as the memory takes it."""
         return {"content": "", **self.model_dump(exclude_none=True)}
 
 
-# Tools and forms
+# Tools and answer formats
 
 
 class Function(_Part):
@@ -169,7 +165,7 @@ class NamedTool(_Part):
 
 
 class _Options(StrictBody):
-    """What only we read: a name that is not known would be lost in silence."""
+    """An object whose names can be given by their aliases, too."""
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -198,7 +194,7 @@ class ResponseFormat(_Options):
 
 
 class StreamOptions(_Options):
-    """`include_memory` is ours: chunks without choices tell what happens in the memory."""
+    """`include_memory` is an extension: chunks without choices report events and the size of the memory."""
 
     include_usage: bool = False
     include_memory: bool = False
@@ -209,7 +205,7 @@ class StreamOptions(_Options):
 
 
 class _Sampled(StrictBody):
-    """What both kinds of completions take."""
+    """Parameters of chat completions and of plain completions."""
 
     model: str | None = None
     stream: bool = False
@@ -224,7 +220,7 @@ class _Sampled(StrictBody):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     user: str | None = None
-    # Taken where they ask for what is done anyway.
+    # Accepted with the values that change nothing.
     n: Literal[1] | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
@@ -236,7 +232,7 @@ class _Sampled(StrictBody):
         return [] if stop is None else [stop] if isinstance(stop, str) else stop
 
     def sampling(self) -> dict[str, Any]:
-        """What of `Sampling` is asked for."""
+        """The fields of `Sampling` that the request sets."""
         names = ("seed", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         asked = {name: value for name in names if (value := getattr(self, name)) is not None}
         return {**asked, "stop": tuple(self.stop)} if self.stop else asked
@@ -260,7 +256,7 @@ class ChatCompletionRequest(_Sampled):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     metadata: Annotated[dict[str, str], BeforeValidator(_few)] | None = None
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
-    # For OpenAI's own service; they change nothing here.
+    # Accepted and ignored: they concern OpenAI's own service.
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     safety_identifier: str | None = None
@@ -270,7 +266,7 @@ class ChatCompletionRequest(_Sampled):
     verbosity: str | None = None
 
     @model_validator(mode="after")
-    def _logprobs_are_asked_for(self) -> ChatCompletionRequest:
+    def _has_logprobs(self) -> ChatCompletionRequest:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         return self
@@ -281,7 +277,7 @@ class ChatCompletionRequest(_Sampled):
 
     @property
     def conversation_hint(self) -> str | None:
-        """What the client calls the conversation, if it says so here."""
+        """The name of the conversation in `metadata` or `user`, if there is one."""
         named = (self.metadata or {}).get
         return next((found for key in CONVERSATION_KEYS if (found := named(key))), self.user) or None
 
@@ -302,114 +298,3 @@ class CompletionRequest(_Sampled):
     def prompts(self) -> list[str | list[int]]:
         prompt: Any = self.prompt
         return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-
-
-# Answers
-
-
-class PromptTokensDetails(BaseModel):
-    cached_tokens: int
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-
-    @classmethod
-    def of(cls, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:
-        return cls(
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
-            total_tokens=prompt_tokens + completion_tokens,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
-        )
-
-
-class AnswerMessage(BaseModel):
-    role: Literal["assistant"] = "assistant"
-    content: str | None
-    refusal: None = None
-    tool_calls: list[MessageToolCall] | None = None
-
-
-class TopLogprob(BaseModel):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class TokenLogprob(TopLogprob):
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(BaseModel):
-    content: list[TokenLogprob]
-    refusal: None = None
-
-
-class ChatChoice(BaseModel):
-    index: int = 0
-    message: AnswerMessage
-    logprobs: ChatLogprobs | None = None
-    finish_reason: Literal["stop", "length", "tool_calls"]
-
-
-class _Answer(BaseModel):
-    created: int = Field(default_factory=lambda: int(time.time()))
-    model: str
-    usage: Usage
-
-
-class ChatCompletion(_Answer):
-    id: str = Field(default_factory=lambda: new_id("chatcmpl"))
-    object: Literal["chat.completion"] = "chat.completion"
-    choices: list[ChatChoice]
-
-
-class TextLogprobs(BaseModel):
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
-
-
-class TextChoice(BaseModel):
-    index: int
-    text: str
-    logprobs: TextLogprobs | None = None
-    finish_reason: Literal["stop", "length"]
-
-
-class Completion(_Answer):
-    id: str = Field(default_factory=lambda: new_id("cmpl"))
-    object: Literal["text_completion"] = "text_completion"
-    choices: list[TextChoice]
-
-
-class Model(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "am-memory"
-
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[Model]
-
-
-class ErrorBody(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorAnswer(BaseModel):
-    error: ErrorBody
-
-
-def new_id(kind: str) -> str:
-    return f"{kind}-{uuid.uuid4().hex}"

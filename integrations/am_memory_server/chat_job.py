@@ -1,0 +1,91 @@
+"""A chat answer as a job of the scheduler: a chunk of the prompt or one token a step, updates to the client."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+from am_memory.conversations.chat import HostWork, PromptProgress, answer_chat
+from am_memory.conversations.chat_answer import ChatAnswer, Delta
+from am_memory.events import Event
+from am_memory_server.jobs import Job, Publish, Steps, TurnKey, on_host
+from am_memory_server.service import CompactionLog, Service
+from am_memory_server.updates import Finished, Started, event_update, reading_update, size_update, view_update
+
+SIZE_EVERY = 8
+"""Tokens between two updates of the memory's size."""
+
+
+def chat_job(service: Service, key: TurnKey) -> Job:
+    """The job of one answer; its preparation makes the `ChatAnswer`."""
+    arrived = time.monotonic()
+
+    def start(publish: Publish, answer: ChatAnswer) -> Steps[None]:
+        return _ChatRun(service, key[1], arrived, publish, answer).steps()
+
+    return start
+
+
+class _ChatRun:
+    """One answer that is being generated."""
+
+    def __init__(
+        self, service: Service, conversation: str, arrived: float, publish: Publish, answer: ChatAnswer
+    ) -> None:
+        self.service, self.conversation, self.arrived = service, conversation, arrived
+        self.publish, self.answer = publish, answer
+        self.compactions = CompactionLog()
+        self.is_started = False
+        self.num_deltas = 0
+
+    def steps(self) -> Steps[None]:
+        is_complete = False
+        try:
+            for step in self.service.with_events(answer_chat(self.answer), self._on_event):
+                if isinstance(step, HostWork):
+                    yield from on_host(partial(self.service.save_or_log, step.run))
+                    continue
+                self._publish_step(step)
+                if self.compactions.unwritten or self.answer.finish_reason is not None:
+                    self.compactions.write(self.answer.session)
+                    self.publish(view_update(self.conversation, self.answer.session))
+                is_last_chunk = isinstance(step, PromptProgress) and not step.left_tokens
+                if not is_last_chunk:  # the same turn generates the first token, too
+                    yield None
+            is_complete = True
+            self.publish(Finished(self.answer))
+        finally:
+            self._count(is_complete)
+
+    def _on_event(self, event: Event) -> None:
+        self.compactions.on_event(event)
+        if (update := event_update(event)) is not None:
+            self.publish(update)
+
+    def _publish_step(self, step: PromptProgress | Delta) -> None:
+        session = self.answer.session
+        if isinstance(step, PromptProgress):
+            if not self.is_started:
+                self.publish(Started())
+            self.is_started = True
+            self.publish(reading_update(step, session))
+            return
+        if self.num_deltas == 0:
+            self.service.metrics.first_token_seconds.observe(time.monotonic() - self.arrived)
+        if self.num_deltas % SIZE_EVERY == 0:
+            self.publish(size_update(session))
+        self.num_deltas += 1
+        self.publish(step)
+
+    def _count(self, is_complete: bool) -> None:
+        """Count the answer in the metrics."""
+        metrics, answer = self.service.metrics, self.answer
+        metrics.generated_tokens.inc(answer.num_tokens)
+        if not is_complete:
+            metrics.cancelled.inc()
+            return
+        usage = answer.usage
+        metrics.prompt_tokens.inc(usage.prompt_tokens)
+        metrics.cached_tokens.inc(usage.cached_tokens)
+        metrics.answers.labels(answer.finish_reason).inc()
+        metrics.answer_seconds.observe(time.monotonic() - self.arrived)

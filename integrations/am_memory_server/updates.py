@@ -1,0 +1,59 @@
+"""Updates that a chat job publishes to its client, beside the deltas of the answer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from am_memory.conversations.chat import PromptProgress
+from am_memory.conversations.chat_answer import ChatAnswer
+from am_memory.events import CompactionFinished, CompactionStarted, Event, SessionRebuilt
+from am_memory.session.session import Session
+from am_memory_server.memory_view import memory_view
+from am_memory_server.service import report_dict
+
+
+@dataclass(frozen=True)
+class Started:
+    """The request is valid, and the first chunk of the prompt has been read."""
+
+
+@dataclass(frozen=True)
+class MemoryUpdate:
+    """An event or a size of the memory, for clients that ask for `include_memory`."""
+
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The answer is complete, and the conversation is kept."""
+
+    answer: ChatAnswer
+
+
+def event_update(event: Event) -> MemoryUpdate | None:
+    """An event of the memory; None for events that clients do not see."""
+    match event:
+        case CompactionStarted(_, start, end):
+            return MemoryUpdate({"event": "compacting", "start": start, "end": end})
+        case CompactionFinished(_, report):
+            return MemoryUpdate({"event": "compacted", "report": report_dict(report)})
+        case SessionRebuilt(_, num_tokens, reason):
+            return MemoryUpdate({"event": "rebuilt", "num_tokens": num_tokens, "reason": reason})
+    return None
+
+
+def reading_update(progress: PromptProgress, session: Session) -> MemoryUpdate:
+    """How much of the prompt has been read, and the size of the memory."""
+    return MemoryUpdate({"event": "reading", **asdict(progress), "stats": asdict(session.stats)})
+
+
+def size_update(session: Session) -> MemoryUpdate:
+    """The size of the memory."""
+    return MemoryUpdate({"event": "size", "stats": asdict(session.stats)})
+
+
+def view_update(conversation: str, session: Session) -> MemoryUpdate:
+    """Everything about the memory: after a compaction, and at the end of the answer."""
+    return MemoryUpdate({"event": "memory", "memory": memory_view(conversation, session, 1).model_dump()})
