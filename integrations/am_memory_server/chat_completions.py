@@ -46,7 +46,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     conversation = conversation_of(body, request.headers)
     key = (owner, conversation)
     asked = _chat_request(service, body, key)
-    call = service.threads.register_call(asked.thread)  # at once: the conversation may be deleted while the request waits
+    call = service.threads.register_call(asked.thread)  # now: it may be deleted while the request waits
     updates = service.scheduler.stream(key, chat_job(service, key), lambda: ChatAnswer(service.threads, asked, call))
     if not body.stream:
         return await sse.unless_disconnected(request, _whole(service, body, updates))
