@@ -22,7 +22,7 @@ from am_memory.errors import InvalidInput, InvalidPolicy, SessionNotFound, Stora
 from am_memory.events import Event, Listener, OriginalsLost, OriginUnknown, PolicyChanged, ignore, log
 from am_memory.kv_cache.cache import KVCache, Snapshot
 from am_memory.policy import MemoryPolicy
-from am_memory.session.chat_history import History
+from am_memory.session.chat_history import ChatHistory
 from am_memory.session.context import Context
 from am_memory.session.generate_hook import watched
 from am_memory.session.resuming import changes_of, check_content, check_origin, check_windows, policy_of
@@ -165,14 +165,14 @@ class Memory:
             return self._shared.sessions[name]
 
     def _new(self, name: str, policy: MemoryPolicy | None, tools: Sequence[Message] = ()) -> Session:
-        history = History(tools=tuple(tools), trusts_messages=self.trust_messages)
-        session = Session(self._shared, self._new_context(name, policy or self.policy), history)
+        history = ChatHistory(tools=tuple(tools), trusts_messages=self.trust_messages)
+        session = Session(self._shared, self._new_context(name, policy or self.policy, history))
         session.has_own_policy = policy is not None
         return session
 
-    def _new_context(self, name: str, policy: MemoryPolicy) -> Context:
+    def _new_context(self, name: str, policy: MemoryPolicy, history: ChatHistory) -> Context:
         cache = self.engine.new_cache()
-        return Context(name, self.engine, policy, self._notify, cache, num_pinned=policy.num_sinks)
+        return Context(name, self.engine, policy, self._notify, cache, num_pinned=policy.num_sinks, history=history)
 
     def _notify(self, event: Event) -> None:
         for listener in (log, self.on_event, *self._listeners):
@@ -241,6 +241,9 @@ class Memory:
         check_windows(name, cache)
         is_same = saved.policy == policy.model_dump(mode="json")
         records = list(saved.records) if is_same else under(as_policy(saved.policy), saved.records)
+        history = ChatHistory(
+            saved.messages, saved.message_starts, saved.is_answering, saved.tools, trusts_messages=self.trust_messages
+        )
         context = Context(
             name,
             self.engine,
@@ -250,6 +253,7 @@ class Memory:
             list(saved.tokens),
             records,
             saved.num_pinned,
+            history,
             originals=saved.originals,
         )
         if unknown := check_origin(name, saved, self.engine.info):
@@ -257,11 +261,8 @@ class Memory:
         for which, reason in saved.lost:
             self._notify(OriginalsLost(name, which.start, which.end, reason))
         for start in saved.recalled:
-            context.recall_again(start)
-        history = History(
-            saved.messages, saved.message_starts, saved.is_answering, saved.tools, trusts_messages=self.trust_messages
-        )
-        session = Session(self._shared, context, history)
+            context.resume_recall(start)
+        session = Session(self._shared, context)
         session.metadata, session.saved_version = saved.metadata, saved.version
         return session
 
@@ -331,4 +332,4 @@ class Memory:
         for it gives the logits of every token that it was asked for. What only one pass can give (a loss, hidden
         states, the logits of a number of candidates) is refused before anything is read, where it does not fit.
         """
-        return watched(self._new_context("generate()", self.policy))
+        return watched(self._new_context("generate()", self.policy, ChatHistory()))

@@ -20,7 +20,7 @@ def some_tokens(count: int, seed: int = 0) -> list[int]:
 def read(context: Context, token_ids: list[int]) -> None:
     """What `Session.append` does."""
     with context.transaction():
-        context.check(token_ids)
+        context.require_token_ids(token_ids)
         context.tokens.extend(token_ids)
         context.read(len(context.tokens) - 1)
 

@@ -9,7 +9,7 @@ from am_memory.compaction.background import BackgroundCompaction
 from am_memory.compaction.record import CompactionRecord
 from am_memory.kv_cache.slots import Slots
 from am_memory.recall.originals import Original
-from am_memory.session.chat_history import History
+from am_memory.session.chat_history import ChatHistory
 from am_memory.session.context import Context
 
 
@@ -18,9 +18,9 @@ def context_of(session: Session) -> Context:
     return session._context
 
 
-def history_of(session: Session) -> History:
+def history_of(session: Session) -> ChatHistory:
     """The messages of a session."""
-    return session._history
+    return session._context.history
 
 
 def shared_of(memory: Memory) -> Any:
@@ -60,12 +60,12 @@ def originals_of(session: Session) -> tuple[Original, ...]:
 
 def pending_of(session: Session) -> BackgroundCompaction | None:
     """The compaction that is under way in the background."""
-    return context_of(session).pending
+    return context_of(session).background_compaction
 
 
 def trigger_of(session: Session) -> int:
     """The size in tokens at which a session is compacted."""
-    return context_of(session).trigger
+    return context_of(session).trigger_tokens
 
 
 def rebuild(session: Session) -> None:

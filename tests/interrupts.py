@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from inside import context_of, history_of, shared_of
+from inside import context_of, shared_of
 
 import am_memory
 from am_memory import Memory, MemoryPolicy, Sampling, Session
@@ -108,7 +108,12 @@ class Scene:
             context.cache.is_whole,
             session.segments,
             session.recalled,
-            (context.num_pinned, context.trigger, live, context.pending and context.pending.at_tokens),
+            (
+                context.num_pinned,
+                context.trigger_tokens,
+                live,
+                context.background_compaction and context.background_compaction.at_tokens,
+            ),
             tuple((each.start, each.end) for each in context.originals),
             tuple(sorted(shared_of(self.memory).sessions)),
             tuple(self.memory.names()),
@@ -174,7 +179,7 @@ def scenes(engine: Engine, step: Step, folder: Path) -> Callable[[], Scene]:
 
     def new_scene() -> Scene:
         memory = new_memory()
-        session = Session(shared_of(memory), context_of(origin.session).fork("alice"), history_of(origin.session))
+        session = Session(shared_of(memory), context_of(origin.session).fork("alice"))
         shared_of(memory).add(session)
         return Scene(memory, session, regex(engine, "[a-z]{30}"))
 

@@ -72,7 +72,7 @@ def differences(one: Context, other: Context, atol: float = 0) -> list[str]:
             "segments": lambda context: context.cache.segments,
             "tokens read": lambda context: context.cache.num_tokens,
             "recalled": lambda context: [each.segment for each in context.recalled],
-            "under way": lambda context: context.pending and context.pending.at_tokens,
+            "under way": lambda context: context.background_compaction and context.background_compaction.at_tokens,
         }.items()
         if of(one) != of(other)
     ]

@@ -24,7 +24,7 @@ MAX_LEVELS = 200
 
 
 @dataclass(frozen=True)
-class History:
+class ChatHistory:
     """The messages of one context, told and generated, oldest first; immutable, so that it can be put back.
 
     Attributes:
@@ -52,7 +52,7 @@ class History:
             if message["role"] == "tool" or message.get(IS_TOOL_RESULT)
         ]
 
-    def weights(self, tool_result_weight: float, start: int, end: int) -> list[float] | None:
+    def token_weights(self, tool_result_weight: float, start: int, end: int) -> list[float] | None:
         """How much it counts that the tokens [start, end) can be repeated; None: all alike."""
         if tool_result_weight == 1:
             return None
@@ -66,16 +66,16 @@ class History:
         """These messages, and more of them."""
         return Chat(engine, [*self.messages, *messages], self.tools, trusts_messages=self.trusts_messages)
 
-    def _grown(self, messages: Sequence[Message], starts: Sequence[int], *, is_answering: bool = False) -> History:
+    def _grown(self, messages: Sequence[Message], starts: Sequence[int], *, is_answering: bool = False) -> ChatHistory:
         messages, starts = (*self.messages, *messages), (*self.starts, *starts)
         return replace(self, messages=messages, starts=starts, is_answering=is_answering)
 
-    def answered(self, text: str) -> History:
+    def with_answer_text(self, text: str) -> ChatHistory:
         """The model's answer goes on by `text`."""
         last = self.messages[-1]
         return replace(self, messages=(*self.messages[:-1], {**last, "content": f"{last['content']}{text}"}))
 
-    def continued(self, text: str, num_tokens: int) -> History:
+    def with_plain_text(self, text: str, num_tokens: int) -> ChatHistory:
         """Plain text after messages: the model's answer goes on by it, or begins with it, as it stands.
 
         Args:
@@ -84,18 +84,18 @@ class History:
         if not self.messages:
             return self
         if self.is_answering:
-            return self.answered(text)
+            return self.with_answer_text(text)
         answer = {"role": "assistant", "content": text}
         return self._grown([answer], [num_tokens], is_answering=True)
 
-    def rewound(self, engine: Engine, token_ids: Sequence[int]) -> History:
+    def truncated(self, engine: Engine, token_ids: Sequence[int]) -> ChatHistory:
         """What is left of the messages in `token_ids`, the beginning of the context; the last one may be cut."""
         count = sum(start < len(token_ids) for start in self.starts)
         is_cut = count > 0 and self.starts[count : count + 1] != (len(token_ids),)
         left = replace(self, messages=self.messages[:count], starts=self.starts[:count], is_answering=is_cut)
         return left._cut(engine, token_ids[left.starts[-1] :]) if is_cut else left
 
-    def _cut(self, engine: Engine, token_ids: Sequence[int]) -> History:
+    def _cut(self, engine: Engine, token_ids: Sequence[int]) -> ChatHistory:
         """The last message as far as these tokens of it say it; calls and parts are then the text that they are."""
         last = self.messages[-1]
         content, header = last.get("content"), self._header(engine)
@@ -124,9 +124,9 @@ class History:
         header = told[0][:size]
         return chat.encode(header[len(begin) :]) if header.startswith(begin) else []
 
-    def told(
+    def with_messages(
         self, engine: Engine, messages: Sequence[Message], num_tokens: int, *, ends_turn: bool
-    ) -> tuple[History, list[int]]:
+    ) -> tuple[ChatHistory, list[int]]:
         """With more messages, and the token ids that they add to the context.
 
         Args:
@@ -172,7 +172,7 @@ class History:
             added = whole[len(begin) :]
         return closing, split_turns(chat, count, added)
 
-    def opened(self, engine: Engine, num_tokens: int, *, ends_turn: bool) -> tuple[History, list[int]]:
+    def with_answer_begun(self, engine: Engine, num_tokens: int, *, ends_turn: bool) -> tuple[ChatHistory, list[int]]:
         """With the model's answer begun, and the token ids that open it; nothing new where it goes on with one.
 
         Raises:

@@ -50,7 +50,7 @@ from am_memory.queries import LiveQueries, scratch
 from am_memory.recall.originals import Original, between
 from am_memory.recall.paging import Recalled, at_rest, brought_back, put_away
 from am_memory.recall.search import Span, search
-from am_memory.session.chat_history import History
+from am_memory.session.chat_history import ChatHistory
 from am_memory.session.rebuild import rebuilt
 from am_memory.session.transaction import Restorable, Transaction
 from am_memory.text.boundaries import best_boundary
@@ -70,9 +70,9 @@ class Context:
         history: the messages that the tokens are of; kept here, so that one step changes both or neither.
         originals: the exact entries of compacted tokens, as far as they are kept, in the order of the tokens.
         recalled: segments that are exact for now, the one recalled last at the end.
-        pending: a compaction under way while tokens are read, where the policy has `ahead_tokens`.
+        background_compaction: a compaction under way while tokens are read, where the policy has `ahead_tokens`.
         live: the queries that passed, where the policy wants them.
-        trigger: the physical size that fires a compaction, in tokens.
+        trigger_tokens: the physical size that fires a compaction, in tokens.
     """
 
     name: str
@@ -83,17 +83,17 @@ class Context:
     tokens: list[int] = field(default_factory=list)
     records: list[CompactionRecord] = field(default_factory=list)
     num_pinned: int = SINK_TOKENS
-    history: History = field(default_factory=History)
+    history: ChatHistory = field(default_factory=ChatHistory)
     originals: tuple[Original, ...] = ()
     recalled: tuple[Recalled, ...] = ()
-    pending: BackgroundCompaction | None = None
+    background_compaction: BackgroundCompaction | None = None
 
     def __post_init__(self) -> None:
         require(self.policy, self.engine.info, self.cache)
         self._calibration = calibration_for(self.policy.head_budget, self.engine.info)
         self.live = LiveQueries() if "live" in self.policy.reference_queries else None
-        self.went_back()
-        self.trigger = trigger_tokens(self.policy, self.engine.info.window_tokens, self.num_pinned)
+        self.forget_after_cache()
+        self.trigger_tokens = trigger_tokens(self.policy, self.engine.info.window_tokens, self.num_pinned)
 
     def pin(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` exact; possible until the first compaction.
@@ -105,10 +105,10 @@ class Context:
             raise InvalidInput(
                 f"cannot pin {num_tokens} tokens after {len(self.records)} compactions: pin before the first one"
             )
-        self.trigger = trigger_tokens(self.policy, self.engine.info.window_tokens, num_tokens)
-        self.num_pinned, self.pending = num_tokens, None
+        self.trigger_tokens = trigger_tokens(self.policy, self.engine.info.window_tokens, num_tokens)
+        self.num_pinned, self.background_compaction = num_tokens, None
 
-    def check(self, token_ids: Sequence[int]) -> None:
+    def require_token_ids(self, token_ids: Sequence[int]) -> None:
         """Raise InvalidInput for ids that the model does not have."""
         vocab_size = self.engine.info.vocab_size
         for position, token_id in enumerate(token_ids):
@@ -127,7 +127,7 @@ class Context:
                 "rewind, begin a new session, or use a model with RoPE"
             )
 
-    def at_most(self, max_new_tokens: int) -> int:
+    def limit_new_tokens(self, max_new_tokens: int) -> int:
         """So many tokens, or as many as the model can write: there is no position for what follows the last of them.
 
         Raises:
@@ -174,12 +174,14 @@ class Context:
         Returns:
             How many tokens may be read now, at most `num_tokens`.
         """
-        if self.pending is not None:
-            self.pending.relay(self.progress)
-        while self.cache.kv_tokens + at_once > (due := self.begins_at if self.pending is None else self.trigger):
+        if self.background_compaction is not None:
+            self.background_compaction.relay(self.progress)
+        while self.cache.kv_tokens + at_once > (
+            due := self.start_tokens if self.background_compaction is None else self.trigger_tokens
+        ):
             if self.recalled:
                 self._put_away_oldest()
-            elif self.pending is None and self.policy.ahead_tokens:
+            elif self.background_compaction is None and self.policy.ahead_tokens:
                 self.begin()
             else:
                 self.compact()
@@ -187,9 +189,9 @@ class Context:
 
     def begin(self) -> None:
         """Begin a compaction, to be swapped in at the trigger."""
-        planned = plan(self.policy, self.sizes, self.trigger, None, self._boundary)
-        self.pending = BackgroundCompaction(self.job(planned, self.cache.fork()))
-        self.pending.start()  # only now: whoever takes this step back stops what it began
+        planned = plan(self.policy, self.sizes, self.trigger_tokens, None, self._boundary)
+        self.background_compaction = BackgroundCompaction(self.job(planned, self.cache.fork()))
+        self.background_compaction.start()  # only now: whoever takes this step back stops what it began
 
     @property
     def chunk_tokens(self) -> int:
@@ -199,12 +201,12 @@ class Context:
     @property
     def most_at_once(self) -> int:
         """The most tokens for which compactions are sure to make room at once."""
-        return most_at_once(self.policy, self.trigger, self.num_pinned)
+        return most_at_once(self.policy, self.trigger_tokens, self.num_pinned)
 
     @property
-    def begins_at(self) -> int:
+    def start_tokens(self) -> int:
         """The physical size at which a compaction is begun, to be swapped in at the trigger."""
-        return self.trigger - self.policy.ahead_tokens
+        return self.trigger_tokens - self.policy.ahead_tokens
 
     def next_logits(self) -> Tensor:
         """Read everything; the logits of what follows the last token, (vocab_size,) float32."""
@@ -222,11 +224,11 @@ class Context:
 
     def forward(self, token_ids: Sequence[int], num_logits: int = 0) -> Tensor:
         """Read tokens into the cache, as `Engine.forward` does, and keep their queries where the policy wants them."""
-        self.watch_window(len(token_ids))
+        self.notify_beyond_window(len(token_ids))
         on_query = self.live.add if self.live is not None else None
         return self.engine.forward(self.cache, token_ids, num_logits=num_logits, on_query=on_query)
 
-    def watch_window(self, num_tokens: int) -> None:
+    def notify_beyond_window(self, num_tokens: int) -> None:
         """Say so when the next tokens are the first at positions that the model was not trained on."""
         before, window = self.cache.num_tokens, self.engine.info.window_tokens
         if before <= window < before + num_tokens:
@@ -255,9 +257,9 @@ class Context:
         """Compact the oldest part now; None: what is under way, or the policy's fraction, sparing the recent tokens."""
         while self.recalled:
             self._put_away_oldest()
-        if self.pending is not None and fraction is None:
-            return self.swap_in(self.pending.result(self.progress))
-        planned = plan(self.policy, self.sizes, self.trigger, fraction, self._boundary)
+        if self.background_compaction is not None and fraction is None:
+            return self.swap_in(self.background_compaction.result(self.progress))
+        planned = plan(self.policy, self.sizes, self.trigger_tokens, fraction, self._boundary)
         return self.swap_in(self.job(planned, self.cache).run(self.progress))
 
     def _boundary(self, earliest: int, latest: int) -> int:
@@ -286,9 +288,9 @@ class Context:
             plan=plan,
             start=start,
             num_pinned=self.num_pinned,
-            trigger_tokens=self.trigger,
+            trigger_tokens=self.trigger_tokens,
             originals=self.policy.originals,
-            weights=self.history.weights(policy.tool_result_weight, start, segment.end),
+            weights=self.history.token_weights(policy.tool_result_weight, start, segment.end),
             live=self.live.since(live_start) if self.live and "live" in policy.reference_queries else None,
             calibration=calibration,
             replayed=replayed,
@@ -301,7 +303,7 @@ class Context:
         with failures(segment):
             state = cache.compacted(record.plan.segments, result.slots, self.num_pinned)
         cache.restore(state)
-        self.pending = None
+        self.background_compaction = None
         if result.original is not None:
             self.originals = (*self.originals, result.original)
         self.records.append(replace(record, lag_tokens=cache.num_tokens - record.at_tokens))
@@ -367,7 +369,7 @@ class Context:
             self.page(segment.start, is_exact=True)
         return wanted
 
-    def recall_again(self, start: int) -> None:
+    def resume_recall(self, start: int) -> None:
         """Go on with a recall that a saved session had; where originals or room are lacking, it has ended here."""
         segment = self._segment_at(start)
         if segment is None:
@@ -376,7 +378,7 @@ class Context:
             with suppress(InvalidInput):
                 self._bring_back(segment)
                 return
-        self._note(start, is_exact=False)
+        self._record_recall(start, is_exact=False)
 
     def page(self, start: int, *, is_exact: bool) -> None:
         """Have the segment that begins at `start` exact, as the one recalled last, or compact again.
@@ -395,12 +397,12 @@ class Context:
             held = self.recalled[-1]
         others = tuple(each for each in self.recalled if each is not held)
         self.recalled = (*others, held) if is_exact else others
-        self._note(start, is_exact=is_exact)
+        self._record_recall(start, is_exact=is_exact)
 
     def _segment_at(self, start: int) -> Segment | None:
         return next((segment for segment in self.cache.segments if segment.start == start), None)
 
-    def _note(self, start: int, *, is_exact: bool) -> None:
+    def _record_recall(self, start: int, *, is_exact: bool) -> None:
         """In the records: what is read from now on sees the segment so."""
         *before, last = self.records
         recall = RecallRecord(self.cache.num_tokens, start, is_exact)
@@ -409,7 +411,7 @@ class Context:
     def _have_room_for(self, segments: Sequence[Segment]) -> bool:
         """Whether these compact segments fit below where a compaction begins when they are exact."""
         growth = sum(segment.num_tokens - segment.num_slots / self.cache.num_heads for segment in segments)
-        return self.cache.kv_tokens + growth + 1 <= self.begins_at
+        return self.cache.kv_tokens + growth + 1 <= self.start_tokens
 
     def _make_room_to_recall(self, wanted: Sequence[Segment], *, others: bool) -> None:
         if others:
@@ -417,10 +419,10 @@ class Context:
             return
         num_tokens = sum(segment.num_tokens for segment in wanted)
         refused = PromptTooLong(
-            f"the {num_tokens} tokens of the segments to recall do not fit below the trigger of {self.trigger} beside "
-            f"what else is held: recall a shorter span, or raise trigger_tokens"
+            f"the {num_tokens} tokens of the segments to recall do not fit below the trigger of {self.trigger_tokens} "
+            f"beside what else is held: recall a shorter span, or raise trigger_tokens"
         )
-        if self.num_pinned + num_tokens + self.policy.keep_recent >= self.begins_at:
+        if self.num_pinned + num_tokens + self.policy.keep_recent >= self.start_tokens:
             raise refused
         try:
             self.compact()
@@ -466,8 +468,8 @@ class Context:
 
         Whoever goes on from there reads what came since again, and begins the same compaction.
         """
-        if self.pending is not None:
-            return self.pending.began_from(self.transformers_cache.state())
+        if self.background_compaction is not None:
+            return self.background_compaction.began_from(self.transformers_cache.state())
         return at_rest(self.transformers_cache.state(), self.recalled) if self.recalled else self.cache.state()
 
     @property
@@ -487,7 +489,7 @@ class Context:
         # What came later and saw none of them stays; a rebuild must find it before the tokens that are now to come.
         self.records = [made.within(num_cached) for made in self.records]
         self.tokens = self.tokens[:num_tokens]
-        self.went_back()
+        self.forget_after_cache()
 
     def can_truncate(self, num_tokens: int) -> bool:
         """Whether all tokens after the first `num_tokens` are exact and can be dropped, and no compaction saw them."""
@@ -517,7 +519,7 @@ class Context:
         fresh = rebuilt(self, num_tokens, self._num_cached(num_tokens))
         self.cache.restore(fresh.cache.state())
         self.tokens, self.records, self.originals = fresh.tokens, fresh.records, fresh.originals
-        self.recalled, self.pending = fresh.recalled, fresh.pending
+        self.recalled, self.background_compaction = fresh.recalled, fresh.background_compaction
         self.live = fresh.live if self.live is not None else None
 
     def emptied(self, num_tokens: int) -> Context:
@@ -531,8 +533,8 @@ class Context:
     def fork(self, name: str, policy: MemoryPolicy | None = None) -> Context:
         """The same context under another name; memory is shared until the two differ."""
         is_same = policy is None or policy == self.policy
-        if self.pending is not None and is_same:
-            self.pending.is_shared = True
+        if self.background_compaction is not None and is_same:
+            self.background_compaction.is_shared = True
         branch = replace(
             self,
             name=name,
@@ -540,21 +542,21 @@ class Context:
             cache=self.cache.fork(),
             tokens=list(self.tokens),
             records=list(self.records) if is_same else under(self.policy, self.records),
-            pending=self.pending if is_same else None,
+            background_compaction=self.background_compaction if is_same else None,
         )
         if self.live is not None and branch.live is not None:
             branch.live = self.live.copy()
         return branch
 
-    def went_back(self) -> None:
+    def forget_after_cache(self) -> None:
         """Take note that the cache may have gone back, before what passed, or began, since then."""
         if self.live is not None:
             self.live.seek(self.cache.num_tokens)
-        if self.pending is not None and self.cache.num_tokens < self.pending.at_tokens:
-            self.pending = None
+        if self.background_compaction is not None and self.cache.num_tokens < self.background_compaction.at_tokens:
+            self.background_compaction = None
 
-    def give_up(self) -> None:
+    def cancel_background_compaction(self) -> None:
         """Stop what is under way; whoever reads on begins it anew."""
-        pending, self.pending = self.pending, None
-        if pending is not None:
-            pending.stop()
+        stopped, self.background_compaction = self.background_compaction, None
+        if stopped is not None:
+            stopped.stop()

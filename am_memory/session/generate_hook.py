@@ -69,7 +69,7 @@ class _Watch:
         context, cache = self.context, self.cache
         logits: list[Tensor] = []
         with context.transaction():
-            context.check(token_ids)
+            context.require_token_ids(token_ids)
             context.require_positions(cache.num_tokens + len(token_ids))
             context.tokens.extend(token_ids)
             start, end = cache.num_tokens, len(context.tokens)
@@ -83,7 +83,7 @@ class _Watch:
                 if num_wanted:
                     logits.append(piece_logits)
                 context.notify(ReadProgress(context.name, cache.num_tokens - start, end - start))
-        context.watch_window(end - cache.num_tokens)
+        context.notify_beyond_window(end - cache.num_tokens)
         if context.live is not None:
             for index, layer in enumerate(cache.compactable):
                 layer.query_sink = partial(context.live.add, index)
@@ -92,7 +92,7 @@ class _Watch:
 
     def _require_room(self, num_tokens: int, at_once: int, what_for: str) -> None:
         """Raise UnsupportedOperation where some of the tokens have to be read together and no compaction helps."""
-        if self.cache.kv_tokens + num_tokens <= self.context.begins_at:
+        if self.cache.kv_tokens + num_tokens <= self.context.start_tokens:
             return
         most = self.context.most_at_once
         if at_once <= most:
@@ -100,11 +100,12 @@ class _Watch:
         if what_for:
             raise UnsupportedOperation(
                 f"a pass with {what_for} reads its {at_once} tokens at once, and no more than {most} are sure to fit "
-                f"below the trigger of {self.context.trigger}: leave it out, read less at once, or raise trigger_tokens"
+                f"below the trigger of {self.context.trigger_tokens}: leave it out, read less at once, or raise "
+                "trigger_tokens"
             )
         raise UnsupportedOperation(
             f"the logits of {at_once} tokens at once are more than the {most} that are sure to fit below the trigger "
-            f"of {self.context.trigger}: let assisted decoding propose fewer (prompt_lookup_num_tokens, "
+            f"of {self.context.trigger_tokens}: let assisted decoding propose fewer (prompt_lookup_num_tokens, "
             "num_assistant_tokens), ask for all logits (logits_to_keep=0), or raise trigger_tokens"
         )
 
@@ -115,4 +116,4 @@ class _Watch:
         if self.cache.num_tokens != len(self.context.tokens):
             with self.context.transaction():
                 self.context.tokens = self.context.tokens[: self.cache.num_tokens]
-                self.context.went_back()
+                self.context.forget_after_cache()

@@ -47,8 +47,8 @@ def rebuilt(context: Context, num_tokens: int, num_cached: int) -> Context:
 def _begun_at(context: Context, num_done: int, num_cached: int) -> int | None:
     """When the compaction was begun that was under way; None where there was none."""
     begun = [made.at_tokens for made in context.records[num_done : num_done + 1]]
-    if context.pending is not None:
-        begun.append(context.pending.at_tokens)
+    if context.background_compaction is not None:
+        begun.append(context.background_compaction.at_tokens)
     is_ahead = context.policy.ahead_tokens > 0
     return next((at_tokens for at_tokens in begun if is_ahead and at_tokens <= num_cached), None)
 

@@ -29,7 +29,7 @@ from am_memory.events import CompactionReport
 from am_memory.kv_cache.slots import Segment
 from am_memory.policy import MemoryPolicy
 from am_memory.recall.search import Span
-from am_memory.session.chat_history import History
+from am_memory.session.chat_history import ChatHistory
 from am_memory.session.context import Context
 from am_memory.session.shared import Shared
 from am_memory.storage.session_file import SavedSession, packed
@@ -72,8 +72,8 @@ class Encoded:
 
     token_ids: list[int]
     num_pinned: int | None
-    before: tuple[History, int]
-    after: History
+    before: tuple[ChatHistory, int]
+    after: ChatHistory
 
 
 @dataclass(frozen=True)
@@ -134,10 +134,9 @@ class Session:
     Every call either succeeds or leaves the session as it was; `generate` does so token by token.
     """
 
-    def __init__(self, shared: Shared, context: Context, history: History) -> None:
+    def __init__(self, shared: Shared, context: Context) -> None:
         self._shared = shared
         self._context = context
-        self._history = history
         self.engine = context.engine
         self.metadata: dict[str, Any] = {}
         """What the application wants to keep with the session, saved with it: anything that JSON can hold."""
@@ -161,20 +160,12 @@ class Session:
     @property
     def messages(self) -> list[dict[str, object]]:
         """The chat messages so far, the model's own included; empty for a session of plain text."""
-        return [dict(message) for message in self._history.messages]
+        return [dict(message) for message in self._context.history.messages]
 
     @property
     def message_starts(self) -> tuple[int, ...]:
         """For each message, how many tokens stand before it."""
-        return self._history.starts
-
-    @property
-    def _history(self) -> History:
-        return self._context.history
-
-    @_history.setter
-    def _history(self, history: History) -> None:
-        self._context.history = history
+        return self._context.history.starts
 
     @property
     def chunk_tokens(self) -> int:
@@ -189,7 +180,7 @@ class Session:
     @property
     def trigger_tokens(self) -> int:
         """The physical size that fires a compaction."""
-        return self._context.trigger
+        return self._context.trigger_tokens
 
     def rename(self, name: str) -> None:
         """Give it another name, for events and the store; under the same one it is what it was, deleted or not."""
@@ -236,11 +227,11 @@ class Session:
             return self._tell(content if isinstance(content, Encoded) else self.encode(content))
 
     def _tell(self, encoded: Encoded) -> int:
-        if encoded.before != (self._history, len(self._context.tokens)):
+        if encoded.before != (self._context.history, len(self._context.tokens)):
             raise UnsupportedOperation(
                 f"session {self.name!r} changed since this was encoded: encode it again, or fork the session"
             )
-        self._history = encoded.after
+        self._context.history = encoded.after
         if encoded.num_pinned not in (None, self._context.num_pinned):
             self._pin(encoded.num_pinned)
         self._context.tokens.extend(encoded.token_ids)
@@ -270,7 +261,7 @@ class Session:
         Raises:
             InvalidInput: as `append`.
         """
-        after = history = self._history
+        after = history = self._context.history
         num_tokens = len(self._context.tokens)
         if isinstance(content, str):
             token_ids = self.engine.encode(content, add_special=not num_tokens) if content else []
@@ -283,16 +274,16 @@ class Session:
         else:
             messages: Sequence[Message] = content  # type: ignore[assignment]
             _require_text(messages)
-            after, token_ids = history.told(self.engine, messages, num_tokens, ends_turn=self._ends_turn)
+            after, token_ids = history.with_messages(self.engine, messages, num_tokens, ends_turn=self._ends_turn)
         if not token_ids:
             raise InvalidInput(f"empty input {content!r}: append at least one token")
-        self._context.check(token_ids)
+        self._context.require_token_ids(token_ids)
         self._context.require_positions(num_tokens + len(token_ids))
         if after is history and history.messages:
-            after = history.continued(self.engine.decode(token_ids, skip_special=True), num_tokens)
+            after = history.with_plain_text(self.engine.decode(token_ids, skip_special=True), num_tokens)
         return Encoded(token_ids, self._num_pinned(after), (history, num_tokens), after)
 
-    def _num_pinned(self, history: History) -> int | None:
+    def _num_pinned(self, history: ChatHistory) -> int | None:
         """How many tokens are to stay exact; None where a compaction has been made, which decided that."""
         if self._context.records:
             return None
@@ -308,7 +299,7 @@ class Session:
         except InvalidPolicy as error:
             raise PromptTooLong(
                 f"the first {num_pinned} tokens are to stay exact (pinned={policy.pinned!r}), and no compaction can "
-                f"make room beside them: raise trigger_tokens from {self._context.trigger}, or pin less ({error})"
+                f"make room beside them: raise trigger_tokens from {self.trigger_tokens}, or pin less ({error})"
             ) from error
 
     @property
@@ -362,7 +353,7 @@ class Session:
             with self._shared.engine_lock, context.transaction(*constraints):
                 if number == 1:
                     tokens, expected = self._open_answer()
-                    max_new_tokens = context.at_most(max_new_tokens)
+                    max_new_tokens = context.limit_new_tokens(max_new_tokens)
                 if context.tokens is not tokens or len(tokens) != expected:
                     raise UnsupportedOperation(
                         f"session {self.name!r} changed while it was generating: finish one generation before the next "
@@ -381,8 +372,8 @@ class Session:
                 finish_reason = self._finish_reason(token_id, is_stopped, number == max_new_tokens)
                 if finish_reason is not None:
                     text += stream.finish()
-                if self._history.is_answering:
-                    self._history = self._history.answered(text)
+                if context.history.is_answering:
+                    context.history = context.history.with_answer_text(text)
             logprobs = () if top_logprobs is None else (_logprob(expectation, token_id, top_logprobs),)
             yield Piece(text, (token_id,), finish_reason, logprobs)
             if finish_reason is not None:
@@ -390,8 +381,10 @@ class Session:
 
     def _open_answer(self) -> tuple[list[int], int]:
         """Have the chat template open the model's answer; the conversation's tokens and their number afterwards."""
-        tokens = self._context.tokens
-        self._history, opening = self._history.opened(self.engine, len(tokens), ends_turn=self._ends_turn)
+        context, tokens = self._context, self._context.tokens
+        context.history, opening = context.history.with_answer_begun(
+            self.engine, len(tokens), ends_turn=self._ends_turn
+        )
         tokens.extend(opening)
         return tokens, len(tokens)
 
@@ -420,7 +413,7 @@ class Session:
             )
             if not token_ids:
                 raise InvalidInput("an empty continuation has no logits: give at least one token")
-            self._context.check(token_ids)
+            self._context.require_token_ids(token_ids)
             self._context.require_positions(len(self._context.tokens) + len(token_ids) - 1)
             return self._context.scratch_logits(token_ids)
 
@@ -520,7 +513,7 @@ class Session:
             return
         with self._shared.engine_lock, self._context.transaction():
             self._context.rewind(num_tokens)
-            self._history = self._history.rewound(self.engine, self._context.tokens)
+            self._context.history = self._context.history.truncated(self.engine, self._context.tokens)
 
     def can_rewind(self, num_tokens: int) -> bool:
         """Whether `rewind(num_tokens)` reads nothing again, and leaves what reading just these tokens would leave.
@@ -542,7 +535,7 @@ class Session:
             InvalidInput: there is a session of that name already.
         """
         with self._shared.engine_lock:
-            branch = Session(self._shared, self._context.fork(name or f"{self.name} (scratch)", policy), self._history)
+            branch = Session(self._shared, self._context.fork(name or f"{self.name} (scratch)", policy))
             branch.metadata = copy.deepcopy(self.metadata)
             branch.has_own_policy = policy is not None or self.has_own_policy
             if name is not None:
@@ -552,7 +545,7 @@ class Session:
     def give_up(self) -> None:
         """Stop a compaction that is under way (`ahead_tokens`); if the session goes on, it is begun anew."""
         with self._shared.engine_lock:
-            self._context.give_up()
+            self._context.cancel_background_compaction()
 
     def deleted(self) -> None:
         """Take note that the memory has forgotten it: what goes on with it is not saved any more under this name."""
@@ -631,10 +624,10 @@ class Session:
             has_own_policy=self.has_own_policy,
             tokens=tuple(context.tokens),
             records=tuple(context.records),
-            messages=self._history.messages,
-            message_starts=self._history.starts,
-            is_answering=self._history.is_answering,
-            tools=self._history.tools,
+            messages=self._context.history.messages,
+            message_starts=self._context.history.starts,
+            is_answering=self._context.history.is_answering,
+            tools=self._context.history.tools,
             metadata=self.metadata,
             num_pinned=context.num_pinned,
             state=context.state_at_rest,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from am_memory.queries import LiveQueries
     from am_memory.recall.originals import Original
     from am_memory.recall.paging import Recalled
-    from am_memory.session.chat_history import History
+    from am_memory.session.chat_history import ChatHistory
     from am_memory.session.context import Context
 
 
@@ -40,12 +40,12 @@ class _Before:
     num_tokens: int
     records: list[CompactionRecord]
     num_compactions: int
-    history: History
+    history: ChatHistory
     pinned: tuple[int, int]
     live: LiveQueries | None
     originals: tuple[Original, ...]
     recalled: tuple[Recalled, ...]
-    pending: BackgroundCompaction | None
+    background_compaction: BackgroundCompaction | None
     others: tuple[Any, ...]
 
     @classmethod
@@ -57,11 +57,11 @@ class _Before:
             records=context.records,
             num_compactions=len(context.records),
             history=context.history,
-            pinned=(context.num_pinned, context.trigger),
+            pinned=(context.num_pinned, context.trigger_tokens),
             live=context.live and context.live.copy(),
             originals=context.originals,
             recalled=context.recalled,
-            pending=context.pending,
+            background_compaction=context.background_compaction,
             others=tuple(other.state() for other in others),
         )
 
@@ -70,11 +70,12 @@ class _Before:
         context.cache.restore(self.cache)
         del self.tokens[self.num_tokens :], self.records[self.num_compactions :]
         context.tokens, context.records, context.history = self.tokens, self.records, self.history
-        context.num_pinned, context.trigger = self.pinned
+        context.num_pinned, context.trigger_tokens = self.pinned
         context.live, context.recalled = self.live, self.recalled
         # What was found to be lost is not brought back by an error.
         context.originals = tuple(each for each in self.originals if each.lost is None)
-        context.pending = None if self.pending is not None and self.pending.has_failed else self.pending
+        running = self.background_compaction
+        context.background_compaction = None if running is not None and running.has_failed else running
         for other, state in zip(others, self.others, strict=True):
             other.restore(state)
 
@@ -98,12 +99,12 @@ class Transaction:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        context, given_up = self._context, self._before.pending
+        context, given_up = self._context, self._before.background_compaction
         if error is not None:
-            given_up = context.pending
+            given_up = context.background_compaction
             try:
                 self._before.put_back(context, self._others)
             finally:  # again, should it have been interrupted
                 self._before.put_back(context, self._others)
-        if given_up is not None and given_up is not context.pending:
+        if given_up is not None and given_up is not context.background_compaction:
             given_up.stop()

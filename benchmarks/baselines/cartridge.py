@@ -199,5 +199,6 @@ def trainable(session: Session) -> tuple[TransformersEngine, KVCache]:
 def equal_block(session: Session, fraction: float) -> Segment:
     """What `session.compact(fraction)` would compact, with the same number of slots for every head."""
     context = session._context
-    newest, num_heads = plan(context.policy, context.sizes, context.trigger, fraction).newest, context.cache.num_heads
+    newest = plan(context.policy, context.sizes, context.trigger_tokens, fraction).newest
+    num_heads = context.cache.num_heads
     return replace(newest, num_slots=round(newest.num_slots / num_heads) * num_heads)

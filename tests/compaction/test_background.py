@@ -75,10 +75,10 @@ def assert_same(one: Context, other: Context, atol: float = 0) -> None:
 def with_one_pending(context: Context) -> Context:
     """`SINCE` tokens after it was begun."""
     read(context, some_tokens(BEGINS_AT + 1))
-    assert context.pending is None
+    assert context.background_compaction is None
     write(context, SINCE)
-    assert context.pending is not None
-    assert context.pending.at_tokens == BEGINS_AT
+    assert context.background_compaction is not None
+    assert context.background_compaction.at_tokens == BEGINS_AT
     assert context.records == []
     return context
 
@@ -141,7 +141,7 @@ def test_decoding_goes_on_while_it_is_made(new_context: NewContext, gate: Gate) 
     (entry,) = context.records
     assert (entry.at_tokens, entry.swapped_at) == (BEGINS_AT, TRIGGER)
     assert entry.plan.newest.end <= BEGINS_AT - POLICY.keep_recent
-    assert context.pending is None
+    assert context.background_compaction is None
 
 
 @pytest.mark.parametrize(
@@ -206,9 +206,9 @@ def test_the_clock_decides_nothing_and_the_cache_never_exceeds_the_trigger(
                 read(each, some_tokens(count))
             else:
                 write(each, count // 4)
-            assert each.cache.kv_tokens <= each.trigger
-            if each is other and each.pending is not None:
-                wait([each.pending._future])
+            assert each.cache.kv_tokens <= each.trigger_tokens
+            if each is other and each.background_compaction is not None:
+                wait([each.background_compaction._future])
     assert_same(context, other)
     context.rebuild(len(context.tokens), "a test")
     torch.testing.assert_close(context.next_logits(), other.next_logits(), rtol=0, atol=1e-3)
@@ -218,7 +218,7 @@ def test_a_rebuild_has_it_pending_at_the_same_place(new_context: NewContext) -> 
     context = with_one_pending(new_context())
     other = with_one_pending(new_context())
     context.rebuild(len(context.tokens), "a test")
-    assert context.pending.at_tokens == BEGINS_AT
+    assert context.background_compaction.at_tokens == BEGINS_AT
     for each in (context, other):
         write(each, 60)
     assert_same(context, other, atol=1e-4)
@@ -278,11 +278,11 @@ def fail_after(context: Context, count: int) -> None:
 
 def test_a_step_that_fails_afterwards_leaves_it_under_way(new_context: NewContext) -> None:
     context, other = (with_one_pending(new_context()) for _ in range(2))
-    pending = context.pending
+    pending = context.background_compaction
     fail_after(context, 3)
-    assert context.pending is pending
+    assert context.background_compaction is pending
     fail_after(context, 20)  # swapped in, and taken back
-    assert context.pending is pending
+    assert context.background_compaction is pending
     assert context.records == []
     for each in (context, other):
         write(each, 30)
@@ -294,7 +294,7 @@ def test_a_step_that_is_taken_back_takes_back_what_it_began(new_context: NewCont
     for each in (context, other):
         read(each, some_tokens(BEGINS_AT + 1))
     fail_after(context, 3)
-    assert context.pending is None
+    assert context.background_compaction is None
     assert workers() == []
     gate.opened.set()
     for each in (context, other):
@@ -327,13 +327,13 @@ def test_a_failure_shows_where_it_would_be_swapped_in_and_the_next_attempt_works
 
 def test_rewinding_to_before_it_began_gives_it_up_and_to_later_does_not(new_context: NewContext, gate: Gate) -> None:
     context = with_one_pending(new_context())
-    pending = context.pending
+    pending = context.background_compaction
     with context.transaction():
         context.rewind(BEGINS_AT + 3)
-    assert context.pending is pending
+    assert context.background_compaction is pending
     with context.transaction():
         context.rewind(BEGINS_AT)
-    assert context.pending is None
+    assert context.background_compaction is None
     assert workers() == []
     gate.opened.set()
     again = new_context()
@@ -358,8 +358,8 @@ def test_rewinding_behind_where_it_was_swapped_in_finds_it_under_way_again(new_c
 def test_a_branch_shares_it(new_context: NewContext, gate: Gate) -> None:
     context = with_one_pending(new_context())
     branch, smaller = context.fork("branch"), context.fork("smaller", POLICY.model_copy(update={"keep_ratio": 0.2}))
-    assert smaller.pending is None
-    context.give_up()
+    assert smaller.background_compaction is None
+    context.cancel_background_compaction()
     gate.opened.set()
     write(branch, 20)
     assert gate.num_made == 1
@@ -377,7 +377,7 @@ def test_compacting_now_swaps_it_in_and_by_a_fraction_gives_it_up(new_context: N
         other.compact(0.3)
     assert [(entry.at_tokens, entry.lag_tokens) for entry in other.records] == [(BEGINS_AT + SINCE, 0)]
     for each in (context, other):
-        assert each.pending is None
+        assert each.background_compaction is None
         write(each, 60)
         logits = each.next_logits()
         each.rebuild(len(each.tokens), "a test")
@@ -390,13 +390,13 @@ def test_what_is_recalled_goes_back_before_one_is_begun(new_context: NewContext)
     segment = context.cache.segments[0]
     with context.transaction():
         assert context.recall(segment.start, segment.end) == [segment]
-    assert context.cache.kv_tokens + 1 <= context.begins_at
-    while context.pending is None:
+    assert context.cache.kv_tokens + 1 <= context.start_tokens
+    while context.background_compaction is None:
         write(context, 1)
     assert context.recalled == ()
     with context.transaction():
         context.recall(segment.start, segment.end)
-    assert context.pending is None
+    assert context.background_compaction is None
     assert context.records[-1].lag_tokens == 0
     assert [each.segment.start for each in context.recalled] == [segment.start]
 

@@ -86,7 +86,7 @@ def snapshot(context: Context) -> tuple[object, ...]:
         list(context.records),
         context.cache.state(),
         [entry.tolist() for entry in held(context)],
-        (context.num_pinned, context.trigger, live),
+        (context.num_pinned, context.trigger_tokens, live),
     )
 
 
@@ -168,8 +168,8 @@ def test_the_cache_never_exceeds_the_trigger_nor_the_segments_their_bound(
             read(context, some_tokens(count))
         else:
             write(context, count // 4)
-        assert context.cache.num_compact_slots <= context.trigger * context.policy.compact_fraction / 2
-    assert max(sizes, default=0) <= context.trigger
+        assert context.cache.num_compact_slots <= context.trigger_tokens * context.policy.compact_fraction / 2
+    assert max(sizes, default=0) <= context.trigger_tokens
 
 
 def test_the_segments_keep_to_the_bound_of_the_policy(new_context: NewContext) -> None:
@@ -422,7 +422,7 @@ def test_rewinding_exact_tokens_is_as_if_they_had_never_been_read(new_context: N
     context, other = new_context(), new_context()
     read(context, some_tokens(120))
     read(other, some_tokens(120))
-    num_compactions, room = len(context.records), int(context.trigger - context.cache.kv_tokens)
+    num_compactions, room = len(context.records), int(context.trigger_tokens - context.cache.kv_tokens)
     read(context, some_tokens(room, seed=1))
     assert len(context.records) == num_compactions > 0
     context.rewind(120)
@@ -449,7 +449,7 @@ def test_rewinding_into_a_segment_gives_what_reading_that_far_gave(
     assert_same_entries(context, other, atol=1e-4)
     assert [event.num_tokens for event in events if isinstance(event, SessionRebuilt)] == [num_tokens]
     read(context, some_tokens(60, seed=3))
-    assert context.cache.kv_tokens <= context.trigger
+    assert context.cache.kv_tokens <= context.trigger_tokens
 
 
 def test_rewinding_replays_compactions_that_no_trigger_asked_for(new_context: NewContext) -> None:
@@ -615,7 +615,7 @@ def origin(engine: TransformersEngine) -> Context:
     policy = POLICY.model_copy(update={"reference_queries": ("repeat", "self_study", "live"), "self_study_tokens": 4})
     context = Context("test", engine, policy, ignore, engine.new_cache(), num_pinned=3)
     read(context, some_tokens(110))
-    read(context, some_tokens(int(context.trigger - context.cache.kv_tokens)))
+    read(context, some_tokens(int(context.trigger_tokens - context.cache.kv_tokens)))
     assert len(context.records) > 2
     return context
 

@@ -816,7 +816,7 @@ def test_sessions_of_several_threads_do_not_mix(memory: Memory) -> None:
     together = [memory.session(f"together {number}", policy=SMALL) for number in range(2)]
     for number, session in enumerate(alone):
         context_of(session).policy = SMALL
-        context_of(session).trigger = 96
+        context_of(session).trigger_tokens = 96
         session.append(f"{number} {TEXT}")
         say(session, 60)
     for number, session in enumerate(together):
@@ -881,7 +881,7 @@ TOOL_TURN = [
 def test_the_tokens_of_a_tool_result_count_less(engine: TransformersEngine) -> None:
     session = Memory(engine, MemoryPolicy(trigger_tokens=600, tool_result_weight=0.25)).session()
     session.append(TOOL_TURN)
-    weights = context_of(session).history.weights(0.25, 3, len(session.tokens))
+    weights = context_of(session).history.token_weights(0.25, 3, len(session.tokens))
     assert weights is not None
     light = [token for token, weight in zip(session.tokens[3:], weights, strict=True) if weight == 0.25]
     assert engine.decode(light) == f"<|im_start|>tool\n{TOOL_TURN[1]['content']}<|im_end|>\n"
