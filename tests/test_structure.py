@@ -135,6 +135,12 @@ def test_every_part_has_its_place_in_the_order() -> None:
     assert {part_of(module_name(path)) for path in FILES} - {""} == set(ORDER)
 
 
+def test_contributing_shows_this_order() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = text.split("```text\n")[1].split("\n```")[0].splitlines()
+    assert [part for row in rows for part in row.split("  ")[0].split(", ")] == list(ORDER)
+
+
 def test_imports_point_one_way() -> None:
     """Imports for types alone count as well: who names a type depends on its package."""
     assert not _against(ORDER, OUR_IMPORTS)
