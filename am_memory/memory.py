@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from am_memory.compaction.plan import trigger_tokens
-from am_memory.compaction.record import as_policy, under
+from am_memory.compaction.record import as_policy, with_policy
 from am_memory.engines.base import Engine, Message
 from am_memory.engines.names import DtypeName, EngineName, as_dtype
 from am_memory.errors import InvalidInput, InvalidPolicy, SessionNotFound, StorageError
@@ -240,7 +240,7 @@ class Memory:
         cache.restore(saved.state)
         check_windows(name, cache)
         is_same = saved.policy == policy.model_dump(mode="json")
-        records = list(saved.records) if is_same else under(as_policy(saved.policy), saved.records)
+        records = list(saved.records) if is_same else with_policy(as_policy(saved.policy), saved.records)
         history = ChatHistory(
             saved.messages, saved.message_starts, saved.is_answering, saved.tools, trusts_messages=self.trust_messages
         )

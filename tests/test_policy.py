@@ -191,9 +191,9 @@ def test_selections_with_other_parameters_are_written_differently() -> None:
 @pytest.mark.parametrize(
     ("selection", "words"),
     [
-        (Plain(torch.ones(2)), "'plain' cannot be told from others in files: .*Tensor.*; make it a dataclass"),
-        (Newest(name="omp"), "'omp' is the name of a selection that ships: give yours another"),
-        (Newest(name=7), "name is 7: it must be a text"),
+        (Plain(torch.ones(2)), "'plain' cannot be written to a file: .*Tensor.*; make it a dataclass"),
+        (Newest(name="omp"), "'omp' is the name of a built-in selection: give yours another name"),
+        (Newest(name=7), "name is 7; it must be a str"),
     ],
     ids=["tensor", "taken", "number"],
 )
@@ -204,7 +204,7 @@ def test_a_key_selection_that_cannot_be_told_from_others_is_refused(selection: o
 
 def test_a_saved_selection_of_ones_own_asks_for_the_object() -> None:
     saved = MemoryPolicy(key_selection=Newest(spared=2)).model_dump_json()
-    with pytest.raises(InvalidPolicy, match="newest.*is a selection of one's own: give the object itself"):
+    with pytest.raises(InvalidPolicy, match="newest.*is not built in: pass the object itself"):
         MemoryPolicy.model_validate_json(saved)
 
 

@@ -1,7 +1,7 @@
-"""How many slots each head gets: one function a file, from the heads' scores to a ranking of their slots.
+"""Head budgets, one function a file: from the scores of all heads to a ranking of their slots.
 
-A budget is a ranking, not a number: `ranks[head, k]` says when head `head` gets its k-th slot, counted over all heads
-of all layers. A segment of n slots holds the slots of rank < n; shrinking it is a cut in the same ranking.
+A budget is a ranking and not a number. `ranks[h, k]` is the rank of the k-th slot of head h, among the slots of all
+heads of all layers. A segment of n slots holds the slots of rank < n, so a shrunken segment is a cut in the ranking.
 """
 
 from am_memory.budgets.adaptive import adaptive_ranks

@@ -1,4 +1,4 @@
-"""Slots go where the scores are, over all layers and heads jointly; decided anew for each block, no calibration."""
+"""The adaptive budget: slots go to the highest scores over all layers and heads. It needs no calibration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def adaptive_ranks(scores: Tensor, min_slots: int) -> Tensor:
     """Rank the slots of all heads by the score of the key that each would hold.
 
     Args:
-        scores: (num_heads, seq_len), of every key, over all layers and KV heads.
+        scores: (num_heads, seq_len), scores of all keys, for the KV heads of all layers.
         min_slots: each head gets its first `min_slots` before any head gets more.
 
     Returns:

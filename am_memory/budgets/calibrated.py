@@ -1,6 +1,6 @@
-"""Slots go where a measurement on the model says that they are needed, weighed by the scores of each block.
+"""The calibrated budget: slots go where a measurement of the model shows the largest gain, weighted by the scores.
 
-Owns the measured curves, their file, and the way from curves to a ranking; `compaction/sensitivity.py` measures them.
+Owns the measured curves, their file, and the ranking made from them. `compaction/sensitivity.py` measures them.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from am_memory.engines.base import ModelInfo
 from am_memory.errors import InvalidPolicy
 
 LEAST_GAIN = 1e-12
-"""What a slot of a head that loses nothing is taken to save, so that it has a logarithm."""
+"""Smallest gain of a slot: it stands for 0, so that the gain has a logarithm."""
 LEAST_STEP, MOST_LOSS = 1e-6, 1e6
-"""Of a ratio, and of it above the one before; in nats per token. Slopes are then numbers that float32 can say."""
+"""Smallest ratio and smallest relative step between ratios; largest loss, in nats per token. They keep slopes in the
+range of float32."""
 MAX_FILE_BYTES = 16 * 2**20
-"""Some hundred times what the largest models take."""
+"""About a hundred times the file of the largest models."""
 
 
 Name = Annotated[str, Field(max_length=1000)]
@@ -37,12 +38,12 @@ class Calibration(BaseModel):
     """Sensitivity curves of a model's KV heads (arXiv:2602.16284, head budgets); frozen, kept as JSON.
 
     Attributes:
-        fingerprint: of the model that they were measured on, as `ModelInfo` has it.
-        model: its name, for people.
+        fingerprint: of the measured model, as in `ModelInfo`.
+        model: its name, for display.
         ratios: slots for each key of a block, ascending, between 0 and 1.
-        losses: of each KV head of all compactable layers, layer after layer, what is lost at each of the ratios where
-            only this head is compacted: KL against the full cache, in nats per token. With all slots, nothing is.
-        weighs_scores: whether a block's own scores count beside the curves.
+        losses: one curve for each KV head, layer after layer: the loss at each ratio when this head alone is compacted,
+            as KL from the full cache in nats per token. At ratio 1 the loss is 0.
+        weighs_scores: multiply the gains by the scores of each block.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -69,17 +70,17 @@ class Calibration(BaseModel):
         return self
 
     def gains(self, seq_len: int) -> Tensor:
-        """What each head's k-th slot of a block saves.
+        """The gain of each head's k-th slot in a block: the loss that it saves.
 
         Returns:
-            (num_heads, seq_len) float32, in nats per token and share of the block; falls along k.
+            (num_heads, seq_len) float32, in nats per token for each share of the block; descending along k.
         """
         ratio = np.arange(1, seq_len + 1) / seq_len
         return torch.from_numpy(np.stack([_gain(self.ratios, head, ratio) for head in self.losses])).float()
 
 
 def _gain(ratios: tuple[float, ...], losses: tuple[float, ...], at: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The slope of one head's curve, made convex, at some ratios; between its pieces it falls as a power."""
+    """Slopes of one head's curve at some ratios. The curve is made convex; slopes are interpolated in log-log space."""
     points: list[tuple[float, float]] = []
     for point in zip((*ratios, 1.0), (*losses, 0.0), strict=True):
         while len(points) >= 2 and _slope(points[-1], point) <= _slope(points[-2], points[-1]):
@@ -95,22 +96,22 @@ def _slope(left: tuple[float, float], right: tuple[float, float]) -> float:
 
 
 def calibrated_ranks(calibration: Calibration, scores: Tensor, min_slots: int) -> Tensor:
-    """Rank the slots of all heads by what each saves by the calibration, times the score of the key that it would hold.
+    """Rank the slots of all heads by their calibrated gain, times the score of the key that each would hold.
 
-    With scores that are all alike this is where greedy exchange (arXiv:2602.16284) ends, at every total at once: with
-    convex curves, moving a slot from the head that it costs least to the head that it helps most goes on until no slot
-    that is out saves more than one that is in. The scores say what this block needs of each head.
+    With equal scores this is the result of the paper's greedy exchange (arXiv:2602.16284), for every total at once.
+    Greedy exchange moves slots from the head that loses least to the head that gains most. With convex curves it ends
+    when no slot left out has a larger gain than one kept. The scores adapt the gains to this block.
 
     Args:
-        scores: (num_heads, seq_len), of every key, over all layers and KV heads; for their shape alone, where the
-            calibration does not weigh them.
+        scores: (num_heads, seq_len), scores of all keys, for the KV heads of all layers. Only the shape counts if the
+            calibration does not weigh scores.
         min_slots: each head gets its first `min_slots` before any head gets more.
 
     Returns:
         (num_heads, seq_len) int64; entry [h, k] is the rank of the k-th slot of head h. Ascending along k.
 
     Raises:
-        InvalidPolicy: the calibration has other heads than the model.
+        InvalidPolicy: the calibration and the model differ in their number of heads.
     """
     if len(calibration.losses) != len(scores):
         raise InvalidPolicy(
@@ -124,15 +125,15 @@ def calibrated_ranks(calibration: Calibration, scores: Tensor, min_slots: int) -
 
 
 def calibration_for(head_budget: str, info: ModelInfo) -> Calibration | None:
-    """The curves that a policy's `head_budget` asks for; None where it asks for none.
+    """The calibration that a policy's `head_budget` asks for; None if it asks for none.
 
     Args:
-        head_budget: "calibrated" is what ships for the model, and so is "auto" where something does; what ends in .json
-            is a file.
+        head_budget: "calibrated" or "auto" take the calibration that ships for the model; "auto" may find none. A path
+            that ends in .json is read.
         info: of the model.
 
     Raises:
-        InvalidPolicy: there is no such file, it is none of ours, or another model's.
+        InvalidPolicy: none ships; or the file does not exist, is no calibration, or belongs to another model.
     """
     if head_budget.endswith(".json"):
         return load_calibration(head_budget, info)
@@ -147,16 +148,16 @@ def calibration_for(head_budget: str, info: ModelInfo) -> Calibration | None:
 
 @functools.cache
 def _shipped(fingerprint: str) -> Calibration | None:
-    """What ships for a model, read once: every session and every branch asks for it."""
+    """The calibration that ships for a model, read once: every session and every branch asks for it."""
     file = resources.files(__package__) / "calibrations" / f"{fingerprint}.json"
     return Calibration.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def load_calibration(path: str | os.PathLike[str], info: ModelInfo) -> Calibration:
-    """Read a file of `am-memory calibrate` for a model.
+    """Read a file that `am-memory calibrate` wrote.
 
     Raises:
-        InvalidPolicy: there is no such file, it is none of ours, or another model's.
+        InvalidPolicy: the file does not exist, is no calibration, or belongs to another model.
     """
     try:
         calibration = Calibration.model_validate_json(_content(Path(path)))
@@ -174,7 +175,7 @@ def load_calibration(path: str | os.PathLike[str], info: ModelInfo) -> Calibrati
 
 
 def _content(path: Path) -> bytes:
-    """Of a file that may be one of ours; raises OSError."""
+    """The bytes of a file; raises OSError if it is no regular file, or too large."""
     if path.exists() and not path.is_file():
         raise OSError("it is no file")
     with path.open("rb") as file:

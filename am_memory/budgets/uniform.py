@@ -1,4 +1,4 @@
-"""The same number of slots for every head: the paper's baseline."""
+"""The uniform budget: the same number of slots for every head, as in the paper's baseline."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def uniform_ranks(scores: Tensor, min_slots: int) -> Tensor:
-    """Heads take turns; `min_slots` is met by itself.
+    """Rank the slots so that heads take turns.
 
     Args:
         scores: (num_heads, seq_len); only the shape counts.
-        min_slots: unused by nature: equal shares have no poorest head.
+        min_slots: has no effect, because no head gets fewer slots than another.
 
     Returns:
         (num_heads, seq_len) int64; entry [h, k] is the rank of the k-th slot of head h.

@@ -117,7 +117,7 @@ class CompactionJob:
         )
 
     def _prepare(self, sources: QuerySources) -> tuple[Passage, CompactionRecord]:
-        """What is compacted: the block, or a summary in its place; and the record of it."""
+        """The passage to compact (the block, or a summary in its place), and its record."""
         record, end = self._record(sources), self.plan.newest.end
         if record.summary is None or not record.summary.answer:
             return Passage(self.cache, self.tokens, self.start, end, self.weights, record.conversations), record

@@ -15,23 +15,24 @@ from am_memory.kv_cache.slots import Segment, resized
 from am_memory.policy import MemoryPolicy
 
 BOUNDARY_SLACK = 0.25
-"""How much of a block may be left for the next one, so that it ends where the text has a boundary."""
+"""The part of a block that may be left for the next one, so that the block ends at a boundary of the text."""
 
 Boundary = Callable[[int, int], int]
-"""Where, from one position to another, both included, a block should end."""
+"""Called with (earliest, latest), both included; returns the position at which a block should end."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a plan depends on.
+    """The sizes that a plan depends on.
 
     Attributes:
         num_tokens: logical tokens in the cache.
         num_pinned: tokens at the start that stay exact.
-        num_tail_tokens: exact tokens behind the segments, the pinned ones among them before the first compaction.
-        segments: as they are.
+        num_tail_tokens: exact tokens behind the segments; before the first compaction the pinned ones too.
+        segments: before the compaction.
         num_heads: KV heads of all compactable layers.
-        reach_tokens: how far behind a token what it looks at may stand; None: what is compact cannot be moved.
+        reach_tokens: the largest distance between a token and the keys that it attends to, which is the model's context
+            window; None: compact keys cannot be moved.
     """
 
     num_tokens: int
@@ -48,13 +49,18 @@ class Sizes:
 
     @property
     def compact_slots(self) -> float:
-        """Mean over heads."""
+        """Compact slots per head, as the mean over all heads."""
         return sum(segment.num_slots for segment in self.segments) / max(self.num_heads, 1)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One compaction: `segments` afterwards, the new one last; with `is_refit` it stands for all before it as well."""
+    """One compaction.
+
+    Attributes:
+        segments: after the compaction, the new one last.
+        is_refit: the new segment replaces all older ones as well.
+    """
 
     segments: tuple[Segment, ...]
     is_refit: bool = False
@@ -65,11 +71,11 @@ class Plan:
 
 
 def trigger_tokens(policy: MemoryPolicy, window_tokens: int, num_pinned: int) -> int:
-    """The physical size that fires, in tokens.
+    """The physical size that fires a compaction, in tokens.
 
     Raises:
-        InvalidPolicy: this policy cannot go on for ever with this model and these pinned tokens.
-        BudgetTooSmall: its compactions would leave a head fewer than `min_slots`.
+        InvalidPolicy: with this model and these pinned tokens, compactions would at some point free no room.
+        BudgetTooSmall: a compaction would leave a head fewer than `min_slots`.
     """
     trigger = policy.trigger_tokens
     tokens = trigger if isinstance(trigger, int) else int(trigger * window_tokens)
@@ -97,29 +103,35 @@ def trigger_tokens(policy: MemoryPolicy, window_tokens: int, num_pinned: int) ->
 
 
 def max_compact_tokens(policy: MemoryPolicy, trigger: int) -> int:
-    """The bound on all segments together, in mean slots per head."""
+    """The bound on all segments together, in slots per head (mean)."""
     if policy.max_compact_tokens is not None:
         return policy.max_compact_tokens
     return max(int(trigger * policy.compact_fraction / 2), 1)
 
 
 def min_block_tokens(policy: MemoryPolicy, trigger: int, num_pinned: int, ahead_tokens: int = 0) -> int:
-    """Exact tokens that a compaction covers at least, begun so far below the trigger with segments at their bound."""
+    """The fewest exact tokens that a compaction covers, which is when the segments are at their bound.
+
+    Args:
+        ahead_tokens: how far below the trigger the compaction begins.
+    """
     compact, size = max_compact_tokens(policy, trigger), trigger - ahead_tokens
-    # It is due when there is no room for one more token, so that the cache may be almost a token below that size.
+    # A compaction is due when one more token would not fit, so the cache may be almost a token smaller than that.
     covered = math.floor(policy.compact_fraction * (size - 1 - num_pinned)) + 1 - compact
     return min(covered, size - num_pinned - compact - policy.keep_recent)
 
 
 def most_at_once(policy: MemoryPolicy, trigger: int, num_pinned: int) -> int:
-    """The most tokens that can be read in one pass wherever the cache stands: a compaction that is begun so far below
-    the trigger covers no fewer, and leaves no head without its floor of slots."""
+    """The most tokens that one pass can read at any time: a compaction can always make room for them.
+
+    A compaction that begins this far below the trigger covers at least as many tokens, and gives each head `min_slots`.
+    """
 
     def is_too_much(num_tokens: int) -> bool:
         block = min_block_tokens(policy, trigger, num_pinned, policy.ahead_tokens + num_tokens)
         return block < max(num_tokens, _floor_tokens(policy))
 
-    return max(bisect_left(range(trigger), True, key=is_too_much) - 1, 1)  # the more tokens, the smaller the block
+    return max(bisect_left(range(trigger), True, key=is_too_much) - 1, 1)  # more tokens, smaller block
 
 
 def _check_ahead(policy: MemoryPolicy, trigger: int, num_pinned: int) -> None:
@@ -129,14 +141,14 @@ def _check_ahead(policy: MemoryPolicy, trigger: int, num_pinned: int) -> None:
         less = range(min(ahead_tokens, trigger), -1, -1)
         possible = next(each for each in less if each < min_block_tokens(policy, trigger, num_pinned, each))
         raise InvalidPolicy(
-            f"ahead_tokens {ahead_tokens} is not below the {max(block, 0)} tokens that a compaction covers at least if "
-            f"it is begun so far below the trigger of {trigger}: lower it to {possible}, or raise trigger_tokens"
+            f"ahead_tokens {ahead_tokens} must be below the {max(block, 0)} tokens that a compaction covers at least "
+            f"if it begins that far below the trigger of {trigger}: lower it to {possible}, or raise trigger_tokens"
         )
     _check_floor(policy, block)
 
 
 def _floor_tokens(policy: MemoryPolicy) -> int:
-    """The smallest block in which each head gets its floor of slots."""
+    """The smallest block in which each head gets `min_slots`."""
     return math.ceil(policy.experiments.min_slots / policy.keep_ratio)
 
 
@@ -158,12 +170,13 @@ def plan(
     fraction: float | None = None,
     boundary: Boundary = lambda earliest, latest: latest,
 ) -> Plan:
-    """What a compaction does now.
+    """Plan the next compaction.
 
     Args:
-        fraction: of the cache without its pinned tokens, oldest first; None: the policy's, sparing the recent tokens
-            and ending where the text has a boundary.
-        boundary: where among the positions from one to another, both included, the block should end.
+        trigger: the physical size that fires a compaction, in tokens.
+        fraction: the part of the cache to compact, oldest first, without the pinned tokens. None: the policy's
+            fraction; the recent tokens are then spared, and the block ends at a boundary of the text.
+        boundary: returns where the block should end.
 
     Raises:
         CompactionFailed: there is no exact token to compact.
@@ -188,24 +201,25 @@ def plan(
         end = boundary(min(sizes.exact_start + least, end), end)
     older = () if is_refit else sizes.segments
     _check_floor(policy, end - start)
-    # What is refit stays where it stands, moved up before or not, and so do the pinned tokens.
+    # A refit does not move keys: neither those of the segment, nor the pinned ones.
     shift = sizes.segments[0].shift if is_refit and sizes.segments else 0
     newest = Segment(start, end, round(policy.keep_ratio * (end - start) * sizes.num_heads), shift)
     bound = max_compact_tokens(policy, trigger) * sizes.num_heads
     segments = shrink([*older, newest], bound)
     floor = min(policy.experiments.min_slots * sizes.num_heads, newest.num_slots)
-    if segments[-1].num_slots < floor:  # so long a conversation that an equal share is too little to begin with
+    if segments[-1].num_slots < floor:  # after a very long conversation an equal share is below min_slots
         segments = [*shrink(older, bound - floor), resized(newest, floor)]
     return Plan(tuple(within_reach(segments, sizes, trigger)), is_refit)
 
 
 def within_reach(segments: Sequence[Segment], sizes: Sizes, trigger: int) -> list[Segment]:
-    """Those moved up to half the reach that would else get out of it before the next compaction.
+    """Shift segments that would leave the context window before the next compaction; they land half a window back.
 
-    A segment moves as it is, so that old ones come to stand at the same positions; pinned tokens go with the oldest.
+    A segment moves as a whole, so that several old ones may share positions. Pinned tokens move with the oldest one.
 
     Args:
-        segments: after a compaction, the new one last, which stays.
+        segments: after the compaction, the new one last; the new one is never moved.
+        trigger: the physical size that fires a compaction, in tokens.
     """
     reach, newest = sizes.reach_tokens, segments[-1]
     if reach is None:
@@ -235,7 +249,7 @@ def with_more_slots(policy: MemoryPolicy, trigger: int, num_heads: int, plan: Pl
 
 
 def shrink(segments: Sequence[Segment], max_slots: int) -> list[Segment]:
-    """Cut the richest segments, by slots for each token, to one level, so that all fit into `max_slots`."""
+    """Cut the segments with the most slots per token down to one level, so that all fit into `max_slots`."""
     if sum(segment.num_slots for segment in segments) <= max_slots:
         return list(segments)
     poorest_first = sorted(segments, key=lambda segment: segment.num_slots / segment.num_tokens)

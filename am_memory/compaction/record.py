@@ -1,7 +1,7 @@
-"""The compactions of a context as they are kept, so that they can be made again. Knows not how they are made.
+"""Records of a context's compactions, kept so that they can be made again.
 
-All that a compaction depends on beside the tokens and what was compacted before is here, and so is what stood in the
-cache while the tokens behind it were read.
+A record holds all that a compaction depends on besides the tokens and the compactions before it, and which entries
+were in the cache while later tokens were read. It does not know how a compaction runs.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from am_memory.policy import MemoryPolicy
 
 
 class Summary(NamedTuple):
-    """Token ids of the prompt for a summary, and of what the model answered; it may be nothing."""
+    """Token ids of the prompt for a summary, and of the model's answer, which may be empty."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
 
 
 class RecallRecord(NamedTuple):
-    """A segment that became exact, or compact again, when the cache held `at_tokens` logical tokens.
+    """A segment was recalled, or compacted again, when the cache held `at_tokens` logical tokens.
 
     Attributes:
         start: where the segment begins.
-        is_exact: it became exact, or, if it was, the one recalled last.
+        is_exact: True if it was recalled; a segment that was exact already became the most recently recalled one.
     """
 
     at_tokens: int
@@ -38,29 +38,29 @@ class RecallRecord(NamedTuple):
 
 
 def as_policy(written: object) -> MemoryPolicy | None:
-    """A policy as it was written; None where it needs a key selection that no file can hold."""
+    """A policy from its JSON; None if it uses a key selection that is not built in."""
     try:
         return MemoryPolicy(**written) if isinstance(written, Mapping) else None
     except InvalidPolicy:
         return None
 
 
-def _read(policy: object) -> MemoryPolicy | None:
+def _policy_from(policy: object) -> MemoryPolicy | None:
     return policy if isinstance(policy, MemoryPolicy) else as_policy(policy)
 
 
 @dataclass(frozen=True)
 class CompactionRecord:
-    """A compaction that was made when the cache held `at_tokens` logical tokens.
+    """A compaction that began when the cache held `at_tokens` logical tokens.
 
     Attributes:
-        conversations: of self-study, token ids of each prompt with the model's answer. Where the compaction is made
-            again they are read, not written anew: rounding alone may make a model write something else.
-        summary: in the place of the block, where the policy wanted one; read again as well.
-        lag_tokens: how many more the cache held when it was swapped in.
-        live_start: the first token whose live queries were there, where the policy wanted them.
-        recalls: what was recalled and put away between this compaction and the next.
-        policy: that it was made under; None: the context's own, or one with a key selection that no file can hold.
+        conversations: self-study's prompts and answers, as token ids. A repeated compaction reads them and does not
+            generate them again, because rounding alone may change what a model generates.
+        summary: took the place of the block, if the policy asked for one; also read again.
+        lag_tokens: how many more tokens the cache held when the result was swapped in.
+        live_start: the first token whose live queries were available, if the policy uses them.
+        recalls: segments that were recalled or compacted again between this compaction and the next.
+        policy: the one that the compaction followed. None: the context's own, or one that no file can hold.
     """
 
     at_tokens: int
@@ -70,27 +70,31 @@ class CompactionRecord:
     lag_tokens: int = 0
     live_start: int = 0
     recalls: tuple[RecallRecord, ...] = ()
-    policy: Annotated[MemoryPolicy | None, BeforeValidator(_read)] = None
+    policy: Annotated[MemoryPolicy | None, BeforeValidator(_policy_from)] = None
 
     @property
     def swapped_at(self) -> int:
-        """Logical tokens in the cache when it was swapped in."""
+        """Logical tokens in the cache when the result was swapped in."""
         return self.at_tokens + self.lag_tokens
 
     def within(self, num_tokens: int) -> CompactionRecord:
-        """The same, swapped in, and with its segments recalled, when the cache held `num_tokens` at most.
+        """The record after the cache goes back to `num_tokens`: swap-in and recalls move to there if they came later.
 
         Args:
-            num_tokens: at least `at_tokens`: what a compaction saw is what it depends on.
+            num_tokens: at least `at_tokens`, because the compaction depends on all tokens that it saw.
         """
         assert self.at_tokens <= num_tokens
         return replace(
             self,
             lag_tokens=min(self.swapped_at, num_tokens) - self.at_tokens,
-            recalls=tuple(each._replace(at_tokens=min(each.at_tokens, num_tokens)) for each in self.recalls),
+            recalls=tuple(recall._replace(at_tokens=min(recall.at_tokens, num_tokens)) for recall in self.recalls),
         )
 
 
-def under(policy: MemoryPolicy | None, records: Iterable[CompactionRecord]) -> list[CompactionRecord]:
-    """The records of a context of this policy, for one that goes on under another; None: it is not known."""
-    return [replace(made, policy=made.policy or policy) for made in records]
+def with_policy(policy: MemoryPolicy | None, records: Iterable[CompactionRecord]) -> list[CompactionRecord]:
+    """Write a context's policy into its records, before the context continues under another one.
+
+    Args:
+        policy: None: not known.
+    """
+    return [replace(record, policy=record.policy or policy) for record in records]

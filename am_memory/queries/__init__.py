@@ -1,4 +1,4 @@
-"""Where reference queries come from, one source a file; every source gives `ReferenceQueries` for each layer."""
+"""Sources of reference queries, one source a file. Each returns one `ReferenceQueries` for each compactable layer."""
 
 from am_memory.queries.live import LiveQueries
 from am_memory.queries.message_tokens import message_token_positions

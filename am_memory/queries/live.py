@@ -1,6 +1,6 @@
-"""Live queries: those that passed anyway, while the tokens after a block were read or written. No pass of their own.
+"""Live queries: those of the tokens after a block, kept while these were read or generated. They cost no pass.
 
-Right for a text that only goes on; measured to be useless alone for recall.
+They suit a text that only continues. For recall they are useless alone, as measured in docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from am_memory.engines.base import SessionLayer
 from am_memory.queries.reference import ReferenceQueries
 
 NUM_DISTANCES = 16
-"""Positions from which live queries are asked once more, at most."""
+"""The number of distances over which live queries are spread."""
 
 
 class _Pass(NamedTuple):
-    """What one forward pass left at one layer; `start` is the logical position of its first token."""
+    """The queries of one forward pass at one layer; `start` is the logical position of its first token."""
 
     start: int
     query: Tensor  # (num_key_value_heads, num_key_value_groups, num_tokens, head_dim)
@@ -31,17 +31,17 @@ class _Pass(NamedTuple):
         return self.start + self.query.shape[2]
 
     def cut(self, start: int, end: int) -> _Pass:
-        """The tokens at [start, end) of it."""
+        """The part for the tokens at [start, end)."""
         start, end = max(start, self.start), min(end, self.end)
         where = slice(start - self.start, max(end, start) - self.start)
         return _Pass(start, self.query[:, :, where], self.log_mass[:, :, where])
 
 
 class LiveQueries:
-    """Keeps the queries of the last tokens, as they come.
+    """Keeps the queries of the last tokens that were read or generated.
 
     Args:
-        max_tokens: older ones are forgotten; a token's queries take num_key_value_groups times the bytes of its keys.
+        max_tokens: older ones are dropped. A token's queries take num_key_value_groups times the bytes of its keys.
     """
 
     def __init__(self, max_tokens: int = 512) -> None:
@@ -50,14 +50,14 @@ class LiveQueries:
         self._passes: defaultdict[int, list[_Pass]] = defaultdict(list)
 
     def copy(self) -> LiveQueries:
-        """The same queries, for a branch that goes its own way."""
+        """A second one with the same queries, for a branch."""
         twin = LiveQueries(self.max_tokens)
         twin._num_tokens = self._num_tokens.copy()
         twin._passes.update({index: list(passes) for index, passes in self._passes.items()})
         return twin
 
     def since(self, position: int) -> LiveQueries:
-        """Those of the tokens at `position` and later, for whoever is to know of no others."""
+        """A second one with the queries of the tokens at `position` and later only."""
         twin = self.copy()
         for index, passes in twin._passes.items():
             twin._passes[index] = [each.cut(position, each.end) for each in passes if each.end > position]
@@ -65,17 +65,17 @@ class LiveQueries:
 
     @property
     def start(self) -> int | None:
-        """The position of the first token whose queries are kept; None where there are none."""
+        """The position of the first token whose queries are kept; None if there are none."""
         return min((passes[0].start for passes in self._passes.values() if passes), default=None)
 
     def seek(self, num_tokens: int) -> None:
-        """The next token read is at logical position `num_tokens`; queries of later ones are forgotten."""
+        """Continue at logical position `num_tokens`; queries from there on are dropped."""
         for index, passes in self._passes.items():
             self._passes[index] = [each.cut(each.start, num_tokens) for each in passes if each.start < num_tokens]
         self._num_tokens = defaultdict(lambda: num_tokens)
 
     def add(self, index: int, query: Tensor, log_mass: Tensor) -> None:
-        """Take what `OnQuery` gets, for compactable layer `index`."""
+        """Keep what `OnQuery` gets for compactable layer `index`."""
         new = _Pass(self._num_tokens[index], query.detach(), log_mass.detach())
         oldest = new.end - self.max_tokens
         self._num_tokens[index] = new.end
@@ -83,7 +83,7 @@ class LiveQueries:
         self._passes[index] = [*kept, new.cut(oldest, new.end)]
 
     def after(self, position: int) -> list[ReferenceQueries]:
-        """For each layer the queries of the tokens at `position` and later; empty if there are none."""
+        """For each compactable layer, the queries of the tokens at `position` and later; empty if there are none."""
         layers = []
         for _, passes in sorted(self._passes.items()):
             kept = [each.cut(position, each.end) for each in passes if each.end > position]
@@ -96,15 +96,14 @@ class LiveQueries:
 def from_further_away(
     samples: Sequence[ReferenceQueries], layers: Sequence[SessionLayer], num_tokens: int
 ) -> list[ReferenceQueries]:
-    """Live queries as if they came later, evenly spread over the next `num_tokens` positions.
+    """Live queries rotated to later positions, evenly spread over the next `num_tokens` positions.
 
-    What has passed stood right behind the block, and looked at the end of it. Whoever looks there as long as the block
-    is remembered does so from further and further away, as RoPE has it: slots and fits are to serve these. How far is
-    not known; a text that was so long may become as long again.
+    Live queries stood directly behind the block. Later queries will stand further away, and RoPE depends on the
+    distance, so slots and fits must serve these. How far is not known; a text may become twice as long as it is.
 
     Args:
-        samples: of each layer.
-        layers: know how their queries turn.
+        samples: one for each layer.
+        layers: rotate the queries by their own RoPE.
     """
     return [
         ReferenceQueries(_spread(sample.query, layer, num_tokens), sample.log_mass)

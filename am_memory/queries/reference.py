@@ -1,4 +1,4 @@
-"""Reference queries: the sample of queries on which a compaction is fitted, and how much each of them saw."""
+"""Reference queries: the sample that a compaction is fitted on, and each query's total attention mass."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ReferenceQueries:
-    """The sample for one layer (arXiv:2602.16284, section 3); a group's query heads are pooled along num_queries.
+    """The sample for one layer (arXiv:2602.16284, section 3). The query heads of a GQA group are pooled.
 
     Attributes:
         query: (num_key_value_heads, num_queries, head_dim), after RoPE.
-        log_mass: (num_key_value_heads, num_queries) float32, log of the mass that each query spent on everything that
-            it saw. Its share on a block says how much an error in that block matters to it.
+        log_mass: (num_key_value_heads, num_queries) float32, log of each query's attention mass over all keys that it
+            saw. The block's share of this mass says how much an error in the block matters to the query.
     """
 
     query: Tensor
@@ -26,11 +26,12 @@ class ReferenceQueries:
     def pooled(
         cls, passes: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float] | None = None
     ) -> ReferenceQueries:
-        """From what `OnQuery` got in several forward passes.
+        """Pool what `OnQuery` got in several forward passes.
 
         Args:
-            weights: how much the queries of each token count; None: all alike. A query that saw more elsewhere has a
-                smaller share on the block, and so counts less: that is how a weight is told.
+            passes: (query, log_mass) of each pass; see `OnQuery` for the shapes.
+            weights: how much the queries of each token count; None: all alike. A weight below 1 is written as a larger
+                total mass: the block's share becomes smaller, and the query counts less.
         """
         query = torch.cat([query for query, _ in passes], dim=2)
         log_mass = torch.cat([log_mass for _, log_mass in passes], dim=2)
@@ -40,7 +41,7 @@ class ReferenceQueries:
 
     @classmethod
     def union(cls, samples: Sequence[ReferenceQueries]) -> ReferenceQueries:
-        """All queries of several samples."""
+        """Join the queries of several samples."""
         return cls(
             torch.cat([sample.query for sample in samples], dim=1),
             torch.cat([sample.log_mass for sample in samples], dim=1),

@@ -18,7 +18,7 @@ from am_memory.compaction.background import BackgroundCompaction
 from am_memory.compaction.compact import failures
 from am_memory.compaction.job import CompactionJob, CompactionResult
 from am_memory.compaction.plan import Plan, Sizes, most_at_once, plan, trigger_tokens
-from am_memory.compaction.record import CompactionRecord, RecallRecord, under
+from am_memory.compaction.record import CompactionRecord, RecallRecord, with_policy
 from am_memory.compaction.requirements import require
 from am_memory.engines.base import Engine, SessionCache, in_chunks
 from am_memory.errors import (
@@ -541,7 +541,7 @@ class Context:
             policy=policy or self.policy,
             cache=self.cache.fork(),
             tokens=list(self.tokens),
-            records=list(self.records) if is_same else under(self.policy, self.records),
+            records=list(self.records) if is_same else with_policy(self.policy, self.records),
             background_compaction=self.background_compaction if is_same else None,
         )
         if self.live is not None and branch.live is not None:

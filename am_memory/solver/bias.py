@@ -1,4 +1,4 @@
-"""The biases of the kept keys: bounded least squares on the block's attention mass (arXiv:2602.16284, section 3.3)."""
+"""The biases of the kept keys: bounded least squares on the attention mass (arXiv:2602.16284, section 3.3)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def solve_bias(block: Block, key: Tensor, inherited: Tensor, exact: ExactAttenti
 def _mass_system(
     block: Block, key: Tensor, inherited: Tensor, exact: ExactAttention, is_relative: bool
 ) -> NormalEquations:
-    """Normal equations of A (w - 1) = b - A 1: keeping every key leaves no mass to explain, and hence no bias."""
+    """Normal equations of A (w - 1) = b - A 1. If every key is kept, the right side is 0, and so is every bias."""
     shift = exact.log_mass if is_relative else exact.max_logit
     mass = ((exact.log_mass - shift).exp() * exact.weight)[:, :, None]  # (B, num_queries, 1)
     base2_shift = (shift * LOG2_E - exact.weight.log2())[:, :, None]

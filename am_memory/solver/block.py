@@ -1,4 +1,4 @@
-"""What every solver step works on: one block of the cache, its reference queries, and the walk over them.
+"""The input of every solver step: one block of the cache and its reference queries.
 
 Knows no model, no cache and no policy.
 """
@@ -14,14 +14,13 @@ from torch import Tensor
 
 from am_memory.errors import InvalidInput
 
-# Exponentials are taken in base 2, as flash-attention kernels do: on a CPU torch.exp2 is twice as fast as torch.exp,
-# and does not become ten times slower where the result underflows, as it does for most keys of a peaked softmax.
 LOG2_E = math.log2(math.e)
+"""Turns logits into base 2, as in flash-attention kernels. On a CPU torch.exp2 is twice as fast as torch.exp, and it
+does not become ten times slower where the result underflows, as it does for most keys of a peaked softmax."""
 
-# Elements of the largest (num_heads, chunk of queries, num_keys) tensor held at once. The several passes over a chunk
-# should stay in a CPU's cache (4 MiB of float32); an accelerator wants few large kernels.
-MAX_CHUNK_ELEMENTS_CPU = 2**20
-MAX_CHUNK_ELEMENTS = 2**24
+MAX_CHUNK_ELEMENTS_CPU, MAX_CHUNK_ELEMENTS = 2**20, 2**24
+"""Elements of the largest (num_heads, chunk of queries, num_keys) tensor held at once. On a CPU the passes over a chunk
+stay in its cache (4 MiB of float32); a GPU works best with few large kernels."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,12 @@ class Block:
         key: (B, seq_len, head_dim), after RoPE.
         value: (B, seq_len, head_dim).
         scaling: factor of the logits before the softmax.
-        log_mass: (B, num_queries) float32, log of the mass that each query spends on everything it sees, this block
-            included; a query then counts by its share on the block. None: every query counts alike.
-        key_bias: (B, seq_len), added to the logits of keys that stand for several already; -inf is no key at all, which
-            is how heads of different lengths share a block. None: 0.
+        log_mass: (B, num_queries) float32, log of each query's attention mass over all keys that it sees, in this block
+            and elsewhere. A query then counts by its share on this block. None: all queries count alike.
+        key_bias: (B, seq_len), added to the logits, for keys that are themselves compact slots. -inf marks padding,
+            so that heads of different lengths can share a block. None: 0.
 
-    Any floating dtype; the solver computes in float32, and in float64 where it factors.
+    Tensors may have any floating dtype. The solver computes in float32, and factors matrices in float64.
 
     Raises:
         InvalidInput: shapes that do not fit together, or no key, or no query.
@@ -110,7 +109,7 @@ class Block:
 
     @property
     def num_keys(self) -> Tensor:
-        """(B,) int64: keys of each head, padding apart."""
+        """(B,) int64: the number of keys of each head, without padding."""
         if self.key_bias is None:
             return torch.full((self.num_heads,), self.seq_len, device=self.key.device)
         return (self.key_bias > -torch.inf).sum(dim=1)
@@ -124,8 +123,8 @@ class Block:
 
         Yields:
             rows: the chunk of queries.
-            logits: (B, chunk, t) float32, to be overwritten by the consumer. It is one buffer for all chunks: fresh
-                pages for each would cost a third of the matmul's time.
+            logits: (B, chunk, t) float32. All chunks share one buffer, which the consumer may overwrite: fresh memory
+                for each chunk would cost a third of the matmul's time.
         """
         base2_key = key.float().mT * (self.scaling * LOG2_E)  # (B, head_dim, t)
         base2_bias = None if bias is None else bias[:, None].float() * LOG2_E

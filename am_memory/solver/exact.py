@@ -1,4 +1,4 @@
-"""Attention of the reference queries to the whole block: what a compact block has to reproduce."""
+"""Attention of the reference queries to the whole block, which a compact block has to reproduce."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from am_memory.solver.block import LOG2_E, Block
 from am_memory.solver.triton_support import MAX_HEAD_DIM, dot_dtype, padded, runs_triton
 
 SMALL_BLOCK_TOKENS = 200
-"""In a block of so many keys, a query of the mean share counts half as much as it would if its share were all."""
+"""In a block of this many keys, a query with the mean share counts half as much as one with the whole share."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,11 @@ class ExactAttention:
     """The block's own attention, from one pass over queries and keys (arXiv:2602.16284, section 3).
 
     Attributes:
-        scores: (B, seq_len) float32, RMS over the queries of the attention that each key gets.
-        max_logit: (B, num_queries) float32, largest scaled logit of each query.
+        scores: (B, seq_len) float32, root mean square over the queries of the attention that each key gets.
+        max_logit: (B, num_queries) float32, the largest scaled logit of each query.
         log_mass: (B, num_queries) float32, log of the sum over the keys of exp(logit).
         output: (B, num_queries, head_dim) float32, softmax(logits) V.
-        weight: (B, num_queries) float32, how much each query counts in a fit, as `fit_weights` has it.
+        weight: (B, num_queries) float32, how much each query counts in a fit; see `fit_weights`.
     """
 
     scores: Tensor
@@ -38,13 +38,13 @@ class ExactAttention:
         return ExactAttention(*(of[index, None] for of in self._tensors))
 
     def queries(self, where: Tensor) -> ExactAttention:
-        """Of some of the queries, int64 indices; the scores are still those of all."""
+        """Keep the queries at these indices (int64). The scores stay those of all queries."""
         by_query = (of[:, where] for of in (self.max_logit, self.log_mass, self.output, self.weight))
         return ExactAttention(self.scores, *by_query)
 
     @classmethod
     def stack(cls, heads: Sequence[ExactAttention]) -> ExactAttention:
-        """The heads of several blocks, in their order."""
+        """Join the heads of several blocks."""
         return cls(*(torch.cat(of) for of in zip(*(head._tensors for head in heads), strict=True)))
 
     @property
@@ -53,14 +53,21 @@ class ExactAttention:
 
 
 def exact_attention(block: Block) -> ExactAttention:
-    """Scores, mass and output of the block, for key selection and fit to share."""
+    """Scores, mass and output of the block. Key selection and fit share the result."""
     of_all = _on_tensor_cores if can_use_tensor_cores(block) else _by_chunks
     max_logit, log_mass, output, share, energy = of_all(block)
     return ExactAttention(rms_scores(energy, block), max_logit, log_mass, output, fit_weights(share, block.num_keys))
 
 
 def _by_chunks(block: Block) -> tuple[Tensor, ...]:
-    """Largest logits, log masses and outputs of the queries, their shares on the block, (B, 1, seq_len) energies."""
+    """Largest logits, log masses, outputs and shares of the queries, and the energies of the keys.
+
+    Returns:
+        max_logit, log_mass: (B, num_queries) float32.
+        output: (B, num_queries, head_dim) float32.
+        share: (B, num_queries) float32, of each query's attention, on this block.
+        energy: (B, 1, seq_len) float32, sum over the queries of (share * softmax weight)^2.
+    """
     value = block.value.float()
     energy = value.new_zeros(block.num_heads, 1, block.seq_len)
     max_logit = value.new_empty(block.num_heads, block.num_queries)
@@ -77,20 +84,20 @@ def _by_chunks(block: Block) -> tuple[Tensor, ...]:
 
 
 def can_use_tensor_cores(block: Block) -> bool:
-    """Whether a GPU's kernels take the block; in float32 it would lose digits there."""
+    """Whether the Triton kernels take the block. They would round a float32 block."""
     is_16_bit = block.key.dtype in (torch.bfloat16, torch.float16)
     return is_16_bit and block.head_dim <= MAX_HEAD_DIM and runs_triton(block.key.device)
 
 
 def block_sizes(head_dim: int) -> dict[str, int]:
-    """Powers of two, of which all fit in the shared memory of any GPU that Triton knows well."""
+    """Tile sizes of the kernels, powers of two. They fit the shared memory of every GPU that `runs_triton` accepts."""
     padded_dim = padded(head_dim)
     block_queries, block_keys = (64, min(64, 2**12 // padded_dim)) if padded_dim <= 128 else (32, 16)
     return {"PADDED_DIM": padded_dim, "BLOCK_QUERIES": block_queries, "BLOCK_KEYS": block_keys}
 
 
 def _on_tensor_cores(block: Block) -> tuple[Tensor, ...]:
-    """What `_by_chunks` computes, without ever writing a weight to the device's memory."""
+    """The same as `_by_chunks`, without writing attention weights to the device's memory."""
     import triton
 
     from am_memory.solver.exact_kernels import energy_kernel, mass_kernel
@@ -116,14 +123,14 @@ def _on_tensor_cores(block: Block) -> tuple[Tensor, ...]:
 def fit_weights(share: Tensor, num_keys: Tensor) -> Tensor:
     """How much each query counts in the fits of a block.
 
-    An error in a block reaches the model's output scaled by the query's share of attention on that block: so the share
-    is the weight where a block is long. Of a short one there are many in a text, most of them not what a query is
-    about. Each gets little of its attention, but their errors add up: so there the weight saturates, and queries of a
-    small share count nearly as much as those of a large one.
+    Queries that attend mostly to this block weigh most; short blocks relax the weighting. An error in a block reaches
+    the model's output scaled by the query's share of attention on it, so in a long block the share is the weight. A
+    text has many short blocks. A query attends little to most of them, but their errors add up, so there the weight
+    saturates.
 
     Args:
         share: (B, num_queries) float32, of each query's attention, on this block.
-        num_keys: (B,) int64, of the block.
+        num_keys: (B,) int64, the number of keys of each head.
 
     Returns:
         (B, num_queries) float32, relative to the head's largest.
@@ -139,7 +146,7 @@ def unnormalised_weights(block: Block) -> Iterator[tuple[slice, Tensor, Tensor, 
 
     Yields:
         rows: the chunk of queries.
-        weight: (B, chunk, seq_len) float32, 2^(logit - top), to be overwritten by the consumer.
+        weight: (B, chunk, seq_len) float32, 2^(logit - top); the consumer may overwrite it.
         total: (B, chunk) float32, row sums of weight, at least 1.
         top: (B, chunk) float32, largest base-2 logit of the row.
     """

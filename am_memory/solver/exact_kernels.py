@@ -1,7 +1,8 @@
-"""Two Triton programs for a block's exact attention in 16 bits: its masses and outputs, then the energy of its keys.
+"""Two Triton kernels for a block's exact attention in 16 bits: masses and outputs, then the energies of the keys.
 
-`exact.py` launches them, and has the definition. No weight leaves the chip. Products of queries and keys are exact, as
-tensor cores add up in float32; weights enter outputs with the ten bits of TF32, more than a model's own attention has.
+`exact.py` launches them and has the definition. No attention weight leaves the chip. Products of queries and keys are
+exact, because tensor cores accumulate in float32. Weights enter the outputs in TF32 (10 bits of mantissa), which is
+more than a model's own attention has.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -16,7 +17,7 @@ from am_memory.solver.triton_softmax import LOG2_E, add_keys
 
 @triton.jit
 def _base2_logits(queries, keys, key_bias, where, is_key, scale, HAS_BIAS: tl.constexpr, DOT_DTYPE: tl.constexpr):
-    """Of a block of queries (rows, dim) on a block of keys (dim, columns); -inf where there is no key."""
+    """Logits of a tile of queries (rows, dim) on a tile of keys (dim, columns); -inf where there is no key."""
     logits = tl.dot(queries.to(DOT_DTYPE), keys.to(DOT_DTYPE), input_precision="ieee") * scale
     if HAS_BIAS:
         logits += tl.load(key_bias + where, mask=is_key, other=0.0).to(tl.float32)[None] * LOG2_E
@@ -42,7 +43,7 @@ def mass_kernel(  # noqa: PLR0913, PLR0917
     BLOCK_KEYS: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
-    """A block of queries over all keys; grid (blocks of queries, B)."""
+    """A tile of queries over all keys; grid (tiles of queries, B)."""
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
     dim, column = tl.arange(0, PADDED_DIM), tl.arange(0, BLOCK_KEYS)
@@ -88,7 +89,7 @@ def energy_kernel(  # noqa: PLR0913, PLR0917
     BLOCK_KEYS: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
-    """Sum over the queries of (share * softmax weight)^2, for a block of keys; grid (blocks of keys, B)."""
+    """Sum over the queries of (share * softmax weight)^2, for a tile of keys; grid (tiles of keys, B)."""
     head = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
     dim, line = tl.arange(0, PADDED_DIM), tl.arange(0, BLOCK_QUERIES)

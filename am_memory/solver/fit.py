@@ -1,4 +1,4 @@
-"""The fit of a compact block: the biases, then the values, of the kept keys (arXiv:2602.16284, section 3.3)."""
+"""The fit of a compact block: first the biases of the kept keys, then their values (arXiv:2602.16284, section 3.3)."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from am_memory.solver.values import compact_attention, solve_values
 
 @dataclass(frozen=True)
 class Fit:
-    """A compact block, and how well it stands in for the exact one on the reference queries.
+    """A compact block, and how well it reproduces the exact one on the reference queries.
 
     Attributes:
-        key: (B, t, head_dim) float32, the kept keys, with their bias where it is folded; 0 in padding slots.
+        key: (B, t, head_dim) float32, the kept keys, with their biases if these are folded; 0 in padding slots.
         bias: (B, t) float32, added to the scaled logits; -inf in padding slots.
         value: (B, t, head_dim) float32; 0 in padding slots.
         mass_error: (B,) float32, RMS over queries of (compact mass / exact mass - 1).
         output_error: (B,) float32, RMS(compact output - exact output) / RMS(exact output).
-        fold_error: (B,) float32, how far off the biases are that were folded into the keys, relative to themselves.
-            None where they were not folded.
+        fold_error: (B,) float32, relative error of the biases that were folded into the keys. None: not folded.
     """
 
     key: Tensor
@@ -38,13 +37,13 @@ class Fit:
 
 
 def output_error(block: Block, compact: Fit, exact: ExactAttention) -> Tensor:
-    """(B,) float32: the `output_error` of a fit on the queries of `block`, on which it need not have been made."""
+    """(B,) float32: `Fit.output_error` on the queries of `block`, which may differ from those of the fit."""
     missing = compact_attention(block, compact.key, compact.bias, compact.value, exact).missing_energy
     return _relative(missing, exact)
 
 
 def _relative(missing_energy: Tensor, exact: ExactAttention) -> Tensor:
-    """(B,) float32: root of the energy of an error, relative to that of the exact output."""
+    """(B,) float32: the root of an error's energy, relative to the exact output."""
     counted = exact.output * exact.weight[:, :, None]
     energy = counted.square().sum((1, 2)).clamp_min(torch.finfo(torch.float32).tiny)
     return (missing_energy / energy).sqrt().float()
@@ -76,10 +75,10 @@ def fit(
     """
     exact = exact or exact_attention(block)
     is_slot = slot_mask(num_slots, indices.shape[1])
-    # Padding stands for the block's first key, so that it stays finite; the solvers leave it out.
+    # Padding repeats the block's first key, so that it stays finite; the solvers leave it out.
     index = torch.where(is_slot, indices, 0)[:, :, None].expand(-1, -1, block.head_dim)
     key, value = block.key.gather(1, index).float(), block.value.gather(1, index).float()
-    # Keys that stand for several already bring their bias; what is fitted comes on top of it.
+    # Keys that are compact slots have a bias already; the fitted one is added to it.
     inherited = torch.where(is_slot, 0.0, -torch.inf)
     if block.key_bias is not None:
         inherited = inherited + block.key_bias.gather(1, index[:, :, 0])

@@ -1,11 +1,11 @@
-"""A bias that is part of the key, for attention kernels that take none.
+"""Biases folded into keys, for attention kernels that take no bias.
 
-If a direction delta has the same product with every query, query . delta = 1, then adding bias * delta / scaling to a
-key adds the bias to each of its scores. The queries of one head lie nearly in a hyperplane off the origin, so that such
-a direction exists in most heads; it is found by least squares on the reference queries.
+If a direction delta has query . delta = 1 for every query, then adding bias * delta / scaling to a key adds the bias to
+each of its logits. The queries of one head lie close to a hyperplane off the origin, so most heads have such a
+direction. Least squares on the reference queries finds it.
 
-RoPE turns the queries of later tokens, so the same queries turned to later positions are part of that sample: the
-direction that is found lies where the turn is slow, and holds for thousands of tokens.
+RoPE rotates the queries of later tokens. The sample therefore holds the same queries rotated to later positions too:
+the direction found lies in the slow dimensions of the RoPE, and holds for thousands of tokens.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from torch import Tensor
 from am_memory.solver.block import Block
 
 RIDGE = 1e-4
-"""Relative to the mean diagonal of the queries' Gram matrix: without it, directions that no query takes go anywhere."""
+"""Relative to the mean diagonal of the queries' Gram matrix. It bounds delta along directions that no query has."""
 MAX_FOLD_ERROR = 0.3
-"""RMS of query . delta - 1, above which a head does without a bias."""
+"""Largest RMS of query . delta - 1 at which a head gets biases."""
 
 
 def constant_direction(block: Block, weight: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor]:
-    """The direction whose product with every query, turned in every way, is nearest to 1.
+    """The direction whose product with every rotated query is nearest to 1, in least squares.
 
     Args:
         weight: (B, num_queries) float32, how much each query counts.
-        rotations: (B, num_distances, head_dim, head_dim), what turns a query to later positions; each counts alike.
+        rotations: (B, num_distances, head_dim, head_dim), rotate a query to later positions; all count alike.
 
     Returns:
-        delta (B, head_dim) float32; and the weighted RMS over turned queries of query . delta - 1, (B,) float32.
+        delta, (B, head_dim) float32; and the weighted RMS of query . delta - 1 over rotated queries, (B,) float32.
     """
     query = block.query.double() * weight.double()[:, :, None]
     turn, total = rotations.double(), weight.double().square().sum(1)
-    # Turned queries q R^T have the Gram matrix R (q^T q) R^T, so that no copy of them has to be made.
+    # Rotated queries q R^T have the Gram matrix R (q^T q) R^T, so they need not be materialised.
     gram = (turn @ (query.mT @ query)[:, None] @ turn.mT).mean(1)
     target = (turn @ (query.mT @ weight.double()[:, :, None])[:, None]).mean(1)  # (B, head_dim, 1)
     mean = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float64).tiny)
@@ -44,17 +44,18 @@ def constant_direction(block: Block, weight: Tensor, rotations: Tensor) -> tuple
 
 
 def fold(block: Block, key: Tensor, bias: Tensor, weight: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys that bring their bias with them.
+    """Fold biases into keys.
 
     Args:
         key: (B, t, head_dim) float32.
         bias: (B, t) float32; -inf in padding.
         weight: (B, num_queries) float32, how much each query counts.
-        rotations: (B, num_distances, head_dim, head_dim), as `constant_direction` takes them.
+        rotations: (B, num_distances, head_dim, head_dim), as for `constant_direction`.
 
     Returns:
-        The keys; biases of 0, and -inf in padding; and for each head, (B,) float32, how far off the folded bias is, as
-        `constant_direction` has it. A head where that is more than `MAX_FOLD_ERROR` keeps its keys as they are.
+        The keys, (B, t, head_dim) float32; the biases that are left, (B, t): 0, and -inf in padding; and the error of
+        `constant_direction`, (B,) float32. A head whose error is above `MAX_FOLD_ERROR` keeps its keys and loses its
+        biases.
     """
     delta, error = constant_direction(block, weight, rotations)
     is_padding = bias == -torch.inf

@@ -1,4 +1,4 @@
-"""Least-squares systems in Gram form: accumulation over chunks of rows, padding, and damping until they factor."""
+"""Normal equations of least-squares systems: accumulation over chunks of rows, padding, damping."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from torch import Tensor
 
 from am_memory.errors import InvalidInput
 
-# Least damping of a Gram matrix, relative to its largest row sum: some times the rounding of its float32 entries.
 LEAST_DAMPING = 2.0**-22
-# Width of the column panels in which a Gram matrix is computed, to spare most of its upper triangle.
+"""Damping of a Gram matrix, relative to its largest row sum: a few times the rounding of its float32 entries."""
 GRAM_PANEL = 128
+"""A Gram matrix is computed in column panels of this width, to skip most of its upper triangle."""
 
 
 class NormalEquations:
     """A^T A and A^T R of a tall system, added up over chunks of its rows.
 
-    The products of a chunk are float32 matmuls; the sums over chunks are float64, so that the rounding does not grow
-    with the number of rows.
+    The products of a chunk are float32 matmuls. The sums over chunks are float64, so that rounding does not grow with
+    the number of rows.
     """
 
     def __init__(self, num_heads: int, size: int, num_targets: int, device: torch.device) -> None:
@@ -39,34 +39,34 @@ class NormalEquations:
         for start in range(0, matrix.shape[2], GRAM_PANEL):
             panel = slice(start, start + GRAM_PANEL)
             self._gram[:, start:, panel] += torch.bmm(matrix[:, :, start:].mT, matrix[:, :, panel])
-        # In this orientation a single target is a row vector, for which bmm is some times faster than for a column.
+        # A single target is a row vector this way, and bmm is several times faster than with a column.
         self._target += torch.bmm(right.mT, matrix)
 
 
 def without_padding(gram: Tensor, is_slot: Tensor) -> Tensor:
-    """(B, t, t) with padding replaced by a diagonal, of the mean of the head's own so that it sets no scale."""
+    """(B, t, t): rows and columns of padding replaced by a diagonal, with the mean of the head's own diagonal."""
     padded = torch.where(is_slot[:, :, None] & is_slot[:, None], gram, 0.0)
     mean = mean_diagonal(padded, is_slot)
     return padded + torch.diag_embed(torch.where(is_slot, 0.0, torch.where(mean > 0, mean, 1.0)))
 
 
 def add_ridge(gram: Tensor, is_slot: Tensor, ridge: float) -> Tensor:
-    """(B, t, t): the diagonal raised by ridge times its mean over each head's slots, except in padding."""
+    """(B, t, t): ridge times the mean diagonal of each head, added to the diagonal of its slots."""
     return gram + torch.diag_embed(ridge * mean_diagonal(gram, is_slot) * is_slot)
 
 
 def mean_diagonal(gram: Tensor, is_slot: Tensor) -> Tensor:
-    """(B, 1): over the slots of each head, 0 for a head without."""
+    """(B, 1): mean over the slots of each head; 0 for a head without slots."""
     diagonal = torch.where(is_slot, gram.diagonal(dim1=1, dim2=2), 0.0)
     return diagonal.sum(1, keepdim=True) / is_slot.sum(1, keepdim=True).clamp_min(1)
 
 
 def damped_cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Factor a Gram matrix of non-negative entries, plus the least multiple of the identity that lets it factor.
+    """Cholesky factorisation of a Gram matrix of non-negative entries, with as little damping as it needs.
 
-    Duplicate keys, or fewer queries than slots, make it singular, and float32 rounding then moves eigenvalues below
-    zero: by at most about the roundoff times the largest eigenvalue, which the largest row sum bounds. Matmuls of lower
-    precision (TF32) move them further, so heads that still do not factor take ten times more.
+    Duplicate keys, or fewer queries than slots, make the matrix singular. Rounding in float32 then moves eigenvalues
+    below zero, by about the roundoff times the largest eigenvalue, which the largest row sum bounds. Matmuls of lower
+    precision (TF32) move them further: heads that still do not factor get ten times more damping.
 
     Args:
         gram: (B, t, t) float64, without padding.

@@ -1,4 +1,4 @@
-"""Which keys to keep: the score of every key, the contract of a key selection, and highest attention."""
+"""Key selection: the scores of all keys, the protocol of a selection, and the selection by highest attention."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from am_memory.solver.exact import exact_attention
 
 
 def attention_scores(block: Block) -> Tensor:
-    """RMS over the reference queries of the attention that each key gets (arXiv:2602.16284, section 3.2).
+    """Root mean square over the reference queries of the attention that each key gets (arXiv:2602.16284, section 3.2).
 
     Returns:
         (B, seq_len) float32.
@@ -23,13 +23,13 @@ def attention_scores(block: Block) -> Tensor:
 
 @runtime_checkable
 class KeySelection(Protocol):
-    """Chooses the keys that a compact block keeps."""
+    """Chooses the keys that a compact block keeps. CONTRIBUTING.md says how to add one."""
 
     @property
     def name(self) -> str: ...
 
     def __call__(self, block: Block, scores: Tensor, num_slots: Tensor) -> Tensor:
-        """Choose num_slots[b] keys of head b.
+        """Choose num_slots[b] keys of each head b.
 
         Args:
             block: the block to compact.
@@ -38,14 +38,14 @@ class KeySelection(Protocol):
 
         Returns:
             (B, max(num_slots)) int64. The first num_slots[b] entries of row b are distinct key indices, the most
-            important first; the rest is padding and repeats the row's first index.
+            important first; the rest is padding and is not read.
         """
         ...
 
 
 @dataclass(frozen=True)
 class HighestAttention:
-    """The keys of the highest score (arXiv:2602.16284, section 3.2); equal scores go to the lower index."""
+    """Keeps the keys of the highest score (arXiv:2602.16284, section 3.2); of equal scores the lower index."""
 
     name: str = "highest_attention"
 
@@ -55,5 +55,5 @@ class HighestAttention:
 
 
 def repeat_first_in_padding(indices: Tensor, num_slots: Tensor) -> Tensor:
-    """(B, t) indices whose entries from num_slots[b] on are replaced by the first of their row."""
+    """(B, t): the indices, with the first one of each row in its padding (from num_slots[b] on)."""
     return torch.where(slot_mask(num_slots, indices.shape[1]), indices, indices[:, :1])

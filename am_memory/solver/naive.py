@@ -1,6 +1,6 @@
-"""The definition: Attention Matching of one head, in the paper's symbols (arXiv:2602.16284, section 3). Slow, float64.
+"""The definition: Attention Matching of one head, in the paper's symbols (arXiv:2602.16284, section 3), in float64.
 
-Everything else in this package computes the same for batches, faster, and is tested against this file.
+It is slow. The rest of this package computes the same for batches, and is tested against this file.
 
     Q (n, d)   Block.query, pooled over a GQA group     C_k (t, d)    Fit.key
     K (T, d)   Block.key                                beta (t,)     Fit.bias
@@ -27,8 +27,8 @@ class Head:
     K: Tensor
     V: Tensor
     L: Tensor
-    share: Tensor  # (n,): of each query's attention, on the block
-    weight: Tensor  # (n,): how much each query counts in the fits, relative to the most
+    share: Tensor  # (n,): the part of each query's attention that goes to the block
+    weight: Tensor  # (n,): how much each query counts in the fits, relative to the largest
 
     @classmethod
     def of(cls, block: Block, index: int) -> Head:
@@ -45,19 +45,19 @@ class Head:
 
 
 def attention_scores(head: Head) -> Tensor:
-    """(T,): RMS over the queries of the attention that each key gets."""
+    """(T,): root mean square over the queries of the attention that each key gets."""
     return (head.share[:, None] * torch.softmax(head.L, dim=1)).square().mean(0).sqrt()
 
 
 def highest_attention(scores: Tensor, t: int) -> list[int]:
-    """S: the t keys of the highest score, the lower index first among equals."""
+    """S: the t keys of the highest score; of equal scores the lower index first."""
     return sorted(range(len(scores)), key=lambda j: (-float(scores[j]), j))[:t]
 
 
 def omp(head: Head, t: int, is_relative: bool = False, picks_per_refit: int = 1) -> list[int]:
-    """S: orthogonal matching pursuit on the mass, with a least-squares refit after each pick, or every few.
+    """S: orthogonal matching pursuit on the mass, with a least-squares refit after every few picks.
 
-    Negative weights count as 0, since no bias makes them.
+    Negative weights count as 0, because a weight is the exponential of a bias.
     """
     A, b = mass_system(head, head.share, is_relative)
     S: list[int] = []
@@ -72,9 +72,9 @@ def omp(head: Head, t: int, is_relative: bool = False, picks_per_refit: int = 1)
 
 
 def mass_system(head: Head, weight: Tensor, is_relative: bool = True) -> tuple[Tensor, Tensor]:
-    """A (n, T) and b (n,) with A 1 = b: weighted exp(L) and its row sums, the mass of the block for each query.
+    """A (n, T) and b (n,) with A 1 = b: the weighted exp(L) and its row sums, the mass of the block for each query.
 
-    A row may be scaled at will: the paper divides it by its largest exp(logit); relative divides it by b.
+    Rows may be scaled. The paper divides each by its largest exp(logit); `is_relative` divides it by its mass.
     """
     shift = head.L.logsumexp(1) if is_relative else head.L.amax(1)
     A = weight[:, None] * torch.exp(head.L - shift[:, None])
@@ -82,7 +82,7 @@ def mass_system(head: Head, weight: Tensor, is_relative: bool = True) -> tuple[T
 
 
 def bounded_nnls(A: Tensor, b: Tensor, low: float, high: float, num_sweeps: int = 20_000) -> Tensor:
-    """w (t,) that minimises ||A w - b||^2 over low <= w <= high, by cyclic coordinate descent."""
+    """The w (t,) that minimises ||A w - b||^2 over low <= w <= high, by cyclic coordinate descent."""
     G, r = A.T @ A, A.T @ b
     w = torch.ones_like(r).clamp(low, high)
     for _ in range(num_sweeps):
@@ -96,7 +96,7 @@ def bounded_nnls(A: Tensor, b: Tensor, low: float, high: float, num_sweeps: int 
 
 
 def values(head: Head, S: list[int], log_w: Tensor, ridge: float) -> Tensor:
-    """C_v (t, d): least squares of the output, with a ridge toward the original values."""
+    """C_v (t, d): least squares on the attention output, with a ridge toward the original values."""
     Y = torch.softmax(head.L, dim=1) @ head.V
     X = torch.softmax(head.L[:, S] + log_w, dim=1)
     missing = head.weight[:, None] * (Y - X @ head.V[S])
@@ -114,7 +114,7 @@ def compact(
     ridge: float = 1e-2,
     is_relative: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """log w (t,) and C_v (t, d) of the kept keys S; beta is log w and what bias the keys had."""
+    """log w (t,) and C_v (t, d) of the kept keys S; beta is log w plus any bias that the keys already had."""
     low, high = torch.tensor(bounds, dtype=torch.float64).exp().tolist()
     A, b = mass_system(head, head.weight, is_relative)
     log_w = bounded_nnls(A[:, S], b, low, high).log()
@@ -122,7 +122,7 @@ def compact(
 
 
 def errors(head: Head, compact_L: Tensor, C_v: Tensor) -> tuple[Tensor, Tensor]:
-    """Fit.mass_error and Fit.output_error, given the logits (n, t) on the kept keys with their biases."""
+    """`Fit.mass_error` and `Fit.output_error`, from the logits (n, t) on the kept keys, biases included."""
     mass_ratio = torch.exp(compact_L.logsumexp(1) - head.L.logsumexp(1))
     Y = head.weight[:, None] * (torch.softmax(head.L, dim=1) @ head.V)
     error = head.weight[:, None] * (torch.softmax(compact_L, dim=1) @ C_v.double()) - Y

@@ -1,4 +1,4 @@
-"""Least squares within bounds, solved to its optimality conditions, from the normal equations of a whole batch."""
+"""Bounded least squares of a batch, from its normal equations, solved until the optimality (KKT) conditions hold."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from torch import Tensor
 from am_memory.errors import CompactionFailed
 
 MAX_ITERATIONS = 500
-KKT_TOLERANCE = 1e-7  # the float32 rounding of the biases that come of it
-# Step lengths tried along each projected Newton direction: 1 is right near the solution.
+KKT_TOLERANCE = 1e-7
+"""Largest KKT residual of a solution, in units of x: the float32 rounding of the biases."""
 STEP_LENGTHS = tuple(0.5**power for power in range(5))
+"""Tried along each projected Newton direction; 1 is optimal near the solution."""
 
 
 def bounded_least_squares(gram: Tensor, target: Tensor, lower: float, upper: float) -> Tensor:
     """Minimise x^T G x / 2 - x^T r over lower <= x <= upper, by the projected Newton method (Bertsekas, 1982).
 
-    An iteration holds the variables that rest on a bound and are pushed against it, takes the Newton step of the others
-    by Cholesky, and projects it back into the bounds. Every iteration lowers the objective, so the method cannot cycle,
-    as block principal pivoting does on nearly dependent columns. Typical systems take 2 to 5 iterations, singular ones
-    (made definite by damping) up to some dozens.
+    Each iteration holds the variables on a bound whose gradient points outward, takes the Newton step of the others by
+    Cholesky, and projects it into the bounds. Every iteration lowers the objective, so the method cannot cycle; block
+    principal pivoting can, on nearly dependent columns. Typical systems take 2 to 5 iterations. Singular ones, which
+    damping has made definite, take up to a few dozen.
 
     Args:
         gram: (B, t, t) float64, symmetric positive definite.
@@ -40,11 +41,11 @@ def bounded_least_squares(gram: Tensor, target: Tensor, lower: float, upper: flo
         wanted = (x - gradient / gram.diagonal(dim1=1, dim2=2)).clamp(lower, upper)
         is_near = (x - wanted).abs() <= KKT_TOLERANCE
         is_held = is_near & (x != wanted) & ((wanted == lower) | (wanted == upper))
-        if is_held.any():  # what rests a hair inside a bound that it is pushed against rests on it
+        if is_held.any():  # within the tolerance of a bound: put it on the bound
             x = torch.where(is_held, wanted, x)
             continue
         is_solved = is_near.all(1)
-        if is_solved.any():  # the others go on alone
+        if is_solved.any():  # continue with the others alone
             solution[unsolved[is_solved]] = x[is_solved]
             if is_solved.all():
                 return solution
@@ -61,11 +62,11 @@ def _multiply(gram: Tensor, x: Tensor) -> Tensor:
 
 
 def _newton_direction(gram: Tensor, gradient: Tensor, x: Tensor, lower: float, upper: float) -> Tensor:
-    """(B, t): the step to the minimum over the free variables, 0 for the held ones.
+    """(B, t): the step to the minimum over the free variables; 0 for held ones.
 
-    A variable on a bound is free if its gradient points inside. The joint step may still push it outside, where the
-    projection would undo it and leave a step that is far from optimal for the rest: such variables are held, and the
-    step is taken anew. Some free variable always moves inside, since the direction descends.
+    A variable on a bound is free if its gradient points inward. The joint step may still push it outward; projecting it
+    back would leave a poor step for the others. Such variables are held too, and the step is computed again. Some free
+    variable always moves inward, because the direction descends.
     """
     identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     is_low, is_high = x <= lower, x >= upper
@@ -83,9 +84,9 @@ def _newton_direction(gram: Tensor, gradient: Tensor, x: Tensor, lower: float, u
 def _best_point_on_path(
     gram: Tensor, gradient: Tensor, x: Tensor, direction: Tensor, lower: float, upper: float
 ) -> Tensor:
-    """(B, t): the lowest of several points of the path x + step * direction, projected into the bounds.
+    """(B, t): the point of the lowest objective among several of the path x + step * direction, projected.
 
-    One of them is the first bound on the path: up to there the path is straight, and the objective surely falls.
+    One of them is where the path meets its first bound. Up to there the path is straight, so the objective falls.
     """
     room = torch.where(direction > 0, upper - x, x - lower) / direction.abs()
     first_bound = torch.where(direction != 0, room, 1.0).amin(1, keepdim=True).clamp_max(1.0)

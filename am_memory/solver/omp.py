@@ -13,28 +13,28 @@ from am_memory.solver.exact import unnormalised_weights
 from am_memory.solver.gram import GRAM_PANEL
 from am_memory.solver.keys import repeat_first_in_padding
 
-# A key whose column keeps less than this share of its energy outside the span of the chosen ones adds nothing that
-# float32 Gram entries could tell from rounding.
 DEPENDENT_ENERGY = 1e-6
-# Elements of the (heads, seq_len, seq_len) Gram matrices held at once: 1 GiB of float32.
+"""A column with a smaller share of its energy outside the span of the picks counts as dependent on them: the rest
+cannot be told from the rounding of float32 Gram entries."""
 MAX_GRAM_ELEMENTS = 2**28
+"""Elements of the (heads, seq_len, seq_len) Gram matrices held at once: 1 GiB of float32."""
 
 
 @dataclass(frozen=True)
 class OMP:
-    """Greedy choice: the key that correlates most with the mass not yet explained, refit, and again.
+    """Greedily picks the key whose column correlates most with the unexplained mass, refits the weights, and repeats.
 
-    The column of key j is exp(logit_ij - shift_i) over the queries i, the target their sum over all keys. Instead of a
-    least-squares refit from scratch after each pick, a pivoted Cholesky factor of the Gram matrix grows by one row per
-    pick: the same picks, for the price of one matrix-vector product. As in the official code, negative weights count
-    as 0 in what is not yet explained. Fewer refits therefore save little here, unlike there.
+    The column of key j is exp(logit_ij - shift_i) over the queries i; the target is the sum of all columns. A pivoted
+    Cholesky factor of the Gram matrix grows by one row per pick. It replaces the least-squares refit after each pick:
+    the picks are the same, at the cost of one matrix-vector product. As in the official code, negative weights count as
+    0 in the unexplained mass. Unlike there, fewer refits save little.
 
     Attributes:
-        picks_per_step: keys taken at once, from one set of correlations; 1 is exact.
+        picks_per_step: keys picked from one set of correlations; 1 is exact.
         refit_interval: steps between refits; 1 is exact. Correlations change only with a refit.
-        first_steps: (num_keys, picks_per_step, refit_interval): what applies until num_keys are chosen.
-        relative_mass: shift each query's logits by its log mass (see `fit`); else by its largest, as in the paper,
-            which leaves a smaller mass error (docs/benchmarks.md).
+        first_steps: tuples (num_keys, picks_per_step, refit_interval) that apply until num_keys are picked.
+        relative_mass: shift each query's logits by its log mass (see `FitOptions`). False: by its largest logit, as in
+            the paper, which leaves a smaller mass error (docs/benchmarks.md).
     """
 
     picks_per_step: int = 1
@@ -66,7 +66,7 @@ class OMP:
         return repeat_first_in_padding(torch.cat(rankings)[:, :max_slots], num_slots)
 
     def picks_before_refit(self, num_chosen: int) -> int:
-        """Keys taken from one set of correlations, once num_chosen are chosen."""
+        """Keys picked from one set of correlations, when num_chosen are picked already."""
         for num_keys, picks_per_step, refit_interval in self.first_steps:
             if num_chosen < num_keys:
                 return picks_per_step * refit_interval
@@ -74,7 +74,7 @@ class OMP:
 
 
 def mass_system(heads: list[Block], is_relative: bool) -> tuple[Tensor, Tensor]:
-    """Gram matrix (B, seq_len, seq_len) float32 of the mass columns, and their products with the mass (B, seq_len)."""
+    """Gram matrix (B, seq_len, seq_len) float32 of the mass columns, and their products (B, seq_len) with the mass."""
     seq_len, device = heads[0].seq_len, heads[0].key.device
     gram = torch.zeros(len(heads), seq_len, seq_len, device=device)
     target = torch.zeros(len(heads), seq_len, device=device)
@@ -96,17 +96,17 @@ def mass_system(heads: list[Block], is_relative: bool) -> tuple[Tensor, Tensor]:
 
 
 class _Pursuit:
-    """The state of a pursuit in a batch of heads: pick p of each head is the p-th row or entry of what follows.
+    """The state of a pursuit in a batch of heads. Row or entry p of its tensors belongs to pick p of each head.
 
     Attributes:
         gram: (B, seq_len, seq_len) float32.
         picks: (B, max_picks) int64, indices of the picked keys.
-        is_pick: (B, max_picks) bool, False where no independent key was left to pick.
-        factor: (B, max_picks, seq_len) float64, rows of a pivoted Cholesky factor of gram: the normalised part of the
-            pick's column outside the span of the earlier picks, times all columns.
+        is_pick: (B, max_picks) bool, False if no independent key was left to pick.
+        factor: (B, max_picks, seq_len) float64, rows of a pivoted Cholesky factor of gram: products of all columns with
+            the pick's column, after its part in the span of the earlier picks is removed and the rest normalised.
         inverse: (B, max_picks, max_picks) float64, upper triangular: the inverse of the factor's columns at the picks.
         weight: (B, max_picks) float64, least-squares weights of the picks.
-        correlation: (B, seq_len) float64, of each column with the mass that the weighted picks leave unexplained.
+        correlation: (B, seq_len) float64, product of each column with the unexplained mass.
         free_energy: (B, seq_len) float64, squared norm of each column outside the span of the picks.
     """
 
@@ -124,8 +124,8 @@ class _Pursuit:
         self.num_picks = 0
 
     def pick(self, count: int) -> None:
-        """Take the `count` best keys by the present correlations, then account for all of them."""
-        is_candidate = self.free_energy > self.threshold  # no pick is: nothing of it lies outside the span
+        """Pick the `count` keys of the largest correlation, then update the state for each of them."""
+        is_candidate = self.free_energy > self.threshold  # False for picks: they lie in the span
         ranked = self._clamped_correlation().masked_fill(~is_candidate, -torch.inf)
         picks = ranked.topk(count, dim=1).indices  # (B, count)
         is_pick = is_candidate.gather(1, picks)
@@ -136,7 +136,7 @@ class _Pursuit:
             rows[:, position + 1 :] -= later[:, :, None] * row[:, None]
 
     def _clamped_correlation(self) -> Tensor:
-        """(B, seq_len): correlations with what the picks leave unexplained when negative weights count as 0."""
+        """(B, seq_len): correlations with the unexplained mass, when negative weights count as 0."""
         surplus = self.weight[:, : self.num_picks].clamp_max(0.0)
         num_negative = int((surplus < 0).sum(1).max()) if self.num_picks else 0
         if num_negative == 0:
@@ -150,15 +150,22 @@ class _Pursuit:
         return self.gram.gather(1, indices[:, :, None].expand(-1, -1, self.gram.shape[1])).double()
 
     def _rows_outside_span(self, picks: Tensor) -> Tensor:
-        """(B, count, seq_len): rows of the Gram matrix, less what the earlier picks explain of them."""
+        """(B, count, seq_len): rows of the Gram matrix, without the part that the earlier picks explain."""
         factor = self.factor[:, : self.num_picks]
         known = factor.gather(2, picks[:, None].expand(-1, self.num_picks, -1))  # (B, num_picks, count)
         return self._gram_rows(picks).baddbmm_(known.mT, factor, alpha=-1)
 
     def _append(self, row: Tensor, pick: Tensor, is_pick: Tensor) -> Tensor:
-        """Add one pick (B, 1), whose row outside the span is (B, seq_len); returns the normalised row.
+        """Add one pick to the state.
 
-        A pick that depends on the earlier ones takes its place with a weight of 0 and changes nothing else.
+        A pick that depends on the earlier ones gets a weight of 0 and changes nothing else.
+
+        Args:
+            row: (B, seq_len), its row outside the span of the earlier picks.
+            pick, is_pick: (B, 1).
+
+        Returns:
+            (B, seq_len), the normalised row.
         """
         num_picks = self.num_picks
         pivot = row.gather(1, pick)
@@ -181,7 +188,7 @@ class _Pursuit:
         return row
 
     def ranking(self, scores: Tensor) -> Tensor:
-        """(B, seq_len) indices: the picks in their order, then the other keys by score."""
+        """(B, seq_len) int64: the picks in their order, then the other keys by score."""
         by_score = torch.sort(scores, dim=1, descending=True, stable=True).indices
         order = torch.full_like(by_score, self.num_picks)
         position = torch.arange(self.num_picks, device=order.device).expand_as(self.picks)

@@ -1,4 +1,4 @@
-"""A softmax that runs over blocks of keys, as a part of Triton programs; its scores are in base 2."""
+"""The online softmax of Triton kernels: attention over one tile of keys after another, with base-2 logits."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -7,17 +7,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+from am_memory.solver import block
+
+LOG2_E = tl.constexpr(block.LOG2_E)
 
 
 @triton.jit
 def add_keys(scores, values, mixed, top, total, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """A block of keys more: base-2 scores (rows, keys), values (keys, dim), and what has been seen so far.
+    """Add a tile of keys to a running softmax.
 
-    Weights are rounded to the values' dtype, and both multiplied in DOT_DTYPE.
+    Args:
+        scores: (rows, keys), base-2 logits.
+        values: (keys, dim).
+        mixed: (rows, dim), weighted sum of the values so far.
+        top, total: (rows,), largest logit and sum of the weights so far.
+        DOT_DTYPE: weights are rounded to the values' dtype, and both are multiplied in this one.
+
+    Returns:
+        mixed, top, total with the tile.
     """
     new_top = tl.maximum(top, tl.max(scores, 1))
-    # Nothing seen so far: any finite number does, as everything subtracted from is -inf.
+    # With no key so far, top is -inf; any finite number serves, because all scores are -inf too.
     finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
     weight = tl.exp2(scores - finite_top[:, None])
     kept = tl.exp2(top - finite_top)

@@ -1,4 +1,4 @@
-"""What the GPU of this machine can run, and what its kernels have in common."""
+"""Helpers of all Triton kernels that do not need Triton itself: whether it runs here, sizes, dtypes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 MAX_HEAD_DIM = 256
-"""That the kernels take."""
+"""The largest head that the kernels take."""
 
 
 @functools.cache
 def runs_triton(device: torch.device) -> bool:
-    """Whether it is a GPU that Triton knows well, and Triton is there, with the C compiler that builds its launcher."""
+    """Whether Triton kernels run here: an NVIDIA GPU from Ampere on, Triton, and the C compiler that it needs."""
     return (
         device.type == "cuda"
         and importlib.util.find_spec("triton") is not None
@@ -26,17 +26,17 @@ def runs_triton(device: torch.device) -> bool:
 
 
 def padded(head_dim: int) -> int:
-    """The power of two, at least 16, in which a kernel holds so many numbers."""
+    """Width in which a kernel holds a head: a power of two, at least 16."""
     return max(power_of_two_from(head_dim), 16)
 
 
 def power_of_two_from(number: int) -> int:
-    """The least one that is no less."""
+    """Smallest power of two >= number."""
     return 1 << (number - 1).bit_length()
 
 
 def dot_dtype(kernel: object, dtype: torch.dtype) -> Any:
-    """What a kernel multiplies such numbers in: Triton's interpreter multiplies the bit patterns of bfloat16."""
+    """The dtype in which a kernel multiplies. In Triton's interpreter float32: it multiplies the bits of bfloat16."""
     import triton
     import triton.language as tl
 

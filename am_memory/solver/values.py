@@ -14,11 +14,12 @@ from am_memory.solver.gram import NormalEquations, add_ridge, damped_cholesky, w
 
 @dataclass(frozen=True)
 class CompactAttention:
-    """Attention of the reference queries to the kept keys with their original values, next to the exact one.
+    """Attention of the reference queries to the kept keys with their original values, compared with the exact one.
+
+    X are the softmax weights on the kept keys, V their values, and Y the exact output.
 
     Attributes:
-        system: X^T X and X^T (Y - X V), with X the softmax weights on the kept keys, V their values and Y the exact
-            output.
+        system: X^T X and X^T (Y - X V).
         missing_energy: (B,) float64, ||Y - X V||^2.
         mass_error: (B,) float32, RMS over queries of (compact mass / exact mass - 1).
     """
@@ -31,11 +32,11 @@ class CompactAttention:
 def compact_attention(
     block: Block, key: Tensor, bias: Tensor, value: Tensor, exact: ExactAttention
 ) -> CompactAttention:
-    """Attend to the kept keys once.
+    """Attend to the kept keys, in one pass over the queries.
 
     Args:
         block: the exact block.
-        key, value: (B, t, head_dim) float32, kept keys and their original values, any of the block in padding.
+        key, value: (B, t, head_dim) float32, kept keys and their original values; any finite ones in padding.
         bias: (B, t) float32, -inf in padding.
         exact: the block's own attention.
     """
@@ -44,7 +45,7 @@ def compact_attention(
     mass_energy = torch.zeros_like(missing_energy)
     finite = torch.finfo(torch.float32)
     for rows, weight in block.base2_logits(key, bias):  # (B, chunk, t)
-        # Clamps for heads without a slot: all logits are -inf there, and all weights become 0.
+        # The clamps are for heads without slots: all their logits are -inf, and all weights become 0.
         top = weight.amax(2, keepdim=True).clamp_min_(finite.min)
         total = weight.sub_(top).exp2_().sum(2, keepdim=True)
         mass_ratio = total * (top - exact.log_mass[:, rows, None] * LOG2_E).exp2_()
@@ -60,9 +61,9 @@ def compact_attention(
 
 
 def solve_values(attention: CompactAttention, is_slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Change D of the values that minimises ||X D - (Y - X V)||^2 + ridge * mean(diag(X^T X)) * ||D||^2.
+    """The change D of the values that minimises ||X D - (Y - X V)||^2 + ridge * mean(diag(X^T X)) * ||D||^2.
 
-    The paper's least squares is often rank-deficient; the ridge pulls the values toward the kept originals.
+    The paper's least squares is often rank-deficient. The ridge pulls the values toward the originals.
 
     Args:
         attention: of the kept keys.
@@ -70,7 +71,7 @@ def solve_values(attention: CompactAttention, is_slot: Tensor, ridge: float) -> 
         ridge: relative to the mean diagonal of X^T X.
 
     Returns:
-        (B, t, head_dim) float64, the change, 0 in padding, and (B,) float64, the ||Y - X (V + D)||^2 it leaves.
+        D, (B, t, head_dim) float64, 0 in padding; and the error that is left, ||Y - X (V + D)||^2, (B,) float64.
     """
     gram = without_padding(attention.system.gram, is_slot)
     target = attention.system.target  # 0 in padding, as the weights are

@@ -29,10 +29,10 @@ from am_memory.engines.llama_cpp.library import (
     write_tensor,
 )
 from am_memory.errors import UnsupportedModel
+from am_memory.solver.block import LOG2_E
 
 MAX_SCORES = 2**20
 """Attention scores held at once: a few MiB stay in a CPU's cache."""
-LOG2_E = math.log2(math.e)
 
 OP_OFFSET = GGMLTensor.op.offset
 PRODUCT = b"kq-"
