@@ -1,4 +1,4 @@
-"""How the terminal shows a memory at work: events as bars and lines, sizes as lines and tables. Changes nothing."""
+"""Terminal output: events as progress bars and lines, sizes as lines and tables. Changes no session."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 STAGES = {
     "repeat": "  repeating the block",
-    "self_study": "  writing about what was said",
-    "summary": "  summing up what was said",
+    "self_study": "  generating self-study answers",
+    "summary": "  summarizing the block",
     "score": "  scoring its keys",
     "fit": "  fitting its heads",
 }
@@ -41,9 +41,9 @@ MIB = 2**20
 
 
 class EventBars:
-    """The listener of the command line: bars while `showing`, and a line for what is worth keeping.
+    """The listener of the command line: progress bars inside `showing`, and a line for each important event.
 
-    Where nothing is shown, an answer is being written: a compaction is then marked inside it.
+    Outside `showing` an answer is being streamed, and a compaction is marked inside the text.
     """
 
     def __init__(self, console: Console) -> None:
@@ -53,10 +53,10 @@ class EventBars:
 
     @contextmanager
     def showing(self, waiting_for: str | None = None) -> Iterator[None]:
-        """Show bars while the body runs; on what is no terminal, lines alone.
+        """Show progress bars during the block; if the output is not a terminal, show lines only.
 
         Args:
-            waiting_for: what runs, where it sends no events.
+            waiting_for: text of a bar without a length, for work that emits no events.
         """
         self._progress = Progress(
             SpinnerColumn(),
@@ -78,7 +78,7 @@ class EventBars:
             self._bars.clear()
 
     def step(self, description: str, done: int, total: int) -> None:
-        """Move a bar on; it vanishes when it is full."""
+        """Advance a bar; a full bar disappears."""
         if self._progress is None:
             return
         if description not in self._bars:
@@ -99,7 +99,7 @@ class EventBars:
             case CompactionFinished(_, report):
                 self._console.print(describe(report), soft_wrap=True)
             case GateMissed(_, start, end, held_out_error, max_error):
-                error = f"an error of {held_out_error:.2f} is above the {max_error:g} of max_error"
+                error = f"the held-out error {held_out_error:.2f} is above max_error {max_error:g}"
                 self._warn(f"tokens {start:,}-{end:,}: {error}, and there was no room for more slots")
             case WindowExceeded() | PolicyChanged():
                 self._warn(str(event))
@@ -113,7 +113,7 @@ class EventBars:
 
 
 def describe(report: CompactionReport) -> Text:
-    """One line for one compaction."""
+    """A compaction in one line."""
     return Text.from_markup(
         f"  [bold magenta]compacted[/] tokens {report.start:,}-{report.end:,} to {report.num_slots:.0f} slots per head"
         f"[dim]: {report.kv_tokens_before:.0f} → {report.kv_tokens_after:.0f} tokens, "
@@ -122,24 +122,25 @@ def describe(report: CompactionReport) -> Text:
 
 
 def megabytes(num_bytes: float) -> str:
+    """A size in MiB."""
     return f"{num_bytes / MIB:.1f} MiB"
 
 
 def status(session: Session) -> Text:
-    """The live line: physical tokens against the trigger, logical ones, bytes, compactions."""
+    """The status line: tokens in the cache and the trigger, tokens of the conversation, bytes, compactions."""
     stats = session.stats
     trigger_tokens = session.trigger_tokens
     full = min(round(BAR_CELLS * stats.kv_tokens / trigger_tokens), BAR_CELLS)
     times = "1 compaction" if stats.num_compactions == 1 else f"{stats.num_compactions} compactions"
     return Text.from_markup(
         f"  [cyan]{'█' * full}[/][dim]{'░' * (BAR_CELLS - full)}[/] [cyan]{stats.kv_tokens:.0f}[/]/{trigger_tokens} "
-        f"tokens in the cache[dim], {stats.logical_tokens:,} said · {stats.kv_bytes / MIB:.1f} of "
+        f"tokens in the cache[dim], {stats.logical_tokens:,} in all · {stats.kv_bytes / MIB:.1f} of "
         f"{megabytes(stats.exact_kv_bytes)} · {times}[/]"
     )
 
 
 def stats_table(session: Session) -> Table:
-    """All figures of a session."""
+    """All sizes of a session."""
     stats = session.stats
     table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_row("tokens of the conversation", f"{stats.logical_tokens:,}")
@@ -151,5 +152,5 @@ def stats_table(session: Session) -> Table:
 
 
 def show_error(console: Console, error: AMMemoryError) -> None:
-    """One line, whatever the width of the terminal."""
+    """Print an error as one line, whatever the width of the terminal."""
     console.print(f"[red]{type(error).__name__}:[/] {escape(str(error))}", soft_wrap=True, highlight=False)

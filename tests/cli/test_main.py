@@ -164,7 +164,7 @@ def test_a_chat_compacts_by_itself_and_shows_it(run: CommandLine, store: Store) 
     result = run(*CHAT, typed=f"{'Tell me more. ' * 40}\n")
     assert "compacted tokens" in result.output
     assert "0 compactions" in result.output
-    assert re.search(r"/256 tokens in the cache, 5\d\d said · .* · \d compactions", result.output)
+    assert re.search(r"/256 tokens in the cache, 5\d\d in all · .* · \d compactions", result.output)
     assert store.load("default").records
 
 
@@ -312,7 +312,7 @@ def test_the_demo_recalls_more_than_a_cache_of_the_same_size(run: CommandLine) -
 def test_a_missed_gate_is_a_warning() -> None:
     console = Console(file=StringIO(), width=200)
     EventBars(console)(GateMissed("alice", 4, 1239, 0.52, 0.3))
-    assert "tokens 4-1,239: an error of 0.52 is above the 0.3 of max_error" in console.file.getvalue()
+    assert "tokens 4-1,239: the held-out error 0.52 is above max_error 0.3" in console.file.getvalue()
 
 
 @pytest.mark.parametrize("command", ["chat", "serve"])

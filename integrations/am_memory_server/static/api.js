@@ -1,4 +1,4 @@
-// The server: OpenAI's API, and what it says of its memory.
+// Requests to the server: OpenAI's API and the memory endpoints.
 
 export class ApiError extends Error {
   constructor(status, body) {
@@ -36,7 +36,7 @@ export class Api {
     });
   }
 
-  /** The chunks of an answer, as they come. */
+  /** The chunks of an answer, as they arrive. */
   async *chat(body, signal) {
     const response = await this.request("/v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal });
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();

@@ -1,4 +1,4 @@
-// The page: conversations, settings and the one answer that may be under way, put together.
+// The page: connects conversations, settings and the answer that is being streamed.
 
 import { Api } from "./api.js";
 import { ChatView } from "./chat.js";
@@ -70,7 +70,7 @@ async function keep(conversation) {
   await store.put(conversation);
 }
 
-/** What the server holds of the current conversation. */
+/** Show the server's memory of the current conversation. */
 async function look() {
   const { id } = current;
   const found = !current.messages.length ? null : await api.memory(id).catch((error) => {
@@ -97,7 +97,7 @@ async function send(text) {
   await answer();
 }
 
-/** Have the model answer the last message. */
+/** Stream the answer to the last message. */
 async function answer() {
   const conversation = current, message = { role: "assistant", content: "" };
   const asked = [...(conversation.system ? [{ role: "system", content: conversation.system }] : []), ...conversation.messages.map(({ role, content }) => ({ role, content }))];
@@ -153,24 +153,24 @@ function requestBody(conversation, messages) {
   };
 }
 
-function remember(told, node) {
-  if (told.stats) memory.resize(told.stats);
-  if (told.memory) memory.show(told.memory);
-  switch (told.event) {
+function remember(update, node) {
+  if (update.stats) memory.resize(update.stats);
+  if (update.memory) memory.show(update.memory);
+  switch (update.event) {
     case "reading":
-      if (told.left_tokens) memory.say(`reading, ${told.left_tokens.toLocaleString("en")} tokens left`, true);
+      if (update.left_tokens) memory.say(`reading, ${update.left_tokens.toLocaleString("en")} tokens left`, true);
       else memory.say("answering");
       break;
     case "compacting":
-      memory.say(`compacting ${told.start.toLocaleString("en")}–${told.end.toLocaleString("en")}`, true);
+      memory.say(`compacting ${update.start.toLocaleString("en")}–${update.end.toLocaleString("en")}`, true);
       say("Compacting the oldest part of the memory.");
       break;
     case "compacted":
       memory.say("answering");
-      chat.mark(told.report.end - told.report.start, node);
+      chat.mark(update.report.end - update.report.start, node);
       break;
     case "rebuilt":
-      memory.say(`reading ${told.num_tokens.toLocaleString("en")} tokens again`, true);
+      memory.say(`reading ${update.num_tokens.toLocaleString("en")} tokens again`, true);
       break;
   }
 }
@@ -202,7 +202,7 @@ async function copy(index, button) {
   setTimeout(() => { button.textContent = "Copy"; }, 1500);
 }
 
-// The frame
+// The layout
 
 function say(text) {
   byId("status").textContent = text;

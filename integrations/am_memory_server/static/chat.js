@@ -1,4 +1,4 @@
-// Messages in view: the conversation as nodes, the answer that is being written, and what can be done with each.
+// The messages of the conversation, the answer that is being streamed, and the buttons of each message.
 
 import { render } from "./markdown.js";
 
@@ -8,7 +8,7 @@ export class ChatView {
   #actions;
   #frame = 0;
 
-  /** @param actions what the buttons of a message do: copy, retry, fork. */
+  /** @param actions callbacks of a message's buttons: copy, retry, fork. */
   constructor(actions) {
     this.#actions = actions;
     this.scroll = byId("scroll");
@@ -24,7 +24,7 @@ export class ChatView {
     this.toEnd();
   }
 
-  /** One message; returns its node. */
+  /** Add one message; returns its node. */
   add(message, index) {
     byId("welcome").hidden = true;
     const node = make("article", `message ${message.role}`);
@@ -36,13 +36,13 @@ export class ChatView {
     return node;
   }
 
-  /** What a node says by now; at most once a frame. */
+  /** Update the text of a node, at most once per frame. */
   update(node, message) {
     cancelAnimationFrame(this.#frame);
     this.#frame = requestAnimationFrame(() => this.finish(node, message));
   }
 
-  /** What a node says in the end; at once, as the next answer's frame would take the place of this one's. */
+  /** Set the final text of a node, at once: the next answer's frame would replace this one's. */
   finish(node, message) {
     cancelAnimationFrame(this.#frame);
     const isAtEnd = this.#isAtEnd();
@@ -79,7 +79,7 @@ export class ChatView {
     this.list.setAttribute("aria-busy", String(isWriting));
   }
 
-  /** A line across the conversation before the answer in which memory was compacted; one for all of its compactions. */
+  /** Draw a line before an answer during which memory was compacted: one line for all its compactions. */
   mark(numTokens, before) {
     const isMore = before.previousSibling?.className === "mark";
     const node = isMore ? before.previousSibling : make("div", "mark");

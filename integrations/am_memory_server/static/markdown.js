@@ -1,4 +1,4 @@
-// Markdown to nodes. Text only ever becomes text nodes, so nothing that a model writes can become markup or run.
+// Markdown to DOM nodes. Text becomes text nodes only, so that no model output can become markup or run.
 
 const SAFE_LINK = /^(https?:|mailto:)/i;
 const INLINE = /(`+)([\s\S]*?[^`])\1(?!`)|\*\*([^*]+?)\*\*|__([^_]+?)__|~~([^~]+?)~~|\*([^*\s][^*]*?)\*|(?<![\w_])_([^_\s][^_]*?)_(?![\w_])|\[([^\]]+)\]\(([^()\s]+(?:\([^()\s]*\))?)\)|(https?:\/\/[^\s<>()]+[^\s<>().,;:!?'"])/;
@@ -7,7 +7,7 @@ const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
 const RULE = /^ {0,3}([-*_])( *\1){2,} *$/;
 const TABLE_RULE = /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/;
 
-/** The text as a fragment of nodes. */
+/** Markdown as a fragment of nodes. */
 export function render(text) {
   const fragment = document.createDocumentFragment();
   blocks(text.replace(/\r\n?/g, "\n").split("\n"), fragment, 0);
@@ -88,7 +88,7 @@ function list(lines, start, parent, depth) {
   return i;
 }
 
-/** An item of several lines: its first paragraph without a <p> of its own. */
+/** A list item of several lines: its first paragraph has no <p>. */
 function tight(lines, item, depth) {
   let end = 1;
   while (end < lines.length && lines[end].trim() && !ITEM.test(lines[end]) && !FENCE.test(lines[end])) end += 1;
@@ -142,7 +142,7 @@ function link(target, label, parent) {
   made.rel = "noopener noreferrer";
 }
 
-/** Plain words; two blanks or a backslash at the end of a line break it. */
+/** Plain text; two spaces or a backslash at the end of a line are a line break. */
 function words(text, parent) {
   text.split(/(?: {2,}|\\)\n/).forEach((part, number) => {
     if (number) element("br", parent);

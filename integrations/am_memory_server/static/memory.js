@@ -1,4 +1,4 @@
-// The memory in view: a gauge, the strip of segments, the map of slots, the list of compactions.
+// The memory panel: a gauge, the strip of segments, the map of slots, the list of compactions.
 
 const byId = (id) => document.getElementById(id);
 const whole = new Intl.NumberFormat("en");
@@ -17,7 +17,7 @@ const EMPTY = {
 export class MemoryView {
   #memory = EMPTY;
 
-  /** Everything of one conversation; null: nothing yet. */
+  /** Show the whole memory of a conversation; null: an empty one. */
   show(memory) {
     this.#memory = memory ?? { ...EMPTY, trigger_tokens: this.#memory.trigger_tokens };
     this.#gauge(this.#memory.stats);
@@ -27,14 +27,14 @@ export class MemoryView {
     byId("compact").disabled = !memory;
   }
 
-  /** Sizes alone, while an answer is written. */
+  /** Update the sizes only, while an answer is streamed. */
   resize(stats) {
     this.#memory = { ...this.#memory, stats };
     this.#gauge(stats);
     this.#strip();
   }
 
-  /** What is going on, in a few words. */
+  /** Show the current activity. */
   say(text, isBusy = false) {
     byId("activity").textContent = text;
     byId("activity").classList.toggle("busy", isBusy);
@@ -64,7 +64,7 @@ export class MemoryView {
     byId("toggle-memory").setAttribute("aria-label", stats.logical_tokens ? `Memory: ${count(stats.kv_tokens)} tokens in the cache for ${count(stats.logical_tokens)} of conversation` : "Memory");
   }
 
-  /** The segments with the exact tail as long as it is by now. */
+  /** The segments, with the exact tail at its current length. */
   #parts() {
     const parts = this.#memory.segments.filter((part) => part.kind !== "exact");
     const start = parts.at(-1)?.end ?? 0, end = this.#memory.stats.logical_tokens;
@@ -82,12 +82,12 @@ export class MemoryView {
         item.append(document.createElement("i"), Object.assign(document.createElement("span"), { className: "cuts" }), Object.assign(document.createElement("span"), { className: "sr" }));
         strip.append(item);
       }
-      const [fill, cuts, told] = item.children, tokens = part.end - part.start, share = part.slots / tokens;
+      const [fill, cuts, label] = item.children, tokens = part.end - part.start, share = part.slots / tokens;
       const kept = part.kind === "compacted" ? `compacted to ${part.slots.toFixed(1)} slots a head, ${percent(share)}` : part.kind;
       const text = `tokens ${count(part.start)} to ${count(part.end)}: ${kept}${part.num_cuts ? `, cut ${part.num_cuts} times` : ""}`;
       item.className = part.kind;
       item.style.flexGrow = tokens;
-      item.title = told.textContent = text;
+      item.title = label.textContent = text;
       fill.style.height = `${Math.max(100 * share, 4)}%`;
       const width = (strip.clientWidth * tokens) / Math.max(parts.at(-1).end, 1);
       cuts.textContent = part.num_cuts && width >= CUTS_WIDTH ? part.num_cuts : "";
@@ -144,14 +144,14 @@ function write(name, left, right) {
   byId(`${name}-right`).textContent = right;
 }
 
-/** What is pointed at takes the place of the captions; after a finger it stays there. */
+/** Show the title of the element under the pointer in place of the captions; after a touch it stays. */
 function telling(item, name, text) {
   item.addEventListener("pointerenter", () => write(name, text(), ""));
   item.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") write(name, ...captions[name]); });
 }
 
 function svgElement(name, attributes = {}) {
-  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  return made;
+  const element = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  return element;
 }

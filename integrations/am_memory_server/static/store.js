@@ -1,4 +1,4 @@
-// Conversations in the browser's database, settings beside them; where there is none, they last as long as the page.
+// Conversations and settings in the browser's database; without a database they last as long as the page.
 
 const STORE = "conversations";
 
@@ -28,7 +28,7 @@ export class ConversationStore {
     return this.#database.transaction(STORE, mode).objectStore(STORE);
   }
 
-  /** All of them, the one that was used last first. */
+  /** All conversations, the most recently used first. */
   async all() {
     const found = this.#database ? await finished(this.#store("readonly").getAll()) : [...this.#fallback.values()];
     return found.sort((one, other) => other.updated - one.updated);
@@ -59,5 +59,5 @@ export function loadSettings() {
 export function saveSettings(settings) {
   try {
     localStorage.setItem(SETTINGS, JSON.stringify(settings));
-  } catch { /* a browser that keeps nothing: they last as long as the page */ }
+  } catch { /* no storage: they last as long as the page */ }
 }
