@@ -51,6 +51,11 @@ class Threads:
         self._calls: WeakSet[PendingCall] = WeakSet()
         self._lock = RLock()
 
+    def __repr__(self) -> str:
+        branches = self.all_branches()
+        num_threads, size = len({branch.thread for branch in branches}), self._pool.kv_bytes / 2**20
+        return f"Threads({num_threads} threads with {len(branches)} branches in memory, {size:.1f} MiB)"
+
     def turn(
         self,
         messages: Sequence[Message],

@@ -1,33 +1,70 @@
-"""One answer in LangChain's form: the parts of it as chunks, and all of them as one message. Knows no model."""
+"""One answer in LangChain's form: a chunk for each part, and one message of all chunks. Knows no model."""
 
 from __future__ import annotations
 
+import time
 import uuid
+from collections.abc import Generator
 from typing import Any
 
+from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 
-from am_memory.conversations.chat_answer import ChatAnswer, Part
+from am_memory.conversations.chat import HostWork, answer_chat
+from am_memory.conversations.chat_answer import ChatAnswer, Delta, Part
 from am_memory.conversations.tool_calls import InvalidCall
+from am_memory.errors import PromptTooLong
 
 PROVIDER = "am_memory"
 
 
+def generate_chunks(
+    answer: ChatAnswer, model_name: str, *, timeout: float | None, max_retries: int
+) -> Generator[ChatGenerationChunk, None, None]:
+    """Generate an answer as chunks; the last one holds usage and figures. The conversation is kept at the end.
+
+    Args:
+        timeout: in seconds; None: no limit.
+        max_retries: how often a failed compaction is tried again while the prompt is read.
+
+    Raises:
+        ContextOverflowError: the prompt does not fit.
+        TimeoutError: the answer took too long; the conversation is not kept.
+    """
+    started, chunks = time.monotonic(), Chunks()
+    try:
+        for step in answer_chat(answer, max_retries=max_retries):
+            if isinstance(step, HostWork):
+                step.run()
+                continue
+            if timeout is not None and time.monotonic() - started > timeout:
+                max_tokens = answer.request.max_tokens
+                raise TimeoutError(
+                    f"no complete answer after {timeout} s: raise timeout, or lower max_tokens ({max_tokens})"
+                )
+            if isinstance(step, Delta):
+                yield from map(chunks.chunk, step.parts)
+    except PromptTooLong as error:
+        raise ContextOverflowError(str(error)) from error
+    yield chunks.last(answer, model_name)
+
+
 class Chunks:
-    """One answer in LangChain's form."""
+    """The chunks of one answer, under one id."""
 
     def __init__(self) -> None:
         self.id = f"run-{uuid.uuid4()}"
         self._num_invalid = 0
 
     def chunk(self, part: Part) -> ChatGenerationChunk:
+        """One part of the answer."""
         if isinstance(part, str):
             return self._chunk(content=part)
-        if isinstance(part, InvalidCall):  # LangChain has a place for those
-            # With the error first it is no JSON, which LangChain would complete to a call that nobody made.
+        if isinstance(part, InvalidCall):
+            # The error comes first: LangChain would complete broken JSON to a call that nobody made.
             args, call_id = f"{part.error}: {part.text}", f"call_{uuid.uuid4().hex[:24]}"
             self._num_invalid += 1
             invalid = tool_call_chunk(name=None, args=args, id=call_id, index=1000 + self._num_invalid)
@@ -37,11 +74,10 @@ class Chunks:
 
     def _chunk(self, **fields: Any) -> ChatGenerationChunk:
         fields.setdefault("content", "")
-        message = AIMessageChunk(id=self.id, **fields)
-        return ChatGenerationChunk(message=message)
+        return ChatGenerationChunk(message=AIMessageChunk(id=self.id, **fields))
 
     def last(self, answer: ChatAnswer, model_name: str) -> ChatGenerationChunk:
-        """What is said of the answer when it is complete."""
+        """The end of a complete answer: finish reason, usage, and the figures of its memory."""
         stats, usage = answer.session.stats, answer.usage
         metadata = {
             "model_name": model_name,
@@ -57,31 +93,31 @@ class Chunks:
                 "schema_error": answer.schema_error,
             },
         }
-        said = UsageMetadata(
+        usage_metadata = UsageMetadata(
             input_tokens=usage.prompt_tokens,
             output_tokens=usage.completion_tokens,
             total_tokens=usage.prompt_tokens + usage.completion_tokens,
             input_token_details={"cache_read": usage.cached_tokens},
         )
-        last = AIMessageChunk(
-            content="", id=self.id, response_metadata=metadata, usage_metadata=said, chunk_position="last"
+        message = AIMessageChunk(
+            content="", id=self.id, response_metadata=metadata, usage_metadata=usage_metadata, chunk_position="last"
         )
-        return ChatGenerationChunk(message=last, generation_info={"finish_reason": answer.finish_reason})
+        return ChatGenerationChunk(message=message, generation_info={"finish_reason": answer.finish_reason})
 
 
-def whole(chunks: list[ChatGenerationChunk]) -> ChatResult:
-    """One message of all chunks."""
-    merged = chunks[0]
+def merged(chunks: list[ChatGenerationChunk]) -> ChatResult:
+    """All chunks of an answer as one message."""
+    total = chunks[0]
     for chunk in chunks[1:]:
-        merged += chunk
-    said = merged.message
-    assert isinstance(said, AIMessageChunk)
+        total += chunk
+    chunk_message = total.message
+    assert isinstance(chunk_message, AIMessageChunk)
     message = AIMessage(
-        content=said.content,
-        id=said.id,
-        tool_calls=said.tool_calls,
-        invalid_tool_calls=said.invalid_tool_calls,
-        response_metadata=said.response_metadata,
-        usage_metadata=said.usage_metadata,
+        content=chunk_message.content,
+        id=chunk_message.id,
+        tool_calls=chunk_message.tool_calls,
+        invalid_tool_calls=chunk_message.invalid_tool_calls,
+        response_metadata=chunk_message.response_metadata,
+        usage_metadata=chunk_message.usage_metadata,
     )
-    return ChatResult(generations=[ChatGeneration(message=message, generation_info=merged.generation_info)])
+    return ChatResult(generations=[ChatGeneration(message=message, generation_info=total.generation_info)])

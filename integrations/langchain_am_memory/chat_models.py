@@ -1,78 +1,73 @@
-"""`ChatAMMemory`: a local model as a LangChain chat model, which reads only what is new and never forgets the rest."""
+"""`ChatAMMemory`: a local model as a LangChain chat model. It reads only what is new in a conversation."""
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from threading import Lock
 from typing import Any, get_args
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.exceptions import ContextOverflowError
 from langchain_core.language_models import LanguageModelInput, ModelProfile
 from langchain_core.language_models.base import LangSmithParams
-from langchain_core.language_models.chat_models import BaseChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
-from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 
 from am_memory import Memory, MemoryPolicy, Sampling
-from am_memory.conversations.chat import HostWork, answer_chat
-from am_memory.conversations.chat_answer import ChatAnswer, Delta
+from am_memory.conversations.chat_answer import ChatAnswer
 from am_memory.conversations.threads import Threads
 from am_memory.engines.names import EngineName
-from am_memory.errors import InvalidInput, InvalidPolicy, PromptTooLong, unknown
-from langchain_am_memory import threads_of
-from langchain_am_memory.answers import PROVIDER, Chunks, whole
-from langchain_am_memory.calls import Call, check_arguments, one_choice, openai_tools
-from langchain_am_memory.compactions import Run, ToldLater, listener
+from am_memory.errors import InvalidInput, unknown
+from langchain_am_memory.answers import PROVIDER, generate_chunks, merged
+from langchain_am_memory.call_options import CallOptions, check_arguments, one_choice, openai_tools
+from langchain_am_memory.compactions import CallbackRun, Emit, LoopEmitter, listener
+from langchain_am_memory.limits import Limit, with_limits
 from langchain_am_memory.messages import to_openai
 from langchain_am_memory.structured import Method, structured
+from langchain_am_memory.thread_ids import ThreadedChatModel, take_thread
 from langchain_am_memory.workers import worker_of
 
-Limit = tuple[str, int | float]
-"""("tokens", a number) or ("fraction", a share), as LangChain's middleware has them."""
-
-OF_LOADING = (
+LOAD_SETTINGS = (
     *("engine", "device", "dtype", "compile", "store"),
     *("trust_messages", "window_tokens", "trust_remote_code"),
 )
-"""Settings by which a model is loaded, so that they say nothing of a `Memory` that is made."""
+"""Settings that loading a model takes. A given `Memory` has its own."""
 
 _loading = Lock()
 
 
-class ChatAMMemory(BaseChatModel):
-    """A local model with a memory of unbounded length in bounded space.
+class ChatAMMemory(ThreadedChatModel):
+    """A local model that remembers a conversation of any length in bounded memory.
 
-    Every call of LangChain brings the whole conversation. What this model has read of it, compacted or not, is found
-    by the messages it begins with, and only the rest is read; when the cache reaches `trigger`, its oldest part is
-    compacted in place. Forks, edits, retries and restarts need nothing of the caller.
+    LangChain sends the whole conversation at every call. This model finds what it has read of it by the messages, and
+    reads only the rest. When the cache reaches `trigger`, its oldest part is compacted in place. Forks, edits, retries
+    and restarts need no care.
 
     Args:
         model: a hub id, a folder, a .gguf file, "demo" for the bundled model, or a `Memory`. Loaded at the first call.
-        engine: what runs it: "transformers", or "llama_cpp" for a .gguf file as it is, quantised.
-        trigger: the cache's size that fires a compaction: ("tokens", 8192), or ("fraction", 0.8) of the window.
-        keep: how much of the cache, the newest part, a compaction leaves exact: ("fraction", 0.5), or in tokens.
-        policy: all of the memory's settings; `trigger` and `keep` are set in it where they are given.
-        device, dtype, compile, trust_messages, window_tokens, trust_remote_code: as `Memory.from_pretrained` takes
-            them.
-        store: a folder or fsspec URL; with it, threads outlive the process.
-        max_bytes: of all kept caches; None: 4 GiB.
-        max_tokens, stop: generated at most; texts that end an answer.
-        timeout: seconds for an answer; None: none.
-        max_retries: how often reading the prompt is tried again where a compaction fails for want of memory.
-        streaming: whether `invoke` streams to callback handlers; None leaves it to LangChain.
-        model_kwargs: what every call gets, unless it says otherwise: what `invoke` takes beside messages.
-        api_key: taken because programs give one to every chat model; there is nothing here that it would open.
+        engine: "transformers", or "llama_cpp", which runs a .gguf file quantised, as it is.
+        trigger: the cache size that starts a compaction: ("tokens", 8192), or ("fraction", 0.8) of the context window.
+        keep: the newest part of the cache, which a compaction leaves exact: ("fraction", 0.5), or in tokens.
+        policy: all settings of the memory. `trigger` and `keep` replace its own.
+        device, dtype, compile, trust_messages, window_tokens, trust_remote_code: as in `Memory.from_pretrained`.
+        store: a folder or fsspec URL where threads are saved, so that they survive the process.
+        max_bytes: of all cached conversations together; None: 4 GiB.
+        temperature, top_p, top_k, min_p, repetition_penalty, seed: sampling; None: as the model's own settings say.
+        max_tokens: the longest answer.
+        stop: texts that end an answer.
+        timeout: seconds for an answer; None: no limit.
+        max_retries: how often a failed compaction is tried again while the prompt is read.
+        streaming: whether `invoke` streams to callback handlers; None: LangChain decides.
+        model_kwargs: defaults for the keyword arguments of every call.
+        api_key: ignored; programs pass one to every chat model.
 
     Raises:
-        InvalidInput: a name that there is not, or what cannot be set on a `Memory` that is made.
-        InvalidPolicy: a policy that can never work.
-        ValidationError: pydantic's, for a value out of its range.
+        InvalidInput: an unknown setting, or a setting that a given `Memory` has already fixed.
+        InvalidPolicy: a policy that cannot work.
+        ValidationError: from pydantic, for a value out of its range.
     """
 
     model_config = ConfigDict(
@@ -121,46 +116,30 @@ class ChatAMMemory(BaseChatModel):
         self._memory_policy()
         check_arguments(self.model_kwargs)
         given = [
-            name for name in OF_LOADING if name in self.model_fields_set and getattr(self, name) not in (None, False)
+            name for name in LOAD_SETTINGS if name in self.model_fields_set and getattr(self, name) not in (None, False)
         ]
         if isinstance(self.model, Memory) and given:
             raise InvalidInput(f"{', '.join(given)} cannot be set on a Memory that is made: give it to the Memory")
         return self
 
     def _memory_policy(self) -> MemoryPolicy:
-        """The policy, the memory's own where there is one, with `trigger` and `keep` in it."""
+        """The policy, or that of a `Memory`, with `trigger` and `keep`."""
         policy = self.policy or (self.model.policy if isinstance(self.model, Memory) else MemoryPolicy())
-        changes: dict[str, Any] = {}
-        for name, limit in (("trigger", self.trigger), ("keep", self.keep)):
-            if limit is not None and limit[0] not in ("tokens", "fraction"):
-                raise InvalidPolicy(f'{name}={limit}: give ("tokens", a number) or ("fraction", a share)')
-        if self.trigger is not None:
-            kind, size = self.trigger
-            changes["trigger_tokens"] = int(size) if kind == "tokens" else float(size)
-        if self.keep is not None:
-            kind, size = self.keep
-            trigger = changes.get("trigger_tokens", policy.trigger_tokens)
-            if kind == "tokens" and isinstance(trigger, float):
-                raise InvalidPolicy(
-                    f"keep={self.keep} in tokens needs a trigger in tokens, not {trigger:.0%} of the window: give "
-                    'trigger=("tokens", ...), or keep=("fraction", ...)'
-                )
-            whole = trigger if kind == "tokens" else 1
-            if not 0 <= size < whole:
-                raise InvalidPolicy(
-                    f"keep={self.keep} with a trigger of {trigger}: what a compaction leaves exact is at least 0 and "
-                    f"below {whole}; lower keep, or raise trigger"
-                )
-            changes["compact_fraction"] = 1 - size / whole
-        return policy.with_changes(**changes)
+        return with_limits(policy, trigger=self.trigger, keep=self.keep)
 
-    # What it runs on
+    def __repr__(self) -> str:
+        loaded = self._threads.get(self.model if isinstance(self.model, str) else "")
+        return f"ChatAMMemory({self._model_name!r}, {'not loaded' if loaded is None else loaded!r})"
+
+    __str__ = __repr__
+
+    # The memory
 
     def threads(self, model: str | None = None) -> Threads:
-        """The conversations that this model knows; the first call loads the model.
+        """The conversations in memory and in the store. The first call loads the model.
 
         Args:
-            model: another model than the one this was made with.
+            model: another model; None: this one's.
         """
         source = self.model if model is None else model
         name = source if isinstance(source, str) else ""
@@ -189,31 +168,31 @@ class ChatAMMemory(BaseChatModel):
 
     @property
     def memory(self) -> Memory:
-        """The memory below; the first call loads the model."""
+        """The memory of this model. The first call loads the model."""
         return self.threads().memory
 
     def delete_thread(self, thread_id: str) -> None:
-        """Forget a thread, in memory and in the store."""
+        """Delete a thread, in memory and in the store."""
         self.threads().delete(thread_id)
 
     async def adelete_thread(self, thread_id: str) -> None:
         await asyncio.to_thread(self.delete_thread, thread_id)
 
     def copy_thread(self, thread_id: str, new_thread_id: str) -> None:
-        """Give a thread a second name, under which it goes its own way."""
+        """Copy a thread to a second name. The two share memory until they differ."""
         self.threads().copy(thread_id, new_thread_id)
 
     async def acopy_thread(self, thread_id: str, new_thread_id: str) -> None:
         await asyncio.to_thread(self.copy_thread, thread_id, new_thread_id)
 
     def prune_thread(self, thread_id: str, *, keep: int = 1) -> None:
-        """Forget a thread's branches but the `keep` used last."""
+        """Delete a thread's branches but the `keep` used last."""
         self.threads().prune(thread_id, keep=keep)
 
     async def aprune_thread(self, thread_id: str, *, keep: int = 1) -> None:
         await asyncio.to_thread(self.prune_thread, thread_id, keep=keep)
 
-    # What LangChain asks of a model
+    # LangChain's description of the model
 
     @property
     def _llm_type(self) -> str:
@@ -253,39 +232,12 @@ class ChatAMMemory(BaseChatModel):
         return profile
 
     def get_token_ids(self, text: str) -> list[int]:
-        """By the model's own tokenizer."""
+        """The token ids of a text, by the model's own tokenizer."""
         return self.memory.tokenize(text)
 
     def get_num_tokens_from_messages(self, messages: Sequence[BaseMessage], tools: Sequence[Any] | None = None) -> int:
-        """Exactly what reading these messages and tools takes, the opening of the answer included."""
+        """The exact number of tokens of a prompt, the opening of the answer included."""
         return self.threads().num_tokens(to_openai(messages), openai_tools(tools))
-
-    # The thread of a config, which a bare model's own methods do not pass on
-
-    def invoke(self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any) -> AIMessage:
-        return super().invoke(input, config, **threads_of.lifted(config, kwargs))
-
-    async def ainvoke(
-        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
-    ) -> AIMessage:
-        return await super().ainvoke(input, config, **threads_of.lifted(config, kwargs))
-
-    def stream(
-        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
-    ) -> Iterator[AIMessageChunk]:
-        yield from super().stream(input, config, **threads_of.lifted(config, kwargs))
-
-    async def astream(
-        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
-    ) -> AsyncIterator[AIMessageChunk]:
-        async for chunk in super().astream(input, config, **threads_of.lifted(config, kwargs)):
-            yield chunk
-
-    def stream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        return super().stream_events(input, config, **threads_of.lifted(config, kwargs))
-
-    def astream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        return super().astream_events(input, config, **threads_of.lifted(config, kwargs))
 
     # Answers
 
@@ -296,8 +248,8 @@ class ChatAMMemory(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        thread = threads_of.of_call(kwargs, run_manager)
-        return whole(list(self._chunks(messages, stop, thread, Run.of_call(run_manager).tell, **kwargs)))
+        thread = take_thread(kwargs, run_manager)
+        return merged(list(self._chunks(messages, stop, thread, CallbackRun.of(run_manager).emit, **kwargs)))
 
     def _stream(
         self,
@@ -306,8 +258,8 @@ class ChatAMMemory(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        thread = threads_of.of_call(kwargs, run_manager)
-        for chunk in self._chunks(messages, stop, thread, Run.of_call(run_manager).tell, **kwargs):
+        thread = take_thread(kwargs, run_manager)
+        for chunk in self._chunks(messages, stop, thread, CallbackRun.of(run_manager).emit, **kwargs):
             if run_manager is not None:
                 run_manager.on_llm_new_token(chunk.text, chunk=chunk)
             yield chunk
@@ -319,10 +271,8 @@ class ChatAMMemory(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        thread = threads_of.of_call(kwargs, run_manager)
-        return whole(
-            [chunk async for chunk in self._achunks(messages, stop, thread, Run.of_call(run_manager), **kwargs)]
-        )
+        thread, run = take_thread(kwargs, run_manager), CallbackRun.of(run_manager)
+        return merged([chunk async for chunk in self._achunks(messages, stop, thread, run, **kwargs)])
 
     async def _astream(
         self,
@@ -331,75 +281,54 @@ class ChatAMMemory(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        thread = threads_of.of_call(kwargs, run_manager)
-        async for chunk in self._achunks(messages, stop, thread, Run.of_call(run_manager), **kwargs):
+        thread, run = take_thread(kwargs, run_manager), CallbackRun.of(run_manager)
+        async for chunk in self._achunks(messages, stop, thread, run, **kwargs):
             if run_manager is not None:
                 await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
             yield chunk
 
     async def _achunks(
-        self,
-        messages: list[BaseMessage],
-        stop: list[str] | None,
-        thread: str,
-        run: Run,
-        **kwargs: Any,
+        self, messages: list[BaseMessage], stop: list[str] | None, thread: str, run: CallbackRun, **kwargs: Any
     ) -> AsyncIterator[ChatGenerationChunk]:
-        """`_chunks`, each step of it on the memory's worker."""
+        """`_chunks`, with each step on the memory's worker."""
         loop = asyncio.get_running_loop()
         memory = (await asyncio.to_thread(self.threads, kwargs.get("model"))).memory
-        worker, tell = worker_of(memory), ToldLater(run, loop)
-        chunks = self._chunks(messages, stop, thread, tell, **kwargs)
+        worker, emitter = worker_of(memory), LoopEmitter(run, loop)
+        chunks = self._chunks(messages, stop, thread, emitter.emit, **kwargs)
         try:
             while (chunk := await loop.run_in_executor(worker, next, chunks, None)) is not None:
-                await tell.settle()
+                await emitter.flush()
                 yield chunk
         finally:
-            worker.submit(chunks.close)  # behind a step that may still be under way
+            worker.submit(chunks.close)  # after the step that may still be running
 
     def _chunks(
-        self,
-        messages: list[BaseMessage],
-        stop: list[str] | None,
-        thread: str,
-        tell: Callable[[dict[str, Any]], object],
-        **kwargs: Any,
+        self, messages: list[BaseMessage], stop: list[str] | None, thread: str, emit: Emit, **kwargs: Any
     ) -> Generator[ChatGenerationChunk, None, None]:
-        """The answer, piece by piece; the conversation is kept when it is complete, and not otherwise."""
-        call = Call(self, kwargs, stop)
-        with call.threads.memory.listening(listener(thread, tell)):
-            yield from self._answer(call, to_openai(messages), thread)
+        """The answer in chunks. The conversation is kept once the answer is complete."""
+        options = self._options(kwargs, stop)
+        threads, name = self.threads(options.model), str(options.model or self._model_name)
+        with threads.memory.listening(listener(thread, emit)):
+            answer = ChatAnswer(threads, options.request(to_openai(messages), thread))
+            yield from generate_chunks(answer, name, timeout=self.timeout, max_retries=self.max_retries)
 
-    def _answer(
-        self, call: Call, messages: list[dict[str, Any]], thread: str
-    ) -> Generator[ChatGenerationChunk, None, None]:
-        started = time.monotonic()
-        answer = ChatAnswer(call.threads, call.request(messages, thread))
-        chunks = Chunks()
-        try:
-            for step in answer_chat(answer, max_retries=self.max_retries):
-                if isinstance(step, HostWork):
-                    step.run()
-                    continue
-                if self.timeout is not None and time.monotonic() - started > self.timeout:
-                    raise TimeoutError(
-                        f"no complete answer after {self.timeout} s: raise timeout, or lower max_tokens "
-                        f"({call.max_tokens})"
-                    )
-                if isinstance(step, Delta):
-                    for part in step.parts:
-                        yield chunks.chunk(part)
-        except PromptTooLong as error:
-            raise ContextOverflowError(str(error)) from error
-        yield chunks.last(answer, call.model_name)
+    def _options(self, kwargs: dict[str, Any], stop: list[str] | None) -> CallOptions:
+        """The options of a call: its arguments, over `model_kwargs`, over the fields, over the model's sampling."""
+        given = {**self.model_kwargs, **kwargs}
+        check_arguments(given)
+        if stop not in (None, []):
+            given["stop"] = stop
+        own = {name: value for name in Sampling.model_fields if (value := getattr(self, name)) is not None}
+        sampling = Sampling(**{**self.threads(given.get("model")).memory.sampling.model_dump(), **own})
+        return CallOptions.of(given, policy=self._memory_policy(), sampling=sampling, max_tokens=self.max_tokens)
 
-    # Tools and structure
+    # Tools and structured output
 
     def bind(self, **kwargs: Any) -> Any:  # LangChain's type of it has a private name
-        """The model with arguments for every call.
+        """The model with default arguments for every call.
 
         Raises:
-            InvalidInput: the name of an argument that no call takes, or a value that is none of its.
+            InvalidInput: an argument that no call takes, or a value of the wrong type.
         """
         check_arguments(kwargs)
         return super().bind(**kwargs)
@@ -413,20 +342,20 @@ class ChatAMMemory(BaseChatModel):
         strict: bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, AIMessage]:
-        """Tell the model of tools.
+        """The model with tools that it may call.
 
         Args:
-            tools: anything that LangChain can make a function's schema of.
-            tool_choice: "auto" (None) leaves it to the model, "none" forbids calls, "any" (or "required", or True)
-                forces one, and so does the name of a tool. Mappings as the APIs of OpenAI and Anthropic have them say
-                the same: {"type": "function", "function": {"name": ...}}, {"type": "tool", "name": ...},
-                {"type": "any"}. What is forced is guaranteed, by constrained decoding.
-            parallel_tool_calls: False: an answer has one call at most; True: a forced one may have several, as a free
-                one may in any case.
-            strict: arguments follow their schema where the model chooses to call, too; None: as each tool says itself.
+            tools: anything that LangChain can convert to a function's schema.
+            tool_choice: "auto" or None lets the model choose, "none" forbids calls, "any" (or "required", or True)
+                forces a call, and a tool's name forces a call of that tool. Mappings of the OpenAI and Anthropic APIs
+                work too: {"type": "function", "function": {"name": ...}}, {"type": "tool", "name": ...},
+                {"type": "any"}. Constrained decoding guarantees a forced call.
+            parallel_tool_calls: False: an answer holds at most one call. True: a forced answer may hold several. None:
+                only an answer that is not forced may hold several.
+            strict: the arguments of every call follow their schema; None: each tool says it itself.
 
         Raises:
-            InvalidInput: a choice of no known form or none of the tools, or an argument that no call takes.
+            InvalidInput: an unknown form of `tool_choice`, a name that no tool has, or an unknown argument.
         """
         schemas, options = openai_tools(tools), {"parallel_tool_calls": parallel_tool_calls, "strict": strict}
         given = {name: value for name, value in options.items() if value is not None}
@@ -444,17 +373,17 @@ class ChatAMMemory(BaseChatModel):
         strict: bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, Any]:
-        """Answers in the form of a schema, by constrained decoding.
+        """A model whose answers follow a schema, by constrained decoding.
 
         Args:
             schema: a pydantic class, a TypedDict, a JSON schema, or an OpenAI function.
-            method: "json_schema" or "json_mode": the answer's text is JSON that follows the schema;
-                "function_calling": it is a forced call of a tool with that schema.
-            include_raw: give {"raw", "parsed", "parsing_error"} in place of what was parsed.
-            strict: accepted for other providers' sake; a schema is always strict here.
+            method: "json_schema" and "json_mode": the answer's text is JSON of the schema. "function_calling": the
+                answer is a forced call of a tool with the schema.
+            include_raw: return {"raw", "parsed", "parsing_error"} instead of the parsed value.
+            strict: accepted, as other providers take it; a schema is always strict here.
 
         Raises:
-            InvalidInput: another method, or an argument that it does not take.
+            InvalidInput: an unknown method or argument.
         """
         if wrong := unknown(kwargs, ("method", "include_raw", "strict")):
             raise InvalidInput(f"with_structured_output takes no {wrong}")

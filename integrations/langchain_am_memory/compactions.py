@@ -1,4 +1,4 @@
-"""Compactions as LangChain events: what a callback handler's `on_custom_event`, or a stream of events, gets to see."""
+"""Compactions as LangChain events, for the `on_custom_event` of callback handlers and for streams of events."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from am_memory.events import CompactionFinished, CompactionProgress, CompactionS
 
 EVENT = "am_memory.compaction"
 
+Emit = Callable[[dict[str, Any]], object]
+
 _HANDLER = ("on_custom_event", "ignore_custom_event")
 
 
 def as_dict(event: Event) -> dict[str, Any] | None:
-    """{"type": EVENT, "event": "started" | "progress" | "finished", ...}; None for events of other kinds."""
+    """{"type": EVENT, "event": "started" | "progress" | "finished", ...}; None for other kinds of events."""
     match event:
         case CompactionStarted():
             return {"type": EVENT, "event": "started", **asdict(event)}
@@ -31,52 +33,51 @@ def as_dict(event: Event) -> dict[str, Any] | None:
     return None
 
 
-def listener(thread: str, tell: Callable[[dict[str, Any]], object]) -> Listener:
-    """Tells of the compactions of one thread."""
+def listener(thread: str, emit: Emit) -> Listener:
+    """A listener of the memory that emits the compactions of one thread."""
 
     def listen(event: Event) -> None:
-        if getattr(event, "session", None) == thread and (said := as_dict(event)) is not None:
-            tell(said)
+        if getattr(event, "session", None) == thread and (data := as_dict(event)) is not None:
+            emit(data)
 
     return listen
 
 
 @dataclass(frozen=True)
-class Run:
-    """Whom to tell of what happens in a call: the callback handlers of its run.
+class CallbackRun:
+    """The callback handlers of one call.
 
-    LangChain does not hand a model its run while it streams; then it is the run that the model is called in, if any.
+    LangChain passes no run to a model that streams. Then the run is the one around the call, if there is one.
     """
 
     handlers: list[BaseCallbackHandler]
-    about: dict[str, Any]
+    context: dict[str, Any]
 
     @classmethod
-    def of_call(cls, run: CallbackManagerForLLMRun | AsyncCallbackManagerForLLMRun | None) -> Run:
+    def of(cls, run: CallbackManagerForLLMRun | AsyncCallbackManagerForLLMRun | None) -> CallbackRun:
         if run is not None:
             return cls(run.handlers, {"run_id": run.run_id, "tags": run.tags, "metadata": run.metadata})
         outer = get_callback_manager_for_config(ensure_config())
-        is_run = outer.parent_run_id is not None
-        about = {"run_id": outer.parent_run_id, "tags": outer.tags, "metadata": outer.metadata}
-        return cls(outer.handlers if is_run else [], about)
+        context = {"run_id": outer.parent_run_id, "tags": outer.tags, "metadata": outer.metadata}
+        return cls(outer.handlers if outer.parent_run_id is not None else [], context)
 
-    def tell(self, said: dict[str, Any]) -> None:
-        handle_event(self.handlers, *_HANDLER, EVENT, said, **self.about)
+    def emit(self, data: dict[str, Any]) -> None:
+        """Call the handlers."""
+        handle_event(self.handlers, *_HANDLER, EVENT, data, **self.context)
 
 
-class ToldLater:
-    """Tells a run from another thread than the event loop's, in which its handlers are called."""
+class LoopEmitter:
+    """Calls the handlers of a run in an event loop, from another thread."""
 
-    def __init__(self, run: Run, loop: asyncio.AbstractEventLoop) -> None:
-        self._run = run
-        self._loop = loop
-        self._told: list[Future[None]] = []
+    def __init__(self, run: CallbackRun, loop: asyncio.AbstractEventLoop) -> None:
+        self._run, self._loop = run, loop
+        self._pending: list[Future[None]] = []
 
-    def __call__(self, said: dict[str, Any]) -> None:
-        telling = ahandle_event(self._run.handlers, *_HANDLER, EVENT, said, **self._run.about)
-        self._told.append(asyncio.run_coroutine_threadsafe(telling, self._loop))
+    def emit(self, data: dict[str, Any]) -> None:
+        handled = ahandle_event(self._run.handlers, *_HANDLER, EVENT, data, **self._run.context)
+        self._pending.append(asyncio.run_coroutine_threadsafe(handled, self._loop))
 
-    async def settle(self) -> None:
-        """Wait until everything is told."""
-        told, self._told = self._told, []
-        await asyncio.gather(*map(asyncio.wrap_future, told))
+    async def flush(self) -> None:
+        """Wait for the handlers of all events so far."""
+        pending, self._pending = self._pending, []
+        await asyncio.gather(*map(asyncio.wrap_future, pending))

@@ -1,4 +1,4 @@
-"""LangChain's messages in the form that the memory takes them, OpenAI's."""
+"""LangChain's messages as dicts of OpenAI's API, which the memory takes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ NOT_TEXT = ("image", "image_url", "audio", "input_audio", "file", "document", "v
 
 
 def to_openai(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
-    """The messages as dicts of role and content, and what tools need.
+    """The messages as dicts: role and content, and for tools tool_calls, tool_call_id and name.
 
     Raises:
-        InvalidInput: content that is no text.
+        InvalidInput: content that is not text, or a message of an unknown type.
     """
     return [_to_openai(message, position) for position, message in enumerate(messages)]
 
@@ -28,26 +28,26 @@ def _to_openai(message: BaseMessage, position: int) -> dict[str, Any]:
     role = role or ROLES.get(message.type.removesuffix("MessageChunk").lower())
     if role is None:
         raise InvalidInput(f"message {position} is of type {message.type!r}: give system, human, ai or tool messages")
-    said: dict[str, Any] = {"role": role, "content": _text(message.content, position)}
+    fields: dict[str, Any] = {"role": role, "content": _text(message.content, position)}
     if isinstance(message, AIMessage) and (calls := _calls(message)):
-        said["tool_calls"] = calls
+        fields["tool_calls"] = calls
     if isinstance(message, ToolMessage):
-        said["tool_call_id"] = message.tool_call_id
+        fields["tool_call_id"] = message.tool_call_id
     if isinstance(message, (ToolMessage, FunctionMessage)) and message.name:
-        said["name"] = message.name
-    return said
+        fields["name"] = message.name
+    return fields
 
 
 def _calls(message: AIMessage) -> list[dict[str, Any]]:
-    """The calls as OpenAI's API has them, and such as could not be made, as they were written.
+    """The valid calls, then the invalid ones with their arguments as written.
 
-    One without a name was never a call to anything; what an answer of ours says in one stands in its thread.
+    An invalid call without a name is left out. Our own answers have such calls; their text is in the thread already.
     """
-    made = [(call["name"], json.dumps(call["args"], ensure_ascii=False), call["id"]) for call in message.tool_calls]
-    broken = [(call["name"], call["args"] or "", call["id"]) for call in message.invalid_tool_calls if call["name"]]
+    valid = [(call["name"], json.dumps(call["args"], ensure_ascii=False), call["id"]) for call in message.tool_calls]
+    invalid = [(call["name"], call["args"] or "", call["id"]) for call in message.invalid_tool_calls if call["name"]]
     return [
         {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
-        for name, arguments, call_id in (*made, *broken)
+        for name, arguments, call_id in (*valid, *invalid)
     ]
 
 

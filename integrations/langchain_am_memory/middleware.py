@@ -1,6 +1,6 @@
-"""What an agent sees of its memory: a policy of its own, figures in its state, events in its stream, a tool.
+"""The memory of an agent, for the agent: a policy of its own, figures in its state, events in its stream, a tool.
 
-The memory itself needs no middleware: `ChatAMMemory` remembers by itself.
+None of this is needed to remember: `ChatAMMemory` does that by itself.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing_extensions import NotRequired
 
 from am_memory import MemoryPolicy
 from am_memory.errors import CompactionFailed, InvalidInput, SessionChanged, SessionDeleted, require_flags, unknown
-from langchain_am_memory import threads_of
-from langchain_am_memory.calls import require_policy
+from langchain_am_memory.call_options import require_policy
 from langchain_am_memory.chat_models import ChatAMMemory
 from langchain_am_memory.compactions import listener
+from langchain_am_memory.thread_ids import take_thread, thread_of
 
 logger = logging.getLogger("am_memory.langchain")
 
@@ -39,18 +39,18 @@ class MemoryState(AgentState[Any]):
 
 
 class AMMemoryMiddleware(AgentMiddleware[MemoryState, Any, Any]):
-    """Shows an agent's memory, and sets it for this agent alone.
+    """Shows an agent its memory, and gives its conversations a policy of their own.
 
-    The state gets `am_memory`: logical and physical tokens, bytes and compactions after the last answer. A stream in
-    mode "custom" gets {"type": "am_memory.compaction", "event": "started" | "progress" | "finished", ...}.
+    The state gets `am_memory`: tokens of the conversation and of the cache, bytes, and compactions. A stream in mode
+    "custom" gets {"type": "am_memory.compaction", "event": "started" | "progress" | "finished", ...}.
 
     Args:
-        policy: of this agent's conversations; None: the model's.
-        compact_tool: give the agent a tool, `compact_memory`, with which it compacts its own memory.
-        name: a name that lets it replace another middleware, such as "SummarizationMiddleware" of deep agents.
+        policy: for this agent's conversations; None: the model's.
+        compact_tool: give the agent a tool, `compact_memory`, that compacts its own memory.
+        name: a name under which it replaces another middleware, such as "SummarizationMiddleware" of deep agents.
 
     Raises:
-        InvalidInput: another argument, or a value that is none of theirs.
+        InvalidInput: an unknown argument, or a value of the wrong type.
     """
 
     state_schema = MemoryState
@@ -74,6 +74,10 @@ class AMMemoryMiddleware(AgentMiddleware[MemoryState, Any, Any]):
         self._model: ChatAMMemory | None = None
         self._has_warned = False
 
+    def __repr__(self) -> str:
+        policy = "the model's policy" if self.policy is None else repr(self.policy)
+        return f"AMMemoryMiddleware({policy}{', compact_memory' if self.tools else ''})"
+
     @property
     def name(self) -> str:
         return self._name
@@ -81,19 +85,19 @@ class AMMemoryMiddleware(AgentMiddleware[MemoryState, Any, Any]):
     def wrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
     ) -> Response:
-        model = self._prepared(request)
+        model = self._prepare(request)
         with self._streaming(model):
             return self._with_figures(handler(self._with_policy(request)))
 
     async def awrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]]
     ) -> Response:
-        model = self._prepared(request)
-        await asyncio.to_thread(lambda: model.memory)  # loads it, where this is the first call
+        model = self._prepare(request)
+        await asyncio.to_thread(lambda: model.memory)  # the first call loads the model
         with self._streaming(model):
             return self._with_figures(await handler(self._with_policy(request)))
 
-    def _prepared(self, request: ModelRequest[Any]) -> ChatAMMemory:
+    def _prepare(self, request: ModelRequest[Any]) -> ChatAMMemory:
         model = request.model
         if not isinstance(model, ChatAMMemory):
             raise InvalidInput(
@@ -109,18 +113,15 @@ class AMMemoryMiddleware(AgentMiddleware[MemoryState, Any, Any]):
         return request.override(model_settings={**request.model_settings, "memory_policy": self.policy})
 
     def _warn_of_rewritten_history(self, request: ModelRequest[Any]) -> None:
-        told: list[BaseMessage] = list(request.state["messages"])
-        is_summarised = any(message.additional_kwargs.get("lc_source") == "summarization" for message in told)
-        is_edited = [message.content for message in told] != [message.content for message in request.messages]
+        history: list[BaseMessage] = list(request.state["messages"])
+        is_summarised = any(message.additional_kwargs.get("lc_source") == "summarization" for message in history)
+        is_edited = [message.content for message in history] != [message.content for message in request.messages]
         if (is_summarised or is_edited) and not self._has_warned:
             self._has_warned = True
-            what = (
-                "a summary has taken the place of messages" if is_summarised else "messages are edited before the call"
-            )
             logger.warning(
-                "%s: what was read of the old ones is of no use any more; leave the history to ChatAMMemory, and take "
-                "the summarising or context-editing middleware out",
-                what,
+                "%s: the cache of the old messages is useless now; leave the history to ChatAMMemory, and remove the "
+                "summarising or context-editing middleware",
+                "a summary replaces messages" if is_summarised else "messages are edited before the call",
             )
 
     @staticmethod
@@ -133,35 +134,34 @@ class AMMemoryMiddleware(AgentMiddleware[MemoryState, Any, Any]):
 
     @contextmanager
     def _streaming(self, model: ChatAMMemory) -> Iterator[None]:
-        """Send this thread's compactions to the agent's stream."""
+        """Write this thread's compactions to the agent's stream."""
         try:
             write = get_stream_writer()
         except RuntimeError:  # outside of a graph
             yield
             return
-        thread = threads_of.of_call({}, None)
-
-        with model.memory.listening(listener(thread, write)):
+        with model.memory.listening(listener(take_thread({}, None), write)):
             yield
 
     def _compact_tool(self) -> BaseTool:
         @tool
         def compact_memory(config: RunnableConfig) -> str:
             """Compact the older part of the conversation's memory now, before a long piece of work."""
-            thread = threads_of.of_config(config)
-            branches = self._model.threads().branches(thread) if self._model is not None else []
-            if not branches:
-                return "There is nothing in memory yet."
-            session = branches[-1].session
-            try:
-                report = session.compact()
-            except CompactionFailed as error:
-                return f"Nothing was compacted: {error}"
-            if self._model is not None and self._model.memory.store is not None:
-                with suppress(SessionChanged, SessionDeleted):  # what lies there says the same, or is to be gone
-                    session.save()
-            return (
-                f"Compacted {report.end - report.start} tokens; the cache is now {report.kv_tokens_after:.0f} tokens."
-            )
+            return self._compact(thread_of(config))
 
         return compact_memory
+
+    def _compact(self, thread: str) -> str:
+        """Compact the branch of a thread that was used last, and report it to the agent."""
+        branches = self._model.threads().branches(thread) if self._model is not None else []
+        if self._model is None or not branches:
+            return "There is nothing in memory yet."
+        session = branches[-1].session
+        try:
+            report = session.compact()
+        except CompactionFailed as error:
+            return f"Nothing was compacted: {error}"
+        if self._model.memory.store is not None:
+            with suppress(SessionChanged, SessionDeleted):  # the saved one says the same, or is to stay deleted
+                session.save()
+        return f"Compacted {report.end - report.start} tokens; the cache is now {report.kv_tokens_after:.0f} tokens."

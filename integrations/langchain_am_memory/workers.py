@@ -1,4 +1,4 @@
-"""The thread that a memory works on for asynchronous callers, so that no event loop waits for it."""
+"""The worker thread of a memory, on which asynchronous calls run, so that no event loop waits for the device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _starting = Lock()
 
 
 def worker_of(memory: Memory) -> ThreadPoolExecutor:
-    """The memory's own, of one thread: the engine works on one thing at a time."""
+    """The memory's worker: one thread, as the engine does one thing at a time."""
     with _starting:
         if memory not in _workers:
             _workers[memory] = ThreadPoolExecutor(1, thread_name_prefix="am_memory")

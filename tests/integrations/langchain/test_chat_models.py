@@ -13,7 +13,7 @@ import pytest
 from langchain.agents import create_agent
 from langchain.agents.middleware import wrap_model_call
 from langchain_am_memory import ChatAMMemory
-from langchain_am_memory.calls import Call, openai_tools
+from langchain_am_memory.call_options import openai_tools
 from langchain_am_memory.messages import to_openai
 from langchain_core.chat_history import InMemoryChatMessageHistory
 from langchain_core.exceptions import ContextOverflowError, OutputParserException
@@ -329,7 +329,7 @@ def test_what_every_chat_model_takes_beside_tools_is_taken(new_model: NewModel, 
 
 def test_strict_is_said_of_each_tool(new_model: NewModel) -> None:
     asked = [
-        Call(new_model(), {"tools": [add], "strict": strict}, None).tools[0]["function"] for strict in (True, None)
+        new_model()._options({"tools": [add], "strict": strict}, None).tools[0]["function"] for strict in (True, None)
     ]
     assert [tool.get("strict") for tool in asked] == [True, None]
     assert asked[0]["parameters"] == asked[1]["parameters"]
@@ -661,7 +661,7 @@ def test_bad_options_of_a_call_are_refused_by_their_values(
 
 def test_stops_are_those_of_the_call_then_of_model_kwargs_then_of_the_model(new_model: NewModel) -> None:
     def stops(of_call: list[str] | None, **fields: Any) -> tuple[str, ...]:
-        return Call(new_model(**fields), {}, of_call).sampling.stop
+        return new_model(**fields)._options({}, of_call).sampling.stop
 
     assert stops(["a"], stop=["b"], model_kwargs={"stop": ["c"]}) == ("a",)
     assert stops(None, stop=["b"], model_kwargs={"stop": ["c"]}) == ("c",)
@@ -703,6 +703,14 @@ def test_the_profile_knows_the_window_once_the_model_is_loaded(new_model: NewMod
 
 def test_making_a_model_loads_nothing() -> None:
     assert ChatAMMemory(model="/there/is/no/such/model").get_name() == "ChatAMMemory"
+
+
+def test_a_model_says_in_a_line_what_it_holds(new_model: NewModel) -> None:
+    assert repr(ChatAMMemory(model="demo", api_key="sk-nothing")) == "ChatAMMemory('demo', not loaded)"
+    model = new_model()
+    model.invoke("hello", CONFIG)
+    name = model.memory.engine.info.name
+    assert str(model).startswith(f"ChatAMMemory({name!r}, Threads(1 threads with 1 branches in memory, ")
 
 
 def test_what_a_model_is_loaded_with_is_what_was_set(

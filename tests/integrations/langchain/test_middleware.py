@@ -95,11 +95,16 @@ def test_a_summariser_beside_it_is_warned_of_once(new_agent: NewAgent, caplog: p
     with caplog.at_level(logging.WARNING, "am_memory"):
         for number in range(4):
             agent.invoke({"messages": [HumanMessage(f"message {number}")]}, CONFIG)
-    assert [record.message.split(":")[0] for record in caplog.records] == ["a summary has taken the place of messages"]
+    assert [record.message.split(":")[0] for record in caplog.records] == ["a summary replaces messages"]
 
 
 def test_it_can_take_the_place_of_another_middleware() -> None:
     assert AMMemoryMiddleware(name="SummarizationMiddleware").name == "SummarizationMiddleware"
+
+
+def test_it_says_in_a_line_what_it_does() -> None:
+    assert repr(AMMemoryMiddleware()) == "AMMemoryMiddleware(the model's policy)"
+    assert repr(AMMemoryMiddleware(policy=TIGHT, compact_tool=True)) == f"AMMemoryMiddleware({TIGHT!r}, compact_memory)"
 
 
 def test_another_model_is_refused() -> None:
