@@ -25,7 +25,7 @@ from am_memory.policy import MemoryPolicy
 from am_memory.session.chat_history import ChatHistory
 from am_memory.session.context import Context
 from am_memory.session.generate_hook import watched
-from am_memory.session.resuming import changes_of, check_content, check_origin, check_windows, policy_of
+from am_memory.session.resuming import changes_of, check_content, check_origin, load, policy_of
 from am_memory.session.session import Session
 from am_memory.session.shared import Shared
 from am_memory.storage.session_file import SavedSession
@@ -237,8 +237,7 @@ class Memory:
 
     def _resumed(self, name: str, saved: SavedSession, policy: MemoryPolicy) -> Session:
         cache = self.engine.new_cache()
-        cache.restore(saved.state)
-        check_windows(name, cache)
+        load(name, saved, cache)
         is_same = saved.policy == policy.model_dump(mode="json")
         records = list(saved.records) if is_same else with_policy(as_policy(saved.policy), saved.records)
         history = ChatHistory(

@@ -140,7 +140,7 @@ def main() -> None:
     policy = MemoryPolicy(trigger_tokens=args.limit, pinned=SINKS)
     memory = Memory.from_pretrained(args.model, policy=policy)
     staying: TransformersEngine = copy.copy(memory.engine)
-    staying.info = replace(memory.engine.info, immovable="switched off")
+    staying.capabilities = replace(memory.engine.capabilities, can_rotate_keys=False, why_keys_stay="switched off")
     talk, rows, results = conversation(memory, args.tokens, args.seed), [], []
     for scheme in args.schemes:
         started = time.perf_counter()

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from functools import cache
 from queue import SimpleQueue
 
 import torch
 
 from am_memory.compaction.job import CompactionJob, CompactionResult
-from am_memory.kv_cache.cache import CacheState, KVCache
+from am_memory.kv_cache.cache import CacheState, Snapshot
 from am_memory.kv_cache.layers import SlidingState, TailState
 from am_memory.queries import Progress
 
@@ -34,9 +33,6 @@ class BackgroundCompaction:
     """
 
     def __init__(self, job: CompactionJob) -> None:
-        assert isinstance(job.cache, KVCache)
-        for layer in job.cache.compactable:
-            layer.slots = layer.slots and layer.slots.apart()
         self.at_tokens = job.cache.num_tokens
         self.is_shared = self.has_failed = False
         self._windows = [state for state in job.cache.state().layers if isinstance(state, SlidingState)]
@@ -98,7 +94,7 @@ class BackgroundCompaction:
             self._is_stopped = True
             self._worker.shutdown()
 
-    def began_from(self, state: CacheState) -> CacheState:
+    def began_from(self, state: Snapshot) -> Snapshot:
         """The state of the cache when the job began.
 
         Args:
@@ -109,7 +105,7 @@ class BackgroundCompaction:
             layer._replace(length=self.at_tokens - layer.start) if isinstance(layer, TailState) else next(windows)
             for layer in state.layers
         )
-        return replace(state, layers=tuple(layers))
+        return CacheState(tuple(layers), state.segments, state.num_pinned)
 
 
 def _second_stream(device: torch.device) -> AbstractContextManager[object]:

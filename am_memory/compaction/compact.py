@@ -45,6 +45,7 @@ def compact(
     *,
     more_slots: MoreSlots = no_more_slots,
     calibration: Calibration | None = None,
+    is_shared: bool = False,
 ) -> HeadFits:
     """Fit the slots that will replace the entries of the plan's newest segment.
 
@@ -54,6 +55,7 @@ def compact(
         progress: called with the stages "score" (counted in layers) and "fit" (counted in KV heads).
         more_slots: called while the held-out error is above the policy's `max_error`.
         calibration: sensitivity curves of the model, if the policy's `head_budget` asks for them.
+        is_shared: every slot is shared by all heads, so that no head can have more than another.
 
     Raises:
         CompactionFailed: out of memory, or a result that is not finite.
@@ -65,7 +67,7 @@ def compact(
             layers.append(ScoredLayer.of(index, layer, LayerEntries.read(layer, plan.newest), sample))
             progress("score", index + 1, len(queries))
         scores = [layer.exact.scores for layer in layers]
-        ranks = slot_ranks(scores, policy, calibration, is_shared=not cache.has_ragged_heads)
+        ranks = slot_ranks(scores, policy, calibration, is_shared=is_shared)
         heads = [head for layer, layer_ranks in zip(layers, ranks, strict=True) for head in layer.heads(layer_ranks)]
         scored = time.perf_counter()
 

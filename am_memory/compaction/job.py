@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 from am_memory.budgets import Calibration
 from am_memory.compaction.compact import compact, failures, no_more_slots
@@ -20,8 +20,7 @@ from am_memory.compaction.layerwise import compact_on_policy
 from am_memory.compaction.plan import Plan, with_more_slots
 from am_memory.compaction.record import CompactionRecord
 from am_memory.compaction.summary import replace_by_summary, write_summary
-from am_memory.engines.base import Engine, SessionCache
-from am_memory.kv_cache.cache import KVCache
+from am_memory.engines.base import Engine, LayerwiseCache, SessionCache
 from am_memory.kv_cache.slots import Slots, resized
 from am_memory.policy import MemoryPolicy
 from am_memory.queries import LiveQueries, Passage, Progress, QuerySources
@@ -160,15 +159,16 @@ class CompactionJob:
             sources.progress,
             more_slots=more_slots if self.replayed is None else no_more_slots,
             calibration=self.calibration,
+            is_shared=not self.engine.capabilities.has_ragged_heads,
         )
 
     def _fit_on_policy(self, passage: Passage, plan: Plan, sources: QuerySources) -> HeadFits:
         """Fit each layer to queries that have passed through the compacted layers below it."""
-        assert isinstance(passage.cache, KVCache)
+        cache = cast("LayerwiseCache", passage.cache)  # the policy was checked against the engine's capabilities
         scored_by = sources.sample(passage) if self.policy.head_budget != "uniform" else None
         repeat, progress = partial(sources.through, passage), sources.progress
         return compact_on_policy(
-            passage.cache, plan, self.num_pinned, repeat, scored_by, self.policy, progress, self.calibration
+            cache, plan, self.num_pinned, repeat, scored_by, self.policy, progress, self.calibration
         )
 
     def _original(self) -> Original | None:

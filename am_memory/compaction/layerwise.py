@@ -19,13 +19,13 @@ from am_memory.compaction.compact import failures
 from am_memory.compaction.head_fits import HeadFits, fit_all
 from am_memory.compaction.plan import Plan
 from am_memory.compaction.scoring import LayerEntries, ScoredLayer, slot_ranks
-from am_memory.kv_cache.cache import KVCache
+from am_memory.engines.base import LayerwiseCache
 from am_memory.policy import MemoryPolicy
 from am_memory.queries import OnLayer, Progress, ReferenceQueries
 
 
 def compact_on_policy(
-    cache: KVCache,
+    cache: LayerwiseCache,
     plan: Plan,
     num_pinned: int,
     repeat: Callable[[OnLayer], None],
@@ -65,7 +65,7 @@ def compact_on_policy(
             heads = ScoredLayer.of(index, layer, entries[index], queries).heads(ranks[index])
             fits.append(fit_all(heads, plan, policy, progress=lambda stage, done, total: None))
             (slots,) = fits[-1].slots_by_layer(policy)
-            layer.restore(cache.compacted_layer(layer, plan.segments, slots, num_pinned))
+            cache.compact_layer(index, plan.segments, slots, num_pinned)
             fit_seconds += time.perf_counter() - began
             progress("fit", sum(len(of_layer.slots) for of_layer in fits), cache.num_heads)
 

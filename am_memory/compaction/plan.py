@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from am_memory.errors import BudgetTooSmall, CompactionFailed, InvalidPolicy
-from am_memory.kv_cache.slots import Segment, resized
+from am_memory.kv_cache.slots import Segment, resized, tail_start
 from am_memory.policy import MemoryPolicy
 
 BOUNDARY_SLACK = 0.25
@@ -28,7 +28,6 @@ class Sizes:
     Attributes:
         num_tokens: logical tokens in the cache.
         num_pinned: tokens at the start that stay exact.
-        num_tail_tokens: exact tokens behind the segments; before the first compaction the pinned ones too.
         segments: before the compaction.
         num_heads: KV heads of all compactable layers.
         reach_tokens: the largest distance between a token and the keys that it attends to, which is the model's context
@@ -37,7 +36,6 @@ class Sizes:
 
     num_tokens: int
     num_pinned: int
-    num_tail_tokens: int
     segments: tuple[Segment, ...]
     num_heads: int
     reach_tokens: int | None = None
@@ -45,7 +43,7 @@ class Sizes:
     @property
     def exact_start(self) -> int:
         """The first exact token that may be compacted."""
-        return max(self.num_tokens - self.num_tail_tokens, self.num_pinned)
+        return max(tail_start(self.segments), self.num_pinned)
 
     @property
     def compact_slots(self) -> float:

@@ -1,47 +1,56 @@
-"""What a policy asks of an engine and its caches, refused where it cannot be had."""
+"""What a policy asks of an engine, checked against what the engine can do. Knows no engine."""
 
 from __future__ import annotations
 
-from am_memory.engines.base import ModelInfo, SessionCache
+from am_memory.engines.base import Capabilities
 from am_memory.errors import InvalidPolicy
-from am_memory.kv_cache.cache import KVCache
 from am_memory.policy import MemoryPolicy
 
 
-def require(policy: MemoryPolicy, info: ModelInfo, cache: SessionCache) -> None:
-    """Check a policy against a model and the kind of cache that holds what it reads.
+def require(policy: MemoryPolicy, can: Capabilities) -> None:
+    """Check a policy against an engine's capabilities.
 
     Raises:
-        InvalidPolicy: it asks for what they cannot do.
+        InvalidPolicy: it asks for more.
     """
-    is_ours = isinstance(cache, KVCache)
-    if policy.head_budget not in ("auto", "uniform") and not cache.has_ragged_heads:
-        raise InvalidPolicy(
+    wishes = (
+        (
+            policy.head_budget not in ("auto", "uniform"),
+            can.has_ragged_heads,
             f"head_budget {policy.head_budget!r} needs a cache whose heads can differ in their slots; this engine's "
-            "heads share every cell: leave it at 'auto'"
-        )
-    if policy.originals != "drop" and not is_ours:
-        raise InvalidPolicy(
-            f"originals {policy.originals!r} needs a cache that exact entries can come back into; this engine's cells "
-            "are shared by all heads: leave it at 'drop'"
-        )
-    if policy.segment_dtype != "model" and not is_ours:
-        raise InvalidPolicy(
-            f"segment_dtype {policy.segment_dtype!r} is for engine='transformers'; this engine keeps all cells in one "
-            "type: leave it at 'model', and give the engine kv_type='q8_0'"
-        )
-    if policy.experiments.on_policy and not is_ours:
-        raise InvalidPolicy(
-            "experiments.on_policy needs a cache whose layers can be compacted one by one in the midst of a pass, "
-            "which is engine='transformers': leave it at False"
-        )
-    if policy.experiments.summary_tokens is not None and info.immovable is not None:
-        raise InvalidPolicy(
-            f"experiments.summary_tokens {policy.experiments.summary_tokens} needs keys that can be moved to where "
-            f"the block stood: {info.immovable}; leave it at None"
-        )
-    if policy.ahead_tokens and not (info.is_reentrant and is_ours):
-        raise InvalidPolicy(
-            f"ahead_tokens {policy.ahead_tokens} needs an engine that reads into two caches at once, which is "
-            "engine='transformers': leave it at 0"
-        )
+            "heads share every cell: leave it at 'auto'",
+        ),
+        (
+            policy.originals != "drop",
+            can.can_exchange_slots,
+            f"originals {policy.originals!r} needs a cache that exact entries can come back into, as "
+            "engine='transformers' has it: leave it at 'drop'",
+        ),
+        (
+            policy.segment_dtype != "model",
+            can.can_hold_int8,
+            f"segment_dtype {policy.segment_dtype!r} is for engine='transformers'; this engine keeps all entries in "
+            "one type: leave it at 'model', and give llama.cpp kv_type='q8_0'",
+        ),
+        (
+            policy.experiments.on_policy,
+            can.can_compact_layerwise,
+            "experiments.on_policy needs a cache whose layers can be compacted one by one in the middle of a pass, as "
+            "engine='transformers' has it: leave it at False",
+        ),
+        (
+            policy.experiments.summary_tokens is not None,
+            can.can_rotate_keys,
+            f"experiments.summary_tokens {policy.experiments.summary_tokens} needs keys that can be rotated to where "
+            f"the block stood: {can.why_keys_stay}; leave it at None",
+        ),
+        (
+            policy.ahead_tokens > 0,
+            can.can_read_in_parallel,
+            f"ahead_tokens {policy.ahead_tokens} needs an engine that reads into two caches at once, which "
+            "engine='transformers' does: leave it at 0",
+        ),
+    )
+    for is_asked, is_possible, problem in wishes:
+        if is_asked and not is_possible:
+            raise InvalidPolicy(problem)

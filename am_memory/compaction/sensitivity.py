@@ -18,9 +18,9 @@ from am_memory.budgets import Calibration
 from am_memory.compaction.head_fits import fit_all
 from am_memory.compaction.plan import Plan
 from am_memory.compaction.scoring import LayerEntries, ScoredHead, ScoredLayer
-from am_memory.engines.base import Engine
+from am_memory.engines.base import Engine, SessionCache
 from am_memory.errors import InvalidInput, UnsupportedOperation
-from am_memory.kv_cache.cache import CacheState, KVCache
+from am_memory.kv_cache.cache import CacheState, Snapshot
 from am_memory.kv_cache.layers import TailBuffer, TailState
 from am_memory.kv_cache.slots import Segment, Slots
 from am_memory.policy import SINK_TOKENS, MemoryPolicy
@@ -58,7 +58,7 @@ def calibrate(
         InvalidInput: there is no text, or one is too short.
         UnsupportedOperation: the engine's heads cannot differ in their slots.
     """
-    if not isinstance(engine.new_cache(), KVCache):
+    if not engine.capabilities.has_ragged_heads:
         raise UnsupportedOperation(
             "a calibration compacts one head alone, and this engine's heads share every cell: use engine='transformers'"
         )
@@ -104,8 +104,8 @@ class Probe:
     """
 
     engine: Engine
-    cache: KVCache
-    full_state: CacheState
+    cache: SessionCache
+    full_state: Snapshot
     block: list[int]
     continuation: list[int]
     heads: list[list[ScoredHead]]
@@ -115,7 +115,6 @@ class Probe:
     def read(cls, engine: Engine, ids: list[int]) -> Probe:
         """Read a text's tokens: pinned ones, the block, the continuation."""
         cache = engine.new_cache()
-        assert isinstance(cache, KVCache)
         end = len(ids) - CONTINUATION_TOKENS
         engine.forward(cache, ids[:end])
         segment, block = Segment(SINK_TOKENS, end, 0), ids[SINK_TOKENS:end]
@@ -128,7 +127,7 @@ class Probe:
         probe = cls(engine, cache, cache.state(), block, ids[end:], heads, torch.empty(0))
         return replace(probe, full=probe.log_probabilities(probe.full_state))
 
-    def log_probabilities(self, state: CacheState) -> Tensor:
+    def log_probabilities(self, state: Snapshot) -> Tensor:
         """Log probabilities after each token of the continuation, and of each token of the repeated block.
 
         Returns:
@@ -154,17 +153,15 @@ class Probe:
 
     def _compacted(self, layer_index: int, head_index: int, slots: Slots) -> CacheState:
         """The state in which one head of one layer has slots in place of the block; all else is exact."""
-        layer = self.cache.compactable[layer_index]
-        state = layer.state()
+        layer, layers = self.cache.compactable[layer_index], list(self.full_state.layers)
+        where = [index for index, state in enumerate(layers) if isinstance(state, TailState)][layer_index]
+        state = layers[where]
+        assert isinstance(state, TailState)
         assert state.buffer is not None
         everything = Slots.exact(*layer.exact_entries(0, state.length), start=0)
         heads = [everything.head(index) for index in range(everything.num_heads)]
         pinned = heads[head_index].where(heads[head_index].positions < SINK_TOKENS)
         heads[head_index] = Slots.concat([pinned, slots])
         tail = TailBuffer(state.buffer.key[:, :, :0], state.buffer.value[:, :, :0])
-        compacted = TailState(Slots.stack(heads), tail, state.length, 0)
-        layers = tuple(
-            compacted if each is layer else other
-            for each, other in zip(self.cache.layers, self.full_state.layers, strict=True)
-        )
-        return replace(self.full_state, layers=layers)
+        layers[where] = TailState(Slots.stack(heads), tail, state.length, 0)
+        return CacheState(tuple(layers), self.full_state.segments, self.full_state.num_pinned)

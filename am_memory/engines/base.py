@@ -40,9 +40,6 @@ class ModelInfo:
         window_tokens: positions that the model was trained on.
         device: where caches live.
         eos_token_ids: any of them ends a turn.
-        immovable: why what is compact stays at the positions at which it was written, however far behind that gets;
-            None: its keys can be turned to others.
-        is_reentrant: two threads may read into two caches at once.
         tokenizer_fingerprint: equal for two tokenizers if tokens of one are those of the other; "": it is not known.
         template_fingerprint: equal for two chat templates if they write the same; "": there is none, or nobody knows.
         max_tokens: positions that the model has at all; None: as many as there are tokens.
@@ -54,11 +51,35 @@ class ModelInfo:
     window_tokens: int
     device: torch.device
     eos_token_ids: frozenset[int]
-    immovable: str | None = "its engine turns no keys"
-    is_reentrant: bool = False
     tokenizer_fingerprint: str = ""
     template_fingerprint: str = ""
     max_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What an engine and its caches can do beyond reading, rewinding and compacting; a policy may ask for no more.
+
+    Attributes:
+        has_ragged_heads: heads may differ in their number of slots; else each head has one slot in every cell.
+        can_exchange_slots: `SessionCache.restore` takes a state in which other slots stand for a segment. Recall needs
+            it, to make a segment exact and compact again.
+        can_hold_int8: slots may come with keys and values in int8 (`Quantised`), and stay so.
+        can_compact_layerwise: caches are `LayerwiseCache`.
+        can_read_in_parallel: two threads may read into two caches at once.
+        can_rotate_keys: `SessionLayer.turned` works, and `SessionCache.compacted` moves segments by their `shift`.
+        why_keys_stay: the reason, for messages, where keys cannot be rotated.
+        runs_in_generate: caches are `KVCache`, and `generate()` of transformers takes them.
+    """
+
+    has_ragged_heads: bool = False
+    can_exchange_slots: bool = False
+    can_hold_int8: bool = False
+    can_compact_layerwise: bool = False
+    can_read_in_parallel: bool = False
+    can_rotate_keys: bool = False
+    why_keys_stay: str = "its engine does not rotate keys"
+    runs_in_generate: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,11 +142,6 @@ class SessionCache(Protocol):
     """
 
     @property
-    def has_ragged_heads(self) -> bool:
-        """Whether heads may differ in their number of slots; else a slot is one of every head."""
-        ...
-
-    @property
     def is_croppable(self) -> bool:
         """Whether the last exact tokens can be dropped."""
         ...
@@ -147,12 +163,14 @@ class SessionCache(Protocol):
         ...
 
     @property
-    def num_tail_tokens(self) -> int:
-        """Exact tokens behind the segments; before the first compaction this is everything."""
+    def tail_start(self) -> int:
+        """Where the exact tail begins: the end of the last segment, or 0."""
         ...
 
     @property
-    def num_exact_tokens(self) -> int: ...
+    def num_exact_tokens(self) -> int:
+        """Pinned tokens and those of the tail."""
+        ...
 
     @property
     def num_heads(self) -> int:
@@ -174,7 +192,17 @@ class SessionCache(Protocol):
 
     def state(self) -> Snapshot: ...
 
-    def restore(self, state: Snapshot) -> None: ...
+    def restore(self, state: Snapshot) -> None:
+        """Go back, or on, to a state of such a cache."""
+        ...
+
+    def load(self, saved: Snapshot) -> None:
+        """Take in a saved state, which is new to this process.
+
+        Raises:
+            CorruptSession: the tensors are not the content of such a cache.
+        """
+        ...
 
     def truncate(self, num_tokens: int) -> None:
         """Forget everything after the first `num_tokens` logical tokens; the rest must be in the exact tail."""
@@ -196,11 +224,29 @@ class SessionCache(Protocol):
         ...
 
 
+class LayerwiseCache(SessionCache, Protocol):
+    """A cache whose layers can be compacted one by one, in the middle of a forward pass."""
+
+    def compact_layer(self, index: int, segments: Sequence[Segment], new_slots: Slots, num_pinned: int) -> None:
+        """Have one compactable layer as `compacted` makes it; the attention under way goes on over what it holds then.
+
+        Called from `on_query`, at the layer whose queries these are.
+
+        Args:
+            new_slots: the new segment's slots of this layer.
+            index, segments, num_pinned: as `on_query` and `compacted` have them.
+        """
+        ...
+
+
 class Engine(Protocol):
     """A model and its tokenizer, on one device."""
 
     @property
     def info(self) -> ModelInfo: ...
+
+    @property
+    def capabilities(self) -> Capabilities: ...
 
     @property
     def chunk_tokens(self) -> int:

@@ -10,16 +10,17 @@ handful of references, restoring it is exact, and forks share memory until one o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from am_memory.errors import UnsupportedOperation
-from am_memory.kv_cache.layers import CompactableLayer, LayerState, SlidingLayer, TailState
+from am_memory.errors import CorruptSession, UnsupportedOperation
+from am_memory.kv_cache.int8 import Quantised
+from am_memory.kv_cache.layers import CompactableLayer, LayerState, SlidingLayer, SlidingState, TailState
 from am_memory.kv_cache.rotation import Rotation
-from am_memory.kv_cache.slots import Segment, Slots, carried_over
+from am_memory.kv_cache.slots import Segment, Slots, carried_over, tail_start
 
 
 class Snapshot(Protocol):
@@ -43,24 +44,25 @@ class CacheState:
     segments: tuple[Segment, ...]
     num_pinned: int
 
-    def exchanged(self, segment: Segment, new_slots: Sequence[Slots]) -> CacheState:
-        """The state in which other slots stand for a segment's tokens.
 
-        Args:
-            segment: one of `segments`; it keeps its `num_slots`, whatever the number of the new ones.
-            new_slots: of each compactable layer.
-        """
-        slots_of_layer = iter(new_slots)
-        states: list[LayerState] = []
-        for state in self.layers:
-            if isinstance(state, TailState):
-                assert state.slots is not None
-                before = state.slots.where(state.slots.positions < segment.start)
-                after = state.slots.where(state.slots.positions >= segment.end)
-                states.append(state._replace(slots=Slots.concat([before, next(slots_of_layer), after])))
-            else:
-                states.append(state)
-        return replace(self, layers=tuple(states))
+def exchanged(state: Snapshot, segment: Segment, new_slots: Sequence[Slots]) -> CacheState:
+    """The state in which other slots stand for a segment's tokens.
+
+    Args:
+        segment: one of the state's; it keeps its `num_slots`, whatever the number of the new ones.
+        new_slots: of each compactable layer.
+    """
+    slots_of_layer = iter(new_slots)
+    layers: list[LayerState] = []
+    for layer in state.layers:
+        if isinstance(layer, TailState):
+            assert layer.slots is not None
+            before = layer.slots.where(layer.slots.positions < segment.start)
+            after = layer.slots.where(layer.slots.positions >= segment.end)
+            layers.append(layer._replace(slots=Slots.concat([before, next(slots_of_layer), after])))
+        else:
+            layers.append(layer)
+    return CacheState(tuple(layers), state.segments, state.num_pinned)
 
 
 BeforeForward = Callable[[Sequence[int], int, int, str], tuple[int, list[Tensor]]]
@@ -86,7 +88,6 @@ class KVCache(Cache):
     """
 
     layers: list[CompactableLayer | SlidingLayer]  # type: ignore[assignment]
-    has_ragged_heads = True
 
     def __init__(self, sliding_windows: Sequence[int | None], rotations: Sequence[Rotation] | None = None) -> None:
         each: Sequence[Rotation | None] = rotations or [None] * len(sliding_windows)
@@ -131,14 +132,14 @@ class KVCache(Cache):
         return super().get_mask_sizes(query_length, layer_idx)
 
     @property
-    def num_tail_tokens(self) -> int:
-        """Exact tokens behind the segments; before the first compaction this is everything."""
-        return self.compactable[0].length
+    def tail_start(self) -> int:
+        """Where the exact tail begins."""
+        return tail_start(self.segments)
 
     @property
     def num_exact_tokens(self) -> int:
-        """Exact tokens: pinned ones and the tail."""
-        return self.num_pinned + self.num_tail_tokens
+        """Pinned tokens and those of the tail."""
+        return self.num_pinned + self.compactable[0].length
 
     @property
     def num_compact_slots(self) -> float:
@@ -182,13 +183,27 @@ class KVCache(Cache):
             layer.restore(layer_state)
         self.segments, self.num_pinned = state.segments, state.num_pinned
 
+    def load(self, saved: Snapshot) -> None:
+        """Take in a saved state.
+
+        Raises:
+            CorruptSession: a sliding window lacks tokens that the next one sees, or slots have biases of another dtype.
+        """
+        self.restore(saved)
+        for window, layer in zip(self.sliding_windows, saved.layers, strict=True):
+            if isinstance(layer, SlidingState):
+                _require_window(layer, window)
+            elif layer.slots is not None:
+                _require_bias(layer.slots)
+
     def fork(self) -> KVCache:
-        """A second cache with the same content; memory is shared until one of the two appends."""
+        """A second cache with the same content, for any thread; memory is shared until one of the two appends."""
         branch = KVCache(self.sliding_windows, self.rotations)
         for mine, other in zip(self.layers, branch.layers, strict=True):
             other.restore(mine.state())
             if isinstance(mine, CompactableLayer) and isinstance(other, CompactableLayer):
                 other.scaling = mine.scaling
+                other.slots = other.slots and other.slots.without_derived()
                 if mine.buffer is not None:
                     mine.buffer.is_shared = True
         branch.segments, branch.num_pinned = self.segments, self.num_pinned
@@ -216,11 +231,10 @@ class KVCache(Cache):
         )
         return CacheState(states, tuple(segments), max(self.num_pinned, num_pinned))
 
-    def compacted_layer(
-        self, layer: CompactableLayer, segments: Sequence[Segment], new_slots: Slots, num_pinned: int
-    ) -> TailState:
-        """What `compacted` makes of one layer, with the new segment's slots of that layer."""
-        return layer.compacted(*carried_over(self.segments, segments), segments[-1], new_slots, num_pinned)
+    def compact_layer(self, index: int, segments: Sequence[Segment], new_slots: Slots, num_pinned: int) -> None:
+        """Have one compactable layer as `compacted` makes it, with the new segment's slots of this layer."""
+        layer = self.compactable[index]
+        layer.restore(layer.compacted(*carried_over(self.segments, segments), segments[-1], new_slots, num_pinned))
 
     def reset(self) -> None:
         super().reset()  # type: ignore[no-untyped-call]
@@ -243,3 +257,17 @@ class KVCache(Cache):
     def truncate(self, num_tokens: int) -> None:
         """Forget everything after the first `num_tokens` logical tokens; the rest must be in the exact tail."""
         self.crop(num_tokens - self.num_tokens)
+
+
+def _require_window(state: SlidingState, window: int | None) -> None:
+    if state.keys is not None and window is not None:
+        held, seen = state.keys.shape[2], min(state.num_tokens, window - 1)
+        if held != seen:
+            raise CorruptSession(f"a sliding window holds {held} tokens, of which the next one sees {seen}")
+
+
+def _require_bias(slots: Slots) -> None:
+    """Attention adds biases to scores as it computes them, so they have the dtype of the keys."""
+    key = slots.key.exact if isinstance(slots.key, Quantised) else slots.key
+    if slots.bias.dtype != key.dtype:
+        raise CorruptSession(f"it has biases of {slots.bias.dtype}")

@@ -42,6 +42,11 @@ class Segment:
         return self.end - self.start
 
 
+def tail_start(segments: Sequence[Segment]) -> int:
+    """Where the exact tail begins behind these segments: what comes before it is compact, or pinned."""
+    return segments[-1].end if segments else 0
+
+
 def resized(segment: Segment, num_slots: int) -> Segment:
     """The same tokens in fewer slots."""
     return replace(segment, num_slots=min(num_slots, segment.num_slots))
@@ -153,9 +158,9 @@ class Slots:
         keep = (self.positions >= start) & (self.positions < end) & (self.ranks != PINNED_RANK)
         return self.where(keep)
 
-    def apart(self) -> Slots:
-        """The same slots without what is derived from them and kept: that is ready only in the stream it is made in."""
-        key, value = (replace(of) if isinstance(of, Quantised) else of for of in (self.key, self.value))
+    def without_derived(self) -> Slots:
+        """The same tensors, without the cached properties: these are ready only in the stream that made them."""
+        key, value = (replace(rows) if isinstance(rows, Quantised) else rows for rows in (self.key, self.value))
         return replace(self, key=key, value=value)
 
     def where(self, keep: Tensor) -> Slots:

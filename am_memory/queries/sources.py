@@ -110,7 +110,7 @@ class QuerySources:
 
     def _live_queries(self, passage: Passage, live: LiveQueries) -> list[ReferenceQueries]:
         queries = live.after(passage.end)
-        if self.engine.info.immovable is not None:
+        if not self.engine.capabilities.can_rotate_keys:
             return queries
         num_tokens = min(len(passage.token_ids), self.engine.info.window_tokens)
         return from_further_away(queries, passage.cache.compactable, num_tokens) if queries else []

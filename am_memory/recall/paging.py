@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
-from am_memory.kv_cache.cache import CacheState
+from am_memory.kv_cache.cache import CacheState, Snapshot, exchanged
 from am_memory.kv_cache.layers import TailState
 from am_memory.kv_cache.slots import Segment, Slots
 from am_memory.recall.originals import LayerEntries
@@ -32,7 +32,7 @@ class Recalled:
         return sum(tensor.nbytes for slots in self.slots for tensor in slots.tensors)
 
 
-def brought_back(state: CacheState, segment: Segment, entries: Sequence[LayerEntries]) -> tuple[CacheState, Recalled]:
+def brought_back(state: Snapshot, segment: Segment, entries: Sequence[LayerEntries]) -> tuple[CacheState, Recalled]:
     """The state in which a segment is exact.
 
     Args:
@@ -42,20 +42,20 @@ def brought_back(state: CacheState, segment: Segment, entries: Sequence[LayerEnt
     for slots, (key, value) in zip(_slots(state), entries, strict=True):
         compact.append(slots.within(segment.start, segment.end).to("cpu"))
         exact.append(Slots.recalled(key, value, segment.start).to(slots.bias.device))
-    return state.exchanged(segment, exact), Recalled(segment, tuple(compact))
+    return exchanged(state, segment, exact), Recalled(segment, tuple(compact))
 
 
-def put_away(state: CacheState, recalled: Recalled) -> CacheState:
+def put_away(state: Snapshot, recalled: Recalled) -> CacheState:
     """The state in which a segment is compact again."""
     compact = [mine.to(held.bias.device) for mine, held in zip(recalled.slots, _slots(state), strict=True)]
-    return state.exchanged(recalled.segment, compact)
+    return exchanged(state, recalled.segment, compact)
 
 
-def at_rest(state: CacheState, recalled: Sequence[Recalled]) -> CacheState:
+def at_rest(state: Snapshot, recalled: Sequence[Recalled]) -> Snapshot:
     """The state in which nothing is recalled."""
     return reduce(put_away, recalled, state)
 
 
-def _slots(state: CacheState) -> list[Slots]:
+def _slots(state: Snapshot) -> list[Slots]:
     """Of each compactable layer; something is compacted."""
     return [layer.slots for layer in state.layers if isinstance(layer, TailState) and layer.slots is not None]

@@ -27,7 +27,6 @@ from am_memory.errors import (
     InvalidInput,
     OriginalLost,
     PromptTooLong,
-    UnsupportedOperation,
 )
 from am_memory.events import (
     CompactionFinished,
@@ -43,7 +42,7 @@ from am_memory.events import (
     SpanRecalled,
     WindowExceeded,
 )
-from am_memory.kv_cache.cache import KVCache, Snapshot
+from am_memory.kv_cache.cache import Snapshot
 from am_memory.kv_cache.slots import Segment
 from am_memory.policy import SINK_TOKENS, MemoryPolicy
 from am_memory.queries import LiveQueries, scratch
@@ -89,7 +88,7 @@ class Context:
     background_compaction: BackgroundCompaction | None = None
 
     def __post_init__(self) -> None:
-        require(self.policy, self.engine.info, self.cache)
+        require(self.policy, self.engine.capabilities)
         self._calibration = calibration_for(self.policy.head_budget, self.engine.info)
         self.live = LiveQueries() if "live" in self.policy.reference_queries else None
         self.forget_after_cache()
@@ -149,20 +148,6 @@ class Context:
             self.forward(self.tokens[done:stop])
             if end - start > self.chunk_tokens:
                 self.notify(ReadProgress(self.name, stop - start, end - start))
-
-    @property
-    def transformers_cache(self) -> KVCache:
-        """The cache, where it is one of transformers.
-
-        Raises:
-            UnsupportedOperation: it is not.
-        """
-        if not isinstance(self.cache, KVCache):
-            raise UnsupportedOperation(
-                f"a {type(self.cache).__name__} cannot go into generate() of transformers: use a session, or "
-                "engine='transformers'"
-            )
-        return self.cache
 
     def make_room(self, num_tokens: int, at_once: int = 1) -> int:
         """Put away, begin a compaction or swap one in, while the size is reached at which that is due.
@@ -240,7 +225,6 @@ class Context:
         return Sizes(
             cache.num_tokens,
             self.num_pinned,
-            cache.num_tail_tokens,
             cache.segments,
             cache.num_heads,
             reach_tokens=self.engine.info.window_tokens if self._immovable is None else None,
@@ -251,7 +235,8 @@ class Context:
         """Why what is compact cannot be moved up when it gets too far away; None: it can."""
         if self.policy.experiments.recompaction == "refit":
             return "recompaction 'refit' has one segment for all that was said"
-        return self.engine.info.immovable
+        can = self.engine.capabilities
+        return None if can.can_rotate_keys else can.why_keys_stay
 
     def compact(self, fraction: float | None = None) -> CompactionReport:
         """Compact the oldest part now; None: what is under way, or the policy's fraction, sparing the recent tokens."""
@@ -279,7 +264,7 @@ class Context:
             if replayed.policy is not None:
                 policy, calibration = replayed.policy, calibration_for(replayed.policy.head_budget, self.engine.info)
         self.notify(CompactionStarted(self.name, segment.start, segment.end, cache.kv_tokens))
-        start = max(segment.start, cache.num_tokens - cache.num_tail_tokens)
+        start = max(segment.start, cache.tail_start)
         return CompactionJob(
             engine=self.engine,
             policy=policy,
@@ -388,7 +373,7 @@ class Context:
         """
         held = next((each for each in self.recalled if each.segment.start == start), None)
         if not is_exact and held is not None:
-            self.cache.restore(put_away(self.transformers_cache.state(), held))
+            self.cache.restore(put_away(self.cache.state(), held))
             self.notify(SpanPutAway(self.name, held.segment.start, held.segment.end, self.cache.kv_tokens))
         elif held is None:
             if (segment := self._segment_at(start)) is None:
@@ -453,7 +438,7 @@ class Context:
             )
         layers = zip(self.cache.compactable, entries, strict=True)
         entries = [(layer.turned(key, segment.shift), value) for layer, (key, value) in layers]
-        state, recalled = brought_back(self.transformers_cache.state(), segment, entries)
+        state, recalled = brought_back(self.cache.state(), segment, entries)
         self.cache.restore(state)
         self.recalled = (*self.recalled, recalled)
         self.notify(SpanRecalled(self.name, segment.start, segment.end, self.cache.kv_tokens))
@@ -469,8 +454,8 @@ class Context:
         Whoever goes on from there reads what came since again, and begins the same compaction.
         """
         if self.background_compaction is not None:
-            return self.background_compaction.began_from(self.transformers_cache.state())
-        return at_rest(self.transformers_cache.state(), self.recalled) if self.recalled else self.cache.state()
+            return self.background_compaction.began_from(self.cache.state())
+        return at_rest(self.cache.state(), self.recalled) if self.recalled else self.cache.state()
 
     @property
     def off_device_bytes(self) -> int:
@@ -494,7 +479,7 @@ class Context:
     def can_truncate(self, num_tokens: int) -> bool:
         """Whether all tokens after the first `num_tokens` are exact and can be dropped, and no compaction saw them."""
         num_cached = self._num_cached(num_tokens)
-        is_exact = num_cached >= self.cache.num_tokens - self.cache.num_tail_tokens
+        is_exact = num_cached >= self.cache.tail_start
         is_cut = num_cached == self.cache.num_tokens or (is_exact and self.cache.is_croppable)
         return is_cut and not self._was_seen_after(num_tokens)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from functools import partial
+from typing import cast
 
 from torch import Tensor
 
@@ -30,7 +31,12 @@ def watched(context: Context) -> KVCache:
     Raises:
         UnsupportedOperation: the engine's cache is not one of transformers.
     """
-    cache = context.transformers_cache
+    if not context.engine.capabilities.runs_in_generate:
+        raise UnsupportedOperation(
+            f"a {type(context.cache).__name__} cannot go into generate() of transformers: use a session, or "
+            "engine='transformers'"
+        )
+    cache = cast("KVCache", context.cache)
     context.cache = weakref.proxy(cache)
     cache.before_forward = _Watch(context).before_forward
     return cache
@@ -45,7 +51,7 @@ class _Watch:
 
     def __init__(self, context: Context) -> None:
         self.context = context
-        self.cache = context.transformers_cache
+        self.cache = cast("KVCache", context.cache)
         self._whole = self.cache.state()  # to go back to, should a pass be interrupted
 
     def before_forward(

@@ -11,7 +11,7 @@ from am_memory.compaction.record import RecallRecord
 from am_memory.engines.base import ModelInfo, SessionCache
 from am_memory.errors import CorruptSession, InvalidPolicy, ModelMismatch, StorageError
 from am_memory.events import PolicyChange
-from am_memory.kv_cache.cache import CacheState, KVCache, Snapshot
+from am_memory.kv_cache.cache import Snapshot
 from am_memory.kv_cache.int8 import Quantised, Rows
 from am_memory.kv_cache.layers import LayerState, SlidingState, TailState
 from am_memory.kv_cache.slots import PINNED_RANK
@@ -88,20 +88,17 @@ def check_content(name: str, saved: SavedSession, info: ModelInfo, like: Snapsho
     """
     problem = _problem_of_text(saved, info) or _problem_of_layers(saved, like) or _problem_of_records(saved)
     for layer in saved.state.layers:
-        problem = problem or _problem_of_slots(layer, saved.state, adds_bias=isinstance(like, CacheState))
+        problem = problem or _problem_of_slots(layer, saved.state)
     if problem:
         raise _corrupt(name, problem)
 
 
-def check_windows(name: str, cache: SessionCache) -> None:
-    """Check that sliding windows hold what the next token sees; raises CorruptSession as `check_content` does."""
-    if not isinstance(cache, KVCache):
-        return
-    for window, state in zip(cache.sliding_windows, cache.state().layers, strict=True):
-        if isinstance(state, SlidingState) and state.keys is not None and window is not None:
-            held, seen = state.keys.shape[2], min(state.num_tokens, window - 1)
-            if held != seen:
-                raise _corrupt(name, f"a sliding window holds {held} tokens, of which the next one sees {seen}")
+def load(name: str, saved: SavedSession, cache: SessionCache) -> None:
+    """Take the saved state into a new cache; raises CorruptSession as `check_content` does."""
+    try:
+        cache.load(saved.state)
+    except CorruptSession as error:
+        raise _corrupt(name, str(error)) from error
 
 
 def _corrupt(name: str, problem: str) -> CorruptSession:
@@ -165,7 +162,7 @@ def _problem_of_recalls(recalls: Sequence[RecallRecord], starts: Collection[int]
     return ""
 
 
-def _problem_of_slots(layer: LayerState, state: Snapshot, *, adds_bias: bool) -> str:
+def _problem_of_slots(layer: LayerState, state: Snapshot) -> str:
     if isinstance(layer, SlidingState) or layer.slots is None:
         return ""
     slots = layer.slots
@@ -177,9 +174,6 @@ def _problem_of_slots(layer: LayerState, state: Snapshot, *, adds_bias: bool) ->
         is_placed = is_placed | (slots.positions >= segment.start) & (slots.positions < segment.end)
     if not bool(is_placed.all()):
         return "it has slots of tokens that are in no segment"
-    # Where a bias is added to scores as they are computed, it has their type.
-    if adds_bias and slots.bias.dtype != _row_kind(slots.key)[0]:
-        return f"it has biases of {slots.bias.dtype}"
     scales = [rows.scale for rows in (slots.key, slots.value) if isinstance(rows, Quantised)]
     if not all(bool(numbers.isfinite().all()) for numbers in (slots.bias, *scales)):
         return "it has slots whose bias or scale is no number"

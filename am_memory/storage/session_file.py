@@ -28,7 +28,7 @@ from am_memory.engines.base import Message
 from am_memory.errors import NewerFormat, OlderFormat, StorageError
 from am_memory.kv_cache.cache import CacheState, Snapshot
 from am_memory.kv_cache.layers import SlidingState
-from am_memory.kv_cache.slots import Segment
+from am_memory.kv_cache.slots import Segment, tail_start
 from am_memory.recall.originals import Original
 from am_memory.storage import files
 from am_memory.storage.session_layers import packed_layer, require, require_segments, unpacked_layer
@@ -244,12 +244,12 @@ def _cache(cache: _Cache, tensors: dict[str, Tensor], num_tokens: int, device: t
     for name, tensor in tensors.items():
         _, index, part = name.split(".", 2)
         parts[int(index)][part] = tensor
-    tail_start = cache.segments[-1].end if cache.segments else 0
+    start = tail_start(cache.segments)
     layers = tuple(
-        unpacked_layer(parts[index], layer.num_tokens, tail_start, device) for index, layer in enumerate(cache.layers)
+        unpacked_layer(parts[index], layer.num_tokens, start, device) for index, layer in enumerate(cache.layers)
     )
     ends = {state.num_tokens if isinstance(state, SlidingState) else state.start + state.length for state in layers}
     # The last token is left to be read with what follows it.
-    is_consistent = len(ends) == 1 and tail_start <= max(ends) <= max(num_tokens - 1, 0)
+    is_consistent = len(ends) == 1 and start <= max(ends) <= max(num_tokens - 1, 0)
     require(is_consistent, f"layers of {ends} tokens in a session of {num_tokens}")
     return CacheState(layers, cache.segments, cache.num_pinned)

@@ -65,8 +65,8 @@ def one_by_one(engine: TransformersEngine) -> list[Slots]:
     ranks = slot_ranks([layer.exact.scores for layer in layers], policy)
     for index, layer in enumerate(cache.compactable):
         branch = cache.fork()
-        for below, slots in zip(branch.compactable, made, strict=False):
-            below.restore(branch.compacted_layer(below, [segment], slots, 4))
+        for below, slots in enumerate(made):
+            branch.compact_layer(below, [segment], slots, 4)
         queries = repeat_queries(engine, branch, block_tokens, chunk_tokens=1000, on_progress=lambda *_: None)
         scored = ScoredLayer.of(index, layer, LayerEntries.read(layer, segment), queries[index])
         heads = scored.heads(ranks[index])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from am_memory import Experiments, MemoryPolicy
 from am_memory.compaction.plan import Sizes, max_compact_tokens, min_block_tokens, plan, shrink, trigger_tokens
 from am_memory.errors import BudgetTooSmall, CompactionFailed, InvalidPolicy
-from am_memory.kv_cache.slots import Segment
+from am_memory.kv_cache.slots import Segment, tail_start
 
 NUM_HEADS = 6
 POLICY = MemoryPolicy(trigger_tokens=1000, keep_ratio=0.1, keep_recent=0)
@@ -23,7 +23,7 @@ quickly = settings(max_examples=300, deadline=None, derandomize=True)
 
 def exact_sizes(num_tokens: int, num_pinned: int = 0) -> Sizes:
     """Before the first compaction: the pinned tokens are in the tail."""
-    return Sizes(num_tokens, num_pinned, num_tokens, (), NUM_HEADS)
+    return Sizes(num_tokens, num_pinned, (), NUM_HEADS)
 
 
 # The plan
@@ -52,7 +52,7 @@ def test_a_fraction_by_name_does_not_spare_the_recent_tokens() -> None:
 
 def test_compact_slots_count_as_the_oldest_part() -> None:
     segments = (Segment(4, 604, 100 * NUM_HEADS),)
-    sizes = Sizes(1500, 4, 896, segments, NUM_HEADS)
+    sizes = Sizes(1500, 4, segments, NUM_HEADS)
     newest = plan(POLICY, sizes, 1000).newest
     assert newest.start == 604
     assert newest.end - newest.start == (896 + 100) / 2 - 100
@@ -60,7 +60,7 @@ def test_compact_slots_count_as_the_oldest_part() -> None:
 
 def test_older_segments_shrink_so_that_all_fit() -> None:
     segments = (Segment(0, 500, 240 * NUM_HEADS), Segment(500, 700, 10 * NUM_HEADS))
-    after = plan(POLICY, Sizes(1450, 0, 750, segments, NUM_HEADS), 1000).segments
+    after = plan(POLICY, Sizes(1450, 0, segments, NUM_HEADS), 1000).segments
     bound = max_compact_tokens(POLICY, 1000) * NUM_HEADS
     assert sum(segment.num_slots for segment in after) <= bound == 250 * NUM_HEADS
     assert after[0].num_slots < segments[0].num_slots
@@ -71,14 +71,14 @@ def test_a_new_segment_has_its_floor_however_long_the_conversation() -> None:
     """Equal shares of a bound fall below a slot per head in the end: a layer without any slots could not be fitted."""
     policy = MemoryPolicy(trigger_tokens=64, keep_ratio=0.25, keep_recent=0, experiments=Experiments(min_slots=2))
     older = tuple(Segment(start, start + 10, 2 * NUM_HEADS) for start in range(0, 10_000, 10))
-    made = plan(policy, Sizes(10_048, 0, 48, older, NUM_HEADS), 64, fraction=1.0)
+    made = plan(policy, Sizes(10_048, 0, older, NUM_HEADS), 64, fraction=1.0)
     assert made.newest.num_slots == 2 * NUM_HEADS
     assert sum(segment.num_slots for segment in made.segments) <= 16 * NUM_HEADS
 
 
 def test_refit_makes_one_segment_of_everything_before_it() -> None:
     policy = MemoryPolicy(trigger_tokens=1000, keep_recent=0, experiments=Experiments(recompaction="refit"))
-    made = plan(policy, Sizes(1500, 4, 896, (Segment(4, 604, 60 * NUM_HEADS),), NUM_HEADS), 1000)
+    made = plan(policy, Sizes(1500, 4, (Segment(4, 604, 60 * NUM_HEADS),), NUM_HEADS), 1000)
     assert made.is_refit
     assert len(made.segments) == 1
     assert made.newest.start == 4
@@ -109,7 +109,6 @@ sizes_of_some_cache = st.builds(
     lambda spans, tail, pinned: Sizes(
         num_tokens=pinned + sum(span for span, _ in spans) + tail,
         num_pinned=pinned,
-        num_tail_tokens=tail if spans else pinned + tail,
         segments=tuple(
             Segment(pinned + start, pinned + start + span, int(span * NUM_HEADS * kept))
             for start, (span, kept) in zip(
@@ -140,7 +139,7 @@ def test_a_plan_covers_exact_tokens_that_may_go_and_fits_its_bound(
     except (CompactionFailed, BudgetTooSmall):
         assume(False)
     newest = made.newest
-    assert newest.start == max(sizes.num_tokens - sizes.num_tail_tokens, sizes.num_pinned)
+    assert newest.start == sizes.exact_start
     assert newest.start < newest.end <= sizes.num_tokens - (keep_recent if fraction is None else 0)
     assert [(each.start, each.end) for each in made.segments[:-1]] == [
         (each.start, each.end) for each in sizes.segments
@@ -177,16 +176,16 @@ def test_a_policy_that_is_taken_never_gets_stuck(
     sizes = exact_sizes(0, num_pinned)
 
     def kv_tokens() -> float:
-        return sizes.num_tail_tokens + (num_pinned if sizes.segments else 0) + sizes.compact_slots
+        return (
+            sizes.num_tokens - tail_start(sizes.segments) + (num_pinned if sizes.segments else 0) + sizes.compact_slots
+        )
 
     for _ in range(12):
         room = int(trigger - kv_tokens())
-        sizes = replace(sizes, num_tokens=sizes.num_tokens + room, num_tail_tokens=sizes.num_tail_tokens + room)
+        sizes = replace(sizes, num_tokens=sizes.num_tokens + room)
         while kv_tokens() + 1 > trigger:
             before = kv_tokens()
-            segments = plan(policy, sizes, trigger).segments
-            tail = sizes.num_tokens - segments[-1].end
-            sizes = replace(sizes, num_tail_tokens=tail, segments=segments)
+            sizes = replace(sizes, segments=plan(policy, sizes, trigger).segments)
             assert kv_tokens() < before
 
 

@@ -310,7 +310,8 @@ def test_what_cannot_be_right_is_refused(engine: TransformersEngine) -> None:
     with pytest.raises(InvalidPolicy, match=r"summary_tokens=12.*: .*max_error"):
         MemoryPolicy(experiments=Experiments(summary_tokens=12), max_error=0.1)
     fixed = copy.copy(engine)
-    fixed.info = replace(engine.info, immovable="its RoPE depends on the length of the text")
+    reason = "its RoPE depends on the length of the text"
+    fixed.capabilities = replace(engine.capabilities, can_rotate_keys=False, why_keys_stay=reason)
     with pytest.raises(InvalidPolicy, match=r"summary_tokens 12 .* its RoPE depends on the length.* leave it at None"):
         Memory(fixed, POLICY).session("alice")
 

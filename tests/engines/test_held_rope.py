@@ -99,7 +99,7 @@ def test_the_window_bounds_the_trigger_and_the_reach(byte_tokenizer: PreTrainedT
         Memory(engine, POLICY.model_copy(update={"trigger_tokens": 65}))
     session = Memory(engine, POLICY).session()
     session.append(TOKENS)
-    assert engine.info.immovable is None
+    assert engine.capabilities.can_rotate_keys
     assert session.segments[0].shift > 400
 
 
@@ -163,7 +163,7 @@ def test_branches_are_held_as_well(byte_tokenizer: PreTrainedTokenizerBase) -> N
 
 def test_a_compaction_may_be_made_beside_decoding(byte_tokenizer: PreTrainedTokenizerBase) -> None:
     engine = TransformersEngine(build("Llama", DYNAMIC), byte_tokenizer)
-    assert engine.info.is_reentrant
+    assert engine.capabilities.can_read_in_parallel
     session = Memory(engine, POLICY.model_copy(update={"ahead_tokens": 8})).session()
     session.append(TOKENS[:300])
     assert session.segments

@@ -113,6 +113,6 @@ def test_a_compaction_gets_them_from_as_far_again_as_the_text_is_long(engine: Tr
 def test_where_keys_cannot_be_turned_they_are_as_they_passed(
     engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "info", replace(engine.info, immovable="its positions are learned"))
+    monkeypatch.setattr(engine, "capabilities", replace(engine.capabilities, can_rotate_keys=False))
     passed_queries, sample = live_sample(engine)
     assert all(torch.equal(before.query, after.query) for before, after in zip(passed_queries, sample, strict=True))

@@ -105,7 +105,7 @@ def test_segments_only_move_up_and_never_past_the_newest(
         is_newest = shift == len(sizes) - 1
         segments.append(Segment(start, start + num_tokens, num_slots, 0 if is_newest else min(shift, sizes[-1][0])))
         start += num_tokens
-    held = Sizes(start + num_recent, num_pinned, num_recent, tuple(segments[:-1]), num_heads=3, reach_tokens=reach)
+    held = Sizes(start + num_recent, num_pinned, tuple(segments[:-1]), num_heads=3, reach_tokens=reach)
     moved = within_reach(segments, held, trigger)
     newest = segments[-1]
     assert moved[-1] == newest
@@ -118,7 +118,7 @@ def test_segments_only_move_up_and_never_past_the_newest(
 
 def test_what_cannot_be_moved_stays() -> None:
     segments = (Segment(4, 1000, 60), Segment(1000, 2000, 60), Segment(2000, 4000, 60))
-    sizes = Sizes(4100, 4, 2100, segments[:2], num_heads=2)
+    sizes = Sizes(4100, 4, segments[:2], num_heads=2)
     assert not any(segment.shift for segment in within_reach(segments, sizes, 100))
     assert any(segment.shift for segment in within_reach(segments, replace(sizes, reach_tokens=1000), 100))
 
@@ -135,7 +135,7 @@ def test_a_refit_has_one_segment_that_stays(new_memory: NewMemory) -> None:
 
 def test_what_is_refit_stays_where_it_was_moved_to() -> None:
     """Pinned tokens count to the first segment, whichever that is: one that began anew would turn them twice."""
-    sizes = Sizes(400, 3, 60, (Segment(3, 200, 30, shift=90), Segment(200, 340, 30)), num_heads=2)
+    sizes = Sizes(400, 3, (Segment(3, 200, 30, shift=90), Segment(200, 340, 30)), num_heads=2)
     policy = POLICY.with_changes(experiments=Experiments(recompaction="refit"))
     assert [segment.shift for segment in plan(policy, sizes, 64).segments] == [90]
 

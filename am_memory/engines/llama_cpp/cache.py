@@ -30,7 +30,7 @@ from am_memory.errors import CorruptSession, UnsupportedOperation
 from am_memory.kv_cache.cache import Snapshot
 from am_memory.kv_cache.int8 import Rows, decoded
 from am_memory.kv_cache.layers import LayerState, SlidingState, TailBuffer, TailState
-from am_memory.kv_cache.slots import PINNED_RANK, Segment, Slots, carried_over
+from am_memory.kv_cache.slots import PINNED_RANK, Segment, Slots, carried_over, tail_start
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Content:
 
     @property
     def tail_start(self) -> int:
-        return self.segments[-1].end if self.segments else 0
+        return tail_start(self.segments)
 
     @property
     def num_tail_tokens(self) -> int:
@@ -177,7 +177,6 @@ class CellLayer:
 class CellCache:
     """The cache of one session; see `am_memory.engines.base.SessionCache` for what it answers."""
 
-    has_ragged_heads = False
     is_croppable = True
 
     def __init__(self, model: Model) -> None:
@@ -205,14 +204,14 @@ class CellCache:
         return self._content.num_tokens
 
     @property
-    def num_tail_tokens(self) -> int:
-        """Exact tokens behind the segments; before the first compaction this is everything."""
-        return self._content.num_tail_tokens
+    def tail_start(self) -> int:
+        """Where the exact tail begins."""
+        return self._content.tail_start
 
     @property
     def num_exact_tokens(self) -> int:
-        """Exact tokens: pinned ones and the tail."""
-        return self.num_pinned + self.num_tail_tokens
+        """Pinned tokens and those of the tail."""
+        return self.num_pinned + self._content.num_tail_tokens
 
     @property
     def num_heads(self) -> int:
@@ -238,12 +237,17 @@ class CellCache:
         return self._content
 
     def restore(self, state: Snapshot) -> None:
-        """Take back a state of this engine, or one that was saved.
+        """Go back, or on, to a state of a cache of this model."""
+        assert isinstance(state, Content)
+        self._content = state
+
+    def load(self, saved: Snapshot) -> None:
+        """Take in a saved state.
 
         Raises:
-            CorruptSession: tensors that are not the cells of such a cache.
+            CorruptSession: the tensors are not the cells of such a cache.
         """
-        self._content = state if isinstance(state, Content) else from_tensors(self._model, state)
+        self._content = from_tensors(self._model, saved)
 
     def truncate(self, num_tokens: int) -> None:
         """Forget everything after the first `num_tokens` logical tokens; the rest must be in the exact tail."""
@@ -342,7 +346,7 @@ def packed(
     num_tokens: int,
 ) -> Content:
     """A cache of these cells, at the positions that they are to have."""
-    tail = range(segments[-1].end if segments else 0, num_tokens)
+    tail = range(tail_start(segments), num_tokens)
     placed = cells.at([*base_positions(segments, counts, num_pinned), *tail])
     return Content(model, CellSequence(placed.pack()), num_tokens, segments, num_pinned)
 

@@ -14,7 +14,7 @@ import torch
 from llguidance import LLTokenizer
 from torch import Tensor
 
-from am_memory.engines.base import ControlTokens, Message, ModelInfo, OnQuery, SessionCache, Tool
+from am_memory.engines.base import Capabilities, ControlTokens, Message, ModelInfo, OnQuery, SessionCache, Tool
 from am_memory.engines.fingerprints import template_fingerprint
 from am_memory.engines.gguf_header import BadHeader, read_header, require_vocabulary
 from am_memory.engines.llama_cpp import support
@@ -50,6 +50,7 @@ class LlamaCppEngine:
     """
 
     chunk_tokens = 512
+    capabilities = Capabilities(can_rotate_keys=True)
 
     def __init__(
         self,
@@ -116,7 +117,6 @@ class LlamaCppEngine:
             window_tokens=self._lib.llama_model_n_ctx_train(handle),
             device=torch.device("cpu"),
             eos_token_ids=self.vocabulary.eos_token_ids,
-            immovable=None,
             tokenizer_fingerprint=self.vocabulary.fingerprint,
             template_fingerprint=template_fingerprint(self.vocabulary.chat_template, self.vocabulary.ends),
         )

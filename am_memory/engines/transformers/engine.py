@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from am_memory.engines.base import ControlTokens, Message, ModelInfo, OnQuery, SessionCache, Tool
+from am_memory.engines.base import Capabilities, ControlTokens, Message, ModelInfo, OnQuery, SessionCache, Tool
 from am_memory.engines.characters import utf8
 from am_memory.engines.fingerprints import of_template, of_tokenizer
 from am_memory.engines.loading import fingerprint
@@ -31,6 +32,15 @@ from am_memory.kv_cache.rotation import Rotation
 
 CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS = 512, 2048
 """Tokens in one forward pass; fewer do not fill a GPU."""
+CAPABILITIES = Capabilities(
+    has_ragged_heads=True,
+    can_exchange_slots=True,
+    can_hold_int8=True,
+    can_compact_layerwise=True,
+    can_read_in_parallel=True,
+    can_rotate_keys=True,
+    runs_in_generate=True,
+)
 
 
 class TransformersEngine:
@@ -80,28 +90,22 @@ class TransformersEngine:
         max_tokens = num_positions(model, self.new_cache())
         if compile:
             compile_layers(model, self.new_cache())
-        immovable = None
         if length_dependent_kinds(model):
             self._held_rope = HeldRope(model, window)
         try:
-            self._rotations = layer_rotations(model, self.new_cache, self._held_rope)
-        except UnsupportedModel as error:
-            if self._held_rope is not None:
-                model.set_attn_implementation(before)
-                raise UnsupportedModel(
-                    f"{type(model).__name__} turns its keys by the length of the text, and not in a way that can be "
-                    f"held at one length ({error}); use another model"
-                ) from error
-            immovable = str(error)
+            why_keys_stay = self._find_rotations()
+        except UnsupportedModel:
+            model.set_attn_implementation(before)
+            raise
         seen_through = self._weights if self._held_rope is None else (self._weights, self._held_rope.sets)
         self.info = _model_info(
             model,
             tokenizer,
             fingerprint=fingerprint(model, through=seen_through, without=self._adapters.hidden),
             window_tokens=window if max_tokens is None else min(window, max_tokens),
-            immovable=immovable,
             max_tokens=max_tokens,
         )
+        self.capabilities = replace(CAPABILITIES, can_rotate_keys=not why_keys_stay, why_keys_stay=why_keys_stay)
         if max_tokens is not None:
             refuse_too_long_answers(model, max_tokens)
         self.chunk_tokens = CPU_CHUNK_TOKENS if model.device.type == "cpu" else GPU_CHUNK_TOKENS
@@ -110,6 +114,23 @@ class TransformersEngine:
         if self._graphs is not None:
             forward = shortcut(model, self._graphs, self._cache_argument)
         watch(model, forward, self._require_adapters)
+
+    def _find_rotations(self) -> str:
+        """Measure how the layers rotate their keys; returns why they cannot be rotated, or "".
+
+        Raises:
+            UnsupportedModel: the RoPE depends on the length of the text and cannot be held at one length.
+        """
+        try:
+            self._rotations = layer_rotations(self.model, self.new_cache, self._held_rope)
+        except UnsupportedModel as error:
+            if self._held_rope is None:
+                return str(error)
+            raise UnsupportedModel(
+                f"{type(self.model).__name__} rotates its keys by the length of the text, and cannot be held at one "
+                f"length ({error}); use another model"
+            ) from error
+        return ""
 
     def new_cache(self) -> KVCache:
         cache = KVCache(self._windows, self._rotations)
@@ -275,7 +296,6 @@ def _model_info(
     *,
     fingerprint: str,
     window_tokens: int,
-    immovable: str | None,
     max_tokens: int | None,
 ) -> ModelInfo:
     config = model.config.get_text_config(decoder=True)
@@ -287,8 +307,6 @@ def _model_info(
         window_tokens=window_tokens,
         device=model.device,
         eos_token_ids=frozenset(id for ids in sources for id in _as_list(ids)),
-        immovable=immovable,
-        is_reentrant=True,
         max_tokens=max_tokens,
         tokenizer_fingerprint=of_tokenizer(tokenizer),
         template_fingerprint=of_template(tokenizer),

@@ -423,7 +423,7 @@ def test_a_cache_of_ragged_heads_is_not_taken(llama: LlamaCppEngine, engine: Tra
     state = state_of(session)
     assert any(isinstance(layer, TailState) for layer in state.layers)
     with pytest.raises(CorruptSession, match="whose heads differ in their slots"):
-        llama.new_cache().restore(state)
+        llama.new_cache().load(state)
 
 
 def test_the_context_grows_when_it_must(llama: LlamaCppEngine) -> None:

@@ -161,7 +161,7 @@ def test_windows_of_another_model_are_refused(memory: Memory, gemma: LlamaCppEng
         segments, num_pinned = content.segments, content.num_pinned
 
     with pytest.raises(CorruptSession, match="3 sliding windows is not one of this model's 4"):
-        gemma.new_cache().restore(Saved())
+        gemma.new_cache().load(Saved())
 
 
 def test_a_model_with_windows_alone_is_refused(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerBase) -> None:
