@@ -18,7 +18,7 @@ from am_memory.errors import CompactionFailed
 from am_memory.kv_cache.slots import Segment, Slots
 from am_memory.policy import MemoryPolicy
 from am_memory.queries import Progress
-from am_memory.solver import MAX_FOLD_ERROR, Block, ExactAttention, Fit, FitOptions, fit, output_error
+from am_memory.solver import Block, ExactAttention, Fit, FitOptions, fit, output_error
 
 LEAST_FILL, FREE_PADDING = 0.85, 8
 """A head joins a batch if it has this share of the slots of the batch's largest head, or only a few slots less."""
@@ -94,8 +94,7 @@ class HeadFits:
     @property
     def num_unbiased_heads(self) -> int:
         """KV heads whose biases could not be folded into their keys, and which therefore have none."""
-        errors = [batch.fit.fold_error for batch in self.batches if batch.fit.fold_error is not None]
-        return sum(int((error > MAX_FOLD_ERROR).sum()) for error in errors)
+        return sum(batch.fit.num_unbiased_heads for batch in self.batches)
 
     def passes(self, max_error: float | None) -> bool:
         """Whether the held-out error is within the gate; True where there is no gate."""

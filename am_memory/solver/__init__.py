@@ -3,14 +3,12 @@
 from am_memory.solver.block import Block
 from am_memory.solver.exact import ExactAttention, exact_attention
 from am_memory.solver.fit import Fit, fit, output_error
-from am_memory.solver.fold import MAX_FOLD_ERROR
 from am_memory.solver.keys import HighestAttention, KeySelection, attention_scores
 from am_memory.solver.named import as_selection, parameters
 from am_memory.solver.omp import OMP
 from am_memory.solver.options import FitOptions
 
 __all__ = [
-    "MAX_FOLD_ERROR",
     "OMP",
     "Block",
     "ExactAttention",

@@ -10,7 +10,7 @@ from torch import Tensor
 from am_memory.solver.bias import solve_bias
 from am_memory.solver.block import Block, slot_mask
 from am_memory.solver.exact import ExactAttention, exact_attention
-from am_memory.solver.fold import fold
+from am_memory.solver.fold import cannot_fold, fold
 from am_memory.solver.options import DEFAULT_OPTIONS, FitOptions
 from am_memory.solver.values import compact_attention, solve_values
 
@@ -34,6 +34,11 @@ class Fit:
     mass_error: Tensor
     output_error: Tensor
     fold_error: Tensor | None = None
+
+    @property
+    def num_unbiased_heads(self) -> int:
+        """Heads whose biases were to be folded into their keys, but cannot be."""
+        return 0 if self.fold_error is None else int(cannot_fold(self.fold_error).sum())
 
 
 def output_error(block: Block, compact: Fit, exact: ExactAttention) -> Tensor:

@@ -43,6 +43,11 @@ def constant_direction(block: Block, weight: Tensor, rotations: Tensor) -> tuple
     return delta[:, :, 0].float(), missing.clamp_min(0.0).sqrt().float()
 
 
+def cannot_fold(error: Tensor) -> Tensor:
+    """(B,) bool: True for a head whose error of `constant_direction` is too large; it gets no biases."""
+    return error > MAX_FOLD_ERROR
+
+
 def fold(block: Block, key: Tensor, bias: Tensor, weight: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Fold biases into keys.
 
@@ -59,6 +64,6 @@ def fold(block: Block, key: Tensor, bias: Tensor, weight: Tensor, rotations: Ten
     """
     delta, error = constant_direction(block, weight, rotations)
     is_padding = bias == -torch.inf
-    added = torch.where(is_padding | (error > MAX_FOLD_ERROR)[:, None], 0.0, bias)
+    added = torch.where(is_padding | cannot_fold(error)[:, None], 0.0, bias)
     folded = key + added[:, :, None] * delta[:, None] / block.scaling
     return folded, torch.where(is_padding, -torch.inf, 0.0), error

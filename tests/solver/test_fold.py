@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from am_memory.solver import MAX_FOLD_ERROR, Block, FitOptions, exact_attention, fit
-from am_memory.solver.fold import constant_direction, fold
+from am_memory.solver import Block, FitOptions, exact_attention, fit
+from am_memory.solver.fold import MAX_FOLD_ERROR, constant_direction, fold
 
 B, N, T, D = 3, 200, 40, 16
 STILL = torch.eye(D).expand(B, 1, D, D)

@@ -190,7 +190,6 @@ def test_heads_without_a_constant_direction_are_reported(
     memory = Memory(llama, POLICY, on_event=heard.append)
     for limit, expected in ((10.0, 0), (-1.0, 6)):
         monkeypatch.setattr(fold, "MAX_FOLD_ERROR", limit)
-        monkeypatch.setattr("am_memory.compaction.compact.MAX_FOLD_ERROR", limit)
         session = memory.session()
         session.append(TEXT[:100])
         session.compact(0.5)
