@@ -8,17 +8,19 @@ from am_memory.errors import AMMemoryError
 if TYPE_CHECKING:
     from am_memory.memory import Memory
     from am_memory.policy import Experiments, MemoryPolicy
-    from am_memory.session.session import Piece, Session, Stats
+    from am_memory.session.generation import Piece
+    from am_memory.session.session import Session
+    from am_memory.session.stats import Stats
     from am_memory.text.sampling import Sampling
 else:
     _MODULES = {
         "Experiments": "policy",
         "Memory": "memory",
         "MemoryPolicy": "policy",
-        "Piece": "session.session",
+        "Piece": "session.generation",
         "Sampling": "text.sampling",
         "Session": "session.session",
-        "Stats": "session.session",
+        "Stats": "session.stats",
     }
     """Modules that import torch, by the public names in them; each is loaded when a name is first used."""
 

@@ -1,8 +1,8 @@
-"""The memory: sessions over one engine, each watched, compacted and kept in bounded space.
+"""The memory: sessions over one engine, each in bounded space.
 
-The place to start reading. A session's cache is `[pinned exact][segment 1]...[segment n][exact tail]`; when it reaches
-the policy's trigger, in a prompt or in the middle of an answer, the oldest part of the tail becomes a new segment and
-the conversation goes on.
+Start reading here. The cache of a session is `[pinned exact][segment 1]...[segment n][exact tail]`. When it reaches the
+policy's trigger, in a prompt or in the middle of an answer, the oldest part of the tail becomes a new segment, and the
+conversation goes on.
 """
 
 from __future__ import annotations
@@ -15,26 +15,29 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from am_memory.compaction.plan import trigger_tokens
-from am_memory.compaction.record import as_policy, with_policy
 from am_memory.engines.base import Engine, Message
 from am_memory.engines.names import DtypeName, EngineName, as_dtype
 from am_memory.errors import InvalidInput, InvalidPolicy, SessionNotFound, StorageError
-from am_memory.events import Event, Listener, OriginalsLost, OriginUnknown, PolicyChanged, ignore, log
+from am_memory.events import Event, Listener, OriginUnknown, PolicyChanged, ignore, log
 from am_memory.kv_cache.cache import KVCache, Snapshot
 from am_memory.policy import MemoryPolicy
 from am_memory.session.chat_history import ChatHistory
 from am_memory.session.context import Context
 from am_memory.session.generate_hook import watched
-from am_memory.session.resuming import changes_of, check_content, check_origin, load, policy_of
+from am_memory.session.resuming import changes_of, check_content, check_origin, policy_of
+from am_memory.session.saving import SavedCopy, rename, restored
 from am_memory.session.session import Session
 from am_memory.session.shared import Shared
+from am_memory.session.stats import counted, html_table
 from am_memory.storage.session_file import SavedSession
-from am_memory.storage.store import Store
-from am_memory.text.chat_template import Chat
+from am_memory.storage.store import ANY, Store
 from am_memory.text.sampling import Sampling
 
 if TYPE_CHECKING:
     import torch
+
+SHOWN_SESSIONS = 20
+"""Rows of sessions in a notebook's table."""
 
 
 class Memory:
@@ -42,13 +45,17 @@ class Memory:
 
     Args:
         engine: runs the model.
-        policy: when and how to compact; None: as `MemoryPolicy()`, and sessions that were saved under another go on
-            under that.
-        sampling: how sessions choose tokens where a call says nothing else.
+        policy: when and how to compact. None: `MemoryPolicy()`, and a saved session goes on under its own policy.
+        sampling: how sessions choose tokens where a call does not say.
         store: a folder or any fsspec URL, where sessions are saved and resumed from; None: nothing is stored.
-        on_event: called with every event of `am_memory.events`; the main ones are logged in any case, to `am_memory`.
-        trust_messages: control tokens that messages spell (`<|im_end|>`) are read as such. By default they are text,
-            and only the chat template writes control tokens, so that nobody can speak in another's turn.
+        on_event: called with every event of `am_memory.events`. The main ones are also logged, to `am_memory`.
+        trust_messages: read control tokens that messages spell (`<|im_end|>`) as control tokens. By default they are
+            plain text, and only the chat template writes control tokens, so that nobody can speak in another's turn.
+
+    Attributes:
+        engine, policy, sampling, store, on_event, trust_messages: as given, or their defaults.
+        prefers_saved_policy: a saved session goes on under its own policy and not under the memory's; True where the
+            memory was given none.
 
     Raises:
         InvalidPolicy: the policy cannot work with this model.
@@ -65,17 +72,17 @@ class Memory:
         trust_messages: bool = False,
     ) -> None:
         self.engine = engine
-        self.trust_messages = trust_messages
         self.policy = policy or MemoryPolicy()
-        self.has_default_policy = policy is None
-        """Nobody has asked for the policy: that of a saved session goes before it."""
+        self.prefers_saved_policy = policy is None
         self.sampling = sampling or Sampling()
         self.store = store if isinstance(store, Store) or store is None else Store(os.fspath(store))
         self.on_event = on_event
+        self.trust_messages = trust_messages
         self._listeners: list[Listener] = []
         self._shared = Shared(engine, self.sampling, self.store, self._notify)
         self._numbers = itertools.count(1)
-        self.trigger_tokens = trigger_tokens(self.policy, engine.info.window_tokens, self.policy.num_sinks)
+        # An impossible policy fails here, and not in the first session.
+        trigger_tokens(self.policy, engine.info.window_tokens, self.policy.num_sinks)
 
     @classmethod
     def from_pretrained(  # noqa: PLR0913
@@ -97,23 +104,24 @@ class Memory:
 
         Args:
             model: a hub id, a local folder, a .gguf file, or "demo" for the bundled model.
-            engine: "llama_cpp" runs .gguf files and "demo" as they are, quantised, on the stock llama-cpp-python.
-            device: None is the best there is.
-            dtype: of weights and cache, or its name; for llama.cpp of keys and values alone. None is bfloat16 on CUDA
-                and float32 on a CPU, which reads and decodes faster in bfloat16 if it multiplies it
-                (docs/performance.md); for llama.cpp float16.
-            compile: compile the model's layers by `torch.compile` for decoding (engine "transformers" only). Loading
-                takes up to a minute longer; docs/performance.md says what it is good for.
-            window_tokens: positions that are used, if not all that the model was trained on; a model of "longrope" has
-                to be told (engine "transformers" only).
-            trust_remote_code: run the code that comes with a model that transformers does not have (engine
-                "transformers" only). It can do whatever you can: read it first.
+            engine: "llama_cpp" runs .gguf files and "demo" quantised, as they are, on the stock llama-cpp-python.
+            policy, store, on_event, trust_messages: see `Memory`.
+            device: None: the best there is.
+            dtype: of weights and cache, as a torch.dtype or its name; for llama.cpp, of keys and values only. None:
+                bfloat16 on CUDA, float32 on a CPU, float16 for llama.cpp. A CPU that multiplies bfloat16 reads and
+                decodes faster in it (docs/performance.md).
+            compile: compile the model's layers for decoding, by `torch.compile` (engine "transformers" only). Loading
+                then takes up to a minute longer; docs/performance.md says when it pays.
+            window_tokens: use fewer positions than the model was trained on. A model with "longrope" scaling needs it
+                (engine "transformers" only).
+            trust_remote_code: run the code that comes with a model which transformers does not know (engine
+                "transformers" only). That code can do whatever you can: read it first.
 
         Raises:
             ModelNotFound: there is no such model.
-            UnsupportedModel: its cache cannot be compacted, or its layers not compiled.
+            UnsupportedModel: its cache cannot be compacted, or its layers cannot be compiled.
             EngineFailed: torch.compile fails on this machine.
-            InvalidInput: llama.cpp is to be compiled; a dtype that has no such name, or that llama.cpp does not keep.
+            InvalidInput: an option that the engine does not have, an unknown dtype, or one that llama.cpp cannot keep.
         """
         dtype = as_dtype(dtype)
         if engine == "llama_cpp":
@@ -141,57 +149,60 @@ class Memory:
             trust_messages=trust_messages,
         )
 
-    def session(self, name: str | None = None, *, policy: MemoryPolicy | None = None) -> Session:
-        """The session of that name: the one in memory, else the one in the store, else a new one.
+    def __repr__(self) -> str:
+        return f"Memory({self.engine.info.name!r}, {counted(len(self._shared.sessions), 'session')})"
+
+    def _repr_html_(self) -> str:
+        rows = {name: str(session.stats) for name, session in self._shared.sessions.items()}
+        shown = dict(itertools.islice(rows.items(), SHOWN_SESSIONS))
+        if len(rows) > len(shown):
+            shown["..."] = f"{len(rows) - len(shown):,} more"
+        return html_table(f"Memory of {self.engine.info.name}", shown)
+
+    def session(
+        self, name: str | None = None, *, policy: MemoryPolicy | None = None, saved: SavedSession | None = None
+    ) -> Session:
+        """The session of that name: the one in memory, else the saved one, else a new one.
 
         Args:
-            name: None is a new name.
-            policy: for a session that is not in memory yet, and of its own from then on. None: of a new session, the
-                memory's. Of a saved one the policy of its own, where it was given one, else the memory's, and the event
-                `PolicyChanged` says what is different; a memory that was given none takes up the saved one.
+            name: None: a name that is free.
+            policy: the session's own policy from now on; ignored for a session that is in memory. None: a new session
+                has the memory's. A saved session keeps a policy of its own; otherwise it takes the memory's, if the
+                memory was given one, and the event `PolicyChanged` names the differences.
+            saved: the saved session, if `load` has read it already.
 
         Raises:
-            StorageError: the saved session cannot be read, is another model's, or was saved under a policy of its own
-                that cannot be taken up.
+            InvalidPolicy: the session cannot go on under `policy`.
+            StorageError: the saved session cannot be read, belongs to another model, or cannot go on under its own
+                policy.
         """
+        sessions = self._shared.sessions
         if name is None:
-            names = (f"session-{number}" for number in self._numbers)
-            name = next(name for name in names if name not in self.names())
+            taken = self.names()
+            name = next(free for number in self._numbers if (free := f"session-{number}") not in taken)
+        if saved is None and name not in sessions and self.store is not None and self.store.exists(name):
+            saved = self.load(name, policy=policy)
         with self._shared.engine_lock:
-            if name not in self._shared.sessions:
-                if self.store is not None and self.store.exists(name):
-                    return self.resume(name, self.saved(name, policy=policy), policy=policy)
-                self._shared.sessions[name] = self._new(name, policy)
-            return self._shared.sessions[name]
+            if name not in sessions:
+                sessions[name] = self._new(name, policy) if saved is None else self._resumed(name, saved, policy)
+            return sessions[name]
 
     def _new(self, name: str, policy: MemoryPolicy | None, tools: Sequence[Message] = ()) -> Session:
         history = ChatHistory(tools=tuple(tools), trusts_messages=self.trust_messages)
-        session = Session(self._shared, self._new_context(name, policy or self.policy, history))
-        session.has_own_policy = policy is not None
-        return session
+        context = self._new_context(name, policy or self.policy, history)
+        return Session(self._shared, context, has_own_policy=policy is not None)
 
     def _new_context(self, name: str, policy: MemoryPolicy, history: ChatHistory) -> Context:
         cache = self.engine.new_cache()
         return Context(name, self.engine, policy, self._notify, cache, num_pinned=policy.num_sinks, history=history)
 
-    def _notify(self, event: Event) -> None:
-        for listener in (log, self.on_event, *self._listeners):
-            listener(event)
+    def load(self, name: str, *, policy: MemoryPolicy | None = None) -> SavedSession:
+        """Read a saved session from the store, for `session(name, saved=...)`.
 
-    @contextmanager
-    def listening(self, listener: Listener) -> Iterator[None]:
-        """Also tell `listener` of every event, of all sessions, inside of the `with`."""
-        self._listeners.append(listener)
-        try:
-            yield
-        finally:
-            self._listeners.remove(listener)
-
-    def saved(self, name: str, *, policy: MemoryPolicy | None = None) -> SavedSession:
-        """A session as it lies in the store, for `resume`. Needs no device: another thread may do it meanwhile.
+        It needs no engine, so another thread may do it while sessions go on. `session` alone does both.
 
         Raises:
-            ModelMismatch: it was saved with another model, another tokenizer or, if it has messages, chat template.
+            ModelMismatch: it was saved with another model, tokenizer or, if it has messages, chat template.
             StorageError: there is none of that name, or it cannot be read.
         """
         store = self._shared.require_store()
@@ -201,105 +212,73 @@ class Memory:
         return saved if place == "drop" else store.with_originals(saved, place)
 
     def _policy_of(self, name: str, saved: SavedSession) -> MemoryPolicy:
-        return policy_of(name, saved, self.policy, is_default=self.has_default_policy)
+        return policy_of(name, saved, self.policy, is_default=self.prefers_saved_policy)
 
-    def resume(self, name: str, saved: SavedSession, *, policy: MemoryPolicy | None = None) -> Session:
-        """Go on with a saved session under a name; the one in memory that has it goes before.
-
-        Raises:
-            InvalidPolicy: the session cannot go on under the policy that was named.
-            StorageError: it cannot go on under the policy that it had, or is none that this model could have had.
-        """
-        with self._shared.engine_lock:
-            if name not in self._shared.sessions:
-                check_content(name, saved, self.engine.info, self._cache_of_one_token)
-                try:
-                    session = self._resumed(name, saved, policy or self._policy_of(name, saved))
-                except InvalidPolicy as error:
-                    if policy is not None:
-                        raise
-                    raise StorageError(
-                        f"session {name!r} cannot go on under its policy: {error}; name one that it can go on under: "
-                        f"memory.session({name!r}, policy=...)"
-                    ) from error
-                session.has_own_policy = policy is not None or saved.has_own_policy
-                if policy is None and (changes := changes_of(saved, session.policy)):
-                    self._notify(PolicyChanged(name, changes))
-                self._shared.sessions[name] = session
-            return self._shared.sessions[name]
+    def _resumed(self, name: str, saved: SavedSession, policy: MemoryPolicy | None) -> Session:
+        """A session that goes on where it was saved."""
+        info = self.engine.info
+        check_content(name, saved, info, self._cache_of_one_token)
+        try:
+            own = policy or self._policy_of(name, saved)
+            context = restored(self._shared, name, saved, own, trusts_messages=self.trust_messages)
+        except InvalidPolicy as error:
+            if policy is not None:
+                raise
+            raise StorageError(
+                f"session {name!r} cannot go on under its policy: {error}; name one that it can go on under: "
+                f"memory.session({name!r}, policy=...)"
+            ) from error
+        session = Session(self._shared, context, has_own_policy=policy is not None or saved.has_own_policy)
+        session.metadata, session._saved_copy = saved.metadata, SavedCopy(saved.version)
+        if unknown := check_origin(name, saved, info):
+            self._notify(OriginUnknown(name, unknown))
+        if policy is None and (changes := changes_of(saved, session.policy)):
+            self._notify(PolicyChanged(name, changes))
+        return session
 
     @cached_property
     def _cache_of_one_token(self) -> Snapshot:
-        """What saved caches are compared with."""
+        """A cache of this model, to compare the layers of saved caches with."""
         cache = self.engine.new_cache()
         self.engine.forward(cache, [0])
         return cache.state()
-
-    def _resumed(self, name: str, saved: SavedSession, policy: MemoryPolicy) -> Session:
-        cache = self.engine.new_cache()
-        load(name, saved, cache)
-        is_same = saved.policy == policy.model_dump(mode="json")
-        records = list(saved.records) if is_same else with_policy(as_policy(saved.policy), saved.records)
-        history = ChatHistory(
-            saved.messages, saved.message_starts, saved.is_answering, saved.tools, trusts_messages=self.trust_messages
-        )
-        context = Context(
-            name,
-            self.engine,
-            policy,
-            self._notify,
-            cache,
-            list(saved.tokens),
-            records,
-            saved.num_pinned,
-            history,
-            originals=saved.originals,
-        )
-        if unknown := check_origin(name, saved, self.engine.info):
-            self._notify(OriginUnknown(name, unknown))
-        for which, reason in saved.lost:
-            self._notify(OriginalsLost(name, which.start, which.end, reason))
-        for start in saved.recalled:
-            context.resume_recall(start)
-        session = Session(self._shared, context)
-        session.metadata, session.saved_version = saved.metadata, saved.version
-        return session
 
     def scratch(self, *, policy: MemoryPolicy | None = None, tools: Sequence[Message] = ()) -> Session:
         """A new session that the memory does not keep, unless `keep` is called.
 
         Args:
             policy: None: the memory's.
-            tools: functions that the model's chat template tells it of, as OpenAI's API has them.
+            tools: functions that the chat template tells the model of, in the form of OpenAI's API.
         """
         return self._new("scratch", policy, tools)
 
     def keep(self, session: Session, name: str, *, overwrite: bool = False) -> None:
-        """Keep a session under a name, in place of the one that has it; in the store, too, as soon as it is saved.
-
-        What somebody else has saved under that name, which neither of the two went on from, is not overwritten.
+        """Keep a session under a name, in place of the one that has it; once it is saved, also in the store.
 
         Args:
-            overwrite: it is, by the next save.
+            overwrite: the next save replaces whatever is saved under that name. By default it refuses to replace a
+                session that another program saved and that neither of the two went on from.
         """
-        session.rename(name)
+        rename(session, name)
         held = self._shared.sessions.get(name)
-        if overwrite or (held is not None and held is not session):
-            session.take_place_of(None if overwrite else held)
+        if overwrite:
+            session._saved_copy = SavedCopy(ANY)
+        elif held is not None and held is not session:
+            session._saved_copy = SavedCopy(held._saved_copy.version, held._saved_copy.in_doubt)
         self._shared.sessions[name] = session
 
     def release(self, name: str) -> None:
-        """Drop a session from memory; a saved one stays in the store."""
+        """Drop a session from memory; its saved copy stays in the store."""
         self._shared.sessions.pop(name, None)
 
     def names(self) -> list[str]:
-        """All sessions, in memory and in the store."""
+        """The names of all sessions, in memory and in the store."""
         return self._shared.names()
 
     def delete(self, name: str) -> None:
-        """Forget a session, in memory and in the store, whether or not the saved one can be read.
+        """Delete a session from memory and from the store, whether or not the saved one can be read.
 
-        Whoever still has the session may go on with it, but does not bring it back by saving it.
+        A caller that still holds the session may use it, but saving it does not bring it back.
 
         Raises:
             SessionNotFound: there is none of that name.
@@ -311,24 +290,34 @@ class Memory:
             if self.store is not None:
                 self.store.delete(name)
             if (session := self._shared.sessions.pop(name, None)) is not None:
-                session.deleted()
+                session._saved_copy.is_deleted = True
         if session is not None:
-            session.give_up()
-
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text, without anything added."""
-        return self.engine.encode(text)
-
-    def chat(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> Chat:
-        """Messages as this memory has the model's chat template write them."""
-        return Chat(self.engine, messages, tools, trusts_messages=self.trust_messages)
+            with self._shared.engine_lock:
+                session._context.cancel_background_compaction()
 
     def cache(self) -> KVCache:
         """A cache for `model.generate(**inputs, cache=memory.cache())`, which compacts by itself.
 
-        For one sequence at a time, without padding, and of text alone; `model` is `engine.model`, or what peft has
-        around it. A prompt longer than the trigger is read in pieces and compacted on the way; the pass that was asked
-        for it gives the logits of every token that it was asked for. What only one pass can give (a loss, hidden
-        states, the logits of a number of candidates) is refused before anything is read, where it does not fit.
+        It takes one sequence of text at a time, without padding; `model` is `engine.model`, or what peft has wrapped
+        around it. A prompt longer than the trigger is read in pieces and compacted on the way; the logits of every
+        token that were asked for are still returned. Results that need one single pass (a loss, hidden states, the
+        logits of several candidates) are refused before anything is read, if that pass does not fit.
         """
         return watched(self._new_context("generate()", self.policy, ChatHistory()))
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens around it."""
+        return self.engine.encode(text)
+
+    @contextmanager
+    def listening(self, listener: Listener) -> Iterator[None]:
+        """Inside this `with` block, also call `listener` with every event of all sessions."""
+        self._listeners.append(listener)
+        try:
+            yield
+        finally:
+            self._listeners.remove(listener)
+
+    def _notify(self, event: Event) -> None:
+        for listener in (log, self.on_event, *self._listeners):
+            listener(event)

@@ -11,6 +11,7 @@ from am_memory.kv_cache.slots import Slots
 from am_memory.recall.originals import Original
 from am_memory.session.chat_history import ChatHistory
 from am_memory.session.context import Context
+from am_memory.session.shared import Shared
 
 
 def context_of(session: Session) -> Context:
@@ -23,8 +24,8 @@ def history_of(session: Session) -> ChatHistory:
     return session._context.history
 
 
-def shared_of(memory: Memory) -> Any:
-    """What a memory shares with its sessions: the engine's lock, the store, the names that are taken."""
+def shared_of(memory: Memory) -> Shared:
+    """What the sessions of a memory share: the engine and the store with their locks, and the names."""
     return memory._shared
 
 

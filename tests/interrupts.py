@@ -24,13 +24,12 @@ import am_memory
 from am_memory import Memory, MemoryPolicy, Sampling, Session
 from am_memory.engines.base import Engine
 from am_memory.errors import CompactionFailed
+from am_memory.session.appending import add, encode
 from am_memory.text.constraints import Constraint, regex
 
 PACKAGE = str(Path(am_memory.__file__).parent)
-KEEPING_BOOKS = (
-    "ahead", "cache", "constraints", "context", "history", "layers", "memory", "order", "rebuild", "recall", "schedule",
-    "session", "storage", "transaction", "engine",
-)  # fmt: skip
+KEEPING_BOOKS = ("memory.py", "session/*.py", "storage/*.py", "kv_cache/*.py", "recall/originals.py", "recall/paging.py",
+    "compaction/background.py", "compaction/job.py", "compaction/record.py", "text/constraints.py")  # fmt: skip
 POLICY = MemoryPolicy(trigger_tokens=96, keep_ratio=0.25, keep_recent=6, pinned=3, chunk_tokens=16, originals="host")
 
 
@@ -51,8 +50,8 @@ class interrupted_at:
     ) -> None:
         self.place, self.everywhere, self.error = place, everywhere, error
         self.count, self.entered = [0], set[tuple[FrameType, int]]()
-        names = {f"{PACKAGE}/{name}.py" for name in KEEPING_BOOKS}
-        self.files = {contextlib.__file__, f"{PACKAGE}/engines/transformers/engine.py"} | names
+        files = {str(path) for pattern in KEEPING_BOOKS for path in Path(PACKAGE).glob(pattern)}
+        self.files = {contextlib.__file__, f"{PACKAGE}/engines/transformers/engine.py"} | files
 
     def __enter__(self) -> list[int]:
         self.before = sys.gettrace()
@@ -140,7 +139,7 @@ def said(text: str) -> list[dict[str, str]]:
 
 
 STEPS = {
-    "tell": Step(lambda scene: scene.session.tell(said("And the owls?"))),
+    "add": Step(lambda scene: add(scene.session, encode(scene.session, said("And the owls?")))),
     "append": Step(lambda scene: scene.session.append(said("And the owls?"))),
     "append text": Step(lambda scene: scene.session.append(" and owls")),
     "append and compact": Step(lambda scene: scene.session.append(said("And the owls, how do they sleep all day?" * 2))),

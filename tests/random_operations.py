@@ -24,6 +24,7 @@ from am_memory import AMMemoryError, Experiments, Memory, MemoryPolicy, Sampling
 from am_memory.engines.base import Engine
 from am_memory.kv_cache.int8 import Quantised, decoded
 from am_memory.kv_cache.layers import SlidingState, TailState
+from am_memory.session.appending import add, encode, read
 from am_memory.session.context import Context
 
 POLICY = MemoryPolicy(trigger_tokens=128, keep_ratio=0.25, keep_recent=6, pinned=3, chunk_tokens=1)
@@ -144,8 +145,8 @@ class Driver:
         self.session.append(self.tokens(60))
 
     def tell(self) -> None:
-        self.session.tell(self.tokens(60))
-        self.session.read(self.random.randrange(40))
+        add(self.session, encode(self.session, self.tokens(60)))
+        read(self.session, self.random.randrange(40))
 
     def message(self) -> None:
         text = bytes(97 + token % 26 for token in self.tokens(30)).decode()

@@ -13,6 +13,7 @@ from am_memory import Memory, MemoryPolicy
 from am_memory.cli.letters import letters, prose
 from am_memory.cli.questions import ask
 from am_memory.engines.transformers import TransformersEngine
+from am_memory.session.saving import snapshot
 
 pytestmark = pytest.mark.model
 
@@ -68,10 +69,10 @@ def test_self_study_writes_about_the_block_and_a_rebuild_reads_that_again(demo: 
     written = letters(seed=0, num_letters=3, num_facts=1)
     for letter in written:
         session.append(letter.messages)
-    ship, made = written[0].facts[0], session.snapshot().records
+    ship, made = written[0].facts[0], snapshot(session).records
     assert made
     assert all(len(entry.conversations) == 4 for entry in made)
     assert ask(session, [ship]) == {ship: ship.code}
     rebuild(session)
-    assert session.snapshot().records == made
+    assert snapshot(session).records == made
     assert ask(session, [ship]) == {ship: ship.code}

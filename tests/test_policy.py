@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from inside import context_of
 from pydantic import ValidationError
 
 from am_memory import AMMemoryError, Experiments, Memory, MemoryPolicy
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidPolicy
+from am_memory.session.saving import snapshot
 from am_memory.solver import OMP, HighestAttention
 
 POLICY = MemoryPolicy(trigger_tokens=1000, keep_ratio=0.1, keep_recent=0)
@@ -230,9 +232,10 @@ def test_a_memory_writes_the_policy_that_it_was_given(engine: TransformersEngine
     memory = Memory(engine, MemoryPolicy(trigger_tokens=1000))
     written = MemoryPolicy(trigger_tokens=1000).model_dump(mode="json")
     assert memory.policy.model_dump(mode="json") == written
-    assert memory.session().snapshot().policy == written
-    assert memory.session().chunk_tokens == engine.chunk_tokens == 512
-    assert memory.session(policy=MemoryPolicy(trigger_tokens=1000, chunk_tokens=64)).chunk_tokens == 64
+    assert snapshot(memory.session()).policy == written
+    assert context_of(memory.session()).chunk_tokens == engine.chunk_tokens == 512
+    session = memory.session(policy=MemoryPolicy(trigger_tokens=1000, chunk_tokens=64))
+    assert context_of(session).chunk_tokens == 64
 
 
 def test_changes_are_checked_and_leave_the_rest() -> None:

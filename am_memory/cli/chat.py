@@ -45,7 +45,7 @@ def chat(
     bars = EventBars(console)
     with bars.showing(f"loading {loading.model}"):
         memory = loading.load(store=store or default_store(), on_event=bars)
-        memory.has_default_policy = not any(is_given(context, option) for option in POLICY_OPTIONS)
+        memory.prefers_saved_policy = not any(is_given(context, option) for option in POLICY_OPTIONS)
         conversation = memory.session(session)
         if system is not None and not conversation.tokens:
             conversation.append([{"role": "system", "content": system}])

@@ -21,7 +21,6 @@ from am_memory.cli.letters import Fact, Letter, letters
 from am_memory.cli.options import Loading, with_options
 
 if TYPE_CHECKING:
-    from am_memory.memory import Memory
     from am_memory.session.session import Session
 
 MEMORY, TRUNCATED, EVERYTHING = "memory", "truncated to the same size", "everything kept"
@@ -41,8 +40,8 @@ def demo(
     with bars.showing(f"loading {loading.model}"):
         memory = loading.load(on_event=bars)
     written = letters(seed, num_letters)
-    console.print(introduction(loading.model, memory, num_letters))
     session = memory.session("memory")
+    console.print(introduction(loading.model, session, num_letters))
     ends = read_letters(console, bars, session, written)
     cut_off, everything = (memory.session(name, policy=PLAIN) for name in (TRUNCATED, EVERYTHING))
     num_recent = round(session.stats.kv_tokens) - PLAIN.num_sinks
@@ -79,12 +78,12 @@ def read_letters(console: Console, bars: EventBars, session: Session, written: S
     return ends
 
 
-def introduction(model: str, memory: Memory, num_letters: int) -> Panel:
+def introduction(model: str, session: Session, num_letters: int) -> Panel:
     """The panel that says what is going to happen."""
-    policy = memory.policy
+    policy = session.policy
     name = "SmolLM2-135M-Instruct, the bundled model," if model == "demo" else Path(model).name
     return Panel(
-        f"{name} reads {num_letters} letters. Its KV cache may hold [cyan]{memory.trigger_tokens}[/] tokens: whenever "
+        f"{name} reads {num_letters} letters. Its KV cache may hold [cyan]{session.trigger_tokens}[/] tokens: whenever "
         f"it is full, its oldest {policy.compact_fraction:.0%} is compacted by Attention Matching, the exact tokens in "
         f"it to {policy.keep_ratio:.0%} of their number, and the reading goes on. Afterwards the model is asked for "
         "the ships that the letters named; so are two plain caches, one of the same size and one that kept everything.",

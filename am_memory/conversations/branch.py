@@ -9,9 +9,9 @@ from typing import Annotated
 from pydantic import BaseModel, Field
 
 from am_memory.conversations.prompts import Prompt, last_common_cut, last_cuts, num_shared
+from am_memory.session.saving import saved_copy
 from am_memory.session.session import Session
 from am_memory.storage.session_file import SavedSession
-from am_memory.storage.store import ANY
 
 METADATA_KEY = "am_memory.branch"
 
@@ -85,7 +85,7 @@ class Branch:
     @property
     def was_saved(self) -> bool:
         """Whether the store has ever held it."""
-        return self.session.saved_version not in (None, ANY)
+        return saved_copy(self.session).was_saved
 
     def is_prefix_of(self, other: Branch | BranchMetadata) -> bool:
         """Whether the other branch is a longer conversation of the same thread, and begins with this one."""

@@ -11,6 +11,7 @@ from threading import Lock
 from am_memory.conversations.branch import Branch, BranchMetadata
 from am_memory.errors import StorageError
 from am_memory.memory import Memory
+from am_memory.session.saving import saved_copy
 from am_memory.storage.session_file import SavedSession
 
 MAX_OPENED = 8
@@ -83,7 +84,7 @@ class BranchStore:
         sessions = []
         for name in names:
             try:
-                sessions.append((name, self._memory.saved(name)))
+                sessions.append((name, self._memory.load(name)))
             except StorageError as error:  # of another model, damaged, or gone: the conversation is read again
                 logger.warning("%s", error)
         return SavedBranches(call, tuple(sessions))
@@ -94,7 +95,11 @@ class BranchStore:
         A process that goes on from a branch saves the longer one before it deletes the shorter one.
         """
         store = self._memory.store
-        if store is None or not (parent.was_saved or parent.session.is_deleted) or store.exists(parent.name):
+        if (
+            store is None
+            or not (parent.was_saved or saved_copy(parent.session).is_deleted)
+            or store.exists(parent.name)
+        ):
             return False
         looked_at: list[str] = []
         while looked_at != (names := self.names(parent.thread)):  # what was deleted meanwhile has left a longer one

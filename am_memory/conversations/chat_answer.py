@@ -15,7 +15,8 @@ from am_memory.conversations.prompts import Prompt
 from am_memory.conversations.threads import Threads
 from am_memory.conversations.tool_calls import InvalidCall, ParsedCall, ToolCallStream, answer_text
 from am_memory.conversations.turn import ChatTurn
-from am_memory.session.session import Piece, Session, TokenLogprob
+from am_memory.session.generation import Piece, TokenLogprob
+from am_memory.session.session import Session
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 

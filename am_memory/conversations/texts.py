@@ -17,6 +17,7 @@ from am_memory.conversations.prefix_pool import PrefixPool
 from am_memory.conversations.turn import Turn
 from am_memory.errors import require_room
 from am_memory.memory import Memory
+from am_memory.session.appending import encode
 from am_memory.session.session import Session
 
 MAX_TEXTS = 32
@@ -82,7 +83,7 @@ class Texts:
         Raises:
             InvalidInput: an empty prompt, or token ids outside the vocabulary.
         """
-        return self.memory.scratch().encode(prompt).token_ids
+        return encode(self.memory.scratch(), prompt).token_ids
 
     def start(self, token_ids: list[int], *, owner: str = "") -> TextTurn:
         """Go on from the kept text that shares most tokens with a prompt, or in a new session.

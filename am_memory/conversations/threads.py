@@ -25,7 +25,9 @@ from am_memory.engines.base import Message
 from am_memory.errors import InvalidInput, SessionDeleted, SessionNotFound, StorageError, require_room
 from am_memory.memory import Memory
 from am_memory.policy import MemoryPolicy
-from am_memory.session.session import Packed, Session
+from am_memory.session.saving import Packed, pack, rename, saved_copy, write
+from am_memory.session.session import Session
+from am_memory.text.chat_template import Chat
 
 MAX_BYTES = 4 * 2**30
 MAX_BRANCHES = 64
@@ -107,7 +109,7 @@ class Threads:
         else:
             session, ends = branch.session.fork(policy=prompt.policy), branch.ends[:count]
             session.rewind(branch.end_of(count))
-        session.rename(saved.call.thread)
+        rename(session, saved.call.thread)
         num_prepared = prompt.num_prepared[len(ends) - 1]
         assert num_prepared is not None, "both can be cut here"
         return ChatTurn(
@@ -124,7 +126,7 @@ class Threads:
     def num_tokens(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> int:
         """Tokens of a whole prompt, the opening of the answer included."""
         prepared, template_tools = prepare(self.memory.engine, messages, tools)
-        chat = self.memory.chat(prepared, template_tools or ())
+        chat = Chat(self.memory.engine, prepared, template_tools or (), trusts_messages=self.memory.trust_messages)
         return len(chat.encode(chat.write(add_generation_prompt=True)))
 
     def _longest(self, prompt: Prompt) -> Match[Branch]:
@@ -153,7 +155,7 @@ class Threads:
         packed: Packed | StorageError | None = None
         if self.memory.store is not None:
             try:
-                packed = session.packed()
+                packed = pack(session)
             except StorageError as error:  # raised where it is to be saved
                 packed = error
         return partial(self._save, call, parent, branch, packed)
@@ -169,7 +171,7 @@ class Threads:
                 if isinstance(packed, StorageError):
                     raise packed
                 with suppress(SessionDeleted):  # since it was kept
-                    branch.session.write(packed)
+                    write(branch.session, packed)
                 if call.is_deleted:  # while it was written
                     self._forget(branch.name)
             # Last, so that a process that is killed before has lost nothing.
@@ -184,7 +186,7 @@ class Threads:
 
         Branches that were begun since then stay, and so do those that are still to be saved.
         """
-        branch.session.deleted()  # so that what goes on from it is not saved either
+        saved_copy(branch.session).is_deleted = True  # so that what goes on from it is not saved either
         stored = self._store.names(branch.thread)
         deleted = [other.name for other in self.branches(branch.thread) if other.was_saved]
         for name in {branch.name, *deleted}.difference(stored):
@@ -207,7 +209,7 @@ class Threads:
                 continue
             try:
                 metadata = BranchMetadata.of(name, session_file)
-                session = self.memory.resume(name, session_file)
+                session = self.memory.session(name, saved=session_file)
             except (StorageError, ValueError) as error:  # not a branch, or one that this model could not have had
                 logger.warning("%r is no branch to go on from: %s", name, error)
                 continue

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 
 from am_memory.conversations.prompts import Prompt, chained_key, message_key
 from am_memory.engines.base import Message
-from am_memory.session.session import Encoded, Session
+from am_memory.session import appending
+from am_memory.session.appending import Encoded
+from am_memory.session.session import Session
 
 Save = Callable[[], None]
 
@@ -39,7 +41,7 @@ class Turn:
             InvalidInput: the model's chat template refuses the messages.
         """
         if self._rest:
-            self._encoded = self.session.encode(self._rest)
+            self._encoded = appending.encode(self.session, self._rest)
 
     def read(self) -> Iterator[int]:
         """Read the rest of the prompt in chunks; gives the number of tokens left after each.
@@ -55,13 +57,13 @@ class Turn:
             self._is_appended, self._encoded = True, None
         left = 1
         while left:
-            left = self.session.read(self.session.chunk_tokens)
+            left = appending.read(self.session)
             yield left
 
     def _append(self) -> None:
         """Add the rest of the prompt to the session, without reading it."""
         if self._encoded is not None:
-            self.session.tell(self._encoded)
+            appending.add(self.session, self._encoded)
 
 
 @dataclass(kw_only=True)

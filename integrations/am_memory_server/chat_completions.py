@@ -13,7 +13,7 @@ from fastapi.responses import StreamingResponse
 from am_memory.conversations.chat_answer import ChatAnswer, Delta, ToolCall
 from am_memory.conversations.chat_request import ChatRequest
 from am_memory.engines.base import Engine
-from am_memory.session.session import TokenLogprob
+from am_memory.session.generation import TokenLogprob
 from am_memory_server import sse
 from am_memory_server.access import Owner
 from am_memory_server.chat_job import chat_job

@@ -14,7 +14,7 @@ from fastapi.responses import StreamingResponse
 from am_memory.conversations.chat_answer import FINISH_REASONS
 from am_memory.engines.base import Engine
 from am_memory.events import ignore
-from am_memory.session.session import Piece
+from am_memory.session.generation import Piece
 from am_memory_server import sse
 from am_memory_server.access import Owner
 from am_memory_server.errors import ApiError

@@ -11,7 +11,8 @@ from pydantic import BaseModel, Field
 
 from am_memory.conversations.branch import Branch
 from am_memory.errors import CompactionFailed, InvalidInput
-from am_memory.session.session import Stats
+from am_memory.session.saving import pack, write
+from am_memory.session.stats import Stats
 from am_memory_server.access import Owner
 from am_memory_server.errors import ApiError
 from am_memory_server.jobs import Steps, on_host
@@ -85,8 +86,8 @@ class Conversations:
                 raise ApiError(409, str(error), code="nothing_to_compact") from error
         log.write(session)
         if self.service.memory.store is not None:
-            packed = session.packed()
-            yield from on_host(lambda: self.service.save_or_log(lambda: session.write(packed)))
+            packed = pack(session)
+            yield from on_host(lambda: self.service.save_or_log(lambda: write(session, packed)))
         return CompactionView.model_validate(report_dict(report))
 
     def fork(self, id: str, new_id: str) -> Steps[MemoryView]:

@@ -9,7 +9,9 @@ from pydantic import BaseModel
 
 from am_memory.compaction.record import CompactionRecord
 from am_memory.kv_cache.layers import LayerState, TailState
-from am_memory.session.session import Session, Stats
+from am_memory.session.saving import snapshot
+from am_memory.session.session import Session
+from am_memory.session.stats import Stats
 from am_memory.storage.session_file import SavedSession
 from am_memory_server.service import compaction_reports
 
@@ -79,7 +81,7 @@ class MemoryView(BaseModel):
 
 def memory_view(id: str, session: Session, num_branches: int) -> MemoryView:
     """The memory of one session. Changes nothing."""
-    saved = session.snapshot()
+    saved = snapshot(session)
     return MemoryView(
         id=id,
         num_branches=num_branches,

@@ -17,6 +17,7 @@ from am_memory.conversations.threads import Threads
 from am_memory.errors import SessionChanged, SessionDeleted, StorageError
 from am_memory.events import CompactionFinished, CompactionReport, Event, Listener
 from am_memory.memory import Memory
+from am_memory.session.saving import snapshot
 from am_memory.session.session import Session
 from am_memory_server.errors import logger
 from am_memory_server.metrics import Metrics, Sizes
@@ -99,7 +100,7 @@ class CompactionLog:
     def write(self, session: Session) -> None:
         """Add the reports and the time to the session's metadata; drop the reports of compactions that were undone."""
         kept = {**session.metadata.get(METADATA_KEY, {}), "updated": time.time()}
-        made = {(record.plan.newest.start, record.plan.newest.end) for record in session.snapshot().records}
+        made = {(record.plan.newest.start, record.plan.newest.end) for record in snapshot(session).records}
         reports = [*kept.get("compactions", []), *self.unwritten]
         kept["compactions"] = [report for report in reports if (report["start"], report["end"]) in made]
         self.unwritten = []

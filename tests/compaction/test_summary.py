@@ -21,6 +21,7 @@ from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CompactionFailed, InvalidPolicy
 from am_memory.events import CompactionProgress, Event, ignore
 from am_memory.kv_cache.slots import PINNED_RANK
+from am_memory.session.saving import snapshot
 
 POLICY = MemoryPolicy(
     trigger_tokens=400, keep_ratio=0.05, pinned=3, chunk_tokens=16, experiments=Experiments(summary_tokens=12)
@@ -70,7 +71,7 @@ def assert_same(mine: list[Tensor], theirs: list[Tensor]) -> None:
 
 
 def answers(session: Session) -> list[list[int]]:
-    return [list(made.summary.answer) for made in session.snapshot().records if made.summary]
+    return [list(made.summary.answer) for made in snapshot(session).records if made.summary]
 
 
 def compact_positions(session: Session) -> set[int]:
@@ -119,7 +120,7 @@ def test_a_whole_summary_is_what_transformers_reads_turned_back(
     """Prompt and answer read behind the block by the stock model; the answer's entries turned by its own RoPE."""
     session = told_session(new_memory(**WHOLE))
     report, tokens, probe = session.compact(0.5), list(session.tokens), some_tokens(9, seed=1)
-    (summary,) = (made.summary for made in session.snapshot().records)
+    (summary,) = (made.summary for made in snapshot(session).records)
     told, asked = DynamicCache(), DynamicCache()
     stock_model(torch.tensor([tokens[:-1]]), past_key_values=told)
     stock_model(torch.tensor([[*tokens[: report.end], *summary.prompt, *summary.answer]]), past_key_values=asked)
@@ -206,11 +207,11 @@ def test_layers_with_sliding_windows_keep_the_block(
 def test_a_rebuild_reads_the_summary_and_writes_none(new_memory: NewMemory, monkeypatch: pytest.MonkeyPatch) -> None:
     session = told_session(new_memory())
     session.compact(0.5)
-    before, records = held(session), session.snapshot().records
+    before, records = held(session), snapshot(session).records
     monkeypatch.setattr(WRITING, lambda *_args, **_options: pytest.fail("written anew"))
     rebuild(session)
     assert_same(held(session), before)
-    assert session.snapshot().records == records
+    assert snapshot(session).records == records
 
 
 def test_a_saved_session_has_its_summary(new_memory: NewMemory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +220,7 @@ def test_a_saved_session_has_its_summary(new_memory: NewMemory, monkeypatch: pyt
     session.save()
     monkeypatch.setattr(WRITING, lambda *_args, **_options: pytest.fail("written anew"))
     loaded = new_memory().session("alice")
-    assert loaded.snapshot().records == session.snapshot().records
+    assert snapshot(loaded).records == snapshot(session).records
     for _ in range(2):  # as saved, and rebuilt
         assert_same(held(loaded), held(session))
         rebuild(loaded)
@@ -270,7 +271,7 @@ def test_running_out_of_memory_leaves_the_session_as_it_was(
         session.compact(0.5)
     assert session.stats == stats
     assert_same(held(session), before)
-    assert not session.snapshot().records
+    assert not snapshot(session).records
 
 
 def test_a_failure_in_any_forward_pass_leaves_the_session_as_it_was(
@@ -295,7 +296,7 @@ def test_a_failure_in_any_forward_pass_leaves_the_session_as_it_was(
             session.compact(0.5)
         except KeyboardInterrupt:
             assert_same(held(session), before)
-            assert not session.snapshot().records
+            assert not snapshot(session).records
         else:
             is_made = True
     monkeypatch.undo()

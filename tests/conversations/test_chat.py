@@ -18,6 +18,7 @@ from am_memory.conversations.tool_calls import InvalidCall, ToolFormat
 from am_memory.conversations.tool_calls.formats import HERMES, JSON, LLAMA3, MISTRAL, MISTRAL_ARGS
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CompactionFailed, InvalidInput
+from am_memory.session import appending
 
 POLICY = MemoryPolicy(trigger_tokens=400, keep_ratio=0.25, pinned=3, keep_recent=4, chunk_tokens=32)
 QUESTION = {"role": "user", "content": "a question that takes more than one chunk of thirty-two tokens to read"}
@@ -63,14 +64,14 @@ def test_a_prompt_is_read_in_steps_of_a_chunk(threads: Threads) -> None:
 
 
 def test_a_failed_compaction_in_reading_is_tried_again(threads: Threads, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, failures = Session.read, iter([CompactionFailed("out of memory"), None])
+    read, failures = appending.read, iter([CompactionFailed("out of memory"), None])
 
-    def failing(session: Session, max_tokens: int) -> int:
+    def failing(session: Session) -> int:
         if (error := next(failures, None)) is not None:
             raise error
-        return read(session, max_tokens)
+        return read(session)
 
-    monkeypatch.setattr(Session, "read", failing)
+    monkeypatch.setattr(appending, "read", failing)
     with pytest.raises(CompactionFailed):
         run(ChatAnswer(threads, request()))
     failures = iter([CompactionFailed("out of memory"), None])
@@ -161,7 +162,7 @@ def say(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
     def script(text: str) -> None:
         tokens = itertools.chain(text.encode(), itertools.repeat(257))
-        monkeypatch.setattr("am_memory.session.session.Sampler.choose", lambda self, logits, ids: next(tokens))
+        monkeypatch.setattr("am_memory.session.generation.Sampler.choose", lambda self, logits, ids: next(tokens))
 
     return script
 

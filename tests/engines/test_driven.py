@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Experiments, Memory, MemoryPolicy
-from am_memory.compaction.plan import most_at_once
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import UnsupportedOperation
 from am_memory.kv_cache.cache import KVCache
@@ -235,7 +234,7 @@ def test_room_for_as_many_as_are_sure_to_fit_can_be_made_at_any_time(
 ) -> None:
     policy = POLICY.model_copy(update=changes)
     memory = Memory(engine, policy)
-    most = most_at_once(memory.policy, memory.trigger_tokens, memory.policy.num_sinks)
+    most = context_of(memory.scratch()).most_at_once
     assert most > 3
     for start in range(40, 64, 3):
         session = memory.scratch()
@@ -243,4 +242,4 @@ def test_room_for_as_many_as_are_sure_to_fit_can_be_made_at_any_time(
         context = context_of(session)
         assert context.make_room(most, most) == most
         context.forward(some_tokens(most, seed=1))
-        assert context.cache.kv_tokens <= memory.trigger_tokens
+        assert context.cache.kv_tokens <= session.trigger_tokens

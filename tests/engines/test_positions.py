@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from am_memory import Memory, MemoryPolicy, Sampling
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import AMMemoryError, PromptTooLong, UnsupportedModel
+from am_memory.session.appending import encode
 
 WINDOW = 64
 LARGE = MemoryPolicy(trigger_tokens=WINDOW, keep_ratio=0.25, keep_recent=6, pinned=4, chunk_tokens=16)
@@ -65,9 +66,9 @@ def test_a_session_refuses_what_it_has_no_positions_for_before_it_reads(
 ) -> None:
     engine, most = bounded
     session = Memory(engine, LARGE.model_copy(update={"trigger_tokens": most}), sampling=Sampling()).session()
-    for add in (session.append, session.tell):
+    for append in (session.append, lambda content: encode(session, content)):
         with pytest.raises(PromptTooLong, match="rewind, begin a new session, or use a model with RoPE"):
-            add(TOKENS[: most + 1])
+            append(TOKENS[: most + 1])
     assert session.tokens == ()
     assert session.stats.kv_tokens == 0
     session.append(TOKENS[: most - 9])

@@ -240,7 +240,7 @@ def outcomes(engine: Engine, policy: MemoryPolicy, count: int, seed: int = 0) ->
         for number in range(count):
             torch.manual_seed(0)
             # Under a saved policy that may say how long the model writes, it would.
-            memory.has_default_policy = number % 2 == 0 and policy.model_fields_set <= QUICK_FIELDS
+            memory.prefers_saved_policy = number % 2 == 0 and policy.model_fields_set <= QUICK_FIELDS
             try:
                 counted[outcome(memory, forged(chance, data))] += 1
             except Exception as error:

@@ -20,6 +20,7 @@ from am_memory.errors import InvalidInput, OriginalLost
 from am_memory.events import Event, OriginalsLost
 from am_memory.recall.original_files import Spill
 from am_memory.recall.originals import FileOriginal
+from am_memory.session.saving import snapshot
 from am_memory.storage.store import Store
 
 POLICY = MemoryPolicy(trigger_tokens=128, keep_ratio=0.25, keep_recent=8, pinned=3, chunk_tokens=32, originals="disk")
@@ -229,7 +230,7 @@ def test_sound_bytes_of_something_else_are_no_originals(
 def test_the_store_itself_refuses_to_write_what_was_damaged(new_memory: NewMemory, tmp_path: Path) -> None:
     session = read_session(new_memory())
     flip(originals_of(session)[0])
-    saved = session.snapshot()
+    saved = snapshot(session)
     with pytest.raises(OriginalLost, match=r"were altered on the disk, in .*; what is compact stays as it is"):
         Store(str(tmp_path / "other")).save("alice", saved)
     assert Store(str(tmp_path / "other")).names() == []

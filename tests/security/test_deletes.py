@@ -20,12 +20,13 @@ from typer.testing import CliRunner
 
 from am_memory import Memory, MemoryPolicy, Sampling, Session
 from am_memory.cli.main import app
+from am_memory.conversations import threads as threads_module
 from am_memory.conversations.prompts import Prompt
 from am_memory.conversations.threads import Threads
 from am_memory.conversations.turn import ChatTurn
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidInput, SessionDeleted
-from am_memory.session.session import Packed
+from am_memory.session.saving import Packed, snapshot
 from am_memory.storage import files
 from am_memory.storage.store import Store
 
@@ -126,7 +127,7 @@ def test_a_conversation_deleted_while_it_is_found_does_not_come_back(
 def test_a_conversation_deleted_while_it_is_saved_does_not_come_back(
     threads: Threads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    messages, write = told(threads), Session.write
+    messages, write = told(threads), threads_module.write
 
     def deleted_first(session: Session, what: Packed) -> None:
         threads.delete("owls")
@@ -134,7 +135,7 @@ def test_a_conversation_deleted_while_it_is_saved_does_not_come_back(
 
     turn = threads.turn([*messages, asked()], thread="owls")
     answer = answered(turn)
-    monkeypatch.setattr(Session, "write", deleted_first)
+    monkeypatch.setattr(threads_module, "write", deleted_first)
     turn.keep(answer)
     assert threads.names() == threads.memory.names() == []
     assert stored(tmp_path / "store") == []
@@ -166,7 +167,7 @@ def test_a_conversation_deleted_while_it_is_copied_leaves_no_copy(
     turn = threads.turn([*messages[:2], asked("something else")], thread="owls")
     turn.keep(answered(turn))
     assert len(threads.branches("owls")) >= 2
-    write, writes = Session.write, []
+    write, writes = threads_module.write, []
 
     def deleted_then(session: Session, what: Packed) -> None:
         writes.append(session.name)
@@ -174,7 +175,7 @@ def test_a_conversation_deleted_while_it_is_copied_leaves_no_copy(
             threads.delete("owls")
         write(session, what)
 
-    monkeypatch.setattr(Session, "write", deleted_then)
+    monkeypatch.setattr(threads_module, "write", deleted_then)
     with pytest.raises(InvalidInput, match="there is no thread 'owls'; there are: none"):
         threads.copy("owls", "copies")
     assert threads.names() == threads.memory.names() == []
@@ -264,7 +265,7 @@ def test_a_name_that_was_cut_into_folders_leaves_none_of_them(engine: Transforme
     store, long = Store(str(tmp_path)), "x" * 450
     session = Memory(engine, POLICY).session(long)
     for name in (long, long[:300]):
-        store.save(name, session.snapshot())
+        store.save(name, snapshot(session))
     store.delete(long)
     assert store.names() == [long[:300]]
     store.delete(long[:300])
@@ -307,7 +308,7 @@ def test_what_a_killed_process_was_writing_is_taken_away(
     assert any(files.is_temporary(str(path)) for path in folder.iterdir())
     store = Store(str(folder))
     if then == "saving":
-        store.save("bob", Memory(engine, POLICY).session("bob").snapshot())
+        store.save("bob", snapshot(Memory(engine, POLICY).session("bob")))
         store.delete("bob")
     store.delete("alice")
     assert stored(folder) == []
@@ -316,7 +317,7 @@ def test_what_a_killed_process_was_writing_is_taken_away(
 def test_what_somebody_else_is_writing_stays(
     engine: TransformersEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved = Memory(engine, POLICY).session("alice").snapshot()
+    saved = snapshot(Memory(engine, POLICY).session("alice"))
     fsync = os.fsync
 
     def others_save_and_delete(number: int) -> None:
@@ -345,7 +346,7 @@ def test_a_file_that_was_taken_away_before_it_was_locked_is_written_again(
 
     monkeypatch.setattr(files, "_lock", taken_away_first)
     store = Store(str(tmp_path))
-    store.save("alice", Memory(engine, POLICY).session("alice").snapshot())
+    store.save("alice", snapshot(Memory(engine, POLICY).session("alice")))
     assert files.is_temporary(taken[0])
     assert store.names() == ["alice"]
 
@@ -363,7 +364,7 @@ def test_where_there_are_no_locks_what_is_a_day_old_is_nobodys(
         patch.setattr(MemoryFileSystem, "mv", killed)
         patch.setattr(MemoryFileSystem, "rm_file", killed)
         with pytest.raises(KeyboardInterrupt):
-            store.save("alice", Memory(engine, POLICY).session("alice").snapshot())
+            store.save("alice", snapshot(Memory(engine, POLICY).session("alice")))
     assert len(store._files.ls("/store")) == 1
     Store("memory://store").delete("alice")
     assert len(store._files.ls("/store")) == is_left

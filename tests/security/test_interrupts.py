@@ -26,7 +26,7 @@ def test_an_interrupt_leaves_a_session_as_before_or_as_after(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, GeneratorExit])
-@pytest.mark.parametrize("name", ["tell", "rewind"])
+@pytest.mark.parametrize("name", ["add", "rewind"])
 def test_the_last_lines_of_a_step_and_the_first_behind_it_are_no_exception(
     engine: TransformersEngine, tmp_path: Path, name: str, error: type[BaseException]
 ) -> None:

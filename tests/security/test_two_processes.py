@@ -18,6 +18,7 @@ from am_memory.cli.main import app
 from am_memory.conversations.threads import Threads
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import SessionChanged, SessionDeleted
+from am_memory.session.saving import rename
 from am_memory.storage import files
 from am_memory.storage.session_file import version_of
 from am_memory.storage.store import Store
@@ -98,7 +99,7 @@ def test_a_fork_or_a_new_name_overwrites_nothing(new_memory: NewMemory) -> None:
     other.save()
     with pytest.raises(SessionChanged):
         fork.save()
-    session.rename("bob")
+    rename(session, "bob")
     with pytest.raises(SessionChanged):
         session.save()
 
@@ -147,7 +148,7 @@ def test_the_same_name_given_once_more_brings_nothing_back(
     if keeps:
         memory.keep(session, "alice")
     else:
-        session.rename("alice")
+        rename(session, "alice")
     with pytest.raises(SessionDeleted):
         session.save()
     assert memory.store is not None and memory.store.names() == []
@@ -338,7 +339,7 @@ def test_a_conversation_that_another_process_deleted_while_it_is_answered_does_n
 
 def said_in(threads: Threads) -> str:
     """All that lies in the store."""
-    return str([threads.memory.saved(name).messages for name in shared_of(threads.memory).require_store().names()])
+    return str([threads.memory.load(name).messages for name in shared_of(threads.memory).require_store().names()])
 
 
 def test_a_conversation_deleted_elsewhere_does_not_come_back_where_its_thread_was_begun_anew(

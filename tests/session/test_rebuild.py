@@ -15,6 +15,7 @@ from am_memory import Memory, MemoryPolicy, Session
 from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.events import Event, SessionRebuilt
+from am_memory.session.appending import add, encode, read
 from am_memory.solver import Block, HighestAttention
 
 TRIGGER = POLICY.trigger_tokens
@@ -117,12 +118,12 @@ def test_going_back_reads_no_more_than_was_read(memory: Memory) -> None:
     """What was told and not read yet was read by a rebuild, although nobody had asked."""
     session = memory.session("one")
     session.append(some_tokens(TRIGGER + 10))
-    session.tell(some_tokens(300, seed=1))
+    add(session, encode(session, some_tokens(300, seed=1)))
     session.rewind(TRIGGER - 20)
-    assert session.read(0) == 0
+    assert read(session, 0) == 0
     session.append(some_tokens(TRIGGER + 10, seed=1))
     num_read = cache_of(session).num_tokens
-    session.tell(some_tokens(300, seed=2))
+    add(session, encode(session, some_tokens(300, seed=2)))
     session.rewind(len(session.tokens) - 10)
     assert cache_of(session).num_tokens == num_read
     assert_equals_its_rebuild(session)

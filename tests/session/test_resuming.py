@@ -16,6 +16,7 @@ from am_memory.conversations.threads import Threads
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import StorageError
 from am_memory.events import Event, PolicyChange, PolicyChanged
+from am_memory.session.saving import snapshot
 from am_memory.solver import OMP, Block, HighestAttention
 
 SMALL = MemoryPolicy(trigger_tokens=96, keep_ratio=0.25, keep_recent=4, pinned=3)
@@ -35,7 +36,7 @@ def new_memory(engine: TransformersEngine, tmp_path: Path, events: list[Event]) 
 
     def make(policy: MemoryPolicy | None = None) -> Memory:
         memory = Memory(engine, policy or LARGE, store=tmp_path, on_event=events.append)
-        memory.has_default_policy = policy is None
+        memory.prefers_saved_policy = policy is None
         return memory
 
     return make
@@ -153,7 +154,7 @@ def test_a_saved_policy_that_is_none_is_refused_where_it_is_needed_and_told_wher
 ) -> None:
     memory = new_memory(SMALL)
     save(memory)
-    saved = replace(memory.session("alice").snapshot(), policy=policy, has_own_policy=is_own)
+    saved = replace(snapshot(memory.session("alice")), policy=policy, has_own_policy=is_own)
     memory.store.save("alice", saved)
     for needs_it in (new_memory(), *([new_memory(LARGE)] if is_own else [])):
         with pytest.raises(StorageError, match=problem):

@@ -27,6 +27,7 @@ from am_memory.errors import (
     UnsupportedOperation,
 )
 from am_memory.kv_cache.slots import PINNED_RANK
+from am_memory.session.appending import read
 
 POLICY = MemoryPolicy(trigger_tokens=2000, keep_ratio=0.25, keep_recent=8, pinned="sinks", chunk_tokens=64)
 SMALL = POLICY.model_copy(update={"trigger_tokens": 96})
@@ -59,7 +60,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes | Sequence[int]
             assert logits.shape == (260,)
             return script.pop(0)
 
-    monkeypatch.setattr("am_memory.session.session.Sampler", Scripted)
+    monkeypatch.setattr("am_memory.session.generation.Sampler", Scripted)
     return script.extend
 
 
@@ -682,8 +683,8 @@ def test_no_tokens_at_all_cannot_be_generated(session: Session, count: int) -> N
         (lambda session: session.generate(True), "max_new_tokens is True"),
         (lambda session: session.generate(1, top_logprobs=-1), "top_logprobs is -1: give a whole number, at least 0"),
         (lambda session: session.generate(1, top_logprobs=1.0), "top_logprobs is 1.0"),
-        (lambda session: session.read(2.5), "max_tokens is 2.5: give a whole number, at least 0"),
-        (lambda session: session.read(-1), "max_tokens is -1"),
+        (lambda session: read(session, 2.5), "max_tokens is 2.5: give a whole number, at least 0"),
+        (lambda session: read(session, -1), "max_tokens is -1"),
         (lambda session: session.rewind(5.0), "cannot rewind to 5.0 tokens: .* give a whole number between 0 and that"),
         (lambda session: session.rewind("5"), "cannot rewind to '5' tokens"),
         (lambda session: session.recall([1, 3]), r"\[1, 3\] is no span: give one of `segments`"),

@@ -294,7 +294,7 @@ def test_a_complete_answer_is_stopped(memory: Memory) -> None:
 def test_an_answer_that_the_model_may_end_ends_its_turn(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     session = memory.session()
     session.append("An owl. ")
-    monkeypatch.setattr("am_memory.session.session.Sampler.choose", lambda self, logits, ids: max(finite(logits)))
+    monkeypatch.setattr("am_memory.session.generation.Sampler.choose", lambda self, logits, ids: max(finite(logits)))
     pieces = list(session.generate(9, GREEDY, regex(memory.engine, "a{1,3}")))
     assert [piece.finish_reason for piece in pieces] == [None, "eos"]
 
@@ -330,7 +330,7 @@ def test_a_refused_token_leaves_the_session_as_it_was(memory: Memory, monkeypatc
     session = memory.session()
     session.append([{"role": "user", "content": "?"}])
     before = session.tokens, session.messages, session.stats
-    monkeypatch.setattr("am_memory.session.session.Sampler.choose", lambda self, logits, ids: ord("x"))
+    monkeypatch.setattr("am_memory.session.generation.Sampler.choose", lambda self, logits, ids: ord("x"))
     with pytest.raises(InvalidInput, match="does not follow the grammar"):
         list(session.generate(5, GREEDY, regex(memory.engine, "a")))
     assert (session.tokens, session.messages, session.stats) == before

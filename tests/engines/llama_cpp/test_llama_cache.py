@@ -21,6 +21,7 @@ from am_memory.errors import CompactionFailed, CorruptSession, EngineFailed, Inv
 from am_memory.events import CompactionFinished, Event
 from am_memory.kv_cache.layers import TailState
 from am_memory.kv_cache.slots import PINNED_RANK, carried_over
+from am_memory.session.saving import snapshot
 
 POLICY = MemoryPolicy(trigger_tokens=120, keep_ratio=0.25, pinned=4, keep_recent=8)
 TEXT = "An owl is a bird that hunts at night, and sleeps by day. It hears a mouse under the snow, and flies without a sound. "
@@ -175,9 +176,9 @@ def test_self_study_compacts_and_a_rebuild_gives_the_same(new_session: NewSessio
         each.append(TEXT[:100])
     session.append(TEXT)
     session.rewind(len(other.tokens))
-    made = session.snapshot().records
+    made = snapshot(session).records
     assert made
-    assert made == other.snapshot().records
+    assert made == snapshot(other).records
     assert_same(session.logits(PROBE), other.logits(PROBE))
 
 

@@ -360,7 +360,7 @@ def test_what_no_grammar_holds_is_checked_in_structured_output(
 
     def say(number: int) -> None:
         tokens = itertools.chain((said[method] % number).encode(), itertools.repeat(257))
-        monkeypatch.setattr("am_memory.session.session.Sampler.choose", lambda self, logits, ids: next(tokens))
+        monkeypatch.setattr("am_memory.session.generation.Sampler.choose", lambda self, logits, ids: next(tokens))
 
     schema = Marks.model_json_schema()
     model = new_model(max_tokens=200)
@@ -386,7 +386,7 @@ def test_structured_output_that_was_cut_off_is_not_completed(
 ) -> None:
     """LangChain completes the JSON of a stream, and of an answer that ends too early too."""
     tokens = iter(b'{"city": "London", "is_raining": tru')
-    monkeypatch.setattr("am_memory.session.session.Sampler.choose", lambda self, logits, ids: next(tokens))
+    monkeypatch.setattr("am_memory.session.generation.Sampler.choose", lambda self, logits, ids: next(tokens))
     with pytest.raises(OutputParserException, match="the answer was cut off"):
         new_model(max_tokens=30).with_structured_output(kind).invoke("weather?")
 
@@ -396,7 +396,7 @@ def test_an_agent_with_a_response_format_still_calls_its_tools(
 ) -> None:
     call = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
     tokens = iter([*call.encode(), 257, *b'{"city": "London", "is_raining": true}', 257])
-    monkeypatch.setattr("am_memory.session.session.Sampler.choose", lambda self, logits, ids: next(tokens))
+    monkeypatch.setattr("am_memory.session.generation.Sampler.choose", lambda self, logits, ids: next(tokens))
     state = create_agent(new_model(max_tokens=200), [add], response_format=Weather).invoke(
         {"messages": [HumanMessage("?")]}
     )

@@ -284,7 +284,7 @@ def test_strict_tools_and_single_calls_are_grammars(
 
     def say(text: str) -> None:
         tokens = itertools.chain(text.encode(), itertools.repeat(257))
-        monkeypatch.setattr("am_memory.session.session.Sampler.choose", lambda self, logits, ids: next(tokens))
+        monkeypatch.setattr("am_memory.session.generation.Sampler.choose", lambda self, logits, ids: next(tokens))
 
     strict = {**TOOL, "function": {**TOOL["function"], "strict": True}}
     say(written % 7)

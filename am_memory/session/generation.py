@@ -1,0 +1,159 @@
+"""One answer while the model writes it, token by token: sample, append, decode, give out.
+
+Each token is a step of its own that succeeds as a whole or changes nothing. Knows no chat template and no cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
+
+from am_memory.errors import UnsupportedOperation
+from am_memory.session.appending import ends_turn
+from am_memory.session.context import Context
+from am_memory.session.shared import Shared
+from am_memory.text.sampling import Sampler, Sampling
+from am_memory.text.text_stream import TextStream
+
+if TYPE_CHECKING:
+    from am_memory.text.constraints import Constraint
+
+CLOSING_SHARE = 0.25
+"""In this last share of `max_new_tokens` a constrained answer is steered to its end."""
+
+FinishReason = Literal["eos", "length", "stop"]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the model found a token, before temperature, top-k, top-p and constraints.
+
+    Attributes:
+        top: the likeliest tokens at this position with their log probabilities, the likeliest first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of generated text.
+
+    Attributes:
+        text: whole characters; empty while a character is unfinished.
+        token_ids: the tokens generated since the last piece.
+        finish_reason: set in the last piece. "eos": the model ended its turn. "length": `max_new_tokens` was reached.
+            "stop": a stop text appeared, or the constraint is complete.
+        logprobs: one for each token, if they were asked for.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass
+class Generation:
+    """One call of `Session.generate`.
+
+    Attributes:
+        context: the conversation that the answer is added to.
+        max_new_tokens: the limit.
+        sampling: how each token is chosen.
+        constraint: limits which tokens may be chosen; None: any may.
+        top_logprobs: likely tokens listed in each `TokenLogprob`; None: pieces have no log probabilities.
+    """
+
+    shared: Shared
+    context: Context
+    max_new_tokens: int
+    sampling: Sampling
+    constraint: Constraint | None
+    top_logprobs: int | None
+
+    def __post_init__(self) -> None:
+        engine = self.context.engine
+        self._sampler = Sampler(self.sampling)
+        self._stream = TextStream(lambda ids: engine.decode(ids, skip_special=True), self.sampling.stop)
+        self._tokens: list[int] = []
+        self._num_expected = 0
+
+    def pieces(self) -> Iterator[Piece]:
+        """Generate one token at a time; a caller that stops iterating keeps the tokens given out so far."""
+        constraints = () if self.constraint is None else (self.constraint,)
+        for number in range(1, self.max_new_tokens + 1):
+            with self.shared.engine_lock, self.context.transaction(*constraints):
+                if number == 1:
+                    self._open_answer()
+                self._require_unchanged()
+                piece = self._next_piece(number)
+            yield piece
+            if piece.finish_reason is not None:
+                return
+
+    def _open_answer(self) -> None:
+        """Add the tokens with which the chat template opens the model's answer."""
+        context = self.context
+        context.history, opening = context.history.with_answer_begun(
+            context.engine, len(context.tokens), ends_turn=ends_turn(context)
+        )
+        context.tokens.extend(opening)
+        self._tokens, self._num_expected = context.tokens, len(context.tokens)
+        self.max_new_tokens = context.limit_new_tokens(self.max_new_tokens)
+
+    def _require_unchanged(self) -> None:
+        """Raise UnsupportedOperation if another call changed the conversation since the last token."""
+        if self.context.tokens is not self._tokens or len(self._tokens) != self._num_expected:
+            raise UnsupportedOperation(
+                f"session {self.context.name!r} changed while it was generating: finish one generation before the next "
+                "call, or fork the session"
+            )
+
+    def _next_piece(self, number: int) -> Piece:
+        """Choose token `number` of the answer and add it to the conversation."""
+        context, constraint, is_last = self.context, self.constraint, number == self.max_new_tokens
+        model_logits = logits = context.next_logits()
+        if constraint is not None:
+            logits = constraint.mask(logits, is_closing=number > self.max_new_tokens * (1 - CLOSING_SHARE))
+        token_id = self._sampler.choose(logits, context.tokens)
+        text = "" if self._is_eos(token_id) else self._stream.push(token_id)
+        context.tokens.append(token_id)
+        self._num_expected += 1
+        if constraint is not None:
+            constraint.accept(token_id)
+        finish_reason = self._finish_reason(token_id, is_last=is_last)
+        if finish_reason is not None:
+            text += self._stream.finish()
+        logprobs = () if self.top_logprobs is None else (_token_logprob(model_logits, token_id, self.top_logprobs),)
+        if context.history.is_answering:
+            context.history = context.history.with_answer_text(text)
+        return Piece(text, (token_id,), finish_reason, logprobs)
+
+    def _is_eos(self, token_id: int) -> bool:
+        return token_id in self.context.engine.info.eos_token_ids
+
+    def _finish_reason(self, token_id: int, *, is_last: bool) -> FinishReason | None:
+        if self._is_eos(token_id):
+            return "eos"
+        if self._stream.is_stopped or (self.constraint is not None and self.constraint.is_complete):
+            return "stop"
+        return "length" if is_last else None
+
+
+def _token_logprob(logits: Tensor, token_id: int, num_top: int) -> TokenLogprob:
+    """The log probability of a token.
+
+    Args:
+        logits: (vocab_size,).
+        num_top: likely tokens to list beside it.
+    """
+    logprobs = logits.float().log_softmax(dim=-1)
+    values, ids = logprobs.topk(min(num_top, len(logprobs)))
+    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return TokenLogprob(token_id, float(logprobs[token_id]), top)

@@ -1,0 +1,176 @@
+"""A session as it is saved, and back again; and which saved copy in the store is the session's own.
+
+`Session.save` is two steps in one call. A scheduler takes them one by one: `pack` (needs the engine, and is short) and
+`write` (waits for the store, and needs no engine).
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from am_memory.compaction.record import as_policy, with_policy
+from am_memory.errors import OriginalLost, SessionDeleted
+from am_memory.events import OriginalsLost
+from am_memory.policy import MemoryPolicy
+from am_memory.session.chat_history import ChatHistory
+from am_memory.session.context import Context
+from am_memory.session.resuming import load
+from am_memory.session.shared import Shared
+from am_memory.storage.session_file import SavedSession, packed
+from am_memory.storage.store import ANY
+
+if TYPE_CHECKING:
+    from am_memory.session.session import Session
+
+
+@dataclass
+class SavedCopy:
+    """The copy in the store that a session may overwrite, as far as the session knows.
+
+    Attributes:
+        version: what the session was read from or last saved as; None: nothing; `ANY`: whatever is there.
+        in_doubt: the version of the last save, which an interrupt may have stopped before or after it was written.
+        is_deleted: the memory has deleted the session; saving it would bring it back.
+    """
+
+    version: str | None = None
+    in_doubt: str | None = None
+    is_deleted: bool = False
+
+    @property
+    def was_saved(self) -> bool:
+        """Whether the session was in the store at some time."""
+        return self.version not in (None, ANY)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A session ready to be written: its content, and the bytes of its file."""
+
+    saved: SavedSession
+    data: bytes
+
+
+def saved_copy(session: Session) -> SavedCopy:
+    """The copy in the store that is the session's own."""
+    return session._saved_copy
+
+
+def rename(session: Session, name: str) -> None:
+    """Give a session another name, for events and the store. Under its own name it keeps its saved copy."""
+    if name != session.name:
+        session._context.name = name
+        session._saved_copy = SavedCopy()
+
+
+def snapshot(session: Session) -> SavedSession:
+    """Everything that a session is, as it would be saved. It shares the session's memory: for reading only."""
+    context, info = session._context, session.engine.info
+    return SavedSession(
+        fingerprint=info.fingerprint,
+        tokenizer_fingerprint=info.tokenizer_fingerprint,
+        template_fingerprint=info.template_fingerprint,
+        policy=context.policy.model_dump(mode="json"),
+        has_own_policy=session._has_own_policy,
+        tokens=tuple(context.tokens),
+        records=tuple(context.records),
+        messages=context.history.messages,
+        message_starts=context.history.starts,
+        is_answering=context.history.is_answering,
+        tools=context.history.tools,
+        metadata=session.metadata,
+        num_pinned=context.num_pinned,
+        state=context.state_at_rest,
+        originals=context.originals,
+        recalled=tuple(each.segment.start for each in context.recalled),
+    )
+
+
+def pack(session: Session) -> Packed:
+    """The session as it is now, ready for `write`; the session may go on meanwhile.
+
+    Raises:
+        StorageError: a message or the metadata holds something that JSON cannot.
+    """
+    with session._shared.engine_lock:
+        session._context.miss_originals()
+        saved = snapshot(session)
+        return Packed(saved, packed(saved))
+
+
+def write(session: Session, what: Packed, *, overwrite: bool = False) -> None:
+    """Write a packed session to the store, whole or not at all. This may take long, and needs no engine.
+
+    Args:
+        overwrite: replace the saved session of that name, even if this one did not go on from it.
+
+    Raises:
+        SessionChanged: another session was saved under this name meanwhile.
+        SessionDeleted: the session was deleted meanwhile.
+        StorageError: the memory has no store, or the store cannot be written to.
+    """
+    while True:
+        with suppress(OriginalLost):
+            _write_once(session, what, overwrite)
+            return
+        what = pack(session)  # without the originals that turned out to be lost
+
+
+def _write_once(session: Session, what: Packed, overwrite: bool) -> None:
+    copy = session._saved_copy
+
+    def doubt(version: str) -> None:
+        copy.in_doubt = version
+
+    with session._shared.store_lock:
+        store = session._shared.require_store()
+        if copy.is_deleted and not overwrite:
+            raise SessionDeleted(
+                f"session {session.name!r} was deleted, so it is not saved: give it a name with "
+                "Memory.keep(session, NAME), or save it with overwrite=True, if it is to stay after all"
+            )
+        copy.version = store.save(
+            session.name,
+            what.saved,
+            replaces=ANY if overwrite else copy.version,
+            in_doubt=copy.in_doubt,
+            on_version=doubt,
+            data=what.data,
+        )
+
+
+def restored(shared: Shared, name: str, saved: SavedSession, policy: MemoryPolicy, *, trusts_messages: bool) -> Context:
+    """The conversation of a saved session, as it was when it was saved.
+
+    Args:
+        policy: how it goes on.
+        trusts_messages: read control tokens in messages as control tokens.
+
+    Raises:
+        InvalidPolicy: it cannot go on under this policy.
+        CorruptSession: its cache cannot be one of this model's.
+    """
+    cache = shared.engine.new_cache()
+    load(name, saved, cache)
+    is_same = saved.policy == policy.model_dump(mode="json")
+    context = Context(
+        name,
+        shared.engine,
+        policy,
+        shared.notify,
+        cache,
+        tokens=list(saved.tokens),
+        records=list(saved.records) if is_same else with_policy(as_policy(saved.policy), saved.records),
+        num_pinned=saved.num_pinned,
+        history=ChatHistory(
+            saved.messages, saved.message_starts, saved.is_answering, saved.tools, trusts_messages=trusts_messages
+        ),
+        originals=saved.originals,
+    )
+    for original, reason in saved.lost:
+        shared.notify(OriginalsLost(name, original.start, original.end, reason))
+    for start in saved.recalled:
+        context.resume_recall(start)
+    return context

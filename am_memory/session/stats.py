@@ -1,0 +1,75 @@
+"""The size of a session, and how it is shown: one line in a terminal, a small table in a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+
+MEBIBYTE = 2**20
+
+
+@dataclass(frozen=True, repr=False)
+class Stats:
+    """The size of a session.
+
+    Attributes:
+        logical_tokens: tokens of the conversation.
+        kv_tokens: physical size: exact tokens plus the mean number of compact slots per KV head.
+        exact_tokens: tokens whose keys and values are exact.
+        kv_bytes: memory of keys, values and biases on the device, spare capacity included.
+        exact_kv_bytes: memory that an uncompacted cache of the same conversation would take.
+        num_compactions: compactions so far.
+        num_segments: compact segments now.
+        originals_bytes: memory of the exact entries of compacted tokens, on the host or on disk, where the policy
+            keeps them.
+    """
+
+    logical_tokens: int
+    kv_tokens: float
+    exact_tokens: int
+    kv_bytes: int
+    exact_kv_bytes: int
+    num_compactions: int
+    num_segments: int
+    originals_bytes: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{counted(self.logical_tokens, 'token')} in {counted(round(self.kv_tokens), 'slot')}, "
+            f"{counted(self.num_compactions, 'compaction')}"
+        )
+
+    def __repr__(self) -> str:
+        return f"Stats({self}, {mebibytes(self.kv_bytes)} instead of {mebibytes(self.exact_kv_bytes)})"
+
+    def _repr_html_(self) -> str:
+        return html_table("Stats", table_rows(self))
+
+
+def table_rows(stats: Stats) -> dict[str, str]:
+    """The size as the rows of a table."""
+    rows = {
+        "tokens": f"{stats.logical_tokens:,}",
+        "slots": f"{stats.kv_tokens:,.0f}, {stats.exact_tokens:,} of them exact",
+        "cache": f"{mebibytes(stats.kv_bytes)} instead of {mebibytes(stats.exact_kv_bytes)}",
+        "compactions": f"{stats.num_compactions:,}, {counted(stats.num_segments, 'segment')} now",
+    }
+    if stats.originals_bytes:
+        rows["originals"] = mebibytes(stats.originals_bytes)
+    return rows
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: "1 token", "5,312 tokens"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def mebibytes(num_bytes: int) -> str:
+    return f"{num_bytes / MEBIBYTE:,.1f} MiB"
+
+
+def html_table(title: str, rows: Mapping[str, object]) -> str:
+    """A table of two columns for notebooks. Titles, names and values are escaped: a session's name may hold markup."""
+    body = "".join(f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in rows.items())
+    return f"<table><caption>{escape(title)}</caption>{body}</table>"
