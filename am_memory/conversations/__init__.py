@@ -1,1 +1,1 @@
-"""Whole conversations in, of which only what is new is read."""
+"""Chat and completion calls that send the whole conversation. Only what is new in it is read."""

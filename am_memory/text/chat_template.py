@@ -16,7 +16,7 @@ from itertools import pairwise
 from am_memory.engines.base import ControlTokens, Engine, Message, Tool
 from am_memory.errors import InvalidInput
 
-Span = tuple[int, int]
+CharSpan = tuple[int, int]
 StandIn = Callable[[str], str]
 Hold = Callable[[str, StandIn], str]
 
@@ -55,9 +55,10 @@ class Chat:
         self._engine = engine
         self._trusts_messages = trusts_messages
         self._stand_ins: dict[str, str] = {}
-        self._texts: dict[str, str] = {}  # by their stand-ins
+        self._held: dict[str, str] = {}  # texts by their stand-ins
         self._spare = _spare_letters([*messages, *tools])
         self.messages, self._tools = list(messages), list(tools)
+        self._written: str | None = None  # all of it, as the turns were compared
         if trusts_messages:
             return
         control = engine.control_tokens
@@ -70,6 +71,7 @@ class Chat:
                 for message in messages
             ]
             if not self._has_its_own_turns(messages, tools, own):
+                self._written = None
                 self._tools = [self._hold(tool, _whole) for tool in tools]
                 self.messages = [self._hold(message, _whole) for message in messages]
         except RecursionError as error:
@@ -81,11 +83,11 @@ class Chat:
             return True
         unseen = [self._hold(message, _unseen) for message in messages], [self._hold(tool, _unseen) for tool in tools]
         try:
-            shown = self.write()
+            self._written = self.write()
             template_alone = self._engine.render(unseen[0], tools=unseen[1] or None)
         except InvalidInput:  # nothing is written of them
             return True
-        return spelling.spelled(shown) == spelling.spelled(template_alone)
+        return spelling.spelled(self._written) == spelling.spelled(template_alone)
 
     def write(
         self, messages: Sequence[Message] | None = None, *, add_generation_prompt: bool = False, has_tools: bool = True
@@ -99,6 +101,8 @@ class Chat:
         Raises:
             InvalidInput: messages that the template does not take.
         """
+        if messages is None and has_tools and not add_generation_prompt and self._written is not None:
+            return self._written
         tools = self._tools if has_tools else []
         messages = self.messages if messages is None else messages
         return self._engine.render(messages, tools=tools or None, add_generation_prompt=add_generation_prompt)
@@ -161,17 +165,17 @@ class Chat:
                     f"the messages hold every letter from U+{_SPARE.start:X} to U+{_SPARE.stop - 1:X}, so that none is "
                     "left to tell what they spell from the chat template's own marks: leave some out"
                 )
-            self._stand_ins[text], self._texts[letter] = letter, text
+            self._stand_ins[text], self._held[letter] = letter, text
         return self._stand_ins[text]
 
-    def _put_back(self, text: str) -> tuple[str, list[Span]]:
+    def _put_back(self, text: str) -> tuple[str, list[CharSpan]]:
         """The text with what the stand-ins stand for, and where that is now, in order."""
-        if not self._texts or text.isascii():
+        if not self._held or text.isascii():
             return text, []
         pieces, spans, size = [], [], 0
         for piece in _SPARE_LETTER.split(text):
-            spelled = self._texts.get(piece, piece)
-            if piece in self._texts:
+            spelled = self._held.get(piece, piece)
+            if piece in self._held:
                 spans.append((size, size + len(spelled)))
             pieces.append(spelled)
             size += len(spelled)
@@ -179,7 +183,7 @@ class Chat:
 
 
 def _encoded_in_sections(
-    engine: Engine, text: str, written: Sequence[Span], spelled: Sequence[Span], spelling: _Spelling
+    engine: Engine, text: str, written: Sequence[CharSpan], spelled: Sequence[CharSpan], spelling: _Spelling
 ) -> list[int]:
     """With what stands between the template's control tokens as text, where it would give control tokens itself."""
     token_ids: list[int] = []
@@ -211,7 +215,7 @@ def _encoded_as_text(engine: Engine, text: str, spelling: _Spelling) -> list[int
     return token_ids
 
 
-def _overlaps(spans: Sequence[Span], span: Span) -> bool:
+def _overlaps(spans: Sequence[CharSpan], span: CharSpan) -> bool:
     """Whether any of some ordered spans shares a character with another one."""
     start, end = span
     index = bisect_left(spans, (end, end))
@@ -231,7 +235,7 @@ class _Spelling:
         tokens = {**control.turns, **control.tags} if has_tags else control.turns
         return _spelling(tuple(sorted(tokens.items())), control.unknown)
 
-    def find(self, text: str) -> Iterator[Span]:
+    def find(self, text: str) -> Iterator[CharSpan]:
         """Where the longest ones stand in a text, from left to right."""
         return (match.span() for match in self._pattern.finditer(text))
 
@@ -300,11 +304,12 @@ def _is_name(key: object, value: object) -> bool:
 
 def _spare_letters(said: Sequence[object]) -> Iterator[str]:
     """Letters that none of what is said holds; all of it is searched when the first one is asked for."""
-    held = {character for text in _texts(said) if not text.isascii() for character in text if ord(character) in _SPARE}
+    letters = (letter for text in _strings_in(said) if not text.isascii() for letter in text)
+    held = {letter for letter in letters if ord(letter) in _SPARE}
     yield from (chr(code) for code in _SPARE if chr(code) not in held)
 
 
-def _texts(value: object) -> Iterator[str]:
+def _strings_in(value: object) -> Iterator[str]:
     """All texts in it, in no order."""
     left = [value]
     while left:

@@ -1,4 +1,4 @@
-"""LangChain and LangGraph on `am_memory`: installed with `attention-matching-memory[langchain]`."""
+"""LangChain and LangGraph on `am_memory`; install it with `attention-matching-memory[langchain]`."""
 
 from langchain_am_memory.chat_models import ChatAMMemory
 from langchain_am_memory.checkpoint import AMMemoryCheckpointer

@@ -1,4 +1,4 @@
-"""A checkpointer that forgets a thread's cache together with its checkpoints."""
+"""A checkpointer that deletes, copies and prunes a thread's caches together with its checkpoints."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from langchain_am_memory.chat_models import ChatAMMemory
 
 
 class AMMemoryCheckpointer(BaseCheckpointSaver[Any]):
-    """Any checkpointer, with a model that follows it: a deleted, copied or pruned thread is so in the model too.
+    """Wraps a checkpointer so that the model follows it: it deletes, copies and prunes threads in both.
 
-    Checkpoints hold messages and no caches; what they say is enough for the model to find what it has read.
+    Checkpoints hold messages, not caches. From the messages the model finds the cache of what it has read.
 
     Args:
-        saver: keeps the checkpoints.
-        model: of the agent.
+        saver: the checkpointer that keeps the checkpoints.
+        model: the agent's model.
     """
 
     def __init__(self, saver: BaseCheckpointSaver[Any], model: ChatAMMemory) -> None:
@@ -61,7 +61,7 @@ class AMMemoryCheckpointer(BaseCheckpointSaver[Any]):
         for thread_id in thread_ids:
             await self.model.aprune_thread(thread_id, keep=int(strategy == "keep_latest"))
 
-    # All else is the saver's
+    # Everything else goes to the saver
 
     @property
     def config_specs(self) -> list[Any]:

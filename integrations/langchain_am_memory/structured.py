@@ -1,4 +1,4 @@
-"""Answers in the form of a schema: a model that is bound to it, and what parses what it says."""
+"""Answers that follow a schema: the model bound to it, and the parsers of its answers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Method = Literal["function_calling", "json_schema", "json_mode"]
 
 
 class _Checked(BaseCumulativeTransformOutputParser[Any]):
-    """Checks a whole value against its schema, as pydantic does for its own classes."""
+    """Checks a complete value against its schema, as pydantic does for its own classes."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
@@ -65,8 +65,8 @@ class _Checked(BaseCumulativeTransformOutputParser[Any]):
         self._require(value)
 
 
-class _Whole(JsonOutputParser):
-    """LangChain's own completes JSON that was cut off, also where nothing more is to come."""
+class _Complete(JsonOutputParser):
+    """Refuses JSON that was cut off. LangChain's own parser completes it, even at the end of the answer."""
 
     def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
         if not partial:
@@ -77,40 +77,42 @@ class _Whole(JsonOutputParser):
         return super().parse_result(result, partial=partial)
 
 
-class CheckedJson(_Checked, _Whole):
-    """The JSON that an answer is."""
+class CheckedJson(_Checked, _Complete):
+    """Parses an answer that is JSON."""
 
 
-class WholeObject(_Whole, PydanticOutputParser[Any]):
-    """The object whose JSON an answer is."""
+class CompleteObject(_Complete, PydanticOutputParser[Any]):
+    """Parses an answer that is the JSON of a pydantic object."""
 
 
 class CheckedCall(_Checked, JsonOutputKeyToolsParser):
-    """The arguments of a call."""
+    """Parses the arguments of a call."""
 
 
 def structured(
     chat: BaseChatModel, schema: dict[str, Any] | type, method: Method, *, include_raw: bool
 ) -> Runnable[LanguageModelInput, Any]:
-    """The model with its answers in that form; `ChatAMMemory.with_structured_output` says more."""
+    """The model bound to a schema, with a parser; see `ChatAMMemory.with_structured_output`."""
     is_pydantic = isinstance(schema, type) and is_basemodel_subclass(schema)
     tool = convert_to_openai_tool(schema)
-    wanted = convert_to_json_schema(schema)
-    format_of = {"ls_structured_output_format": {"kwargs": {"method": method}, "schema": tool}}
+    json_schema = convert_to_json_schema(schema)
+    langsmith_format = {"ls_structured_output_format": {"kwargs": {"method": method}, "schema": tool}}
     model: Runnable[LanguageModelInput, Any]
     parser: Any
     if method == "function_calling":
         name = tool["function"]["name"]
-        model = chat.bind_tools([tool], tool_choice=name, **format_of)
+        model = chat.bind_tools([tool], tool_choice=name, **langsmith_format)
         parser = (
             PydanticToolsParser(tools=[schema], first_tool_only=True)  # type: ignore[list-item]
             if is_pydantic
-            else CheckedCall(key_name=name, first_tool_only=True, check=Check(wanted))
+            else CheckedCall(key_name=name, first_tool_only=True, check=Check(json_schema))
         )
     else:
-        named = {"name": tool["function"]["name"], "schema": wanted}
-        model = chat.bind(response_format={"type": "json_schema", "json_schema": named}, **format_of)
-        parser = WholeObject(pydantic_object=cast(type, schema)) if is_pydantic else CheckedJson(check=Check(wanted))
+        named = {"name": tool["function"]["name"], "schema": json_schema}
+        model = chat.bind(response_format={"type": "json_schema", "json_schema": named}, **langsmith_format)
+        parser = (
+            CompleteObject(pydantic_object=cast(type, schema)) if is_pydantic else CheckedJson(check=Check(json_schema))
+        )
     if not include_raw:
         return cast("Runnable[LanguageModelInput, Any]", model | parser)
     parsed = RunnablePassthrough.assign(

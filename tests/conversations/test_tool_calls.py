@@ -810,7 +810,7 @@ def test_an_answer_in_a_form_may_be_calls_instead(engine: TransformersEngine, fo
 
 def test_a_name_that_its_format_cannot_hold_is_refused(engine: TransformersEngine) -> None:
     tools = [{"type": "function", "function": {"name": "sail [ARGS]"}}]
-    with pytest.raises(InvalidInput, match="the tool name 'sail \\[ARGS\\]' cannot be told from what follows it"):
+    with pytest.raises(InvalidInput, match="the tool name 'sail \\[ARGS\\]' runs into the text after it"):
         tool_call_constraint(engine, tools, MISTRAL_ARGS)
 
 

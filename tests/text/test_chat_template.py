@@ -331,3 +331,16 @@ def test_json_that_a_template_writes_keeps_what_was_spelled(new_engine: NewEngin
 def test_any_number_of_different_texts_is_taken(engine: TransformersEngine) -> None:
     """There are fewer letters to stand for texts than a long history may have of these."""
     assert len(Chat(engine, [message(f"call {number}") for number in range(45_000)]).messages) == 45_000
+
+
+def test_a_chat_is_rendered_once_for_its_turns_and_its_text(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole chat was rendered to compare its turns, and then again to be read."""
+    rendered: list[object] = []
+    render = engine.render
+    monkeypatch.setattr(engine, "render", lambda messages, **options: rendered.append(messages) or render(messages))
+    chat = Chat(engine, [{"role": "user", "content": "hello"}])
+    num_rendered = len(rendered)
+    assert chat.write() == render([{"role": "user", "content": "hello"}])
+    assert len(rendered) == num_rendered

@@ -1,6 +1,6 @@
-"""What tool calls look like as text: told to a model, forced on it, and read from its answers.
+"""Tool calls as text: shown to a model, enforced by a grammar, and parsed from its answers.
 
-Messages and tools are dicts as OpenAI's chat completions have them; knows no session and no framework.
+Messages and tools are dicts as in OpenAI's chat completions. Knows no session and no framework.
 """
 
 from am_memory.conversations.tool_calls.forced import (

@@ -1,4 +1,4 @@
-"""Tool calls that a model has to make, may make in one form only, or may not make: grammars of its own format."""
+"""Grammars for tool calls in the model's own format: calls that are forced, restricted or forbidden."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from am_memory.text.constraints import Constraint, json_rule, json_schema, lark
 from am_memory.text.json_schemas import GrammarSchema, for_grammar
 
 BARE_OPENING = rf'/\{{\s*"({"|".join(CALL_KEYS)})"/'
-"""How a call without markers begins, as a pattern of llguidance's grammars."""
+"""The beginning of a call without markers, as a pattern of llguidance's grammars."""
 
 ANY_OBJECT = {"type": "object", "additionalProperties": True}
 
 JSON_PARTS = re.compile(r'"(?:\\.|[^"\\])*"|, |: |.', re.DOTALL)
 
 MAX_PARALLEL_CALLS = 16
-"""A small model that may always call once more never comes to an end."""
+"""The most calls in one answer. Without a limit a small model calls again and again."""
 
 
 def tool_call_constraint(
     engine: Engine, tools: Sequence[Tool], format: ToolFormat, *, name: str | None = None, parallel: bool = False
 ) -> Constraint:
-    """An answer that is one call of one of the tools, with arguments of its schema, and nothing else.
+    """Force an answer that is a call of one of the tools, with arguments that follow its schema, and nothing else.
 
-    Where a marker of the format is one token of the vocabulary, the answer has that token. A special one is missing
-    from `Piece.text`: give `parse` the text that `answer_text` makes of `Piece.token_ids`, which is right for every
-    vocabulary. An answer that was not cut off then parses into valid calls.
+    If a marker of the format is one token of the vocabulary, the answer has that token. `Piece.text` leaves special
+    tokens out, so give `parse` the text that `answer_text` makes of `Piece.token_ids`. An answer that was not cut off
+    then parses into valid calls.
 
     Args:
-        name: of the tool to call; None: any of them.
-        parallel: one call or several.
+        name: the tool to call; None: any tool.
+        parallel: allow several calls.
 
     Raises:
-        InvalidInput: no such tool, or parameters that cannot be enforced.
+        InvalidInput: there is no such tool, or its parameters cannot be enforced.
         UnsupportedOperation: the engine's tokenizer cannot be constrained.
     """
     chosen = [tool for tool in tools if name is None or tool_name(tool) == name]
@@ -53,10 +53,10 @@ def tool_call_constraint(
 def calls_or_json_constraint(
     engine: Engine, tools: Sequence[Tool], format: ToolFormat, schema: object, *, parallel: bool = True
 ) -> Constraint:
-    """An answer that is either calls, as `tool_call_constraint` has them, or JSON of a schema.
+    """Force an answer that is either calls, as in `tool_call_constraint`, or JSON that follows a schema.
 
     Raises:
-        InvalidInput: parameters or a schema that cannot be enforced.
+        InvalidInput: the parameters or the schema cannot be enforced.
         UnsupportedOperation: the engine's tokenizer cannot be constrained.
     """
     calls, held = _Calls(engine, tools, format, parallel=parallel, is_beside_json=True), for_grammar(schema)
@@ -71,16 +71,16 @@ def calls_or_text_constraint(
     strict: Collection[str] = (),
     parallel: bool = True,
 ) -> Constraint:
-    """An answer that the model is free to give: text, and then calls if it likes, of these tools alone.
+    """Allow text, followed by calls of these tools if the model makes any.
 
-    What begins like a call is one, in its reasoning too.
+    Text that begins like a call must be a call, in the model's reasoning too.
 
     Args:
-        strict: names of the tools whose arguments follow their schemas; those of others are any objects.
-        parallel: one call or several.
+        strict: names of the tools whose arguments must follow their schemas. Other arguments may be any object.
+        parallel: allow several calls.
 
     Raises:
-        InvalidInput: parameters that cannot be enforced.
+        InvalidInput: the parameters cannot be enforced.
         UnsupportedOperation: the engine's tokenizer cannot be constrained.
     """
     calls = _Calls(engine, [*map(partial(_as_free, strict=strict), tools)], format, parallel=parallel)
@@ -90,7 +90,7 @@ def calls_or_text_constraint(
     marker = _literal(engine, format, head)
     rules = [
         f"start: TEXT | lead {calls.without(head)}",
-        # A marker that is a token ends the text by itself; any other is where the text is first seen to hold it.
+        # A marker that is a token ends the text. For any other marker, `lazy` ends the text where it first occurs.
         f"lead: TEXT {marker}" if marker.startswith("<[") else f"lead[lazy]: TEXT {marker}",
         f"TEXT: /.*/s{_no_calls(format)}",
     ]
@@ -98,15 +98,15 @@ def calls_or_text_constraint(
 
 
 def _as_free(tool: Tool, *, strict: Collection[str]) -> Tool:
-    """The tool, with any object for arguments where it is not strict."""
+    """The tool. If it is not strict, any object is allowed for its arguments."""
     return tool if (name := tool_name(tool)) in strict else {"function": {"name": name, "parameters": ANY_OBJECT}}
 
 
 class _Calls:
-    """The rules of a grammar for calls of some tools.
+    """The grammar rules for calls of some tools.
 
     Attributes:
-        whole: all of them, with what stands around, for the right side of a rule.
+        whole: the calls with the text around them, for the right side of a rule.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class _Calls:
             self._rules.append(f"arguments_{number}: {json_rule(schema)}")
 
     def _literal(self, text: str) -> str:
-        # Where a call may be other JSON for a while, it consists of the same parts, between which a lexer can part.
+        # A call that may still be other JSON is cut into the same tokens as JSON, so that the lexer can decide late.
         pieces = JSON_PARTS.findall(text) if self._is_json else [text]
         return " ".join(_literal(self._engine, self._format, piece) for piece in pieces)
 
@@ -144,7 +144,7 @@ class _Calls:
         return f"{format.before_name}{_name(self._tools[number], format)}{format.before_arguments}"
 
     def without(self, head: str) -> str:
-        """`whole` but for what it begins with."""
+        """`whole` without the text that it begins with."""
         after = self._literal(self._format.after_arguments)
         self._rules.append(f"first: {self._each('first')}")
         for number in range(len(self._tools)):
@@ -155,7 +155,7 @@ class _Calls:
     def constraint(
         self, rules: Sequence[str], schemas: Sequence[GrammarSchema] = (), *, has_text: bool = False
     ) -> Constraint:
-        """That of these rules, the first of which is `start`, and of the calls."""
+        """The constraint of these rules, which begin with `start`, and the rules of the calls."""
         try:
             grammar = "\n".join([*rules, *self._rules])
             return lark(self._engine, grammar, [*self._schemas, *schemas], has_text=has_text)
@@ -167,7 +167,7 @@ class _Calls:
 
 
 def no_call_constraint(engine: Engine, format: ToolFormat) -> Constraint:
-    """An answer of at least one character in which `parse` finds no call.
+    """Forbid calls: `parse` finds none in the answer, which has at least one character.
 
     Raises:
         UnsupportedOperation: the engine's tokenizer cannot be constrained.
@@ -176,13 +176,13 @@ def no_call_constraint(engine: Engine, format: ToolFormat) -> Constraint:
 
 
 def _no_calls(format: ToolFormat) -> str:
-    """What is added to a pattern of a grammar, so that it holds no call."""
+    """The part of a grammar's pattern that excludes calls."""
     openings = [*map(json.dumps, format.markers), *([BARE_OPENING] if format.is_bare else [])]
-    return "".join(f" & ~(/.*/s {each} /.*/s)" for each in openings)
+    return "".join(f" & ~(/.*/s {opening} /.*/s)" for opening in openings)
 
 
 def _blamed(engine: Engine, tools: Sequence[Tool]) -> InvalidInput | None:
-    """The error of the first tool whose parameters alone are refused."""
+    """The error of the first tool whose parameters cannot be enforced, tried one by one; None if all can."""
     for tool in tools:
         try:
             json_schema(engine, parameters(tool))
@@ -194,15 +194,15 @@ def _blamed(engine: Engine, tools: Sequence[Tool]) -> InvalidInput | None:
 def _name(tool: Tool, format: ToolFormat) -> str:
     name = tool_name(tool)
     if not format.is_name_quoted and not re.fullmatch(r"[^\s\[\]{}]+", name):
-        raise InvalidInput(f"the tool name {name!r} cannot be told from what follows it: use letters, digits, _ and -")
+        raise InvalidInput(f"the tool name {name!r} runs into the text after it: use letters, digits, _ and -")
     return format.written_name(name)
 
 
 def parameters(tool: Tool) -> Mapping[str, object]:
-    """The schema of a tool's arguments, which are always one object.
+    """The JSON schema of a tool's arguments, which are one object.
 
     Raises:
-        InvalidInput: it is that of something else.
+        InvalidInput: the schema is not that of an object.
     """
     function: Mapping[str, object] = tool["function"]  # type: ignore[assignment]  # as tool_name() found it
     schema = function.get("parameters") or {"properties": {}}
@@ -212,7 +212,7 @@ def parameters(tool: Tool) -> Mapping[str, object]:
 
 
 def _literal(engine: Engine, format: ToolFormat, text: str) -> str:
-    """The text in a rule of a grammar, with markers by their token ids where they have one."""
+    """The text as a grammar rule. A marker that is one token stands as its token id."""
     pieces = re.split(f"({'|'.join(map(re.escape, format.markers))})", text) if format.markers else [text]
     return " ".join(
         _marker(engine, piece) if piece in format.markers else json.dumps(piece) for piece in pieces if piece

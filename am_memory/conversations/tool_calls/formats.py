@@ -1,4 +1,4 @@
-"""The forms in which models write tool calls, and which of them a chat template writes."""
+"""The formats in which models write tool calls, and the one that a chat template writes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from am_memory.errors import InvalidInput
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """How an answer with tool calls is written: begin, call, separator, call..., end.
+    """One way to write the tool calls of an answer: begin, call, separator, call..., end.
 
     Attributes:
-        name: for people.
-        before_name, before_arguments, after_arguments: what stands around the two parts of a call.
-        begin, separator, end: what stands around the calls.
-        markers: never part of what the model says; the first one opens a call, or several.
-        closing: the marker that ends a call; "" where nothing does.
+        name: for display.
+        before_name, before_arguments, after_arguments: the text around the name and the arguments of a call.
+        begin, separator, end: the text around the calls.
+        markers: texts that are never part of the answer's content. The first marker opens one or several calls.
+        closing: the marker that ends a call; "" if there is none.
         is_name_quoted: the name is a JSON string.
-        is_bare: a call is a JSON object that may come without any marker.
+        is_bare: a call is a JSON object, which may come without any marker.
     """
 
     name: str
@@ -45,7 +45,7 @@ class ToolFormat:
         return json.dumps(name, ensure_ascii=False) if self.is_name_quoted else name
 
     def write(self, calls: Iterable[tuple[str, Mapping[str, object] | str]]) -> str:
-        """Calls of (name, arguments) as text; arguments that are a text stand as they are."""
+        """Calls of (name, arguments) as text. Arguments that are a string are written unchanged."""
         written = (
             f"{self.before_name}{self.written_name(name)}{self.before_arguments}"
             f"{arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)}"
@@ -86,7 +86,7 @@ MISTRAL_ARGS = ToolFormat(
 )
 JSON = ToolFormat("json", '{"name": ', ', "arguments": ', is_bare=True)
 
-_CALL_ID = "probe0000"  # some templates take ids of nine letters and digits only
+_CALL_ID = "probe0000"  # some templates only take ids of nine letters and digits
 _TOOL: Tool = {
     "type": "function",
     "function": {"name": "probe_tool", "description": "?", "parameters": {"type": "object", "properties": {}}},
@@ -107,23 +107,23 @@ _WRITTEN: tuple[tuple[str, ToolFormat], ...] = (
 
 
 def tool_format(engine: Engine) -> ToolFormat:
-    """The format in which the model behind the engine is to write its calls.
+    """The format in which the engine's model writes its calls.
 
-    It is the one that the chat template writes; Hermes' where the template does not know tools, or not in a format of
-    ours: then `prepare` tells the model of it.
+    It is the format that the chat template writes. For any other template it is that of Hermes, and `prepare` adds
+    instructions to the messages.
     """
     return template_format(engine) or HERMES
 
 
 def template_format(engine: Engine) -> ToolFormat | None:
-    """The format that the chat template itself writes; None where it leaves out tools, calls or results."""
+    """The format that the chat template writes; None if the template leaves out tools, calls or results."""
     if not engine.has_chat_template:
         return None
     try:
-        told = engine.render(_CONVERSATION[:1], tools=[_TOOL])
+        with_tools = engine.render(_CONVERSATION[:1], tools=[_TOOL])
         written = engine.render(_CONVERSATION, tools=[_TOOL])
     except InvalidInput:
         return None
-    if "probe_tool" not in told or "probe_result" not in written:
+    if "probe_tool" not in with_tools or "probe_result" not in written:
         return None
     return next((format for pattern, format in _WRITTEN if re.search(pattern, written)), None)

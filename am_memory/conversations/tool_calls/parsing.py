@@ -1,4 +1,4 @@
-"""Tool calls read from a model's answer, piece by piece."""
+"""Tool calls parsed from a model's answer while it is generated."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from am_memory.text.text_stream import TextStream, overlap
 
 THINK, END_OF_THINK = "<think>", "</think>"
 CALL_KEYS = ("name", "arguments", "parameters", "function", "type", "id")
-"""A bare object is watched as a call where its first key is one of these."""
+"""A bare object may be a call if its first key is one of these."""
 
 
 @dataclass(frozen=True)
 class ParsedCall:
-    """A call that can be made."""
+    """A valid call."""
 
     name: str
     arguments: dict[str, object]
@@ -29,7 +29,7 @@ class ParsedCall:
 
 @dataclass(frozen=True)
 class InvalidCall:
-    """What was meant as a call, as it was written, and what is wrong with it."""
+    """Text that was meant as a call, and the reason why it is not one."""
 
     text: str
     error: str
@@ -37,12 +37,12 @@ class InvalidCall:
 
 @dataclass(frozen=True)
 class ParsedAnswer:
-    """An answer taken apart.
+    """A parsed answer.
 
     Attributes:
-        content: what is said beside the calls, reasoning included.
-        tool_calls: in the order of the answer.
-        invalid: calls that cannot be made.
+        content: the text beside the calls, reasoning included.
+        tool_calls: the valid calls, in the order of the answer.
+        invalid: the invalid calls.
     """
 
     content: str
@@ -50,14 +50,14 @@ class ParsedAnswer:
     invalid: list[InvalidCall]
 
 
-Event = str | ParsedCall | InvalidCall
+AnswerEvent = str | ParsedCall | InvalidCall
 
 
 def parse(text: str, format: ToolFormat) -> ParsedAnswer:
-    """Take an answer apart; whatever it says, this does not raise.
+    """Parse an answer. No text makes this raise.
 
     Args:
-        text: with the markers of the format in it: see `answer_text`.
+        text: the answer with the markers of the format; see `answer_text`.
     """
     stream = ToolCallStream(format)
     events = [*stream.push(text), *stream.finish()]
@@ -69,10 +69,10 @@ def parse(text: str, format: ToolFormat) -> ParsedAnswer:
 
 
 def answer_text(engine: Engine, format: ToolFormat, stop: Sequence[str] = ()) -> TextStream:
-    """The text of an answer's tokens, as they come, for a `ToolCallStream`.
+    """Decode an answer token by token, for a `ToolCallStream`.
 
-    Some vocabularies have markers as special tokens, which `Piece.text` leaves out. Here they stay, and all other
-    special tokens and the end of the turn are left out.
+    Some vocabularies have the markers as special tokens, which `Piece.text` leaves out. This stream keeps the markers
+    and leaves out all other special tokens, the end of the turn included.
 
     Args:
         stop: texts that end the answer, as in `Sampling`.
@@ -83,40 +83,40 @@ def answer_text(engine: Engine, format: ToolFormat, stop: Sequence[str] = ()) ->
 
 
 def _decode(engine: Engine, markers: set[int], token_ids: Sequence[int]) -> str:
-    said = [token_id for token_id in token_ids if token_id not in engine.info.eos_token_ids]
+    kept = [token_id for token_id in token_ids if token_id not in engine.info.eos_token_ids]
     return "".join(
-        engine.decode([*run], skip_special=not is_marker) for is_marker, run in groupby(said, markers.__contains__)
+        engine.decode([*run], skip_special=not is_marker) for is_marker, run in groupby(kept, markers.__contains__)
     )
 
 
 class ToolCallStream:
-    """Takes an answer apart while it comes.
+    """Parses an answer while it is generated.
 
-    Content is given out once no later text can make a call of it; blanks beside a call belong to nobody. A call is
-    given out as soon as its arguments are whole. What an answer opens with <think> is content up to </think>, calls
-    included. The result does not depend on how the text is cut into pieces.
+    Content is returned once no later text can turn it into a call. White space beside a call is dropped. A call is
+    returned as soon as its arguments are complete. If an answer opens with <think>, everything up to </think> is
+    content. The result does not depend on how the text is cut into pieces.
     """
 
     def __init__(self, format: ToolFormat) -> None:
         self._format = format
-        self._text = ""  # not yet taken
-        self._blank = ""  # taken, and held back: it is dropped if a call follows
-        self._events: list[Event] = []
+        self._text = ""  # not parsed yet
+        self._blank = ""  # white space that is held back: it is dropped if a call follows
+        self._events: list[AnswerEvent] = []
         self._step = self._start
         self._is_last = False
-        self._is_after_call = False  # nothing was said since
+        self._is_after_call = False  # no content has followed the last call
         self._is_list = False
-        self._name: str | None = None  # where it stands before the arguments
+        self._name: str | None = None  # of the call, in formats that write it before the arguments
         self._object = _ObjectScanner()
         self._marker = re.compile("|".join(map(re.escape, format.markers)) or r"(?!)")
 
-    def push(self, text: str) -> list[Event]:
-        """Take some text; return the content and the calls that are now certain, in order."""
+    def push(self, text: str) -> list[AnswerEvent]:
+        """Add some text; returns the content and the calls that are certain now, in order."""
         self._text += text
         return self._run()
 
-    def finish(self) -> list[Event]:
-        """What was held back: the answer has ended."""
+    def finish(self) -> list[AnswerEvent]:
+        """End the answer; returns what was held back."""
         self._is_last = True
         events = self._run()
         if self._blank and not self._is_after_call:
@@ -124,13 +124,13 @@ class ToolCallStream:
         self._blank = ""
         return events
 
-    def _run(self) -> list[Event]:
+    def _run(self) -> list[AnswerEvent]:
         while self._step():
             pass
         events, self._events = self._events, []
         return list(_joined(events))
 
-    # Each step takes some of the text and says which one is next; it returns False when it needs more text.
+    # Each step parses some of the text and sets the next step. It returns False if it needs more text.
 
     def _start(self) -> bool:
         text = self._text.lstrip()
@@ -142,10 +142,10 @@ class ToolCallStream:
     def _think(self) -> bool:
         end = self._text.find(END_OF_THINK)
         if end >= 0:
-            self._say(end + len(END_OF_THINK))
+            self._emit_content(end + len(END_OF_THINK))
             self._step = self._content
             return True
-        self._say(len(self._text) - (0 if self._is_last else overlap(self._text, END_OF_THINK)))
+        self._emit_content(len(self._text) - (0 if self._is_last else overlap(self._text, END_OF_THINK)))
         return False
 
     def _content(self) -> bool:
@@ -155,28 +155,28 @@ class ToolCallStream:
             for brace in re.finditer(r"\{", self._text[:end]):
                 is_call = _begins_call(self._text[brace.start() :])
                 if is_call is None and not self._is_last:
-                    self._say(brace.start())
+                    self._emit_content(brace.start())
                     return False
                 if is_call:
-                    self._say(brace.start())
+                    self._emit_content(brace.start())
                     self._begin_object()
                     return True
         if found is None:
             keep = max((overlap(self._text, marker) for marker in self._format.markers), default=0)
-            self._say(end - (0 if self._is_last else keep))
+            self._emit_content(end - (0 if self._is_last else keep))
             return False
-        self._say(end)
+        self._emit_content(end)
         self._take(len(found.group()))
         if found.group() == self._format.opening:
             self._is_list, self._step = False, self._body
         return True
 
     def _body(self) -> bool:
-        """Behind the opening marker, or between two calls of a list."""
+        """After the opening marker, or between two calls of a list."""
         self._text = self._text.lstrip()
         if not self._text:
             if self._is_last and not self._is_list:
-                self._fail("", f"nothing follows {self._format.opening}")
+                self._emit_invalid("", f"nothing follows {self._format.opening}")
             return False
         if self._text[0] == "{":
             self._begin_object()
@@ -207,11 +207,11 @@ class ToolCallStream:
         return True
 
     def _garbage(self) -> bool:
-        """No call, up to the next marker."""
+        """Text that is not a call, up to the next marker."""
         found = self._marker.search(self._text)
         if found is None and not self._is_last:
             return False
-        self._fail(self._take(found.start() if found else len(self._text)), "this is no JSON object")
+        self._emit_invalid(self._take(found.start() if found else len(self._text)), "this is no JSON object")
         return True
 
     def _begin_object(self) -> None:
@@ -219,7 +219,7 @@ class ToolCallStream:
         self._step = self._arguments
 
     def _arguments(self) -> bool:
-        """A JSON object: a whole call, or the arguments of one whose name is known."""
+        """A JSON object: a whole call, or the arguments of a call whose name is known."""
         end = self._object.end(self._text)
         if end is None and not self._is_last:
             return False
@@ -228,28 +228,28 @@ class ToolCallStream:
             return True
         event = _to_call(self._text[:end], self._name)
         if self._format.is_bare and not _resembles_call(self._text[:end]):
-            self._say(end)
+            self._emit_content(end)
             self._step = self._content
             return True
         self._take(end)
         self._name = None
-        self._call(event)
+        self._emit_call(event)
         self._step = self._body if self._is_list else self._after
         return True
 
     def _cut_off(self) -> None:
-        """The answer ended within an object, or a broken string hid the end of the call."""
+        """The answer ended inside an object, or a broken string hid the end of the call."""
         found = self._marker.search(self._text)
         text = self._text[: found.start() if found else len(self._text)]
         if self._format.is_bare and '"name"' not in text:
-            self._say(len(text))
+            self._emit_content(len(text))
             self._step = self._content
             return
         self._take(len(text))
-        self._fail(text, "the call is cut off, or a string or a brace in it is not closed")
+        self._emit_invalid(text, "the call is cut off, or a string or a brace in it is not closed")
 
     def _after(self) -> bool:
-        """Behind a call: its closing marker, or what parts it from the next one."""
+        """After a call: its closing marker, or the separator before the next call."""
         text = self._text.lstrip()
         closing = self._format.closing
         if closing:
@@ -270,27 +270,27 @@ class ToolCallStream:
         taken, self._text = self._text[:count], self._text[count:]
         return taken
 
-    def _say(self, count: int) -> None:
-        """Content: what is blank at its end waits."""
+    def _emit_content(self, count: int) -> None:
+        """Emit content. White space at its end is held back."""
         text = self._blank + self._take(count)
-        said = text.rstrip()
-        self._blank = text[len(said) :]
-        if said:
+        content = text.rstrip()
+        self._blank = text[len(content) :]
+        if content:
             self._is_after_call = False
-            self._events.append(said)
+            self._events.append(content)
 
-    def _call(self, event: ParsedCall | InvalidCall) -> None:
+    def _emit_call(self, event: ParsedCall | InvalidCall) -> None:
         self._blank, self._is_after_call = "", True
         self._events.append(event)
 
-    def _fail(self, text: str, error: str) -> None:
-        """An invalid call, behind which content goes on."""
+    def _emit_invalid(self, text: str, error: str) -> None:
+        """Emit an invalid call; content follows it."""
         name, self._name, self._is_list = self._name, None, False
-        self._call(InvalidCall(f"{name or ''}{text}".strip(), error))
+        self._emit_call(InvalidCall(f"{name or ''}{text}".strip(), error))
         self._step = self._content
 
 
-def _joined(events: Sequence[Event]) -> Iterator[Event]:
+def _joined(events: Sequence[AnswerEvent]) -> Iterator[AnswerEvent]:
     for is_text, group in groupby(events, lambda event: isinstance(event, str)):
         if is_text:
             yield "".join(str(text) for text in group)
@@ -299,7 +299,7 @@ def _joined(events: Sequence[Event]) -> Iterator[Event]:
 
 
 def _begins_call(text: str) -> bool | None:
-    """Whether the first key of an object, which begins the text, may be one of a call's; None: more text will tell."""
+    """Whether the object at the start of the text may be a call, by its first key; None: more text is needed."""
     found = re.match(r'\{\s*("(\w*)("?))?', text)
     assert found is not None
     _, key, quote = found.groups()
@@ -309,12 +309,12 @@ def _begins_call(text: str) -> bool | None:
 
 
 def _resembles_call(text: str) -> bool:
-    """Whether a bare object, which may be broken, is meant as a call; other JSON is content."""
+    """Whether a bare object is meant as a call, even a broken one. Other JSON is content."""
     return '"name"' in text and ('"arguments"' in text or '"parameters"' in text)
 
 
 class _ObjectScanner:
-    """Finds the end of a JSON object in a text that grows."""
+    """Finds the end of a JSON object in a growing text."""
 
     _IN_STRING, _OUTSIDE = re.compile(r'\\.|"', re.DOTALL), re.compile(r'["{}]')
 
@@ -322,7 +322,7 @@ class _ObjectScanner:
         self._position, self._depth, self._is_string = 0, 0, False
 
     def end(self, text: str) -> int | None:
-        """Where the object that begins the text ends; None if it does not yet."""
+        """Where the object at the start of the text ends; None if it has not ended yet."""
         while found := (self._IN_STRING if self._is_string else self._OUTSIDE).search(text, self._position):
             self._position = found.end()
             if found.group() == '"':
@@ -344,7 +344,7 @@ def _to_call(text: str, name: str | None) -> ParsedCall | InvalidCall:
         arguments = call.get("arguments", call.get("parameters"))
         if isinstance(arguments, str):
             arguments = json.loads(arguments, strict=False, parse_constant=_refuse)
-        # Half a surrogate pair is not text, and 1e999 no number.
+        # Half a surrogate pair is not text, and 1e999 is not a number.
         json.dumps([call, arguments], ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:
         return InvalidCall(text if name is None else f"{name}{text}", f"not JSON: {error}")
@@ -359,7 +359,7 @@ def _to_call(text: str, name: str | None) -> ParsedCall | InvalidCall:
 
 
 def _unwrapped(value: dict[str, object]) -> dict[str, object]:
-    """Some models write a call as OpenAI's messages have it."""
+    """The call in a `function` field, where some models write it, as OpenAI's API does."""
     function = value.get("function")
     return function if isinstance(function, dict) else value
 

@@ -1,4 +1,4 @@
-"""Tools, calls and results as a chat template takes them, or as text where it takes none."""
+"""Tools, calls and results in the form that a chat template takes; as text if it takes none."""
 
 from __future__ import annotations
 
@@ -32,47 +32,47 @@ To call one, answer with its name and its arguments as a JSON object between <to
 <tool_call>
 {{"name": "the-name", "arguments": {{"an-argument": "its value"}}}}
 </tool_call>"""
-"""What a model is told whose chat template knows no tools; the format is that of Hermes."""
+"""Instructions for a model whose chat template knows no tools. The format is that of Hermes."""
 
 MAX_NESTING = 64
-"""Levels of arguments that a template is given as an object; what is nested more deeply is told as it was written."""
+"""Arguments nested more deeply than this go to the template as text, not as an object."""
 
 
 def prepare(
     engine: Engine, messages: Sequence[Message], tools: Sequence[Tool] | None = None
 ) -> tuple[list[dict[str, object]], list[dict[str, object]] | None]:
-    """Messages and tools as the model's chat template takes them.
+    """Convert messages and tools to what the model's chat template takes.
 
-    A template that knows tools gets arguments as objects, content that is never None, and where it insists on them, ids
-    of nine letters and digits or one call a message. For any other template the tools go into the first system message,
-    calls into the text of the answer, and results into messages of the user. Calls whose arguments are no JSON object
-    are told as they were written, in the text of the answer: the model made a mistake, and is to see it.
+    A template that knows tools gets arguments as objects and content that is never None. If the template requires it,
+    ids have nine letters and digits, or each message has one call. For any other template the tools go into the first
+    system message, calls into the text of the answer, and results into messages of the user. A call whose arguments
+    are not a JSON object stays in the text of the answer as it was written, so that the model sees its mistake.
 
     Args:
-        messages: of the roles system, developer, user, assistant and tool.
-        tools: what may be called.
+        messages: with the roles system, developer, user, assistant and tool.
+        tools: functions that the model may call.
 
     Returns:
-        messages and tools for `Engine.render`; tools are None where the messages tell everything.
+        messages and tools for `Engine.render`. The tools are None if the messages describe them.
 
     Raises:
-        InvalidInput: a tool or a call without a name, content that is not text, or any of it nested too deeply.
+        InvalidInput: a tool or a call without a name, content that is not text, or messages nested too deeply.
     """
     require_levels(messages, "messages")
     require_levels(tools or (), "tools")
     for tool in tools or ():
         tool_name(tool)
     tools = [without_strict(tool) for tool in tools or ()]
-    told = [_normal(message) for message in messages]
+    prepared = [_normal(message) for message in messages]
     format = template_format(engine)
     if format is None:
-        return _as_text(engine, told, tools), None
-    told = [_answer_as_text(message, format) if _has_broken_call(message) else message for message in told]
+        return _as_text(engine, prepared, tools), None
+    prepared = [_answer_as_text(message, format) if _has_broken_call(message) else message for message in prepared]
     if format in (MISTRAL, MISTRAL_ARGS):
-        told = [_with_short_ids(message) for message in told]
+        prepared = [_with_short_ids(message) for message in prepared]
     if format is LLAMA3:
-        told = list(_one_call_each(told))
-    return told, [dict(tool) for tool in tools] if tools else None
+        prepared = list(_one_call_each(prepared))
+    return prepared, [dict(tool) for tool in tools] if tools else None
 
 
 def tool_name(tool: Tool) -> str:
@@ -103,7 +103,7 @@ def without_strict(tool: Tool) -> Tool:
 
 
 def _normal(message: Message) -> dict[str, object]:
-    """Arguments as objects, no empty list of calls, and text wherever we may have to write some."""
+    """The message with arguments as objects, without an empty list of calls, and with text where we may add some."""
     normal = dict(message)
     calls = normal.pop("tool_calls", None)
     if calls:
@@ -129,7 +129,7 @@ def _normal_call(call: object) -> dict[str, object]:
 
 
 def arguments_of(written: object) -> dict[str, object] | str:
-    """A call's arguments as they are told: an object; as they were written where they are none."""
+    """A call's arguments as an object; as text, unchanged, if they are not a JSON object."""
     arguments = written or {}
     if isinstance(arguments, str):
         try:
@@ -141,16 +141,16 @@ def arguments_of(written: object) -> dict[str, object] | str:
         if isinstance(written, Mapping) or not is_nested(as_object, MAX_NESTING):
             return as_object
     text = written if isinstance(written, str) else json.dumps(written, default=str, ensure_ascii=False)
-    return text.encode("utf-8", "backslashreplace").decode()  # half a character as it is written in JSON
+    return text.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair as JSON writes it
 
 
 def _has_half_characters(arguments: Mapping[str, object]) -> bool:
-    """Whether a text in it holds half of a surrogate pair, of which no token can be made; JSON may write one."""
+    """Whether a string holds half of a surrogate pair, which JSON can write and no tokenizer can encode."""
     try:
         json.dumps(arguments, default=str, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return True
-    except RecursionError:  # that it is nested too deeply is said where it is rendered
+    except RecursionError:  # nested too deeply, which rendering reports
         return False
     return False
 
@@ -160,7 +160,7 @@ def _has_broken_call(message: Message) -> bool:
 
 
 def _text(content: object) -> str:
-    """The text of a content: a text, None, or a list of text parts."""
+    """The text of a message's content, which is a string, None, or a list of text parts."""
     if content is None or isinstance(content, str):
         return content or ""
     parts = content if isinstance(content, Sequence) else [content]
@@ -177,7 +177,7 @@ def _calls(message: Message) -> list[dict[str, dict[str, object]]]:
 
 
 def _with_short_ids(message: dict[str, object]) -> dict[str, object]:
-    """With ids of nine letters and digits, the same for a call and its result."""
+    """The message with ids of nine letters and digits, which match between a call and its result."""
     if "tool_call_id" in message:
         message = {**message, "tool_call_id": _short_id(message["tool_call_id"])}
     if calls := _calls(message):
@@ -191,7 +191,7 @@ def _short_id(id: object) -> str:
 
 
 def _one_call_each(messages: Sequence[dict[str, object]]) -> Iterator[dict[str, object]]:
-    """Several calls of one message, each as a message of its own with its result behind it."""
+    """The messages with one call each: several calls become several messages, each followed by its result."""
     results: dict[object, dict[str, object]] = {}
     for position, message in enumerate(messages):
         calls = _calls(message)
@@ -200,8 +200,8 @@ def _one_call_each(messages: Sequence[dict[str, object]]) -> Iterator[dict[str, 
                 yield message
             continue
         ids = {call.get("id") for call in calls}
-        behind = (messages[index] for index in range(position + 1, len(messages)))
-        following = takewhile(lambda other: other.get("role") == "tool", behind)
+        later = (messages[index] for index in range(position + 1, len(messages)))
+        following = takewhile(lambda other: other.get("role") == "tool", later)
         results = {other["tool_call_id"]: other for other in following if other.get("tool_call_id") in ids}
         for number, call in enumerate(calls):
             yield {**message, "content": "" if number else message["content"], "tool_calls": [call]}
@@ -210,18 +210,18 @@ def _one_call_each(messages: Sequence[dict[str, object]]) -> Iterator[dict[str, 
 
 
 def _as_text(engine: Engine, messages: Sequence[dict[str, object]], tools: Sequence[Tool]) -> list[dict[str, object]]:
-    """For a template that knows no tools."""
-    told: list[dict[str, object]] = []
+    """The messages for a template that knows no tools: everything is text."""
+    texts: list[dict[str, object]] = []
     for role, group in groupby(messages, key=lambda message: message.get("role")):
         if role == "tool":
             responses = (f"<tool_response>\n{message['content']}\n</tool_response>" for message in group)
-            told.append({"role": "user", "content": "\n".join(responses), IS_TOOL_RESULT: True})
+            texts.append({"role": "user", "content": "\n".join(responses), IS_TOOL_RESULT: True})
         else:
-            told.extend(_answer_as_text(message, HERMES) for message in group)
+            texts.extend(_answer_as_text(message, HERMES) for message in group)
     if not tools:
-        return told
+        return texts
     lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
-    return _instructed(engine, told, INSTRUCTIONS.format(tools=lines))
+    return _instructed(engine, texts, INSTRUCTIONS.format(tools=lines))
 
 
 def _answer_as_text(message: dict[str, object], format: ToolFormat) -> dict[str, object]:
@@ -229,12 +229,12 @@ def _answer_as_text(message: dict[str, object], format: ToolFormat) -> dict[str,
         return message
     functions = [call["function"] for call in calls]
     text = format.write((str(function["name"]), function["arguments"]) for function in functions)  # type: ignore[misc]
-    told = {key: value for key, value in message.items() if key != "tool_calls"}
-    return {**told, "content": f"{message['content']}\n{text}" if message["content"] else text}
+    others = {key: value for key, value in message.items() if key != "tool_calls"}
+    return {**others, "content": f"{message['content']}\n{text}" if message["content"] else text}
 
 
 def _instructed(engine: Engine, messages: list[dict[str, object]], instructions: str) -> list[dict[str, object]]:
-    """The instructions after the system prompt; before the first message of the user where there can be none."""
+    """The messages with instructions after the system prompt; in the user's first message if there can be none."""
     first = messages[0] if messages else {}
     if first.get("role") in ("system", "developer"):
         text = f"{first['content']}\n\n{instructions}" if first["content"] else instructions
