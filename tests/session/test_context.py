@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import sys
 import weakref
@@ -549,9 +550,8 @@ def test_leaving_the_window_is_said_once(new_context: NewContext, engine: Transf
     """It was said once for each chunk of a prompt that would leave it, and when the window was full but not left."""
     events: list[Event] = []
     context = new_context(notify=events.append)
-    info = replace(engine.info, window_tokens=100)
-    context.engine = type("Engine", (), {"info": info, "forward": engine.forward, "new_cache": engine.new_cache,
-                                         "encode": engine.encode, "decode": engine.decode, "has_chat_template": False})()  # fmt: skip
+    context.engine = copy.copy(engine)
+    context.engine.info = replace(engine.info, window_tokens=100)
     read(context, some_tokens(101))
     assert not [event for event in events if isinstance(event, WindowExceeded)]
     read(context, some_tokens(150))
@@ -702,7 +702,7 @@ def interrupted_at(at_line: int | None) -> Iterator[list[int]]:
         sys.settrace(before)
 
 
-@pytest.mark.parametrize("place", ["exact_attention", "fit"])
+@pytest.mark.parametrize("place", ["scoring.exact_attention", "head_fits.fit"])
 @pytest.mark.parametrize(
     "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
     ids=["host", "CUDA", "CPU allocator"],
@@ -717,7 +717,7 @@ def test_running_out_of_memory_says_what_to_do_and_changes_nothing(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"am_memory.compaction.compact.{place}", exhausted)
+        patch.setattr(f"am_memory.compaction.{place}", exhausted)
         for step in STEPS.values():
             with pytest.raises(
                 CompactionFailed, match=r"out of memory while compacting \d+ tokens; .*lower trigger_tokens"
