@@ -4,7 +4,7 @@
 # Python 3.10 or newer, for .venv.
 PYTHON ?= python3
 # What to install of the package's extras.
-EXTRAS ?= dev,bench,langchain,server
+EXTRAS ?= dev,docs,bench,langchain,server
 # For every pip install, e.g. a mirror of your own.
 PIP_FLAGS ?=
 # The torch to try first where there is no NVIDIA GPU, and flags for that install alone. On Linux, the plain index gives
@@ -33,7 +33,7 @@ LLAMA_CMAKE := $(foreach part,LLAVA_BUILD MTMD_BUILD LLAMA_BUILD_TESTS LLAMA_BUI
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint docs bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -78,11 +78,15 @@ lint: $(STAMP)  ## ruff (lint and format) and mypy
 	@echo "== mypy"
 	@$(BIN)/mypy
 
+docs: $(STAMP)  ## build the site from docs/ into site/; a dead link or an unknown name fails
+	@echo "== zensical"
+	@$(BIN)/zensical build --strict --clean
+
 bench: setup  ## run the benchmarks (MODEL=demo, a hub id, a folder or a .gguf file)
 	$(BIN)/python benchmarks/solver.py --omp
 	$(BIN)/python benchmarks/recall.py once --model '$(MODEL)'
 	$(BIN)/python benchmarks/recall.py turns --model '$(MODEL)'
 
 clean:  ## remove .venv and what the tools left
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .cache build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""What the benchmarks share: statistics, and tables for docs/benchmarks.md."""
+"""What the benchmarks share: statistics, and tables for docs/benchmarks/."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class OMP:
         refit_interval: steps between refits; 1 is exact. Correlations change only with a refit.
         first_steps: tuples (num_keys, picks_per_step, refit_interval) that apply until num_keys are picked.
         relative_mass: shift each query's logits by its log mass (see `FitOptions`). False: by its largest logit, as in
-            the paper, which leaves a smaller mass error (docs/benchmarks.md).
+            the paper, which leaves a smaller mass error (docs/benchmarks/speed.md).
     """
 
     picks_per_step: int = 1

@@ -1,0 +1,249 @@
+"""README and docs: every Python block runs, every command and option exists, lines are short, links lead somewhere.
+
+A page's blocks run in order and share their names. The model "demo" is a tiny random one here, which ends its answers
+early, so that all pages together take seconds.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import am_memory_server
+import langchain_am_memory
+import pytest
+import torch
+import typer
+from pydantic import BaseModel
+from serving import running
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
+
+import am_memory
+from am_memory import Memory, MemoryPolicy
+from am_memory.cli.main import app
+from am_memory.engines.transformers import TransformersEngine
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SHELL = re.compile(r"^```(?:bash|sh|console)?\n(.*?)^```", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
+INLINE_COMMAND = re.compile(r"`((?:am-memory|make|python (?:benchmarks|tests|examples)/)[^`]*)`")
+LONGEST_LINE = 120
+WRAPPED_LAST = {"langchain.md", "server.md", "CONTRIBUTING.md"}
+NOT_INSTALLED = {"langchain_classic", "langchain_community", "langchain_huggingface", "langchain_ollama"}
+"""Packages that pages show code for to leave behind."""
+
+
+def page_name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=page_name)
+pages_with_python = pytest.mark.parametrize(
+    "page", [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")], ids=page_name
+)
+
+
+# Code
+
+
+@pytest.fixture
+def memory_of_tiny_model(
+    new_tiny_model: Any, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[TransformersEngine]:
+    """What pages load is this model, which ends an answer after a few tokens; options are checked all the same."""
+    model = new_tiny_model()
+    model.config.max_position_embeddings = 65536
+
+    def end_soon(module: torch.nn.Module, inputs: object, logits: torch.Tensor) -> torch.Tensor:
+        return logits.index_add(
+            -1, torch.tensor([model.config.eos_token_id]), logits.new_full((*logits.shape[:-1], 1), 4)
+        )
+
+    model.lm_head.register_forward_hook(end_soon)
+    engine = TransformersEngine(model, byte_tokenizer)
+    signature = inspect.signature(Memory.from_pretrained)
+
+    def from_pretrained(cls: type[Memory], *args: Any, **options: Any) -> Memory:
+        given = signature.bind(*args, **options).arguments
+        return cls(engine, **{name: given[name] for name in ("policy", "store", "on_event") if name in given})
+
+    monkeypatch.setattr(Memory, "from_pretrained", classmethod(from_pretrained))
+    yield engine
+
+
+@pages_with_python
+@pytest.mark.model
+def test_every_python_block_runs(
+    page: Path, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama_cpp.md on the bundled model itself, as a tiny one cannot be kept in 8 bits."""
+    text = page.read_text(encoding="utf-8")
+    if page.name != "llama_cpp.md":
+        engine = request.getfixturevalue("memory_of_tiny_model")
+    monkeypatch.chdir(tmp_path)
+    names = NAMES.get(page.name, dict)()
+    if "http://127.0.0.1:8000" not in text:
+        return run_blocks(text, tmp_path / page.name, names)
+    policy = MemoryPolicy(trigger_tokens=1024, keep_ratio=0.25)
+    with running(Memory(engine, policy), model_name="demo") as server:
+        run_blocks(text.replace("http://127.0.0.1:8000", server.url), tmp_path / page.name, names)
+
+
+def run_blocks(text: str, copy: Path, names: dict[str, Any]) -> None:
+    copy.write_text(text, encoding="utf-8")
+    document = Sybil(parsers=[PythonCodeBlockParser()], path=str(copy.parent)).parse(copy)
+    document.namespace.update(names)
+    for example in document:
+        try:
+            example.evaluate()
+        except ModuleNotFoundError as error:
+            if error.name not in NOT_INSTALLED:
+                raise
+
+
+def names_of_langchain() -> dict[str, Any]:
+    from langchain_am_memory import ChatAMMemory
+    from langchain_core.chat_history import InMemoryChatMessageHistory
+    from langchain_core.tools import tool
+
+    @tool
+    def add(a: int, b: int) -> int:
+        """Add two numbers."""
+        return a + b
+
+    class Weather(BaseModel):
+        """The weather of a place."""
+
+        place: str
+        degrees: float
+
+    class Histories(dict[str, InMemoryChatMessageHistory]):
+        def get(self, session_id: str) -> InMemoryChatMessageHistory:  # type: ignore[override]
+            return self.setdefault(session_id, InMemoryChatMessageHistory())
+
+    model = ChatAMMemory(model="demo")
+    engine = Memory.from_pretrained("demo").engine
+    return {
+        "add": add,
+        "answer": model.invoke("Hello."),
+        "hf_model": engine.model,
+        "hf_tokenizer": engine.tokenizer,
+        "histories": Histories(),
+        "limit": 2048,
+        "llm": model,
+        "tools": [add],
+        "turn": {"messages": [{"role": "user", "content": "Hello."}]},
+        "Weather": Weather,
+    }
+
+
+NAMES = {"langchain.md": names_of_langchain}
+"""What a page's code takes for granted, by page."""
+
+
+# Commands
+
+
+@every_page
+def test_commands_and_their_options_exist(page: Path) -> None:
+    for command in commands(page.read_text(encoding="utf-8")):
+        assert unknown(command) is None, f"{command!r}: {unknown(command)}"
+
+
+def commands(text: str) -> Iterator[str]:
+    """Those in blocks without a language or of a shell, and those in a line of text."""
+    for block in SHELL.findall(text):
+        yield from block.replace("\\\n", " ").splitlines()
+    for command in INLINE_COMMAND.findall(FENCE.sub("", text)):
+        yield " ".join(command.split())
+
+
+def unknown(command: str) -> str | None:
+    """What of a command does not exist; None also for commands that are not ours."""
+    try:
+        words = [word for word in shlex.split(command, comments=True) if "=" not in word or word.startswith("-")]
+    except ValueError:
+        return None
+    match words:
+        case ["am-memory", name, *rest]:
+            known = cli_options()
+            if name.startswith("-"):
+                return None if name == "--help" else name
+            return f"no command {name}" if name not in known else unknown_option(rest, known[name])
+        case ["make", *targets]:
+            makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+            return next((target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)), None)
+        case ["python", script, *rest] if script.endswith(".py"):
+            if not (ROOT / script).is_file():
+                return f"no file {script}"
+            return unknown_option(rest, script_options(ROOT / script))
+    return None
+
+
+def unknown_option(words: list[str], known: set[str]) -> str | None:
+    options = [word.partition("=")[0] for word in words if word.startswith("--")]
+    return next((option for option in options if option not in known), None)
+
+
+@cache
+def cli_options() -> dict[str, set[str]]:
+    group = typer.main.get_command(app)
+    return {
+        name: {
+            "--help",
+            *(option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)),
+        }
+        for name, command in group.commands.items()  # type: ignore[attr-defined]
+    }
+
+
+@cache
+def script_options(script: Path) -> set[str]:
+    """Every string that looks like an option in a script, and in what it imports of its folder."""
+    sources = [script.read_text(encoding="utf-8")]
+    sources += [path.read_text(encoding="utf-8") for path in [script.with_name("common.py")] if path.is_file()]
+    return {"--help", *re.findall(r'"(--[a-z0-9-]+)"', "\n".join(sources))}
+
+
+@pytest.mark.parametrize("package", [am_memory, langchain_am_memory, am_memory_server], ids=lambda each: each.__name__)
+def test_every_public_name_is_on_the_api_page(package: Any) -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"^::: ([\w.]+)", page, re.MULTILINE))
+    missing = [
+        name
+        for name in package.__all__
+        if f"{package.__name__}.{name}" not in shown and getattr(package, name).__module__ not in shown
+    ]
+    assert not missing
+
+
+# Words
+
+
+@every_page
+def test_lines_are_short(page: Path) -> None:
+    """Rows of tables, code and links that no line could hold are as long as they are."""
+    text = FENCE.sub(lambda block: "\n" * block[0].count("\n"), page.read_text(encoding="utf-8"))
+    long = [
+        number
+        for number, line in enumerate(text.splitlines(), start=1)
+        if len(line) > LONGEST_LINE
+        and not line.lstrip().startswith("|")
+        and max(map(len, line.split())) < 80
+        and page.name not in WRAPPED_LAST
+    ]
+    assert not long, f"{page_name(page)} has lines over {LONGEST_LINE} characters: {long}"
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=page_name)
+def test_links_of_pages_outside_the_site_lead_somewhere(page: Path) -> None:
+    """`make docs` checks the links of docs/ itself."""
+    for target in re.findall(r"\]\((?!https?:)([^)#\s]*)[^)]*\)", page.read_text(encoding="utf-8")):
+        assert not target or (ROOT / target).exists(), target
