@@ -109,8 +109,11 @@ def run_blocks(text: str, copy: Path, names: dict[str, Any]) -> None:
 
 
 def names_of_langchain() -> dict[str, Any]:
+    from langchain.agents.middleware import SummarizationMiddleware
     from langchain_am_memory import ChatAMMemory
     from langchain_core.chat_history import InMemoryChatMessageHistory
+    from langchain_core.messages import HumanMessage
+    from langchain_core.runnables.history import RunnableWithMessageHistory
     from langchain_core.tools import tool
 
     @tool
@@ -136,8 +139,11 @@ def names_of_langchain() -> dict[str, Any]:
         "hf_model": engine.model,
         "hf_tokenizer": engine.tokenizer,
         "histories": Histories(),
+        "HumanMessage": HumanMessage,
         "limit": 2048,
         "llm": model,
+        "RunnableWithMessageHistory": RunnableWithMessageHistory,
+        "SummarizationMiddleware": SummarizationMiddleware,
         "tools": [add],
         "turn": {"messages": [{"role": "user", "content": "Hello."}]},
         "Weather": Weather,
