@@ -35,7 +35,7 @@ SHELL = re.compile(r"^```(?:bash|sh|console)?\n(.*?)^```", re.DOTALL | re.MULTIL
 FENCE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 INLINE_COMMAND = re.compile(r"`((?:am-memory|make|python (?:benchmarks|tests|examples)/)[^`]*)`")
 LONGEST_LINE = 120
-WRAPPED_LAST = {"langchain.md", "server.md", "CONTRIBUTING.md"}
+WRAPPED_LAST = {"langchain.md"}
 NOT_INSTALLED = {"langchain_classic", "langchain_community", "langchain_huggingface", "langchain_ollama"}
 """Packages that pages show code for to leave behind."""
 

@@ -1,6 +1,6 @@
 """Live queries: those of the tokens after a block, kept while these were read or generated. They cost no pass.
 
-They suit a text that only continues. For recall they are useless alone, as measured in docs/benchmarks.md.
+They suit a text that only continues. For recall they are useless alone, as measured in docs/benchmarks/recall.md.
 """
 
 from __future__ import annotations
