@@ -129,7 +129,7 @@ class ChatAMMemory(ThreadedChatModel):
 
     def __repr__(self) -> str:
         loaded = self._threads.get(self.model if isinstance(self.model, str) else "")
-        return f"ChatAMMemory({self._model_name!r}, {'not loaded' if loaded is None else loaded!r})"
+        return f"ChatAMMemory({self._model_name!r}, {loaded or 'not loaded'})"
 
     __str__ = __repr__
 
