@@ -22,7 +22,7 @@ Boundary = Callable[[int, int], int]
 
 
 @dataclass(frozen=True)
-class Sizes:
+class CacheSizes:
     """The sizes that a plan depends on.
 
     Attributes:
@@ -30,15 +30,15 @@ class Sizes:
         num_pinned: tokens at the start that stay exact.
         segments: before the compaction.
         num_heads: KV heads of all compactable layers.
-        reach_tokens: the largest distance between a token and the keys that it attends to, which is the model's context
-            window; None: compact keys cannot be moved.
+        window_tokens: the model's context window; segments that would leave it are shifted. None: compact keys cannot
+            be moved.
     """
 
     num_tokens: int
     num_pinned: int
     segments: tuple[Segment, ...]
     num_heads: int
-    reach_tokens: int | None = None
+    window_tokens: int | None = None
 
     @property
     def exact_start(self) -> int:
@@ -68,15 +68,15 @@ class Plan:
         return self.segments[-1]
 
 
-def trigger_tokens(policy: MemoryPolicy, window_tokens: int, num_pinned: int) -> int:
+def checked_trigger_tokens(policy: MemoryPolicy, window_tokens: int, num_pinned: int) -> int:
     """The physical size that fires a compaction, in tokens.
 
     Raises:
         InvalidPolicy: with this model and these pinned tokens, compactions would at some point free no room.
         BudgetTooSmall: a compaction would leave a head fewer than `min_slots`.
     """
-    trigger = policy.trigger_tokens
-    tokens = trigger if isinstance(trigger, int) else int(trigger * window_tokens)
+    trigger_tokens = policy.trigger_tokens
+    tokens = trigger_tokens if isinstance(trigger_tokens, int) else int(trigger_tokens * window_tokens)
     if tokens > window_tokens:
         raise InvalidPolicy(
             f"trigger_tokens {tokens} is above the model's window of {window_tokens}: set it to {window_tokens} or less"
@@ -100,47 +100,48 @@ def trigger_tokens(policy: MemoryPolicy, window_tokens: int, num_pinned: int) ->
     return tokens
 
 
-def max_compact_tokens(policy: MemoryPolicy, trigger: int) -> int:
+def max_compact_tokens(policy: MemoryPolicy, trigger_tokens: int) -> int:
     """The bound on all segments together, in slots per head (mean)."""
     if policy.max_compact_tokens is not None:
         return policy.max_compact_tokens
-    return max(int(trigger * policy.compact_fraction / 2), 1)
+    return max(int(trigger_tokens * policy.compact_fraction / 2), 1)
 
 
-def min_block_tokens(policy: MemoryPolicy, trigger: int, num_pinned: int, ahead_tokens: int = 0) -> int:
+def min_block_tokens(policy: MemoryPolicy, trigger_tokens: int, num_pinned: int, ahead_tokens: int = 0) -> int:
     """The fewest exact tokens that a compaction covers, which is when the segments are at their bound.
 
     Args:
         ahead_tokens: how far below the trigger the compaction begins.
     """
-    compact, size = max_compact_tokens(policy, trigger), trigger - ahead_tokens
+    compact, size = max_compact_tokens(policy, trigger_tokens), trigger_tokens - ahead_tokens
     # A compaction is due when one more token would not fit, so the cache may be almost a token smaller than that.
     covered = math.floor(policy.compact_fraction * (size - 1 - num_pinned)) + 1 - compact
     return min(covered, size - num_pinned - compact - policy.keep_recent)
 
 
-def most_at_once(policy: MemoryPolicy, trigger: int, num_pinned: int) -> int:
+def most_at_once(policy: MemoryPolicy, trigger_tokens: int, num_pinned: int) -> int:
     """The most tokens that one pass can read at any time: a compaction can always make room for them.
 
     A compaction that begins this far below the trigger covers at least as many tokens, and gives each head `min_slots`.
     """
 
     def is_too_much(num_tokens: int) -> bool:
-        block = min_block_tokens(policy, trigger, num_pinned, policy.ahead_tokens + num_tokens)
+        block = min_block_tokens(policy, trigger_tokens, num_pinned, policy.ahead_tokens + num_tokens)
         return block < max(num_tokens, _floor_tokens(policy))
 
-    return max(bisect_left(range(trigger), True, key=is_too_much) - 1, 1)  # more tokens, smaller block
+    return max(bisect_left(range(trigger_tokens), True, key=is_too_much) - 1, 1)  # more tokens, smaller block
 
 
-def _check_ahead(policy: MemoryPolicy, trigger: int, num_pinned: int) -> None:
+def _check_ahead(policy: MemoryPolicy, trigger_tokens: int, num_pinned: int) -> None:
     ahead_tokens = policy.ahead_tokens
-    block = min_block_tokens(policy, trigger, num_pinned, ahead_tokens)
+    block = min_block_tokens(policy, trigger_tokens, num_pinned, ahead_tokens)
     if ahead_tokens >= block:
-        less = range(min(ahead_tokens, trigger), -1, -1)
-        possible = next(each for each in less if each < min_block_tokens(policy, trigger, num_pinned, each))
+        less = range(min(ahead_tokens, trigger_tokens), -1, -1)
+        possible = next(each for each in less if each < min_block_tokens(policy, trigger_tokens, num_pinned, each))
         raise InvalidPolicy(
             f"ahead_tokens {ahead_tokens} must be below the {max(block, 0)} tokens that a compaction covers at least "
-            f"if it begins that far below the trigger of {trigger}: lower it to {possible}, or raise trigger_tokens"
+            f"if it begins that far below the trigger of {trigger_tokens}: lower it to {possible}, or raise "
+            "trigger_tokens"
         )
     _check_floor(policy, block)
 
@@ -161,17 +162,17 @@ def _check_floor(policy: MemoryPolicy, block_tokens: int) -> None:
         )
 
 
-def plan(
+def plan_compaction(
     policy: MemoryPolicy,
-    sizes: Sizes,
-    trigger: int,
+    sizes: CacheSizes,
+    trigger_tokens: int,
     fraction: float | None = None,
     boundary: Boundary = lambda earliest, latest: latest,
 ) -> Plan:
     """Plan the next compaction.
 
     Args:
-        trigger: the physical size that fires a compaction, in tokens.
+        trigger_tokens: the physical size that fires a compaction, in tokens.
         fraction: the part of the cache to compact, oldest first, without the pinned tokens. None: the policy's
             fraction; the recent tokens are then spared, and the block ends at a boundary of the text.
         boundary: returns where the block should end.
@@ -202,44 +203,44 @@ def plan(
     # A refit does not move keys: neither those of the segment, nor the pinned ones.
     shift = sizes.segments[0].shift if is_refit and sizes.segments else 0
     newest = Segment(start, end, round(policy.keep_ratio * (end - start) * sizes.num_heads), shift)
-    bound = max_compact_tokens(policy, trigger) * sizes.num_heads
+    bound = max_compact_tokens(policy, trigger_tokens) * sizes.num_heads
     segments = shrink([*older, newest], bound)
     floor = min(policy.experiments.min_slots * sizes.num_heads, newest.num_slots)
     if segments[-1].num_slots < floor:  # after a very long conversation an equal share is below min_slots
         segments = [*shrink(older, bound - floor), resized(newest, floor)]
-    return Plan(tuple(within_reach(segments, sizes, trigger)), is_refit)
+    return Plan(tuple(shift_into_window(segments, sizes, trigger_tokens)), is_refit)
 
 
-def within_reach(segments: Sequence[Segment], sizes: Sizes, trigger: int) -> list[Segment]:
+def shift_into_window(segments: Sequence[Segment], sizes: CacheSizes, trigger_tokens: int) -> list[Segment]:
     """Shift segments that would leave the context window before the next compaction; they land half a window back.
 
     A segment moves as a whole, so that several old ones may share positions. Pinned tokens move with the oldest one.
 
     Args:
         segments: after the compaction, the new one last; the new one is never moved.
-        trigger: the physical size that fires a compaction, in tokens.
+        trigger_tokens: the physical size that fires a compaction, in tokens.
     """
-    reach, newest = sizes.reach_tokens, segments[-1]
-    if reach is None:
+    window, newest = sizes.window_tokens, segments[-1]
+    if window is None:
         return list(segments)
     num_slots = sum(segment.num_slots for segment in segments) / sizes.num_heads
     num_exact = sizes.num_pinned + sizes.num_tokens - newest.end
-    next_tokens = sizes.num_tokens + trigger - num_exact - num_slots
+    next_tokens = sizes.num_tokens + trigger_tokens - num_exact - num_slots
 
     def moved(segment: Segment, first: int) -> Segment:
-        if next_tokens - first - segment.shift <= reach:
+        if next_tokens - first - segment.shift <= window:
             return segment
-        shift = min(sizes.num_tokens - reach // 2 - segment.start, newest.start - segment.end)
+        shift = min(sizes.num_tokens - window // 2 - segment.start, newest.start - segment.end)
         return replace(segment, shift=max(shift, segment.shift))
 
     firsts = [0, *(segment.start for segment in segments[1:])]
     return [*map(moved, segments[:-1], firsts), newest]
 
 
-def with_more_slots(policy: MemoryPolicy, trigger: int, num_heads: int, plan: Plan) -> Plan | None:
+def with_more_slots(policy: MemoryPolicy, trigger_tokens: int, num_heads: int, plan: Plan) -> Plan | None:
     """The plan with twice the slots for its newest segment, as far as the bound allows; None if it allows no more."""
     newest, older = plan.newest, plan.segments[:-1]
-    room = max_compact_tokens(policy, trigger) * num_heads - sum(segment.num_slots for segment in older)
+    room = max_compact_tokens(policy, trigger_tokens) * num_heads - sum(segment.num_slots for segment in older)
     num_slots = min(2 * newest.num_slots, newest.num_tokens * num_heads, room)
     if num_slots <= newest.num_slots:
         return None

@@ -17,7 +17,7 @@ from am_memory.budgets import calibration_for
 from am_memory.compaction.background import BackgroundCompaction
 from am_memory.compaction.compact import failures
 from am_memory.compaction.job import CompactionJob, CompactionResult
-from am_memory.compaction.plan import Plan, Sizes, most_at_once, plan, trigger_tokens
+from am_memory.compaction.plan import CacheSizes, Plan, checked_trigger_tokens, most_at_once, plan_compaction
 from am_memory.compaction.record import CompactionRecord, RecallRecord, with_policy
 from am_memory.compaction.requirements import require
 from am_memory.engines.base import Engine, SessionCache, in_chunks
@@ -92,7 +92,7 @@ class Context:
         self._calibration = calibration_for(self.policy.head_budget, self.engine.info)
         self.live = LiveQueries() if "live" in self.policy.reference_queries else None
         self.forget_after_cache()
-        self.trigger_tokens = trigger_tokens(self.policy, self.engine.info.window_tokens, self.num_pinned)
+        self.trigger_tokens = checked_trigger_tokens(self.policy, self.engine.info.window_tokens, self.num_pinned)
 
     def pin(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` exact; possible until the first compaction.
@@ -104,7 +104,7 @@ class Context:
             raise InvalidInput(
                 f"cannot pin {num_tokens} tokens after {len(self.records)} compactions: pin before the first one"
             )
-        self.trigger_tokens = trigger_tokens(self.policy, self.engine.info.window_tokens, num_tokens)
+        self.trigger_tokens = checked_trigger_tokens(self.policy, self.engine.info.window_tokens, num_tokens)
         self.num_pinned, self.background_compaction = num_tokens, None
 
     def require_token_ids(self, token_ids: Sequence[int]) -> None:
@@ -174,7 +174,7 @@ class Context:
 
     def begin(self) -> None:
         """Begin a compaction, to be swapped in at the trigger."""
-        planned = plan(self.policy, self.sizes, self.trigger_tokens, None, self._boundary)
+        planned = plan_compaction(self.policy, self.sizes, self.trigger_tokens, None, self._boundary)
         self.background_compaction = BackgroundCompaction(self.job(planned, self.cache.fork()))
         self.background_compaction.start()  # only now: whoever takes this step back stops what it began
 
@@ -220,14 +220,14 @@ class Context:
             self.notify(WindowExceeded(self.name, before + num_tokens, window, self._immovable))
 
     @property
-    def sizes(self) -> Sizes:
+    def sizes(self) -> CacheSizes:
         cache = self.cache
-        return Sizes(
+        return CacheSizes(
             cache.num_tokens,
             self.num_pinned,
             cache.segments,
             cache.num_heads,
-            reach_tokens=self.engine.info.window_tokens if self._immovable is None else None,
+            window_tokens=self.engine.info.window_tokens if self._immovable is None else None,
         )
 
     @property
@@ -244,7 +244,7 @@ class Context:
             self._put_away_oldest()
         if self.background_compaction is not None and fraction is None:
             return self.swap_in(self.background_compaction.result(self.progress))
-        planned = plan(self.policy, self.sizes, self.trigger_tokens, fraction, self._boundary)
+        planned = plan_compaction(self.policy, self.sizes, self.trigger_tokens, fraction, self._boundary)
         return self.swap_in(self.job(planned, self.cache).run(self.progress))
 
     def _boundary(self, earliest: int, latest: int) -> int:

@@ -11,7 +11,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from am_memory import Experiments, MemoryPolicy
-from am_memory.compaction.plan import Sizes, max_compact_tokens, min_block_tokens, plan, shrink, trigger_tokens
+from am_memory.compaction.plan import (
+    CacheSizes,
+    checked_trigger_tokens,
+    max_compact_tokens,
+    min_block_tokens,
+    plan_compaction,
+    shrink,
+)
 from am_memory.errors import BudgetTooSmall, CompactionFailed, InvalidPolicy
 from am_memory.kv_cache.slots import Segment, tail_start
 
@@ -21,46 +28,46 @@ POLICY = MemoryPolicy(trigger_tokens=1000, keep_ratio=0.1, keep_recent=0)
 quickly = settings(max_examples=300, deadline=None, derandomize=True)
 
 
-def exact_sizes(num_tokens: int, num_pinned: int = 0) -> Sizes:
+def exact_sizes(num_tokens: int, num_pinned: int = 0) -> CacheSizes:
     """Before the first compaction: the pinned tokens are in the tail."""
-    return Sizes(num_tokens, num_pinned, (), NUM_HEADS)
+    return CacheSizes(num_tokens, num_pinned, (), NUM_HEADS)
 
 
 # The plan
 
 
 def test_half_of_an_exact_cache_is_its_oldest_half() -> None:
-    newest = plan(POLICY, exact_sizes(1000), 1000).newest
+    newest = plan_compaction(POLICY, exact_sizes(1000), 1000).newest
     assert (newest.start, newest.end) == (0, 500)
     assert newest.num_slots == 0.1 * 500 * NUM_HEADS
 
 
 def test_pinned_tokens_are_spared() -> None:
-    newest = plan(POLICY, exact_sizes(1000, num_pinned=200), 1000).newest
+    newest = plan_compaction(POLICY, exact_sizes(1000, num_pinned=200), 1000).newest
     assert (newest.start, newest.end) == (200, 600)
 
 
 def test_recent_tokens_are_spared() -> None:
-    newest = plan(MemoryPolicy(keep_recent=700, keep_ratio=0.1), exact_sizes(1000), 1000).newest
+    newest = plan_compaction(MemoryPolicy(keep_recent=700, keep_ratio=0.1), exact_sizes(1000), 1000).newest
     assert (newest.start, newest.end) == (0, 300)
 
 
 def test_a_fraction_by_name_does_not_spare_the_recent_tokens() -> None:
-    newest = plan(MemoryPolicy(keep_recent=700), exact_sizes(1000), 1000, fraction=1.0).newest
+    newest = plan_compaction(MemoryPolicy(keep_recent=700), exact_sizes(1000), 1000, fraction=1.0).newest
     assert (newest.start, newest.end) == (0, 1000)
 
 
 def test_compact_slots_count_as_the_oldest_part() -> None:
     segments = (Segment(4, 604, 100 * NUM_HEADS),)
-    sizes = Sizes(1500, 4, segments, NUM_HEADS)
-    newest = plan(POLICY, sizes, 1000).newest
+    sizes = CacheSizes(1500, 4, segments, NUM_HEADS)
+    newest = plan_compaction(POLICY, sizes, 1000).newest
     assert newest.start == 604
     assert newest.end - newest.start == (896 + 100) / 2 - 100
 
 
 def test_older_segments_shrink_so_that_all_fit() -> None:
     segments = (Segment(0, 500, 240 * NUM_HEADS), Segment(500, 700, 10 * NUM_HEADS))
-    after = plan(POLICY, Sizes(1450, 0, segments, NUM_HEADS), 1000).segments
+    after = plan_compaction(POLICY, CacheSizes(1450, 0, segments, NUM_HEADS), 1000).segments
     bound = max_compact_tokens(POLICY, 1000) * NUM_HEADS
     assert sum(segment.num_slots for segment in after) <= bound == 250 * NUM_HEADS
     assert after[0].num_slots < segments[0].num_slots
@@ -71,14 +78,14 @@ def test_a_new_segment_has_its_floor_however_long_the_conversation() -> None:
     """Equal shares of a bound fall below a slot per head in the end: a layer without any slots could not be fitted."""
     policy = MemoryPolicy(trigger_tokens=64, keep_ratio=0.25, keep_recent=0, experiments=Experiments(min_slots=2))
     older = tuple(Segment(start, start + 10, 2 * NUM_HEADS) for start in range(0, 10_000, 10))
-    made = plan(policy, Sizes(10_048, 0, older, NUM_HEADS), 64, fraction=1.0)
+    made = plan_compaction(policy, CacheSizes(10_048, 0, older, NUM_HEADS), 64, fraction=1.0)
     assert made.newest.num_slots == 2 * NUM_HEADS
     assert sum(segment.num_slots for segment in made.segments) <= 16 * NUM_HEADS
 
 
 def test_refit_makes_one_segment_of_everything_before_it() -> None:
     policy = MemoryPolicy(trigger_tokens=1000, keep_recent=0, experiments=Experiments(recompaction="refit"))
-    made = plan(policy, Sizes(1500, 4, (Segment(4, 604, 60 * NUM_HEADS),), NUM_HEADS), 1000)
+    made = plan_compaction(policy, CacheSizes(1500, 4, (Segment(4, 604, 60 * NUM_HEADS),), NUM_HEADS), 1000)
     assert made.is_refit
     assert len(made.segments) == 1
     assert made.newest.start == 4
@@ -88,12 +95,12 @@ def test_refit_makes_one_segment_of_everything_before_it() -> None:
 @pytest.mark.parametrize("num_tokens", [0, 3, 4])
 def test_nothing_but_pinned_tokens_cannot_be_compacted(num_tokens: int) -> None:
     with pytest.raises(CompactionFailed, match="nothing to compact: 0 exact tokens after 4 pinned ones.*read more"):
-        plan(POLICY, exact_sizes(num_tokens, num_pinned=4), 1000)
+        plan_compaction(POLICY, exact_sizes(num_tokens, num_pinned=4), 1000)
 
 
 def test_nothing_but_recent_tokens_cannot_be_compacted_by_the_trigger() -> None:
     with pytest.raises(CompactionFailed, match=r"64 of them recent.*read more first, or raise the fraction"):
-        plan(MemoryPolicy(keep_recent=64), exact_sizes(60), 1000)
+        plan_compaction(MemoryPolicy(keep_recent=64), exact_sizes(60), 1000)
 
 
 def test_a_block_too_small_for_its_slots_is_refused_with_the_way_out() -> None:
@@ -102,11 +109,11 @@ def test_a_block_too_small_for_its_slots_is_refused_with_the_way_out() -> None:
         BudgetTooSmall,
         match=r"keep_ratio 0.001 of 512 tokens leaves 0.5 slots .* at least 4 .* raise keep_ratio to 0.008",
     ):
-        plan(policy, exact_sizes(512), 8192, fraction=1.0)
+        plan_compaction(policy, exact_sizes(512), 8192, fraction=1.0)
 
 
 sizes_of_some_cache = st.builds(
-    lambda spans, tail, pinned: Sizes(
+    lambda spans, tail, pinned: CacheSizes(
         num_tokens=pinned + sum(span for span, _ in spans) + tail,
         num_pinned=pinned,
         segments=tuple(
@@ -131,11 +138,11 @@ sizes_of_some_cache = st.builds(
     keep_recent=st.integers(0, 100),
 )
 def test_a_plan_covers_exact_tokens_that_may_go_and_fits_its_bound(
-    sizes: Sizes, fraction: float | None, keep_ratio: float, keep_recent: int
+    sizes: CacheSizes, fraction: float | None, keep_ratio: float, keep_recent: int
 ) -> None:
     policy = MemoryPolicy(keep_ratio=keep_ratio, keep_recent=keep_recent)
     try:
-        made = plan(policy, sizes, 1000, fraction)
+        made = plan_compaction(policy, sizes, 1000, fraction)
     except (CompactionFailed, BudgetTooSmall):
         assume(False)
     newest = made.newest
@@ -170,7 +177,7 @@ def test_a_policy_that_is_taken_never_gets_stuck(
         max_compact_tokens=bound,
     )
     try:
-        trigger_tokens(policy, 4096, num_pinned)
+        checked_trigger_tokens(policy, 4096, num_pinned)
     except InvalidPolicy:
         assume(False)
     sizes = exact_sizes(0, num_pinned)
@@ -185,7 +192,7 @@ def test_a_policy_that_is_taken_never_gets_stuck(
         sizes = replace(sizes, num_tokens=sizes.num_tokens + room)
         while kv_tokens() + 1 > trigger:
             before = kv_tokens()
-            sizes = replace(sizes, segments=plan(policy, sizes, trigger).segments)
+            sizes = replace(sizes, segments=plan_compaction(policy, sizes, trigger).segments)
             assert kv_tokens() < before
 
 
@@ -246,9 +253,9 @@ def test_shrinking_in_steps_is_shrinking_at_once_up_to_rounding(segments: list[S
 
 
 def test_a_trigger_is_tokens_or_a_fraction_of_the_window() -> None:
-    assert trigger_tokens(MemoryPolicy(trigger_tokens=512), 4096, 4) == 512
-    assert trigger_tokens(MemoryPolicy(trigger_tokens=0.25), 4096, 4) == 1024
-    assert trigger_tokens(MemoryPolicy(trigger_tokens=1.0), 4096, 4) == 4096
+    assert checked_trigger_tokens(MemoryPolicy(trigger_tokens=512), 4096, 4) == 512
+    assert checked_trigger_tokens(MemoryPolicy(trigger_tokens=0.25), 4096, 4) == 1024
+    assert checked_trigger_tokens(MemoryPolicy(trigger_tokens=1.0), 4096, 4) == 4096
     assert isinstance(MemoryPolicy(trigger_tokens=1.0).trigger_tokens, float)
 
 
@@ -280,7 +287,7 @@ def test_a_trigger_that_cannot_work_says_why_and_what_to_do(
     values: dict[str, object], window: int, pinned: int, words: list[str]
 ) -> None:
     with pytest.raises(InvalidPolicy) as raised:
-        trigger_tokens(MemoryPolicy(**values), window, pinned)
+        checked_trigger_tokens(MemoryPolicy(**values), window, pinned)
     assert all(word in str(raised.value) for word in words), raised.value
 
 
@@ -289,21 +296,21 @@ def test_a_ratio_that_leaves_too_few_slots_says_which_would_do() -> None:
     with pytest.raises(
         BudgetTooSmall, match=r"keep_ratio 0.01 of \d+ tokens .*at least 4 .*raise keep_ratio to 0\.0\d+"
     ):
-        trigger_tokens(policy, 4096, 4)
+        checked_trigger_tokens(policy, 4096, 4)
 
 
 def test_the_ratio_that_the_message_names_does_work() -> None:
     experiments = Experiments(min_slots=4)
     policy = MemoryPolicy(trigger_tokens=256, keep_ratio=0.01, experiments=experiments)
     with pytest.raises(BudgetTooSmall) as raised:
-        trigger_tokens(policy, 4096, 4)
+        checked_trigger_tokens(policy, 4096, 4)
     named = float(str(raised.value).split("raise keep_ratio to ")[1].split(",")[0])
     policy = MemoryPolicy(trigger_tokens=256, keep_ratio=named, experiments=experiments)
-    assert trigger_tokens(policy, 4096, 4) == 256
+    assert checked_trigger_tokens(policy, 4096, 4) == 256
 
 
 def test_a_bound_below_the_floor_of_a_head_is_refused() -> None:
     """The floor was compared with the new segment before it was cut to the bound."""
     policy = MemoryPolicy(trigger_tokens=256, max_compact_tokens=2, experiments=Experiments(min_slots=4))
     with pytest.raises(BudgetTooSmall, match=r"max_compact_tokens 2 .* at least 4 .*: raise max_compact_tokens to 4"):
-        trigger_tokens(policy, 4096, 4)
+        checked_trigger_tokens(policy, 4096, 4)

@@ -17,7 +17,7 @@ from inside import cache_of, context_of, layers_of, rebuild
 from pydantic import TypeAdapter
 
 from am_memory import Experiments, Memory, MemoryPolicy, Sampling, Session
-from am_memory.compaction.plan import Plan, Sizes, plan, within_reach
+from am_memory.compaction.plan import CacheSizes, Plan, plan_compaction, shift_into_window
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.events import Event, WindowExceeded, ignore
 from am_memory.kv_cache.int8 import Quantised
@@ -105,22 +105,22 @@ def test_segments_only_move_up_and_never_past_the_newest(
         is_newest = shift == len(sizes) - 1
         segments.append(Segment(start, start + num_tokens, num_slots, 0 if is_newest else min(shift, sizes[-1][0])))
         start += num_tokens
-    held = Sizes(start + num_recent, num_pinned, tuple(segments[:-1]), num_heads=3, reach_tokens=reach)
-    moved = within_reach(segments, held, trigger)
+    held = CacheSizes(start + num_recent, num_pinned, tuple(segments[:-1]), num_heads=3, window_tokens=reach)
+    moved = shift_into_window(segments, held, trigger)
     newest = segments[-1]
     assert moved[-1] == newest
     for before, after in zip(segments, moved, strict=True):
         assert replace(after, shift=before.shift) == before
         assert before.shift <= after.shift <= max(newest.start - before.end, before.shift)
-    again = [segment.start + segment.shift for segment in within_reach(moved, held, trigger)]
+    again = [segment.start + segment.shift for segment in shift_into_window(moved, held, trigger)]
     assert again == [segment.start + segment.shift for segment in moved]
 
 
 def test_what_cannot_be_moved_stays() -> None:
     segments = (Segment(4, 1000, 60), Segment(1000, 2000, 60), Segment(2000, 4000, 60))
-    sizes = Sizes(4100, 4, segments[:2], num_heads=2)
-    assert not any(segment.shift for segment in within_reach(segments, sizes, 100))
-    assert any(segment.shift for segment in within_reach(segments, replace(sizes, reach_tokens=1000), 100))
+    sizes = CacheSizes(4100, 4, segments[:2], num_heads=2)
+    assert not any(segment.shift for segment in shift_into_window(segments, sizes, 100))
+    assert any(segment.shift for segment in shift_into_window(segments, replace(sizes, window_tokens=1000), 100))
 
 
 def test_a_refit_has_one_segment_that_stays(new_memory: NewMemory) -> None:
@@ -135,9 +135,9 @@ def test_a_refit_has_one_segment_that_stays(new_memory: NewMemory) -> None:
 
 def test_what_is_refit_stays_where_it_was_moved_to() -> None:
     """Pinned tokens count to the first segment, whichever that is: one that began anew would turn them twice."""
-    sizes = Sizes(400, 3, (Segment(3, 200, 30, shift=90), Segment(200, 340, 30)), num_heads=2)
+    sizes = CacheSizes(400, 3, (Segment(3, 200, 30, shift=90), Segment(200, 340, 30)), num_heads=2)
     policy = POLICY.with_changes(experiments=Experiments(recompaction="refit"))
-    assert [segment.shift for segment in plan(policy, sizes, 64).segments] == [90]
+    assert [segment.shift for segment in plan_compaction(policy, sizes, 64).segments] == [90]
 
 
 def test_leaving_the_window_says_that_what_is_old_moves(new_memory: NewMemory) -> None:
@@ -153,10 +153,10 @@ def test_leaving_the_window_says_that_what_is_old_moves(new_memory: NewMemory) -
 
 def test_only_keys_turn_and_pinned_ones_go_with_the_oldest_segment(new_memory: NewMemory, monkeypatch) -> None:
     session = read_session(new_memory())
-    monkeypatch.setattr("am_memory.compaction.plan.within_reach", lambda segments, *_: segments)
+    monkeypatch.setattr("am_memory.compaction.plan.shift_into_window", lambda segments, *_: segments)
     context = context_of(session)
     still = context.fork("still")
-    before, fitted = still.cache.state(), plan(POLICY, still.sizes, still.trigger)
+    before, fitted = still.cache.state(), plan_compaction(POLICY, still.sizes, still.trigger_tokens)
     far = Plan(tuple(replace(each, shift=each.shift + 50) for each in fitted.segments[:-1]) + fitted.segments[-1:])
     for each, planned in ((still, fitted), (context, far)):
         each.swap_in(each.job(planned, each.cache).run(lambda *_: None))
