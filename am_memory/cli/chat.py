@@ -1,4 +1,4 @@
-"""`am-memory chat`: a conversation in the terminal that outgrows its cache, and goes on after a restart."""
+"""`am-memory chat`: a conversation in the terminal that outgrows its cache, and continues after a restart."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 COMMANDS = "/compact, /stats, /fork NAME, /save, /quit"
 SHOWN_MESSAGES = 6
-"""Messages of an earlier conversation that are shown when it goes on."""
+"""Messages of a saved conversation that are shown when it continues."""
 
 
 @with_options(Loading())
 def chat(
     loading: Loading,
     context: typer.Context,
-    session: Annotated[str, typer.Option(help="Name of the conversation; a saved one goes on.")] = "default",
+    session: Annotated[str, typer.Option(help="Name of the conversation; a saved one continues.")] = "default",
     store: StoreURL = None,
     system: Annotated[str | None, typer.Option(help="System prompt of a new conversation.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy decoding.")] = 0.7,
@@ -85,7 +85,7 @@ class Chat:
                 show_error(self.console, error)
         if self.session.tokens:
             self.save()
-            self.console.print(f"[dim]saved; am-memory chat --session {escape(self.session.name)} goes on with it[/]")
+            self.console.print(f"[dim]saved; to continue: am-memory chat --session {escape(self.session.name)}[/]")
 
     def save(self) -> None:
         """Save the conversation; under a new name if another process has saved one under this name meanwhile."""
@@ -97,7 +97,7 @@ class Chat:
             self.session = self.session.fork(free)
             self.session.save()
             self.console.print(
-                f"[dim]another process has saved {escape(name)} meanwhile: this chat goes on as {escape(free)}[/]"
+                f"[dim]another process has saved {escape(name)} meanwhile: this chat continues as {escape(free)}[/]"
             )
 
     def read_line(self) -> str:

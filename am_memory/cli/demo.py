@@ -32,7 +32,7 @@ def demo(
     num_letters: Annotated[int, typer.Option("--letters", min=2, max=18, help="Letters that the model reads.")] = 9,
     seed: Annotated[int, typer.Option(help="Another seed writes other letters with other ships.")] = 0,
 ) -> None:
-    """Read letters far longer than the cache, compact again and again, and ask what is left of them."""
+    """Read letters far longer than the cache, compact again and again, and test what the model recalls."""
     from am_memory.cli.questions import PLAIN, ask
 
     console = Console(highlight=False)
@@ -79,13 +79,13 @@ def read_letters(console: Console, bars: EventBars, session: Session, written: S
 
 
 def introduction(model: str, session: Session, num_letters: int) -> Panel:
-    """The panel that says what is going to happen."""
+    """The panel that introduces the demo."""
     policy = session.policy
     name = "SmolLM2-135M-Instruct, the bundled model," if model == "demo" else Path(model).name
     return Panel(
         f"{name} reads {num_letters} letters. Its KV cache may hold [cyan]{session.trigger_tokens}[/] tokens: whenever "
         f"it is full, its oldest {policy.compact_fraction:.0%} is compacted by Attention Matching, the exact tokens in "
-        f"it to {policy.keep_ratio:.0%} of their number, and the reading goes on. Afterwards the model is asked for "
+        f"it to {policy.keep_ratio:.0%} of their number, and reading continues. Afterwards the model is asked for "
         "the ships that the letters named; so are two plain caches, one of the same size and one that kept everything.",
         title="am-memory demo",
         border_style="cyan",

@@ -42,7 +42,7 @@ class Loading:
     dtype: Annotated[
         DtypeName | None,
         typer.Option(
-            help="dtype of weights and cache; with llama_cpp, of the cache alone.",
+            help="dtype of weights and cache; with llama_cpp, of the cache only.",
             show_default="bfloat16 on CUDA, float32 on a CPU, float16 with llama_cpp",
         ),
     ] = None

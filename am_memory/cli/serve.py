@@ -36,7 +36,7 @@ class Serving:
     ] = None
     operator_key: Annotated[
         list[str] | None,
-        typer.Option(help=f"A key that opens /metrics alone; may be repeated. Or set ${OPERATOR_KEYS_VARIABLE}."),
+        typer.Option(help=f"A key that opens /metrics only; may be repeated. Or set ${OPERATOR_KEYS_VARIABLE}."),
     ] = None
     allow_anonymous: Annotated[
         bool, typer.Option("--allow-anonymous", help="Let everybody use a server that other machines can reach.")

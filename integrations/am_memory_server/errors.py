@@ -131,14 +131,14 @@ def _validation_error(problems: Sequence[Any], body: Any) -> ApiError:
     """One error for several problems; its `param` is the first one's, or a more precise one inside it."""
     if problems and problems[0]["type"] == "json_invalid":
         return ApiError(400, f"the body cannot be read as JSON: {problems[0]['ctx']['error']}", code="invalid_json")
-    places = [_place(problem, body) for problem in problems]
-    messages = [f"{place or 'body'}: {problem['msg']}" for place, problem in zip(places, problems, strict=True)]
-    inside = [place for place in places if f"{place}.".startswith(f"{places[0]}.")]
-    param = max(inside, key=len) if places[0] else None
+    paths = [_path(problem, body) for problem in problems]
+    messages = [f"{path or 'body'}: {problem['msg']}" for path, problem in zip(paths, problems, strict=True)]
+    inside = [path for path in paths if f"{path}.".startswith(f"{paths[0]}.")]
+    param = max(inside, key=len) if paths[0] else None
     return ApiError(400, "; ".join(messages[:MAX_PROBLEMS]), param=param, code="invalid_request")
 
 
-def _place(problem: Any, body: Any) -> str:
+def _path(problem: Any, body: Any) -> str:
     """The path of a problem in the request, such as messages.0.content; "" for the whole body.
 
     pydantic's own path also names the types and functions that it tried; they are left out.
@@ -146,14 +146,14 @@ def _place(problem: Any, body: Any) -> str:
     kind, *parts = problem["loc"]
     if kind != "body":
         return ".".join(map(str, parts))
-    place, here = list[str](), body
+    path, here = list[str](), body
     for part in parts:
         is_in_list = isinstance(here, list) and isinstance(part, int) and part < len(here)
         if is_in_list or (isinstance(here, dict) and part in here):
-            place.append(str(part))
+            path.append(str(part))
             here = here[part]
     if problem["type"] == UNKNOWN_NAME:
-        place.append(problem["ctx"]["name"])
+        path.append(problem["ctx"]["name"])
     if problem["type"] == "missing":
-        place.append(str(parts[-1]) if parts else "")
-    return ".".join(place)
+        path.append(str(parts[-1]) if parts else "")
+    return ".".join(path)

@@ -1,4 +1,4 @@
-"""`am-memory calibrate` on the tiny model: the file, its use in a policy, the plot, and what goes wrong."""
+"""`am-memory calibrate` on the tiny model: the file, its use in a policy, the plot, and errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEXT = "The quick brown fox jumps over the lazy dog, and 27 hens look on. " * 4
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: TransformersEngine) -> Path:
-    """Holds a text; whatever model is asked for, the tiny one is loaded."""
+    """A folder with a text; the tiny model is loaded instead of every other one."""
     tiny = engine
     monkeypatch.setattr(Memory, "from_pretrained", lambda model, *, engine, policy: Memory(tiny, policy))
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
@@ -29,7 +29,7 @@ def run(folder: Path, *options: str, text: str = "text.txt", out: str = "curves.
     return CliRunner().invoke(app, [*fixed, *options], env={"COLUMNS": "100"})
 
 
-def test_the_file_is_one_that_a_policy_takes(folder: Path, engine: TransformersEngine) -> None:
+def test_a_policy_takes_the_file(folder: Path, engine: TransformersEngine) -> None:
     result = run(folder)
     assert result.exit_code == 0, result.output
     assert "6 heads" in result.output
@@ -46,7 +46,7 @@ def test_the_curves_can_be_drawn(folder: Path) -> None:
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_matplotlib_nothing_is_measured_in_vain(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_nothing_is_measured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = run(folder, "--plot", str(folder / "curves.png"))
     assert result.exit_code == 1
@@ -62,7 +62,7 @@ def test_without_matplotlib_nothing_is_measured_in_vain(folder: Path, monkeypatc
         ({"out": "nowhere/curves.json"}, "there is no folder"),
     ],
 )
-def test_what_cannot_be_read_or_written_is_said_at_once(folder: Path, wrong: dict[str, str], message: str) -> None:
+def test_files_are_checked_before_the_measurement(folder: Path, wrong: dict[str, str], message: str) -> None:
     result = run(folder, **wrong)
     assert result.exit_code == 1
     assert message in result.output

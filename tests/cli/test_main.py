@@ -1,4 +1,4 @@
-"""The command line, on the tiny model where it only has to run and on the demo model where it has to convince."""
+"""The command line: on the tiny model, and on the demo model where answers must be right."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CommandLine = Callable[..., Result]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
-    """Runs the command line, with a fresh store and what a user would type."""
+    """Runs the command line with a fresh store and typed input."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "100")
 
@@ -36,13 +36,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    """Where the command line saves."""
+    """The store of the command line."""
     return Store(str(tmp_path / "am_memory" / "sessions"))
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, engine: TransformersEngine) -> TransformersEngine:
-    """Whatever model is asked for, the tiny one is loaded."""
+    """Loads the tiny model instead of every other one."""
 
     tiny_engine = engine
 
@@ -70,7 +70,7 @@ CHAT = ("chat", "--trigger-tokens", "256", "--keep-ratio", "0.25", "--max-new-to
 
 
 def interrupted_once(function: Callable[..., object]) -> Callable[..., object]:
-    """The same function, but its first call is a control-C."""
+    """The same function, but its first call raises KeyboardInterrupt."""
     calls = []
 
     def interrupted(*args: object, **kwargs: object) -> object:
@@ -169,7 +169,7 @@ def test_a_chat_compacts_by_itself_and_shows_it(run: CommandLine, store: Store) 
 
 
 @pytest.mark.usefixtures("tiny")
-def test_a_compaction_in_the_middle_of_an_answer_is_marked_in_it(run: CommandLine) -> None:
+def test_a_compaction_during_an_answer_is_marked_in_its_text(run: CommandLine) -> None:
     result = run(*CHAT[:-3], "100", "--temperature", "0", typed=f"{'Tell me. ' * 22}\n")
     assert re.search(r"⟨compacted \d+ tokens into \d+ slots⟩", result.output)
 
@@ -220,7 +220,7 @@ def test_control_c_while_reading_leaves_the_session_as_it_was(
 def test_control_c_before_the_answer_takes_the_question_back(
     run: CommandLine, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A question without an answer would stand before the next one, which many chat templates refuse."""
+    """Many chat templates refuse a question that follows another one without an answer."""
     monkeypatch.setattr(Session, "generate", interrupted_once(Session.generate))
     run(*CHAT, typed="Lost.\nKept.\n")
     assert [message["content"] for message in store.load("default").messages if message["role"] == "user"] == ["Kept."]
@@ -245,7 +245,7 @@ def test_control_c_ends_the_answer_and_keeps_what_was_said(
 
 
 @pytest.mark.usefixtures("tiny")
-def test_what_is_no_terminal_gets_plain_lines(run: CommandLine) -> None:
+def test_without_a_terminal_the_output_is_plain_lines(run: CommandLine) -> None:
     result = run(*CHAT, typed=f"{'Tell me more. ' * 40}\n/stats\n")
     assert "\x1b" not in result.output
     assert "> Tell me more." in result.output
@@ -271,7 +271,7 @@ def test_inspect_shows_the_segments_and_the_slots_of_every_head(run: CommandLine
 
 
 def test_a_gguf_file_is_run_by_llama_cpp(run: CommandLine, tiny_gguf: Path) -> None:
-    """A chat that goes on after a restart, and what is left of it."""
+    """A chat continues after a restart, and can be inspected."""
     chat = (*CHAT, "--engine", "llama_cpp", "--model", str(tiny_gguf))
     assert "compacted tokens" in run(*chat, typed="Tell me of owls. " * 20 + "\n").output
     assert "> Tell me of owls." in run(*chat, typed="/quit\n").output
@@ -316,7 +316,7 @@ def test_a_missed_gate_is_a_warning() -> None:
 
 
 @pytest.mark.parametrize("command", ["chat", "serve"])
-def test_how_a_model_is_run_reaches_it(run: CommandLine, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+def test_loading_options_reach_the_model(run: CommandLine, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     def from_pretrained(*_: object, **given: object) -> Memory:
         names = ("engine", "device", "dtype", "compile", "window_tokens", "trust_remote_code")
         raise InvalidInput(" ".join(f"{name}={given[name]}" for name in names))
@@ -334,7 +334,7 @@ def test_how_a_model_is_run_reaches_it(run: CommandLine, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("command", ["chat", "serve"])
 @pytest.mark.parametrize("pinned", ["sinks", "first_message", "70"])
-def test_what_is_pinned_can_be_chosen(
+def test_the_pinned_tokens_can_be_chosen(
     run: CommandLine, monkeypatch: pytest.MonkeyPatch, command: str, pinned: str
 ) -> None:
     def from_pretrained(*_: object, policy: MemoryPolicy, **__: object) -> Memory:

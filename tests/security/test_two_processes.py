@@ -402,8 +402,10 @@ def test_a_chat_whose_session_was_saved_elsewhere_goes_on_under_another_name(
     other.session("alice").save()
     result = CliRunner().invoke(app, ["chat", "--session", "alice", "--max-new-tokens", "2"], input="hello\n/quit\n")
     assert result.exit_code == 0
-    assert "another process has saved alice meanwhile: this chat goes on as alice-2" in result.output.replace("\n", " ")
-    assert "--session alice-2 goes on" in result.output
+    assert "another process has saved alice meanwhile: this chat continues as alice-2" in result.output.replace(
+        "\n", " "
+    )
+    assert "to continue: am-memory chat --session alice-2" in result.output
     again = Memory(engine, POLICY, store=tmp_path)
     assert again.session("alice").tokens == other.session("alice").tokens
     assert again.session("alice-2").tokens[: len(chat.tokens)] == chat.tokens

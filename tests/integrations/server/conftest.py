@@ -1,4 +1,4 @@
-"""Clients of the server, and a model for servers that are processes of their own."""
+"""A client of the server, and the tiny model in a folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def client(server: Server) -> openai.OpenAI:
 def model_folder(
     tiny_model: PreTrainedModel, byte_tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The tiny model, for servers that are processes of their own."""
+    """The tiny model in a folder, for servers in other processes."""
     folder = tmp_path_factory.mktemp("model")
     tiny_model.save_pretrained(folder)
     byte_tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Servers on a free port of this machine, each in a thread of its own, and clients of them."""
+"""Servers on free ports of this machine, each in its own thread, and their clients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ POLICY = MemoryPolicy(trigger_tokens=300, keep_ratio=0.25, pinned=3, keep_recent
 
 @dataclass
 class Server:
-    """One that runs."""
+    """A running server."""
 
     url: str
     service: Service
@@ -42,7 +42,7 @@ NewServer = Callable[..., AbstractContextManager[Server]]
 
 
 def servers_of(engine: Engine) -> NewServer:
-    """Starts servers of their own: `with new_server(store=..., api_keys=[...]) as server`."""
+    """A function that starts a server: `with new_server(store=..., api_keys=[...]) as server`."""
 
     @contextmanager
     def start(*, store: Any = None, policy: MemoryPolicy = POLICY, **settings: Any) -> Iterator[Server]:
@@ -71,7 +71,7 @@ def running(memory: Memory, **settings: Any) -> Iterator[Server]:
 
 
 def until(holds: Callable[[], object], seconds: float = 120) -> None:
-    """Wait for something that is bound to happen, sooner or later: a machine may be busy."""
+    """Wait until a condition holds; on a busy machine that can take long."""
     end = monotonic() + seconds
     while not holds():
         assert monotonic() < end, "it did not happen"

@@ -1,4 +1,4 @@
-"""Which requests are about the same conversation, as a router sees them."""
+"""Session affinity: requests of one conversation get one key."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def key(path: str, body: Any = None, *, method: str = "POST", has_keys: bool = T
     return affinity(method, path, named, json.dumps(body).encode(), has_keys=has_keys)
 
 
-def test_a_conversation_is_its_name_however_it_is_given_and_whatever_it_says() -> None:
+def test_a_named_conversation_keeps_its_key_whatever_its_messages() -> None:
     named = [
         key(CHAT, {"messages": [HELLO], "metadata": {"conversation_id": "tea"}}),
         key(CHAT, {"messages": [ANSWER, HELLO], "user": "tea"}),
@@ -34,24 +34,24 @@ def test_a_conversation_is_its_name_however_it_is_given_and_whatever_it_says() -
     assert key(f"{SESSIONS}/tea/compact", method="GET") != named[0]  # a session may be called so
 
 
-def test_without_a_name_the_opening_messages_tell_it() -> None:
+def test_without_a_name_the_first_messages_identify_a_conversation() -> None:
     first = key(CHAT, {"messages": [HELLO]})
     later = key(CHAT, {"messages": [HELLO, ANSWER, {"role": "user", "content": "and?"}], "stream": True})
     assert first == later != None  # noqa: E711
     assert key(CHAT, {"messages": [{"role": "system", "content": "be brief"}, HELLO]}) != first
 
 
-def test_conversations_of_two_keys_are_two() -> None:
+def test_two_api_keys_never_share_a_conversation() -> None:
     asked = {"messages": [HELLO], "user": "tea"}
     assert key(CHAT, asked) != key(CHAT, asked, authorization="Bearer bob")
 
 
-def test_where_the_server_has_no_keys_it_does_not_matter_which_one_is_sent() -> None:
+def test_without_api_keys_the_clients_key_does_not_matter() -> None:
     asked = {"messages": [HELLO], "user": "tea"}
     assert key(CHAT, asked, has_keys=False) == key(CHAT, asked, has_keys=False, authorization="")
 
 
-def test_a_plain_text_that_grows_is_the_same_one() -> None:
+def test_a_plain_prompt_that_grows_keeps_its_key() -> None:
     text = "once upon a time there was a lighthouse at the end of the world. " * 5
     assert key(TEXT, {"prompt": text}) == key(TEXT, {"prompt": f"{text}And then"})
     assert key(TEXT, {"prompt": text}) != key(TEXT, {"prompt": f"Another. {text}"})
@@ -69,9 +69,9 @@ def test_a_plain_text_that_grows_is_the_same_one() -> None:
         ("GET", SESSIONS, None),
     ],
 )
-def test_any_replica_will_do_for_what_is_about_no_conversation(method: str, path: str, body: Any) -> None:
+def test_a_request_without_a_conversation_can_go_to_any_replica(method: str, path: str, body: Any) -> None:
     assert key(path, body, method=method) is None
 
 
-def test_a_body_that_is_no_json_is_about_no_conversation() -> None:
+def test_a_body_that_is_not_json_can_go_to_any_replica() -> None:
     assert affinity("POST", CHAT, {}, b"\xff{", has_keys=False) is None

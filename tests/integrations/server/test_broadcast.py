@@ -1,4 +1,4 @@
-"""What several replicas answer, as one answer."""
+"""Requests to all replicas: their answers become one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def listed(*entries: dict[str, Any]) -> ReplicaAnswer:
     return whole(json.dumps({"object": "list", "data": entries}).encode())
 
 
-def test_figures_are_told_apart_by_replica() -> None:
+def test_metrics_get_a_label_for_each_replica() -> None:
     answers = []
     for replica, number in (("one", 1), ("two", 2)):
         metrics = Metrics(lambda: Sizes(0, 0, 0, 7, 0, 0.0))
@@ -40,14 +40,14 @@ def test_figures_are_told_apart_by_replica() -> None:
     assert dict(answer.headers) == {b"content-length": b"%d" % len(answer.body), b"x-other": b"kept"}
 
 
-def test_sessions_are_listed_once_as_the_replica_tells_them_that_holds_most() -> None:
+def test_a_session_of_several_replicas_is_listed_once_with_the_longest() -> None:
     entries = [{"id": name, "stats": {"logical_tokens": size}} for name, size in (("b", 3), ("b", 5), ("a", 1))]
     stored = {"id": "a", "stats": None}
     answer = merged(SESSIONS, [listed(entries[0], stored), listed(entries[1], entries[2])])
     assert json.loads(answer.body) == {"object": "list", "data": [entries[2], entries[1]]}
 
 
-def test_it_is_an_error_only_where_none_succeeded() -> None:
+def test_the_answer_is_an_error_only_if_no_replica_succeeded() -> None:
     fine, missing = whole(b"{}"), whole(b"none", status=404)
     assert merged(f"{SESSIONS}/tea", [missing, fine]) == fine
     assert merged(f"{SESSIONS}/tea", [missing, missing]) == missing
@@ -65,5 +65,5 @@ def test_it_is_an_error_only_where_none_succeeded() -> None:
         ("POST", "/v1/chat/completions", False),
     ],
 )
-def test_what_is_asked_of_all(method: str, path: str, expected: bool) -> None:
+def test_deletions_lists_and_metrics_go_to_all_replicas(method: str, path: str, expected: bool) -> None:
     assert is_broadcast(method, path) is expected

@@ -1,4 +1,4 @@
-"""kill -9, in the middle of a save and of a compaction: after a restart every finished turn is there."""
+"""kill -9 during a save and during a compaction: after a restart no finished turn is missing."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ SERVE = dedent("""
 
 @contextmanager
 def serving(model: Path, folder: Path, where: str = "nowhere", number: int = 0) -> Iterator[httpx.Client]:
-    """A server of its own process, which kills itself at that call of `where`."""
+    """A server in a process of its own, which kills itself at the given call of `where`."""
     port_file = folder / "port"
     port_file.unlink(missing_ok=True)
     arguments = [str(model), str(folder / "store"), str(port_file), where, str(number)]
@@ -76,14 +76,14 @@ def _answers(http: httpx.Client) -> bool:
 
 
 def say(http: httpx.Client, messages: list[Any], text: str) -> list[Any]:
-    """The conversation with one more turn, and how much of it was known."""
+    """The conversation with one more turn, and how many of its tokens were cached."""
     told = [*messages, {"role": "user", "content": text}]
     answer = http.post("/v1/chat/completions", json={"messages": told, "user": "ada", "temperature": 0}).json()
     return [*told, answer["choices"][0]["message"]]
 
 
 @pytest.mark.parametrize(("where", "number"), [("save", 3), ("compaction", 2)])
-def test_every_finished_turn_is_there_after_a_kill(
+def test_no_finished_turn_is_lost_by_a_kill(
     model_folder: Path, tmp_path: Path, new_server: NewServer, where: str, number: int
 ) -> None:
     """A parent's file was once deleted before its successor's was whole: a kill in between lost both."""

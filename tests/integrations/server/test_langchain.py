@@ -42,7 +42,7 @@ def cached(message: Any) -> int:
     return int(message.usage_metadata["input_token_details"]["cache_read"])
 
 
-def test_it_answers_and_tells_what_it_knew(model: ChatOpenAI) -> None:
+def test_it_answers_and_reports_cached_tokens(model: ChatOpenAI) -> None:
     question = HumanMessage("a question of LangChain's")
     answer = model.invoke([question], max_completion_tokens=6)
     second = model.invoke([question, answer, HumanMessage("and?")], max_completion_tokens=6)

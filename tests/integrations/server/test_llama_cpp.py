@@ -1,4 +1,4 @@
-"""The same server over llama.cpp: a conversation far longer than its cache, and a tool that the model must call."""
+"""The server with llama.cpp: a conversation far longer than its cache, and a forced tool call."""
 
 from __future__ import annotations
 

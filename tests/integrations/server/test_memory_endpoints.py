@@ -1,4 +1,4 @@
-"""The memory over HTTP: what is told of it is what is there, and what is done to it is done."""
+"""The memory endpoints: views match the cache, and compact, fork and delete take effect."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_view_accounts_for_every_token_slot_and_byte(http: httpx.Client) -> No
     assert sum(sum(layer["slots"]) for layer in layers) / num_heads == pytest.approx(compact, abs=0.1)
 
 
-def test_older_segments_are_told_how_often_they_were_cut(http: httpx.Client) -> None:
+def test_a_view_counts_how_often_a_segment_was_shrunk(http: httpx.Client) -> None:
     say(http, LONG)
     cuts = [part["num_cuts"] for part in http.get(f"{SESSIONS}/tea").json()["segments"] if part["kind"] == "compacted"]
     assert cuts[-1] == 0
@@ -80,7 +80,7 @@ def test_a_conversation_goes_on_after_it_was_compacted(http: httpx.Client) -> No
     assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == first["usage"]["total_tokens"]
 
 
-def test_where_nothing_can_be_compacted_that_is_said(http: httpx.Client) -> None:
+def test_compacting_an_empty_conversation_is_a_conflict(http: httpx.Client) -> None:
     say(http, "hi")
     assert http.post(f"{SESSIONS}/tea/compact", json={"fraction": 1}).status_code == 200
     answer = http.post(f"{SESSIONS}/tea/compact", json={"fraction": 1})
@@ -97,7 +97,7 @@ def test_a_fork_goes_its_own_way(http: httpx.Client) -> None:
     assert http.get(f"{SESSIONS}/coffee").json()["stats"]["logical_tokens"] > 0
 
 
-def test_what_is_not_there_is_not_found(http: httpx.Client) -> None:
+def test_an_unknown_session_is_not_found(http: httpx.Client) -> None:
     for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/compact"), ("POST", "/fork")):
         answer = http.request(method, f"{SESSIONS}/nothing{path}", json={"id": "x"} if path == "/fork" else {})
         assert answer.status_code == 404
@@ -110,7 +110,7 @@ def test_names_with_slashes_and_accents_work(http: httpx.Client) -> None:
     assert http.get(f"{SESSIONS}/Zo%C3%AB%2F2024%20%E2%98%95").status_code == 200
 
 
-def test_a_conversation_is_looked_at_after_a_restart(new_server: NewServer, tmp_path: Path) -> None:
+def test_a_conversation_can_be_inspected_after_a_restart(new_server: NewServer, tmp_path: Path) -> None:
     views = []
     for _ in range(2):
         with new_server(store=tmp_path / "own") as server, server.http() as http:
@@ -134,7 +134,7 @@ def test_a_hint_in_a_header_names_the_conversation(http: httpx.Client) -> None:
     assert any(name.startswith("auto-") for name in names)
 
 
-def test_metrics_count_what_was_done(http: httpx.Client) -> None:
+def test_metrics_count_tokens_answers_and_compactions(http: httpx.Client) -> None:
     usage = say(http, LONG).json()["usage"]
     view = http.get(f"{SESSIONS}/tea").json()
     text = http.get("/metrics").text
@@ -144,7 +144,7 @@ def test_metrics_count_what_was_done(http: httpx.Client) -> None:
     assert 'am_memory_requests_total{route="/v1/chat/completions",status="200"} 1.0' in text
 
 
-def test_the_page_and_all_that_it_needs_come_from_the_server(http: httpx.Client) -> None:
+def test_the_page_loads_nothing_from_other_hosts(http: httpx.Client) -> None:
     page = http.get("/")
     assert page.status_code == 200
     assert "default-src 'self'" in page.headers["content-security-policy"]
@@ -166,7 +166,7 @@ def test_a_conversation_deleted_while_it_is_answered_does_not_come_back(http: ht
 
 
 @pytest.mark.parametrize("is_new", [True, False])
-def test_a_conversation_deleted_while_a_request_of_it_waits_does_not_come_back(
+def test_a_conversation_deleted_while_its_request_waits_does_not_come_back(
     new_server: NewServer, tmp_path: Path, is_new: bool
 ) -> None:
     with new_server(store=tmp_path, max_active=1) as server, server.http() as http, ThreadPoolExecutor() as pool:
@@ -189,14 +189,14 @@ def test_a_conversation_deleted_while_a_request_of_it_waits_does_not_come_back(
 
 
 @pytest.mark.parametrize("name", ["x" * 201, "two\nlines"])
-def test_a_name_that_no_fork_can_have_is_refused_where_it_was_given(http: httpx.Client, name: str) -> None:
+def test_an_invalid_name_for_a_fork_is_refused_as_its_id(http: httpx.Client, name: str) -> None:
     say(http, "hello")
     error = http.post(f"{SESSIONS}/tea/fork", json={"id": name}).json()["error"]
     assert error["param"] == "id"
     assert "cannot name a conversation: give 1 to 200" in error["message"]
 
 
-def test_what_cannot_be_read_is_listed_and_can_be_deleted(new_server: NewServer, tmp_path: Path) -> None:
+def test_an_unreadable_session_is_listed_and_can_be_deleted(new_server: NewServer, tmp_path: Path) -> None:
     with new_server(store=tmp_path) as server, server.http() as http:
         say(http, "hello")
     for path in tmp_path.rglob("*.safetensors"):

@@ -1,4 +1,4 @@
-"""The official `openai` client against the server: every option it takes does what OpenAI's API says."""
+"""The official `openai` client with the server: every option does what OpenAI's API says."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_an_answer_has_openais_form(client: openai.OpenAI) -> None:
     assert completion.usage.total_tokens == completion.usage.prompt_tokens + 5
 
 
-def test_a_conversation_that_comes_back_reads_only_what_is_new(client: openai.OpenAI) -> None:
+def test_a_conversation_reads_only_its_new_messages(client: openai.OpenAI) -> None:
     messages = [user("this is a conversation that comes back")]
     first = ask(client, messages)
     messages += [{"role": "assistant", "content": first.choices[0].message.content}, user("and?")]
@@ -72,7 +72,7 @@ def test_the_whole_message_of_the_client_can_be_sent_back(client: openai.OpenAI)
     assert second.usage.prompt_tokens_details.cached_tokens == first.usage.total_tokens
 
 
-def test_a_stream_says_what_a_whole_answer_says(client: openai.OpenAI) -> None:
+def test_a_stream_equals_the_whole_answer(client: openai.OpenAI) -> None:
     whole = ask(client, [user("stream this")], max_tokens=12)
     chunks = list(
         ask(client, [user("stream this")], max_tokens=12, stream=True, stream_options={"include_usage": True})
@@ -84,12 +84,12 @@ def test_a_stream_says_what_a_whole_answer_says(client: openai.OpenAI) -> None:
     assert chunks[-1].choices == []
 
 
-def test_a_stream_without_options_tells_no_usage(client: openai.OpenAI) -> None:
+def test_a_stream_without_options_has_no_usage(client: openai.OpenAI) -> None:
     chunks = list(ask(client, [user("stream this")], stream=True))
     assert all(chunk.choices and chunk.usage is None for chunk in chunks)
 
 
-def test_the_memory_tells_itself_where_it_is_asked_to(client: openai.OpenAI) -> None:
+def test_include_memory_adds_chunks_about_the_memory(client: openai.OpenAI) -> None:
     long = user("a prompt longer than the cache, which is compacted as it is read. " * 8)
     chunks = list(ask(client, [long], stream=True, stream_options={"include_memory": True}))
     told = [chunk.am_memory for chunk in chunks if not chunk.choices]
@@ -150,7 +150,7 @@ def test_a_forced_tool_is_called_with_arguments_of_its_schema(client: openai.Ope
     assert completion.choices[0].finish_reason == "tool_calls"
 
 
-def test_a_result_of_a_tool_goes_on_from_the_call(client: openai.OpenAI) -> None:
+def test_a_tool_result_continues_from_its_call(client: openai.OpenAI) -> None:
     messages: list[Any] = [user("add something, and say it")]
     options = {"tools": [TOOL], "max_tokens": 200}
     first = ask(client, messages, tool_choice="required", parallel_tool_calls=False, **options)
@@ -203,7 +203,7 @@ def test_the_model_is_listed_and_any_other_is_not_found(client: openai.OpenAI) -
         ({"extra_body": {"metadata": {"conversation_id": "\n"}}}, "cannot name a conversation"),
     ],
 )
-def test_what_cannot_be_done_is_refused_by_name(client: openai.OpenAI, options: dict[str, Any], problem: str) -> None:
+def test_an_unsupported_option_is_refused_by_name(client: openai.OpenAI, options: dict[str, Any], problem: str) -> None:
     with pytest.raises(openai.BadRequestError, match=problem):
         ask(client, [user("hello")], **options)
 
@@ -214,14 +214,14 @@ def test_images_are_refused(client: openai.OpenAI) -> None:
         ask(client, [{"role": "user", "content": [image]}])
 
 
-def test_parts_of_text_are_one_text(client: openai.OpenAI) -> None:
+def test_text_parts_are_joined(client: openai.OpenAI) -> None:
     ask(client, [user("two parts")])
     parts = [{"type": "text", "text": "two "}, {"type": "text", "text": "parts"}]
     again = ask(client, [{"role": "user", "content": parts}])
     assert again.usage.prompt_tokens_details.cached_tokens > 0
 
 
-def test_plain_completions_go_on_from_their_longest_known_beginning(client: openai.OpenAI) -> None:
+def test_plain_completions_continue_from_the_longest_cached_prefix(client: openai.OpenAI) -> None:
     prompt = "Once upon a time there was a server"
     first = client.completions.create(model="tiny", prompt=prompt, max_tokens=6, temperature=0)
     text = first.choices[0].text
@@ -261,7 +261,7 @@ async def test_the_async_client_streams_as_well(server: Any) -> None:
     ],
     ids=str,
 )
-def test_an_option_that_there_is_not_is_refused_by_name(client: openai.OpenAI, options: dict[str, Any]) -> None:
+def test_an_unknown_option_is_refused_by_name(client: openai.OpenAI, options: dict[str, Any]) -> None:
     with pytest.raises(openai.BadRequestError, match="usge|shema|temprature") as refused:
         ask(client, [user("hello")], **options)
     assert str(refused.value.param).rpartition(".")[2] in ("include_usge", "json_shema", "shema", "temprature")
@@ -269,7 +269,7 @@ def test_an_option_that_there_is_not_is_refused_by_name(client: openai.OpenAI, o
 
 @pytest.mark.parametrize("arguments", [{"a": 1}, None, [1, 2], '{"a": 1, "b', ""], ids=str)
 def test_arguments_of_a_history_may_be_anything(client: openai.OpenAI, arguments: Any) -> None:
-    """One call whose arguments were no JSON, or no text, made a 400 of every later request."""
+    """A call in the history whose arguments were not JSON, or not text, made every later request a 400."""
     call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": arguments}}
     messages = [user("add"), {"role": "assistant", "content": None, "tool_calls": [call]}]
     messages += [{"role": "tool", "tool_call_id": "c1", "content": "Not run."}, user("go on")]
@@ -279,7 +279,7 @@ def test_arguments_of_a_history_may_be_anything(client: openai.OpenAI, arguments
 def test_strict_tools_and_single_calls_are_grammars(
     client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The server read `strict` and forgot it, and let a free answer make several calls whatever it was told."""
+    """The server ignored `strict`, and ignored `parallel_tool_calls` in answers without a forced call."""
     written = '<tool_call>\n{"name": "add", "arguments": {"a": %s, "b": 3}}\n</tool_call>'
 
     def say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""The page in headless Chromium: a chat past several compactions, the memory in view, reload, stop, other conversations."""
+"""The chat page in headless Chromium: compactions, the memory panel, reload, stop, several conversations."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Page:
         return bool(self.browser.execute_script("return document.querySelector('#send').hidden"))
 
     def type(self, text: str) -> None:
-        """Pasted: a driver types a long text letter by letter, which takes long."""
+        """Paste a text: the driver would type it letter by letter."""
         paste = "const box = document.querySelector('#input'); box.value = arguments[0]; box.focus()"
         self.browser.execute_script(paste, text)
         self.browser.find_element("css selector", "#input").send_keys("\n")
@@ -104,7 +104,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, new_server: NewServer, tmp_path: Path) -> Iterator[Page]:
-    """On a server, and so an origin, of its own: nothing is left of the test before."""
+    """The page on a server of its own, so an origin without data of earlier tests."""
     with new_server(store=tmp_path, max_tokens=20) as server:
         page = Page(browser, server)
         yield page
@@ -138,7 +138,7 @@ def test_a_chat_goes_on_past_three_compactions_and_shows_them(page: Page) -> Non
 
 
 def test_the_page_itself_never_scrolls(page: Page) -> None:
-    """What only screen readers see was placed beyond its end: below a long chat lay an empty page."""
+    """Text for screen readers was once placed below the page, so that a long chat had an empty page under it."""
     for _ in range(3):
         page.say(LONG * 3 + "\n" * 20)
     size = page.browser.execute_script(
@@ -198,7 +198,7 @@ def test_an_answer_can_be_stopped_and_the_chat_goes_on(page: Page, going_on: Eve
 
 
 def test_an_answer_without_a_word_says_so(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It vanished, and left a question that looked as if nobody had heard it."""
+    """The empty answer disappeared, and the question looked unanswered."""
 
     def silent(answer: ChatAnswer) -> Iterator[Delta]:
         answer.finish_reason = "stop"

@@ -1,4 +1,4 @@
-"""Two replicas on one machine: conversations keep to theirs, stream through the ingress, and survive its loss."""
+"""Two replicas on one machine: a conversation stays on one of them, streams, and survives its loss."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Cluster:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
 
     def figures(self, name: str) -> dict[str, float]:
-        """One figure of each replica."""
+        """A metric of each replica."""
         with self.http(OPERATOR) as http:
             text = http.get("/metrics").text
         found = re.findall(rf'^am_memory_{name}{{replica="(\w+)"}} (\S+)$', text, re.MULTILINE)
@@ -146,7 +146,7 @@ def test_streamed_and_whole_answers_are_the_same(cluster: Cluster) -> None:
     assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
 
 
-def test_errors_and_the_page_come_as_they_are(cluster: Cluster) -> None:
+def test_errors_and_the_page_pass_through_the_ingress(cluster: Cluster) -> None:
     with cluster.http() as http:
         assert http.get("/health").json() == {"status": "ok"}
         assert "<title>am-memory</title>" in http.get("/").text
@@ -171,7 +171,7 @@ def test_all_sessions_of_a_key_are_listed_and_none_of_another(cluster: Cluster) 
         assert bob.get(f"{SESSIONS}/listed 0").status_code == 404
 
 
-def test_what_is_deleted_is_forgotten_by_all_replicas(cluster: Cluster) -> None:
+def test_a_deletion_reaches_all_replicas(cluster: Cluster) -> None:
     ask(cluster.client(), [HELLO], "secret")
     scope = {"type": "http", "http_version": "1.1", "method": "GET", "scheme": "http", "query_string": b""}
     headers = [(b"authorization", f"Bearer {ALICE}".encode())]
@@ -197,14 +197,14 @@ def test_an_application_that_is_open_to_everybody_by_accident_is_not_built(monke
     assert build(settings)
 
 
-def test_a_store_is_asked_for() -> None:
+def test_a_store_is_required() -> None:
     from am_memory_server.ray_serve import RaySettings
 
     with pytest.raises(InvalidInput, match="store: Field required"):
         RaySettings.model_validate({})
 
 
-def test_a_setting_that_there_is_not_is_refused_with_the_nearest_one() -> None:
+def test_an_unknown_setting_is_refused_with_the_nearest_one() -> None:
     from am_memory_server.ray_serve import RaySettings, build
 
     with pytest.raises(InvalidInput, match=r"there is no num_replica \(did you mean num_replicas\?\)"):

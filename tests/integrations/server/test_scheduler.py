@@ -1,4 +1,4 @@
-"""Whose turn it is: between owners, between their conversations, and what ends with its consumer."""
+"""Turns between owners and between their conversations, and jobs whose clients do not read or go away."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_turns_are_taken_between_owners_and_then_between_their_conversations() -
     assert len(queue) == 0
 
 
-def test_whoever_comes_new_is_not_behind_the_one_that_had_the_last_turn() -> None:
+def test_a_new_owner_is_before_the_one_that_had_the_last_turn() -> None:
     queue: FairQueue[str] = FairQueue()
     for name in "aab":
         queue.push((name,), name)
@@ -61,7 +61,7 @@ def test_whoever_comes_new_is_not_behind_the_one_that_had_the_last_turn() -> Non
     assert [queue.pop() for _ in range(3)] == ["b", "c", "a"]
 
 
-def test_each_owner_has_a_share_of_the_places_whoever_holds_them() -> None:
+def test_each_owner_has_a_share_of_the_active_jobs() -> None:
     limit: Any = FairLimit(4)
     for name in "aaaaaabbbccd":
         limit.waiting.push((name, "chat"), name)
@@ -73,13 +73,13 @@ def test_each_owner_has_a_share_of_the_places_whoever_holds_them() -> None:
     assert limit.active == {"a": 1, "b": 2, "c": 1, "d": 1}
     assert limit.waiting.names == ["b", "c", "a"]
     limit.release("b")
-    assert list(limit.admit()) == []  # four have one place each
+    assert list(limit.admit()) == []  # four have one active job each
     limit.release("d")
-    assert list(limit.admit()) == ["b"]  # a free place goes to the next in turn
+    assert list(limit.admit()) == ["b"]  # the next in turn becomes active
 
 
 def gated(name: str, seen: list[str], gate: Semaphore) -> Job:
-    """Each step says that it has begun, and ends when it may."""
+    """A job whose steps are noted when they begin, and end when the gate lets them."""
 
     def steps(publish: Publish, found: object) -> Steps[None]:
         while True:
@@ -102,8 +102,8 @@ async def given_up(*jobs: asyncio.Future[Any]) -> None:
     await asyncio.gather(*jobs, return_exceptions=True)
 
 
-async def test_a_new_owner_has_the_step_after_the_one_that_is_under_way(scheduler: Scheduler) -> None:
-    """However many streams and calls of another wait: four long answers of one key held all places until they ended."""
+async def test_a_new_owner_gets_the_next_step(scheduler: Scheduler) -> None:
+    """Four long answers of one key once kept all other keys waiting until they ended."""
     seen: list[str] = []
     gate = Semaphore(0)
 
@@ -115,7 +115,7 @@ async def test_a_new_owner_has_the_step_after_the_one_that_is_under_way(schedule
 
     flood = [asyncio.ensure_future(all_of(scheduler, "a", gated("a", seen, gate))) for _ in range(4)]
     flood.append(asyncio.ensure_future(scheduler.call(("a", "calls"), lambda: call("a calls"))))
-    for _ in range(7):  # all that have a place have had a turn
+    for _ in range(7):  # each active job has had a turn
         gate.release()
         num_steps = len(seen)
         await until(lambda: len(seen) > num_steps)  # noqa: B023  # waited for here
@@ -132,7 +132,7 @@ async def test_a_new_owner_has_the_step_after_the_one_that_is_under_way(schedule
     assert "".join(name[0] for name in seen[8:16]) == "babababa"
 
 
-async def test_what_goes_aside_keeps_nobodys_turn(scheduler: Scheduler) -> None:
+async def test_a_host_call_blocks_no_other_job(scheduler: Scheduler) -> None:
     begun, done = Event(), Event()
 
     def waiting() -> str:
@@ -150,7 +150,7 @@ async def test_what_goes_aside_keeps_nobodys_turn(scheduler: Scheduler) -> None:
     assert await job == ["found"]
 
 
-async def test_what_one_owner_has_aside_does_not_hold_up_anothers() -> None:
+async def test_host_calls_of_one_owner_do_not_delay_another() -> None:
     scheduler = Scheduler(max_active=2 * NUM_HOST_THREADS, max_queued=3)
     done = Event()
 
@@ -165,7 +165,7 @@ async def test_what_one_owner_has_aside_does_not_hold_up_anothers() -> None:
     await asyncio.to_thread(scheduler.close)
 
 
-async def test_an_error_aside_is_raised_in_the_job(scheduler: Scheduler) -> None:
+async def test_an_error_of_a_host_call_is_raised_in_the_job(scheduler: Scheduler) -> None:
     def steps() -> Steps[str]:
         try:
             yield from on_host(lambda: 1 // 0)
@@ -178,7 +178,7 @@ async def test_an_error_aside_is_raised_in_the_job(scheduler: Scheduler) -> None
         await scheduler.call_on_host(("a", "calls"), lambda: 1 // 0)
 
 
-async def test_a_job_is_given_what_was_looked_at_before_and_does_not_begin_without(scheduler: Scheduler) -> None:
+async def test_a_job_gets_its_preparation_and_does_not_start_if_that_fails(scheduler: Scheduler) -> None:
     def steps(publish: Publish, found: object) -> Steps[None]:
         publish(found)
         yield None
@@ -187,13 +187,13 @@ async def test_a_job_is_given_what_was_looked_at_before_and_does_not_begin_witho
     gate, seen = Semaphore(0), list[str]()
     busy = asyncio.ensure_future(all_of(scheduler, "b", gated("b", seen, gate)))
     await until(lambda: seen)
-    with pytest.raises(ZeroDivisionError):  # which waits for nobody's step
+    with pytest.raises(ZeroDivisionError):  # raised without a step of any job
         await anext(scheduler.stream(("a", "chat"), steps, lambda: 1 // 0))
     await given_up(busy)
     gate.release()
 
 
-async def test_what_is_only_looked_at_waits_for_no_step(scheduler: Scheduler) -> None:
+async def test_a_call_on_a_host_thread_waits_for_no_step(scheduler: Scheduler) -> None:
     gate, seen = Semaphore(0), list[str]()
     job = asyncio.ensure_future(all_of(scheduler, "a", gated("a", seen, gate)))
     await until(lambda: seen)
@@ -202,7 +202,7 @@ async def test_what_is_only_looked_at_waits_for_no_step(scheduler: Scheduler) ->
     gate.release()
 
 
-async def test_calls_are_made_one_after_the_other_and_count_as_what_waits(scheduler: Scheduler) -> None:
+async def test_calls_of_an_owner_run_one_after_the_other_and_count_as_waiting(scheduler: Scheduler) -> None:
     seen: list[str] = []
 
     def call(name: str) -> Steps[str]:
@@ -225,7 +225,7 @@ async def test_calls_are_made_one_after_the_other_and_count_as_what_waits(schedu
     assert seen == [f"{name} {what}" for name in "1234" for what in ("begins", "ends")]
 
 
-async def test_a_consumer_that_does_not_read_holds_up_its_own_job_alone(scheduler: Scheduler) -> None:
+async def test_a_client_that_does_not_read_blocks_only_its_own_job(scheduler: Scheduler) -> None:
     posted: list[int] = []
 
     def talking(publish: Publish, found: object) -> Steps[None]:
@@ -248,7 +248,7 @@ def talking_to_nobody(publish: Publish, found: object) -> Steps[None]:
         yield None
 
 
-async def test_answers_that_are_not_read_hold_no_place_of_their_owner(scheduler: Scheduler) -> None:
+async def test_a_blocked_job_is_not_active(scheduler: Scheduler) -> None:
     async with AsyncExitStack() as stack:
         unread = [scheduler.stream(("a", str(number)), talking_to_nobody) for number in range(2)]
         for items in unread:
@@ -257,12 +257,12 @@ async def test_answers_that_are_not_read_hold_no_place_of_their_owner(scheduler:
         await until(lambda: len(scheduler._blocked) == 2)
         assert scheduler.num_active == 0
         assert await all_of(scheduler, "a", counting("a", 50, [])) == list(range(50))
-        for items in unread:  # nothing of them is lost
+        for items in unread:  # no update is lost
             assert [item async for item in items] == list(range(1, 3 * MAX_UNREAD))
     assert not scheduler._parked
 
 
-async def test_of_too_many_answers_that_are_not_read_the_one_that_waits_for_longest_is_ended(
+async def test_of_too_many_blocked_jobs_the_longest_blocked_one_is_ended(
     scheduler: Scheduler,
 ) -> None:
     async with AsyncExitStack() as stack:
@@ -282,7 +282,7 @@ async def test_of_too_many_answers_that_are_not_read_the_one_that_waits_for_long
 
 
 @pytest.mark.parametrize("is_read_again", [True, False])
-async def test_an_answer_that_rested_is_closed_when_nobody_listens_any_more(is_read_again: bool) -> None:
+async def test_a_parked_job_is_closed_when_its_client_goes_away(is_read_again: bool) -> None:
     scheduler, closed = Scheduler(max_active=1, max_queued=3), Event()
 
     def talking(publish: Publish, found: object) -> Steps[None]:
@@ -305,7 +305,7 @@ async def test_an_answer_that_rested_is_closed_when_nobody_listens_any_more(is_r
     assert not scheduler._streams.active
 
 
-async def test_a_job_whose_consumer_does_not_read_ends_with_it_or_with_the_server() -> None:
+async def test_a_blocked_job_ends_with_its_client_or_with_the_server() -> None:
     scheduler, closed = Scheduler(max_active=2, max_queued=3), Event()
 
     def talking(publish: Publish, found: object) -> Steps[None]:
@@ -326,7 +326,7 @@ async def test_a_job_whose_consumer_does_not_read_ends_with_it_or_with_the_serve
         await asyncio.to_thread(scheduler.close)
 
 
-async def test_a_job_gives_what_it_posts_in_order(scheduler: Scheduler) -> None:
+async def test_updates_arrive_in_order(scheduler: Scheduler) -> None:
     assert await all_of(scheduler, "a", counting("a", 5, [])) == [0, 1, 2, 3, 4]
 
 
@@ -337,7 +337,7 @@ async def test_active_jobs_take_turns_step_by_step(scheduler: Scheduler) -> None
     assert changes > 50  # one at a time would be a single change
 
 
-async def test_an_error_of_a_job_is_raised_where_it_is_awaited_and_nowhere_else(scheduler: Scheduler) -> None:
+async def test_an_error_of_a_job_is_raised_at_its_client_only(scheduler: Scheduler) -> None:
     def failing(publish: Publish, found: object) -> Steps[None]:
         yield None
         raise KeyError("broken")
@@ -347,7 +347,7 @@ async def test_an_error_of_a_job_is_raised_where_it_is_awaited_and_nowhere_else(
     assert await all_of(scheduler, "b", counting("b", 2, [])) == [0, 1]
 
 
-async def test_a_job_is_closed_when_nobody_listens_any_more(scheduler: Scheduler) -> None:
+async def test_a_job_is_closed_when_its_client_goes_away(scheduler: Scheduler) -> None:
     closed = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -362,7 +362,7 @@ async def test_a_job_is_closed_when_nobody_listens_any_more(scheduler: Scheduler
     await asyncio.wait_for(closed.wait(), 10)
 
 
-async def test_an_owner_who_has_too_much_waiting_is_refused_and_others_are_not(scheduler: Scheduler) -> None:
+async def test_an_owner_with_too_many_waiting_jobs_is_refused_and_others_are_not(scheduler: Scheduler) -> None:
     jobs: list[asyncio.Future[list[object]]] = []
     for num_active, num_waiting in ((1, 0), (2, 0), (2, 1), (2, 2), (2, 3)):
         jobs.append(asyncio.ensure_future(all_of(scheduler, "a", endless)))
@@ -370,7 +370,7 @@ async def test_an_owner_who_has_too_much_waiting_is_refused_and_others_are_not(s
             await asyncio.sleep(0.001)
     with pytest.raises(QueueFull, match="3 requests"):
         await all_of(scheduler, "a", counting("a", 1, []))
-    jobs.pop().cancel()  # it waits, and gives up its place
+    jobs.pop().cancel()  # it leaves the queue
     while scheduler.num_waiting != 2:
         await asyncio.sleep(0.001)
     other = asyncio.ensure_future(all_of(scheduler, "b", counting("b", 1, [])))
@@ -379,7 +379,7 @@ async def test_an_owner_who_has_too_much_waiting_is_refused_and_others_are_not(s
     assert await asyncio.wait_for(other, 10) == [0]
 
 
-async def test_what_was_taken_is_finished_and_nothing_new_is_taken_at_the_end() -> None:
+async def test_on_shutdown_accepted_jobs_finish_and_new_ones_are_refused() -> None:
     scheduler = Scheduler(max_active=1, max_queued=5)
     jobs = [asyncio.ensure_future(all_of(scheduler, name, counting(name, 50, []))) for name in "abc"]
     await asyncio.sleep(0)

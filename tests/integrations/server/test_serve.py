@@ -1,4 +1,4 @@
-"""`am-memory serve`: what its options become, and what it refuses before a model is loaded."""
+"""`am-memory serve`: how its options become settings, and errors before a model is loaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from am_memory.errors import InvalidInput
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch, engine: TransformersEngine) -> list[tuple[Memory, ServerSettings]]:
-    """What would have been served; whatever model is asked for, it is the tiny one."""
+    """The memory and the settings that would have been served; every model is the tiny one."""
     found: list[tuple[Memory, ServerSettings]] = []
 
     def from_pretrained(model: str, *, policy: MemoryPolicy, store: str | None, **_: Any) -> Memory:
@@ -70,7 +70,7 @@ def test_every_option_reaches_the_server(started: list[tuple[Memory, ServerSetti
     )
 
 
-def test_keys_may_stand_in_the_environment(
+def test_keys_are_read_from_the_environment(
     started: list[tuple[Memory, ServerSettings]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(KEYS_VARIABLE, "first-key,second-key")
@@ -89,14 +89,14 @@ def test_a_server_for_other_machines_without_a_key_does_not_start(
     assert started == []
 
 
-def test_a_model_is_called_by_its_name_and_never_by_its_path(tmp_path: Path) -> None:
+def test_a_model_is_named_without_its_path(tmp_path: Path) -> None:
     (tmp_path / "tiny.gguf").touch()
     assert name_of("demo") == "demo"
     assert name_of("Qwen/Qwen3-4B") == "Qwen/Qwen3-4B"
     assert name_of(str(tmp_path / "tiny.gguf")) == "tiny"
 
 
-def test_a_setting_that_there_is_not_is_refused_with_the_nearest_one() -> None:
+def test_an_unknown_setting_is_refused_with_the_nearest_one() -> None:
     with pytest.raises(InvalidInput, match=r"there is no max_session \(did you mean max_sessions\?\)$"):
         ServerSettings(max_session=3)
     with pytest.raises(InvalidInput) as refused:

@@ -1,4 +1,4 @@
-"""Many clients: what one key may see, how the device is shared, what is too much, and clients that go away."""
+"""Many clients: separation of keys, turns on the device, limits, and clients that go away."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def ask(client: openai.OpenAI, text: str, **options: Any) -> Any:
     return client.chat.completions.create(model="tiny", messages=messages, **{"temperature": 0, **options})
 
 
-def test_nothing_of_one_key_is_seen_by_another(new_server: NewServer, tmp_path: Path) -> None:
+def test_one_key_sees_nothing_of_another(new_server: NewServer, tmp_path: Path) -> None:
     with new_server(api_keys=[ALICE, BOB], store=tmp_path) as server:
         asked: dict[str, Any] = {"model": "tiny", "messages": [HELLO], "metadata": {"conversation_id": "one"}}
         with server.http(ALICE) as alice, server.http(BOB) as bob:
@@ -40,7 +40,7 @@ def test_nothing_of_one_key_is_seen_by_another(new_server: NewServer, tmp_path: 
             assert alice.get("/v1/memory/sessions/one").status_code == 200
 
 
-def test_plain_texts_of_one_key_are_not_known_to_another(new_server: NewServer) -> None:
+def test_plain_prompts_of_one_key_are_not_cached_for_another(new_server: NewServer) -> None:
     with new_server(api_keys=[ALICE, BOB]) as server:
         asked = {"model": "tiny", "prompt": "a plain text, which is a secret as well"}
         cached = []
@@ -62,7 +62,7 @@ def test_a_name_cannot_reach_into_the_conversations_of_another(new_server: NewSe
                 assert bob.get(f"/v1/memory/sessions/{name}").status_code == 404
 
 
-def test_without_a_right_key_nothing_is_answered(new_server: NewServer) -> None:
+def test_without_a_valid_key_nothing_is_answered(new_server: NewServer) -> None:
     with new_server(api_keys=[ALICE]) as server:
         for key in (None, "key-of-mallory"):
             with server.http(key) as http:
@@ -75,7 +75,7 @@ def test_without_a_right_key_nothing_is_answered(new_server: NewServer) -> None:
             server.client("key-of-mallory").models.list()
 
 
-def test_a_page_cannot_have_a_browser_call_under_another_name(server: Server) -> None:
+def test_a_web_page_cannot_reach_the_server_under_another_name(server: Server) -> None:
     with server.http() as http:
         answer = http.get("/v1/models", headers={"Host": "evil.example"})
     assert answer.status_code == 403
@@ -88,14 +88,14 @@ def test_a_server_is_not_open_to_other_machines_by_accident() -> None:
     assert ServerSettings(host="0.0.0.0", allow_anonymous=True).host == "0.0.0.0"
 
 
-def test_settings_out_of_range_do_not_tell_the_key() -> None:
+def test_an_error_in_the_settings_does_not_show_the_key() -> None:
     with pytest.raises(InvalidInput) as refused:
         ServerSettings(api_keys=("short",))
     assert "short" not in str(refused.value).replace("shorter", "")
 
 
-def test_answers_are_written_in_turn(new_server: NewServer) -> None:
-    """A short answer that is asked for second does not wait for the end of a long one."""
+def test_answers_are_generated_in_turn(new_server: NewServer) -> None:
+    """A short answer does not wait for the end of a long one that came first."""
     with new_server() as server:
         client, seen = server.client(), []
 
@@ -112,7 +112,7 @@ def test_answers_are_written_in_turn(new_server: NewServer) -> None:
         assert num_before < len(seen)
 
 
-def test_many_at_once_get_the_answers_that_they_get_alone(new_server: NewServer) -> None:
+def test_concurrent_answers_equal_single_ones(new_server: NewServer) -> None:
     with new_server(max_active=3, max_tokens=12) as server, ThreadPoolExecutor(8) as pool:
         client = server.client()
         texts = [f"question number {number}" for number in range(8)]
@@ -122,7 +122,7 @@ def test_many_at_once_get_the_answers_that_they_get_alone(new_server: NewServer)
         assert together == [ask(client, text).choices[0].message.content for text in texts]
 
 
-def test_too_many_requests_are_told_to_come_back(new_server: NewServer) -> None:
+def test_too_many_waiting_requests_get_a_429(new_server: NewServer) -> None:
     with new_server(max_active=1, max_queued=1) as server:
         client = server.client()
         streams = [ask(client, "tell me everything", max_tokens=2000, stream=True)]
@@ -159,7 +159,7 @@ def test_a_request_that_is_too_large_is_refused(new_server: NewServer) -> None:
         assert answer.json()["error"]["code"] == "request_too_large"
 
 
-def test_memory_is_bounded_and_what_left_it_comes_back_from_the_store(new_server: NewServer, tmp_path: Path) -> None:
+def test_evicted_conversations_come_back_from_the_store(new_server: NewServer, tmp_path: Path) -> None:
     with new_server(max_sessions=2, store=tmp_path) as server:
         client = server.client()
         answers = [ask(client, f"conversation {number}") for number in range(5)]
@@ -183,7 +183,7 @@ def test_the_bytes_of_all_caches_are_bounded(new_server: NewServer, tmp_path: Pa
         assert len(server.service.threads.all_branches()) < 12 == len(server.service.threads.names())
 
 
-def test_pages_of_other_origins_may_call_only_where_that_was_said(new_server: NewServer, server: Server) -> None:
+def test_only_named_origins_may_call(new_server: NewServer, server: Server) -> None:
     origin = {"Origin": "https://chat.example", "Access-Control-Request-Method": "POST"}
     with server.http() as http:
         assert "access-control-allow-origin" not in http.options("/v1/chat/completions", headers=origin).headers
@@ -192,7 +192,7 @@ def test_pages_of_other_origins_may_call_only_where_that_was_said(new_server: Ne
         assert allowed["access-control-allow-origin"] == "https://chat.example"
 
 
-def test_an_answer_under_way_comes_to_its_end_when_the_server_stops(new_server: NewServer, tmp_path: Path) -> None:
+def test_a_running_answer_finishes_on_shutdown(new_server: NewServer, tmp_path: Path) -> None:
     chunks: list[Any] = []
     with new_server(store=tmp_path) as server:
         stream = iter(ask(server.client(), "finish this", max_tokens=60, stream=True))
