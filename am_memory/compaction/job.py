@@ -166,7 +166,7 @@ class CompactionJob:
         """Fit each layer to queries that have passed through the compacted layers below it."""
         cache = cast("LayerwiseCache", passage.cache)  # the policy was checked against the engine's capabilities
         scored_by = sources.sample(passage) if self.policy.head_budget != "uniform" else None
-        repeat, progress = partial(sources.through, passage), sources.progress
+        repeat, progress = partial(sources.repeat_through, passage), sources.progress
         return compact_on_policy(
             cache, plan, self.num_pinned, repeat, scored_by, self.policy, progress, self.calibration
         )

@@ -115,7 +115,7 @@ class QuerySources:
         num_tokens = min(len(passage.token_ids), self.engine.info.window_tokens)
         return from_further_away(queries, passage.cache.compactable, num_tokens) if queries else []
 
-    def through(self, passage: Passage, on_layer: OnLayer) -> None:
+    def repeat_through(self, passage: Passage, on_layer: OnLayer) -> None:
         """Repeat the passage in one pass, and call `on_layer` with each layer's queries; it may compact the layer."""
         token_ids, weights = passage.message_tokens(self.engine)
         repeat_through(self.engine, passage.cache, token_ids, on_layer, weights=weights)

@@ -12,13 +12,11 @@ from inside import cache_of, context_of, layers_of, records_of
 from torch import Tensor
 
 from am_memory import Experiments, Memory, MemoryPolicy, Session
-from am_memory.compaction.head_fits import batches_of_like_size, fit_batch
-from am_memory.compaction.scoring import ScoredHead
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CompactionFailed
 from am_memory.events import Event, GateMissed
 from am_memory.kv_cache.slots import PINNED_RANK, Segment
-from am_memory.solver import OMP, Block, HighestAttention, exact_attention
+from am_memory.solver import OMP, Block, HighestAttention
 
 TOKENS = [(17 * position * position + 5 * position) % 256 for position in range(240)]
 POLICY = MemoryPolicy(trigger_tokens=2000, keep_ratio=0.25, pinned=4, keep_recent=0, chunk_tokens=64)
@@ -293,42 +291,6 @@ def test_keys_that_are_not_finite_cannot_be_compacted_and_say_so(new_session: Ne
     assert session.stats == stats
 
 
-# Heads of like size are fitted together
-
-
-def some_heads(counts: list[int], seq_len: int = 40) -> list[ScoredHead]:
-    """Heads that get these numbers of slots out of a segment of 1,000."""
-    heads = []
-    for count in counts:
-        block = Block(*torch.randn(3, 1, seq_len, 8), 1.0)
-        ranks = torch.where(torch.arange(seq_len) < count, 0, 1000)
-        heads.append(ScoredHead(0, block, exact_attention(block), torch.arange(seq_len), ranks))
-    return heads
-
-
-def test_batches_hold_every_head_once_and_little_padding() -> None:
-    heads = some_heads([1, 300, 12, 500, 480, 2, 320, 90, 1], seq_len=600)
-    batches = list(batches_of_like_size(heads, 1000))
-    assert sorted(id(head) for batch in batches for head in batch) == sorted(map(id, heads))
-    counts = [sorted(int((head.ranks < 1000).sum()) for head in batch) for batch in batches]
-    assert counts == [[480, 500], [300, 320], [90], [12], [1, 1, 2]]
-
-
-def test_heads_of_different_shapes_are_never_in_one_batch() -> None:
-    batches = list(batches_of_like_size([*some_heads([5, 5], 30), *some_heads([5], 31)], 1000))
-    assert sorted(len(batch) for batch in batches) == [1, 2]
-
-
-def test_a_batch_fits_each_head_as_if_it_were_alone() -> None:
-    torch.manual_seed(0)
-    heads, segment = some_heads([9, 7, 12]), Segment(0, 40, 1000)
-    together = fit_batch(heads, segment, POLICY)
-    for head, slots in zip(heads, together.slots, strict=True):
-        (alone,) = fit_batch([head], segment, POLICY).slots
-        for one, other in zip(slots.fields, alone.fields, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
 # The gate
 
 
@@ -340,20 +302,6 @@ def test_the_held_out_error_is_that_of_queries_that_were_not_fitted(new_session:
     """It is near the fitted one, and above it: a fit does best on what it was made on."""
     report = new_session(max_error=1e9).compact(1.0)
     assert report.output_error < report.held_out_error < 3 * report.output_error
-
-
-def test_the_held_out_error_is_what_the_definition_gives() -> None:
-    """Softmax over the fitted slots, by hand, on every eighth query."""
-    (head,) = some_heads([9])
-    policy = POLICY.model_copy(update={"max_error": 1.0})
-    batch = fit_batch([head], Segment(0, 40, 1000), policy)
-    held = slice(7, None, 8)
-    logits = head.block.query[0, held] @ batch.fit.key[0].T * head.block.scaling + batch.fit.bias[0]
-    output = logits.softmax(-1) @ batch.fit.value[0]
-    weight = head.exact.weight[0, held, None]
-    exact = head.exact.output[0, held]
-    expected = ((output - exact) * weight).square().sum().sqrt() / (exact * weight).square().sum().sqrt()
-    torch.testing.assert_close(batch.held_out_error[0], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_keys_are_chosen_by_all_queries_with_a_gate_too(new_session: NewSession) -> None:
