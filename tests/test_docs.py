@@ -19,7 +19,6 @@ import langchain_am_memory
 import pytest
 import torch
 import typer
-from pydantic import BaseModel
 from serving import running
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
@@ -35,7 +34,6 @@ SHELL = re.compile(r"^```(?:bash|sh|console)?\n(.*?)^```", re.DOTALL | re.MULTIL
 FENCE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 INLINE_COMMAND = re.compile(r"`((?:am-memory|make|python (?:benchmarks|tests|examples)/)[^`]*)`")
 LONGEST_LINE = 120
-WRAPPED_LAST = {"langchain.md"}
 NOT_INSTALLED = {"langchain_classic", "langchain_community", "langchain_huggingface", "langchain_ollama"}
 """Packages that pages show code for to leave behind."""
 
@@ -109,44 +107,12 @@ def run_blocks(text: str, copy: Path, names: dict[str, Any]) -> None:
 
 
 def names_of_langchain() -> dict[str, Any]:
-    from langchain.agents.middleware import SummarizationMiddleware
-    from langchain_am_memory import ChatAMMemory
-    from langchain_core.chat_history import InMemoryChatMessageHistory
-    from langchain_core.messages import HumanMessage
-    from langchain_core.runnables.history import RunnableWithMessageHistory
-    from langchain_core.tools import tool
-
-    @tool
-    def add(a: int, b: int) -> int:
-        """Add two numbers."""
-        return a + b
-
-    class Weather(BaseModel):
-        """The weather of a place."""
-
-        place: str
-        degrees: float
-
-    class Histories(dict[str, InMemoryChatMessageHistory]):
-        def get(self, session_id: str) -> InMemoryChatMessageHistory:  # type: ignore[override]
-            return self.setdefault(session_id, InMemoryChatMessageHistory())
-
-    model = ChatAMMemory(model="demo")
+    """The models that the page's reader has already."""
     engine = Memory.from_pretrained("demo").engine
     return {
-        "add": add,
-        "answer": model.invoke("Hello."),
         "hf_model": engine.model,
         "hf_tokenizer": engine.tokenizer,
-        "histories": Histories(),
-        "HumanMessage": HumanMessage,
-        "limit": 2048,
-        "llm": model,
-        "RunnableWithMessageHistory": RunnableWithMessageHistory,
-        "SummarizationMiddleware": SummarizationMiddleware,
-        "tools": [add],
-        "turn": {"messages": [{"role": "user", "content": "Hello."}]},
-        "Weather": Weather,
+        "llm": langchain_am_memory.ChatAMMemory(model="demo"),
     }
 
 
@@ -240,10 +206,7 @@ def test_lines_are_short(page: Path) -> None:
     long = [
         number
         for number, line in enumerate(text.splitlines(), start=1)
-        if len(line) > LONGEST_LINE
-        and not line.lstrip().startswith("|")
-        and max(map(len, line.split())) < 80
-        and page.name not in WRAPPED_LAST
+        if len(line) > LONGEST_LINE and not line.lstrip().startswith("|") and max(map(len, line.split())) < 80
     ]
     assert not long, f"{page_name(page)} has lines over {LONGEST_LINE} characters: {long}"
 
