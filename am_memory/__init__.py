@@ -1,26 +1,77 @@
-"""Attention Matching as a memory: the oldest half of a KV cache, compacted in latent space, again and again."""
+"""Attention Matching as a memory: the oldest half of a KV cache, compacted in latent space, again and again.
+
+Every public name is here: what users write, whatever their calls return, the events and the errors.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from am_memory.errors import AMMemoryError
+from am_memory.errors import (
+    AMMemoryError,
+    BudgetTooSmall,
+    CompactionFailed,
+    CorruptSession,
+    EncodingNotFound,
+    EngineFailed,
+    InvalidInput,
+    InvalidPolicy,
+    ModelMismatch,
+    ModelNotFound,
+    NewerFormat,
+    OlderFormat,
+    OriginalLost,
+    PromptTooLong,
+    SessionChanged,
+    SessionDeleted,
+    SessionNotFound,
+    StorageError,
+    UnsupportedModel,
+    UnsupportedOperation,
+)
+from am_memory.events import (
+    CompactionFinished,
+    CompactionProgress,
+    CompactionReport,
+    CompactionStarted,
+    Event,
+    GateMissed,
+    Listener,
+    OriginalsLost,
+    OriginUnknown,
+    PolicyChange,
+    PolicyChanged,
+    ReadProgress,
+    SessionRebuilt,
+    SpanPutAway,
+    SpanRecalled,
+    WindowExceeded,
+)
 
 if TYPE_CHECKING:
+    from am_memory.kv_cache.cache import KVCache
+    from am_memory.kv_cache.slots import Segment
     from am_memory.memory import Memory
     from am_memory.policy import Experiments, MemoryPolicy
-    from am_memory.session.generation import Piece
+    from am_memory.recall.search import Span
+    from am_memory.session.generation import Piece, TokenLogprob
     from am_memory.session.session import Session
     from am_memory.session.stats import Stats
+    from am_memory.storage.session_file import SavedSession
     from am_memory.text.sampling import Sampling
 else:
     _MODULES = {
         "Experiments": "policy",
+        "KVCache": "kv_cache.cache",
         "Memory": "memory",
         "MemoryPolicy": "policy",
         "Piece": "session.generation",
         "Sampling": "text.sampling",
+        "SavedSession": "storage.session_file",
+        "Segment": "kv_cache.slots",
         "Session": "session.session",
+        "Span": "recall.search",
         "Stats": "session.stats",
+        "TokenLogprob": "session.generation",
     }
     """Modules that import torch, by the public names in them; each is loaded when a name is first used."""
 
@@ -34,4 +85,53 @@ else:
         return sorted({*globals(), *__all__})
 
 
-__all__ = ["AMMemoryError", "Experiments", "Memory", "MemoryPolicy", "Piece", "Sampling", "Session", "Stats"]
+__all__ = [
+    "AMMemoryError",
+    "BudgetTooSmall",
+    "CompactionFailed",
+    "CompactionFinished",
+    "CompactionProgress",
+    "CompactionReport",
+    "CompactionStarted",
+    "CorruptSession",
+    "EncodingNotFound",
+    "EngineFailed",
+    "Event",
+    "Experiments",
+    "GateMissed",
+    "InvalidInput",
+    "InvalidPolicy",
+    "KVCache",
+    "Listener",
+    "Memory",
+    "MemoryPolicy",
+    "ModelMismatch",
+    "ModelNotFound",
+    "NewerFormat",
+    "OlderFormat",
+    "OriginUnknown",
+    "OriginalLost",
+    "OriginalsLost",
+    "Piece",
+    "PolicyChange",
+    "PolicyChanged",
+    "PromptTooLong",
+    "ReadProgress",
+    "Sampling",
+    "SavedSession",
+    "Segment",
+    "Session",
+    "SessionChanged",
+    "SessionDeleted",
+    "SessionNotFound",
+    "SessionRebuilt",
+    "Span",
+    "SpanPutAway",
+    "SpanRecalled",
+    "Stats",
+    "StorageError",
+    "TokenLogprob",
+    "UnsupportedModel",
+    "UnsupportedOperation",
+    "WindowExceeded",
+]

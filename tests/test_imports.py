@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
 import am_memory
+from am_memory import AMMemoryError, errors, events
 
 HEAVY = {"torch", "transformers", "numpy", "fsspec", "gguf", "jinja2", "llguidance", "tiktoken"}
 
@@ -40,6 +44,37 @@ def test_every_public_name_can_be_imported_and_is_listed() -> None:
     names: dict[str, object] = {}
     exec("from am_memory import *", names)
     assert set(am_memory.__all__) <= set(names)
+
+
+def test_every_error_and_every_event_is_public() -> None:
+    found = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, AMMemoryError)}
+    found |= {event.__name__ for event in get_args(events.Event)}
+    assert found <= set(am_memory.__all__)
+
+
+@pytest.mark.parametrize("owner", ["Memory", "Session"])
+def test_everything_that_a_public_call_returns_is_public(owner: str) -> None:
+    """What a call gives can be named in an annotation without knowing in which file it lies."""
+    elsewhere = {
+        "Iterator",
+        "Literal",
+        "None",
+        "Tensor",
+        "bool",
+        "dict",
+        "float",
+        "int",
+        "list",
+        "object",
+        "str",
+        "tuple",
+    }
+    returned = set[str]()
+    for name, member in vars(getattr(am_memory, owner)).items():
+        call = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+        if inspect.isfunction(call) and not name.startswith("_"):
+            returned |= set(re.findall(r"[A-Za-z]+", str(call.__annotations__["return"])))
+    assert returned - elsewhere <= set(am_memory.__all__)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
