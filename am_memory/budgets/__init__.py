@@ -6,7 +6,16 @@ heads of all layers. A segment of n slots holds the slots of rank < n, so a shru
 
 from am_memory.budgets.adaptive import adaptive_ranks
 from am_memory.budgets.calibrated import Calibration, calibrated_ranks, calibration_for
+from am_memory.budgets.named import head_ranks
 from am_memory.budgets.shared import shared_ranks
 from am_memory.budgets.uniform import uniform_ranks
 
-__all__ = ["Calibration", "adaptive_ranks", "calibrated_ranks", "calibration_for", "shared_ranks", "uniform_ranks"]
+__all__ = [
+    "Calibration",
+    "adaptive_ranks",
+    "calibrated_ranks",
+    "calibration_for",
+    "head_ranks",
+    "shared_ranks",
+    "uniform_ranks",
+]

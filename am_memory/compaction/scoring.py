@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from am_memory.budgets import Calibration, adaptive_ranks, calibrated_ranks, shared_ranks, uniform_ranks
+from am_memory.budgets import Calibration, head_ranks
 from am_memory.engines.base import SessionLayer
 from am_memory.kv_cache.int8 import decoded
 from am_memory.kv_cache.slots import Segment, Slots
@@ -141,16 +141,7 @@ def slot_ranks(
     """
     longest = max(layer_scores.shape[1] for layer_scores in scores)
     padded = [torch.nn.functional.pad(layer_scores, (0, longest - layer_scores.shape[1])) for layer_scores in scores]
-    all_heads = torch.cat(padded)
-    match policy.head_budget:
-        case _ if is_shared:
-            ranks = shared_ranks(all_heads)
-        case "uniform":
-            ranks = uniform_ranks(all_heads, policy.experiments.min_slots)
-        case _ if calibration is not None:
-            ranks = calibrated_ranks(calibration, all_heads, policy.experiments.min_slots)
-        case _:
-            ranks = adaptive_ranks(all_heads, policy.experiments.min_slots)
+    ranks = head_ranks(torch.cat(padded), policy, calibration, is_shared=is_shared)
     by_layer = torch.split(ranks.cpu(), [len(layer_scores) for layer_scores in scores])
     return tuple(
         layer_ranks[:, : layer_scores.shape[1]] for layer_ranks, layer_scores in zip(by_layer, scores, strict=True)

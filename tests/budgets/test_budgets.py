@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from am_memory.budgets import adaptive_ranks, uniform_ranks
+from am_memory import MemoryPolicy
+from am_memory.budgets import adaptive_ranks, head_ranks, shared_ranks, uniform_ranks
 
 
 @pytest.mark.parametrize("budget", [adaptive_ranks, uniform_ranks])
@@ -34,3 +35,11 @@ def test_the_uniform_budget_never_differs_by_more_than_one() -> None:
 
 def test_equal_scores_are_ranked_alike_each_time() -> None:
     assert torch.equal(adaptive_ranks(torch.ones(4, 30), 2), adaptive_ranks(torch.ones(4, 30), 2))
+
+
+def test_a_policys_budget_is_the_one_that_it_names() -> None:
+    scores = torch.rand(6, 50)
+    adaptive, uniform = (MemoryPolicy(head_budget=name) for name in ("adaptive", "uniform"))
+    assert torch.equal(head_ranks(scores, adaptive), adaptive_ranks(scores, 1))
+    assert torch.equal(head_ranks(scores, uniform), uniform_ranks(scores, 1))
+    assert torch.equal(head_ranks(scores, adaptive, is_shared=True), shared_ranks(scores))
