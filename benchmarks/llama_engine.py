@@ -26,7 +26,7 @@ from am_memory import Experiments, Memory, MemoryPolicy, Session
 from am_memory.engines.base import SessionCache
 from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.llama_cpp.decoder import Decoder
-from am_memory.engines.loading import gguf_path
+from am_memory.engines.model_files import gguf_path
 from am_memory.kv_cache.slots import Segment, Slots
 
 NUM_TOKENS, NUM_JUDGED, NUM_CELLS, STEP = 12_288, 2_048, 768, 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a hub, and none may wait for one
 
@@ -46,12 +46,25 @@ CHATML = (
 torch.set_num_threads(1)  # tensors this small, and busy machines, only make several threads wait for each other
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("model"):
+            item.add_marker(pytest.mark.xdist_group("demo"))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give a worker whole files, whose tests share fixtures, and one worker all tests of the demo model."""
+    from xdist.scheduler import LoadGroupScheduling
+
+    class ByGroupOrFile(LoadGroupScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return super()._split_scope(nodeid).split("::")[0]
+
+    return ByGroupOrFile(config, log)
 
 
 @pytest.fixture(autouse=True)
@@ -164,6 +177,25 @@ def demo() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from am_memory.engines.loading import load_model
 
     return load_model("demo", device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def demo_llama() -> LlamaCppEngine:
+    """The bundled demo model behind llama.cpp, quantised as its file is; a test that uses it is marked `model`."""
+    from am_memory.engines.llama_cpp import LlamaCppEngine
+
+    return LlamaCppEngine.from_pretrained("demo")
+
+
+@pytest.fixture(scope="session")
+def model_folder(
+    tiny_model: PreTrainedModel, byte_tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The tiny model as a folder, for whatever loads it by name."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model.save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

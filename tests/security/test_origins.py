@@ -15,9 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from am_memory import Memory, MemoryPolicy
 from am_memory.conversations.threads import Threads
 from am_memory.engines.base import ModelInfo
-from am_memory.engines.fingerprints import of_template, of_tokenizer, template_fingerprint
+from am_memory.engines.fingerprints import model_fingerprint, of_template, of_tokenizer, template_fingerprint
 from am_memory.engines.llama_cpp import LlamaCppEngine
-from am_memory.engines.loading import fingerprint
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import ModelMismatch
 from am_memory.events import Event, OriginUnknown
@@ -97,7 +96,7 @@ def test_what_changes_no_token_is_the_same_tokenizer(byte_tokenizer: PreTrainedT
 
 
 def test_merges_are_the_same_however_they_are_written() -> None:
-    from am_memory.engines.fingerprints import _learned
+    from am_memory.engines.fingerprints import _merges_and_scores
 
     class Written:
         is_fast = True
@@ -108,8 +107,8 @@ def test_merges_are_the_same_however_they_are_written() -> None:
         def to_str(self) -> str:
             return json.dumps({"model": {"vocab": {}, "merges": self.merges}})
 
-    assert _learned(Written(["a b", "c d"])) == _learned(Written([["a", "b"], ["c", "d"]]))
-    assert _learned(Written(["a b", "c d"])) != _learned(Written(["c d", "a b"]))
+    assert _merges_and_scores(Written(["a b", "c d"])) == _merges_and_scores(Written([["a", "b"], ["c", "d"]]))
+    assert _merges_and_scores(Written(["a b", "c d"])) != _merges_and_scores(Written(["c d", "a b"]))
 
 
 def test_a_template_is_its_text_and_what_it_writes_of_its_own_accord(byte_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -128,7 +127,7 @@ def test_a_template_is_its_text_and_what_it_writes_of_its_own_accord(byte_tokeni
 
 def test_the_models_own_fingerprint_is_what_it_was(engine: TransformersEngine, tiny_model: PreTrainedModel) -> None:
     """Calibration files go by it."""
-    assert engine.info.fingerprint == fingerprint(tiny_model)
+    assert engine.info.fingerprint == model_fingerprint(tiny_model)
 
 
 # Sessions

@@ -1,4 +1,4 @@
-"""A GGUF model in llama.cpp behind the `Engine` protocol. Knows no policy and no compaction."""
+"""Runs a GGUF model in llama.cpp, behind the `Engine` protocol. Knows no policy and no compaction."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llguidance import LLTokenizer
 from torch import Tensor
 
 from am_memory.engines.base import Capabilities, ControlTokens, Message, ModelInfo, OnQuery, SessionCache, Tool
-from am_memory.engines.fingerprints import template_fingerprint
+from am_memory.engines.fingerprints import file_fingerprint, template_fingerprint
 from am_memory.engines.gguf_header import BadHeader, read_header, require_vocabulary
 from am_memory.engines.llama_cpp import support
 from am_memory.engines.llama_cpp.cache import CellCache
@@ -24,28 +24,28 @@ from am_memory.engines.llama_cpp.decoder import Decoder
 from am_memory.engines.llama_cpp.library import TORCH_TYPES, captured_log, ggml_type, library, reason
 from am_memory.engines.llama_cpp.self_test import tested_model
 from am_memory.engines.llama_cpp.vocabulary import Vocabulary
-from am_memory.engines.loading import file_fingerprint, gguf_path
+from am_memory.engines.model_files import gguf_path
 from am_memory.engines.templates import control_tokens, template_errors
 from am_memory.errors import InvalidInput, ModelNotFound, UnsupportedModel
 
 
 class LlamaCppEngine:
-    """Runs a GGUF model with the stock llama-cpp-python, over caches whose cells all heads share.
+    """Runs a GGUF model with the stock llama-cpp-python; all heads of a layer have the same cells.
 
     Args:
-        model: a .gguf file, "demo", or a `llama_cpp.Llama` made with any parameters; of that, the weights and the
-            settings are used, in a context of our own, which grows as it must.
-        kv_type: what keys and values are stored as: "f16", "f32", "bf16" or "q8_0". None: as the `Llama` has it, else
-            f16.
-        num_gpu_layers: offloaded to a GPU; -1 is all, where llama.cpp was built for one.
-        num_threads: None: as many as torch uses.
-        flash_attention: None: where llama.cpp can.
-        exact_bias: keep the biases of compact cells beside them, and add them to the scores as these are computed,
-            instead of folding them into the keys. Slower, and without flash attention.
+        model: a .gguf file, "demo", or a `llama_cpp.Llama` with any parameters. The weights and settings of a `Llama`
+            are used, but not its context: the engine makes a context of its own, which grows as needed.
+        kv_type: type of the stored keys and values: "f16", "f32", "bf16" or "q8_0". None: the type of the `Llama`,
+            else f16.
+        num_gpu_layers: layers to offload to a GPU; -1 offloads all, if llama.cpp was built for a GPU.
+        num_threads: None takes as many as torch uses.
+        flash_attention: None uses it where llama.cpp supports it.
+        exact_bias: store the biases of compact cells beside the cells and add them to the scores, instead of folding
+            them into the keys. It is slower, and excludes flash attention.
 
     Raises:
-        InvalidInput: exact biases with flash attention; a `Llama` that cannot be used.
-        ModelNotFound: there is no such file, or llama.cpp cannot read it.
+        InvalidInput: exact_bias together with flash attention, or a `Llama` that cannot be used.
+        ModelNotFound: the file does not exist, or llama.cpp cannot read it.
         UnsupportedModel: llama-cpp-python is not the pinned version, or the model's cache cannot be compacted.
     """
 
@@ -64,8 +64,8 @@ class LlamaCppEngine:
     ) -> None:
         if exact_bias and flash_attention:
             raise InvalidInput(
-                "exact_bias adds biases to the scores, which flash attention does not have in memory: leave out one of "
-                "the two; without exact_bias the biases are folded into the keys"
+                "exact_bias adds biases to the scores, and flash attention does not keep scores in memory: leave out "
+                "one of the two; without exact_bias the biases are folded into the keys"
             )
         lib = library()
         self._lib = lib
@@ -93,16 +93,19 @@ class LlamaCppEngine:
     def from_pretrained(
         cls, model: str | os.PathLike[str], *, device: str | None = None, dtype: torch.dtype | None = None
     ) -> LlamaCppEngine:
-        """As `Memory.from_pretrained` names things.
+        """Load a model, with the arguments of `Memory.from_pretrained`.
 
         Args:
-            device: "cpu" leaves a GPU alone that llama.cpp was built for.
-            dtype: of keys and values.
+            device: "cpu" does not use the GPU, even if llama.cpp was built for one.
+            dtype: type of the stored keys and values; None is float16.
+
+        Raises:
+            InvalidInput: llama.cpp cannot store this dtype.
         """
         kinds = {kind: name.lower() for name, kind in TORCH_TYPES.items()}
         if dtype is not None and dtype not in kinds:
             raise InvalidInput(
-                f"keys and values in {dtype} are none that llama.cpp keeps: {', '.join(map(str, kinds))}"
+                f"llama.cpp does not store keys and values in {dtype}: use one of {', '.join(map(str, kinds))}"
             )
         kv_type = None if dtype is None else kinds[dtype]
         return cls(model, kv_type=kv_type, num_gpu_layers=0 if device == "cpu" else -1)
@@ -173,7 +176,7 @@ class LlamaCppEngine:
 
 
 def _require_readable(path: Path) -> None:
-    """Refuse what llama.cpp would end the process over: a bad vocabulary, or a token past a table of positions."""
+    """Refuse a file for which llama.cpp would abort the process: a bad vocabulary, or a table of positions."""
     try:
         header = read_header(path)
         require_vocabulary(header)
@@ -181,13 +184,13 @@ def _require_readable(path: Path) -> None:
         raise ModelNotFound(f"{path} cannot be read by llama.cpp: {error}") from error
     if table := header.shapes.get("position_embd.weight"):
         raise UnsupportedModel(
-            f"{path} has a table of {table[-1]:,} positions, and none after them: use a model with rotary positions, "
-            "or engine='transformers', which reads as many tokens as there are positions"
+            f"{path} has learned positions, for {table[-1]:,} tokens only: use a model with rotary positions, or "
+            "engine='transformers', which stops at the last position"
         )
 
 
 class _Weights:
-    """A model that llama.cpp loaded for us."""
+    """A model loaded from a file; freed with this object."""
 
     def __init__(self, path: Path, num_gpu_layers: int) -> None:
         self._lib = library()
@@ -206,16 +209,16 @@ class _Weights:
 
 
 class _UsersLlama:
-    """A model that the user has loaded, kept alive."""
+    """The model of a user's `Llama`, which is kept alive."""
 
     def __init__(self, llama: Any) -> None:
         lib = library()
         if not isinstance(llama, lib.Llama):
-            raise InvalidInput(f"{type(llama).__name__} is no model: give a .gguf file or a llama_cpp.Llama")
+            raise InvalidInput(f"{type(llama).__name__} is not a model: give a .gguf file or a llama_cpp.Llama")
         if llama.lora_path:
             raise InvalidInput(
-                f"this Llama has a LoRA adapter ({llama.lora_path}), which belongs to its own context: merge it into "
-                "the weights, and load those"
+                f"this Llama has a LoRA adapter ({llama.lora_path}), which is bound to the Llama's own context: merge "
+                "the adapter into the weights, and load those"
             )
         if llama.context_params.embeddings or llama.model_params.vocab_only:
             raise InvalidInput("this Llama was made for embeddings, or without weights: make one that generates text")
@@ -225,7 +228,7 @@ class _UsersLlama:
         _require_readable(self.path)
 
     def params(self) -> Any:
-        """A copy of its context's parameters."""
+        """A copy of the parameters of the Llama's context."""
         params = library().llama_context_default_params()
         ctypes.pointer(params)[0] = self._llama.context_params
         return params

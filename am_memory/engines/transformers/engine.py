@@ -13,8 +13,7 @@ from transformers.cache_utils import Cache
 
 from am_memory.engines.base import Capabilities, ControlTokens, Message, ModelInfo, OnQuery, SessionCache, Tool
 from am_memory.engines.characters import utf8
-from am_memory.engines.fingerprints import of_template, of_tokenizer
-from am_memory.engines.loading import fingerprint
+from am_memory.engines.fingerprints import model_fingerprint, of_template, of_tokenizer
 from am_memory.engines.templates import control_tokens, template_errors
 from am_memory.engines.transformers import adapters, attention, support
 from am_memory.engines.transformers.adapters import Adapters, unwrapped
@@ -101,7 +100,7 @@ class TransformersEngine:
         self.info = _model_info(
             model,
             tokenizer,
-            fingerprint=fingerprint(model, through=seen_through, without=self._adapters.hidden),
+            fingerprint=model_fingerprint(model, through=seen_through, without=self._adapters.hidden),
             window_tokens=window if max_tokens is None else min(window, max_tokens),
             max_tokens=max_tokens,
         )

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from llama_cpp import Llama
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Experiments, Memory, MemoryPolicy
 from am_memory.cli.letters import prose
 from am_memory.engines.llama_cpp import LlamaCppEngine
-from am_memory.engines.loading import demo_model_path
+from am_memory.engines.model_files import demo_model_path
 from am_memory.text.constraints import json_schema
 
 pytestmark = pytest.mark.model
@@ -24,8 +25,8 @@ POLICY = MemoryPolicy(trigger_tokens=400, keep_ratio=0.25)
 
 
 @pytest.fixture(scope="module")
-def memory() -> Memory:
-    return Memory.from_pretrained("demo", engine="llama_cpp", policy=POLICY)
+def memory(demo_llama: LlamaCppEngine) -> Memory:
+    return Memory(demo_llama, POLICY)
 
 
 def test_tokens_are_those_of_transformers(
@@ -96,14 +97,20 @@ def test_answers_can_be_constrained(memory: Memory) -> None:
     assert json.loads("".join(piece.text for piece in pieces)).keys() == {"name", "age"}
 
 
+def expected_after_compactions(memory: Memory) -> Tensor:
+    session = memory.scratch()
+    session.append(" ".join(prose(random.Random(1), 40)))
+    assert session.stats.num_compactions > 1
+    return session.logits(" The moon rose over the hill").log_softmax(-1)
+
+
+@pytest.fixture(scope="module")
+def in_half(memory: Memory) -> Tensor:
+    return expected_after_compactions(memory)
+
+
 @pytest.mark.parametrize("kv_type", ["f32", "bf16", "q8_0"])
-def test_with_keys_and_values_of_any_type_little_changes(memory: Memory, kv_type: str) -> None:
+def test_with_keys_and_values_of_any_type_little_changes(in_half: Tensor, kv_type: str) -> None:
     """q8_0 among them, for which llama.cpp turns the keys of real models into another basis."""
-    text, logits = " ".join(prose(random.Random(1), 60)), []
-    for each in (memory, Memory(LlamaCppEngine("demo", kv_type=kv_type), POLICY)):
-        session = each.scratch()
-        session.append(text)
-        assert session.stats.num_compactions > 1
-        logits.append(session.logits(" The moon rose over the hill").log_softmax(-1))
-    in_half, other = logits
+    other = expected_after_compactions(Memory(LlamaCppEngine("demo", kv_type=kv_type), POLICY))
     assert float((in_half.exp() * (in_half - other)).sum(-1).mean()) < 0.05

@@ -168,16 +168,16 @@ def test_what_is_no_model_is_refused(llama: LlamaCppEngine, tmp_path: Path) -> N
     broken.write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ModelNotFound, match=r"broken.gguf cannot be read by llama.cpp: .+"):
         LlamaCppEngine(broken)
-    with pytest.raises(UnsupportedModel, match="is no GGUF file"):
+    with pytest.raises(UnsupportedModel, match="is not a GGUF file"):
         LlamaCppEngine("some/model")
     with pytest.raises(ModelNotFound, match="no such file"):
         LlamaCppEngine(tmp_path / "none.gguf")
-    with pytest.raises(InvalidInput, match="dict is no model"):
+    with pytest.raises(InvalidInput, match="dict is not a model"):
         LlamaCppEngine({})
 
 
 def test_an_unknown_type_of_keys_is_refused(tiny_gguf: Path) -> None:
-    with pytest.raises(InvalidInput, match="kv_type 'q3' is none of f32, f16, bf16, q8_0"):
+    with pytest.raises(InvalidInput, match="kv_type 'q3' is unknown: use f32, f16, bf16, q8_0"):
         LlamaCppEngine(tiny_gguf, kv_type="q3")
 
 
@@ -228,7 +228,9 @@ def test_a_memory_is_made_by_the_name_of_the_engine(tiny_gguf: Path, llama: Llam
 
 
 def test_keys_of_another_dtype_are_refused(tiny_gguf: Path) -> None:
-    with pytest.raises(InvalidInput, match=r"torch.float64 are none that llama.cpp keeps: torch.float32"):
+    with pytest.raises(
+        InvalidInput, match=r"does not store keys and values in torch.float64: use one of torch.float32"
+    ):
         Memory.from_pretrained(tiny_gguf, engine="llama_cpp", dtype=torch.float64)
 
 

@@ -83,7 +83,7 @@ def test_a_table_of_positions_is_refused_before_it_is_read(tmp_path: Path) -> No
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(UnsupportedModel, match=r"a table of 1,024 positions, and none after them"):
+    with pytest.raises(UnsupportedModel, match=r"learned positions, for 1,024 tokens only"):
         LlamaCppEngine(tmp_path / "gpt2.gguf")
 
 
