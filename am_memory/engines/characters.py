@@ -1,19 +1,18 @@
-"""Texts as tokenizers take them. Half a surrogate pair is no character: libraries end in errors of their own over it,
-or read other text in its place."""
+"""Encodes texts for tokenizers. Half a surrogate pair is not a character: libraries fail on it or misread it."""
 
 from __future__ import annotations
 
 from am_memory.errors import InvalidInput
 
 SHOWN = 20
-"""Characters before and after the one that is wrong."""
+"""Characters that an error shows before and after the wrong one."""
 
 
 def utf8(text: str) -> bytes:
-    """A text's bytes.
+    """Encode a text in UTF-8.
 
     Raises:
-        InvalidInput: it holds half a surrogate pair.
+        InvalidInput: the text has half a surrogate pair.
     """
     try:
         return text.encode()
@@ -21,5 +20,5 @@ def utf8(text: str) -> bytes:
         at = error.start
         raise InvalidInput(
             f"character {at} of a text, {text[at]!a} in {text[max(at - SHOWN, 0) : at + SHOWN]!a}, is half a surrogate "
-            'pair, which is no character: decode the text anew, or leave it out with text.encode(errors="ignore")'
+            'pair, which is not a character: decode the text again, or drop it with text.encode(errors="ignore")'
         ) from error

@@ -1,6 +1,7 @@
-"""What a GGUF file says of its model, and whether its vocabulary is one: looked at before anything loads the file.
+"""Reads the header of a GGUF file and checks its vocabulary before a library loads the file.
 
-llama.cpp ends the whole process over some vocabularies, and transformers raises whatever comes of them. Knows neither.
+With some damaged vocabularies llama.cpp aborts the process, and transformers raises unrelated errors. Knows neither of
+the two libraries.
 """
 
 from __future__ import annotations
@@ -31,27 +32,32 @@ SCALARS = {
     12: "<f8",
 }
 NO_TOKEN = 0xFFFFFFFF
-"""The id of a special token that a model has not; -1, where ids have no sign."""
+"""The id of a special token that a model does not have: -1 as an unsigned number."""
 MAX_DIMENSIONS = 8
 
 
 class BadHeader(ValueError):
-    """A file that is no GGUF file, or one whose header or vocabulary cannot be right."""
+    """The file is not a GGUF file, or its header or vocabulary is damaged."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """Metadata by their keys (text, numbers, arrays of numbers, lists of texts as bytes), and the shapes of tensors."""
+    """The header of a GGUF file.
+
+    Attributes:
+        metadata: by key: text, a number, a numpy array, or a list of texts as bytes.
+        shapes: the shape of each tensor by name.
+    """
 
     metadata: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
 
 
 def read_header(path: Path) -> Header:
-    """Read a header; as fast for a vocabulary of any size as its bytes can be walked through.
+    """Read the header of a GGUF file.
 
     Raises:
-        BadHeader: it is not one, or is cut off.
+        BadHeader: the file has no such header, or the header is cut off or damaged.
         OSError: the file cannot be read.
     """
     with path.open("rb") as file:
@@ -59,18 +65,18 @@ def read_header(path: Path) -> Header:
             raise BadHeader("it does not begin as a GGUF file does")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                return _Walk(data).header()
+                return _Reader(data).header()
             except (struct.error, UnicodeDecodeError) as error:
                 raise BadHeader(f"its header is cut off or damaged ({error})") from error
 
 
-class _Walk:
+class _Reader:
     def __init__(self, data: mmap.mmap) -> None:
-        self._data, self._place = data, len(MAGIC)
+        self._data, self._position = data, len(MAGIC)
 
     def header(self) -> Header:
         if (version := self._number("<I")) not in VERSIONS:
-            raise BadHeader(f"its version is {version}: {VERSIONS} are known")
+            raise BadHeader(f"its version is {version}; only {VERSIONS} can be read")
         num_tensors, num_keys = self._number("<Q"), self._number("<Q")
         metadata: dict[str, Any] = {}
         for _ in range(num_keys):
@@ -84,12 +90,12 @@ class _Walk:
             if num_dimensions > MAX_DIMENSIONS:
                 raise BadHeader(f"tensor {name} has {num_dimensions} dimensions")
             shapes[name] = tuple(self._number("<Q") for _ in range(num_dimensions))
-            self._place += 4 + 8  # type and offset
+            self._position += 4 + 8  # type and offset
         return Header(metadata, shapes)
 
     def _number(self, kind: str) -> int:
-        (number,) = struct.unpack_from(kind, self._data, self._place)
-        self._place += struct.calcsize(kind)
+        (number,) = struct.unpack_from(kind, self._data, self._position)
+        self._position += struct.calcsize(kind)
         return int(number)
 
     def _text(self) -> bytes:
@@ -97,10 +103,10 @@ class _Walk:
         return self._bytes(size)
 
     def _bytes(self, size: int) -> bytes:
-        if size > len(self._data) - self._place:
-            raise BadHeader(f"{size} bytes are said to follow, and {len(self._data) - self._place} do")
-        start, self._place = self._place, self._place + size
-        return self._data[start : self._place]
+        if size > len(self._data) - self._position:
+            raise BadHeader(f"{size} bytes are announced, and {len(self._data) - self._position} follow")
+        start, self._position = self._position, self._position + size
+        return self._data[start : self._position]
 
     def _value(self, kind: int) -> Any:
         if kind == STRING:
@@ -111,18 +117,18 @@ class _Walk:
         if kind != STRING:
             return self._array(kind, size)
         if size > len(self._data):
-            raise BadHeader(f"{size} texts are said to follow")
+            raise BadHeader(f"{size} texts are announced, more than the file has bytes")
         return [self._text() for _ in range(size)]
 
     def _array(self, kind: int, size: int) -> Any:
         if kind not in SCALARS:
-            raise BadHeader(f"a value is of type {kind}, which is not known")
+            raise BadHeader(f"a value has the unknown type {kind}")
         dtype = np.dtype(SCALARS[kind])
         return np.frombuffer(self._bytes(size * dtype.itemsize), dtype=dtype)
 
 
 def require_vocabulary(header: Header) -> None:
-    """Raise BadHeader for a vocabulary that is none, as far as both libraries rely on it."""
+    """Raise BadHeader if the vocabulary lacks something that both libraries rely on."""
     metadata = header.metadata
     kind, tokens = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.tokens")
     if not isinstance(kind, str) or kind in ("", "none"):
@@ -133,7 +139,7 @@ def require_vocabulary(header: Header) -> None:
     num_tokens = len(tokens)
     rows = header.shapes.get("token_embd.weight", ())
     if len(rows) == 2 and rows[1] != num_tokens:
-        raise BadHeader(f"its vocabulary has {num_tokens} tokens, and its embeddings are those of {rows[1]}")
+        raise BadHeader(f"its vocabulary has {num_tokens} tokens, and its embeddings are for {rows[1]}")
     for name, dtype in (("token_type", np.int32), ("scores", np.float32)):
         _require_for_each(name, metadata.get(f"tokenizer.ggml.{name}"), np.dtype(dtype), num_tokens)
     _require_ids(metadata, num_tokens)
@@ -160,12 +166,12 @@ def _require_texts(tokens: Sequence[bytes]) -> None:
 def _require_for_each(name: str, values: Any, dtype: np.dtype[Any], num_tokens: int) -> None:
     if values is None:
         return
-    if not isinstance(values, np.ndarray) or values.dtype != dtype:  # llama.cpp takes the bytes for such numbers
-        raise BadHeader(f"tokenizer.ggml.{name} is no array of {dtype} for its tokens")
+    if not isinstance(values, np.ndarray) or values.dtype != dtype:  # llama.cpp does not check the type
+        raise BadHeader(f"tokenizer.ggml.{name} is not an array of {dtype}")
     if len(values) != num_tokens:
         raise BadHeader(f"tokenizer.ggml.{name} has {len(values)} entries for {num_tokens} tokens")
     if name == "scores" and not np.isfinite(values).all():
-        raise BadHeader("tokenizer.ggml.scores has entries that are no numbers")
+        raise BadHeader("tokenizer.ggml.scores has entries that are not finite")
 
 
 def _require_ids(metadata: dict[str, Any], num_tokens: int) -> None:
@@ -173,7 +179,7 @@ def _require_ids(metadata: dict[str, Any], num_tokens: int) -> None:
         if not (key.startswith("tokenizer.ggml.") and key.endswith("_token_id")):
             continue
         if not isinstance(value, int) or isinstance(value, bool):
-            raise BadHeader(f"{key} is {value!r}, and no token id")
+            raise BadHeader(f"{key} is {value!r}, which is not a token id")
         if value not in (NO_TOKEN, -1) and not 0 <= value < num_tokens:
             raise BadHeader(f"{key} is {value}, outside its vocabulary of {num_tokens} tokens")
 
@@ -183,17 +189,19 @@ def _require_merges(merges: Any) -> None:
         raise BadHeader("its vocabulary of byte pairs has no list of merges (tokenizer.ggml.merges)")
     for index, merge in enumerate(merges):
         if not 0 < merge.find(b" ", 1) < len(merge) - 1:
-            raise BadHeader(f"merge {index} of its vocabulary is {merge!r}, and no two tokens with a space between")
+            raise BadHeader(
+                f"merge {index} of its vocabulary is {merge!r}, and must be two tokens with a space between"
+            )
 
 
 def require_known_merges(header: Header) -> None:
-    """Raise BadHeader for merges of what is no token, which transformers needs to be one; llama.cpp does without."""
+    """Raise BadHeader if a merge has a part or result that is not a token: transformers cannot read such a merge."""
     metadata = header.metadata
     if metadata.get("tokenizer.ggml.model") != "gpt2":
         return
     tokens = set(metadata["tokenizer.ggml.tokens"])
     for index, merge in enumerate(metadata["tokenizer.ggml.merges"]):
-        place = merge.find(b" ", 1)
-        first, second = merge[:place], merge[place + 1 :]
-        if lacking := next((each for each in (first, second, first + second) if each not in tokens), None):
-            raise BadHeader(f"merge {index} of its vocabulary is {merge!r}, and {lacking!r} is no token of it")
+        space = merge.find(b" ", 1)
+        first, second = merge[:space], merge[space + 1 :]
+        if lacking := next((token for token in (first, second, first + second) if token not in tokens), None):
+            raise BadHeader(f"merge {index} of its vocabulary is {merge!r}, and {lacking!r} is not a token of it")

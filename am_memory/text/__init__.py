@@ -1,1 +1,1 @@
-"""Text to tokens and back: chat templates, sampling, constraints, streams of text."""
+"""From text to tokens and back: chat templates, sampling, constrained decoding, streamed text."""

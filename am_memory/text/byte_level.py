@@ -1,9 +1,9 @@
-"""A tiktoken encoding of a transformers tokenizer whose vocabulary is byte-level BPE. Knows no counts, no engines.
+"""Makes a tiktoken encoding from a transformers tokenizer with byte-level BPE. Knows no counts and no engines.
 
-Two programs read one vocabulary: `tokenizers` merges the pairs of a list in the list's order, tiktoken merges any
-neighbours whose bytes are a token, the lowest id first. They agree on every text if the ids of merged tokens ascend
-with the list, and if the list builds every token from its own bytes: that is checked for each token. What splits a text
-into words are two regex engines; they are compared on texts.
+The two libraries read one vocabulary in different ways. `tokenizers` merges pairs in the order of a list; tiktoken
+merges any neighbours whose bytes are a token, the lowest id first. They agree on every text if the ids of merged tokens
+ascend with the list, and if the list builds every token from its bytes. Both are checked for each token. The regex
+engines that split a text into words differ as well; they are compared on sample texts.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])
 _WHOLE = r"[\s\S]+"
 
 Tokenizer = Mapping[str, Any]
-"""What a tokenizer's `tokenizer.json` holds."""
+"""The content of a `tokenizer.json`, or a part of it."""
 
 
 class ByteLevelEncoding:
-    """A vocabulary for tiktoken.
+    """The vocabulary of a tokenizer, for tiktoken.
 
     Attributes:
-        encoding: gives the tokenizer's ids, with `allowed_special="all"`, to every text of which `missing_bytes` are no
-            part and which is NFC where `needs_nfc`.
-        missing_bytes: bytes that the vocabulary lacks, as it was learned on text without them.
-        needs_nfc: the tokenizer normalises its text, which tiktoken cannot.
+        encoding: gives the tokenizer's ids with `allowed_special="all"`, for a text without `missing_bytes`, which must
+            be in NFC if `needs_nfc`.
+        missing_bytes: bytes that the vocabulary lacks.
+        needs_nfc: whether the tokenizer normalises text to NFC, which tiktoken cannot do.
 
     Raises:
-        UnsupportedOperation: the tokenizer is of another kind, or one that tiktoken would not follow.
+        UnsupportedOperation: tiktoken cannot reproduce this tokenizer; the message says why.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -58,7 +58,7 @@ class ByteLevelEncoding:
             self.encoding = tiktoken.Encoding(
                 str(tokenizer.name_or_path) or "local",
                 pat_str=pattern,
-                mergeable_ranks=ranks | missing,  # tiktoken has to spell everything
+                mergeable_ranks=ranks | missing,  # tiktoken needs a token for every byte
                 special_tokens=special,
             )
         except ValueError as error:
@@ -73,12 +73,12 @@ def _unsupported(reason: str) -> UnsupportedOperation:
 
 def _needs_nfc(normalizer: Tokenizer | None) -> bool:
     if normalizer is not None and normalizer["type"] != "NFC":
-        raise _unsupported(f"it changes its text before it splits it ({normalizer['type']})")
+        raise _unsupported(f"it changes the text before splitting it ({normalizer['type']})")
     return normalizer is not None
 
 
 def _pattern(pre_tokenizer: Tokenizer | None) -> str:
-    """One regex whose matches are the words that the tokenizer splits a text into."""
+    """A regex that matches the words into which the tokenizer splits a text."""
     steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer] if pre_tokenizer else [])
     match [(step["type"], step) for step in steps]:
         case [*before, ("ByteLevel", {"add_prefix_space": False, "use_regex": splits})]:
@@ -91,16 +91,16 @@ def _pattern(pre_tokenizer: Tokenizer | None) -> str:
         case [("Digits", {"individual_digits": is_each})] if splits:
             return rf"\p{{N}}{'' if is_each else '+'}|{_WORDS}"
         case [("Split", {"pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False})] if not splits:
-            return rf"{regex}|(?:(?!{regex})[\s\S])+"  # what the regex leaves out is a word, too
+            return rf"{regex}|(?:(?!{regex})[\s\S])+"  # text between matches is a word, too
         case _:
-            raise _unsupported(f"it splits in more steps than one regex can say ({pre_tokenizer})")
+            raise _unsupported(f"it splits in more steps than one regex can express ({pre_tokenizer})")
 
 
 def _added_tokens(added: Sequence[Tokenizer]) -> dict[str, int]:
-    """The tokens that are looked for in a text before anything else is done with it."""
+    """The tokens that are searched for in a text before it is split."""
     for token in added:
         if token["lstrip"] or token["rstrip"] or token["single_word"]:
-            raise _unsupported(f"its token {token['content']!r} takes what stands around it into account")
+            raise _unsupported(f"its token {token['content']!r} depends on the characters around it")
     if len({token["normalized"] for token in added}) > 1:
         raise _unsupported("some of its added tokens are found before others")
     for first, second in pairwise(sorted(str(token["content"]) for token in added)):
@@ -110,10 +110,10 @@ def _added_tokens(added: Sequence[Tokenizer]) -> dict[str, int]:
 
 
 def _mergeable_ranks(model: Tokenizer) -> dict[bytes, int]:
-    """The tokens that merging can give, by their bytes.
+    """The tokens that merging can build, by their bytes.
 
-    With `ignore_merges` a word that is a token is that token, however merging would have built it. tiktoken does so
-    always; that makes no difference to the tokens that merging builds, and the others are left out.
+    With `ignore_merges`, a word that is a token becomes that token, whatever merging would build. tiktoken always does
+    this. It makes no difference for tokens that merging builds; without `ignore_merges` the others are left out.
     """
     if model["type"] != "BPE":
         raise _unsupported(f"its vocabulary is not BPE but {model['type']}")

@@ -1,8 +1,8 @@
-"""Chat messages as tokens, by the model's own chat template: only the template writes control tokens.
+"""Turns chat messages into tokens with the model's chat template; only the template writes control tokens.
 
-A control token begins or ends a turn, or stands for something else that nobody says: `<|im_end|>`, `<think>`. A message
-may spell one. What it spells stays text: it is held apart while the template is rendered, and is encoded as text.
-Knows no session.
+A control token begins or ends a turn (`<|im_end|>`) or marks a part of it (`<think>`). If a message contains the text
+of a control token, that text stays text. It is replaced by a stand-in letter while the template is rendered, and is
+encoded as text afterwards. Knows no session.
 """
 
 from __future__ import annotations
@@ -21,27 +21,26 @@ StandIn = Callable[[str], str]
 Hold = Callable[[str, StandIn], str]
 
 _SPARE = range(0x20000, 0x2A6DE)
-"""Letters of which hardly any text has one: those that no message holds stand in for what is held apart. What a
-template does to text (trimming it, lower case, JSON, Python's own writing) leaves them as they are."""
+"""Rare letters, used as stand-ins if no message contains them. Templates that trim, lowercase or quote text, or write
+it as JSON, leave these letters unchanged."""
 
 _SPARE_LETTER = re.compile(f"([{chr(_SPARE.start)}-{chr(_SPARE.stop - 1)}])")
 
 
 class Chat:
-    """Some messages on their way through a model's chat template.
+    """Messages that are rendered by a model's chat template and encoded.
 
-    What they spell of control tokens is held apart: one letter stands for each different text of these. It is taken
-    from those that none of the messages holds, so that nothing anybody says can be taken for it. Where turns begin or
-    end all the same that would not if nothing of what is said were shown to the template (two texts that make one mark
-    together, or that the template changes into one), nothing of it is.
+    Each control token that a message spells is replaced by a stand-in: a letter that no message contains. Two texts may
+    still form a control token together, or the template may change a text into one. This is noticed because the
+    rendered text has other turns than a rendering without any content. Then every text is replaced as a whole.
 
     Args:
-        messages: as chat templates take them.
-        tools: what the template tells the model of.
-        trusts_messages: control tokens that messages spell are control tokens.
+        messages: dicts as chat templates take them: "role", "content", "tool_calls" and more.
+        tools: functions that the template describes to the model, as OpenAI's API has them.
+        trusts_messages: read control tokens that messages spell as control tokens.
 
     Attributes:
-        messages: what the template is shown of them; to be written, all or some of them.
+        messages: the messages with stand-ins, for `write`.
     """
 
     def __init__(
@@ -55,15 +54,15 @@ class Chat:
         self._engine = engine
         self._trusts_messages = trusts_messages
         self._stand_ins: dict[str, str] = {}
-        self._held: dict[str, str] = {}  # texts by their stand-ins
+        self._held: dict[str, str] = {}  # stand-in -> text
         self._spare = _spare_letters([*messages, *tools])
         self.messages, self._tools = list(messages), list(tools)
-        self._written: str | None = None  # all of it, as the turns were compared
+        self._written: str | None = None  # all messages, rendered for the comparison of turns
         if trusts_messages:
             return
         control = engine.control_tokens
         everywhere = _Spelling.of(control, has_tags=True)
-        own = _Spelling.of(control, has_tags=False)  # the model's own messages may hold its tags
+        own = _Spelling.of(control, has_tags=False)  # the model's own messages may contain its tags
         try:
             self._tools = [self._hold(tool, everywhere.replace) for tool in tools]
             self.messages = [
@@ -78,28 +77,29 @@ class Chat:
             raise InvalidInput("messages or tools are nested too deeply to be read: give them fewer levels") from error
 
     def _has_its_own_turns(self, messages: Sequence[Message], tools: Sequence[Tool], spelling: _Spelling) -> bool:
-        """Whether the template writes the same turns as where it sees nothing of what is said."""
+        """Whether the template writes the same turns as for messages without content."""
         if not messages:
             return True
         unseen = [self._hold(message, _unseen) for message in messages], [self._hold(tool, _unseen) for tool in tools]
         try:
             self._written = self.write()
             template_alone = self._engine.render(unseen[0], tools=unseen[1] or None)
-        except InvalidInput:  # nothing is written of them
+        except InvalidInput:  # the template takes neither
             return True
         return spelling.spelled(self._written) == spelling.spelled(template_alone)
 
     def write(
         self, messages: Sequence[Message] | None = None, *, add_generation_prompt: bool = False, has_tools: bool = True
     ) -> str:
-        """What the template writes.
+        """Render messages with the template.
 
         Args:
-            messages: some of `messages`, or of the like; None: all.
-            has_tools: it is told of the tools.
+            messages: some of `self.messages`, or messages with stand-ins made from them; None: all.
+            add_generation_prompt: also open the model's answer.
+            has_tools: pass the tools to the template.
 
         Raises:
-            InvalidInput: messages that the template does not take.
+            InvalidInput: the template does not take these messages.
         """
         if messages is None and has_tools and not add_generation_prompt and self._written is not None:
             return self._written
@@ -108,12 +108,15 @@ class Chat:
         return self._engine.render(messages, tools=tools or None, add_generation_prompt=add_generation_prompt)
 
     def write_behind(self, messages: Sequence[Message], index: int, *, add_generation_prompt: bool = False) -> str:
-        """What the template writes behind the content of one of the messages.
+        """Render messages, and return the text that follows the content of one of them.
 
-        It is what two renderings have in common at their ends that differ in this content alone.
+        Two renderings that differ only in this content have that text in common at their ends.
+
+        Args:
+            index: which of the messages.
 
         Raises:
-            InvalidInput: messages that the template does not take, or of which it leaves out this one.
+            InvalidInput: the template does not take these messages, or leaves this message out.
         """
         first, second = (
             self.write(
@@ -131,13 +134,12 @@ class Chat:
         return first[len(first) - same :]
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of what was written, or of a part of it.
+        """Encode a rendered text, or a part of it, with the messages' own texts in place of the stand-ins.
 
-        There are as many control tokens as the template itself wrote. Where messages spell none, the ids are those of
-        the text as it stands.
+        The result has exactly the control tokens that the template wrote.
 
         Raises:
-            InvalidInput: a control token that the tokenizer makes of text, however that is cut.
+            InvalidInput: the tokenizer reads a message's text as a control token, even if the text is cut in two.
         """
         engine = self._engine
         text, spelled = self._put_back(text)
@@ -148,7 +150,7 @@ class Chat:
         written = [span for span in found if not _overlaps(spelled, span)]
         if len(written) == len(found):
             token_ids = engine.encode(text)
-            # A tokenizer that normalises text may find more than was spelled.
+            # A tokenizer that normalises text may find control tokens that are spelled otherwise.
             if spelling.count(token_ids) <= len(written):
                 return token_ids
         return _encoded_in_sections(engine, text, written, spelled, spelling)
@@ -162,14 +164,14 @@ class Chat:
             letter = next(self._spare, None)
             if letter is None:
                 raise InvalidInput(
-                    f"the messages hold every letter from U+{_SPARE.start:X} to U+{_SPARE.stop - 1:X}, so that none is "
-                    "left to tell what they spell from the chat template's own marks: leave some out"
+                    f"the messages contain every letter from U+{_SPARE.start:X} to U+{_SPARE.stop - 1:X}, and one is "
+                    "needed as a stand-in for the control tokens that they spell: leave some of the letters out"
                 )
             self._stand_ins[text], self._held[letter] = letter, text
         return self._stand_ins[text]
 
     def _put_back(self, text: str) -> tuple[str, list[CharSpan]]:
-        """The text with what the stand-ins stand for, and where that is now, in order."""
+        """Replace the stand-ins by their texts; also return where these texts are, in order."""
         if not self._held or text.isascii():
             return text, []
         pieces, spans, size = [], [], 0
@@ -185,7 +187,7 @@ class Chat:
 def _encoded_in_sections(
     engine: Engine, text: str, written: Sequence[CharSpan], spelled: Sequence[CharSpan], spelling: _Spelling
 ) -> list[int]:
-    """With what stands between the template's control tokens as text, where it would give control tokens itself."""
+    """Encode the sections between the template's control tokens, as text where they contain control tokens."""
     token_ids: list[int] = []
     done = start = 0
     for first, last in [*written, (len(text), len(text))]:
@@ -203,27 +205,27 @@ def _encoded_as_text(engine: Engine, text: str, spelling: _Spelling) -> list[int
     token_ids = engine.encode(text, as_text=True)
     if not spelling.count(token_ids):
         return token_ids
-    # The tokenizer finds some in any text: it gets none of them whole.
+    # The tokenizer finds control tokens even in plain text: cut each of them in two.
     cuts = [0, *(first + 1 for first, _ in spelling.find(text)), len(text)]
     parts = [engine.encode(text[start:end], as_text=True) for start, end in pairwise(cuts)]
     token_ids = [token_id for part in parts for token_id in part]
     if spelling.count(token_ids):
         raise InvalidInput(
-            f"a message spells a control token which this model's tokenizer cannot read as text: {text[:200]!r}; "
+            f"a message spells a control token that this model's tokenizer cannot read as text: {text[:200]!r}; "
             "leave it out, or allow control tokens in messages (trust_messages=True)"
         )
     return token_ids
 
 
 def _overlaps(spans: Sequence[CharSpan], span: CharSpan) -> bool:
-    """Whether any of some ordered spans shares a character with another one."""
+    """Whether one of the ordered spans overlaps `span`."""
     start, end = span
     index = bisect_left(spans, (end, end))
     return index > 0 and spans[index - 1][1] > start
 
 
 class _Spelling:
-    """How some control tokens are spelled."""
+    """The texts of some control tokens, to find them in texts and in token ids."""
 
     def __init__(self, tokens: tuple[tuple[str, int], ...], unknown: int | None) -> None:
         texts = sorted((text for text, _ in tokens), key=len, reverse=True)
@@ -236,18 +238,18 @@ class _Spelling:
         return _spelling(tuple(sorted(tokens.items())), control.unknown)
 
     def find(self, text: str) -> Iterator[CharSpan]:
-        """Where the longest ones stand in a text, from left to right."""
+        """The spans of control tokens in a text, from left to right; the longest wins."""
         return (match.span() for match in self._pattern.finditer(text))
 
     def spelled(self, text: str) -> list[str]:
         return self._pattern.findall(text)
 
     def count(self, token_ids: Sequence[int]) -> int:
-        """How many of the tokens are such; what stands for text that the vocabulary does not know is none."""
+        """Count the control tokens among token ids; the token for unknown text is none."""
         return sum(token_id in self._ids for token_id in token_ids)
 
     def replace(self, text: str, stand_in: StandIn) -> str:
-        """The text with a letter for each of them."""
+        """Replace each control token in a text by a stand-in."""
         return self._pattern.sub(lambda match: stand_in(match[0]), text)
 
 
@@ -257,18 +259,18 @@ def _spelling(tokens: tuple[tuple[str, int], ...], unknown: int | None) -> _Spel
 
 
 def _whole(text: str, stand_in: StandIn) -> str:
-    """A letter for all of a text but the white space around it."""
+    """Replace a text by one stand-in; the white space around it stays."""
     said = text.strip()
     return text.replace(said, stand_in(said)) if said else text
 
 
 def _unseen(text: str, stand_in: StandIn) -> str:
-    """The same letter for every text."""
+    """Replace every text by the same letter."""
     return chr(_SPARE.stop) if text.strip() else text
 
 
 def _mapped(value: object, change: Callable[[str], str]) -> object:
-    """A message, or a part of one, with all its texts changed but those that say what it is."""
+    """Change all texts in a message, except field names and the fields that identify the message."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
@@ -284,7 +286,7 @@ def _mapped(value: object, change: Callable[[str], str]) -> object:
 
 
 def _num_same_at_end(first: str, second: str) -> int:
-    """How many of their last characters two texts have in common."""
+    """The length of the longest common suffix of two texts, by binary search."""
     least, most = 0, min(len(first), len(second))
     while least < most:
         middle = (least + most + 1) // 2
@@ -296,21 +298,21 @@ def _num_same_at_end(first: str, second: str) -> int:
 
 
 def _is_name(key: object, value: object) -> bool:
-    """Whether a field says what a message or a part of it is, or belongs to; templates look at these themselves."""
+    """Whether a field identifies a message or a part of it, such as "role": templates compare these fields."""
     return (
         key in ("role", "type", "id", "tool_call_id") and isinstance(value, str) and bool(re.fullmatch(r"\w+", value))
     )
 
 
 def _spare_letters(said: Sequence[object]) -> Iterator[str]:
-    """Letters that none of what is said holds; all of it is searched when the first one is asked for."""
+    """The letters that no message contains; the messages are searched when the first letter is asked for."""
     letters = (letter for text in _strings_in(said) if not text.isascii() for letter in text)
     held = {letter for letter in letters if ord(letter) in _SPARE}
     yield from (chr(code) for code in _SPARE if chr(code) not in held)
 
 
 def _strings_in(value: object) -> Iterator[str]:
-    """All texts in it, in no order."""
+    """All texts in a nested value, in any order."""
     left = [value]
     while left:
         match left.pop():

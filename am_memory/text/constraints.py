@@ -1,4 +1,4 @@
-"""What the tokens of an answer may be: grammars by llguidance. Knows no session, no messages and no tools."""
+"""Constrained decoding: a grammar of llguidance decides which tokens an answer may have. Knows no session."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from am_memory.errors import InvalidInput, UnsupportedOperation
 from am_memory.text.json_schemas import GrammarSchema, for_grammar, left_out_by
 
 CLOSERS = (r'"[\]}]*', r"[\]}]+", ",")
-"""Tokens that end strings; lists and objects, where no string is open, which would take brackets as text; numbers."""
+"""Patterns of tokens that end strings, lists and objects, or numbers; tried in this order."""
 
 logger = logging.getLogger("am_memory")
 
 
 AT_A_LIMIT = re.compile(r"too (big|large|long|many|complex|deep)|limit|fuel|; max is ", re.IGNORECASE)
-"""In what llguidance says where a grammar is sound, and larger than it takes."""
+"""Matches errors of llguidance about a grammar that is sound but too large."""
 WAY_OUT = (
     ": the schema or grammar is too large: give it fewer properties, values of enum and levels, and shorter texts and "
     "patterns"
 )
 _IN_SCHEMA = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: ")
-"""The place is one in a grammar that nobody sees: a schema is one line of it."""
+"""The position in the generated grammar, which users do not see."""
 _BOUNDS = re.compile(r"Failed to generate regex for \w+ range: min=(?:Some\((.+?)\)|None), max=(?:Some\((.+?)\)|None)")
 _NOTHING_FOLLOWS = (
     'nothing can follow: a schema or rule that refers to itself alone, as {"$ref": "#"} does, has no value'
@@ -43,47 +43,47 @@ _NOTHING_FOLLOWS = (
 
 
 class Constraint(Protocol):
-    """What the next tokens of one answer may be; every answer needs a new one.
+    """Decides which tokens one answer may have; every answer needs a new constraint.
 
     Attributes:
-        left_out: keywords of JSON schemas that no grammar holds: the answer is still to be checked for them.
+        left_out: keywords of JSON schemas that the grammar cannot express; check the answer for them afterwards.
     """
 
     left_out: frozenset[str]
 
     @property
     def is_complete(self) -> bool:
-        """Nothing may follow but the end of the turn."""
+        """Whether the answer is complete: only the end of the turn may follow."""
         ...
 
     def mask(self, logits: Tensor, *, is_closing: bool = False) -> Tensor:
-        """A copy in which every forbidden token is -inf.
+        """Return a copy of the logits in which every forbidden token is -inf.
 
         Args:
             logits: (vocab_size,) float32; it may be longer than the tokenizer's vocabulary.
-            is_closing: few tokens are left: where what is open can be closed (a string, a list), only that is allowed.
+            is_closing: few tokens are left: if an open string, list or object can be closed, allow only that.
         """
         ...
 
     def accept(self, token_id: int) -> None:
-        """The answer goes on by this token.
+        """Append a token to the answer.
 
         Raises:
-            InvalidInput: the token is forbidden here; nothing has changed.
+            InvalidInput: the token is forbidden here; the constraint is unchanged.
         """
         ...
 
     def state(self) -> Any:
-        """Where in the answer it is, for `restore`: nothing that follows changes it."""
+        """A snapshot of the position in the grammar, for `restore`; later tokens do not change it."""
         ...
 
     def restore(self, state: Any) -> None:
-        """Go back to where it was: a token that is taken back was never accepted."""
+        """Return to a snapshot, as if later tokens had not been accepted."""
         ...
 
 
 class _Grammar:
-    """A grammar of llguidance, at one place in it."""
+    """A grammar of llguidance and the position in it."""
 
     def __init__(
         self, vocabulary: _Vocabulary, grammar: str, schemas: Sequence[GrammarSchema] = (), *, is_closed: bool
@@ -115,9 +115,9 @@ class _Grammar:
 
     def accept(self, token_id: int) -> None:
         if self.is_complete and token_id in self._tokenizer.eos_tokens:
-            return  # llguidance has stopped already
+            return  # llguidance has already stopped
         is_token = 0 <= token_id < self._tokenizer.vocab_size
-        matcher = self._matcher.deep_copy()  # so that a state is never changed; it takes a microsecond
+        matcher = self._matcher.deep_copy()  # keeps snapshots unchanged; it takes a microsecond
         if not is_token or matcher.try_consume_tokens([token_id]) != 1:
             _require_sound(matcher, "the answer cannot follow this grammar further")
             raise InvalidInput(f"token id {token_id} does not follow the grammar: take one that mask() allows")
@@ -135,11 +135,11 @@ def _require_sound(matcher: LLMatcher, problem: str) -> None:
         # llguidance appends the lines of the grammar, or its whole state.
         reason = re.split(r"\n *\d+ \| |<state>", matcher.get_error())[0]
         way_out = WAY_OUT if AT_A_LIMIT.search(reason) else ""
-        raise InvalidInput(f"{problem}: {_told(' '.join(reason.split()))}{way_out}")
+        raise InvalidInput(f"{problem}: {_in_words_of_schemas(' '.join(reason.split()))}{way_out}")
 
 
-def _told(reason: str) -> str:
-    """In words of schemas what llguidance says in its own."""
+def _in_words_of_schemas(reason: str) -> str:
+    """Reword an error of llguidance for the author of a JSON schema."""
     if reason == "NoExtensionBias":
         return _NOTHING_FOLLOWS
     reason = _IN_SCHEMA.sub("the JSON schema: ", reason)
@@ -148,14 +148,15 @@ def _told(reason: str) -> str:
     bounds = " and ".join(
         f"{name} {value}" for name, value in zip(("minimum", "maximum"), found.groups(), strict=True) if value
     )
-    return f"a number with the {bounds} is more than a grammar holds: give bounds of 18 digits at most"
+    return f"a grammar cannot hold a number with the {bounds}: give bounds of 18 digits at most"
 
 
 def json_schema(engine: Engine, schema: Mapping[str, object]) -> Constraint:
-    """An answer that is one JSON value of this schema, on one line.
+    """Constrain an answer to one JSON value of a schema, on one line.
 
-    Objects that say nothing of further properties get none. A `format` that the grammar does not know is an annotation,
-    as JSON Schema has it; other keywords that no grammar holds are its `left_out`, and a warning names them once.
+    An object gets no properties that the schema does not mention, unless the schema allows them explicitly. A `format`
+    that the grammar does not know is ignored. Other keywords that the grammar cannot express are in `left_out`, and a
+    warning names them once.
 
     Raises:
         InvalidInput: the schema is not JSON, or contradicts itself.
@@ -166,25 +167,25 @@ def json_schema(engine: Engine, schema: Mapping[str, object]) -> Constraint:
 
 
 def regex(engine: Engine, pattern: str) -> Constraint:
-    """An answer that matches a regular expression (Rust's syntax) from beginning to end.
+    """Constrain an answer to match a regular expression (Rust's syntax) from beginning to end.
 
     Raises:
-        InvalidInput: not a regular expression, or one with lookaround or back-references.
+        InvalidInput: this is not a regular expression, or it has lookaround or back-references.
         UnsupportedOperation: the engine's tokenizer cannot be constrained.
     """
     return _Grammar(_vocabulary(engine), LLMatcher.grammar_from_regex(pattern), is_closed=False)
 
 
 def lark(engine: Engine, grammar: str, schemas: Sequence[GrammarSchema] = (), *, has_text: bool = False) -> Constraint:
-    """An answer of a grammar in llguidance's dialect of Lark, whose first rule is `start`.
+    """Constrain an answer to a grammar in llguidance's dialect of Lark; its first rule is `start`.
 
     Args:
-        schemas: those that it has by `json_rule`. Its open ends are those of JSON, so that it can be brought to an end
+        schemas: the schemas that the grammar includes with `json_rule`. If there are any, JSON that is open is closed
             when few tokens are left.
-        has_text: it has text beside them, in which quotes and brackets end nothing.
+        has_text: the grammar also has free text, in which quotes and brackets close nothing.
 
     Raises:
-        InvalidInput: not a grammar.
+        InvalidInput: this is not a grammar.
         UnsupportedOperation: the engine's tokenizer cannot be constrained.
     """
     is_closed = bool(schemas) and not has_text
@@ -193,21 +194,21 @@ def lark(engine: Engine, grammar: str, schemas: Sequence[GrammarSchema] = (), *,
 
 @lru_cache(256)
 def _warn_of(left_out: frozenset[str]) -> None:
-    """Once for the same keywords."""
+    """Log the keywords that a grammar lacks, once for the same keywords."""
     logger.warning(
-        "no grammar holds %s: of JSON schemas with these, answers follow the rest, and are checked afterwards",
+        "no grammar holds %s: answers follow the rest of the JSON schema, and are checked for these afterwards",
         ", ".join(sorted(left_out)),
     )
 
 
 def json_rule(schema: GrammarSchema) -> str:
-    """A JSON value of this schema, as `json_schema` takes it, for the right side of a rule of `lark`."""
+    """The right side of a rule of `lark` that matches a JSON value of this schema."""
     return f"%json {schema.text}"
 
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """An engine's tokens as llguidance takes them, and those that end what is open in JSON, the surest first."""
+    """An engine's tokenizer for llguidance, and the ids of the tokens that match each of `CLOSERS`."""
 
     tokenizer: LLTokenizer
     closers: tuple[Tensor, ...]
@@ -218,7 +219,7 @@ _building = threading.Lock()
 
 
 def _vocabulary(engine: Engine) -> _Vocabulary:
-    """It costs about a second, once per engine."""
+    """The vocabulary of an engine, which takes about a second to build, once an engine."""
     with _building:
         if engine not in _vocabularies:
             tokens: Mapping[str, int]

@@ -1,6 +1,6 @@
-"""JSON schemas in the form that a grammar can hold, what of them it cannot, and the check of an answer afterwards.
+"""Prepares JSON schemas for a grammar, and checks answers against the keywords that a grammar cannot express.
 
-Knows no tokens and no engine. Nothing is fetched from anywhere, and how long a check may take is bounded.
+Knows no tokens and no engine. No reference is fetched from a network, and the time of a check is bounded.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from am_memory.errors import InvalidInput
 Schema = dict[str, object]
 
 JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": True}
-"""JSON is written as `json.dumps` writes it: free whitespace is where a small model never comes to an end."""
+"""JSON is written as `json.dumps` writes it: with free whitespace, a small model may never stop."""
 
 MAX_CHECK_STEPS = 2_000_000
-"""Looks at a value; a schema of many alternatives within each other would ask for more than anybody waits for."""
+"""The most steps of one check; a step looks at one value. Nested alternatives would need far more."""
 MAX_CHECK_DEPTH = 64
 MAX_BACKTRACKS = 1_000
-"""Of one pattern at one text; each may cost as much as a step of the check does."""
+"""The most backtracks of one pattern on one text; a backtrack may take as long as a step of the check."""
 CHARS_PER_STEP = 8
-"""Of a text that a pattern, or anything else, looks at in one step."""
+"""Characters of a text that are looked at in one step."""
 MAX_REASON_CHARS = 300
 
 _LOOKS_BACK = re.compile(r"\(\?(?!:)|\\[^dDsSwWbBnrtfv.^$*+?()\[\]{}|/-]|[+*?}]\+")
-"""In patterns that may backtrack: lookaround, references, and what else is more than a regular expression."""
+"""Matches patterns that may backtrack: lookaround, back-references and possessive repeats."""
 _REPEATS = re.compile(r"\{(\d{1,9})(?:,(\d{0,9}))?\}")
 
 _MAPS = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
@@ -46,16 +46,16 @@ _CHECKED_FORMATS = {
     *("idn-email", "idn-hostname", "iri", "iri-reference", "json-pointer", "regex"),
     *("relative-json-pointer", "uri-reference", "uri-template"),
 }
-"""Those of the standard that no grammar holds; any format that the standard does not name says nothing of a value."""
+"""Formats of the standard that no grammar can express; a format that is not in the standard is ignored."""
 
 
 @dataclass(frozen=True)
 class GrammarSchema:
-    """A schema as a grammar of llguidance takes it.
+    """A schema for a grammar of llguidance.
 
     Attributes:
-        text: JSON.
-        left_out: keywords that it had and the grammar has not.
+        text: the schema as JSON.
+        left_out: keywords of the original schema that the grammar cannot express.
     """
 
     text: str
@@ -63,7 +63,7 @@ class GrammarSchema:
 
 
 def for_grammar(schema: object) -> GrammarSchema:
-    """The schema with what a grammar can hold, on one line, and closed where it says nothing of further properties.
+    """Reduce a schema to the keywords that a grammar can express; objects get no properties that are not mentioned.
 
     Raises:
         InvalidInput: the schema is not JSON.
@@ -78,7 +78,7 @@ def for_grammar(schema: object) -> GrammarSchema:
 
 
 def left_out_by(warnings: Iterable[str]) -> set[str]:
-    """The keywords that llguidance says it leaves out of a grammar; a format that is an annotation is none."""
+    """The keywords that llguidance leaves out of a grammar, by its warnings, without ignored formats."""
     found: set[str] = set()
     for warning in warnings:
         if unknown := re.fullmatch(r"Unknown format: (.*)", warning, re.DOTALL):
@@ -91,17 +91,16 @@ def left_out_by(warnings: Iterable[str]) -> set[str]:
 
 
 class Unchecked(Exception):
-    """Whether a value is of a schema is not known: finding it out would take too long. No fault of the value's."""
+    """A value was not checked, as the check would take too long; the value may be right or wrong."""
 
 
 class Check:
-    """Whether a value is of a schema, all of it.
+    """Checks values against all keywords of a schema.
 
-    Patterns are those of JSON Schema; one that is no pattern there is not looked at.
-    A check has one budget, `MAX_CHECK_STEPS`, for all that its schema and its patterns may look at in a value.
+    A pattern that is no pattern of JSON Schema is ignored. `MAX_CHECK_STEPS` limits the steps of one check.
 
     Raises:
-        InvalidInput: the schema is none, or refers to something outside of it.
+        InvalidInput: this is not a schema, or it refers to something outside of it.
     """
 
     def __init__(self, schema: object) -> None:
@@ -111,10 +110,10 @@ class Check:
         self._validator = _validator(self._schema)
 
     def problem_with(self, value: object) -> str | None:
-        """What is wrong with a value; None where it is of the schema.
+        """Describe what is wrong with a value; None if the value matches the schema.
 
         Raises:
-            Unchecked: it would take too long.
+            Unchecked: the check would take too long.
         """
         try:
             depth, size = _depth_and_size(value)
@@ -123,26 +122,26 @@ class Check:
             num_steps = MAX_CHECK_STEPS + 1
         if num_steps > MAX_CHECK_STEPS:
             raise Unchecked(
-                "it cannot be checked against its schema: there are too many alternatives within each other, or "
-                "patterns"
+                "it cannot be checked against its schema: the schema has too many nested alternatives, or patterns "
+                "that are too large"
             )
         error = next(self._validator.iter_errors(value), None)
         if error is None:
             return None
         if isinstance(error.kind, (_Kind.BacktrackLimitExceeded, _Kind.RegexEngineFailure)):
-            raise Unchecked("it cannot be checked against its schema: a pattern is tried for too long")
+            raise Unchecked("it cannot be checked against its schema: a pattern backtracks too often")
         place = "".join(f"[{step!r}]" for step in error.instance_path)
         return f"{place + ': ' if place else ''}{_shortened(error.message)}"
 
 
 def _validator(schema: Schema) -> jsonschema_rs.Validator:
-    """By the newest draft that the schema is one of, where it does not name its own."""
+    """Make a validator for the draft that the schema names, else for the newest draft that accepts the schema."""
     patterns = jsonschema_rs.FancyRegexOptions(backtrack_limit=MAX_BACKTRACKS)
     refused: list[ValueError] = []
     for make in (jsonschema_rs.validator_for, jsonschema_rs.Draft7Validator, jsonschema_rs.Draft4Validator):
         try:
             return make(schema, offline=True, validate_formats=True, pattern_options=patterns)
-        except ValueError as error:  # those of jsonschema_rs are
+        except ValueError as error:  # the base of the errors of jsonschema_rs
             refused.append(error)
     reason = str(refused[0]).splitlines()[0]
     raise InvalidInput(f"this is no JSON schema: {_shortened(reason)}") from refused[0]
@@ -164,7 +163,7 @@ def _copied(schema: object) -> Schema:
 
 
 def _name_properties(schema: Schema, root: Schema) -> None:
-    """Say by properties what is said of their names, which a grammar cannot hold."""
+    """Express "propertyNames", which a grammar lacks, by "properties" or "patternProperties"."""
     names = _resolved(schema.get("propertyNames"), root)
     if names is None or {"properties", "patternProperties"} & schema.keys():
         return
@@ -181,7 +180,7 @@ def _name_properties(schema: Schema, root: Schema) -> None:
 
 
 def _resolved(schema: object, root: Schema) -> Schema | None:
-    """The schema, or the one in `root` that it stands for; None where it is none."""
+    """Follow references within `root`; None if the result is not a schema."""
     for _ in range(MAX_CHECK_DEPTH):
         if not isinstance(schema, dict) or not isinstance(pointer := schema.get("$ref"), str):
             break
@@ -198,7 +197,7 @@ def _at(pointer: str, root: Schema) -> object:
 
 
 def _drop_patterns(schema: Schema, is_taken: Callable[[str], bool]) -> set[str]:
-    """Take out the patterns that are not taken; returns the keywords in which there were any."""
+    """Remove the patterns that `is_taken` refuses; return the keywords that had such patterns."""
     dropped = set()
     if isinstance(pattern := schema.get("pattern"), str) and not is_taken(pattern):
         del schema["pattern"]
@@ -206,14 +205,14 @@ def _drop_patterns(schema: Schema, is_taken: Callable[[str], bool]) -> set[str]:
     by_pattern = schema.get("patternProperties")
     if isinstance(by_pattern, dict) and (left := [each for each in by_pattern if not is_taken(each)]):
         schema["patternProperties"] = {each: part for each, part in by_pattern.items() if each not in left}
-        schema["additionalProperties"] = True  # their names cannot be told from others
+        schema["additionalProperties"] = True  # their names cannot be told from other names
         dropped.add("patternProperties")
     return dropped
 
 
 @lru_cache(1024)
 def _is_regular(pattern: str) -> bool:
-    """Whether a grammar can hold a pattern: not one that looks around, or back."""
+    """Whether a grammar can express a pattern; it cannot if the pattern has lookaround or back-references."""
     schema = json.dumps({"type": "string", "pattern": pattern})
     return not LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(f"start: %json {schema}"))
 
@@ -228,9 +227,10 @@ def _is_pattern(pattern: str) -> bool:
 
 
 def _close(schema: Schema) -> None:
-    """Allow no further properties in objects that do not mention them.
+    """Forbid properties that are not mentioned, in objects that say nothing about them.
 
-    A schema that composes one object of several is left alone: what one part does not mention another may ask for.
+    A schema that composes an object from several parts is not changed: one part may require what another does not
+    mention.
     """
     parts = list(_parts(schema))
     if any(_is_composed(part) for part in parts):
@@ -248,7 +248,7 @@ def _is_composed(schema: Schema) -> bool:
 
 
 def _parts(schema: object) -> Iterator[Schema]:
-    """The schema and every schema in it."""
+    """The schema and all schemas nested in it."""
     if not isinstance(schema, dict):
         return
     yield schema
@@ -263,27 +263,27 @@ def _parts(schema: object) -> Iterator[Schema]:
 
 
 class _Steps:
-    """How often a check may look at the values on one way into an answer: an upper bound, found without an answer."""
+    """An upper bound of how often a check looks at a value and the values in it, computed from the schema alone."""
 
     def __init__(self, root: Schema) -> None:
         self._root = root
         self._found: dict[tuple[int, int], int] = {}
 
     def along(self, schema: object, depth: int) -> int:
-        """Of a value that has others in it, so deep."""
+        """The bound for a value with `depth` levels of values in it."""
         if depth > MAX_CHECK_DEPTH:
             return MAX_CHECK_STEPS + 1
         if not isinstance(schema, dict) or depth < 0:
             return 1
         key = id(schema), depth
         if key not in self._found:
-            self._found[key] = MAX_CHECK_STEPS + 1  # where it refers to itself without going deeper
+            self._found[key] = MAX_CHECK_STEPS + 1  # for a schema that refers to itself at the same depth
             count = 1 + sum(self.along(part, depth) for part in self._in_place(schema)) + _pattern_steps(schema)
             deeper = [self.along(part, depth - 1) for part in self._below(schema)]
             named = [self.along(part, depth - 1) for part in _mapping(schema.get("properties")).values()]
             listed = [self.along(part, depth - 1) for part in _list(schema.get("prefixItems"))]
             if any(key.startswith("unevaluated") for key in schema):
-                count *= 2  # what the others looked at is found out anew
+                count *= 2  # the validator repeats the work of the other keywords
             count += sum(deeper) + max(named, default=0) + max(listed, default=0)  # a value has one name or place
             self._found[key] = min(count, MAX_CHECK_STEPS + 1)
         return self._found[key]
@@ -295,7 +295,7 @@ class _Steps:
         yield from _mapping(schema.get("dependentSchemas")).values()
         for key in ("$ref", "$dynamicRef"):
             if isinstance(pointer := schema.get(key), str):
-                # What is not found by its place is bound to be somewhere: it is taken for the largest there is.
+                # A reference that is not a path may point anywhere in the schema: take the largest part, the root.
                 yield self._root if pointer == "#" else _at(pointer, self._root) or self._root
 
     def _below(self, schema: Schema) -> Iterator[object]:
@@ -304,7 +304,10 @@ class _Steps:
 
 
 def _pattern_steps(schema: Schema) -> int:
-    """Of the schema's own patterns at a text of one step: at worst, each backtrack reads the text in each state."""
+    """An upper bound of the steps of a schema's patterns on a text of one step.
+
+    In the worst case each backtrack reads the text in each state of the pattern.
+    """
     count = 0
     for pattern in (schema.get("pattern"), *_mapping(schema.get("patternProperties"))):
         if isinstance(pattern, str):
@@ -315,7 +318,7 @@ def _pattern_steps(schema: Schema) -> int:
 
 
 def _depth_and_size(value: object) -> tuple[int, int]:
-    """How deep it is, and how many steps one look at all of its values and names takes."""
+    """The depth of a value, and the steps that are needed to look at all values and names in it once."""
     if isinstance(value, str):
         return 1, 1 + len(value) // CHARS_PER_STEP
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

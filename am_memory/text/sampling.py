@@ -1,4 +1,4 @@
-"""From logits to the next token, by transformers' own logits processors. Knows no session and no text."""
+"""Chooses the next token from logits with the logits processors of transformers. Knows no session and no text."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from transformers import (
 from am_memory.errors import InvalidInput, problems
 
 TEMPERATURES = 1e-30, 1e30
-"""Beyond them, logits are divided into what float32 cannot say; at them, the likeliest token alone or all are left."""
+"""Dividing logits by temperatures outside of these would leave the range of float32; the limits are used instead."""
 
 
 MAX_STOPS, MAX_STOP_CHARS = 16, 1_000
-"""What may begin a stop text is held back, and each of them is looked for at every token."""
+"""Limits of stop texts: each is searched for at every token, and text that may begin one is held back."""
 
 
 class Sampling(BaseModel):
-    """How the next token is chosen; the names and the meaning are those of transformers' `GenerationConfig`.
+    """How the next token is chosen; names and meaning are those of `GenerationConfig` of transformers.
 
     Attributes:
         temperature: 0 is greedy decoding.
-        top_k, top_p, min_p: cut the tail of the distribution; None leaves it.
-        repetition_penalty: above 1 makes tokens that are already in the context less likely.
-        stop: texts that end the generation; they are not given out. At most 16, of 1,000 characters each.
+        top_k, top_p, min_p: keep only the likeliest tokens; None keeps all.
+        repetition_penalty: a value above 1 makes tokens of the context less likely.
+        stop: texts that end the generation; they are not returned. At most 16, of 1,000 characters each.
         seed: makes sampling repeatable.
 
     Raises:
-        InvalidInput: a value out of its range.
+        InvalidInput: a value is out of its range.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,13 +60,13 @@ class Sampling(BaseModel):
 
     @classmethod
     def from_generation_config(cls, config: GenerationConfig) -> Sampling:
-        """What a model's own generation config asks for."""
+        """Read the sampling from a model's generation config."""
         penalty = config.repetition_penalty or 1.0
         if not config.do_sample:
             return cls(repetition_penalty=penalty)
         return cls(
             temperature=1.0 if config.temperature is None else config.temperature,
-            top_k=(50 if config.top_k is None else config.top_k) or None,  # generate() takes 50 where nothing is said
+            top_k=(50 if config.top_k is None else config.top_k) or None,  # the default of generate() is 50
             top_p=config.top_p,
             min_p=config.min_p,
             repetition_penalty=penalty,
@@ -91,7 +91,7 @@ class Sampling(BaseModel):
 
 
 class Sampler:
-    """Chooses tokens by one `Sampling`; owns the random generator of one generation."""
+    """Chooses the tokens of one generation; owns its random generator."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
@@ -99,12 +99,17 @@ class Sampler:
         self._generator: torch.Generator | None = None
 
     def choose(self, logits: Tensor, token_ids: Sequence[int]) -> int:
-        """The next token after `token_ids`, by (vocab_size,) float32 logits."""
+        """Choose the next token.
+
+        Args:
+            logits: (vocab_size,) float32.
+            token_ids: the tokens of the context.
+        """
         scores = logits[None]
         if self._processors:
-            # Only the repetition penalty looks at the context; the others would pay for its copy at each token.
+            # Only the repetition penalty needs the whole context, which is expensive to copy at each token.
             context = token_ids if self.sampling.repetition_penalty != 1.0 else token_ids[-1:]
-            ids = torch.tensor([list(context)]).to(logits.device, non_blocking=True)  # no wait for the model
+            ids = torch.tensor([list(context)]).to(logits.device, non_blocking=True)  # does not wait for the GPU
             scores = self._processors(ids, scores)  # type: ignore[arg-type]  # annotated narrower than they are
         if self.sampling.temperature == 0.0:
             return int(scores.argmax())

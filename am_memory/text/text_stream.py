@@ -1,4 +1,4 @@
-"""Token ids to text as they come: never half a character, never the beginning of a stop text."""
+"""Decodes tokens to text as they are generated: never half a character, never the beginning of a stop text."""
 
 from __future__ import annotations
 
@@ -11,24 +11,27 @@ REPLACEMENT = "\ufffd"
 class TextStream:
     """Decodes a growing list of tokens piece by piece.
 
-    A piece is given out once no later token can change it: bytes of an unfinished character are held back, and so is
-    text that may turn out to be the beginning of a stop text.
+    Text is returned once no later token can change it. The bytes of an unfinished character are held back, and so is
+    text that may be the beginning of a stop text.
 
     Args:
-        decode: token ids to text.
-        stop: texts that end the stream; neither they nor what follows is given out.
+        decode: returns the text of token ids.
+        stop: texts that end the stream; they are not returned, nor is the text behind them.
+
+    Attributes:
+        is_stopped: whether a stop text was found.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
         self._decode = decode
         self._stop = [_Begun(text) for text in stop if text]
-        self._tokens: list[int] = []  # since the last point where the text was whole, with one token of context
-        self._context = ""  # the text of the context alone
-        self._held = ""  # whole text that may begin a stop text
+        self._tokens: list[int] = []  # one token of context, then the tokens whose text is not returned yet
+        self._context = ""  # the text of the context
+        self._held = ""  # complete characters that may begin a stop text
         self.is_stopped = False
 
     def push(self, token_id: int) -> str:
-        """Take one token; return the text that is now certain."""
+        """Add a token; return the text that no later token can change."""
         self._tokens.append(token_id)
         text = self._decode(self._tokens)
         if text.endswith(REPLACEMENT):
@@ -39,7 +42,7 @@ class TextStream:
         return self._release(new)
 
     def finish(self) -> str:
-        """What was held back: the stream has ended."""
+        """End the stream; return the text that was held back."""
         new = self._decode(self._tokens)[len(self._context) :]
         self._tokens, self._context = [], ""
         text = self._release(new) + self._held
@@ -61,17 +64,17 @@ class TextStream:
 
 
 def overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """The length of the longest suffix of `text` that is a prefix of `stop`."""
     begun = _Begun(stop)
     begun.end_in(text[max(len(text) - len(stop) + 1, 0) :])
     return begun.length
 
 
 class _Begun:
-    """How much of a text what has come so far ends with; what comes is looked at once, however much has begun.
+    """Finds one text in a stream of characters, looking at each character once (Knuth, Morris and Pratt).
 
     Attributes:
-        length: of the beginning of `text` that it ends with.
+        length: how many characters of the text's beginning the stream ends with.
     """
 
     def __init__(self, text: str) -> None:
@@ -80,7 +83,7 @@ class _Begun:
         self._borders = _borders(text)
 
     def end_in(self, new: str) -> int | None:
-        """Take what comes next; where the text is complete in it, the place behind it."""
+        """Add characters; return the position in them behind the text, or None while it is not complete."""
         for end, character in enumerate(new, 1):
             while self.length and self.text[self.length] != character:
                 self.length = self._borders[self.length - 1]
@@ -92,7 +95,7 @@ class _Begun:
 
 @lru_cache(64)
 def _borders(text: str) -> list[int]:
-    """For each beginning of a text, the longest shorter one that it ends with (as Knuth, Morris and Pratt have it)."""
+    """For each prefix of a text, the length of its longest proper prefix that is also its suffix."""
     borders, length = [0], 0
     for character in text[1:]:
         while length and text[length] != character:

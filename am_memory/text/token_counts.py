@@ -1,7 +1,7 @@
-"""How many tokens a text is: for the model in memory exactly, for others by an estimate. Knows no sessions.
+"""Counts the tokens of texts: exactly for the loaded model, by an estimate for others. Knows no sessions.
 
-`TokenizerCounter` asks the model's tokenizer, whatever it is. `ByteLevelCounter` gives the same numbers several times
-faster, for long texts such as the results of tools. `tiktoken_counter` estimates, for models that run elsewhere.
+`TokenizerCounter` uses the model's tokenizer. `ByteLevelCounter` gives the same numbers several times faster, for long
+texts such as tool results. `tiktoken_counter` gives an estimate for models that run elsewhere.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CHECKED_TEXTS = (
     "<|im_start|>user\n<|endoftext|><s></s>[INST]<tool_call>\n</tool_call><|im_end|",
     "the\nthe", "\x00\x01\x04\x1b[31mred\x1b[0m",
 )  # fmt: skip
-"""Where regex engines and vocabularies come apart: code, data, contractions, scripts, emoji, spaces, numbers, marks."""
+"""Texts that tokenizers may split differently: code, data, contractions, scripts, emoji, spaces, numbers, marks."""
 
 CHUNK_CHARACTERS = 100_000
 
@@ -39,19 +39,19 @@ class TokenCounter(Protocol):
 
     @property
     def is_exact(self) -> bool:
-        """The model reads that many tokens; else they are an estimate."""
+        """Whether the model reads exactly this many tokens; otherwise the count is an estimate."""
         ...
 
     def count(self, text: str) -> int:
-        """Number of tokens of the text, without anything added; marks such as `<|im_end|>` are one token each."""
+        """Count the tokens of a text, without special tokens added; marks such as `<|im_end|>` are one token each."""
         ...
 
 
 class TokenizerCounter:
-    """Exact, by the model's own tokenizer.
+    """Counts exactly, with the model's own tokenizer.
 
     Args:
-        encode: text to token ids: `memory.tokenize`, or an engine's `encode`.
+        encode: returns the token ids of a text: `memory.tokenize`, or an engine's `encode`.
     """
 
     is_exact = True
@@ -64,18 +64,20 @@ class TokenizerCounter:
 
 
 class ByteLevelCounter:
-    """Exact, by tiktoken, for tokenizers of byte-level BPE (those of Qwen, Llama 3, SmolLM and GPT-2).
+    """Counts exactly, with tiktoken, for byte-level BPE tokenizers (Qwen, Llama 3, SmolLM, GPT-2).
 
-    It takes one to four seconds to build. A text goes through the tokenizer itself where tiktoken might differ or
-    fail: it is not in the normal form that the tokenizer brings it to, it has characters that the vocabulary cannot
-    spell or that Python's Unicode does not know (other versions of Unicode may call them letters), or it has
-    a run of hundreds of thousands of spaces.
+    Building it takes one to four seconds. A text goes through the slower tokenizer if tiktoken might differ or fail:
+
+    - the text is not in the normal form that the tokenizer produces;
+    - it has characters that the vocabulary cannot spell;
+    - it has characters unknown to Python's version of Unicode, which other versions may call letters;
+    - it has a run of hundreds of thousands of spaces.
 
     Args:
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
 
     Raises:
-        UnsupportedOperation: tiktoken cannot give this tokenizer's ids; if that shows on a text only, it is named.
+        UnsupportedOperation: tiktoken cannot reproduce this tokenizer's ids; the message names a text that differs.
     """
 
     is_exact = True
@@ -89,19 +91,19 @@ class ByteLevelCounter:
 
     @property
     def encoding(self) -> tiktoken.Encoding:
-        """The vocabulary as tiktoken has it; it lacks the care that `encode` takes with the texts named above."""
+        """The vocabulary for tiktoken; unlike `encode`, it does not check for the texts listed above."""
         return self._vocabulary.encoding
 
     def count(self, text: str) -> int:
         return len(self.encode(text))
 
     def encode(self, text: str) -> list[int]:
-        """The tokenizer's ids of the text, without anything added."""
+        """Return the tokenizer's ids of a text, without special tokens added."""
         if not self._is_plain(text):
             return self._encode_slowly(text)
         try:
             return self.encoding.encode(text, allowed_special="all")
-        except ValueError:  # the regex engine gives up on a long run of spaces
+        except ValueError:  # tiktoken's regex engine fails on a long run of spaces
             return self._encode_slowly(text)
 
     def _encode_slowly(self, text: str) -> list[int]:
@@ -124,10 +126,10 @@ class ByteLevelCounter:
 
 
 class EstimateCounter:
-    """An estimate, by another model's encoding.
+    """Estimates the count with another model's encoding.
 
     Args:
-        encoding: of tiktoken; marks are counted as the plain text that they are to other models.
+        encoding: an encoding of tiktoken; marks such as `<|im_end|>` are counted as plain text.
     """
 
     is_exact = False
@@ -136,19 +138,19 @@ class EstimateCounter:
         self._encoding = encoding
 
     def count(self, text: str) -> int:
-        """Number of tokens, read in pieces: tiktoken gives up on long runs of spaces; each cut may add a token."""
+        """Count in pieces, as tiktoken fails on long runs of spaces; each cut may add a token."""
         starts = range(0, len(text), CHUNK_CHARACTERS)
         return sum(len(self._encoding.encode_ordinary(text[start : start + CHUNK_CHARACTERS])) for start in starts)
 
 
 def tiktoken_counter(name: str) -> EstimateCounter:
-    """An estimate for models that run elsewhere, by one of tiktoken's own encodings.
+    """Make a counter that estimates with one of tiktoken's own encodings, for models that run elsewhere.
 
     Args:
         name: "o200k_base" (GPT-4o and later), "cl100k_base" (GPT-4), or another that tiktoken knows.
 
     Raises:
-        EncodingNotFound: tiktoken does not know it, or its file is neither on this machine nor to be had.
+        EncodingNotFound: tiktoken does not know the encoding, or its file is not here and cannot be downloaded.
     """
     names = tiktoken.list_encoding_names()
     if name not in names:
@@ -157,7 +159,7 @@ def tiktoken_counter(name: str) -> EstimateCounter:
         return EstimateCounter(tiktoken.get_encoding(name))
     except (OSError, ValueError) as error:  # no network, a server's error, a folder that cannot be written, a bad file
         raise EncodingNotFound(
-            f"tiktoken's file of {name} is not on this machine and cannot be downloaded ({error}). Where there is a "
+            f"tiktoken's file of {name} is not on this machine and cannot be downloaded ({error}). On a machine with a "
             f"network, run TIKTOKEN_CACHE_DIR=FOLDER python -c \"import tiktoken; tiktoken.get_encoding('{name}')\", "
             "copy FOLDER here and set TIKTOKEN_CACHE_DIR to it; or count with a local model's tokenizer"
         ) from error

@@ -84,19 +84,19 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no tokens": ({TOKENS: ABSENT}, "no list of tokens"),
     "tokens one text": ({TOKENS: "owl"}, "no list of tokens"),
     "tokens numbers": ({TOKENS: [1, 2, 3]}, "no list of tokens"),
-    "one token too few": ({TOKENS: tokens()[:-1]}, "259 tokens, and its embeddings are those of 260"),
+    "one token too few": ({TOKENS: tokens()[:-1]}, "259 tokens, and its embeddings are for 260"),
     "many tokens too many": ({TOKENS: [*tokens(), *(f"u{i}" for i in range(999))]}, "1259 tokens, and its embeddings"),
     "a token twice": ({TOKENS: [*tokens()[:-1], "t7"]}, "tokens 7 and 259 of its vocabulary are both b't7'"),
     "all tokens one": ({TOKENS: ["owl"] * 260}, "tokens 0 and 1"),
     "no text": ({TOKENS: [*tokens()[:-1], b"\xff\xfe"]}, "not in UTF-8"),
     "types too few": ({TYPES: [1] * 9}, "token_type has 9 entries for 260 tokens"),
-    "types texts": ({TYPES: ["a"] * 260}, "token_type is no array of int32"),
-    "types fractions": ({TYPES: [1.5] * 260}, "token_type is no array of int32"),
-    "types of one byte": ({TYPES: [True] * 260}, "token_type is no array of int32"),
-    "types one number": ({TYPES: 1}, "token_type is no array of int32"),
+    "types texts": ({TYPES: ["a"] * 260}, "token_type is not an array of int32"),
+    "types fractions": ({TYPES: [1.5] * 260}, "token_type is not an array of int32"),
+    "types of one byte": ({TYPES: [True] * 260}, "token_type is not an array of int32"),
+    "types one number": ({TYPES: 1}, "token_type is not an array of int32"),
     "scores too many": ({SCORES: [0.5] * 261}, "scores has 261 entries"),
-    "scores no numbers": ({SCORES: [float("nan")] * 260}, "scores has entries that are no numbers"),
-    "scores texts": ({SCORES: ["a"] * 260}, "scores is no array"),
+    "scores no numbers": ({SCORES: [float("nan")] * 260}, "scores has entries that are not finite"),
+    "scores texts": ({SCORES: ["a"] * 260}, "scores is not an array"),
     "no merges": ({MERGES: ABSENT}, "no list of merges"),
     "merges numbers": ({MERGES: [1, 2]}, "no list of merges"),
     "a merge of one": ({MERGES: ["owl"]}, "merge 0 of its vocabulary is b'owl'"),
@@ -108,9 +108,9 @@ for _key in IDS:
     BAD[f"{_key} past the end"] = ({_key: 260}, f"{_key} is 260, outside its vocabulary of 260")
     BAD[f"{_key} far past the end"] = ({_key: 2**40}, f"{_key} is {2**40}, outside")
     BAD[f"{_key} below zero"] = ({_key: -7}, f"{_key} is -7, outside")
-    BAD[f"{_key} a text"] = ({_key: "owl"}, f"{_key} is 'owl', and no token id")
-    BAD[f"{_key} a fraction"] = ({_key: 1.5}, f"{_key} is 1.5, and no token id")
-    BAD[f"{_key} several"] = ({_key: [1, 2]}, f"{_key} is .* and no token id")
+    BAD[f"{_key} a text"] = ({_key: "owl"}, f"{_key} is 'owl', which is not a token id")
+    BAD[f"{_key} a fraction"] = ({_key: 1.5}, f"{_key} is 1.5, which is not a token id")
+    BAD[f"{_key} several"] = ({_key: [1, 2]}, f"{_key} is .* which is not a token id")
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -131,7 +131,7 @@ def test_merges_of_what_is_no_token_are_refused_of_transformers(
     rewritten: Callable[[dict[str, Any]], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AM_MEMORY_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(ModelNotFound, match=r"merge 0 of its vocabulary is b'owl bread', and b'owl' is no token"):
+    with pytest.raises(ModelNotFound, match=r"merge 0 of its vocabulary is b'owl bread', and b'owl' is not a token"):
         load_model(rewritten({MERGES: ["owl bread"]}), device="cpu")
 
 

@@ -174,9 +174,9 @@ def test_the_schema_given_is_not_changed(engine: TransformersEngine) -> None:
     ("schema", "message"),
     [
         ({"type": "ship"}, "does not take this grammar: the JSON schema: Invalid type: ship$"),
-        ({"type": "integer", "minimum": 10**18}, "a number with the minimum 10{18} is more than .* 18 digits at most"),
-        ({"type": "integer", "maximum": -(10**18)}, "a number with the maximum -10{18} is more than a grammar holds"),
-        ({"type": "number", "maximum": 1e300}, "a number with the maximum 1e300 is more than a grammar holds"),
+        ({"type": "integer", "minimum": 10**18}, "a number with the minimum 10{18}: give bounds of 18 digits at most"),
+        ({"type": "integer", "maximum": -(10**18)}, "a grammar cannot hold a number with the maximum -10{18}"),
+        ({"type": "number", "maximum": 1e300}, "a grammar cannot hold a number with the maximum 1e300"),
         ({"$ref": "#/$defs/ship"}, "Pointer '/\\$defs/ship' does not exist$"),
         ({"enum": []}, "Unsatisfiable schema"),
         ({"const": {1, 2}}, "the schema cannot be written as JSON: Object of type set"),

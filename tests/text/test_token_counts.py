@@ -262,7 +262,7 @@ def test_the_first_text_that_differs_is_named() -> None:
         (train(pre_tokenizers.ByteLevel(add_prefix_space=True)), "does not split as byte-level BPE does"),
         (train(pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), GPT2])), "more steps than one regex"),
         (train(normalizer=normalizers.Lowercase()), "Lowercase"),
-        (train(marks=(AddedToken("<a>", lstrip=True),)), "'<a>' takes what stands around it"),
+        (train(marks=(AddedToken("<a>", lstrip=True),)), "'<a>' depends on the characters around it"),
         (train(marks=(AddedToken("<a"), AddedToken("<b"), AddedToken("<a>"))), "'<a' begins '<a>'"),
         (splitting(train(), r"\p{In_Greek_and_Coptic}|[\s\S]"), "does not take its pattern"),
     ],

@@ -1,8 +1,8 @@
-"""Queries and keys of every attention of a graph, taken as llama.cpp computes it, and biases put in. Knows no cache.
+"""Captures queries and keys of attention while llama.cpp computes a graph, and adds biases to scores. Knows no cache.
 
-llama.cpp asks a callback before each operation whether it wants to see the result. Where nothing is to be captured it
-says no, which costs nothing that can be measured; else the graph is halted after each attention, with its inputs still
-in place. Where cells have biases, it is halted after each product of queries and keys, too, and they are added to that.
+Before each operation, llama.cpp asks a callback whether it wants the result. If nothing is to be captured, the answer
+is no, at no measurable cost. Otherwise the graph pauses after each attention, whose inputs are still in memory. If
+cells have biases, it also pauses after each product of queries and keys, and the biases are added to the product.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from am_memory.errors import UnsupportedModel
 from am_memory.solver.block import LOG2_E
 
 MAX_SCORES = 2**20
-"""Attention scores held at once: a few MiB stay in a CPU's cache."""
+"""The most attention scores in memory at once: a few MiB fit a CPU's cache."""
 
 OP_OFFSET = GGMLTensor.op.offset
 PRODUCT = b"kq-"
-"""What llama.cpp calls the product of queries and keys, before the layer's number; flash attention has none."""
+"""The name of the product of queries and keys in llama.cpp, without the layer's number; flash attention has none."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ class Attention:
 
     Attributes:
         query: (num_attention_heads, num_tokens, head_dim) float32, after RoPE.
-        key: (num_key_value_heads, num_cells, head_dim), every cell of the cache, whosever they are.
+        key: (num_key_value_heads, num_cells, head_dim), all cells of the context.
         mask: (num_tokens, num_cells) float32, 0 or -inf.
         scaling: factor of the scores before the softmax.
-        address: of the operation's result.
-        is_flash: it gives the output; else it gives the weights.
+        address: address of the operation's result.
+        is_flash: the result is the output of flash attention; otherwise it is the attention weights.
         bias: (num_key_value_heads, n) float32, added to the products of queries with the first n cells before they are
-            scaled; None: there is none.
-        rounds_to: the type in which queries are multiplied with keys, where that takes digits from them; else None.
+            scaled; None if there is none.
+        rounds_to: the type to which llama.cpp rounds queries before multiplying them with keys; None if it does not.
     """
 
     query: Tensor
@@ -70,9 +70,15 @@ class Attention:
         return self.query.view(self.key.shape[0], -1, *self.query.shape[1:])
 
     def log_mass(self) -> Tensor:
-        """Log of the sum of exp(score) of each query over all that it sees, as `grouped_query` without head_dim."""
+        """Log of the sum of exp(score) of each query over all cells that it sees.
+
+        Returns:
+            (num_key_value_heads, num_key_value_groups, num_tokens) float32.
+        """
         num_heads, groups, num_tokens, head_dim = self.grouped_query.shape
-        query = self.grouped_query.transpose(1, 2).reshape(num_heads, -1, head_dim)  # a token's group side by side
+        query = self.grouped_query.transpose(1, 2).reshape(
+            num_heads, -1, head_dim
+        )  # the queries of a token's group are adjacent
         key = (self.key.float() * (self.scaling * LOG2_E)).mT  # base 2 is faster, as in the solver
         mask = self.mask.repeat_interleave(groups, dim=0)
         log_mass = query.new_empty(query.shape[:2])
@@ -87,11 +93,11 @@ class Attention:
         return log_mass.view(num_heads, num_tokens, groups).transpose(1, 2)
 
     def actual(self) -> Tensor:
-        """What the operation gave: the attention's output, or the weights where there is no flash attention."""
+        """The operation's result: the output of flash attention, else the attention weights."""
         return read_tensor(self.address)
 
     def expected(self) -> Tensor:
-        """The same, from query and key."""
+        """The result that follows from query and key, in the shape of `actual`."""
         query = self.grouped_query
         if self.rounds_to is not None:
             query = from_rows(to_rows(query.flatten(0, 2), self.rounds_to), self.rounds_to).view(query.shape)
@@ -106,17 +112,18 @@ class Attention:
 
 
 OnAttention = Callable[[int, Attention], None]
-"""Called with the number of the layer, among those that are taken, and its attention."""
+"""Called with the index of the layer among the captured layers, and its attention."""
 
 
 class Capture:
-    """The callback of one llama.cpp context.
+    """The callback of a llama.cpp context.
 
     Args:
-        num_layers: that attend, in each pass.
+        num_layers: attention layers in each pass.
 
     Attributes:
-        layers: those that are taken, by their numbers in the model; at first all.
+        layers: numbers of the layers that are captured; all at first.
+        error: the exception that `on_attention` raised; it ended the graph.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -132,10 +139,11 @@ class Capture:
 
     @contextmanager
     def taking(self, on_attention: OnAttention | None, biases: Sequence[Tensor] = ()) -> Iterator[None]:
-        """While the body decodes; what `on_attention` raises ends the graph, and is raised here.
+        """Capture attention while the body decodes; an exception of `on_attention` ends the graph and is raised here.
 
         Args:
-            biases: of each layer, as an `Attention` has them; none: ().
+            on_attention: called with each captured attention; None captures nothing.
+            biases: for each layer, as in `Attention`; () if there are none.
         """
         self._on_attention, self._biases, self._layer, self.error = on_attention, biases, 0, None
         try:
@@ -160,7 +168,7 @@ class Capture:
                     _add_bias(address, self._biases[self.layers.index(number)])
             else:
                 self._take(address, is_flash=op == self._flash)
-        except BaseException as error:  # it would be lost in llama.cpp: it is raised again once that has returned
+        except BaseException as error:  # it cannot pass through llama.cpp: `taking` raises it again
             self.error = error
             return False
         return True
@@ -176,7 +184,7 @@ class Capture:
 
 
 def _add_bias(address: int, bias: Tensor) -> None:
-    """To the product of queries and keys, (num_attention_heads, num_tokens, num_cells), in place."""
+    """Add a bias in place to the product of queries and keys, (num_attention_heads, num_tokens, num_cells)."""
     product = read_tensor(address)
     groups = product.shape[0] // bias.shape[0]
     product[:, :, : bias.shape[1]] += bias.repeat_interleave(groups, dim=0)[:, None]
@@ -184,7 +192,7 @@ def _add_bias(address: int, bias: Tensor) -> None:
 
 
 def _attention(address: int, bias: Tensor | None, *, is_flash: bool) -> Attention:
-    """Raises UnsupportedModel for scores that are more than a scaled and masked product of query and key."""
+    """Read an attention; raise UnsupportedModel if its scores are more than a scaled and masked product."""
     tensor = tensor_at(address)
     scaling, max_bias, softcap = struct.unpack("<fff", bytes(tensor.op_params)[:12])
     if is_flash:

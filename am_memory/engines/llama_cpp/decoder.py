@@ -1,7 +1,7 @@
-"""One llama.cpp context, and the sequence that is in it; all others wait as bytes. Knows no session and no compaction.
+"""One llama.cpp context and the sequence in it; other sequences are kept as bytes. Knows no session and no compaction.
 
-A context has room for one sequence. It grows when more cells are needed, and changes hands when another sequence is to
-be read: the one that leaves is written out, unless nobody needs it any more.
+A context has room for one sequence. It grows when more cells are needed. When another sequence is read, the current one
+is written out as bytes first, unless no cache refers to it any more.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ NO_SLOT = 1
 
 
 class CellSequence:
-    """The cells of one conversation, in the context or as bytes; several caches may stand on its beginning.
+    """The cells of one conversation, in the context or as bytes; several caches may share its prefix.
 
     Attributes:
-        blob: its cells as they were taken out; None while the ones in the context are newer, or while there are none.
-        num_shared: logical tokens at its beginning that somebody else than its writer stands on.
-        biases: of its first cells, for each layer (num_key_value_heads, num_cells) float32, added to the products of
-            queries and keys before they are scaled; () where there are none.
+        blob: the cells as bytes; None while the context has newer cells, or while there are no cells.
+        num_shared: logical tokens at the start that other caches share, so that nobody may overwrite them.
+        biases: for each layer (num_key_value_heads, num_cells) float32, for the first cells; they are added to the
+            products of queries and keys before these are scaled. () if there are none.
     """
 
     def __init__(self, blob: Blob | None = None, biases: Sequence[Tensor] = ()) -> None:
@@ -43,12 +43,12 @@ class CellSequence:
         self._writer: weakref.ref[object] | None = None
 
     def share(self, num_tokens: int) -> None:
-        """Somebody else stands on the first tokens from now on: whoever goes on first goes on in place."""
+        """Share the first tokens with another cache; the first cache to append becomes the writer."""
         self.num_shared = max(self.num_shared, num_tokens)
         self._writer = None
 
     def claim(self, writer: object, num_tokens: int) -> bool:
-        """Whether `writer` may put cells behind the first `num_tokens` tokens; it is then the only one."""
+        """Make `writer` the only writer behind the first `num_tokens` tokens; False if that is not possible."""
         current = None if self._writer is None else self._writer()
         if num_tokens < self.num_shared or current not in (None, writer):
             return False
@@ -60,12 +60,12 @@ class Decoder:
     """Reads tokens into sequences.
 
     Args:
-        source: owns the model, `source.model`, which must live as long as a context of it.
-        params: of the contexts, apart from what is set here.
-        num_layers: that attend.
+        source: owner of the model handle `source.model`, which must outlive the contexts.
+        params: parameters of the contexts; the decoder sets some of them itself.
+        num_layers: number of attention layers.
 
     Attributes:
-        capture: what takes attentions out of its contexts.
+        capture: takes queries, keys and scores out of the contexts.
     """
 
     def __init__(self, source: Any, params: Any, num_layers: int) -> None:
@@ -83,7 +83,7 @@ class Decoder:
         self._live: weakref.ref[CellSequence] | None = None
 
     def close(self) -> None:
-        """Give the memory back; the decoder is of no use any more."""
+        """Free the memory; the decoder cannot be used afterwards."""
         self._free_context()
         if self._batch is not None:
             self._lib.llama_batch_free(self._batch)
@@ -101,14 +101,14 @@ class Decoder:
         num_logits: int,
         on_attention: OnAttention | None,
     ) -> Tensor:
-        """Put tokens behind the sequence's first ones.
+        """Append tokens to a sequence at a position.
 
         Args:
-            sequence: what it has at `position` and later is forgotten.
-            position: of the first of the tokens, logical.
-            num_cells: that the sequence has before, of the layers that have more.
-            num_logits: for how many of the last tokens logits are wanted.
-            on_attention: called with every layer's attention.
+            sequence: its cells at `position` and later are dropped.
+            position: logical position of the first token.
+            num_cells: cells that the sequence has before the tokens, in the layers with the most cells.
+            num_logits: for how many of the last tokens to return logits.
+            on_attention: called with the attention of every layer.
 
         Returns:
             (num_logits, vocab_size) float32.
@@ -120,7 +120,7 @@ class Decoder:
         rows = []
         for start in range(0, len(token_ids), BATCH_TOKENS):
             chunk = token_ids[start : start + BATCH_TOKENS]
-            first = max(len(token_ids) - num_logits - start, 0)  # of the chunk whose logits are wanted
+            first = max(len(token_ids) - num_logits - start, 0)  # first token of the chunk with logits
             with self.capture.taking(on_attention, sequence.biases):
                 self._decode(chunk, position + start, first)
             if first < len(chunk):
@@ -128,23 +128,23 @@ class Decoder:
         return torch.cat(rows) if rows else torch.empty(0, self._vocab_size)
 
     def take(self, sequence: CellSequence, num_tokens: int) -> SequenceState:
-        """The cells of its first `num_tokens` tokens."""
+        """Copy the cells of the first `num_tokens` tokens out of a sequence."""
         blob = self._blob(sequence)
         assert blob is not None
         return SequenceState.parse(blob).sorted().before(num_tokens)
 
     def copy(self, sequence: CellSequence) -> CellSequence:
-        """Another sequence of the same cells."""
+        """Make another sequence with the same cells."""
         return CellSequence(self._blob(sequence), sequence.biases)
 
     def _blob(self, sequence: CellSequence) -> Blob | None:
-        """All that it holds, as bytes; None if it was never read into."""
+        """The cells of a sequence as bytes; None if nothing was read into it."""
         if sequence.blob is None and self._live is not None and self._live() is sequence:
             sequence.blob = self._write_out()
         return sequence.blob
 
     def _activate(self, sequence: CellSequence) -> None:
-        """Have the context hold this sequence."""
+        """Put a sequence into the context."""
         if self._live is not None and self._live() is sequence:
             return
         self._park()
@@ -153,7 +153,7 @@ class Decoder:
         self._live = weakref.ref(sequence)
 
     def _park(self) -> None:
-        """Empty the context."""
+        """Write the current sequence out as bytes, and empty the context."""
         live = None if self._live is None else self._live()
         if live is not None:
             self._blob(live)
@@ -166,7 +166,7 @@ class Decoder:
         if self._lib.llama_state_seq_set_data(self._context, pointer, len(blob), 0) != len(blob):
             self._lib.llama_memory_clear(self._memory, False)
             raise EngineFailed(
-                f"llama.cpp did not take a state of {len(blob)} bytes into {self._num_cells} cells; nothing was changed"
+                f"llama.cpp did not accept a state of {len(blob)} bytes in {self._num_cells} cells; nothing was changed"
             )
 
     def _write_out(self) -> Blob:
@@ -204,7 +204,7 @@ class Decoder:
         return torch.from_numpy(rows.copy())
 
     def _require_room(self, num_cells: int) -> None:
-        """Have a context of so many cells."""
+        """Grow the context to at least `num_cells` cells."""
         if num_cells <= self._num_cells:
             return
         old = self._num_cells
@@ -219,12 +219,12 @@ class Decoder:
                     return
         raise EngineFailed(
             f"llama.cpp cannot make a context of {num_cells} cells of {self.kv_types}: {reason(lines)}; nothing was "
-            "changed: if memory is wanting, lower trigger_tokens; not every model takes every type of keys and values"
+            "changed. If memory is short, lower trigger_tokens; not every model takes every type of keys and values"
         )
 
     @property
     def kv_types(self) -> str:
-        """What keys and values are stored as."""
+        """The types of stored keys and values, such as "f16/f16"."""
         return "/".join(type_name(kind) for kind in (self._params.type_k, self._params.type_v))
 
     def _free_context(self) -> None:
@@ -234,6 +234,6 @@ class Decoder:
 
 
 def _sizes(num_cells: int, old: int) -> Iterator[int]:
-    """Context sizes to try: with room to grow, then just enough."""
+    """Context sizes to try, in cells: first with room to grow, then just enough."""
     yield -(-max(num_cells * 5 // 4, 2 * old, LEAST_CELLS) // CELLS_STEP) * CELLS_STEP
     yield -(-num_cells // CELLS_STEP) * CELLS_STEP

@@ -1,7 +1,7 @@
-"""The stock llama-cpp-python package: its version, its tensors as numbers. Knows no cache and no session.
+"""Access to the stock llama-cpp-python package: its version, tensors and types. Knows no cache and no session.
 
-The engine reads what the package does not promise to keep: the layout of a sequence's state, and the tensors of the
-graph as it is computed. So one version is pinned, and the engine tests itself at start.
+The engine reads parts of llama.cpp that may change between versions: the layout of a sequence's state, and the tensors
+of the graph while it is computed. So one version is pinned, and the engine tests itself at start.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ INSTALL = (
 )
 TORCH_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 KV_TYPES = (*TORCH_TYPES, "Q8_0")
-"""What keys and values may be stored as."""
+"""Types in which keys and values may be stored."""
 
 
 @cache
 def library() -> ModuleType:
-    """llama_cpp, initialised and quiet.
+    """The module llama_cpp, initialised and quiet.
 
     Raises:
-        UnsupportedModel: it is not installed, or another version is.
+        UnsupportedModel: llama-cpp-python is not installed, or is another version.
     """
     try:
         found = importlib.metadata.version("llama-cpp-python")
@@ -46,12 +46,10 @@ def library() -> ModuleType:
     except (ImportError, OSError) as error:
         raise UnsupportedModel(f"engine 'llama_cpp' needs llama-cpp-python {VERSION} ({error}): {INSTALL}") from error
     if found != VERSION:
-        raise UnsupportedModel(
-            f"llama-cpp-python is {found}, and this engine reads what only {VERSION} is known to keep: {INSTALL}"
-        )
+        raise UnsupportedModel(f"llama-cpp-python is {found}, and this engine works with {VERSION} alone: {INSTALL}")
     from llama_cpp._logger import logger, set_verbose
 
-    if logger.level == logging.NOTSET:  # nobody has asked for more
+    if logger.level == logging.NOTSET:  # the user has not set a level
         set_verbose(False)
     module: ModuleType = llama_cpp
     module.llama_backend_init()
@@ -59,7 +57,7 @@ def library() -> ModuleType:
 
 
 class GGMLTensor(ctypes.Structure):
-    """`struct ggml_tensor` of the pinned version, up to what is read of it."""
+    """`struct ggml_tensor` of the pinned version, up to the last field that is read."""
 
     _fields_ = (
         ("type", ctypes.c_int),
@@ -78,12 +76,12 @@ class GGMLTensor(ctypes.Structure):
 
 
 Access = Callable[[int, Any, int, int], None]
-"""Called with a tensor's address, one in host memory, and the offset and the number of bytes."""
+"""Called with a tensor's address, an address in host memory, an offset in bytes and a number of bytes."""
 
 
 @cache
 def ggml() -> tuple[Access, Access, Callable[[int], int], dict[str, int]]:
-    """ggml's functions to read a tensor, to write it and to know its size, and the numbers of its operations."""
+    """Functions of ggml that read a tensor, write it and return its size, and ggml's operations by name."""
     library()
     from llama_cpp._ggml import libggml
 
@@ -108,7 +106,7 @@ def tensor_at(address: int) -> GGMLTensor:
 
 
 def read_tensor(address: int) -> Tensor:
-    """A tensor of the graph on whatever device, as floats: (ne[2], ne[1], ne[0]); it must have three axes."""
+    """Read a tensor of three axes from any device: (ne[2], ne[1], ne[0])."""
     tensor = tensor_at(address)
     tensor_get, _, nbytes, _ = ggml()
     raw = np.empty(nbytes(address), dtype=np.uint8)
@@ -124,19 +122,19 @@ def read_tensor(address: int) -> Tensor:
 
 
 def write_tensor(address: int, numbers: Tensor) -> None:
-    """The inverse of `read_tensor`, for a contiguous tensor of float32."""
+    """Write a float32 tensor of the graph; the inverse of `read_tensor`."""
     data = numbers.contiguous()
     assert tensor_at(address).type == GGMLQuantizationType.F32 and data.dtype == torch.float32
     ggml()[1](address, data.data_ptr(), 0, data.nbytes)
 
 
 def row_size(kind: str, width: int) -> int:
-    """Bytes of a row of so many numbers."""
+    """The bytes of a row of `width` numbers."""
     return width // 32 * 34 if kind == "Q8_0" else width * TORCH_TYPES[kind].itemsize
 
 
 def from_rows(rows: np.ndarray[Any, Any], kind: str) -> Tensor:
-    """Rows of bytes, (..., row_bytes), as numbers in the nearest type that torch has."""
+    """Convert rows of bytes, (..., row_bytes), to numbers: Q8_0 to float32, other types to the same type of torch."""
     if kind == "Q8_0":
         flat = dequantize(rows.reshape(-1, rows.shape[-1]), GGMLQuantizationType.Q8_0)
         return torch.from_numpy(flat).view(*rows.shape[:-1], -1)
@@ -144,7 +142,7 @@ def from_rows(rows: np.ndarray[Any, Any], kind: str) -> Tensor:
 
 
 def to_rows(numbers: Tensor, kind: str) -> np.ndarray[Any, Any]:
-    """The inverse of `from_rows`."""
+    """Convert numbers to rows of bytes; the inverse of `from_rows`."""
     if kind == "Q8_0":
         rows: np.ndarray[Any, Any] = quantize(numbers.float().contiguous().numpy(), GGMLQuantizationType.Q8_0)
         return rows
@@ -152,24 +150,24 @@ def to_rows(numbers: Tensor, kind: str) -> np.ndarray[Any, Any]:
 
 
 def ggml_type(kind: str) -> int:
-    """ggml's number of a type for keys or values.
+    """The number that ggml gives to a type of keys or values.
 
     Raises:
-        InvalidInput: none of `KV_TYPES`.
+        InvalidInput: the type is not in `KV_TYPES`.
     """
     if kind.upper() not in KV_TYPES:
-        raise InvalidInput(f"kv_type {kind!r} is none of {', '.join(name.lower() for name in KV_TYPES)}")
+        raise InvalidInput(f"kv_type {kind!r} is unknown: use {', '.join(name.lower() for name in KV_TYPES)}")
     return int(GGMLQuantizationType[kind.upper()])
 
 
 def type_name(number: int) -> str:
-    """The inverse of `ggml_type`."""
+    """The name of a type by ggml's number; the inverse of `ggml_type`."""
     return GGMLQuantizationType(number).name.lower()
 
 
 @contextmanager
 def captured_log() -> Iterator[list[str]]:
-    """What llama.cpp logs while the body runs; its log is one for the whole process."""
+    """Collect llama.cpp's log while the body runs; the whole process has one log."""
     lib = library()
     lines: list[str] = []
     from llama_cpp._logger import llama_log_callback
@@ -183,6 +181,7 @@ def captured_log() -> Iterator[list[str]]:
 
 
 def reason(lines: list[str]) -> str:
-    """Of what was logged, the last line that tells of an error."""
-    told = [line.strip() for line in "".join(lines).splitlines()]
-    return next((line for line in reversed(told) if "error" in line.lower()), told[-1] if told else "no reason given")
+    """The last logged line with an error, else the last line."""
+    logged = [line.strip() for line in "".join(lines).splitlines()]
+    errors = [line for line in logged if "error" in line.lower()]
+    return (errors or logged or ["no reason given"])[-1]

@@ -1,11 +1,17 @@
 """The state of one llama.cpp sequence, as bytes and as rows of keys and values. Knows no model and no compaction.
 
-The layout, little-endian, as llama_state_seq_get_data of the pinned version writes it: u32 magic, i32 sequence; u32
-number of streams, u32 number of cells; for each cell i32 position, u32 1, i32 sequence; u32 whether values are
-transposed, u32 number of layers; for each layer i32 type, u64 bytes of a row, and the keys, a row for each cell; then
-the values in the same way, or, where transposed, i32 type, u32 bytes of an element, u32 width, and a row of all cells
-for each element of the width. A model with sliding windows has all this twice, from the number of streams on: for its
-other layers, then for these. There is no version in it: the engine tests itself at start.
+The layout is what llama_state_seq_get_data of the pinned version writes, little-endian:
+
+    u32 magic, i32 sequence
+    u32 number of streams, u32 number of cells
+    for each cell: i32 position, u32 1, i32 sequence
+    u32 whether values are transposed, u32 number of layers
+    for each layer: i32 type, u64 bytes of a row, the keys as a row for each cell
+    for each layer, if not transposed: the values in the same way
+    for each layer, if transposed: i32 type, u32 bytes of an element, u32 width, a row of all cells for each element
+
+A model with sliding windows has all but the first line twice: for its other layers, then for the layers with a window.
+The state has no version number, so the engine tests itself at start.
 """
 
 from __future__ import annotations
@@ -24,33 +30,33 @@ from am_memory.errors import UnsupportedModel
 
 MAGIC = 0xAF143CD8
 WHOLE = -1
-"""In a sequence's place: all that the context holds, which is one sequence. Of a sequence alone, llama.cpp leaves out
-what sliding windows hold that the next token does not see, and nothing could go back by a token."""
+"""Saves the whole context, which holds one sequence. Saving the sequence by its number would drop window cells that the
+next token cannot see, and rewinding would be impossible."""
 Rows = np.ndarray[Any, np.dtype[np.uint8]]
-"""(num_cells, row_bytes): of each cell, all heads of a layer side by side."""
+"""(num_cells, row_bytes): for each cell, all heads of a layer, one after the other."""
 Blob = np.ndarray[Any, np.dtype[np.uint8]]
-"""A whole state, as bytes that nobody changes."""
+"""A whole state as bytes; never changed in place."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """Keys or values of one layer in every cell.
+    """The keys or values of one layer.
 
     Attributes:
-        kind: the type's name, such as "F16".
-        rows: as bytes.
+        kind: name of the type, such as "F16".
+        rows: the bytes of each cell.
     """
 
     kind: str
     rows: Rows
 
     def tensor(self, num_heads: int) -> Tensor:
-        """(num_heads, num_cells, head_dim), a copy where it is not the type itself."""
+        """The numbers, (num_heads, num_cells, head_dim); a view of the rows if torch has the type."""
         numbers = from_rows(self.rows, self.kind)
         return numbers.view(len(self.rows), num_heads, numbers.shape[1] // num_heads).transpose(0, 1)
 
     def like(self, numbers: Tensor) -> Column:
-        """Another column of this type from (num_heads, num_cells, head_dim)."""
+        """Make a column of this type from numbers, (num_heads, num_cells, head_dim)."""
         cells = numbers.transpose(0, 1).flatten(1)
         return Column(self.kind, to_rows(cells, self.kind).reshape(len(cells), self.rows.shape[1]))
 
@@ -64,13 +70,13 @@ class Column:
 
 @dataclass(frozen=True)
 class SequenceState:
-    """What a sequence holds, cell by cell.
+    """The cells of a sequence.
 
     Attributes:
         positions: (num_cells,) int32, ascending.
-        keys, values: of each layer.
-        is_transposed: whether the values are written so.
-        window: what the layers with a sliding window hold; None where there are none.
+        keys, values: a column for each layer.
+        is_transposed: whether llama.cpp stores the values transposed.
+        window: the cells of the layers with a sliding window; None if there are no such layers.
     """
 
     positions: np.ndarray[Any, np.dtype[np.int32]]
@@ -84,7 +90,7 @@ class SequenceState:
         return len(self.positions)
 
     def take(self, where: slice) -> SequenceState:
-        """Some of the cells, without the windows'."""
+        """Some of the cells, without the cells of windows."""
         return SequenceState(
             self.positions[where],
             tuple(column.take(where) for column in self.keys),
@@ -93,17 +99,17 @@ class SequenceState:
         )
 
     def between(self, start: int, end: int) -> SequenceState:
-        """The cells at positions from `start` on and before `end`, which stand in the order of their positions."""
+        """The cells at positions from `start` to before `end`; the cells must be sorted."""
         return self.take(slice(*np.searchsorted(self.positions, (start, end)).tolist()))
 
     def before(self, num_tokens: int) -> SequenceState:
-        """The cells of the first tokens, the windows' too."""
+        """The cells of the first tokens, with the cells of windows."""
         window = None if self.window is None else self.window.between(0, num_tokens)
         return replace(self.between(0, num_tokens), window=window)
 
     @classmethod
     def join(cls, parts: Sequence[SequenceState]) -> SequenceState:
-        """The cells of several, in order, without the windows'."""
+        """Concatenate the cells of several states, without the cells of windows."""
         return cls(
             np.concatenate([part.positions for part in parts]),
             tuple(map(Column.join, zip(*(part.keys for part in parts), strict=True))),
@@ -116,7 +122,7 @@ class SequenceState:
         return replace(self, positions=np.asarray(positions, dtype=np.int32))
 
     def sorted(self) -> SequenceState:
-        """In the order of the positions; a cache that had gaps is not written in order."""
+        """Sort the cells by position; llama.cpp does not write a context that had gaps in order."""
         if self.window is not None:
             return replace(replace(self, window=None).sorted(), window=self.window.sorted())
         if bool((np.diff(self.positions) > 0).all()):
@@ -128,7 +134,7 @@ class SequenceState:
         return SequenceState(self.positions[order], keys, values, self.is_transposed)
 
     def pack(self) -> Blob:
-        """The bytes that llama.cpp takes."""
+        """The state as the bytes that llama.cpp reads."""
         parts = [struct.pack("<Ii", MAGIC, WHOLE), *self._packed()]
         if self.window is not None:
             parts += self.window._packed()
@@ -160,15 +166,15 @@ class SequenceState:
 
     @classmethod
     def parse(cls, data: Blob) -> SequenceState:
-        """Read what llama.cpp wrote; the rows are views of it.
+        """Read the bytes that llama.cpp wrote; the rows are views of them.
 
         Raises:
-            UnsupportedModel: another layout than that of ordinary keys and values in one stream.
+            UnsupportedModel: the layout is not that of ordinary keys and values in one stream.
         """
         reader = _Reader(data)
         magic, _ = reader.unpack("<Ii")
         if magic != MAGIC:
-            raise UnsupportedModel(f"a state whose magic is {magic:#x} is none that can be read")
+            raise UnsupportedModel(f"a state with magic {magic:#x} cannot be read")
         state = cls._parsed(reader)
         if reader.left:
             state = replace(state, window=cls._parsed(reader))
@@ -180,10 +186,10 @@ class SequenceState:
     def _parsed(cls, reader: _Reader) -> SequenceState:
         num_streams, num_cells = reader.unpack("<II")
         if num_streams != 1:
-            raise UnsupportedModel(f"a state of {num_streams} streams is none that can be read")
+            raise UnsupportedModel(f"a state with {num_streams} streams cannot be read")
         meta = np.frombuffer(reader.take(12 * num_cells), dtype="<i4").reshape(-1, 3)
         if num_cells == 0 or not bool((meta[:, 1] == 1).all()):
-            raise UnsupportedModel(f"a state of {num_cells} cells that are not those of one sequence cannot be read")
+            raise UnsupportedModel(f"a state with {num_cells} cells of other than one sequence cannot be read")
         is_transposed, num_layers = reader.unpack("<II")
         keys = tuple(reader.column(num_cells) for _ in range(num_layers))
         read_value = reader.transposed_column if is_transposed else reader.column
@@ -202,7 +208,7 @@ class _Reader:
 
     def take(self, size: int) -> memoryview:
         if size > self.left:
-            raise UnsupportedModel(f"a state ends {size - self.left} bytes too early: its layout is another one")
+            raise UnsupportedModel(f"a state ends {size - self.left} bytes too early: it has another layout")
         start, self._offset = self._offset, self._offset + size
         return self._data[start : self._offset]
 

@@ -1,4 +1,4 @@
-"""Which GGUF models can be compacted, by what the file says of itself."""
+"""Decides by a GGUF file's metadata whether the model's cache can be compacted."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def _reason_against(model: Any) -> str | None:
     if lib.llama_model_has_encoder(model):
         return "is an encoder-decoder model"
     if lib.llama_model_is_hybrid(model):
-        return "is a hybrid: some of its layers are recurrent, and have a state, not a cache of keys and values"
+        return "is a hybrid: some of its layers are recurrent, and have a state instead of keys and values"
     if lib.llama_model_is_recurrent(model):
-        return "is recurrent: it has a state, not a cache of keys and values"
+        return "is recurrent: it has a state instead of keys and values"
     if lib.llama_model_is_diffusion(model) or meta(model, f"{architecture}.attention.causal") == "false":
         return "does not attend causally"
     if says("attention.kv_lora_rank"):
@@ -44,12 +44,12 @@ def _reason_against(model: Any) -> str | None:
     if says("attention.max_alibi_bias"):
         return "adds a bias by distance to its attention scores (ALiBi)"
     if says("rope.scaling.type") == "longrope":
-        return "turns its keys by the size of llama.cpp's context (longrope), which grows here"
+        return "rotates keys by the size of llama.cpp's context (longrope), and the context grows here"
     return None
 
 
 def meta(model: Any, key: str) -> str | None:
-    """A value of the GGUF file's metadata, as text."""
+    """A value of the GGUF file's metadata as text; None if there is none."""
     lib = library()
     size = lib.llama_model_meta_val_str(model, key.encode(), None, 0)
     if size < 0:

@@ -1,4 +1,4 @@
-"""A GGUF model's own tokenizer and chat template, as llama.cpp has them. Knows no cache and no session."""
+"""The tokenizer and chat template of a GGUF model, run by llama.cpp. Knows no cache and no session."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from am_memory.engines.templates import render_template
 
 
 class Vocabulary:
-    """Text to tokens and back.
+    """Encodes text to token ids, and decodes token ids to text.
 
     Args:
-        model: llama.cpp's; it must outlive this.
+        model: the handle of llama.cpp; it must outlive this object.
     """
 
     def __init__(self, model: Any) -> None:
@@ -34,12 +34,12 @@ class Vocabulary:
 
     @cached_property
     def eos_token_ids(self) -> frozenset[int]:
-        """Tokens that end a turn."""
+        """The ids of tokens that end a turn."""
         return frozenset(index for index in range(len(self)) if self._lib.llama_vocab_is_eog(self.handle, index))
 
     def encode(self, text: str, *, add_special: bool, as_text: bool = False) -> list[int]:
         data = utf8(text)
-        size = len(data) + 8  # a token for each byte, and what the model wants around them
+        size = len(data) + 8  # at most a token for each byte, and the special tokens around them
         tokens = (self._lib.llama_token * size)()
         count = self._lib.llama_tokenize(self.handle, data, len(data), tokens, size, add_special, not as_text)
         assert 0 <= count <= size
@@ -58,27 +58,27 @@ class Vocabulary:
         return _written(write, 16 * len(token_ids) + 16).decode("utf-8", "replace")
 
     def text_of(self, token_id: int) -> str:
-        """A token as the vocabulary spells it; "" for none."""
+        """The text of a token in the vocabulary; "" for a negative id."""
         text = self._lib.llama_vocab_get_text(self.handle, token_id) if token_id >= 0 else b""
         return bytes(text or b"").decode("utf-8", "replace")
 
     @cached_property
     def special(self) -> dict[str, int]:
-        """Tokens that are no text, by how they are spelled."""
+        """Control tokens and the unknown token: ids by text."""
         return self._spelled(self._lib.LLAMA_TOKEN_ATTR_CONTROL | self._lib.LLAMA_TOKEN_ATTR_UNKNOWN)
 
     @cached_property
     def unknown(self) -> int | None:
-        """The token for what the vocabulary cannot spell."""
+        """The id of the token for text that the vocabulary cannot spell; None if there is none."""
         return next(iter(self._spelled(self._lib.LLAMA_TOKEN_ATTR_UNKNOWN).values()), None)
 
     @cached_property
     def added(self) -> dict[str, int]:
-        """Tokens that are found in a text before anything else, by how they are spelled."""
+        """Tokens that are searched for in a text before it is split: ids by text."""
         return self._spelled(self._lib.LLAMA_TOKEN_ATTR_USER_DEFINED)
 
     def _spelled(self, attributes: int) -> dict[str, int]:
-        """The tokens that have any of some attributes."""
+        """Tokens with any of these attributes: ids by text."""
         ids = (index for index in range(len(self)) if self._lib.llama_vocab_get_attr(self.handle, index) & attributes)
         return {text: index for index in ids if (text := self.text_of(index))}
 
@@ -88,12 +88,12 @@ class Vocabulary:
         return None if template is None else bytes(template).decode("utf-8", "replace")
 
     def render(self, messages: Sequence[Message], tools: Sequence[Tool] | None, add_generation_prompt: bool) -> str:
-        """The messages as the chat template writes them; there must be one."""
+        """Render messages with the chat template, which must exist."""
         return render_template(self.chat_template or "", messages, tools, add_generation_prompt, self.ends)
 
     @cached_property
     def ends(self) -> dict[str, str]:
-        """What starts and what ends a text, as chat templates call it."""
+        """The texts that start and end a text, by the names that chat templates use."""
         return {
             "bos_token": self.text_of(self._lib.llama_vocab_bos(self.handle)),
             "eos_token": self.text_of(self._lib.llama_vocab_eos(self.handle)),
@@ -101,27 +101,27 @@ class Vocabulary:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all tokens, and of what texts become."""
+        """A short hash of all tokens, and of how a few texts are encoded."""
         lib, handle = self._lib, self.handle
         get_score, get_attribute = lib.llama_vocab_get_score, lib.llama_vocab_get_attr
         tokens = ((self.text_of(id), get_score(handle, id), int(get_attribute(handle, id))) for id in range(len(self)))
         return tokenizer_fingerprint(tokens, lambda text, add_special: self.encode(text, add_special=add_special))
 
     def grammar_tokenizer(self) -> LLTokenizer:
-        """For grammars: the tokens as bytes, and what ends a turn."""
+        """The tokenizer for grammars: tokens as bytes, and the tokens that end a turn."""
         from llguidance.llamacpp import lltokenizer_from_vocab
 
-        with warnings.catch_warnings():  # it calls a function of llama.cpp that has another name now, for every token
+        with warnings.catch_warnings():  # it calls a deprecated function of llama.cpp for every token
             warnings.simplefilter("ignore", DeprecationWarning)
             return lltokenizer_from_vocab(self.handle, eos_token=sorted(self.eos_token_ids))
 
     def token_texts(self) -> dict[str, int]:
-        """Every token that is text, as it is spelled."""
+        """All tokens: ids by text."""
         return {self.text_of(index): index for index in range(len(self))}
 
 
 def _written(write: Callable[[Any, int], int], size: int) -> bytes:
-    """What one of llama.cpp's functions writes into a buffer; a negative result asks for a larger one."""
+    """Call a function of llama.cpp that writes into a buffer; if it returns -size, call it again with that size."""
     for _ in range(2):
         buffer = ctypes.create_string_buffer(size)
         count = write(buffer, size)

@@ -294,7 +294,7 @@ def test_a_state_that_llama_cpp_does_not_take_changes_nothing(
     session = new_session()
     before, stats = session.logits(PROBE), session.stats
     monkeypatch.setattr(llama._decoder._lib, "llama_state_seq_set_data", lambda *_: 0)
-    with pytest.raises(EngineFailed, match="did not take a state of"):
+    with pytest.raises(EngineFailed, match="did not accept a state of"):
         session.append(TEXT)
     monkeypatch.undo()
     assert session.stats == stats

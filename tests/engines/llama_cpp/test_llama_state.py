@@ -86,7 +86,7 @@ def test_a_state_that_ends_too_early_is_refused(size: int) -> None:
 
 @pytest.mark.parametrize(
     ("offset", "value", "reason"),
-    [(0, 1, "magic"), (8, 2, "2 streams"), (20, 2, "not those of one sequence"), (96, 99, "numbers of type 99")],
+    [(0, 1, "magic"), (8, 2, "2 streams"), (20, 2, "cells of other than one sequence"), (96, 99, "numbers of type 99")],
 )
 def test_another_layout_is_refused(offset: int, value: int, reason: str) -> None:
     blob = random_state(6, "F16").pack().copy()
