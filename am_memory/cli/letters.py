@@ -143,14 +143,17 @@ class Fact:
 
     @property
     def sentence(self) -> str:
+        """The sentence that states the fact."""
         return f"The access code of {self.town} is {self.code}."
 
     @property
     def question(self) -> str:
+        """The question for the fact."""
         return f"What is the access code of {self.town}?"
 
     @property
     def opening(self) -> str:
+        """The opening of the answer; the code follows."""
         return f"The access code of {self.town} is"
 
 
@@ -194,6 +197,7 @@ class Letter:
 
     @property
     def messages(self) -> list[Message]:
+        """The letter and the answer to it."""
         return [{"role": "user", "content": self.text}, {"role": "assistant", "content": "Thank you for the letter."}]
 
 

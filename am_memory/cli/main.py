@@ -38,4 +38,5 @@ for command in (demo, chat, serve, calibrate, inspect, delete):
 
 
 def main() -> None:
+    """The entry point of `am-memory`."""
     app()

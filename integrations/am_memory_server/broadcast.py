@@ -26,6 +26,7 @@ class ReplicaAnswer:
     body: bytes
 
     def with_body(self, body: bytes) -> ReplicaAnswer:
+        """The same answer with another body."""
         headers = [(name, value) for name, value in self.headers if name.lower() != b"content-length"]
         return ReplicaAnswer(self.replica, self.status, [*headers, (b"content-length", b"%d" % len(body))], body)
 

@@ -54,16 +54,19 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, object]:
+        """The body of the response."""
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return {"error": error}
 
     @property
     def headers(self) -> Mapping[str, str]:
+        """The additional headers of the response."""
         if self.status == 401:
             return {"WWW-Authenticate": "Bearer"}
         return {"Retry-After": str(RETRY_SECONDS)} if self.status in (429, 503) else {}
 
     def response(self) -> JSONResponse:
+        """The error as an HTTP response."""
         return JSONResponse(self.body, self.status, headers=dict(self.headers))
 
 

@@ -21,6 +21,7 @@ class FairQueue(Generic[T]):
         self._last = ""
 
     def push(self, key: tuple[str, ...], item: T) -> None:
+        """Append an item."""
         if not key:
             self._items.append(item)
             return

@@ -88,6 +88,7 @@ class QueuedJob:
 
     @property
     def owner(self) -> str:
+        """The owner of the job."""
         return self.key[0]
 
     @property
@@ -101,6 +102,7 @@ class QueuedJob:
         return self.steps is None and (self.start is None or self._error is not None)
 
     def publish(self, update: object) -> None:
+        """Send an update to the client, unless it has gone."""
         if not self.is_cancelled and not self.loop.is_closed():
             self.num_published += 1
             self.loop.call_soon_threadsafe(self.updates.put_nowait, update)

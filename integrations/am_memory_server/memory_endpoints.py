@@ -39,6 +39,8 @@ class SessionEntry(BaseModel):
 
 
 class SessionList(BaseModel):
+    """The conversations of one key."""
+
     object: Literal["list"] = "list"
     data: list[SessionEntry]
 
@@ -50,10 +52,14 @@ class CompactBody(StrictBody):
 
 
 class ForkBody(StrictBody):
+    """Copy the conversation to the name `id`."""
+
     id: Annotated[str, Field(min_length=1)]
 
 
 class Deleted(BaseModel):
+    """The conversation `id` is deleted."""
+
     id: str
     object: Literal["memory.session"] = "memory.session"
     deleted: Literal[True] = True
@@ -66,6 +72,7 @@ class Conversations:
         self.service, self.threads, self.owner = service, service.threads, owner
 
     def entries(self) -> list[SessionEntry]:
+        """All conversations, in memory and in the store."""
         prefix, branches = thread_of((self.owner, "")), defaultdict[str, list[Branch]](list)
         for branch in self.threads.all_branches():
             branches[branch.thread].append(branch)

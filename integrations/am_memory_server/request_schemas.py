@@ -103,11 +103,15 @@ def _as_text(arguments: Any) -> Any:
 
 
 class FunctionCall(_Part):
+    """The function that a message calls. `arguments` is JSON text."""
+
     name: Annotated[str, Field(min_length=1)]
     arguments: Annotated[str, BeforeValidator(_as_text)] = "{}"
 
 
 class MessageToolCall(_Part):
+    """A tool call in an assistant message."""
+
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
@@ -141,6 +145,8 @@ class ChatMessage(_Part):
 
 
 class Function(_Part):
+    """A function that the model may call. `parameters` is the JSON schema of its arguments."""
+
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
     description: str | None = None
     parameters: Schema | None = None
@@ -148,18 +154,25 @@ class Function(_Part):
 
 
 class Tool(_Part):
+    """A tool that the model may call."""
+
     type: Literal["function"]
     function: Function
 
     def as_tool(self) -> dict[str, Any]:
+        """The tool as the memory takes it."""
         return {"type": "function", "function": self.function.model_dump(exclude_none=True)}
 
 
 class NamedFunction(_Part):
+    """The name of a function."""
+
     name: str
 
 
 class NamedTool(_Part):
+    """A `tool_choice` that forces a call of one function."""
+
     type: Literal["function"] = "function"
     function: NamedFunction
 
@@ -171,6 +184,8 @@ class _Options(StrictBody):
 
 
 class JSONSchema(_Options):
+    """The schema that the answer must follow."""
+
     name: str = "answer"
     description: str | None = None
     schema_: Schema = Field(default_factory=dict, alias="schema")
@@ -178,6 +193,8 @@ class JSONSchema(_Options):
 
 
 class ResponseFormat(_Options):
+    """The format of the answer: text, any JSON object, or JSON that follows a schema."""
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JSONSchema | None = None
 
@@ -188,6 +205,7 @@ class ResponseFormat(_Options):
         return self
 
     def as_format(self) -> dict[str, Any]:
+        """The format as the memory takes it."""
         if self.json_schema is None:
             return {"type": self.type}
         return {"type": self.type, "json_schema": {"schema": self.json_schema.schema_}}
@@ -243,6 +261,8 @@ class _Sampled(StrictBody):
 
 
 class ChatCompletionRequest(_Sampled):
+    """The body of `POST /v1/chat/completions`."""
+
     messages: Annotated[
         list[ChatMessage], Field(min_length=1, fail_fast=True, max_length=MAX_MESSAGES), BeforeValidator(_not_too_many)
     ]
@@ -273,6 +293,7 @@ class ChatCompletionRequest(_Sampled):
 
     @property
     def choice(self) -> str | None:
+        """`tool_choice` as one word: a mode, or the name of a function."""
         return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else self.tool_choice
 
     @property
@@ -283,6 +304,8 @@ class ChatCompletionRequest(_Sampled):
 
 
 class CompletionRequest(_Sampled):
+    """The body of `POST /v1/completions`."""
+
     prompt: (
         str
         | Annotated[list[int], Field(min_length=1, fail_fast=True)]
@@ -296,5 +319,6 @@ class CompletionRequest(_Sampled):
 
     @property
     def prompts(self) -> list[str | list[int]]:
+        """The prompts as a list."""
         prompt: Any = self.prompt
         return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt

@@ -15,10 +15,14 @@ LOWEST_LOGPROB = -9999.0
 
 
 class PromptTokensDetails(BaseModel):
+    """`cached_tokens` were not read again: they were in a kept cache."""
+
     cached_tokens: int
 
 
 class Usage(BaseModel):
+    """Tokens of the prompt and of the answer."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -35,6 +39,8 @@ class Usage(BaseModel):
 
 
 class AnswerMessage(BaseModel):
+    """The answer as a message, which the client can send back in its next request."""
+
     role: Literal["assistant"] = "assistant"
     content: str | None
     refusal: None = None
@@ -42,21 +48,29 @@ class AnswerMessage(BaseModel):
 
 
 class TopLogprob(BaseModel):
+    """A token and its log probability. `bytes` are UTF-8; a token may be a part of a character."""
+
     token: str
     logprob: float
     bytes: list[int]
 
 
 class ChatTokenLogprob(TopLogprob):
+    """A generated token, and the likeliest tokens in its place."""
+
     top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(BaseModel):
+    """One entry for each token of the answer."""
+
     content: list[ChatTokenLogprob]
     refusal: None = None
 
 
 class ChatChoice(BaseModel):
+    """The answer to a chat request; there is always one."""
+
     index: int = 0
     message: AnswerMessage
     logprobs: ChatLogprobs | None = None
@@ -70,12 +84,16 @@ class _Answer(BaseModel):
 
 
 class ChatCompletion(_Answer):
+    """The response to `POST /v1/chat/completions`."""
+
     id: str = Field(default_factory=lambda: new_id("chatcmpl"))
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
 
 
 class TextLogprobs(BaseModel):
+    """Four lists with an entry for each generated token. `text_offset` counts characters of the completion."""
+
     tokens: list[str]
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]]
@@ -83,6 +101,8 @@ class TextLogprobs(BaseModel):
 
 
 class TextChoice(BaseModel):
+    """The completion of one prompt; `index` is the number of the prompt."""
+
     index: int
     text: str
     logprobs: TextLogprobs | None = None
@@ -90,12 +110,16 @@ class TextChoice(BaseModel):
 
 
 class Completion(_Answer):
+    """The response to `POST /v1/completions`."""
+
     id: str = Field(default_factory=lambda: new_id("cmpl"))
     object: Literal["text_completion"] = "text_completion"
     choices: list[TextChoice]
 
 
 class ModelCard(BaseModel):
+    """A served model."""
+
     id: str
     object: Literal["model"] = "model"
     created: int
@@ -103,11 +127,15 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
+    """The served models; there is always one."""
+
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
 class ErrorBody(BaseModel):
+    """An error. `param` is the path of the problem in the request; `code` is for programs."""
+
     message: str
     type: str
     param: str | None
@@ -115,8 +143,11 @@ class ErrorBody(BaseModel):
 
 
 class ErrorResponse(BaseModel):
+    """The body of every response with an error status."""
+
     error: ErrorBody
 
 
 def new_id(kind: str) -> str:
+    """A new id in the form of OpenAI's API."""
     return f"{kind}-{uuid.uuid4().hex}"

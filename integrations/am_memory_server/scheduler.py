@@ -79,6 +79,7 @@ class Scheduler:
 
     @property
     def is_closing(self) -> bool:
+        """Whether new jobs are refused."""
         return self._is_closing
 
     async def stream(
