@@ -13,7 +13,8 @@ from am_memory.session.saving import saved_copy
 from am_memory.session.session import Session
 from am_memory.storage.session_file import SavedSession
 
-METADATA_KEY = "am_memory.branch"
+BRANCH_KEY = "am_memory.branch"
+"""The field of a session's metadata that holds its branch."""
 
 
 class BranchMetadata(BaseModel):
@@ -30,7 +31,7 @@ class BranchMetadata(BaseModel):
         Raises:
             ValueError: there is none, or it does not belong to this session.
         """
-        metadata = cls.model_validate(saved.metadata.get(METADATA_KEY))
+        metadata = cls.model_validate(saved.metadata.get(BRANCH_KEY))
         ends = [end for end in metadata.ends if end is not None]
         is_in_order = ends == sorted(ends) and ends[-1:] == [len(saved.tokens)]
         expected_name = branch_name(metadata.thread, metadata.keys)
@@ -102,7 +103,7 @@ class Branch:
     def write_metadata(self) -> None:
         """Put what `BranchMetadata` reads into the session."""
         fields = {"thread": self.thread, "keys": list(self.keys), "ends": list(self.ends)}
-        self.session.metadata[METADATA_KEY] = fields
+        self.session.metadata[BRANCH_KEY] = fields
 
 
 def branch_name(thread: str, keys: tuple[str, ...]) -> str:

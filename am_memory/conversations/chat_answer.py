@@ -18,9 +18,9 @@ from am_memory.conversations.turn import ChatTurn
 from am_memory.session.generation import Piece, TokenLogprob
 from am_memory.session.session import Session
 
-FinishReason = Literal["stop", "length", "tool_calls"]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
-FINISH_REASONS: Mapping[str, FinishReason] = {"eos": "stop", "stop": "stop", "length": "length"}
+FINISH_REASONS: Mapping[str, ChatFinishReason] = {"eos": "stop", "stop": "stop", "length": "length"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Delta:
 
     parts: tuple[Part, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
-    finish_reason: FinishReason | None = None
+    finish_reason: ChatFinishReason | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class ChatAnswer:
         self.format = AnswerFormat(engine, request)
         self.content = ""
         self.tool_calls: list[ToolCall] = []
-        self.finish_reason: FinishReason | None = None
+        self.finish_reason: ChatFinishReason | None = None
         self.num_tokens = 0
         self._sampling = request.sampling or threads.memory.sampling
         self._num_compactions_before: int | None = None

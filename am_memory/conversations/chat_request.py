@@ -1,4 +1,4 @@
-"""What one call of a chat API asks for."""
+"""The request of one call of a chat API."""
 
 from __future__ import annotations
 

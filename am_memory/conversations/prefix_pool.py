@@ -25,7 +25,7 @@ T = TypeVar("T", bound=CachedPrefix)
 
 @dataclass(frozen=True)
 class Match(Generic[T]):
-    """What a pool holds of a new prompt.
+    """The result of a search for the beginning of a prompt.
 
     Attributes:
         entry: the cache to go on from; None where there is none.

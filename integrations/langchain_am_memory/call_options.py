@@ -12,7 +12,7 @@ from am_memory import MemoryPolicy, Sampling
 from am_memory.conversations.chat_request import ChatRequest
 from am_memory.errors import InvalidInput, require_flags, require_whole, unknown
 
-NAMES = frozenset(
+ARGUMENTS = frozenset(
     {
         *("model", "memory_policy", "tools", "tool_choice", "parallel_tool_calls", "strict", "max_tokens"),
         *("response_format", *Sampling.model_fields),
@@ -87,7 +87,7 @@ class CallOptions:
 
 def check_arguments(given: Mapping[str, Any]) -> None:
     """Raise InvalidInput for an argument that no call takes, or for a value of the wrong type."""
-    if wrong := unknown(given, NAMES | TAKEN_BEFORE):
+    if wrong := unknown(given, ARGUMENTS | TAKEN_BEFORE):
         raise InvalidInput(f"unknown arguments: {wrong}: see ChatAMMemory for what a call takes")
     require_flags(**{name: given.get(name) for name in ("strict", "parallel_tool_calls")})
     require_policy(memory_policy=given.get("memory_policy"))

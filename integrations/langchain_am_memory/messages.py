@@ -9,9 +9,9 @@ from typing import Any
 from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, FunctionMessage, ToolMessage
 
 from am_memory.errors import InvalidInput
+from am_memory.session.appending import NOT_TEXT
 
 ROLES = {"human": "user", "ai": "assistant", "system": "system", "tool": "tool", "function": "tool"}
-NOT_TEXT = ("image", "image_url", "audio", "input_audio", "file", "document", "video", "media")
 
 
 def to_openai(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
@@ -58,7 +58,7 @@ def _text(content: Any, position: int) -> str:
     for block in content:
         if isinstance(block, str):
             texts.append(block)
-        elif (kind := block.get("type")) in NOT_TEXT:
+        elif isinstance(kind := block.get("type"), str) and kind.startswith(NOT_TEXT):
             raise InvalidInput(f"message {position} holds a block of type {kind!r}: this model takes text only")
         elif kind in ("text", "text-plain"):
             texts.append(str(block.get("text", "")))

@@ -10,7 +10,7 @@ from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.runnables import RunnableConfig, ensure_config
 
-NAMES = ("thread_id", "session_id")
+THREAD_KEYS = ("thread_id", "session_id")
 DEFAULT = "default"
 
 
@@ -32,7 +32,7 @@ def thread_of(config: RunnableConfig) -> str:
 
 
 def _find(values: Mapping[str, Any] | None) -> str | None:
-    return next((str(values[name]) for name in NAMES if values and values.get(name) is not None), None)
+    return next((str(values[name]) for name in THREAD_KEYS if values and values.get(name) is not None), None)
 
 
 def _with_thread(config: RunnableConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from forging import POLICIES, File, outcome, outcomes, saved_session
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Memory
-from am_memory.conversations.branch import METADATA_KEY
+from am_memory.conversations.branch import BRANCH_KEY
 from am_memory.conversations.threads import Threads
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CorruptSession
@@ -182,7 +182,7 @@ def test_a_branch_that_says_it_is_another_is_passed_over(
     assert Threads(Memory(engine, POLICIES["plain"], store=tmp_path)).turn(messages, thread="owls").num_cached_tokens
     (path,) = tmp_path.rglob("*.safetensors")
     file = File.of(path.read_bytes())
-    forge(file.content["metadata"][METADATA_KEY])
+    forge(file.content["metadata"][BRANCH_KEY])
     path.write_bytes(file.sealed())
     again = Threads(Memory(engine, POLICIES["plain"], store=tmp_path)).turn(messages, thread="owls")
     assert again.num_cached_tokens == 0
