@@ -27,7 +27,7 @@ from am_memory.memory import Memory
 from am_memory.policy import MemoryPolicy
 from am_memory.session.saving import Packed, pack, rename, saved_copy, write
 from am_memory.session.session import Session
-from am_memory.text.chat_template import Chat
+from am_memory.text.chat_template import RenderedChat
 
 MAX_BYTES = 4 * 2**30
 MAX_BRANCHES = 64
@@ -126,7 +126,9 @@ class Threads:
     def num_tokens(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> int:
         """Tokens of a whole prompt, the opening of the answer included."""
         prepared, template_tools = prepare(self.memory.engine, messages, tools)
-        chat = Chat(self.memory.engine, prepared, template_tools or (), trusts_messages=self.memory.trust_messages)
+        chat = RenderedChat(
+            self.memory.engine, prepared, template_tools or (), trusts_messages=self.memory.trust_messages
+        )
         return len(chat.encode(chat.write(add_generation_prompt=True)))
 
     def _longest(self, prompt: Prompt) -> Match[Branch]:

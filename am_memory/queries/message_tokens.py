@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from am_memory.engines.base import Engine
-from am_memory.text.chat_template import Chat
+from am_memory.text.chat_template import RenderedChat
 
 
 def message_token_positions(engine: Engine, token_ids: Sequence[int], start: int, end: int) -> list[int]:
@@ -42,7 +42,7 @@ def _separators(engine: Engine) -> list[list[int]]:
     """Token ids that the chat template writes between a user's message and the model's, and the other way round."""
     if not engine.has_chat_template:
         return []
-    chat = Chat(engine, [{"role": role, "content": "0"} for role in ("user", "assistant", "user")])
+    chat = RenderedChat(engine, [{"role": role, "content": "0"} for role in ("user", "assistant", "user")])
     behind = [chat.write_behind(chat.messages, index) for index in range(3)]
     return [engine.encode(text.removesuffix(f"0{later}")) for text, later in pairwise(behind)]
 

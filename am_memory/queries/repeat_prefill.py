@@ -13,7 +13,7 @@ from torch import Tensor
 from am_memory.engines.base import Engine, SessionCache, in_chunks
 from am_memory.queries.reference import ReferenceQueries
 from am_memory.queries.scratch import queries_on_scratch, scratch
-from am_memory.text.chat_template import Chat
+from am_memory.text.chat_template import RenderedChat
 
 REQUEST = "Repeat the previous context."
 
@@ -30,7 +30,7 @@ def as_turn(engine: Engine, text: str) -> list[int]:
     """Token ids of a user's turn within a chat; of the plain text if the model has no chat template."""
     if not engine.has_chat_template:
         return engine.encode(f"\n\n{text}\n\n")
-    chat = Chat(engine, [{"role": role, "content": text} for role in ("user", "assistant", "user")])
+    chat = RenderedChat(engine, [{"role": role, "content": text} for role in ("user", "assistant", "user")])
     return chat.encode(chat.write_behind(chat.messages, 1, add_generation_prompt=True))
 
 

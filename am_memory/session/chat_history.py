@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from am_memory.engines.base import Engine, Message
 from am_memory.errors import InvalidInput
-from am_memory.text.chat_template import Chat
+from am_memory.text.chat_template import RenderedChat
 from am_memory.text.text_stream import REPLACEMENT
 from am_memory.text.turns import split_turns
 
@@ -62,9 +62,9 @@ class ChatHistory:
                 weights[position - start] = tool_result_weight
         return weights
 
-    def _chat(self, engine: Engine, messages: Sequence[Message] = ()) -> Chat:
+    def _chat(self, engine: Engine, messages: Sequence[Message] = ()) -> RenderedChat:
         """These messages, and more of them."""
-        return Chat(engine, [*self.messages, *messages], self.tools, trusts_messages=self.trusts_messages)
+        return RenderedChat(engine, [*self.messages, *messages], self.tools, trusts_messages=self.trusts_messages)
 
     def _grown(self, messages: Sequence[Message], starts: Sequence[int], *, is_answering: bool = False) -> ChatHistory:
         messages, starts = (*self.messages, *messages), (*self.starts, *starts)
@@ -147,7 +147,7 @@ class ChatHistory:
         told = tuple(dict(message) for message in messages)
         return self._grown(told, starts), token_ids
 
-    def _added(self, engine: Engine, chat: Chat, *, ends_turn: bool) -> tuple[str, list[str]]:
+    def _added(self, engine: Engine, chat: RenderedChat, *, ends_turn: bool) -> tuple[str, list[str]]:
         """What closes the answer before, then what the template writes for each message behind these.
 
         Where it writes a message in another way once others follow (tool results in one turn), that is all with the

@@ -27,7 +27,7 @@ it as JSON, leave these letters unchanged."""
 _SPARE_LETTER = re.compile(f"([{chr(_SPARE.start)}-{chr(_SPARE.stop - 1)}])")
 
 
-class Chat:
+class RenderedChat:
     """Messages that are rendered by a model's chat template and encoded.
 
     Each control token that a message spells is replaced by a stand-in: a letter that no message contains. Two texts may

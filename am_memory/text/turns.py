@@ -13,7 +13,7 @@ from functools import partial
 
 from am_memory.engines.base import Message
 from am_memory.errors import InvalidInput
-from am_memory.text.chat_template import Chat
+from am_memory.text.chat_template import RenderedChat
 
 MAX_TOGETHER = 32
 """The most messages that a template may write as one piece, such as the results of several tool calls; if there are
@@ -23,7 +23,7 @@ MAX_OPENING = 3
 """The most system messages at the start of a conversation that every other message is rendered behind."""
 
 
-def split_turns(chat: Chat, count: int, text: str) -> list[str]:
+def split_turns(chat: RenderedChat, count: int, text: str) -> list[str]:
     """Split the text of all messages but the first `count` into one text a message.
 
     Args:
@@ -56,7 +56,7 @@ def _num_opening(messages: Sequence[Message]) -> int:
     return sum(itertools.takewhile(bool, is_system)) + 1
 
 
-def _pieces(chat: Chat, opening: int, previous: int, first: int, end: int) -> Iterator[str]:
+def _pieces(chat: RenderedChat, opening: int, previous: int, first: int, end: int) -> Iterator[str]:
     """Render the messages from `first` to `end` behind two different short conversations."""
     messages = chat.messages
     opening = min(opening, first)

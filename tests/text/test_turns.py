@@ -9,7 +9,7 @@ import pytest
 
 from am_memory.engines.base import Message
 from am_memory.engines.templates import render_template, template_errors
-from am_memory.text.chat_template import Chat
+from am_memory.text.chat_template import RenderedChat
 from am_memory.text.turns import split_turns
 
 CHATML = (
@@ -61,8 +61,8 @@ class Templated:
         with template_errors("a test", messages):
             return render_template(self.template, messages, tools, add_generation_prompt, {})
 
-    def chat(self, messages: list[Message], tools: list[Message] | None = None) -> Chat:
-        return Chat(self, messages, tools or [], trusts_messages=True)  # type: ignore[arg-type]
+    def chat(self, messages: list[Message], tools: list[Message] | None = None) -> RenderedChat:
+        return RenderedChat(self, messages, tools or [], trusts_messages=True)  # type: ignore[arg-type]
 
 
 def conversation(seed: int, num_messages: int, *, in_turn: bool, has_system: bool) -> list[Message]:
@@ -76,7 +76,7 @@ def conversation(seed: int, num_messages: int, *, in_turn: bool, has_system: boo
     return messages
 
 
-def by_definition(chat: Chat, count: int, text: str) -> list[str]:
+def by_definition(chat: RenderedChat, count: int, text: str) -> list[str]:
     """Each beginning is rendered; what is no beginning of the whole goes with the next."""
     begin = len(chat.write(chat.messages[:count])) if count else 0
     bounds = [0]
