@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from am_memory.compaction.plan import checked_trigger_tokens
+from am_memory.compaction.plan import require_progress, trigger_in_tokens
 from am_memory.engines.base import Engine, Message
 from am_memory.engines.names import DtypeName, EngineName, as_dtype
 from am_memory.errors import InvalidInput, InvalidPolicy, SessionNotFound, StorageError
@@ -82,7 +82,8 @@ class Memory:
         self._shared = Shared(engine, self.sampling, self.store, self._notify)
         self._numbers = itertools.count(1)
         # An impossible policy fails here, and not in the first session.
-        checked_trigger_tokens(self.policy, engine.info.window_tokens, self.policy.num_sinks)
+        trigger_tokens = trigger_in_tokens(self.policy, engine.info.window_tokens)
+        require_progress(self.policy, trigger_tokens, self.policy.num_sinks)
 
     @classmethod
     def from_pretrained(  # noqa: PLR0913

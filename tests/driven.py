@@ -11,6 +11,7 @@ from torch import Tensor
 
 from am_memory import Memory
 from am_memory.session.context import Context
+from am_memory.session.limits import require_token_ids
 
 
 def some_tokens(count: int, seed: int = 0) -> list[int]:
@@ -20,9 +21,9 @@ def some_tokens(count: int, seed: int = 0) -> list[int]:
 def read(context: Context, token_ids: list[int]) -> None:
     """What `Session.append` does."""
     with context.transaction():
-        context.require_token_ids(token_ids)
+        require_token_ids(context.engine.info, token_ids)
         context.tokens.extend(token_ids)
-        context.read(len(context.tokens) - 1)
+        context.read_all()
 
 
 def write(context: Context, count: int) -> None:

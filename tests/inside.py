@@ -11,6 +11,7 @@ from am_memory.kv_cache.slots import Slots
 from am_memory.recall.originals import Original
 from am_memory.session.chat_history import ChatHistory
 from am_memory.session.context import Context
+from am_memory.session.rebuild import rebuild as rebuild_context
 from am_memory.session.shared import Shared
 
 
@@ -71,9 +72,10 @@ def trigger_of(session: Session) -> int:
 
 def rebuild(session: Session) -> None:
     """Read all tokens again, with the compactions that were made."""
-    context_of(session).rebuild(len(session.tokens), "a test")
+    rebuild_context(context_of(session), len(session.tokens), "a test")
 
 
 def put_away_oldest(session: Session) -> None:
     """Take the segment that was recalled first back to its slots."""
-    context_of(session)._put_away_oldest()
+    context = context_of(session)
+    context.put_away(context.recalled[0])

@@ -26,6 +26,7 @@ from am_memory.kv_cache.int8 import Quantised, decoded
 from am_memory.kv_cache.layers import SlidingState, TailState
 from am_memory.session.appending import add, encode, read
 from am_memory.session.context import Context
+from am_memory.session.rebuild import rebuild
 
 POLICY = MemoryPolicy(trigger_tokens=128, keep_ratio=0.25, keep_recent=6, pinned=3, chunk_tokens=1)
 POLICIES: dict[str, dict[str, object]] = {
@@ -189,7 +190,7 @@ class Driver:
         context = context_of(self.session)
         rebuilt = context.fork("rebuilt")
         with rebuilt.transaction():
-            rebuilt.rebuild(len(rebuilt.tokens), "compared")
+            rebuild(rebuilt, len(rebuilt.tokens), "compared")
         self.num_compared += 1
         return differences(context, rebuilt, self.atol)
 

@@ -68,36 +68,50 @@ class Plan:
         return self.segments[-1]
 
 
-def checked_trigger_tokens(policy: MemoryPolicy, window_tokens: int, num_pinned: int) -> int:
-    """The physical size that fires a compaction, in tokens.
+def trigger_in_tokens(policy: MemoryPolicy, window_tokens: int) -> int:
+    """Size of the cache at which a compaction is due, in tokens.
+
+    Args:
+        window_tokens: the model's context window.
 
     Raises:
-        InvalidPolicy: with this model and these pinned tokens, compactions would at some point free no room.
-        BudgetTooSmall: a compaction would leave a head fewer than `min_slots`.
+        InvalidPolicy: the trigger is above the window.
     """
-    trigger_tokens = policy.trigger_tokens
-    tokens = trigger_tokens if isinstance(trigger_tokens, int) else int(trigger_tokens * window_tokens)
+    trigger = policy.trigger_tokens
+    tokens = trigger if isinstance(trigger, int) else int(trigger * window_tokens)
     if tokens > window_tokens:
         raise InvalidPolicy(
             f"trigger_tokens {tokens} is above the model's window of {window_tokens}: set it to {window_tokens} or less"
         )
-    block = min_block_tokens(policy, tokens, num_pinned)
+    return tokens
+
+
+def require_progress(policy: MemoryPolicy, trigger_tokens: int, num_pinned: int) -> None:
+    """Check that each compaction makes room for the next tokens, however long the conversation gets.
+
+    Args:
+        num_pinned: tokens at the start that no compaction covers.
+
+    Raises:
+        InvalidPolicy: at some point there would be nothing to compact.
+        BudgetTooSmall: a compaction would leave a head fewer than `min_slots`.
+    """
+    block = min_block_tokens(policy, trigger_tokens, num_pinned)
     if block < 1:
         raise InvalidPolicy(
-            f"trigger_tokens {tokens} leaves nothing to compact: {num_pinned} tokens are pinned, {policy.keep_recent} "
-            f"are kept as recent and up to {max_compact_tokens(policy, tokens)} are compact; raise trigger_tokens, or "
-            "lower keep_recent, pinned or max_compact_tokens"
+            f"trigger_tokens {trigger_tokens} leaves nothing to compact: {num_pinned} tokens are pinned, "
+            f"{policy.keep_recent} are kept as recent and up to {max_compact_tokens(policy, trigger_tokens)} are "
+            "compact; raise trigger_tokens, or lower keep_recent, pinned or max_compact_tokens"
         )
     _check_floor(policy, block)
     if policy.ahead_tokens:
-        _check_ahead(policy, tokens, num_pinned)
-    bound, min_slots = max_compact_tokens(policy, tokens), policy.experiments.min_slots
+        _check_ahead(policy, trigger_tokens, num_pinned)
+    bound, min_slots = max_compact_tokens(policy, trigger_tokens), policy.experiments.min_slots
     if bound < min_slots:
         raise BudgetTooSmall(
             f"max_compact_tokens {bound} leaves {bound} slots per head; at least {min_slots} are needed: raise "
             f"max_compact_tokens to {min_slots}, or lower experiments.min_slots"
         )
-    return tokens
 
 
 def max_compact_tokens(policy: MemoryPolicy, trigger_tokens: int) -> int:

@@ -14,6 +14,7 @@ from am_memory.engines.base import Message
 from am_memory.errors import InvalidInput, InvalidPolicy, PromptTooLong, UnsupportedOperation, require_whole
 from am_memory.session.chat_history import ChatHistory
 from am_memory.session.context import Context
+from am_memory.session.limits import require_positions, require_token_ids
 
 if TYPE_CHECKING:
     from am_memory.session.session import Session
@@ -55,8 +56,8 @@ def encode(session: Session, content: Content) -> Encoded:
     after, token_ids = _tokens_of(context, content)
     if not token_ids:
         raise InvalidInput(f"empty input {content!r}: append at least one token")
-    context.require_token_ids(token_ids)
-    context.require_positions(num_tokens + len(token_ids))
+    require_token_ids(context.engine.info, token_ids)
+    require_positions(context.engine.info, num_tokens + len(token_ids))
     if after is history and history.messages:
         after = history.with_plain_text(engine.decode(token_ids, skip_special=True), num_tokens)
     return Encoded(token_ids, _num_pinned(context, after), (history, num_tokens), after)
@@ -95,7 +96,7 @@ def read(session: Session, max_tokens: int | None = None) -> int:
         require_whole(0, max_tokens=max_tokens)
     context = session._context
     with session._shared.engine_lock, context.transaction():
-        end, num_cached = max(len(context.tokens) - 1, 0), context.cache.num_tokens
+        end, num_cached = context.num_readable, context.cache.num_tokens
         context.read(min(end, num_cached + (context.chunk_tokens if max_tokens is None else max_tokens)))
         return max(end - context.cache.num_tokens, 0)
 

@@ -1,15 +1,14 @@
-"""A watched context: the tokens, the cache derived from them, and the records of the compactions between.
+"""A context: the tokens of one conversation, the cache made from them, and the records of its compactions.
 
-Owns the watching: it reads tokens in chunks, and when the cache reaches its trigger it compacts the oldest part and
-goes on. The tokens are the truth; tokens and records together rebuild the cache. Knows nothing of text or sampling.
+This is the loop. It reads tokens in chunks; when the cache reaches its trigger, it compacts the oldest part and reads
+on. The tokens are the truth: from tokens and records the cache can be rebuilt (`rebuild.py`). Knows no text and no
+sampling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 from torch import Tensor, cat
 
@@ -17,17 +16,18 @@ from am_memory.budgets import calibration_for
 from am_memory.compaction.background import BackgroundCompaction
 from am_memory.compaction.compact import failures
 from am_memory.compaction.job import CompactionJob, CompactionResult
-from am_memory.compaction.plan import CacheSizes, Plan, checked_trigger_tokens, most_at_once, plan_compaction
+from am_memory.compaction.plan import (
+    CacheSizes,
+    Plan,
+    most_at_once,
+    plan_compaction,
+    require_progress,
+    trigger_in_tokens,
+)
 from am_memory.compaction.record import CompactionRecord, RecallRecord, with_policy
 from am_memory.compaction.requirements import require
 from am_memory.engines.base import Engine, SessionCache, in_chunks
-from am_memory.errors import (
-    BudgetTooSmall,
-    CompactionFailed,
-    InvalidInput,
-    OriginalLost,
-    PromptTooLong,
-)
+from am_memory.errors import InvalidInput
 from am_memory.events import (
     CompactionFinished,
     CompactionProgress,
@@ -35,26 +35,18 @@ from am_memory.events import (
     CompactionStarted,
     GateMissed,
     Listener,
-    OriginalsLost,
     ReadProgress,
-    SessionRebuilt,
     SpanPutAway,
-    SpanRecalled,
     WindowExceeded,
 )
 from am_memory.kv_cache.cache import Snapshot
-from am_memory.kv_cache.slots import Segment
 from am_memory.policy import SINK_TOKENS, MemoryPolicy
 from am_memory.queries import LiveQueries, scratch
-from am_memory.recall.originals import Original, between
-from am_memory.recall.paging import Recalled, at_rest, brought_back, put_away
-from am_memory.recall.search import Span, search
+from am_memory.recall.originals import Original
+from am_memory.recall.paging import Recalled, at_rest, put_away
 from am_memory.session.chat_history import ChatHistory
-from am_memory.session.rebuild import rebuilt
 from am_memory.session.transaction import Restorable, Transaction
 from am_memory.text.boundaries import best_boundary
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -64,14 +56,14 @@ class Context:
     Attributes:
         name: for events.
         tokens: every token, read or not; the cache holds the first `cache.num_tokens` of them.
-        records: the compactions made so far, in order.
-        num_pinned: tokens at the start that stay exact.
-        history: the messages that the tokens are of; kept here, so that one step changes both or neither.
-        originals: the exact entries of compacted tokens, as far as they are kept, in the order of the tokens.
-        recalled: segments that are exact for now, the one recalled last at the end.
-        background_compaction: a compaction under way while tokens are read, where the policy has `ahead_tokens`.
-        live: the queries that passed, where the policy wants them.
-        trigger_tokens: the physical size that fires a compaction, in tokens.
+        records: the compactions so far, in order.
+        num_pinned: tokens at the start that no compaction covers.
+        history: the chat messages behind the tokens, kept here so that one step changes both or neither.
+        originals: exact entries of compacted tokens, where the policy keeps them, in the order of the tokens.
+        recalled: segments that are exact at the moment; the one recalled last stands at the end.
+        background_compaction: a compaction that runs while tokens are read, if the policy has `ahead_tokens`.
+        live: the queries of the last tokens that were read, if the policy uses them.
+        trigger_tokens: size of the cache at which a compaction is due.
     """
 
     name: str
@@ -89,175 +81,147 @@ class Context:
 
     def __post_init__(self) -> None:
         require(self.policy, self.engine.capabilities)
+        self.trigger_tokens = trigger_in_tokens(self.policy, self.engine.info.window_tokens)
+        require_progress(self.policy, self.trigger_tokens, self.num_pinned)
         self._calibration = calibration_for(self.policy.head_budget, self.engine.info)
         self.live = LiveQueries() if "live" in self.policy.reference_queries else None
         self.forget_after_cache()
-        self.trigger_tokens = checked_trigger_tokens(self.policy, self.engine.info.window_tokens, self.num_pinned)
 
     def pin(self, num_tokens: int) -> None:
-        """Keep the first `num_tokens` exact; possible until the first compaction.
+        """Keep the first `num_tokens` exact. Possible until the first compaction.
 
         Raises:
-            InvalidPolicy: the trigger leaves nothing to compact beside them.
+            InvalidPolicy: the trigger leaves nothing to compact besides them.
         """
         if self.records:
             raise InvalidInput(
                 f"cannot pin {num_tokens} tokens after {len(self.records)} compactions: pin before the first one"
             )
-        self.trigger_tokens = checked_trigger_tokens(self.policy, self.engine.info.window_tokens, num_tokens)
+        require_progress(self.policy, self.trigger_tokens, num_tokens)
         self.num_pinned, self.background_compaction = num_tokens, None
 
-    def require_token_ids(self, token_ids: Sequence[int]) -> None:
-        """Raise InvalidInput for ids that the model does not have."""
-        vocab_size = self.engine.info.vocab_size
-        for position, token_id in enumerate(token_ids):
-            if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
-                raise InvalidInput(
-                    f"token id {token_id!r} at position {position} is outside the vocabulary of {vocab_size}; encode "
-                    "the text with the model's own tokenizer"
-                )
-
-    def require_positions(self, num_tokens: int) -> None:
-        """Raise PromptTooLong where the model has no positions for so many tokens."""
-        most = self.engine.info.max_tokens
-        if most is not None and num_tokens > most:
-            raise PromptTooLong(
-                f"{num_tokens:,} tokens are more than the {most:,} for which {self.engine.info.name} has positions: "
-                "rewind, begin a new session, or use a model with RoPE"
-            )
-
-    def limit_new_tokens(self, max_new_tokens: int) -> int:
-        """So many tokens, or as many as the model can write: there is no position for what follows the last of them.
-
-        Raises:
-            PromptTooLong: it can write none.
-        """
-        self.require_positions(len(self.tokens))
-        most = self.engine.info.max_tokens
-        return max_new_tokens if most is None else min(max_new_tokens, most - len(self.tokens) + 1)
-
     def transaction(self, *others: Restorable) -> Transaction:
-        """All or nothing: whatever is raised inside, the context and these others are as they were before."""
+        """A `with` block that changes the context and `others` completely or, if it raises, not at all."""
         return Transaction(self, others)
 
-    def read(self, end: int) -> None:
-        """Bring the first `end` tokens into the cache, compacting whenever the trigger is reached."""
-        start = self.cache.num_tokens
-        while (done := self.cache.num_tokens) < end:
-            stop = done + min(self.make_room(end - done), self.chunk_tokens)
-            self.forward(self.tokens[done:stop])
-            if end - start > self.chunk_tokens:
-                self.notify(ReadProgress(self.name, stop - start, end - start))
-
-    def make_room(self, num_tokens: int, at_once: int = 1) -> int:
-        """Put away, begin a compaction or swap one in, while the size is reached at which that is due.
-
-        Args:
-            num_tokens: to be read, if there is room.
-            at_once: there has to be room for so many, `most_at_once` at most.
-
-        Returns:
-            How many tokens may be read now, at most `num_tokens`.
-        """
-        if self.background_compaction is not None:
-            self.background_compaction.relay(self.progress)
-        while self.cache.kv_tokens + at_once > (
-            due := self.start_tokens if self.background_compaction is None else self.trigger_tokens
-        ):
-            if self.recalled:
-                self._put_away_oldest()
-            elif self.background_compaction is None and self.policy.ahead_tokens:
-                self.begin()
-            else:
-                self.compact()
-        return min(num_tokens, int(due - self.cache.kv_tokens))
-
-    def begin(self) -> None:
-        """Begin a compaction, to be swapped in at the trigger."""
-        planned = plan_compaction(self.policy, self.sizes, self.trigger_tokens, None, self._boundary)
-        self.background_compaction = BackgroundCompaction(self.job(planned, self.cache.fork()))
-        self.background_compaction.start()  # only now: whoever takes this step back stops what it began
+    @property
+    def num_readable(self) -> int:
+        """Tokens to read before a step ends: all but the last, which is read when its logits are needed."""
+        return max(len(self.tokens) - 1, 0)
 
     @property
     def chunk_tokens(self) -> int:
         """Tokens read in one forward pass."""
         return self.policy.chunk_tokens or self.engine.chunk_tokens
 
-    @property
-    def most_at_once(self) -> int:
-        """The most tokens for which compactions are sure to make room at once."""
-        return most_at_once(self.policy, self.trigger_tokens, self.num_pinned)
+    def read_all(self) -> None:
+        """Read every token but the last."""
+        self.read(self.num_readable)
 
-    @property
-    def start_tokens(self) -> int:
-        """The physical size at which a compaction is begun, to be swapped in at the trigger."""
-        return self.trigger_tokens - self.policy.ahead_tokens
+    def read(self, end: int) -> None:
+        """Read the first `end` tokens into the cache, and compact whenever that is due."""
+        start = self.cache.num_tokens
+        while (done := self.cache.num_tokens) < end:
+            self.compact_if_due()
+            stop = min(end, done + min(self.room_tokens, self.chunk_tokens))
+            self.forward(self.tokens[done:stop])
+            if end - start > self.chunk_tokens:
+                self.notify(ReadProgress(self.name, stop - start, end - start))
 
     def next_logits(self) -> Tensor:
-        """Read everything; the logits of what follows the last token, (vocab_size,) float32."""
-        self.read(len(self.tokens) - 1)
-        self.make_room(1)
+        """Read everything. Logits of the next token, (vocab_size,) float32."""
+        self.read_all()
+        self.compact_if_due()
         return self.forward(self.tokens[-1:], num_logits=1)[0]
 
     def scratch_logits(self, token_ids: Sequence[int]) -> Tensor:
-        """Logits that follow the last token and each of `token_ids` but the last; the context stays as it is."""
-        self.read(len(self.tokens) - 1)
+        """Logits at each of `token_ids`, (len(token_ids), vocab_size) float32; they do not become part of the context.
+
+        Row i is the prediction of token i, from the context and the tokens before it.
+        """
+        self.read_all()
         ids = [self.tokens[-1], *token_ids[:-1]]
         with scratch(self.cache):
             chunks = in_chunks(ids, self.chunk_tokens)
             return cat([self.engine.forward(self.cache, chunk, num_logits=len(chunk)) for chunk in chunks])
 
     def forward(self, token_ids: Sequence[int], num_logits: int = 0) -> Tensor:
-        """Read tokens into the cache, as `Engine.forward` does, and keep their queries where the policy wants them."""
+        """Read tokens into the cache in one pass (see `Engine.forward`), and keep their queries if the policy does."""
         self.notify_beyond_window(len(token_ids))
         on_query = self.live.add if self.live is not None else None
         return self.engine.forward(self.cache, token_ids, num_logits=num_logits, on_query=on_query)
 
     def notify_beyond_window(self, num_tokens: int) -> None:
-        """Say so when the next tokens are the first at positions that the model was not trained on."""
+        """Emit `WindowExceeded` if the next `num_tokens` are the first beyond the model's context window."""
         before, window = self.cache.num_tokens, self.engine.info.window_tokens
         if before <= window < before + num_tokens:
             self.notify(WindowExceeded(self.name, before + num_tokens, window, self._immovable))
 
     @property
-    def sizes(self) -> CacheSizes:
-        cache = self.cache
-        return CacheSizes(
-            cache.num_tokens,
-            self.num_pinned,
-            cache.segments,
-            cache.num_heads,
-            window_tokens=self.engine.info.window_tokens if self._immovable is None else None,
-        )
+    def start_tokens(self) -> int:
+        """Size of the cache at which a compaction begins; it is swapped in at `trigger_tokens` at the latest."""
+        return self.trigger_tokens - self.policy.ahead_tokens
 
     @property
-    def _immovable(self) -> str | None:
-        """Why what is compact cannot be moved up when it gets too far away; None: it can."""
-        if self.policy.experiments.recompaction == "refit":
-            return "recompaction 'refit' has one segment for all that was said"
-        can = self.engine.capabilities
-        return None if can.can_rotate_keys else can.why_keys_stay
+    def room_tokens(self) -> int:
+        """Tokens that can be read before a compaction is due."""
+        due_at = self.start_tokens if self.background_compaction is None else self.trigger_tokens
+        return int(due_at - self.cache.kv_tokens)
+
+    @property
+    def most_at_once(self) -> int:
+        """The most tokens for which `compact_if_due` is sure to make room."""
+        return most_at_once(self.policy, self.trigger_tokens, self.num_pinned)
+
+    def compact_if_due(self, at_once: int = 1) -> None:
+        """Put away recalled segments and compact until `at_once` more tokens fit.
+
+        Args:
+            at_once: no more than `most_at_once`.
+        """
+        if self.background_compaction is not None:
+            self.background_compaction.relay(self.progress)
+        while self.room_tokens < at_once:
+            if self.recalled:
+                self.put_away(self.recalled[0])
+            elif self.background_compaction is None and self.policy.ahead_tokens:
+                self.start_background_compaction()
+            else:
+                self.compact()
+
+    def start_background_compaction(self) -> None:
+        """Start a compaction in the background, to be swapped in at the trigger."""
+        planned = plan_compaction(self.policy, self.sizes, self.trigger_tokens, None, self._boundary)
+        self.background_compaction = BackgroundCompaction(self.job(planned, self.cache.fork()))
+        self.background_compaction.start()  # after the assignment: a transaction that is undone stops what it finds
+
+    def cancel_background_compaction(self) -> None:
+        """Stop the compaction that runs in the background; reading on starts it again."""
+        stopped, self.background_compaction = self.background_compaction, None
+        if stopped is not None:
+            stopped.stop()
 
     def compact(self, fraction: float | None = None) -> CompactionReport:
-        """Compact the oldest part now; None: what is under way, or the policy's fraction, sparing the recent tokens."""
+        """Compact the oldest part of the cache now.
+
+        Args:
+            fraction: of the cache without its pinned tokens. None: swap in the compaction that runs in the background;
+                if none does, compact what the policy says and spare its recent tokens.
+        """
         while self.recalled:
-            self._put_away_oldest()
+            self.put_away(self.recalled[0])
         if self.background_compaction is not None and fraction is None:
             return self.swap_in(self.background_compaction.result(self.progress))
         planned = plan_compaction(self.policy, self.sizes, self.trigger_tokens, fraction, self._boundary)
         return self.swap_in(self.job(planned, self.cache).run(self.progress))
 
-    def _boundary(self, earliest: int, latest: int) -> int:
-        """Where a block should end, which may be behind all that has been said."""
-        if latest >= len(self.tokens):
-            return latest
-        return best_boundary(self.engine, self.tokens, earliest, latest)
-
-    def progress(self, stage: str, done: int, total: int) -> None:
-        self.notify(CompactionProgress(self.name, stage, done, total))
-
     def job(self, plan: Plan, cache: SessionCache, replayed: CompactionRecord | None = None) -> CompactionJob:
-        """Say that a planned compaction begins, on this cache or a branch of it; it is `replayed`, or new."""
+        """Announce a compaction, and describe it.
+
+        Args:
+            cache: this context's, or a fork of it.
+            replayed: the record of a compaction that is repeated, under the policy of that time; None: a new one.
+        """
         segment, policy, calibration, live_start = plan.newest, self.policy, self._calibration, 0
         if replayed is not None:
             live_start = replayed.live_start
@@ -282,7 +246,7 @@ class Context:
         )
 
     def swap_in(self, result: CompactionResult) -> CompactionReport:
-        """Put a compaction in its place; the cache may have read on since it was begun."""
+        """Replace the block by its slots. The cache may have grown since the compaction began."""
         cache, record, segment = self.cache, result.record, result.record.plan.newest
         kv_tokens, kv_bytes = cache.kv_tokens, cache.nbytes
         with failures(segment):
@@ -316,142 +280,55 @@ class Context:
             self.notify(GateMissed(self.name, segment.start, segment.end, result.held_out_error, limit))
         return report
 
-    def reading_originals(self, use: Callable[[], T]) -> T:
-        """Do what reads originals, without those that are lost; what turns out to be is told, and it is done again."""
-        while True:
-            self.miss_originals()
-            with suppress(OriginalLost):
-                return use()
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """Emit the progress of a compaction."""
+        self.notify(CompactionProgress(self.name, stage, done, total))
 
-    def miss_originals(self) -> None:
-        """Go on without the originals that turned out to be lost, and tell of them."""
-        for lost in [each for each in self.originals if each.lost is not None]:
-            self.originals = tuple(each for each in self.originals if each is not lost)
-            self.notify(OriginalsLost(self.name, lost.start, lost.end, lost.lost or ""))
+    @property
+    def sizes(self) -> CacheSizes:
+        """The sizes that a plan depends on."""
+        cache = self.cache
+        return CacheSizes(
+            cache.num_tokens,
+            self.num_pinned,
+            cache.segments,
+            cache.num_heads,
+            window_tokens=self.engine.info.window_tokens if self._immovable is None else None,
+        )
 
-    def recall(self, start: int, end: int) -> list[Segment]:
-        """Bring the segments that hold any of the tokens [start, end) back exact, compacting others to make room.
+    @property
+    def _immovable(self) -> str | None:
+        """Why compacted keys cannot move to nearer positions; None: they can."""
+        if self.policy.experiments.recompaction == "refit":
+            return "recompaction 'refit' has one segment for all that was said"
+        can = self.engine.capabilities
+        return None if can.can_rotate_keys else can.why_keys_stay
 
-        They stay until a compaction, or the trigger, needs the room: those go first that were recalled first.
+    def _boundary(self, earliest: int, latest: int) -> int:
+        """The best end of a block; it may lie behind the last token."""
+        if latest >= len(self.tokens):
+            return latest
+        return best_boundary(self.engine, self.tokens, earliest, latest)
 
-        Returns:
-            These segments.
+    def put_away(self, recalled: Recalled) -> None:
+        """Make a recalled segment compact again, with the slots that it had before."""
+        segment = recalled.segment
+        self.cache.restore(put_away(self.cache.state(), recalled))
+        self.notify(SpanPutAway(self.name, segment.start, segment.end, self.cache.kv_tokens))
+        self.recalled = tuple(other for other in self.recalled if other is not recalled)
+        self.record_recall(segment.start, is_exact=False)
 
-        Raises:
-            InvalidInput: there are no originals of them.
-            PromptTooLong: they do not fit below the trigger.
-        """
-        while True:
-            wanted = [segment for segment in self.cache.segments if segment.start < end and segment.end > start]
-            held = [each for each in self.recalled if each.segment in wanted]
-            for each in held:
-                self.page(each.segment.start, is_exact=True)
-            missing = [segment for segment in wanted if segment not in [each.segment for each in held]]
-            if not missing or self._have_room_for(missing):
-                break
-            self._make_room_to_recall(wanted, others=len(self.recalled) > len(held))
-        for segment in missing:
-            self.page(segment.start, is_exact=True)
-        return wanted
-
-    def resume_recall(self, start: int) -> None:
-        """Go on with a recall that a saved session had; where originals or room are lacking, it has ended here."""
-        segment = self._segment_at(start)
-        if segment is None:
-            return
-        if self._have_room_for([segment]):
-            with suppress(InvalidInput):
-                self._bring_back(segment)
-                return
-        self._record_recall(start, is_exact=False)
-
-    def page(self, start: int, *, is_exact: bool) -> None:
-        """Have the segment that begins at `start` exact, as the one recalled last, or compact again.
-
-        Raises:
-            InvalidInput: there are no originals of it, or no such segment.
-        """
-        held = next((each for each in self.recalled if each.segment.start == start), None)
-        if not is_exact and held is not None:
-            self.cache.restore(put_away(self.cache.state(), held))
-            self.notify(SpanPutAway(self.name, held.segment.start, held.segment.end, self.cache.kv_tokens))
-        elif held is None:
-            if (segment := self._segment_at(start)) is None:
-                raise InvalidInput(f"no segment begins at token {start}: there are {self.cache.segments}")
-            self._bring_back(segment)
-            held = self.recalled[-1]
-        others = tuple(each for each in self.recalled if each is not held)
-        self.recalled = (*others, held) if is_exact else others
-        self._record_recall(start, is_exact=is_exact)
-
-    def _segment_at(self, start: int) -> Segment | None:
-        return next((segment for segment in self.cache.segments if segment.start == start), None)
-
-    def _record_recall(self, start: int, *, is_exact: bool) -> None:
-        """In the records: what is read from now on sees the segment so."""
+    def record_recall(self, start: int, *, is_exact: bool) -> None:
+        """Record that the tokens read from now on see the segment at `start` exact, or compact."""
         *before, last = self.records
         recall = RecallRecord(self.cache.num_tokens, start, is_exact)
         self.records = [*before, replace(last, recalls=(*last.recalls, recall))]
 
-    def _have_room_for(self, segments: Sequence[Segment]) -> bool:
-        """Whether these compact segments fit below where a compaction begins when they are exact."""
-        growth = sum(segment.num_tokens - segment.num_slots / self.cache.num_heads for segment in segments)
-        return self.cache.kv_tokens + growth + 1 <= self.start_tokens
-
-    def _make_room_to_recall(self, wanted: Sequence[Segment], *, others: bool) -> None:
-        if others:
-            self._put_away_oldest()
-            return
-        num_tokens = sum(segment.num_tokens for segment in wanted)
-        refused = PromptTooLong(
-            f"the {num_tokens} tokens of the segments to recall do not fit below the trigger of {self.trigger_tokens} "
-            f"beside what else is held: recall a shorter span, or raise trigger_tokens"
-        )
-        if self.num_pinned + num_tokens + self.policy.keep_recent >= self.start_tokens:
-            raise refused
-        try:
-            self.compact()
-        except (CompactionFailed, BudgetTooSmall) as error:
-            raise refused from error
-
-    def search(self, text: str, span_tokens: int) -> list[Span]:
-        """All compacted tokens, in spans of about `span_tokens`, and how much a text looks at each."""
-        self.read(len(self.tokens) - 1)
-        return self.reading_originals(
-            lambda: search(
-                self.engine,
-                self.cache,
-                self.tokens,
-                self.originals,
-                text,
-                span_tokens=span_tokens,
-                chunk_tokens=self.chunk_tokens,
-            )
-        )
-
-    def _bring_back(self, segment: Segment) -> None:
-        entries = self.reading_originals(lambda: between(self.originals, segment.start, segment.end))
-        if entries is None:
-            raise InvalidInput(
-                f"tokens {segment.start} to {segment.end} cannot be recalled: their originals were not kept when they "
-                "were compacted, or are lost; set the policy's originals to 'host' or 'disk' before that"
-            )
-        layers = zip(self.cache.compactable, entries, strict=True)
-        entries = [(layer.turned(key, segment.shift), value) for layer, (key, value) in layers]
-        state, recalled = brought_back(self.cache.state(), segment, entries)
-        self.cache.restore(state)
-        self.recalled = (*self.recalled, recalled)
-        self.notify(SpanRecalled(self.name, segment.start, segment.end, self.cache.kv_tokens))
-
-    def _put_away_oldest(self) -> None:
-        """Of what is recalled."""
-        self.page(self.recalled[0].segment.start, is_exact=False)
-
     @property
     def state_at_rest(self) -> Snapshot:
-        """The cache with nothing recalled; as it was when a compaction began that is under way.
+        """The cache without recalled segments; while a background compaction runs, the cache from which it started.
 
-        Whoever goes on from there reads what came since again, and begins the same compaction.
+        Going on from there reads the tokens since then again, and starts the same compaction.
         """
         if self.background_compaction is not None:
             return self.background_compaction.began_from(self.cache.state())
@@ -459,64 +336,19 @@ class Context:
 
     @property
     def off_device_bytes(self) -> int:
-        """What originals take, and the slots of recalled segments."""
+        """Bytes of the originals and of the slots of recalled segments, in host memory or on disk."""
         return sum(original.nbytes for original in self.originals) + sum(each.nbytes for each in self.recalled)
 
-    def rewind(self, num_tokens: int) -> None:
-        """Forget all but the first `num_tokens` tokens; rebuild where a segment holds, or was fitted to, others."""
-        if not self.can_truncate(num_tokens):
-            seen = "a compaction has seen the tokens to forget"
-            lost = "the tokens to forget are compacted, or in a sliding window"
-            self.rebuild(num_tokens, seen if self._was_seen_after(num_tokens) else lost)
-            return
-        num_cached = self._num_cached(num_tokens)
-        self.cache.truncate(num_cached)
-        # What came later and saw none of them stays; a rebuild must find it before the tokens that are now to come.
-        self.records = [made.within(num_cached) for made in self.records]
-        self.tokens = self.tokens[:num_tokens]
-        self.forget_after_cache()
-
-    def can_truncate(self, num_tokens: int) -> bool:
-        """Whether all tokens after the first `num_tokens` are exact and can be dropped, and no compaction saw them."""
-        num_cached = self._num_cached(num_tokens)
-        is_exact = num_cached >= self.cache.tail_start
-        is_cut = num_cached == self.cache.num_tokens or (is_exact and self.cache.is_croppable)
-        return is_cut and not self._was_seen_after(num_tokens)
-
-    def _was_seen_after(self, num_tokens: int) -> bool:
-        """Whether a compaction was made when there were more than the first `num_tokens` tokens.
-
-        Its queries were asked from behind them all, so that of fewer tokens another one would be made.
-        """
-        return any(made.at_tokens > self._num_cached(num_tokens) for made in self.records[-1:])
-
-    def compacted_after(self, num_tokens: int) -> bool:
-        """Whether a compaction was swapped in when there were more than the first `num_tokens` tokens."""
-        return any(made.swapped_at > self._num_cached(num_tokens) for made in self.records[-1:])
-
-    def _num_cached(self, num_tokens: int) -> int:
-        """Of the first `num_tokens` tokens, those in the cache when the last one is left to read."""
-        return max(min(self.cache.num_tokens, num_tokens - 1), 0)
-
-    def rebuild(self, num_tokens: int, reason: str) -> None:
-        """Read the first `num_tokens` tokens again, as far as they were read, with all that was done among them."""
-        self.notify(SessionRebuilt(self.name, num_tokens, reason))
-        fresh = rebuilt(self, num_tokens, self._num_cached(num_tokens))
-        self.cache.restore(fresh.cache.state())
-        self.tokens, self.records, self.originals = fresh.tokens, fresh.records, fresh.originals
-        self.recalled, self.background_compaction = fresh.recalled, fresh.background_compaction
-        self.live = fresh.live if self.live is not None else None
-
-    def emptied(self, num_tokens: int) -> Context:
-        """Another context of the first `num_tokens` tokens, of which nothing is read."""
-        cache, tokens = self.engine.new_cache(), self.tokens[:num_tokens]
-        pinned, history = self.num_pinned, self.history
-        return Context(
-            self.name, self.engine, self.policy, self.notify, cache, tokens, num_pinned=pinned, history=history
-        )
+    def forget_after_cache(self) -> None:
+        """Drop live queries and a background compaction that are of tokens behind the cache's end."""
+        if self.live is not None:
+            self.live.seek(self.cache.num_tokens)
+        running = self.background_compaction
+        if running is not None and self.cache.num_tokens < running.at_tokens:
+            self.background_compaction = None
 
     def fork(self, name: str, policy: MemoryPolicy | None = None) -> Context:
-        """The same context under another name; memory is shared until the two differ."""
+        """A copy under another name, and another policy if one is given. It shares memory until the two differ."""
         is_same = policy is None or policy == self.policy
         if self.background_compaction is not None and is_same:
             self.background_compaction.is_shared = True
@@ -532,16 +364,3 @@ class Context:
         if self.live is not None and branch.live is not None:
             branch.live = self.live.copy()
         return branch
-
-    def forget_after_cache(self) -> None:
-        """Take note that the cache may have gone back, before what passed, or began, since then."""
-        if self.live is not None:
-            self.live.seek(self.cache.num_tokens)
-        if self.background_compaction is not None and self.cache.num_tokens < self.background_compaction.at_tokens:
-            self.background_compaction = None
-
-    def cancel_background_compaction(self) -> None:
-        """Stop what is under way; whoever reads on begins it anew."""
-        stopped, self.background_compaction = self.background_compaction, None
-        if stopped is not None:
-            stopped.stop()

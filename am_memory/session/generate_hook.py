@@ -17,6 +17,7 @@ from am_memory.errors import UnsupportedOperation
 from am_memory.events import ReadProgress
 from am_memory.kv_cache.cache import KVCache
 from am_memory.session.context import Context
+from am_memory.session.limits import require_positions, require_token_ids
 
 
 def watched(context: Context) -> KVCache:
@@ -75,15 +76,16 @@ class _Watch:
         context, cache = self.context, self.cache
         logits: list[Tensor] = []
         with context.transaction():
-            context.require_token_ids(token_ids)
-            context.require_positions(cache.num_tokens + len(token_ids))
+            info = context.engine.info
+            require_token_ids(info, token_ids)
+            require_positions(info, cache.num_tokens + len(token_ids))
             context.tokens.extend(token_ids)
             start, end = cache.num_tokens, len(context.tokens)
             if at_once > 1:
                 self._require_room(len(token_ids), at_once, what_for)
-            while (left := end - cache.num_tokens) > (room := context.make_room(left, min(left, at_once))):
+            while not self._have_room_for(left := end - cache.num_tokens, at_once):
                 first = cache.num_tokens
-                piece = context.tokens[first : first + min(room, context.chunk_tokens, left - at_once)]
+                piece = context.tokens[first : first + min(context.room_tokens, context.chunk_tokens, left - at_once)]
                 num_wanted = max(first + len(piece) - (end - num_logits), 0)
                 piece_logits = context.forward(piece, num_logits=min(num_wanted, len(piece)))
                 if num_wanted:
@@ -95,6 +97,11 @@ class _Watch:
                 layer.query_sink = partial(context.live.add, index)
         self._whole, cache.num_announced = cache.state(), end
         return cache.num_tokens - start, logits
+
+    def _have_room_for(self, num_tokens: int, at_once: int) -> bool:
+        """Compact until so many of the tokens fit, and tell whether all of them do."""
+        self.context.compact_if_due(min(num_tokens, at_once))
+        return num_tokens <= self.context.room_tokens
 
     def _require_room(self, num_tokens: int, at_once: int, what_for: str) -> None:
         """Raise UnsupportedOperation where some of the tokens have to be read together and no compaction helps."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from am_memory.errors import UnsupportedOperation
 from am_memory.session.appending import ends_turn
 from am_memory.session.context import Context
+from am_memory.session.limits import limit_new_tokens
 from am_memory.session.shared import Shared
 from am_memory.text.sampling import Sampler, Sampling
 from am_memory.text.text_stream import TextStream
@@ -105,7 +106,7 @@ class Generation:
         )
         context.tokens.extend(opening)
         self._tokens, self._num_expected = context.tokens, len(context.tokens)
-        self.max_new_tokens = context.limit_new_tokens(self.max_new_tokens)
+        self.max_new_tokens = limit_new_tokens(context.engine.info, len(context.tokens), self.max_new_tokens)
 
     def _require_unchanged(self) -> None:
         """Raise UnsupportedOperation if another call changed the conversation since the last token."""

@@ -1,70 +1,138 @@
-"""A context made again of its tokens and its records: the cache that it had, to rounding.
+"""Going back: a context forgets its last tokens. Where a compaction has seen them, the cache is rebuilt.
 
-Every step is taken where it was taken: a compaction is made, and swapped in, when the cache held as many tokens as
-then, and what was recalled is exact while the same tokens are read. No trigger is asked, so that what comes out depends
-on nothing but the record. Read token by token it is the same to the bit; in other chunks it may round otherwise.
+A rebuild repeats every step at the position at which it was taken, from the tokens and the records alone: compactions
+begin and are swapped in when the cache holds as many tokens as then, and what was recalled is exact for the same
+tokens. No trigger is asked. Read token by token the cache is the same to the bit; in other chunks it may round
+differently.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from am_memory.compaction.record import CompactionRecord
 from am_memory.engines.base import in_chunks
+from am_memory.events import SessionRebuilt
 from am_memory.queries import LiveQueries
+from am_memory.session.context import Context
+from am_memory.session.recalling import make_exact, recalled_at
 
-if TYPE_CHECKING:
-    from am_memory.session.context import Context
+
+def rewind(context: Context, num_tokens: int) -> None:
+    """Forget all tokens after the first `num_tokens`; rebuild the cache if it cannot simply be cut."""
+    if not can_truncate(context, num_tokens):
+        seen = "a compaction has seen the tokens to forget"
+        lost = "the tokens to forget are compacted, or in a sliding window"
+        rebuild(context, num_tokens, seen if _began_compaction_after(context, num_tokens) else lost)
+        return
+    num_cached = _num_cached(context, num_tokens)
+    context.cache.truncate(num_cached)
+    # Steps that came later but saw none of the forgotten tokens stay: a rebuild repeats them at the new end.
+    context.records = [record.within(num_cached) for record in context.records]
+    context.tokens = context.tokens[:num_tokens]
+    context.forget_after_cache()
 
 
-def rebuilt(context: Context, num_tokens: int, num_cached: int) -> Context:
-    """Another context of the first `num_tokens` tokens, as this one was when its cache held `num_cached` of them.
+def can_truncate(context: Context, num_tokens: int) -> bool:
+    """Whether the tokens after the first `num_tokens` are exact, can be dropped, and were seen by no compaction."""
+    cache, num_cached = context.cache, _num_cached(context, num_tokens)
+    is_exact = num_cached >= cache.tail_start
+    is_cut = num_cached == cache.num_tokens or (is_exact and cache.is_croppable)
+    return is_cut and not _began_compaction_after(context, num_tokens)
+
+
+def compacted_after(context: Context, num_tokens: int) -> bool:
+    """Whether a compaction was swapped in when the cache held more than the first `num_tokens` tokens."""
+    return any(record.swapped_at > _num_cached(context, num_tokens) for record in context.records[-1:])
+
+
+def _began_compaction_after(context: Context, num_tokens: int) -> bool:
+    """Whether a compaction began when the cache held more than the first `num_tokens` tokens.
+
+    Its queries came from behind all of them: without the later tokens it would have been another compaction.
+    """
+    return any(record.at_tokens > _num_cached(context, num_tokens) for record in context.records[-1:])
+
+
+def _num_cached(context: Context, num_tokens: int) -> int:
+    """How many of the first `num_tokens` tokens the cache holds, if the last of them is left to read."""
+    return max(min(context.cache.num_tokens, num_tokens - 1), 0)
+
+
+def rebuild(context: Context, num_tokens: int, reason: str) -> None:
+    """Read the first `num_tokens` tokens again, as far as they were read, with every step that was taken among them.
 
     Raises:
-        CompactionFailed, StorageError: a compaction cannot be made again.
+        CompactionFailed, StorageError: a compaction cannot be repeated.
     """
-    fresh = context.emptied(num_tokens)
-    done = [made for made in context.records if made.swapped_at <= num_cached]
-    policies = [context.policy, *(made.policy for made in done if made.policy is not None)]
+    context.notify(SessionRebuilt(context.name, num_tokens, reason))
+    fresh = _rebuilt(context, num_tokens, _num_cached(context, num_tokens))
+    context.cache.restore(fresh.cache.state())
+    context.tokens, context.records, context.originals = fresh.tokens, fresh.records, fresh.originals
+    context.recalled, context.background_compaction = fresh.recalled, fresh.background_compaction
+    context.live = fresh.live if context.live is not None else None
+
+
+def _rebuilt(context: Context, num_tokens: int, num_cached: int) -> Context:
+    """Another context of the first `num_tokens` tokens, as this one was when its cache held `num_cached` of them."""
+    fresh = _unread(context, num_tokens)
+    done = [record for record in context.records if record.swapped_at <= num_cached]
+    policies = [context.policy, *(record.policy for record in done if record.policy is not None)]
     if any("live" in policy.reference_queries for policy in policies):
         fresh.live = LiveQueries()
-    is_recalled = any(made.recalls for made in done)
-    if is_recalled and context.policy.originals == "drop":  # kept until all of it is read
+    is_recalled = any(record.recalls for record in done)
+    if is_recalled and context.policy.originals == "drop":  # kept only for the recalls that are repeated
         fresh.policy = context.policy.with_changes(originals="host")
     with fresh.transaction():
-        for made in done:
-            _make_again(fresh, made, num_cached)
+        for record in done:
+            _repeat(fresh, record, num_cached)
         fresh.policy = context.policy
-        if (begun_at := _begun_at(context, len(done), num_cached)) is not None:
-            read_as_it_is(fresh, begun_at)
-            fresh.begin()
-        read_as_it_is(fresh, num_cached)
+        if (began_at := _background_start(context, len(done), num_cached)) is not None:
+            read_untriggered(fresh, began_at)
+            fresh.start_background_compaction()
+        read_untriggered(fresh, num_cached)
     if context.policy.originals == "drop":
         fresh.originals = ()
     return fresh
 
 
-def _begun_at(context: Context, num_done: int, num_cached: int) -> int | None:
-    """When the compaction was begun that was under way; None where there was none."""
-    begun = [made.at_tokens for made in context.records[num_done : num_done + 1]]
+def _unread(context: Context, num_tokens: int) -> Context:
+    """A context of the first `num_tokens` tokens that has read none of them."""
+    return Context(
+        context.name,
+        context.engine,
+        context.policy,
+        context.notify,
+        context.engine.new_cache(),
+        context.tokens[:num_tokens],
+        num_pinned=context.num_pinned,
+        history=context.history,
+    )
+
+
+def _background_start(context: Context, num_done: int, num_cached: int) -> int | None:
+    """Tokens in the cache when the compaction began that ran in the background; None if there was none."""
+    starts = [record.at_tokens for record in context.records[num_done : num_done + 1]]
     if context.background_compaction is not None:
-        begun.append(context.background_compaction.at_tokens)
+        starts.append(context.background_compaction.at_tokens)
     is_ahead = context.policy.ahead_tokens > 0
-    return next((at_tokens for at_tokens in begun if is_ahead and at_tokens <= num_cached), None)
+    return next((at_tokens for at_tokens in starts if is_ahead and at_tokens <= num_cached), None)
 
 
-def _make_again(fresh: Context, made: CompactionRecord, num_cached: int) -> None:
-    read_as_it_is(fresh, made.at_tokens)
-    again = fresh.job(made.plan, fresh.cache, made).run(fresh.progress)
-    read_as_it_is(fresh, made.swapped_at)
-    fresh.swap_in(again)
-    for recall in made.recalls:
+def _repeat(fresh: Context, record: CompactionRecord, num_cached: int) -> None:
+    """Repeat a compaction, and the recalls before the next one."""
+    read_untriggered(fresh, record.at_tokens)
+    result = fresh.job(record.plan, fresh.cache, record).run(fresh.progress)
+    read_untriggered(fresh, record.swapped_at)
+    fresh.swap_in(result)
+    for recall in record.recalls:
         if recall.at_tokens <= num_cached:
-            read_as_it_is(fresh, recall.at_tokens)
-            fresh.page(recall.start, is_exact=recall.is_exact)
+            read_untriggered(fresh, recall.at_tokens)
+            if recall.is_exact:
+                make_exact(fresh, recall.start)
+            elif (recalled := recalled_at(fresh, recall.start)) is not None:
+                fresh.put_away(recalled)
 
 
-def read_as_it_is(fresh: Context, end: int) -> None:
-    """Bring the first `end` tokens into the cache, whatever the trigger says."""
+def read_untriggered(fresh: Context, end: int) -> None:
+    """Read the first `end` tokens into the cache, whatever the trigger says."""
     for chunk in in_chunks(fresh.tokens[fresh.cache.num_tokens : end], fresh.chunk_tokens):
         fresh.forward(chunk)

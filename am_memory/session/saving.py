@@ -16,6 +16,7 @@ from am_memory.events import OriginalsLost
 from am_memory.policy import MemoryPolicy
 from am_memory.session.chat_history import ChatHistory
 from am_memory.session.context import Context
+from am_memory.session.recalling import forget_lost_originals, resume_recall
 from am_memory.session.resuming import load
 from am_memory.session.shared import Shared
 from am_memory.storage.session_file import SavedSession, packed
@@ -95,7 +96,7 @@ def pack(session: Session) -> Packed:
         StorageError: a message or the metadata holds something that JSON cannot.
     """
     with session._shared.engine_lock:
-        session._context.miss_originals()
+        forget_lost_originals(session._context)
         saved = snapshot(session)
         return Packed(saved, packed(saved))
 
@@ -172,5 +173,5 @@ def restored(shared: Shared, name: str, saved: SavedSession, policy: MemoryPolic
     for original, reason in saved.lost:
         shared.notify(OriginalsLost(name, original.start, original.end, reason))
     for start in saved.recalled:
-        context.resume_recall(start)
+        resume_recall(context, start)
     return context

@@ -18,9 +18,11 @@ from am_memory.events import CompactionReport
 from am_memory.kv_cache.slots import Segment
 from am_memory.policy import MemoryPolicy
 from am_memory.recall.search import Span
+from am_memory.session import rebuild, recalling
 from am_memory.session.appending import Content, checked_token_ids, encode, extend
 from am_memory.session.context import Context
 from am_memory.session.generation import Generation, Piece
+from am_memory.session.limits import require_positions, require_token_ids
 from am_memory.session.saving import SavedCopy, pack, write
 from am_memory.session.shared import Shared
 from am_memory.session.stats import Stats, html_table, table_rows
@@ -115,7 +117,7 @@ class Session:
         """
         with self._shared.engine_lock, self._context.transaction():
             num_tokens = extend(self._context, encode(self, content))
-            self._context.read(len(self._context.tokens) - 1)
+            self._context.read_all()
         return num_tokens
 
     def generate(
@@ -171,8 +173,8 @@ class Session:
         if not token_ids:
             raise InvalidInput("an empty continuation has no logits: give at least one token")
         with self._shared.engine_lock, self._context.transaction():
-            self._context.require_token_ids(token_ids)
-            self._context.require_positions(len(self._context.tokens) + len(token_ids) - 1)
+            require_token_ids(self.engine.info, token_ids)
+            require_positions(self.engine.info, len(self._context.tokens) + len(token_ids) - 1)
             return self._context.scratch_logits(token_ids)
 
     def compact(self, fraction: float | None = None) -> CompactionReport:
@@ -218,7 +220,7 @@ class Session:
             raise InvalidInput(f"{text!r} is nothing to search for: give a question, or some words")
         require_whole(1, top=top, span_tokens=span_tokens)
         with self._shared.engine_lock, self._context.transaction():
-            spans = self._context.search(text, span_tokens)
+            spans = recalling.search(self._context, text, span_tokens)
         return sorted(spans, key=lambda span: -span.score)[:top]
 
     def recall(self, span: Segment | Span | tuple[int, int]) -> list[Segment]:
@@ -247,7 +249,7 @@ class Session:
                 f"{len(self._context.tokens)} tokens of the session"
             )
         with self._shared.engine_lock, self._context.transaction():
-            return self._context.recall(start, end)
+            return recalling.recall(self._context, start, end)
 
     @property
     def recalled(self) -> tuple[Segment, ...]:
@@ -291,7 +293,7 @@ class Session:
         if num_tokens == len(self._context.tokens):
             return
         with self._shared.engine_lock, self._context.transaction():
-            self._context.rewind(num_tokens)
+            rebuild.rewind(self._context, num_tokens)
             self._context.history = self._context.history.truncated(self.engine, self._context.tokens)
 
     def can_rewind(self, num_tokens: int) -> bool:
@@ -300,8 +302,10 @@ class Session:
         A background compaction (`ahead_tokens`) may begin within these tokens and be swapped in after them. `rewind`
         then reads nothing again, but keeps that compaction, so the answer is False.
         """
-        is_within = 0 <= num_tokens <= len(self._context.tokens)
-        return is_within and self._context.can_truncate(num_tokens) and not self._context.compacted_after(num_tokens)
+        context = self._context
+        if not 0 <= num_tokens <= len(context.tokens):
+            return False
+        return rebuild.can_truncate(context, num_tokens) and not rebuild.compacted_after(context, num_tokens)
 
     def save(self, *, overwrite: bool = False) -> None:
         """Write the session to the memory's store, whole or not at all.

@@ -41,7 +41,7 @@ class _Before:
     records: list[CompactionRecord]
     num_compactions: int
     history: ChatHistory
-    pinned: tuple[int, int]
+    num_pinned: int
     live: LiveQueries | None
     originals: tuple[Original, ...]
     recalled: tuple[Recalled, ...]
@@ -57,7 +57,7 @@ class _Before:
             records=context.records,
             num_compactions=len(context.records),
             history=context.history,
-            pinned=(context.num_pinned, context.trigger_tokens),
+            num_pinned=context.num_pinned,
             live=context.live and context.live.copy(),
             originals=context.originals,
             recalled=context.recalled,
@@ -70,7 +70,7 @@ class _Before:
         context.cache.restore(self.cache)
         del self.tokens[self.num_tokens :], self.records[self.num_compactions :]
         context.tokens, context.records, context.history = self.tokens, self.records, self.history
-        context.num_pinned, context.trigger_tokens = self.pinned
+        context.num_pinned = self.num_pinned
         context.live, context.recalled = self.live, self.recalled
         # What was found to be lost is not brought back by an error.
         context.originals = tuple(each for each in self.originals if each.lost is None)

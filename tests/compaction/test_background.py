@@ -24,7 +24,8 @@ from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CompactionFailed, InvalidPolicy
 from am_memory.events import CompactionFinished, CompactionProgress, CompactionStarted, Event, ignore
 from am_memory.session.context import Context
-from am_memory.session.rebuild import read_as_it_is
+from am_memory.session.rebuild import compacted_after, read_untriggered, rebuild, rewind
+from am_memory.session.recalling import recall
 
 POLICY = MemoryPolicy(
     trigger_tokens=96,
@@ -171,9 +172,9 @@ def test_tokens_are_those_of_one_that_is_made_at_once_and_swapped_in_as_late(
     once = new_context(policy, ahead_tokens=0)
     once.tokens = list(context.tokens)
     for entry in context.records:  # in this thread, on the cache itself
-        read_as_it_is(once, entry.at_tokens)
+        read_untriggered(once, entry.at_tokens)
         made = once.job(entry.plan, once.cache, entry).run(once.progress)
-        read_as_it_is(once, entry.swapped_at)
+        read_untriggered(once, entry.swapped_at)
         once.swap_in(made)
     assert once.records == context.records
     torch.testing.assert_close(once.next_logits(), context.next_logits(), rtol=0, atol=1e-3)
@@ -210,14 +211,14 @@ def test_the_clock_decides_nothing_and_the_cache_never_exceeds_the_trigger(
             if each is other and each.background_compaction is not None:
                 wait([each.background_compaction._future])
     assert_same(context, other)
-    context.rebuild(len(context.tokens), "a test")
+    rebuild(context, len(context.tokens), "a test")
     torch.testing.assert_close(context.next_logits(), other.next_logits(), rtol=0, atol=1e-3)
 
 
 def test_a_rebuild_has_it_pending_at_the_same_place(new_context: NewContext) -> None:
     context = with_one_pending(new_context())
     other = with_one_pending(new_context())
-    context.rebuild(len(context.tokens), "a test")
+    rebuild(context, len(context.tokens), "a test")
     assert context.background_compaction.at_tokens == BEGINS_AT
     for each in (context, other):
         write(each, 60)
@@ -329,10 +330,10 @@ def test_rewinding_to_before_it_began_gives_it_up_and_to_later_does_not(new_cont
     context = with_one_pending(new_context())
     pending = context.background_compaction
     with context.transaction():
-        context.rewind(BEGINS_AT + 3)
+        rewind(context, BEGINS_AT + 3)
     assert context.background_compaction is pending
     with context.transaction():
-        context.rewind(BEGINS_AT)
+        rewind(context, BEGINS_AT)
     assert context.background_compaction is None
     assert workers() == []
     gate.opened.set()
@@ -347,8 +348,8 @@ def test_rewinding_behind_where_it_was_swapped_in_finds_it_under_way_again(new_c
     context, other = (with_one_pending(new_context()) for _ in range(2))
     num_tokens = len(context.tokens)
     write(context, 40)
-    assert context.compacted_after(num_tokens)
-    context.rebuild(num_tokens, "a test")
+    assert compacted_after(context, num_tokens)
+    rebuild(context, num_tokens, "a test")
     assert context.records == []
     for each in (context, other):
         write(each, 40)
@@ -380,7 +381,7 @@ def test_compacting_now_swaps_it_in_and_by_a_fraction_gives_it_up(new_context: N
         assert each.background_compaction is None
         write(each, 60)
         logits = each.next_logits()
-        each.rebuild(len(each.tokens), "a test")
+        rebuild(each, len(each.tokens), "a test")
         torch.testing.assert_close(each.next_logits(), logits, rtol=0, atol=1e-3)
 
 
@@ -389,13 +390,13 @@ def test_what_is_recalled_goes_back_before_one_is_begun(new_context: NewContext)
     read(context, some_tokens(170))
     segment = context.cache.segments[0]
     with context.transaction():
-        assert context.recall(segment.start, segment.end) == [segment]
+        assert recall(context, segment.start, segment.end) == [segment]
     assert context.cache.kv_tokens + 1 <= context.start_tokens
     while context.background_compaction is None:
         write(context, 1)
     assert context.recalled == ()
     with context.transaction():
-        context.recall(segment.start, segment.end)
+        recall(context, segment.start, segment.end)
     assert context.background_compaction is None
     assert context.records[-1].lag_tokens == 0
     assert [each.segment.start for each in context.recalled] == [segment.start]

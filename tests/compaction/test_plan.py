@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from am_memory import Experiments, MemoryPolicy
 from am_memory.compaction.plan import (
     CacheSizes,
-    checked_trigger_tokens,
     max_compact_tokens,
     min_block_tokens,
     plan_compaction,
+    require_progress,
     shrink,
+    trigger_in_tokens,
 )
 from am_memory.errors import BudgetTooSmall, CompactionFailed, InvalidPolicy
 from am_memory.kv_cache.slots import Segment, tail_start
@@ -26,6 +27,13 @@ NUM_HEADS = 6
 POLICY = MemoryPolicy(trigger_tokens=1000, keep_ratio=0.1, keep_recent=0)
 
 quickly = settings(max_examples=300, deadline=None, derandomize=True)
+
+
+def checked_trigger_tokens(policy: MemoryPolicy, window_tokens: int, num_pinned: int) -> int:
+    """What a context does with its policy."""
+    trigger_tokens = trigger_in_tokens(policy, window_tokens)
+    require_progress(policy, trigger_tokens, num_pinned)
+    return trigger_tokens
 
 
 def exact_sizes(num_tokens: int, num_pinned: int = 0) -> CacheSizes:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inside import context_of, layers_of, put_away_oldest, records_of, slots_of
+from inside import layers_of, put_away_oldest, rebuild, records_of, slots_of
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Experiments, Memory, MemoryPolicy, Sampling, Session
@@ -280,7 +280,7 @@ def test_a_recalled_segment_is_exact_and_goes_back_to_the_same_codes(new_session
 
 def test_a_rebuilt_session_has_the_same_codes(new_session: NewSession) -> None:
     session, other = new_session(num_tokens=300), new_session("bob", 300)
-    context_of(session).rebuild(300, "to compare")
+    rebuild(session)
     for mine, theirs in zip(slots_of(session), slots_of(other), strict=True):
         assert torch.equal(mine.key.codes, theirs.key.codes)
         assert torch.equal(mine.value.codes, theirs.value.codes)

@@ -39,6 +39,7 @@ from am_memory.events import (
 from am_memory.kv_cache.slots import PINNED_RANK
 from am_memory.queries import Conversations, Passage, QuerySources, ReferenceQueries
 from am_memory.session.context import Context
+from am_memory.session.rebuild import rewind
 
 POLICY = MemoryPolicy(trigger_tokens=64, keep_ratio=0.25, keep_recent=6, pinned=3, chunk_tokens=16)
 LIVE = ("live",)
@@ -322,7 +323,7 @@ def test_a_rebuild_reads_what_was_written_and_writes_nothing(
     before = context.fork("before")
     read(context, some_tokens(60, seed=1))
     monkeypatch.setattr("am_memory.queries.sources.self_study", lambda *_args, **_options: pytest.fail("written anew"))
-    context.rewind(90)
+    rewind(context, 90)
     assert context.records == before.records
     assert_same_entries(context, before, atol=1e-4)
 
@@ -333,7 +334,7 @@ def test_a_branch_that_takes_self_study_up_can_be_rebuilt(new_context: NewContex
     read(context, some_tokens(150))
     branch = context.fork("branch", context.policy.model_copy(update=STUDY))
     for each in (context, branch):
-        each.rewind(90)
+        rewind(each, 90)
     assert branch.records
     assert_same_entries(branch, context, atol=1e-4)
     num_before = len(branch.records)
@@ -376,7 +377,7 @@ def test_a_failed_step_gives_back_the_live_queries_that_it_pushed_out(new_contex
     before = snapshot(context)
     with pytest.raises(RuntimeError), context.transaction():
         context.tokens.extend(some_tokens(400))
-        context.read(len(context.tokens) - 1)
+        context.read_all()
         raise RuntimeError
     assert snapshot(context) == before
 
@@ -411,7 +412,7 @@ def test_a_branch_keeps_what_its_origin_rewinds_and_overwrites(new_context: NewC
     read(context, some_tokens(60))
     branch = context.fork("branch")
     before = snapshot(branch)
-    context.rewind(30)
+    rewind(context, 30)
     read(context, some_tokens(25, seed=1))
     assert snapshot(branch) == before
 
@@ -426,7 +427,7 @@ def test_rewinding_exact_tokens_is_as_if_they_had_never_been_read(new_context: N
     num_compactions, room = len(context.records), int(context.trigger_tokens - context.cache.kv_tokens)
     read(context, some_tokens(room, seed=1))
     assert len(context.records) == num_compactions > 0
-    context.rewind(120)
+    rewind(context, 120)
     assert context.tokens == other.tokens
     assert_same_entries(context, other)
     assert torch.equal(context.next_logits(), other.next_logits())
@@ -442,7 +443,7 @@ def test_rewinding_into_a_segment_gives_what_reading_that_far_gave(
     other = new_context(reference_queries=reference_queries)
     tokens = some_tokens(200)
     read(context, tokens)
-    context.rewind(num_tokens)
+    rewind(context, num_tokens)
     if num_tokens:
         read(other, tokens[:num_tokens])
     assert context.tokens == tokens[:num_tokens]
@@ -462,7 +463,7 @@ def test_rewinding_replays_compactions_that_no_trigger_asked_for(new_context: Ne
     middle = context.fork("middle")
     read(context, tokens[120:])
     context.compact(1.0)
-    context.rewind(120)
+    rewind(context, 120)
     assert len(context.records) == 1
     assert_same_entries(context, middle, atol=1e-4)
 
@@ -472,7 +473,7 @@ def test_rewinding_over_a_generation_gives_what_was_before_it(new_context: NewCo
     read(context, some_tokens(80))
     before = context.fork("before")
     write(context, 60)
-    context.rewind(80)
+    rewind(context, 80)
     assert context.tokens == before.tokens
     assert context.records == before.records
     assert_same_entries(context, before, atol=1e-4)
@@ -481,8 +482,8 @@ def test_rewinding_over_a_generation_gives_what_was_before_it(new_context: NewCo
 def test_rewinding_twice_goes_on_from_the_first(new_context: NewContext) -> None:
     context, other = new_context(), new_context()
     read(context, some_tokens(200))
-    context.rewind(150)
-    context.rewind(60)
+    rewind(context, 150)
+    rewind(context, 60)
     read(other, some_tokens(200)[:60])
     assert_same_entries(context, other, atol=1e-4)
 
@@ -494,8 +495,8 @@ def test_rewinding_a_full_sliding_window_reads_again(
     engine = TransformersEngine(new_sliding_model(), byte_tokenizer)
     context, other = (Context("test", engine, POLICY, ignore, engine.new_cache()) for _ in range(2))
     read(context, some_tokens(60))
-    context.rewind(59)  # forgets what is not in the cache yet
-    context.rewind(50)
+    rewind(context, 59)  # forgets what is not in the cache yet
+    rewind(context, 50)
     read(other, some_tokens(60)[:50])
     torch.testing.assert_close(context.next_logits(), other.next_logits(), rtol=0, atol=1e-4)
 
@@ -600,7 +601,7 @@ STEPS: dict[str, Callable[[Context], None]] = {
     "append": lambda context: read(context, some_tokens(30, seed=5)),
     "generate": lambda context: write(context, 1),
     "compact": lambda context: atomic(context, context.compact),
-    "rewind": lambda context: atomic(context, lambda: context.rewind(70)),
+    "rewind": lambda context: atomic(context, lambda: rewind(context, 70)),
 }
 
 

@@ -16,6 +16,7 @@ from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.events import Event, SessionRebuilt
 from am_memory.session.appending import add, encode, read
+from am_memory.session.rebuild import rebuild
 from am_memory.solver import Block, HighestAttention
 
 TRIGGER = POLICY.trigger_tokens
@@ -34,7 +35,7 @@ def memory(engine: TransformersEngine, events: list[Event], tmp_path: Path) -> M
 
 def assert_equals_its_rebuild(session: Session) -> None:
     rebuilt = context_of(session).fork("rebuilt")
-    rebuilt.rebuild(len(rebuilt.tokens), "a test")
+    rebuild(rebuilt, len(rebuilt.tokens), "a test")
     assert differences(context_of(session), rebuilt) == []
 
 

@@ -249,7 +249,7 @@ def test_a_recalled_segment_stands_where_its_slots_stood(new_memory: NewMemory) 
     for layer, (key, _) in zip(context.cache.compactable, original.layers(), strict=True):
         held = layer.slots.within(segment.start, segment.end).key.view(key.shape)
         torch.testing.assert_close(held, layer.rotation.turned(key, torch.tensor(segment.shift)))
-    context._put_away_oldest()
+    context.put_away(context.recalled[0])
     assert_same_cache(context, before)
 
 
