@@ -83,6 +83,8 @@ lint: $(STAMP)  ## ruff (lint and format) and mypy
 docs: $(STAMP)  ## build the site from docs/ into site/; a dead link or an unknown name fails
 	@echo "== zensical"
 	@$(BIN)/zensical build --strict --clean
+	@! grep -rlE '<(script|link|img|iframe)[^>]+(src|href)="?https?:' site --include='*.html' \
+		|| { echo "these pages load something from the network"; exit 1; }
 
 bench: setup  ## run the benchmarks (MODEL=demo, a hub id, a folder or a .gguf file)
 	$(BIN)/python benchmarks/solver.py --omp
