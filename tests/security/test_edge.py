@@ -1,4 +1,4 @@
-"""What a client can cost before it has shown a key, and with one: bodies, heads, connections, and reading slowly."""
+"""Costs of a client, with and without a key: bodies, heads, connections, and slow reading."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ class Connection:
         self.socket = socket.create_connection((host, int(port)), timeout=30)
 
     def ask(self, *, size: int, key: str | None = None, kind: str = "application/json", sent: bytes = b"") -> None:
-        """The head of a request whose body has so many bytes, and those of the body that are given."""
+        """Send the head of a request with a body of `size` bytes, and a part of the body."""
         head = [f"POST {CHAT} HTTP/1.1", "Host: localhost", f"Content-Type: {kind}", f"Content-Length: {size}"]
         head += [f"Authorization: Bearer {key}"] if key else []
         self.socket.sendall("\r\n".join([*head, "", ""]).encode() + sent)
 
     def status(self) -> int:
-        """Of the answer; 0 where the connection was ended without one."""
+        """The HTTP status of the answer; 0 if the connection was closed without one."""
         return int(self.answer()[9:12] or b"0")
 
     def answer(self) -> bytes:
-        """Its first bytes, which are its head at least."""
+        """The first bytes of the answer, at least its head."""
         try:
             return self.socket.recv(4096)
         except ConnectionResetError:
@@ -67,7 +67,7 @@ class Connection:
 
 @contextmanager
 def connected(server: Server) -> Iterator[Callable[[], Connection]]:
-    """Makes connections, which are closed at the end."""
+    """A function that opens connections; they are closed at the end of the block."""
     with ExitStack() as stack:
 
         def connect() -> Connection:
@@ -79,29 +79,29 @@ def connected(server: Server) -> Iterator[Callable[[], Connection]]:
 
 
 @pytest.mark.parametrize("key", [None, "key-of-mallory"])
-def test_without_a_right_key_no_body_is_waited_for(new_server: NewServer, key: str | None) -> None:
-    """Sixty connections with 15 MB of a body each, and no right key, cost a gigabyte."""
+def test_without_a_valid_key_no_body_is_read(new_server: NewServer, key: str | None) -> None:
+    """Sixty connections without a valid key once cost a gigabyte, with 15 MB of a body each."""
     with new_server(api_keys=[ALICE]) as server, connected(server) as connect:
         connection = connect()
         connection.ask(size=15_000_000, key=key)
         assert connection.status() == 401
 
 
-def test_what_comes_after_a_refusal_is_read_away_and_the_answer_is_not_lost(new_server: NewServer) -> None:
+def test_a_refused_client_still_gets_its_answer_while_it_sends(new_server: NewServer) -> None:
     with new_server(api_keys=[ALICE]) as server, server.http("key-of-mallory") as http:
         answer = http.post(CHAT, content=b" " * 8_000_000, headers={"Content-Type": "application/json"})
         assert answer.status_code == 401
         assert http.get("/health").status_code == 200
 
 
-def test_a_body_that_will_be_too_large_is_not_waited_for(new_server: NewServer) -> None:
+def test_a_body_whose_length_is_too_large_is_not_read(new_server: NewServer) -> None:
     with new_server(max_body_bytes=1000) as server, connected(server) as connect:
         connection = connect()
         connection.ask(size=1001)
         assert connection.status() == 413
 
 
-def test_one_key_cannot_hold_all_bytes_and_gets_its_own_back(new_server: NewServer) -> None:
+def test_one_key_has_a_share_of_the_pending_bytes(new_server: NewServer) -> None:
     settings = {"api_keys": [ALICE, BOB], "max_body_bytes": 1000, "max_pending_bytes": 4000}
     with new_server(**settings) as server, connected(server) as connect:
         held = [connect() for _ in range(2)]
@@ -117,7 +117,7 @@ def test_one_key_cannot_hold_all_bytes_and_gets_its_own_back(new_server: NewServ
 
 
 def _status_of(connect: Callable[[], Connection], key: str, *, size: int, sent: bytes) -> int:
-    """Of a request; where none comes, it was taken and waits for the rest of its body."""
+    """The HTTP status of a request; 0 if the server accepted it and waits for the rest of its body."""
     connection = connect()
     connection.ask(size=size, key=key, sent=sent)
     connection.socket.settimeout(5 if len(sent) == size else 0.2)
@@ -128,7 +128,7 @@ def _status_of(connect: Callable[[], Connection], key: str, *, size: int, sent: 
         return 0
 
 
-def test_all_keys_together_hold_no_more_bytes_than_allowed(new_server: NewServer) -> None:
+def test_all_keys_together_have_a_limit_of_pending_bytes(new_server: NewServer) -> None:
     keys = [f"key-number-{number}" for number in range(5)]
     with new_server(api_keys=keys, max_body_bytes=1000, max_pending_bytes=4000) as server, connected(server) as connect:
         for key in keys[:4]:
@@ -136,8 +136,8 @@ def test_all_keys_together_hold_no_more_bytes_than_allowed(new_server: NewServer
         until(lambda: _status_of(connect, keys[4], size=1000, sent=b" " * 900) == 503)
 
 
-def test_the_bytes_of_a_request_are_held_until_its_answer_has_ended(new_server: NewServer) -> None:
-    """Else what waits in the queue would be bounded by its number alone, at 16 MB each."""
+def test_the_bytes_of_a_request_count_until_its_answer_has_ended(new_server: NewServer) -> None:
+    """Otherwise only the number of waiting requests would be limited, at 16 MB each."""
     body = json.dumps({"messages": [{"role": "user", "content": "x" * 500}], "max_tokens": 2000, "stream": True})
     with new_server(max_body_bytes=1000, max_pending_bytes=1000) as server, connected(server) as connect:
         answered = connect()
@@ -150,7 +150,7 @@ def test_the_bytes_of_a_request_are_held_until_its_answer_has_ended(new_server: 
         until(lambda: _status_of(connect, "", size=len(ASKED), sent=ASKED) == 200)
 
 
-def test_a_body_that_comes_too_slowly_is_given_up(new_server: NewServer) -> None:
+def test_a_body_that_arrives_too_slowly_is_refused(new_server: NewServer) -> None:
     with new_server(body_seconds=0.2) as server, connected(server) as connect:
         connection = connect()
         connection.ask(size=1000, sent=b"{")
@@ -160,7 +160,7 @@ def test_a_body_that_comes_too_slowly_is_given_up(new_server: NewServer) -> None
 @pytest.mark.parametrize(
     "sent", [b"", b"GET /health HTTP/1.1\r\nHost: local", b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"]
 )
-def test_a_connection_that_asks_for_nothing_more_is_ended(new_server: NewServer, sent: bytes) -> None:
+def test_an_idle_connection_is_closed(new_server: NewServer, sent: bytes) -> None:
     with new_server(idle_seconds=0.2) as server, connected(server) as connect:
         connection = connect()
         connection.socket.sendall(sent)
@@ -175,7 +175,7 @@ def test_a_head_without_an_end_is_refused(new_server: NewServer) -> None:
         assert connection.status() == 400
 
 
-def test_whoever_asks_for_nothing_makes_room_for_who_does(new_server: NewServer) -> None:
+def test_a_new_connection_closes_the_oldest_idle_one(new_server: NewServer) -> None:
     with new_server(max_connections=3) as server, connected(server) as connect:
         idle = [connect() for _ in range(10)]
         until(lambda: sum(connection.is_open for connection in idle) == 3)
@@ -185,7 +185,7 @@ def test_whoever_asks_for_nothing_makes_room_for_who_does(new_server: NewServer)
         assert asking.status() == 200
 
 
-def test_where_all_connections_are_at_work_one_more_is_told_to_come_back(new_server: NewServer) -> None:
+def test_with_no_idle_connection_a_new_one_gets_a_503(new_server: NewServer) -> None:
     with new_server(max_connections=2) as server, connected(server) as connect:
         working = [connect() for _ in range(2)]
         for connection in working:
@@ -205,8 +205,8 @@ CHUNK = b"x" * 65536
 MANY = 2000
 
 
-def test_a_client_that_does_not_read_is_sent_no_more_than_buffers_hold_and_is_given_up() -> None:
-    """It kept its connection, and its place among the answers that are written, for ever."""
+def test_a_client_that_does_not_read_costs_only_buffers_and_is_disconnected() -> None:
+    """It once kept its connection, and stayed active, for ever."""
     sent: list[int] = []
     ended: list[bool] = []
 
@@ -241,7 +241,7 @@ def test_a_client_that_does_not_read_is_sent_no_more_than_buffers_hold_and_is_gi
 
 
 class Clock:
-    """A loop that calls what is due when it is told to."""
+    """An event loop whose timers run when a test says so."""
 
     def __init__(self) -> None:
         self.due: list[Callable[[], None]] = []
@@ -258,7 +258,7 @@ class Clock:
 
 
 class Pipe:
-    """A transport that still has so many bytes to send each time that it is asked."""
+    """A transport with a given number of unsent bytes at each call."""
 
     def __init__(self, *unsent: int) -> None:
         self.unsent, self.is_aborted = list(unsent), False
@@ -276,7 +276,7 @@ class Pipe:
         return None
 
 
-def test_a_client_that_reads_slowly_may_go_on_and_one_that_stopped_may_not() -> None:
+def test_a_slow_client_stays_connected_and_a_stopped_one_does_not() -> None:
     settings, clock, pipe = ServerSettings(), Clock(), Pipe(0, 900, 600, 600, 600)
     config = uvicorn_config(lambda: None, settings)  # type: ignore[arg-type]
     connection: BoundedConnection = connections_of(settings)(  # type: ignore[assignment]
@@ -293,8 +293,8 @@ def test_a_client_that_reads_slowly_may_go_on_and_one_that_stopped_may_not() -> 
     assert pipe.is_aborted
 
 
-def test_figures_of_all_keys_are_for_the_operator_alone(new_server: NewServer) -> None:
-    """Any key could read from /metrics how many others are at work, and how much they say."""
+def test_metrics_need_an_operators_key(new_server: NewServer) -> None:
+    """Any key could read in /metrics how many others are active, and how many tokens they use."""
     with (
         new_server(api_keys=[ALICE, BOB], operator_keys=[OPERATOR]) as server,
         server.http(ALICE) as alice,
@@ -310,12 +310,12 @@ def test_figures_of_all_keys_are_for_the_operator_alone(new_server: NewServer) -
             assert (refused.status_code, refused.json()["error"]["code"]) == (403, "operator_key")
 
 
-def test_where_keys_are_asked_for_and_none_is_an_operators_nobody_sees_the_figures(new_server: NewServer) -> None:
+def test_with_api_keys_but_no_operators_key_nobody_sees_the_metrics(new_server: NewServer) -> None:
     with new_server(api_keys=[ALICE]) as server, server.http(ALICE) as alice:
         assert alice.get("/metrics").status_code == 403
 
 
-def test_a_key_may_be_both_and_on_this_machine_alone_none_is_needed(new_server: NewServer) -> None:
+def test_one_key_can_be_both_and_a_local_server_needs_none(new_server: NewServer) -> None:
     with new_server(api_keys=[ALICE], operator_keys=[ALICE]) as server, server.http(ALICE) as alice:
         assert alice.get("/metrics").status_code == alice.get("/v1/models").status_code == 200
     with new_server() as server, server.http() as anybody:
@@ -325,7 +325,7 @@ def test_a_key_may_be_both_and_on_this_machine_alone_none_is_needed(new_server: 
         assert anybody.get("/v1/models").status_code == 200
 
 
-def test_every_path_that_is_not_open_takes_a_key(new_server: NewServer) -> None:
+def test_every_path_that_is_not_open_needs_a_key(new_server: NewServer) -> None:
     with new_server(api_keys=[ALICE]) as server, server.http() as http:
         for path in ("/health", "/openapi.json", "/", "/static/app.js"):
             assert http.get(path).status_code == 200, path
@@ -338,7 +338,7 @@ def test_every_path_that_is_not_open_takes_a_key(new_server: NewServer) -> None:
     ["localhost", "LOCALHOST", "localhost.", "127.0.0.1", "127.0.0.2", "[::1]", "[::FFFF:127.0.0.1]", "chat.localhost"],
 )
 @pytest.mark.parametrize("port", ["", ":8000"])
-def test_all_names_of_this_machine_are_answered_to(server: Server, host: str, port: str) -> None:
+def test_all_names_of_this_machine_are_accepted(server: Server, host: str, port: str) -> None:
     with server.http() as http:
         assert http.get("/v1/models", headers={"Host": host + port}).status_code == 200
 
@@ -350,7 +350,7 @@ def test_all_names_of_this_machine_are_answered_to(server: Server, host: str, po
         "[::2]", "[::1", "::1]", "[localhost]evil.example", "", ":8000", "localhost..", "127.0.0.1@evil.example",
     ],
 )  # fmt: skip
-def test_no_other_name_is_answered_to(server: Server, host: str) -> None:
+def test_other_host_names_are_refused(server: Server, host: str) -> None:
     with server.http() as http:
         assert http.get("/v1/models", headers={"Host": host}).status_code == 403
 
@@ -358,8 +358,8 @@ def test_no_other_name_is_answered_to(server: Server, host: str) -> None:
 @pytest.mark.parametrize(
     "kind", ["", "text/plain", "application/x-www-form-urlencoded", "application/octet-stream", "multipart/form-data"]
 )
-def test_a_body_that_is_not_said_to_be_json_is_refused(server: Server, kind: str) -> None:
-    """It was a fault of the server's; and these are what a browser sends to any server for any page."""
+def test_a_body_of_another_media_type_is_refused(server: Server, kind: str) -> None:
+    """These made an internal error; and any web page can make a browser send them to any server."""
     for path in (CHAT, "/v1/completions", "/v1/memory/sessions/a/compact", "/v1/memory/sessions/a/fork"):
         with server.http() as http:
             answer = http.post(path, content=ASKED, headers={"Content-Type": kind} if kind else {})
@@ -369,13 +369,13 @@ def test_a_body_that_is_not_said_to_be_json_is_refused(server: Server, kind: str
 
 
 @pytest.mark.parametrize("kind", ["application/json", "Application/JSON; charset=utf-8", "application/vnd.api+json"])
-def test_json_may_be_called_by_any_of_its_names(server: Server, kind: str) -> None:
+def test_every_json_media_type_is_accepted(server: Server, kind: str) -> None:
     with server.http() as http:
         assert http.post(CHAT, content=ASKED, headers={"Content-Type": kind}).status_code == 200
 
 
-def test_no_client_is_told_where_the_server_keeps_what() -> None:
-    """What went wrong in the store came out with its folder, and the digest that stands for a key."""
+def test_no_error_shows_where_the_server_stores_data() -> None:
+    """An error of the store once showed its folder, and the digest of a key."""
     answer = as_api_error(StorageError("/data/conversations/0a1b/one.session is damaged"))
     assert (answer.status, answer.code) == (503, "memory_error")
     assert "/data" not in answer.message

@@ -1,4 +1,4 @@
-"""One key that asks for as much as it can, and what another one notices of it: how many steps, not how many seconds."""
+"""One key that sends as many requests as it can, and how many steps another key has to wait."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KEYS = {"api_keys": [MALLORY, ALICE], "operator_keys": [OPERATOR]}
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
-    """Whose each step on the device was, and whether its job goes on without another wait."""
+    """The owner of each step, and whether its job continues without waiting for a host call."""
     seen: list[tuple[str, bool]] = []
     step = jobs.QueuedJob.step
 
@@ -44,7 +44,7 @@ def asked(text: str, **options: Any) -> dict[str, Any]:
 
 @contextmanager
 def flood(server: Server) -> Iterator[None]:
-    """Long answers, forks, compactions and views of one key, until it is left."""
+    """Long answers, forks, compactions and views of one key, until the end of the block."""
     is_over = threading.Event()
 
     def stream(number: int) -> None:
@@ -78,10 +78,10 @@ def flood(server: Server) -> Iterator[None]:
             future.cancel()
 
 
-def test_another_key_has_every_second_step_under_a_flood_of_answers_forks_and_compactions(
+def test_during_a_flood_of_one_key_another_key_gets_every_second_step(
     new_server: NewServer, steps: list[tuple[str, bool]]
 ) -> None:
-    """Four long answers of one key held all places until they ended, and its forks went ahead of everything."""
+    """Four long answers of one key once kept all others waiting, and its forks came before everything."""
     mallory, alice = owner_of_key(MALLORY), owner_of_key(ALICE)
     with new_server(max_active=2, **KEYS) as server, server.http(ALICE) as http, flood(server):
         num_before = len(steps)
@@ -98,7 +98,7 @@ def test_another_key_has_every_second_step_under_a_flood_of_answers_forks_and_co
 
 
 class Gate:
-    """Where a step of the device stands still until it may go on."""
+    """Makes work wait until `is_open` is set."""
 
     def __init__(self) -> None:
         self.has_come, self.is_open = threading.Event(), threading.Event()
@@ -112,7 +112,7 @@ class Gate:
         return waiting
 
 
-def test_figures_and_lists_wait_for_no_step_of_the_device(
+def test_metrics_and_lists_wait_for_no_step(
     new_server: NewServer, engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate()
@@ -132,7 +132,7 @@ def test_figures_and_lists_wait_for_no_step_of_the_device(
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_a_prompt_that_takes_long_to_encode_holds_up_nobody(
+def test_encoding_a_long_prompt_delays_nobody(
     new_server: NewServer, engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     gate, encode = Gate(), engine.encode
@@ -154,9 +154,7 @@ def test_a_prompt_that_takes_long_to_encode_holds_up_nobody(
         assert answer.result().status_code == 200
 
 
-def test_a_store_that_is_slow_holds_up_no_step(
-    new_server: NewServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_slow_store_delays_no_step(new_server: NewServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate()
     with new_server(store=tmp_path, **KEYS) as server, server.http(MALLORY) as mallory, ThreadPoolExecutor(1) as pool:
         monkeypatch.setattr(Store, "save", gate.passed(Store.save))
@@ -177,7 +175,7 @@ def test_a_store_that_is_slow_holds_up_no_step(
 def test_no_step_grows_with_the_number_of_messages(
     new_server: NewServer, engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch, steps: list[tuple[str, bool]]
 ) -> None:
-    """Every beginning of a conversation was rendered by itself, in one step: 6,400 messages kept everybody for minutes."""
+    """Every prefix of a conversation was rendered in one step: 6,400 messages kept everybody waiting for minutes."""
     rendered: list[int] = []
     render = engine.render
 
@@ -195,7 +193,7 @@ def test_no_step_grows_with_the_number_of_messages(
     assert len(steps) >= num_tokens / 64  # chunks of 64 tokens
 
 
-def test_what_waits_is_bounded_for_each_key_whatever_it_is(
+def test_waiting_requests_of_any_kind_have_a_limit_for_each_key(
     new_server: NewServer, engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate()

@@ -1,4 +1,4 @@
-"""Requests that no client should send: each is answered with an error of ours that is the client's, in OpenAI's form."""
+"""Requests that no client should send: each gets a client error in the form of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def http(new_server: NewServer) -> Iterator[httpx.Client]:
 
 
 def post(http: httpx.Client, path: str, body: Any) -> httpx.Response:
-    """A body as it is given, or as JSON; what Python calls JSON, at that."""
+    """Post a body as it is, or as JSON in Python's sense."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     return http.post(path, content=content, headers={"Content-Type": "application/json"})
 
 
 def error_of(answer: httpx.Response) -> dict[str, Any]:
-    """The error that an answer must be, which is the client's."""
+    """The error in an answer, which must be a client error."""
     assert 400 <= answer.status_code < 500, answer.text
     error: dict[str, Any] = answer.json()["error"]
     assert {*error} == {"message", "type", "param", "code"}
@@ -67,13 +67,13 @@ PLACES = {
         (b'{"a": [1, {"b": null}]}', 7),
         (b"[" + b"[]," * 50 + b"1]", 102),
         (rb'["' + rb"{[,:" * 99 + rb'"]', 2),
-        (rb'["' + rb"\",\\\"," * 99 + rb'"]', 2),  # a quote in a text is no end of it, whatever stands before
+        (rb'["' + rb"\",\\\"," * 99 + rb'"]', 2),  # an escaped quote does not end a text
         (rb'["\\",' + b'"",' * 99 + b'""]', 101),
         (b'"",' * 99 + b'"', 99),
     ],
 )
-def test_values_are_counted_but_not_what_is_text(body: bytes, expected: int) -> None:
-    """However many there are, and however few are enough, it is never said to be more."""
+def test_values_are_counted_outside_of_texts(body: bytes, expected: int) -> None:
+    """A lower limit never makes the estimate larger."""
     assert num_values(body, 5) == expected
     assert num_values(body, 10**6) >= expected
 
@@ -87,10 +87,10 @@ BODIES = {
 
 @pytest.mark.parametrize("path", [CHAT, TEXT, f"{SESSIONS}/a/fork"])
 @pytest.mark.parametrize("kind", BODIES)
-def test_a_body_that_would_become_too_much_is_refused_before_it_is_read(
+def test_a_body_with_too_many_values_is_refused_before_it_is_parsed(
     new_server: NewServer, monkeypatch: pytest.MonkeyPatch, path: str, kind: str
 ) -> None:
-    """5 million empty lists in 14 MiB held everybody up for seconds, and took 400 MiB."""
+    """5 million empty lists in 14 MiB delayed everybody for seconds, and took 400 MiB."""
     monkeypatch.setattr(json_bodies, "from_json", lambda *values, **options: pytest.fail("it was read"))
     with new_server(max_body_values=100) as server, server.http() as http:
         answer = post(http, path, BODIES[kind])
@@ -98,13 +98,13 @@ def test_a_body_that_would_become_too_much_is_refused_before_it_is_read(
     assert "the limit is 100: send fewer" in error_of(answer)["message"]
 
 
-def test_a_text_is_one_value_whatever_it_says(new_server: NewServer) -> None:
+def test_a_text_counts_as_one_value(new_server: NewServer) -> None:
     with new_server(max_body_values=50) as server, server.http() as http:
         messages = [{"role": "user", "content": '{"a": [1, 2, "b"]}, ' * 20}]
         assert post(http, CHAT, {"messages": messages, "max_tokens": 1}).status_code == 200
 
 
-def test_too_many_messages_are_refused_before_any_is_looked_at() -> None:
+def test_too_many_messages_are_refused_before_any_is_validated() -> None:
     with pytest.raises(ValidationError, match="there are 20001 messages: send 20000 at most") as refused:
         ChatCompletionRequest.model_validate({"messages": [0] * 20_001})
     assert refused.value.error_count() == 1
@@ -112,8 +112,8 @@ def test_too_many_messages_are_refused_before_any_is_looked_at() -> None:
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", NESTS)
-def test_a_thousand_levels_are_no_fault_of_the_servers(http: httpx.Client, place: str, kind: str) -> None:
-    """Python's reader took them, and the stack ended where they were looked at."""
+def test_deep_nesting_is_the_clients_error(http: httpx.Client, place: str, kind: str) -> None:
+    """Python's parser accepted them, and validation overflowed the stack."""
     for depth in (1000, 50_000):
         answer = post(http, CHAT, PLACES[place] % nested(depth, *NESTS[kind]))
         assert error_of(answer)["code"] == "invalid_json"
@@ -122,7 +122,7 @@ def test_a_thousand_levels_are_no_fault_of_the_servers(http: httpx.Client, place
 
 
 @pytest.mark.parametrize("arguments", ["[" * 3000, '{"a":' * 3000, "[" * 3000 + "]" * 3000])
-def test_arguments_that_a_model_nested_too_deeply_are_told_to_it(http: httpx.Client, arguments: str) -> None:
+def test_arguments_that_are_nested_too_deep_reach_the_model_as_text(http: httpx.Client, arguments: str) -> None:
     call = {**CALL, "function": {"name": "f", "arguments": arguments}}
     told = [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": [call]}]
     answer = post(http, CHAT, {"messages": [*told, {"role": "tool", "tool_call_id": "1", "content": "r"}]})
@@ -133,7 +133,7 @@ def test_arguments_that_a_model_nested_too_deeply_are_told_to_it(http: httpx.Cli
     "value",
     ["NaN", "Infinity", "-Infinity", '"\\ud800"', '"\\udc00\\ud800"', "9" * 5000, "{", "'a'", "01", "\x00", '"\x01"'],
 )
-def test_what_is_no_json_is_refused_as_such(http: httpx.Client, value: str) -> None:
+def test_a_body_that_is_not_json_is_refused(http: httpx.Client, value: str) -> None:
     for body in (f'{{"prompt": {value}}}', f'{{"prompt": "a", "seed": {value}}}', f'{{"prompt": ["a", {value}]}}'):
         error = error_of(post(http, TEXT, body.encode()))
         assert (error["code"], error["param"]) == ("invalid_json", None)
@@ -142,12 +142,12 @@ def test_what_is_no_json_is_refused_as_such(http: httpx.Client, value: str) -> N
 @pytest.mark.parametrize(
     "body", [b"", b"null", b"[]", b"5", b'"text"', b"\xff\xfe{}", b'{"a": 1} {}', b"\xef\xbb\xbf{}"]
 )
-def test_a_body_that_is_no_object_is_refused(http: httpx.Client, body: bytes) -> None:
+def test_a_body_that_is_not_an_object_is_refused(http: httpx.Client, body: bytes) -> None:
     for path in (CHAT, TEXT, f"{SESSIONS}/a/compact", f"{SESSIONS}/a/fork"):
         assert error_of(post(http, path, body))["param"] is None
 
 
-def test_a_number_beyond_all_numbers_is_not_told_to_the_model(http: httpx.Client) -> None:
+def test_an_infinite_number_in_a_schema_is_refused(http: httpx.Client) -> None:
     tool = b'{"type": "function", "function": {"name": "f", "parameters": {"minimum": 1e999}}}'
     answer = post(http, CHAT, b'{"messages": [{"role": "user", "content": "hi"}], "tools": [%s]}' % tool)
     assert error_of(answer)["param"] == "tools.0.function.parameters"
@@ -177,10 +177,10 @@ def test_a_number_beyond_all_numbers_is_not_told_to_the_model(http: httpx.Client
         (f"{SESSIONS}/a/compact", {"fraction": 2}, "fraction"),
     ],
 )
-def test_the_parameter_that_is_wrong_is_named_as_it_was_sent(
+def test_an_error_names_the_parameter_by_its_path_in_the_request(
     http: httpx.Client, path: str, body: dict[str, Any], param: str
 ) -> None:
-    """It was named with the types that were tried there: `prompt.list[constrained-int].0`, `body.17`."""
+    """The path once contained the types that pydantic tried: `prompt.list[constrained-int].0`, `body.17`."""
     assert error_of(post(http, path, body))["param"] == param
 
 
@@ -194,7 +194,7 @@ def test_the_parameter_that_is_wrong_is_named_as_it_was_sent(
         (CHAT, {"messages": MESSAGES, "z" * 10**6: 1}, "z" * 100, ""),
     ],
 )
-def test_an_unknown_name_is_told_with_the_nearest(
+def test_an_unknown_name_is_refused_with_the_nearest_one(
     http: httpx.Client, path: str, body: dict[str, Any], param: str, meant: str | None
 ) -> None:
     error = error_of(post(http, path, body))
@@ -204,7 +204,7 @@ def test_an_unknown_name_is_told_with_the_nearest(
     assert f"there is no {param.rpartition('.')[2]}" in error["message"]
 
 
-def test_a_message_is_never_as_long_as_what_it_is_about(http: httpx.Client) -> None:
+def test_an_error_message_is_short_for_a_long_request(http: httpx.Client) -> None:
     error_of(post(http, CHAT, {"messages": MESSAGES, "x" * 100_000: 1}))
     error_of(post(http, CHAT, {"messages": MESSAGES, "model": "x" * 100_000}))
     error_of(http.get(f"/v1/models/{'x' * 10_000}"))
@@ -223,8 +223,8 @@ def test_a_message_is_never_as_long_as_what_it_is_about(http: httpx.Client) -> N
     ],
     ids=["messages", "calls", "metadata", "bias", "names", "lists"],
 )
-def test_of_many_things_that_are_wrong_not_each_is_kept(body: dict[str, Any]) -> None:
-    """Five million empty lists for messages, 15 MB, took 40 s and 6 GB for their errors."""
+def test_many_problems_in_one_request_take_little_memory(body: dict[str, Any]) -> None:
+    """Five million empty lists as messages, 15 MB, once took 40 s and 6 GB for their errors."""
     with pytest.raises(ValidationError) as refused:
         ChatCompletionRequest.model_validate(body)
     assert refused.value.error_count() < 200
@@ -243,8 +243,8 @@ NUMBERS = (
         *("frequency_penalty", "presence_penalty", "stream", "stop", "model", "user", "logit_bias", "prompt"),
     ],
 )
-def test_no_number_in_any_field_is_a_fault_of_the_servers(http: httpx.Client, field: str) -> None:
-    """A temperature of 1e-39 was one."""
+def test_no_number_in_any_field_makes_an_internal_error(http: httpx.Client, field: str) -> None:
+    """A temperature of 1e-39 once did."""
     for number in NUMBERS:
         others = {"prompt": '"a"', "max_tokens": "2", "temperature": "1", "seed": "1", field: number}
         body = "{" + ", ".join(f'"{name}": {value}' for name, value in others.items()) + "}"
@@ -267,8 +267,8 @@ def nest_of(depth: int) -> dict[str, Any]:
     ],
     ids=["properties", "multipleOf", "levels"],
 )
-def test_a_schema_that_is_too_large_is_said_to_be(http: httpx.Client, schema: dict[str, Any]) -> None:
-    """It was said to be no grammar, or that a token, which the mask had allowed, does not follow it."""
+def test_a_schema_that_is_too_large_is_refused_as_such(http: httpx.Client, schema: dict[str, Any]) -> None:
+    """The error once said that it is not a grammar, or that an allowed token does not follow it."""
     form = {"type": "json_schema", "json_schema": {"schema": schema}}
     error = error_of(post(http, CHAT, {"messages": MESSAGES, "response_format": form}))
     assert "the schema or grammar is too large: give it fewer properties" in error["message"]
@@ -313,7 +313,7 @@ ODD: list[Any] = [
 
 
 def mutated(random: Random, value: Any) -> Any:
-    """The same with one thing in it that is odd, gone, doubled, or that nobody asked for."""
+    """The same request with one value changed, removed, repeated or added."""
     if isinstance(value, dict | list) and value and random.random() < 0.8:
         changed = dict(value) if isinstance(value, dict) else list(value)
         place: Any = random.choice([*value] if isinstance(value, dict) else range(len(value)))
@@ -328,7 +328,7 @@ def mutated(random: Random, value: Any) -> Any:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_no_mutated_request_is_a_fault_of_the_servers(http: httpx.Client, seed: int) -> None:
+def test_no_mutated_request_makes_an_internal_error(http: httpx.Client, seed: int) -> None:
     random = Random(seed)
     for _ in range(100):
         path, sound = random.choice(SOUND)
@@ -342,9 +342,7 @@ def test_no_mutated_request_is_a_fault_of_the_servers(http: httpx.Client, seed: 
 
 @pytest.mark.parametrize("required", [[["a"]], [{}], [1], [None], "a", {"a": 1}])
 @pytest.mark.parametrize("place", ["tools", "response_format"])
-def test_a_schema_that_asks_for_what_is_no_name_is_no_fault_of_the_servers(
-    http: httpx.Client, required: Any, place: str
-) -> None:
+def test_a_schema_with_an_impossible_name_is_the_clients_error(http: httpx.Client, required: Any, place: str) -> None:
     schema = {**SCHEMA, "required": required}
     forms = {
         "tools": [{"type": "function", "function": {**FUNCTION, "parameters": schema}}],
