@@ -1,4 +1,4 @@
-"""One chat completion: read in steps, answered in parts, kept only when it is whole."""
+"""One chat completion: read in steps, generated in parts, and kept only when it is complete."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_what_cannot_be_asked_for_is_refused_before_anything_is_read(threads: Th
         ChatAnswer(threads, request(response_format={"type": "poem"}))
 
 
-# What grammars hold, and what is checked behind them
+# Grammars, and the checks after them
 
 HAIL = {
     "type": "function",
@@ -158,7 +158,7 @@ ODD = {"type": "object", "properties": {"at": {"type": "array", "items": {"enum"
 
 @pytest.fixture
 def say(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Have the model say something, and then end its turn."""
+    """Make the model write a text, and then end its turn."""
 
     def script(text: str) -> None:
         tokens = itertools.chain(text.encode(), itertools.repeat(257))
@@ -171,7 +171,7 @@ def say(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 def test_the_beginning_of_a_call_that_was_cut_off_is_not_said_beside_whole_ones(
     threads: Threads, format: ToolFormat, say: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It stood in the answer as its text, and in the conversation as if the model had meant to say it."""
+    """The fragment became text of the answer, and later calls repeated it as the model's own words."""
     monkeypatch.setattr("am_memory.conversations.answer_format.tool_format", lambda engine: format)
     one, two = (format.write([("hail", {"ship": "Vesper"})] * count) for count in (1, 2))
     for cut in (1, 4, 9, 22):
@@ -253,7 +253,7 @@ def test_an_answer_that_was_cut_off_is_not_checked(threads: Threads, say: Callab
 
 
 def test_beside_a_form_a_tool_can_be_called(threads: Threads, say: Callable[[str], None]) -> None:
-    """The whole answer had to be JSON, so that an agent with a response format never called a tool."""
+    """The whole answer had to be JSON, so an agent with a response format never called a tool."""
     form = {"type": "json_schema", "json_schema": {"schema": ODD}}
     say(HERMES.write([("look", {"at": "sea"})]))
     (call,) = run(ChatAnswer(threads, request(tools=[TOOL], response_format=form, max_tokens=200)))

@@ -11,7 +11,7 @@ from am_memory.conversations.prefix_pool import Match, PrefixPool
 
 @dataclass(frozen=True)
 class Text:
-    """A text as if it had a cache of a byte a character."""
+    """A text with a pretended cache of one byte for each character."""
 
     text: str
     can_go_back: bool = True

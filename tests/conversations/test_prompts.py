@@ -1,4 +1,4 @@
-"""What a call brings: where a conversation can be cut, by what it means that it can, and at what cost."""
+"""Prompts: where a conversation can be cut, what a cut guarantees, and what finding it costs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WRITTEN = {
 
 
 class Template:
-    """As much of an engine as messages are prepared for."""
+    """The part of an engine that `prepare` uses."""
 
     has_chat_template = True
 
@@ -42,7 +42,7 @@ def calling(*ids: str) -> dict[str, object]:
 
 
 def messages_of(roles: str) -> list[dict[str, object]]:
-    """A letter for each: system, user, assistant; a number is an answer with so many calls; r a result of any call."""
+    """One message for each letter: s system, u user, a assistant, r a tool's result, a digit an answer with calls."""
     told: list[dict[str, object]] = []
     ids: list[str] = []
     for number, role in enumerate(roles):
@@ -97,7 +97,7 @@ def test_it_can_be_cut_wherever_that_is_possible(
 
 
 def test_messages_are_prepared_once_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each beginning of a conversation was prepared by itself: 6,400 messages took minutes, and nobody else had a turn."""
+    """Each beginning of a conversation was prepared separately: 6,400 messages took minutes and blocked everyone."""
     prepared = []
 
     def counting(engine: Any, messages: Sequence[Message], tools: Sequence[Message]) -> Any:
@@ -111,7 +111,7 @@ def test_messages_are_prepared_once_however_many_there_are(monkeypatch: pytest.M
 
 
 class Counting(Sequence[str]):
-    """Keys that count how often they are looked at."""
+    """Keys that count how often they are read."""
 
     def __init__(self, keys: Sequence[str]) -> None:
         self.keys, self.num_looks = keys, 0
@@ -163,7 +163,7 @@ def calling_with(arguments: object) -> dict[str, object]:
 
 
 def test_calls_are_the_same_where_their_arguments_are_told_the_same() -> None:
-    """Texts that are no object are told as they stand, and the second of two had been told as the first."""
+    """Arguments that are not an object go to the model unchanged; two that differed had one key."""
     keys = [message_key(calling_with(arguments)) for arguments in ARGUMENTS]
     told = [arguments_of(arguments) for arguments in ARGUMENTS]
     pairs = [(one, other) for one in range(len(told)) for other in range(one)]
@@ -174,7 +174,7 @@ def test_calls_are_the_same_where_their_arguments_are_told_the_same() -> None:
 def nested(levels: int) -> object:
     value: list[object] = []
     for _ in range(levels):
-        value = [value, {"a": value}]  # each held twice, as no JSON has it
+        value = [value, {"a": value}]  # each value occurs twice, which JSON cannot express
     return value
 
 

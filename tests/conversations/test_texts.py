@@ -1,4 +1,4 @@
-"""Plain prompts, call after call: what is read again, what is kept, and for whom."""
+"""Plain prompts, call after call: which tokens are read again, which texts are kept, and for whom."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_what_is_kept_is_bounded_in_number_and_bytes(memory: Memory) -> None:
 
 
 def test_the_least_recently_used_goes_first(memory: Memory) -> None:
-    """The oldest went first, however often it was asked for."""
+    """The oldest text was evicted first, however often it was used."""
     texts = Texts(memory, max_bytes=10**9, max_texts=2)
     finished(texts, begun(texts, "one"))
     finished(texts, begun(texts, "two"))

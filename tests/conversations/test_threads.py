@@ -1,4 +1,4 @@
-"""Whole conversations, call after call: what is read again, which branch goes on, and that the answer is always right."""
+"""Whole conversations, call after call: which tokens are read again, which branch goes on, and what it answers."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_other_tools_begin_another_conversation(threads: Threads) -> None:
 
 
 def test_a_second_result_of_tools_is_told_where_the_template_writes_both_as_one_message(threads: Threads) -> None:
-    """A branch was cut behind the first result, and as the template writes one message for both, nothing was told."""
+    """A branch was cut after the first result. The template writes both as one message, so the second was lost."""
     calls = [{"id": id, "type": "function", "function": {"name": "look", "arguments": "{}"}} for id in ("1", "2")]
     messages = [user("look twice"), {"role": "assistant", "content": "", "tool_calls": calls}]
     messages.append({"role": "tool", "tool_call_id": "1", "content": "an owl"})
@@ -210,12 +210,12 @@ def test_no_more_branches_are_kept_than_allowed(engine: TransformersEngine) -> N
 
 
 def test_what_a_longer_branch_went_on_from_goes_before_any_other(engine: TransformersEngine) -> None:
-    """A conversation that waits must not be read again for what another would need to go back."""
+    """The branch of a waiting conversation matters more than one that another conversation has extended."""
     threads = Threads(Memory(engine, TIGHT), max_branches=3)
     waiting = [user("I wait.")]
     waiting.append(answer(threads.turn(waiting)))
     messages: list[dict[str, object]] = []
-    while len(threads.branches("default")) < 3:  # the branch before a compaction is kept to go back to
+    while len(threads.branches("default")) < 3:  # the branch before a compaction stays
         messages.append(user("some words more than before"))
         messages.append(answer(threads.turn(messages)))
     answer(threads.turn([user("a third one")]))
@@ -302,7 +302,7 @@ STEPS = st.lists(
 def test_any_history_of_calls_gives_what_reading_it_afresh_gives(
     engine: TransformersEngine, policy: MemoryPolicy, steps: list[tuple[str, int, str]]
 ) -> None:
-    """Says, retries, edits, cuts and abandoned answers in any order, against a session that reads the same tokens."""
+    """New messages, retries, edits, cuts and abandoned answers, compared with a session that reads the same tokens."""
     threads = Threads(Memory(engine, policy))
     messages = [user("begin")]
     for kind, index, text in steps:

@@ -1,4 +1,4 @@
-"""Tool calls as text: told to a model whatever its template knows, forced on it, and read from what it writes."""
+"""Tool calls as text: shown to a model through any template, enforced by a grammar, and parsed from answers."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ NewEngine = Callable[..., TransformersEngine]
 
 @pytest.fixture(scope="module")
 def new_engine(tiny_model: PreTrainedModel, byte_tokenizer: PreTrainedTokenizerBase) -> NewEngine:
-    """The tiny model with another chat template, and a special token more."""
+    """The tiny model with another chat template and more special tokens."""
 
     def make(template: str | None, *special: str) -> TransformersEngine:
         tokenizer = copy.deepcopy(byte_tokenizer)
@@ -225,7 +225,7 @@ def test_several_calls_are_told_one_by_one_where_the_template_insists(new_engine
 
 
 class Counted(dict[str, object]):
-    """A message that counts how often it is looked at."""
+    """A message that counts how often it is read."""
 
     num_looks = 0
 
@@ -235,7 +235,7 @@ class Counted(dict[str, object]):
 
 
 def test_telling_calls_one_by_one_takes_a_time_in_proportion_to_the_messages() -> None:
-    """Each message with several calls looked through all that came behind it."""
+    """Each message with several calls searched all messages after it."""
     calls = [{**CALL, "id": f"call_{number}"} for number in (1, 2)]
     results = [{**RESULT, "tool_call_id": call["id"]} for call in calls]
     for num_turns in (10, 400):
@@ -552,7 +552,7 @@ def test_a_marker_without_a_call_is_not_shown() -> None:
 @settings(max_examples=100, deadline=None)
 @given(text=ANSWERS)
 def test_nothing_that_is_said_is_lost(format: ToolFormat, text: str) -> None:
-    """Content, calls and broken calls hold every letter that stands outside of what only marks a call."""
+    """Content, calls and invalid calls together hold every letter except the marks of calls."""
     answer = parse(text, format)
     kept = answer.content + "".join(one.name + json.dumps(one.arguments) for one in answer.tool_calls)
     kept += "".join(one.text for one in answer.invalid)
@@ -565,7 +565,7 @@ def test_nothing_that_is_said_is_lost(format: ToolFormat, text: str) -> None:
 def forced(
     engine: TransformersEngine, format: ToolFormat, sampling: Sampling = GREEDY, count: int = 600, **how: object
 ) -> str:
-    """What a model says that has to call a tool."""
+    """The answer of a model that must call a tool."""
     session = Memory(engine, POLICY).session()
     session.append("Hail the Fairlea. ")
     text = answer_text(engine, format)
@@ -597,7 +597,7 @@ def test_a_forced_call_is_written_as_the_format_writes_it(engine: TransformersEn
 def test_a_call_that_is_forbidden_cannot_be_written(
     engine: TransformersEngine, format: ToolFormat, before: str
 ) -> None:
-    """It used to take the tools out of the prompt, so that the whole conversation was read again."""
+    """The tools were taken out of the prompt, so the whole conversation was read again."""
     written = before + format.write([("hail", {"ship": "Fairlea", "times": 2})])
     constraint, accepted = no_call_constraint(engine, format), []
     with pytest.raises(InvalidInput, match="does not follow the grammar"):
@@ -667,7 +667,7 @@ def test_a_marker_that_is_a_special_token_is_that_token(new_engine: NewEngine, t
 
 @pytest.mark.parametrize("format", [MISTRAL, MISTRAL_ARGS], ids=["mistral", "mistral_args"])
 def test_a_call_after_a_special_token_is_read(new_engine: NewEngine, format: ToolFormat) -> None:
-    """`Piece.text` leaves special tokens out, so that the call looked like content."""
+    """`Piece.text` leaves special tokens out, so the call looked like content."""
     text = forced(new_engine(NEW_MISTRAL, "[TOOL_CALLS]"), format, name="hail")
     assert [made.name for made in parse(text, format).tool_calls] == ["hail"]
 
@@ -711,7 +711,7 @@ def test_a_call_that_cannot_be_forced_is_refused(
 
 
 def followed(constraint: Constraint, text: str, seed: int | None = None) -> str:
-    """What the grammar takes: the text, and with a seed something more that it takes."""
+    """A text that the grammar accepts: the given one, extended at random if there is a seed."""
     said = bytearray(text.encode())
     for byte in said:
         constraint.accept(byte)
@@ -795,7 +795,7 @@ def test_a_special_token_opens_a_strict_call(new_engine: NewEngine, format: Tool
 
 @EACH
 def test_an_answer_in_a_form_may_be_calls_instead(engine: TransformersEngine, format: ToolFormat) -> None:
-    """Beside a response_format no tool could be called, so that an agent with one never did."""
+    """With a response_format no tool could be called, so an agent with one never called any."""
     schema = {"type": "object", "properties": {"name": {"type": "string"}, "at": {"enum": ["sea"]}}, "required": ["at"]}
     called = [
         format.write([(name, arguments)]) for name, arguments in (("now", {}), ("hail", {"ship": "Vesper", "times": 3}))

@@ -1,4 +1,4 @@
-"""`ChatAMMemory` on the tiny model: threads on every way of calling it, what is read again, and what fails cleanly."""
+"""`ChatAMMemory` on the tiny model: threads in every way of calling it, tokens that are read again, and errors."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def read_again(answer: BaseMessage) -> int:
     return usage["input_tokens"] - usage["input_token_details"]["cache_read"]
 
 
-# What is read
+# Tokens that are read
 
 
 def test_the_second_call_reads_only_its_new_tokens(new_model: NewModel) -> None:
@@ -65,7 +65,7 @@ def test_the_second_call_reads_only_its_new_tokens(new_model: NewModel) -> None:
     first = model.invoke(messages)
     second = model.invoke([*messages, first, HumanMessage("and?")])
     assert read_again(first) > 60
-    # what closes the answer, and "<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\n" in bytes
+    # the end of the answer, and "<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\n" in bytes
     assert read_again(second) == pytest.approx(27, abs=4)
 
 
@@ -231,7 +231,7 @@ def test_tool_calls_and_their_results_go_back_and_forth(new_model: NewModel) -> 
     assert read_again(after) < 120  # the call itself is in the cache as it was generated
 
 
-# Forced forms
+# Structured output
 
 
 class Weather(BaseModel):
@@ -305,7 +305,7 @@ def test_a_value_that_is_none_of_its_arguments_is_refused(new_model: NewModel, g
 
 
 def test_what_is_said_of_calls_beside_tools_is_bound(new_model: NewModel) -> None:
-    """It was taken, and passed over."""
+    """It was accepted and ignored."""
     bound = new_model().bind_tools([add], strict=True, parallel_tool_calls=False)
     assert (bound.kwargs["strict"], bound.kwargs["parallel_tool_calls"]) == (True, False)
 
@@ -352,7 +352,7 @@ class Marks(BaseModel):
 def test_what_no_grammar_holds_is_checked_in_structured_output(
     new_model: NewModel, monkeypatch: pytest.MonkeyPatch, method: Any
 ) -> None:
-    """Schemas that pydantic makes of sets, paths and others were refused."""
+    """Schemas of pydantic classes with sets or paths were refused."""
     said = {
         "json_schema": '{"at": [1, %s]}',
         "function_calling": '<tool_call>\n{"name": "Marks", "arguments": {"at": [1, %s]}}\n</tool_call>',
@@ -404,11 +404,11 @@ def test_an_agent_with_a_response_format_still_calls_its_tools(
     assert state["structured_response"] == Weather(city="London", is_raining=True)
 
 
-# Calls of others
+# Calls from other providers
 
 
 def test_a_call_that_could_not_be_made_is_told_as_it_was_written() -> None:
-    """Providers' `invalid_tool_calls` were left out, and what answers to them stood there without a call."""
+    """Providers' `invalid_tool_calls` were left out, so their results had no call."""
     broken = {"name": "add", "args": '{"a": 1, "b', "id": "c2", "error": "cut off", "type": "invalid_tool_call"}
     nameless = {"name": None, "args": "not JSON: x", "id": "c3", "error": None, "type": "invalid_tool_call"}
     made = {"name": "add", "args": {"a": 1}, "id": "c1"}
@@ -616,7 +616,7 @@ def test_keep_in_tokens_needs_a_trigger_in_tokens() -> None:
     ],
 )
 def test_a_keep_that_leaves_nothing_to_compact_is_refused_by_its_name(keep: tuple[str, float], words: str) -> None:
-    """A `compact_fraction` below 0 was complained of, which nobody had set."""
+    """The error named `compact_fraction`, which nobody had set."""
     with pytest.raises(InvalidPolicy, match=words):
         ChatAMMemory(model="demo", trigger=("tokens", 4000), keep=keep)
 
@@ -652,7 +652,7 @@ def test_a_structured_output_by_another_method_is_refused(new_model: NewModel) -
 def test_bad_options_of_a_call_are_refused_by_their_values(
     new_model: NewModel, options: dict[str, Any], words: str
 ) -> None:
-    """No tokens at all were the default's number, and one text to stop at was each of its characters."""
+    """`max_tokens=0` became the default, and a single stop text was split into its characters."""
     with pytest.raises(InvalidInput, match=words):
         new_model().invoke("hello", **options)
     with pytest.raises(InvalidInput, match=words):

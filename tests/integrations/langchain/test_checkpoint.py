@@ -1,4 +1,4 @@
-"""Checkpoints and caches of a thread come and go together."""
+"""Checkpoints and caches of a thread are deleted, copied and pruned together."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_deleted_thread_is_gone_from_both(model: ChatAMMemory) -> None:
 
 
 def test_everything_that_a_checkpointer_does_is_passed_on() -> None:
-    """What this class leaves to the base class is built of its other methods."""
+    """Methods that this class inherits only call methods that it overrides."""
     inherited = {name for name in vars(BaseCheckpointSaver) if not name.startswith("_")} - set(
         vars(AMMemoryCheckpointer)
     )

@@ -1,4 +1,4 @@
-"""What an agent sees of its memory."""
+"""The memory as an agent sees it."""
 
 from __future__ import annotations
 
