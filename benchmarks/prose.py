@@ -51,9 +51,7 @@ def sliding(engine: TransformersEngine, window: int) -> Reader:
         is_seen = (key <= query) & ((key < SINKS) | (key > query - (window - SINKS)))
         mask = torch.zeros(is_seen.shape).masked_fill_(~is_seen, torch.finfo(torch.float32).min)
         with torch.no_grad():
-            output = engine.model(
-                input_ids=torch.tensor([token_ids]), attention_mask=mask[None, None], past_key_values=cache
-            )
+            output = engine.model(input_ids=torch.tensor([token_ids]), attention_mask=mask[None, None], cache=cache)
         logits = output.logits[0, :, : engine.info.vocab_size].float()
         expected, last = torch.cat([last, logits[:-1]]) if len(last) else None, logits[-1:]
         return expected if is_judged else None

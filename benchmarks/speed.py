@@ -88,14 +88,14 @@ class Bench:
         with torch.no_grad():
             for start in range(0, len(ids), chunk_tokens):
                 chunk = torch.tensor([ids[start : start + chunk_tokens]], device=self.model.device)
-                self.model(chunk, past_key_values=cache, logits_to_keep=1)
+                self.model(chunk, cache=cache, logits_to_keep=1)
 
     def decode(self, cache: object, num_tokens: int) -> float:
         """Seconds for each token, fed one by one, each the likeliest after the one before; two come first."""
         token = torch.tensor([[self.ids[0]]], device=self.model.device)
 
         def step() -> None:
-            token.copy_(self.model(token, past_key_values=cache).logits[:, -1:].argmax(-1))
+            token.copy_(self.model(token, cache=cache).logits[:, -1:].argmax(-1))
 
         with torch.no_grad():
             for _ in range(2):

@@ -122,8 +122,8 @@ def test_a_whole_summary_is_what_transformers_reads_turned_back(
     report, tokens, probe = session.compact(0.5), list(session.tokens), some_tokens(9, seed=1)
     (summary,) = (made.summary for made in snapshot(session).records)
     told, asked = DynamicCache(), DynamicCache()
-    stock_model(torch.tensor([tokens[:-1]]), past_key_values=told)
-    stock_model(torch.tensor([[*tokens[: report.end], *summary.prompt, *summary.answer]]), past_key_values=asked)
+    stock_model(torch.tensor([tokens[:-1]]), cache=told)
+    stock_model(torch.tensor([[*tokens[: report.end], *summary.prompt, *summary.answer]]), cache=asked)
     back = len(summary.prompt) + len(summary.answer)
     cos, sin = stock_model.model.rotary_emb(told.layers[0].keys, torch.tensor([[back]]))
     mixed = DynamicCache()
@@ -140,7 +140,7 @@ def test_a_whole_summary_is_what_transformers_reads_turned_back(
         torch.testing.assert_close(ours, key[0], rtol=0, atol=1e-4)
     ids = torch.tensor([[tokens[-1], *probe[:-1]]])
     positions = torch.arange(len(tokens) - 1, len(tokens) + 8)[None]
-    expected = stock_model(ids, past_key_values=mixed, position_ids=positions).logits[0]
+    expected = stock_model(ids, cache=mixed, position_ids=positions).logits[0]
     torch.testing.assert_close(session.logits(probe), expected[:, : session.logits(probe).shape[1]], rtol=0, atol=1e-3)
 
 

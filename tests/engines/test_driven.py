@@ -174,9 +174,9 @@ def test_a_cache_that_is_not_to_be_used_is_refused_before_it_reads(
     """Every token had the whole text read into the cache once more, and the answer was another, in silence."""
     for cache in (memory.cache(), engine.new_cache()):
         with pytest.raises(UnsupportedOperation, match="use_cache=False.*leave use_cache out"):
-            tiny_model.generate(ids(OWL), past_key_values=cache, max_new_tokens=5, use_cache=False, **GREEDY)
+            tiny_model.generate(ids(OWL), cache=cache, max_new_tokens=5, use_cache=False, **GREEDY)
         assert cache.num_tokens == 0
-        tiny_model.generate(ids(OWL), past_key_values=cache, max_new_tokens=5, **GREEDY)
+        tiny_model.generate(ids(OWL), cache=cache, max_new_tokens=5, **GREEDY)
 
 
 def test_arguments_may_be_given_by_their_place(memory: Memory, tiny_model: PreTrainedModel) -> None:

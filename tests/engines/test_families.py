@@ -245,8 +245,8 @@ def test_learned_attention_sinks_are_refused(byte_tokenizer: PreTrainedTokenizer
 def test_a_model_behind_the_engine_is_itself_for_other_caches(family: Family, expected: Tensor, engine) -> None:
     cache = transformers.DynamicCache(config=engine.model.config)
     with torch.no_grad():
-        first = engine.model(torch.tensor([tokens()[:30]]), past_key_values=cache).logits[0]
-        rest = engine.model(torch.tensor([tokens()[30:]]), past_key_values=cache).logits[0]
+        first = engine.model(torch.tensor([tokens()[:30]]), cache=cache).logits[0]
+        rest = engine.model(torch.tensor([tokens()[30:]]), cache=cache).logits[0]
     assert_same_logits(torch.cat([first, rest]), expected, 1e-4)
 
 
