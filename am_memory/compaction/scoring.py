@@ -104,7 +104,7 @@ class ScoredLayer:
         """Attend to a layer's entries with the queries that came to this layer."""
         scaling = float(layer.scaling or 0)
         block = Block(queries.query, entries.key, entries.value, scaling, queries.log_mass, entries.bias)
-        return cls(index, block, exact_attention(block), entries.positions, layer.rotations)
+        return cls(index, block, exact_attention(block), entries.positions, layer.query_rotations)
 
     def heads(self, ranks: Tensor) -> list[ScoredHead]:
         """Split into heads.

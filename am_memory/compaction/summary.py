@@ -59,7 +59,7 @@ def replace_by_summary(
     start, slots = block.end - len(summary.answer), []
     for layer in reader.compactable:
         key, value = layer.exact_entries(read_at, read_at + len(summary.answer))
-        slots.append(Slots.recalled(layer.turned(key, start - read_at), value, start))
+        slots.append(Slots.recalled(layer.rotated(key, start - read_at), value, start))
     branch = cache.fork()
     branch.restore(cache.compacted([*cache.segments, block], slots, num_pinned))
     return branch

@@ -1,4 +1,8 @@
-"""What the memory needs of whatever runs the model. Knows nothing of policies or compaction."""
+"""The protocol between the memory and an engine: what an engine, its caches and their layers must answer.
+
+An engine runs one model. `Engine`, `SessionCache` and `SessionLayer` are the minimum; `Capabilities` says what it can
+do beyond that. `tests/engines/toy/toy_engine.py` is a complete engine in 200 lines. Knows no policy and no compaction.
+"""
 
 from __future__ import annotations
 
@@ -16,33 +20,34 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
 Message = Mapping[str, object]
-"""One chat message as chat templates take it: {"role": ..., "content": ...}."""
+"""One chat message, as chat templates take it: {"role": ..., "content": ...}."""
 
 Tool = Mapping[str, object]
 """A function that the model may call: {"type": "function", "function": {"name", "description", "parameters"}}."""
 
 OnQuery = Callable[[int, Tensor, Tensor], None]
-"""Called with (index among the compactable layers, query, log_mass).
+"""Called with (index among the compactable layers, query, log_mass), once for each layer and forward pass.
 
 query: (num_key_value_heads, num_key_value_groups, num_tokens, head_dim), after RoPE.
-log_mass: (num_key_value_heads, num_key_value_groups, num_tokens) float32, log of the sum of exp(score) over all keys.
+log_mass: (num_key_value_heads, num_key_value_groups, num_tokens) float32, the log of the sum of exp(score) over all
+keys that the query attends to, slots with their biases among them.
 """
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the memory has to know of a model.
+    """Facts about a model.
 
     Attributes:
         name: for people.
-        fingerprint: equal for two models exactly if their caches can be exchanged.
-        vocab_size: token ids are below it.
-        window_tokens: positions that the model was trained on.
+        fingerprint: equal for two models if and only if one can use the other's caches.
+        vocab_size: every token id is below it.
+        window_tokens: the context window: positions that the model was trained on.
         device: where caches live.
-        eos_token_ids: any of them ends a turn.
-        tokenizer_fingerprint: equal for two tokenizers if tokens of one are those of the other; "": it is not known.
-        template_fingerprint: equal for two chat templates if they write the same; "": there is none, or nobody knows.
-        max_tokens: positions that the model has at all; None: as many as there are tokens.
+        eos_token_ids: each of them ends a turn.
+        tokenizer_fingerprint: equal for two tokenizers if they give the same tokens for every text; "": unknown.
+        template_fingerprint: equal for two chat templates if they render the same; "": there is none, or it is unknown.
+        max_tokens: positions that the model has at all; None: no limit.
     """
 
     name: str
@@ -55,21 +60,24 @@ class ModelInfo:
     template_fingerprint: str = ""
     max_tokens: int | None = None
 
+    def __str__(self) -> str:
+        return f"{self.name} on {self.device}, context window of {self.window_tokens:,} tokens"
+
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What an engine and its caches can do beyond reading, rewinding and compacting; a policy may ask for no more.
+    """What an engine can do beyond the minimum. A policy that needs more is refused with `InvalidPolicy`.
 
     Attributes:
-        has_ragged_heads: heads may differ in their number of slots; else each head has one slot in every cell.
-        can_exchange_slots: `SessionCache.restore` takes a state in which other slots stand for a segment. Recall needs
-            it, to make a segment exact and compact again.
-        can_hold_int8: slots may come with keys and values in int8 (`Quantised`), and stay so.
-        can_compact_layerwise: caches are `LayerwiseCache`.
-        can_read_in_parallel: two threads may read into two caches at once.
-        can_rotate_keys: `SessionLayer.turned` works, and `SessionCache.compacted` moves segments by their `shift`.
-        why_keys_stay: the reason, for messages, where keys cannot be rotated.
-        runs_in_generate: caches are `KVCache`, and `generate()` of transformers takes them.
+        has_ragged_heads: the heads of a layer may differ in their number of slots (head budgets, calibration).
+        can_exchange_slots: `SessionCache.restore` takes a state in which other slots stand for a segment (recall).
+        can_hold_int8: new slots may have keys and values in int8, as `Quantised` (`segment_dtype="int8"`).
+        can_compact_layerwise: caches are `LayerwiseCache` (`on_policy`).
+        can_read_in_parallel: two threads may read into two caches at the same time (`ahead_tokens`).
+        can_rotate_keys: `SessionLayer.rotated` works for any distance, and `SessionCache.compacted` moves segments by
+            their `shift` (summaries, and conversations that are longer than the context window).
+        why_keys_stay: the reason if keys cannot be rotated, for messages.
+        runs_in_generate: caches are `KVCache`, and `generate()` of transformers takes them (`Memory.cache`).
     """
 
     has_ragged_heads: bool = False
@@ -84,13 +92,13 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class ControlTokens:
-    """Tokens that nobody says, by their text: only the chat template may write them.
+    """Tokens that only the chat template may write, by their text.
 
     Attributes:
-        turns: those that begin or end something, such as a turn: all special tokens, and others that the template
+        turns: tokens that begin or end something, such as a turn: all special tokens, and others that the template
             writes around messages.
-        tags: others that it writes within a turn, such as `<think>`: the model's own messages may hold them.
-        unknown: the token that the tokenizer gives for what its vocabulary cannot spell, if there is one.
+        tags: other tokens that the template writes within a turn, such as `<think>`; the model may write them too.
+        unknown: the token for text that the vocabulary cannot spell, if the tokenizer has one.
     """
 
     turns: Mapping[str, int]
@@ -99,7 +107,7 @@ class ControlTokens:
 
 
 class SessionLayer(Protocol):
-    """What a compaction reads of one compactable layer."""
+    """One compactable layer of a cache, as a compaction reads it."""
 
     @property
     def start(self) -> int:
@@ -108,58 +116,56 @@ class SessionLayer(Protocol):
 
     @property
     def scaling(self) -> float | None:
-        """Factor of the scores before the softmax."""
+        """Factor of the scores before the softmax; None before the first forward pass."""
         ...
 
     @property
     def slots(self) -> Slots | None:
-        """The compact entries before the exact ones."""
+        """The compact entries, which stand before the exact ones; None before the first compaction."""
         ...
 
     @property
-    def rotations(self) -> Tensor | None:
-        """What turns a query to each of some later positions, (num_distances, head_dim, head_dim).
+    def query_rotations(self) -> Tensor | None:
+        """Rotations of a query to later positions, (num_distances, head_dim, head_dim); None if slots keep biases.
 
-        For slots that have no bias of their own: it is folded into their keys, and has to hold for later queries too.
-        None: slots have one.
+        An engine whose slots have no bias folds biases into the keys. The folded keys must also suit later queries.
         """
         ...
 
     def exact_entries(self, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """The exact keys and values at logical positions [start, end): (num_heads, end - start, head_dim)."""
+        """Exact keys and values at the logical positions [start, end): (num_heads, end - start, head_dim) each."""
         ...
 
-    def turned(self, key: Tensor, distance: int) -> Tensor:
-        """Keys of the layer, (num_heads, num_keys, head_dim), as they would be so many positions later."""
+    def rotated(self, key: Tensor, distance: int) -> Tensor:
+        """Keys rotated to later positions.
+
+        Args:
+            key: (num_heads, num_keys, head_dim), after RoPE.
+            distance: in positions; always 0 if the engine cannot rotate keys.
+        """
         ...
 
 
 class SessionCache(Protocol):
-    """The cache of one session: `am_memory.kv_cache.cache.KVCache`, or what an engine has in its place.
+    """The cache of one session: `[pinned exact][segment 1]...[segment n][exact tail]`.
 
-    A snapshot must be cheap, as one is taken at every token, and restoring it exact, as long as nothing but what came
-    after it was forgotten before other tokens were read.
+    `KVCache` is the one for transformers. A memory takes a snapshot before every token, so `state` must be cheap: a
+    few references. `restore` must be exact, also after other tokens were read in the meantime.
     """
 
     @property
-    def is_croppable(self) -> bool:
-        """Whether the last exact tokens can be dropped."""
+    def segments(self) -> tuple[Segment, ...]:
+        """The compacted tokens, in order."""
         ...
 
     @property
-    def segments(self) -> tuple[Segment, ...]: ...
-
-    @property
-    def compactable(self) -> Sequence[SessionLayer]:
-        """The layers of full attention."""
+    def num_pinned(self) -> int:
+        """Tokens at the start that stay exact; 0 before the first compaction."""
         ...
-
-    @property
-    def num_pinned(self) -> int: ...
 
     @property
     def num_tokens(self) -> int:
-        """Logical length."""
+        """Logical length: tokens read, compacted or not."""
         ...
 
     @property
@@ -173,53 +179,67 @@ class SessionCache(Protocol):
         ...
 
     @property
+    def compactable(self) -> Sequence[SessionLayer]:
+        """The layers of full attention, as they are now."""
+        ...
+
+    @property
     def num_heads(self) -> int:
         """KV heads of all compactable layers together."""
         ...
 
     @property
     def kv_tokens(self) -> float:
-        """Physical size: exact tokens + mean compact slots per head."""
+        """Physical size in tokens: exact tokens, and the mean number of compact slots per head."""
         ...
 
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Memory that keys, values and biases take."""
+        ...
 
     @property
     def exact_nbytes(self) -> int:
-        """What an uncompacted cache of the same tokens would take."""
+        """Memory that an uncompacted cache of the same tokens would take."""
         ...
 
-    def state(self) -> Snapshot: ...
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `truncate` can drop the last exact tokens; a full sliding window cannot go back."""
+        ...
+
+    def state(self) -> Snapshot:
+        """A snapshot, immutable and cheap."""
+        ...
 
     def restore(self, state: Snapshot) -> None:
-        """Go back, or on, to a state of such a cache."""
+        """Return to a state of this cache, or take one of another cache of the same engine."""
         ...
 
     def load(self, saved: Snapshot) -> None:
-        """Take in a saved state, which is new to this process.
+        """Take in a state that was saved by another process, into a new cache.
 
         Raises:
-            CorruptSession: the tensors are not the content of such a cache.
+            CorruptSession: no cache of this engine can have this state.
         """
         ...
 
     def truncate(self, num_tokens: int) -> None:
-        """Forget everything after the first `num_tokens` logical tokens; the rest must be in the exact tail."""
+        """Forget all but the first `num_tokens` logical tokens; what is forgotten must be in the exact tail."""
         ...
 
     def fork(self) -> SessionCache:
-        """A second cache with the same content."""
+        """A second cache with the same content; it should share memory until the two differ."""
         ...
 
     def compacted(self, segments: Sequence[Segment], new_slots: Sequence[Slots], num_pinned: int) -> Snapshot:
-        """The state in which `new_slots` stand for the tail's tokens up to the end of the last of `segments`.
+        """The state after a compaction; the cache itself does not change.
 
         Args:
-            segments: all segments afterwards, the new one last; older ones are cut to their `num_slots` and turned to
-                their `shift`, and those that are not among them give way to the new one.
-            new_slots: the new segment's slots of each compactable layer, ranked within the segment.
-            num_pinned: tokens at the start of the tail that stay exact (only before the first compaction).
+            segments: all segments afterwards, the new one last. Older ones are cut to their `num_slots` and rotated by
+                the change of their `shift`. Held segments that are missing here are dropped: the new one replaces them.
+            new_slots: the new segment's slots, one `Slots` for each compactable layer, ranked within the segment.
+            num_pinned: tokens at the start of the tail that stay exact; it matters at the first compaction only.
         """
         ...
 
@@ -228,13 +248,15 @@ class LayerwiseCache(SessionCache, Protocol):
     """A cache whose layers can be compacted one by one, in the middle of a forward pass."""
 
     def compact_layer(self, index: int, segments: Sequence[Segment], new_slots: Slots, num_pinned: int) -> None:
-        """Have one compactable layer as `compacted` makes it; the attention under way goes on over what it holds then.
+        """Compact one layer in place.
 
-        Called from `on_query`, at the layer whose queries these are.
+        Called from `on_query`, at the layer whose queries these are. The layer's attention in the pass under way must
+        then be computed over its new content.
 
         Args:
+            index: among the compactable layers.
             new_slots: the new segment's slots of this layer.
-            index, segments, num_pinned: as `on_query` and `compacted` have them.
+            segments, num_pinned: see `compacted`.
         """
         ...
 
@@ -250,21 +272,23 @@ class Engine(Protocol):
 
     @property
     def chunk_tokens(self) -> int:
-        """How many tokens to read in one forward pass: enough to keep the device busy, few enough for its memory."""
+        """Tokens to read in one forward pass: enough to keep the device busy, few enough for its memory."""
         ...
 
-    def new_cache(self) -> SessionCache: ...
+    def new_cache(self) -> SessionCache:
+        """An empty cache."""
+        ...
 
     def forward(
         self, cache: SessionCache, token_ids: Sequence[int], *, num_logits: int = 0, on_query: OnQuery | None = None
     ) -> Tensor:
-        """Read tokens into the cache.
+        """Read tokens into the cache, in one forward pass.
 
         Args:
             cache: grows by len(token_ids).
             token_ids: at least one.
-            num_logits: for how many of the last tokens logits are wanted.
-            on_query: gets every layer's queries of these tokens.
+            num_logits: return logits for this many of the last tokens.
+            on_query: called with every compactable layer's queries of these tokens.
 
         Returns:
             (num_logits, vocab_size) float32.
@@ -272,18 +296,20 @@ class Engine(Protocol):
         ...
 
     def encode(self, text: str, *, add_special: bool = False, as_text: bool = False) -> list[int]:
-        """Token ids of the text.
+        """Token ids of a text.
 
         Args:
-            add_special: with what the model wants at the start of a text (often BOS).
-            as_text: what spells a special token is no such token.
+            add_special: add what the model expects at the start of a text, often BOS.
+            as_text: read the spelling of a special token as plain text.
         """
+        ...
+
+    def decode(self, token_ids: Sequence[int], *, skip_special: bool = False) -> str:
+        """The text of token ids, with or without the spelling of special tokens."""
         ...
 
     @property
     def control_tokens(self) -> ControlTokens: ...
-
-    def decode(self, token_ids: Sequence[int], *, skip_special: bool = False) -> str: ...
 
     @property
     def has_chat_template(self) -> bool: ...
@@ -291,7 +317,11 @@ class Engine(Protocol):
     def render(
         self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, add_generation_prompt: bool = False
     ) -> str:
-        """The messages as the model's chat template writes them; it may leave out `tools`."""
+        """Messages as the model's chat template writes them; a template may leave out `tools`.
+
+        Raises:
+            InvalidInput: the template does not take these messages.
+        """
         ...
 
 
@@ -301,37 +331,37 @@ def in_chunks(token_ids: Sequence[int], chunk_tokens: int) -> Iterator[Sequence[
 
 
 class Branches(Protocol):
-    """Texts that go on behind one cache, side by side: each sees what the cache holds, and itself."""
+    """Several texts that continue one cache as a batch: each attends to the cache and to itself."""
 
     @property
     def logits(self) -> Tensor:
-        """(num_branches, vocab_size) float32: what each of them expects next."""
+        """Next-token logits of each branch, (num_branches, vocab_size) float32."""
         ...
 
-    def read(self, branches: Sequence[int], token_ids: Sequence[int]) -> None:
-        """Read one more token into each of some branches; the others end, and these are all there are from then on."""
+    def advance(self, branches: Sequence[int], token_ids: Sequence[int]) -> None:
+        """Read one token into each of some branches; the others end. From then on only these are counted."""
         ...
 
 
 @runtime_checkable
 class Branching(Protocol):
-    """What an engine has beside, where a forward pass can read a token of each of several texts."""
+    """An engine that can read one token of each of several texts in one forward pass (optional)."""
 
     def branches(self, cache: SessionCache, beginnings: Sequence[Sequence[int]]) -> Branches | None:
-        """Texts that begin with these tokens behind the cache, which stays as it is; None where it has no room for it.
+        """Texts behind a cache, which does not change; None if this cache cannot have branches.
 
         Args:
-            beginnings: of each text, at least one token.
+            beginnings: the first tokens of each text, at least one.
         """
         ...
 
 
 @runtime_checkable
 class OwnVocabulary(Protocol):
-    """What an engine answers beside, for constrained answers, where it has no `tokenizer` of transformers."""
+    """An engine without a transformers `tokenizer` that supports constrained answers (optional)."""
 
     def grammar_tokenizer(self) -> LLTokenizer: ...
 
     def token_texts(self) -> Mapping[str, int]:
-        """Tokens by their text."""
+        """Token ids by the text of the token."""
         ...

@@ -1,4 +1,4 @@
-"""Chat templates: rendering one without a tokenizer of transformers, and what to say when one does not render."""
+"""Chat templates: rendering without a transformers tokenizer, their control tokens, and errors if one fails."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def render_template(
     add_generation_prompt: bool,
     special_tokens: Mapping[str, str],
 ) -> str:
-    """What transformers' own `apply_chat_template` writes with this template."""
-    told = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    """The text that transformers' `apply_chat_template` gives for this template."""
+    chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
     options: dict[str, Any] = {
-        "conversations": [told],
+        "conversations": [chat],
         "tools": [dict(tool) for tool in tools] if tools else None,
         "chat_template": template,
         "add_generation_prompt": add_generation_prompt,
@@ -40,26 +40,26 @@ def control_tokens(
     unknown: int | None,
     render: Callable[[Sequence[Message]], str],
 ) -> ControlTokens:
-    """What a chat template alone may write.
+    """The tokens that only the chat template may write.
 
     Args:
-        special: tokens that the tokenizer calls special, by their text.
-        added: others that it finds in a text before anything else: some models tell turns apart by such.
-        unknown: what the tokenizer gives for text that its vocabulary cannot spell.
-        render: by the template.
+        special: the tokenizer's special tokens, by their text.
+        added: its other added tokens, which it finds before it splits a text; some models mark turns with them.
+        unknown: the token for text that the vocabulary cannot spell.
+        render: renders messages with the template.
     """
-    special = {text: id for text, id in special.items() if not text.isspace()}  # anybody may write a line's end
+    special = {text: id for text, id in special.items() if not text.isspace()}  # messages may have line ends
     added = {text: id for text, id in added.items() if not text.isspace()}
     chats = list(_rendered_trials(render)) if added else []
     written = {text: id for text, id in added.items() if any(text in shown for shown in [template or "", *chats])}
-    # What no trial tells to be within a turn is taken for what begins or ends one.
+    # A token counts as one that begins or ends a turn, unless a trial shows that it stands within one.
     turns = {text: id for text, id in written.items() if not chats or any(text in chat for chat in chats)}
     tags = {text: id for text, id in written.items() if text not in turns}
     return ControlTokens({**special, **turns}, tags, unknown)
 
 
 def _rendered_trials(render: Callable[[Sequence[Message]], str]) -> Iterator[str]:
-    """Chats of every role, as far as the template takes them; none ends with an answer, which some begin with a tag."""
+    """Chats of all roles that the template takes. None ends with an answer, as some templates put a tag there."""
     for roles in (
         "user",
         "system user",
@@ -73,12 +73,12 @@ def _rendered_trials(render: Callable[[Sequence[Message]], str]) -> Iterator[str
 
 @contextmanager
 def template_errors(model_name: str, messages: Sequence[Message]) -> Iterator[None]:
-    """What a template raises, as InvalidInput that says which messages it was given."""
+    """Raise the errors of a template as InvalidInput, with the roles of the messages."""
     try:
         yield
     except (TemplateError, TypeError, RecursionError) as error:
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise InvalidInput(
-            f"the chat template of {model_name} does not take messages of roles {roles}: {error}; see which "
-            "roles, in which order, and what content it takes"
+            f"the chat template of {model_name} does not take messages of roles {roles}: {error}; look up which "
+            "roles, in which order, and which content it takes"
         ) from error

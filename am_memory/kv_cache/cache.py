@@ -1,10 +1,10 @@
-"""The KV cache of one session: ragged compact slots, then an exact tail that grows in place.
+"""The KV cache of one session, for transformers: ragged compact slots, then an exact tail that grows in place.
 
-Owns the layout `[pinned exact][segment 1]...[segment n][exact tail]`, logical against physical length, sharing between
-forks, and its own bytes. Knows no model, no policy, and not how slots are computed.
+    [pinned exact][segment 1]...[segment n][exact tail]
 
-What makes it safe: slots are immutable, and a tail only ever writes behind its own length. A snapshot is therefore a
-handful of references, restoring it is exact, and forks share memory until one of them appends.
+Slots are immutable, and a tail only writes behind its own length. A snapshot is therefore a handful of references,
+restoring it is exact, and forks share memory until one of them appends. Knows no model, no policy, and not how slots
+are computed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from am_memory.kv_cache.slots import Segment, Slots, carried_over, tail_start
 
 
 class Snapshot(Protocol):
-    """A whole cache at one moment, as whoever saves it sees it; an engine's own cache may have a state of its own."""
+    """A whole cache at one moment, as it can be saved. Each engine may have its own class for it."""
 
     @property
     def layers(self) -> tuple[LayerState, ...]: ...
@@ -38,7 +38,7 @@ class Snapshot(Protocol):
 
 @dataclass(frozen=True)
 class CacheState:
-    """A whole cache at one moment, as references; `KVCache.restore` takes it back exactly."""
+    """The plain `Snapshot`: references to the tensors of every layer."""
 
     layers: tuple[LayerState, ...]
     segments: tuple[Segment, ...]
@@ -49,8 +49,8 @@ def exchanged(state: Snapshot, segment: Segment, new_slots: Sequence[Slots]) -> 
     """The state in which other slots stand for a segment's tokens.
 
     Args:
-        segment: one of the state's; it keeps its `num_slots`, whatever the number of the new ones.
-        new_slots: of each compactable layer.
+        segment: one of the state's. Its `num_slots` stays, whatever the number of new slots.
+        new_slots: one `Slots` for each compactable layer.
     """
     slots_of_layer = iter(new_slots)
     layers: list[LayerState] = []
@@ -65,26 +65,49 @@ def exchanged(state: Snapshot, segment: Segment, new_slots: Sequence[Slots]) -> 
     return CacheState(tuple(layers), state.segments, state.num_pinned)
 
 
-BeforeForward = Callable[[Sequence[int], int, int, str], tuple[int, list[Tensor]]]
-"""Called with the tokens that a model is about to read into a cache, for how many of the last ones logits are wanted,
-how many of the last ones have to be read in one pass, and what for, if that is more than logits.
+class Sized(Protocol):
+    """A cache that can say its size."""
 
-Says how many of the first are read already, and gives the logits of those among them for which they are wanted,
-(num_tokens, vocab_size) pass by pass."""
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def segments(self) -> tuple[Segment, ...]: ...
+
+    @property
+    def kv_tokens(self) -> float: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+def cache_repr(cache: Sized) -> str:
+    """One line with what a cache holds."""
+    size, num_segments = f"{cache.kv_tokens:,.0f} KV tokens, {cache.nbytes / 2**20:,.1f} MiB", len(cache.segments)
+    return f"<{type(cache).__name__}: {cache.num_tokens:,} tokens in {size}, {num_segments} segments>"
+
+
+BeforeForward = Callable[[Sequence[int], int, int, str], tuple[int, list[Tensor]]]
+"""Called before a model reads tokens into a cache.
+
+Args: the tokens; how many of the last ones need logits; how many of the last ones must be read in one pass; the output
+that needs this one pass, or "".
+Returns: how many of the first tokens were read already, and the logits that are wanted of them, one (num_tokens,
+vocab_size) tensor for each pass."""
 
 
 class KVCache(Cache):
     """The cache of one session, usable wherever transformers takes a `Cache`.
 
     Args:
-        sliding_windows: for each layer of the model its sliding window in tokens, or None for full attention.
-        rotations: how each layer of the model turns its keys; None: slots stay where they were written.
+        sliding_windows: each layer's sliding window in tokens, or None for full attention.
+        rotations: each layer's RoPE; None: slots stay at the positions at which they were written.
 
     Attributes:
-        before_forward: set where somebody else drives the model (`generate`), to watch what it reads.
-        num_announced: tokens that there will be after the pass of which `before_forward` was told.
-        weights: what else than the model itself the entries depend on, as the engine has it (adapters).
-        held_rope: what holds the model's RoPE while it reads into this cache, where it depends on the text's length.
+        before_forward: set if `generate()` drives the model, to see every pass before it runs.
+        num_announced: the cache's tokens after the pass that `before_forward` has seen last.
+        weights: the adapters that the entries depend on, as the engine describes them.
+        held_rope: the engine's `HeldRope`, if the model's RoPE depends on the length of the text.
     """
 
     layers: list[CompactableLayer | SlidingLayer]  # type: ignore[assignment]
@@ -105,6 +128,9 @@ class KVCache(Cache):
         self.weights: object = None
         self.held_rope: object = None
 
+    def __repr__(self) -> str:
+        return cache_repr(self)
+
     @property
     def compactable(self) -> list[CompactableLayer]:
         return [layer for layer in self.layers if isinstance(layer, CompactableLayer)]
@@ -115,14 +141,14 @@ class KVCache(Cache):
         return self.get_seq_length()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Logical length: what every layer has seen, also when a forward pass was interrupted between two of them."""
+        """Logical length: tokens that every layer has, also if a forward pass was interrupted between two layers."""
         return min(layer.get_seq_length() for layer in self.layers)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Asked once in a pass, before its first layer: no pass may read into a watched cache that nobody told of it.
+        """See transformers. It is called once in each pass, which `before_forward` must have seen if it is set.
 
         Raises:
-            UnsupportedOperation: a pass of another model, or of a part of it.
+            UnsupportedOperation: another model, or a part of the model, reads into a watched cache.
         """
         if self.before_forward is not None and self.num_announced != self.num_tokens + query_length:
             raise UnsupportedOperation(
@@ -143,7 +169,7 @@ class KVCache(Cache):
 
     @property
     def num_compact_slots(self) -> float:
-        """Mean compact slots per KV head, over all compactable layers; pinned entries count as exact."""
+        """Mean number of compact slots per KV head; pinned entries count as exact."""
         num_slots = sum(layer.slots.num_slots for layer in self.compactable if layer.slots is not None)
         return num_slots / self.num_heads - self.num_pinned if num_slots else 0.0
 
@@ -159,12 +185,12 @@ class KVCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """What keys, values and biases take in the device's memory, with spare capacity."""
+        """Memory that keys, values and biases take on the device, spare capacity included."""
         return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors)
 
     @property
     def exact_nbytes(self) -> int:
-        """What an uncompacted cache of the same tokens would take."""
+        """Memory that an uncompacted cache of the same tokens would take."""
         per_token = sum(
             2 * layer.num_heads * layer.buffer.key.shape[3] * layer.buffer.key.element_size()
             for layer in self.compactable
@@ -184,10 +210,10 @@ class KVCache(Cache):
         self.segments, self.num_pinned = state.segments, state.num_pinned
 
     def load(self, saved: Snapshot) -> None:
-        """Take in a saved state.
+        """Take in a state that was saved by another process.
 
         Raises:
-            CorruptSession: a sliding window lacks tokens that the next one sees, or slots have biases of another dtype.
+            CorruptSession: a sliding window lacks tokens that the next token attends to, or biases have a wrong dtype.
         """
         self.restore(saved)
         for window, layer in zip(self.sliding_windows, saved.layers, strict=True):
@@ -197,7 +223,7 @@ class KVCache(Cache):
                 _require_bias(layer.slots)
 
     def fork(self) -> KVCache:
-        """A second cache with the same content, for any thread; memory is shared until one of the two appends."""
+        """A second cache with the same content, for any thread. Memory is shared until one of the two appends."""
         branch = KVCache(self.sliding_windows, self.rotations)
         for mine, other in zip(self.layers, branch.layers, strict=True):
             other.restore(mine.state())
@@ -211,17 +237,7 @@ class KVCache(Cache):
         return branch
 
     def compacted(self, segments: Sequence[Segment], new_slots: Sequence[Slots], num_pinned: int) -> CacheState:
-        """The state in which `new_slots` stand for the tail's tokens up to the end of the last of `segments`.
-
-        Args:
-            segments: all segments afterwards, the new one last; older ones are cut to their `num_slots` and turned to
-                their `shift`, and those that are not among them give way to the new one.
-            new_slots: the new segment's slots of each compactable layer, ranked within the segment.
-            num_pinned: tokens at the start of the tail that stay exact (only before the first compaction).
-
-        Returns:
-            A new state; this cache is as it was.
-        """
+        """The state after a compaction; see `am_memory.engines.base.SessionCache`."""
         slots_of_layer, (older, distances) = iter(new_slots), carried_over(self.segments, segments)
         states = tuple(
             layer.compacted(older, distances, segments[-1], next(slots_of_layer), num_pinned)
@@ -232,7 +248,7 @@ class KVCache(Cache):
         return CacheState(states, tuple(segments), max(self.num_pinned, num_pinned))
 
     def compact_layer(self, index: int, segments: Sequence[Segment], new_slots: Slots, num_pinned: int) -> None:
-        """Have one compactable layer as `compacted` makes it, with the new segment's slots of this layer."""
+        """Compact one layer in place; see `am_memory.engines.base.LayerwiseCache`."""
         layer = self.compactable[index]
         layer.restore(layer.compacted(*carried_over(self.segments, segments), segments[-1], new_slots, num_pinned))
 
@@ -241,7 +257,7 @@ class KVCache(Cache):
         self.segments, self.num_pinned = (), 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens, in all layers or in none."""
+        """Drop the last `-tokens_to_remove` tokens, in all layers or in none."""
         if tokens_to_remove and not self.is_croppable:
             raise UnsupportedOperation(
                 f"cannot remove {-tokens_to_remove} tokens from the cache: a sliding window has forgotten what came "
@@ -251,11 +267,11 @@ class KVCache(Cache):
 
     @property
     def is_whole(self) -> bool:
-        """Whether all layers have seen the same tokens; an interrupted forward pass leaves the first ones ahead."""
+        """Whether all layers have the same tokens; after an interrupted forward pass the first layers have more."""
         return len({layer.get_seq_length() for layer in self.layers}) == 1
 
     def truncate(self, num_tokens: int) -> None:
-        """Forget everything after the first `num_tokens` logical tokens; the rest must be in the exact tail."""
+        """Forget all but the first `num_tokens` logical tokens; what is forgotten must be in the exact tail."""
         self.crop(num_tokens - self.num_tokens)
 
 

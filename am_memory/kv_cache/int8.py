@@ -1,9 +1,7 @@
-"""Rows of keys or values at rest in int8, with a scale for each channel of a group, others among them as they are.
+"""Keys or values stored in int8, with a scale for each channel of a group; some rows may stay unquantised.
 
-Owns how numbers are rounded, and the order of rows of both kinds. Knows no slots, no model and no policy.
-
-A scale for each channel and not for each row: some models have key channels of a hundred and more beside others of one,
-and a row whose scale such a channel sets has all others rounded away (docs/log.md).
+Scales are per channel and not per row. Some models have key channels that are a hundred times larger than others; a
+scale for the whole row would round the others to zero (docs/log.md). Knows no slots, no model and no policy.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from torch import Tensor
 
 LARGEST = 127
 NOT_CODED = -1
-"""The group of a row that is as it was."""
+"""The group of an unquantised row."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,10 +24,10 @@ class Quantised:
     """(num_rows, head_dim) numbers, most of them in int8; immutable.
 
     Attributes:
-        codes: (num_coded, head_dim) int8; a row is its codes times its group's scale.
-        scale: (num_groups, head_dim) float32, each channel's largest number in the group over the largest code.
-        exact: (num_rows - num_coded, head_dim), the other rows, in the dtype that all are decoded to.
-        group: (num_rows,) int64 in host memory, ascending over the coded rows, `NOT_CODED` for the others.
+        codes: (num_coded, head_dim) int8; a row is its codes times the scale of its group.
+        scale: (num_groups, head_dim) float32: the largest magnitude of a channel in the group, divided by 127.
+        exact: (num_rows - num_coded, head_dim), the unquantised rows, in the dtype that all rows are decoded to.
+        group: (num_rows,) int64 in host memory, ascending over the quantised rows; `NOT_CODED` for the others.
     """
 
     codes: Tensor
@@ -39,7 +37,7 @@ class Quantised:
 
     @classmethod
     def of(cls, rows: Tensor) -> Quantised:
-        """(num_rows, head_dim) finite numbers as one group; unchanged where its scale would take what codes save."""
+        """Quantise (num_rows, head_dim) finite numbers as one group, unless its scale takes more than codes save."""
         if len(rows) * (rows.element_size() - 1) <= torch.float32.itemsize:
             return cls.unchanged(rows)
         return cls(
@@ -48,7 +46,7 @@ class Quantised:
 
     @classmethod
     def unchanged(cls, rows: Tensor) -> Quantised:
-        """All rows as they are."""
+        """All rows unquantised."""
         group = torch.full((len(rows),), NOT_CODED)
         return cls(rows[:0].to(torch.int8), rows[:0].float(), rows, group)
 
@@ -56,11 +54,11 @@ class Quantised:
         return len(self.group)
 
     def __getitem__(self, where: slice | Tensor) -> Quantised:
-        """Some rows; an index must be in host memory."""
-        place, group = self._place[where], self.group[where].clone()
+        """Some of the rows; an index tensor must be in host memory."""
+        row, group = self._row_in_kind[where], self.group[where].clone()
         is_coded = group != NOT_CODED
         kept, group[is_coded] = torch.unique_consecutive(group[is_coded], return_inverse=True)
-        coded, exact, kept = (of.to(self.codes.device) for of in (place[is_coded], place[~is_coded], kept))
+        coded, exact, kept = (index.to(self.codes.device) for index in (row[is_coded], row[~is_coded], kept))
         return Quantised(self.codes[coded], self.scale[kept], self.exact[exact], group)
 
     def recoded(self, rows: Tensor) -> Quantised:
@@ -74,7 +72,7 @@ class Quantised:
         return replace(self, codes=codes, scale=scale, exact=exact)
 
     def decoded(self) -> Tensor:
-        """(num_rows, head_dim), all rows; waits for no device."""
+        """All rows, (num_rows, head_dim); does not wait for the device."""
         scale = self.scale.repeat_interleave(self._group_sizes, dim=0, output_size=len(self.codes))
         coded = (self.codes * scale).to(self.exact.dtype)
         pieces = ((coded if is_coded else self.exact)[where] for is_coded, where in self._runs)
@@ -82,37 +80,37 @@ class Quantised:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What is held in the device's memory."""
+        """The tensors on the device."""
         return self.codes, self.scale, self.exact
 
     @cached_property
     def index(self) -> tuple[Tensor, Tensor]:
-        """Of each row its group and its place among the rows of its kind, (num_rows,) int32 in the device's memory."""
-        group, place = (of.int().to(self.codes.device, non_blocking=True) for of in (self.group, self._place))
-        return group, place
+        """Each row's group, and its row in `codes` or `exact`: (num_rows,) int32 each, in the device's memory."""
+        group, row = (index.int().to(self.codes.device, non_blocking=True) for index in (self.group, self._row_in_kind))
+        return group, row
 
     @cached_property
-    def _place(self) -> Tensor:
-        """(num_rows,) int64, where a row stands among those of its kind."""
+    def _row_in_kind(self) -> Tensor:
+        """(num_rows,) int64: a row's index in `codes`, or in `exact`."""
         is_coded = self.group != NOT_CODED
         return torch.where(is_coded, is_coded.cumsum(0), (~is_coded).cumsum(0)) - 1
 
     @cached_property
     def _runs(self) -> list[tuple[bool, slice]]:
-        """Rows of one kind that follow each other: whether they are coded, and where among those of their kind."""
+        """Consecutive rows of one kind: whether they are quantised, and their slice of `codes` or `exact`."""
         kinds, counts = torch.unique_consecutive(self.group != NOT_CODED, return_counts=True)
-        first = self._place[counts.cumsum(0) - counts]
+        first = self._row_in_kind[counts.cumsum(0) - counts]
         runs = zip(kinds.tolist(), first.tolist(), counts.tolist(), strict=True)
         return [(is_coded, slice(start, start + count)) for is_coded, start, count in runs]
 
     @cached_property
     def _group_sizes(self) -> Tensor:
-        """(num_groups,) int64 in the device's memory."""
+        """The number of rows in each group, (num_groups,) int64 on the device."""
         return self.group[self.group != NOT_CODED].bincount(minlength=len(self.scale)).to(self.codes.device)
 
 
 def _coded(rows: Tensor, group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """Codes and scales of rows, each in one of the groups."""
+    """The codes of rows, and the scales of their groups."""
     numbers = rows.float()
     index = group[:, None].expand_as(numbers)
     largest = numbers.new_zeros(num_groups, rows.shape[1]).scatter_reduce(0, index, numbers.abs(), "amax")
@@ -121,21 +119,21 @@ def _coded(rows: Tensor, group: Tensor, num_groups: int) -> tuple[Tensor, Tensor
 
 
 Rows: TypeAlias = Tensor | Quantised
-"""(num_rows, head_dim) keys or values, however they are held."""
+"""(num_rows, head_dim) keys or values, quantised or not."""
 
 
 def decoded(rows: Rows) -> Tensor:
-    """In the model's dtype."""
+    """The rows in the model's dtype."""
     return rows.decoded() if isinstance(rows, Quantised) else rows
 
 
 def tensors(rows: Rows) -> tuple[Tensor, ...]:
-    """What rows take in the device's memory."""
+    """The tensors of the rows on the device."""
     return rows.tensors if isinstance(rows, Quantised) else (rows,)
 
 
 def cat(parts: Sequence[Rows]) -> Rows:
-    """One after another; as a plain tensor where all are."""
+    """Concatenate rows; a plain tensor if all parts are plain."""
     plain = [part for part in parts if isinstance(part, Tensor)]
     if len(plain) == len(parts):
         return torch.cat(plain)
@@ -144,5 +142,5 @@ def cat(parts: Sequence[Rows]) -> Rows:
     for part in held:
         groups.append(torch.where(part.group == NOT_CODED, NOT_CODED, part.group + num_groups))
         num_groups += len(part.scale)
-    codes, scale, exact = (torch.cat(of) for of in zip(*(part.tensors for part in held), strict=True))
+    codes, scale, exact = (torch.cat(pieces) for pieces in zip(*(part.tensors for part in held), strict=True))
     return Quantised(codes, scale, exact, torch.cat(groups))

@@ -1,6 +1,6 @@
-"""The layers of a KV cache: compact slots before an exact tail that grows in place, or a sliding window as it is.
+"""The layers of a KV cache: compact slots before an exact tail that grows in place, or a sliding window.
 
-Owns how entries are appended, shared between forks and forgotten, in one layer; knows no other layer, and no segments.
+A layer appends entries, shares them between forks and drops them. It knows no other layer.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from am_memory.kv_cache.rotation import Rotation
 from am_memory.kv_cache.slots import Segment, Slots
 
 QuerySink = Callable[[Tensor, Tensor], None]
-"""Gets what passes a layer: the queries, (num_key_value_heads, num_key_value_groups, num_tokens, head_dim) after RoPE,
-and the log of the mass that each spent on everything it saw, (the same without head_dim) float32. It may compact the
-layer there and then: the attention that goes on to the next layer is then over what the layer holds afterwards."""
+"""Called with the queries of a layer, (num_key_value_heads, num_key_value_groups, num_tokens, head_dim) after RoPE, and
+the log of each query's attention mass on all keys, (the same without head_dim) float32. It may compact the layer: the
+layer's attention is then computed again, over its new content."""
 
 
 class TailBuffer:
-    """Room for exact entries; written in place by its one user, copied before writing once it `is_shared`."""
+    """Memory for exact entries. One layer writes into it in place; once it `is_shared`, it is copied before writing."""
 
     def __init__(self, key: Tensor, value: Tensor) -> None:
         self.key = key  # (1, num_key_value_heads, capacity, head_dim)
@@ -35,7 +35,7 @@ class TailBuffer:
         return self.key.shape[2]
 
     def grown(self, num_used: int, capacity: int) -> TailBuffer:
-        """A buffer of our own with the first `num_used` entries."""
+        """A copy of the first `num_used` entries, in a buffer of another capacity."""
         shape = (*self.key.shape[:2], capacity, self.key.shape[3])
         buffer = TailBuffer(self.key.new_empty(shape), self.value.new_empty(shape))
         buffer.key[:, :, :num_used] = self.key[:, :, :num_used]
@@ -44,7 +44,7 @@ class TailBuffer:
 
 
 class TailState(NamedTuple):
-    """What a compactable layer is at one moment: references only."""
+    """A compactable layer at one moment: references only."""
 
     slots: Slots | None
     buffer: TailBuffer | None
@@ -67,7 +67,7 @@ class TailState(NamedTuple):
 
 
 class SlidingState(NamedTuple):
-    """What a sliding-window layer is at one moment; transformers never writes into these tensors."""
+    """A sliding-window layer at one moment; transformers never writes into these tensors."""
 
     keys: Tensor | None
     values: Tensor | None
@@ -82,20 +82,20 @@ class SlidingState(NamedTuple):
 class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One full-attention layer: compact slots (or none yet), then exact entries in a buffer that grows in place.
 
-    The keys that `update` returns are the exact tail alone. They carry this layer as `am_layer`, which is how the
-    attention function finds the slots that belong before them.
+    `update` returns the keys of the exact tail alone, with this layer in their attribute `am_layer`. The attention
+    function finds the slots there.
 
     Args:
-        rotation: how the layer turns its keys with their position; None: slots stay where they were written.
+        rotation: the layer's RoPE; None: slots stay at the positions at which they were written.
 
     Attributes:
-        place: (1,) int64 in the device's memory. While it is set, the one token that `update` is given goes there in
-            the tail, for which there must be room, all of the buffer is returned, and whoever set it counts the token.
+        write_position: (1,) int64 in the device's memory. While it is set, `update` writes its one token there in the
+            tail, which must have room, and returns the whole buffer; whoever set it counts the token.
     """
 
     is_sliding = False
     is_croppable = True
-    rotations: Tensor | None = None  # slots have biases of their own
+    query_rotations: Tensor | None = None  # slots have biases of their own
 
     def __init__(self, rotation: Rotation | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -104,7 +104,7 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.buffer: TailBuffer | None = None
         self.start = 0  # logical position of the first exact entry
         self.length = 0  # exact entries in use
-        self.place: Tensor | None = None
+        self.write_position: Tensor | None = None
         self.query_sink: QuerySink | None = None
         self.scaling: float | None = None  # softmax scale, as the attention function last saw it
 
@@ -114,8 +114,8 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append (1, num_key_value_heads, num_tokens, head_dim); return the whole exact tail."""
-        if self.place is not None:
-            return self._put(self.place, key_states, value_states)
+        if self.write_position is not None:
+            return self._write_at(self.write_position, key_states, value_states)
         if key_states.shape[0] != 1:
             raise UnsupportedOperation(
                 f"a batch of {key_states.shape[0]} sequences; a session holds one: use one session for each"
@@ -126,7 +126,7 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         assert buffer is not None
         end = self.length + key_states.shape[2]
         if key_states.shape[2] > self.room:
-            # At most 1/64 stands empty, so that bytes stay honest; a decoded token copies 64 entries on average.
+            # At most 1/64 is spare, so that `nbytes` stays near what is used; a token copies 64 entries on average.
             buffer = self.buffer = buffer.grown(self.length, end + end // 64)
         buffer.key[:, :, self.length : end] = key_states
         buffer.value[:, :, self.length : end] = value_states
@@ -135,27 +135,27 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         key.am_layer = self  # type: ignore[attr-defined]
         return key, value
 
-    def _put(self, place: Tensor, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+    def _write_at(self, write_position: Tensor, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         assert self.buffer is not None
         key, value = self.buffer.key[:], self.buffer.value
-        key.index_copy_(2, place, key_states)
-        value.index_copy_(2, place, value_states)
+        key.index_copy_(2, write_position, key_states)
+        value.index_copy_(2, write_position, value_states)
         key.am_layer = self  # type: ignore[attr-defined]
         return key, value
 
     @property
     def room(self) -> int:
-        """Entries that can be written into the buffer as it is."""
+        """Entries that can be written without another buffer."""
         return 0 if self.buffer is None or self.buffer.is_shared else self.buffer.capacity - self.length
 
     def reserve(self, num_tokens: int) -> None:
-        """Room for so many entries more, or for half as many where there is that much already."""
+        """Make room for `num_tokens` more entries, unless there is room for half as many."""
         assert self.buffer is not None
         if self.room < num_tokens // 2:
             self.buffer = self.buffer.grown(self.length, self.length + max(num_tokens, self.length // 64))
 
     def exact_entries(self, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Views of the exact keys and values at logical positions [start, end): (num_heads, end - start, head_dim)."""
+        """Views of exact keys and values at the logical positions [start, end): (num_heads, end - start, head_dim)."""
         assert self.buffer is not None
         assert self.start <= start <= end <= self.start + self.length
         where = slice(start - self.start, end - self.start)
@@ -170,32 +170,32 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def compacted(
         self, older: Sequence[Segment], distances: Sequence[int], newest: Segment, new_slots: Slots, num_pinned: int
     ) -> TailState:
-        """The state in which `new_slots` stand for the tail up to the end of the newest segment.
+        """The state in which `new_slots` stand for the tail's tokens up to the end of the newest segment.
 
         Args:
             older: the segments that the layer holds now, cut to their `num_slots`.
-            distances: how far each of them is turned.
-            num_pinned: tokens at the start of the tail that stay exact (only before the first compaction).
+            distances: by how many positions each of them is rotated.
+            num_pinned: tokens at the start of the tail that stay exact; it matters at the first compaction only.
 
         Returns:
-            The remaining tail is a copy, so that the old buffer can be freed.
+            The state. Its tail is a copy, so that the old buffer can be freed.
         """
         parts = []
         if self.slots is not None:
             kept = self.slots.cut(older)
-            parts.append(kept.turned(self.rotation, older, distances) if self.rotation else kept)
+            parts.append(kept.rotated(self.rotation, older, distances) if self.rotation else kept)
         elif num_pinned:
             parts.append(Slots.exact(*self.exact_entries(0, num_pinned), start=0))
         key, value = self.exact_entries(newest.end, self.get_seq_length())
         tail = TailBuffer(key[None].clone(), value[None].clone())
         return TailState(Slots.concat([*parts, new_slots]), tail, newest.end, key.shape[1])
 
-    def turned(self, key: Tensor, distance: int) -> Tensor:
-        """Keys of the layer, (num_key_value_heads, num_keys, head_dim), as they would be so many positions later."""
+    def rotated(self, key: Tensor, distance: int) -> Tensor:
+        """Keys, (num_key_value_heads, num_keys, head_dim), rotated to `distance` positions later."""
         if not distance:
             return key
         assert self.rotation is not None
-        return self.rotation.turned(key, tensor(distance))
+        return self.rotation.rotated(key, tensor(distance))
 
     @property
     def num_heads(self) -> int:
@@ -215,18 +215,18 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return exact + (self.slots.tensors if self.slots is not None else ())
 
     def get_seq_length(self) -> int:
-        """Logical length: tokens ever seen, compacted or not."""
+        """Logical length: tokens read, compacted or not."""
         return self.start + self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Only the new tokens: the attention function knows that everything before them is visible."""
+        """Only the new tokens; the attention function makes all earlier ones visible."""
         return query_length, self.get_seq_length()
 
     def get_max_length(self) -> int:
         return -1
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens; they must be exact ones."""
+        """Drop the last `-tokens_to_remove` tokens, which must be exact."""
         if tokens_to_remove > 0:
             raise UnsupportedOperation(f"crop({tokens_to_remove}): give the tokens to remove as a negative number")
         if -tokens_to_remove > self.length:
@@ -252,18 +252,18 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 class SlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
-    """A sliding-window layer, left as transformers has it; a full one can only be put back to a state it had."""
+    """A sliding-window layer of transformers. Once it is full, it can only return to an earlier state."""
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
-        """Whether the window still holds everything, or (assisted decoding) is kept longer than it need be."""
+        """Whether the last tokens can be dropped: the window is not full, or assisted decoding keeps more than it."""
         return self.record_past or self.cumulative_length < self.sliding_window
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         everything = super().update(key_states, value_states, *args, **kwargs)
         assert self.keys is not None
         assert self.values is not None
-        if self.keys.untyped_storage().nbytes() > 1.5 * self.keys.nbytes:  # the whole of a long chunk
+        if self.keys.untyped_storage().nbytes() > 1.5 * self.keys.nbytes:  # a view of a whole chunk
             self.keys, self.values = self.keys.clone(), self.values.clone()
         return everything
 

@@ -1,7 +1,7 @@
-"""How a layer turns its keys with their position (RoPE), and turning them further once they are written.
+"""RoPE of one layer: rotating keys that are already written to later positions.
 
-Attention sees only how far a query stands from a key, so a key that is turned by some positions stands as if its token
-had come so much later. Knows no model and no cache.
+Attention depends only on the distance between a query and a key. A key that is rotated by n positions therefore acts
+as if its token had come n positions later. Knows no model and no cache.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """Of one layer: pairs of a key's elements, each of which turns at a speed of its own.
+    """The RoPE of one layer: pairs of a key's elements, each with its own frequency.
 
     Attributes:
-        first, second: (num_pairs,) int64, the elements of each pair; what is in none does not turn.
-        speeds: (num_pairs,) float64, radians per position; all three in host memory.
+        first, second: (num_pairs,) int64, the two elements of each pair. Elements in no pair do not rotate.
+        speeds: (num_pairs,) float64, radians per position. All three tensors are in host memory.
     """
 
     first: Tensor
     second: Tensor
     speeds: Tensor
 
-    def turned(self, key: Tensor, distance: Tensor) -> Tensor:
-        """The keys as they would be so many positions later, in their own dtype, rounded once.
+    def rotated(self, key: Tensor, distance: Tensor) -> Tensor:
+        """The keys at `distance` positions later, in their own dtype, rounded once.
 
         Args:
             key: (..., num_keys, head_dim), after RoPE.
-            distance: in positions, (num_keys,) or () for all alike, int64 in host memory.
+            distance: in positions, int64 in host memory: (num_keys,), or () if it is the same for all.
         """
-        angle = distance.double()[..., None] * self.speeds  # in float32, 60,000 positions are known to 0.004 radians
-        cos, sin = (of.float().to(key.device) for of in (angle.cos(), angle.sin()))
-        first, second = (of.to(key.device) for of in (self.first, self.second))
+        angle = distance.double()[..., None] * self.speeds  # float32 is off by 0.004 radians at 60,000 positions
+        cos, sin = (tensor.float().to(key.device) for tensor in (angle.cos(), angle.sin()))
+        first, second = (elements.to(key.device) for elements in (self.first, self.second))
         one, other = key[..., first].float(), key[..., second].float()
-        turned = key.clone()
-        turned[..., first] = (one * cos - other * sin).to(key.dtype)
-        turned[..., second] = (one * sin + other * cos).to(key.dtype)
-        return turned
+        rotated = key.clone()
+        rotated[..., first] = (one * cos - other * sin).to(key.dtype)
+        rotated[..., second] = (one * sin + other * cos).to(key.dtype)
+        return rotated

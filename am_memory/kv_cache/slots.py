@@ -1,6 +1,6 @@
 """Compact slots, ragged over the heads of a layer, and the segments of tokens that they stand for.
 
-Slots are immutable, so that snapshots and forks share them. Knows no model, no policy, and not how slots are computed.
+Slots are immutable: snapshots and forks share them. Knows no model, no policy, and not how slots are computed.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from am_memory.kv_cache.int8 import Quantised, Rows, cat, decoded, tensors
 from am_memory.kv_cache.rotation import Rotation
 
 PINNED_RANK = -1
-"""The rank of an entry that no budget cuts."""
+"""The rank of a pinned entry, which no budget cuts."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Logical tokens [start, end) held in `num_slots` slots, counted over all layers and KV heads.
+    """The logical tokens [start, end), held in `num_slots` slots over all layers and KV heads.
 
-    Cutting a segment is a cut in the ranking that its slots were born with: slots of rank >= num_slots go. It depends
-    on the size alone, never on the path.
+    Slots are ranked when the segment is made. Shrinking it drops the slots of rank >= num_slots, so that the result
+    depends on the size alone and not on the steps in between.
 
     Attributes:
-        shift: by how many positions its keys stand later than they were written.
+        shift: by how many positions its keys were rotated since they were written.
     """
 
     start: int
@@ -53,13 +53,15 @@ def resized(segment: Segment, num_slots: int) -> Segment:
 
 
 def carried_over(held: Sequence[Segment], segments: Sequence[Segment]) -> tuple[list[Segment], list[int]]:
-    """What becomes of the segments that a cache holds when it is to have others.
+    """The segments that a cache holds, as they are after a compaction.
 
     Args:
-        segments: afterwards, the new one last.
+        held: before the compaction.
+        segments: after it, the new one last.
 
     Returns:
-        The held ones as they are among `segments`, with no slots where they are not; how far each of them is turned.
+        Each held segment as it is among `segments`, or with 0 slots if it is not there; and by how many positions each
+        of them is rotated.
     """
     kept = {segment.start: segment for segment in segments[:-1]}
     older = [kept.get(segment.start, replace(segment, num_slots=0)) for segment in held]
@@ -67,7 +69,7 @@ def carried_over(held: Sequence[Segment], segments: Sequence[Segment]) -> tuple[
 
 
 class HeadSlots(NamedTuple):
-    """One KV head's slots, as views that broadcast against (batch, heads, queries, head_dim)."""
+    """Views of one KV head's slots, which broadcast against (batch, heads, queries, head_dim)."""
 
     key: Tensor  # (1, 1, num_slots, head_dim)
     value: Tensor  # (1, 1, num_slots, head_dim)
@@ -79,13 +81,13 @@ class Slots:
     """The compact entries of one layer, ragged over its KV heads; immutable, so forks share them.
 
     Attributes:
-        key, value: (total_slots, head_dim), head after head; within a head in the order of the tokens. Where segments
-            are kept in int8, they are `Quantised`, with pinned and recalled entries as they were.
-        bias: (total_slots,), log of how many exact entries a slot weighs; zero for pinned exact entries.
-        positions: (total_slots,) int32, the logical position that a slot's key was written at.
-        ranks: (total_slots,) int32, the slot's place in its segment's ranking at birth, or `PINNED_RANK`. Attention
-            needs neither of the two: they stay in host memory, and cutting never waits for a device.
-        cu_slots: where each head begins, and the end: num_key_value_heads + 1 numbers.
+        key, value: (total_slots, head_dim), head after head; within a head in the order of the tokens. `Quantised` if
+            segments are kept in int8; pinned and recalled entries in them keep the model's dtype.
+        bias: (total_slots,), the log of the number of exact entries that a slot stands for; 0 for pinned entries.
+        positions: (total_slots,) int32 in host memory, the logical position at which a slot's key was written.
+        ranks: (total_slots,) int32 in host memory, the slot's rank in its segment when that was made, or
+            `PINNED_RANK`. Attention does not need it: cutting never waits for the device.
+        cu_slots: the first slot of each head, and the end: num_key_value_heads + 1 numbers.
     """
 
     key: Rows
@@ -97,7 +99,7 @@ class Slots:
 
     @classmethod
     def exact(cls, key: Tensor, value: Tensor, start: int) -> Slots:
-        """Pinned entries as they are; key and value: (num_key_value_heads, seq_len, head_dim)."""
+        """Pinned entries, unchanged; key and value: (num_key_value_heads, seq_len, head_dim)."""
         num_heads, seq_len, head_dim = key.shape
         positions = torch.arange(start, start + seq_len, dtype=torch.int32)
         return cls(
@@ -111,25 +113,25 @@ class Slots:
 
     @classmethod
     def recalled(cls, key: Tensor, value: Tensor, start: int) -> Slots:
-        """A segment's entries as they were before it was compacted, each of the first rank; shapes as of `exact`."""
+        """A segment's original entries, all of rank 0; shapes as in `exact`."""
         exact = cls.exact(key, value, start)
         return replace(exact, ranks=torch.zeros_like(exact.ranks))
 
     @classmethod
     def concat(cls, parts: Sequence[Slots]) -> Slots:
-        """Head by head, one part after another; parts must come in the order of their tokens."""
+        """One part after another in each head; the parts must be in the order of their tokens."""
         num_heads = parts[0].num_heads
         stacked = cls.stack([part.head(head) for head in range(num_heads) for part in parts])
         return replace(stacked, cu_slots=stacked.cu_slots[:: len(parts)])
 
     def head(self, index: int) -> Slots:
-        """One head's slots, as a layer of one head; views, but of what is in int8."""
+        """One head's slots, as a layer of one head; views, except of int8 rows."""
         where = slice(self.cu_slots[index], self.cu_slots[index + 1])
         return self._of((field[where] for field in self.fields), (0, where.stop - where.start))
 
     @classmethod
     def stack(cls, heads: Sequence[Slots]) -> Slots:
-        """One layer from its heads, given one by one."""
+        """One layer from its heads, each given as a layer of one head."""
         fields = (cat(field) for field in zip(*(head.fields for head in heads), strict=True))
         return cls._of(fields, (0, *itertools.accumulate(head.num_slots for head in heads)))
 
@@ -139,7 +141,7 @@ class Slots:
         return cls(key, value, bias, positions, ranks, cu_slots)
 
     def to(self, device: torch.device | str) -> Slots:
-        """The same slots with what attention needs on a device."""
+        """The same slots, with the tensors that attention needs on a device."""
         return replace(self, key=self.key.to(device), value=self.value.to(device), bias=self.bias.to(device))
 
     def quantised(self) -> Slots:
@@ -154,7 +156,7 @@ class Slots:
         return replace(self, key=decoded(self.key), value=decoded(self.value))
 
     def within(self, start: int, end: int) -> Slots:
-        """The slots of the tokens at [start, end), pinned ones apart."""
+        """The slots of the tokens at [start, end), without pinned ones."""
         keep = (self.positions >= start) & (self.positions < end) & (self.ranks != PINNED_RANK)
         return self.where(keep)
 
@@ -175,7 +177,7 @@ class Slots:
         """Drop the slots that no longer fit in their segment's `num_slots`.
 
         Args:
-            segments: all that the slots are of, in the order of their tokens.
+            segments: all segments of the slots, in the order of their tokens.
         """
         if not segments:
             return self
@@ -183,20 +185,21 @@ class Slots:
         keep = self.ranks < limits[self._segment_indices(segments)]  # a pinned slot's rank is below any limit
         return self if bool(keep.all()) else self.where(keep)
 
-    def turned(self, rotation: Rotation, segments: Sequence[Segment], distances: Sequence[int]) -> Slots:
-        """The keys of each segment so many positions later, pinned ones with the oldest segment.
+    def rotated(self, rotation: Rotation, segments: Sequence[Segment], distances: Sequence[int]) -> Slots:
+        """The slots with the keys of each segment rotated; pinned keys rotate with the oldest segment.
 
         Args:
-            segments: all that the slots are of, in the order of their tokens.
+            segments: all segments of the slots, in the order of their tokens.
+            distances: for each segment, in positions.
         """
         if not any(distances):
             return self
         distance = torch.tensor(distances)[self._segment_indices(segments)]
-        key = rotation.turned(decoded(self.key), distance)
+        key = rotation.rotated(decoded(self.key), distance)
         return replace(self, key=self.key.recoded(key) if isinstance(self.key, Quantised) else key)
 
     def _segment_indices(self, segments: Sequence[Segment]) -> Tensor:
-        """(total_slots,): which segment each slot is of; a pinned one, before all of them, counts to the first."""
+        """The index of each slot's segment, (total_slots,); pinned slots count to the first segment."""
         starts = self.positions.new_tensor([segment.start for segment in segments])
         return (torch.searchsorted(starts, self.positions, right=True) - 1).clamp_min(0)
 
@@ -206,12 +209,12 @@ class Slots:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What attention needs, in the device's memory: key, value and bias where nothing is in int8."""
+        """The tensors that attention needs, on the device: key, value and bias if nothing is in int8."""
         return *tensors(self.key), *tensors(self.value), self.bias
 
     @cached_property
     def heads(self) -> tuple[HeadSlots, ...]:
-        """Views, so not of what is in int8."""
+        """Each head's slots; only if nothing is in int8."""
         key, value, bias = self.tensors
         return tuple(
             HeadSlots(key[None, None, begin:end], value[None, None, begin:end], bias[None, None, None, begin:end])
@@ -229,10 +232,10 @@ class Slots:
 
     @cached_property
     def longest(self) -> int:
-        """Slots of the head that has the most."""
+        """The number of slots of the head with the most."""
         return max(end - begin for begin, end in itertools.pairwise(self.cu_slots))
 
     @cached_property
     def cu_slots_tensor(self) -> Tensor:
-        """`cu_slots` as int32 in the device's memory, for kernels."""
+        """`cu_slots` as an int32 tensor on the device, for kernels."""
         return torch.tensor(self.cu_slots, dtype=torch.int32).to(self.bias.device, non_blocking=True)

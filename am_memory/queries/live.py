@@ -115,5 +115,5 @@ def _spread(query: Tensor, layer: SessionLayer, num_tokens: int) -> Tensor:
     spread = torch.empty_like(query)
     for index in range(NUM_DISTANCES):
         distance = num_tokens * (2 * index + 1) // (2 * NUM_DISTANCES)
-        spread[:, index::NUM_DISTANCES] = layer.turned(query[:, index::NUM_DISTANCES], distance)
+        spread[:, index::NUM_DISTANCES] = layer.rotated(query[:, index::NUM_DISTANCES], distance)
     return spread

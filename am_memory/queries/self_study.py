@@ -77,7 +77,7 @@ def answer_as_batch(
         on_progress(num_used, max_tokens)
         if num_used == max_tokens:
             return answers
-        branches.read(going, token_ids)
+        branches.advance(going, token_ids)
 
 
 def answer_one_by_one(

@@ -124,7 +124,7 @@ def held_keys(cache: SessionCache, originals: Sequence[Original]) -> Iterator[He
         positions = torch.arange(original.start, original.end)
         shift = next((each.shift for each in cache.segments if each.start <= original.start < each.end), 0)
         for index, (layer, (key, _)) in enumerate(zip(cache.compactable, original.layers(), strict=True)):
-            standing = layer.turned(key, shift)
+            standing = layer.rotated(key, shift)
             for head in range(key.shape[0]):
                 yield HeadKeys(index, head, standing[head], None, positions)
     for index, layer in enumerate(cache.compactable):

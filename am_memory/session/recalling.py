@@ -128,7 +128,7 @@ def _brought_back(context: Context, start: int) -> Recalled:
             "were compacted, or are lost; set the policy's originals to 'host' or 'disk' before that"
         )
     layers = zip(context.cache.compactable, entries, strict=True)
-    entries = [(layer.turned(key, segment.shift), value) for layer, (key, value) in layers]
+    entries = [(layer.rotated(key, segment.shift), value) for layer, (key, value) in layers]
     state, recalled = brought_back(context.cache.state(), segment, entries)
     context.cache.restore(state)
     context.notify(SpanRecalled(context.name, segment.start, segment.end, context.cache.kv_tokens))

@@ -60,7 +60,7 @@ def held(context: Context) -> list[Tensor]:
     """Every entry in the cache, copied."""
     entries = []
     for layer in context.cache.compactable:
-        entries += [of.clone() for of in layer.tail]
+        entries += [of.clone() for of in layer.exact_entries(layer.start, layer.start + layer.length)]
         if layer.slots is not None:
             entries += [of.clone() for of in (*layer.slots.tensors, layer.slots.positions, layer.slots.ranks)]
     return entries

@@ -32,9 +32,9 @@ def compiled(
             return "constexpr"
         if name in ("scaling", "scale"):
             return "fp32"
-        if name in ("cu_slots", "slot_group", "slot_place"):
+        if name in ("cu_slots", "slot_group", "slot_row"):
             return "*i32"
-        if name == "place":
+        if name == "write_position":
             return "*i64"
         if name.endswith("_codes"):
             return "*i8"
@@ -69,7 +69,7 @@ def main() -> None:
             blocks = {"BLOCK_ROWS": block_rows, "BLOCK_KEYS": block_keys}
             rest = {"HAS_SLOTS": True, "GROUPS": GROUPS, "DOT_DTYPE": DTYPES[dtype]}
             for has_codes in (False, True):
-                constants = {**dims, **blocks, **rest, "HAS_CODES": has_codes, "HAS_PLACE": num_tokens == 1}
+                constants = {**dims, **blocks, **rest, "HAS_CODES": has_codes, "HAS_WRITE_POSITION": num_tokens == 1}
                 options = fused.launch_options(num_tokens * GROUPS, has_codes=has_codes)
                 print(compiled(attend_kernel, dtype, constants, capability, options), flush=True)
             merge = compiled(merge_kernel, dtype, {**dims, "BLOCK_PARTS": fused.BLOCK_PARTS}, capability, {})

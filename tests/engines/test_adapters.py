@@ -80,7 +80,7 @@ def test_adapters_that_come_later_are_refused_by_the_engine_before_them(
     session, cache = memory.session(), memory.cache()
     session.append(TOKENS)
     wrapped = get_peft_model(before.model, lora())
-    with pytest.raises(UnsupportedOperation, match="the model without adapters, and it is now the model with default"):
+    with pytest.raises(UnsupportedOperation, match="the model without adapters, and the model is now with default"):
         session.append(TOKENS)
     with pytest.raises(UnsupportedOperation, match="with default"):
         wrapped.generate(input_ids=PROMPT, cache=cache, max_new_tokens=5, **GREEDY)
@@ -100,7 +100,7 @@ def test_adapters_have_an_engine_each_and_share_no_cache(
     wrapped.set_adapter("other")
     second = new_engine(wrapped, byte_tokenizer)
     assert second.info.fingerprint != first.info.fingerprint
-    with pytest.raises(UnsupportedOperation, match="the model with default, and it is now the model with other"):
+    with pytest.raises(UnsupportedOperation, match="the model with default, and the model is now with other"):
         next(session.generate(1))
     assert_compacts(wrapped, second)
     wrapped.set_adapter("default")
@@ -118,7 +118,7 @@ def test_merged_adapters_are_other_weights(wrapped: PeftModel, byte_tokenizer: P
     wrapped.unmerge_adapter()
     session.append(TOKENS)
     merged = wrapped.merge_and_unload()
-    with pytest.raises(UnsupportedOperation, match="it is now the model without adapters"):
+    with pytest.raises(UnsupportedOperation, match="the model is now without adapters"):
         session.append(TOKENS)
     assert_compacts(merged, new_engine(merged, byte_tokenizer))
 
@@ -154,7 +154,7 @@ def test_an_adapter_that_is_switched_off_leaves_the_fingerprint_of_the_model(
 def test_adapters_without_a_wrapper_are_seen(model: PreTrainedModel, byte_tokenizer: PreTrainedTokenizerBase) -> None:
     plain = new_engine(model, byte_tokenizer)
     inject_adapter_in_model(lora(), model, "mine")
-    with pytest.raises(UnsupportedOperation, match="it is now the model with mine"):
+    with pytest.raises(UnsupportedOperation, match="the model is now with mine"):
         plain.forward(plain.new_cache(), TOKENS)
     assert_compacts(model, new_engine(model, byte_tokenizer))
 
@@ -181,7 +181,7 @@ def test_a_refused_choice_of_adapters_leaves_the_model_as_it_was(
     hooks = [len(layer._forward_pre_hooks) for layer in wrapped.modules()]
     for call in (wrapped.generate, wrapped):
         with pytest.raises(UnsupportedOperation, match="adapter_names"):
-            call(input_ids=PROMPT, past_key_values=memory.cache(), adapter_names=["default"])
+            call(input_ids=PROMPT, cache=memory.cache(), adapter_names=["default"])
         assert [len(layer._forward_pre_hooks) for layer in wrapped.modules()] == hooks
         assert torch.equal(session.logits([5]), expected)
     assert wrapped(input_ids=PROMPT, adapter_names=["default"]).logits.isfinite().all()
@@ -194,7 +194,7 @@ def test_an_adapter_that_begins_within_the_text_is_refused_by_its_argument(
     wrapped = get_peft_model(model, config).eval()
     cache = Memory(new_engine(wrapped, byte_tokenizer), POLICY).cache()
     with pytest.raises(UnsupportedOperation, match="alora_offsets"):
-        wrapped.generate(input_ids=PROMPT, past_key_values=cache, max_new_tokens=5, **GREEDY)
+        wrapped.generate(input_ids=PROMPT, cache=cache, max_new_tokens=5, **GREEDY)
     assert not cache.num_tokens
     assert not any(layer._forward_pre_hooks for layer in wrapped.modules())
 

@@ -53,7 +53,7 @@ def test_each_text_expects_what_it_expects_alone(engine: TransformersEngine, cac
     assert branches is not None
     torch.testing.assert_close(branches.logits, alone(engine, cache, TEXTS))
     for step in range(3):
-        branches.read(range(4), [new[step] for new in NEXT])
+        branches.advance(range(4), [new[step] for new in NEXT])
         texts = [[*text, *new[: step + 1]] for text, new in zip(TEXTS, NEXT, strict=True)]
         torch.testing.assert_close(branches.logits, alone(engine, cache, texts), rtol=1e-4, atol=1e-4)
 
@@ -66,7 +66,7 @@ def test_plain_operations_give_the_same(
         monkeypatch.setattr(f"am_memory.engines.transformers.{name}.partial_attention", plain_partial_attention)
     branches = engine.branches(cache, TEXTS)
     assert branches is not None
-    branches.read([0, 1, 3], [50, 120, 62])
+    branches.advance([0, 1, 3], [50, 120, 62])
     texts = [[*TEXTS[0], 50], [*TEXTS[1], 120], [*TEXTS[3], 62]]
     torch.testing.assert_close(branches.logits, alone(engine, cache, texts), rtol=1e-4, atol=1e-4)
 
@@ -74,8 +74,8 @@ def test_plain_operations_give_the_same(
 def test_texts_that_have_ended_are_gone(engine: TransformersEngine, cache: KVCache) -> None:
     branches = engine.branches(cache, TEXTS)
     assert branches is not None
-    branches.read([0, 2, 3], [50, 10, 62])
-    branches.read([1, 2], [11, 63])
+    branches.advance([0, 2, 3], [50, 10, 62])
+    branches.advance([1, 2], [11, 63])
     texts = [[*TEXTS[2], 10, 11], [*TEXTS[3], 62, 63]]
     torch.testing.assert_close(branches.logits, alone(engine, cache, texts), rtol=1e-4, atol=1e-4)
 
@@ -84,7 +84,7 @@ def test_the_cache_stays_as_it_is(engine: TransformersEngine, cache: KVCache) ->
     before, tail = cache.state(), [layer.tail[0].clone() for layer in cache.compactable]
     branches = engine.branches(cache, TEXTS)
     assert branches is not None
-    branches.read(range(4), [new[0] for new in NEXT])
+    branches.advance(range(4), [new[0] for new in NEXT])
     assert cache.state() == before
     assert all(torch.equal(layer.tail[0], key) for layer, key in zip(cache.compactable, tail, strict=True))
 
@@ -95,7 +95,7 @@ def test_what_is_read_into_the_cache_later_is_not_seen(engine: TransformersEngin
     branches = engine.branches(cache, TEXTS)
     assert branches is not None
     engine.forward(cache, [5, 6, 7])
-    branches.read(range(4), [new[0] for new in NEXT])
+    branches.advance(range(4), [new[0] for new in NEXT])
     torch.testing.assert_close(branches.logits, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -103,7 +103,7 @@ def test_they_may_begin_behind_nothing(engine: TransformersEngine) -> None:
     cache = engine.new_cache()
     branches = engine.branches(cache, TEXTS)
     assert branches is not None
-    branches.read([1, 3], [120, 62])
+    branches.advance([1, 3], [120, 62])
     expected = alone(engine, cache, [[*TEXTS[1], 120], [*TEXTS[3], 62]])
     torch.testing.assert_close(branches.logits, expected, rtol=1e-4, atol=1e-4)
 

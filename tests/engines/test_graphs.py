@@ -302,7 +302,7 @@ def test_a_model_whose_pass_depends_on_python_is_found_out(
 
     def frozen(cache: object, token_id: Tensor, position: Tensor) -> Tensor:
         logits = engine._read_token(cache, token_id, position)
-        return logits if cache.layers[0].place is None else logits.flip(-1)
+        return logits if cache.layers[0].write_position is None else logits.flip(-1)
 
     monkeypatch.setattr(graphs, "can_have_graphs", lambda model, cache: True)
     assert token_graphs(engine.model, frozen, engine.new_cache) is None

@@ -157,7 +157,7 @@ def test_branches_are_held_as_well(byte_tokenizer: PreTrainedTokenizerBase) -> N
     cache = engine.new_cache()
     engine.forward(cache, TOKENS[:20])
     branches = engine.branches(cache, [TOKENS[20:25]])
-    branches.read([0], [TOKENS[25]])
+    branches.advance([0], [TOKENS[25]])
     torch.testing.assert_close(branches.logits, read_in_pieces(engine, TOKENS[:26])[-1:], rtol=0, atol=1e-3)
 
 
@@ -174,8 +174,6 @@ def test_what_cannot_be_held_is_refused_and_left_as_it_was(byte_tokenizer: PreTr
     model = build("Phimoe", {**LONG, "short_mscale": 1.0, "long_mscale": 1.4}, num_local_experts=2)
     before = model.config._attn_implementation
     for window in (64, 256):
-        with pytest.raises(
-            UnsupportedModel, match="PhimoeForCausalLM turns its keys by the length of the text, and not"
-        ):
+        with pytest.raises(UnsupportedModel, match="PhimoeForCausalLM rotates its keys by the length of the text"):
             TransformersEngine(model, byte_tokenizer, window_tokens=window)
     assert model.config._attn_implementation == before

@@ -76,7 +76,7 @@ def test_turned_keys_are_those_written_elsewhere(name: str, special: dict[str, o
     model = build(name, special).to(dtype)
     rotations = layer_rotations(model)
     for rotation, here, there in zip(rotations, keys(model, 7), keys(model, 307), strict=True):
-        turned = rotation.turned(here, torch.tensor(300))
+        turned = rotation.rotated(here, torch.tensor(300))
         assert turned.dtype == dtype
         error = (turned.float() - there.float()).norm() / there.float().norm()
         assert error < (2e-5 if dtype == torch.float32 else 2e-2)
@@ -85,8 +85,8 @@ def test_turned_keys_are_those_written_elsewhere(name: str, special: dict[str, o
 def test_each_key_turns_by_its_own_distance() -> None:
     rotation, *_ = layer_rotations(build("Llama", {}))
     key = torch.randn(3, 8)
-    turned = rotation.turned(key, torch.tensor([0, 5, 900]))
-    apart = [rotation.turned(one, torch.tensor(distance)) for one, distance in zip(key, [0, 5, 900], strict=True)]
+    turned = rotation.rotated(key, torch.tensor([0, 5, 900]))
+    apart = [rotation.rotated(one, torch.tensor(distance)) for one, distance in zip(key, [0, 5, 900], strict=True)]
     torch.testing.assert_close(turned, torch.stack(apart))
     assert torch.equal(turned[0], key[0])
 
@@ -94,13 +94,13 @@ def test_each_key_turns_by_its_own_distance() -> None:
 def test_turning_in_two_steps_is_turning_once() -> None:
     rotation, *_ = layer_rotations(build("Llama", {}))
     key = torch.randn(2, 8)
-    twice = rotation.turned(rotation.turned(key, torch.tensor(40_000)), torch.tensor(23_456))
-    torch.testing.assert_close(twice, rotation.turned(key, torch.tensor(63_456)))
+    twice = rotation.rotated(rotation.rotated(key, torch.tensor(40_000)), torch.tensor(23_456))
+    torch.testing.assert_close(twice, rotation.rotated(key, torch.tensor(63_456)))
 
 
 def test_learned_positions_are_no_turn() -> None:
     model = build("GPT2", {"n_positions": 512, "n_embd": 32, "n_head": 4, "n_layer": 2})
-    with pytest.raises(UnsupportedModel, match="its keys change with their position by more than a turn"):
+    with pytest.raises(UnsupportedModel, match="its keys change with their position by more than a rotation"):
         layer_rotations(model)
 
 
@@ -121,8 +121,8 @@ def test_nothing_changes_where_everything_moves(engine: TransformersEngine) -> N
 
 def moved(cache: KVCache, distance: int) -> None:
     for layer in cache.compactable:
-        layer.slots = layer.slots.turned(layer.rotation, [Segment(3, 20, 0)], [distance])
-        layer.buffer.key = layer.turned(layer.buffer.key[0], distance)[None]
+        layer.slots = layer.slots.rotated(layer.rotation, [Segment(3, 20, 0)], [distance])
+        layer.buffer.key = layer.rotated(layer.buffer.key[0], distance)[None]
 
 
 def test_many_turns_in_bfloat16_add_up_to_little() -> None:
@@ -131,8 +131,8 @@ def test_many_turns_in_bfloat16_add_up_to_little() -> None:
     key = torch.randn(64, 8).bfloat16()
     turned = key
     for _ in range(15):
-        turned = rotation.turned(turned, torch.tensor(4096))
-    expected = rotation.turned(key.float(), torch.tensor(15 * 4096))
+        turned = rotation.rotated(turned, torch.tensor(4096))
+    expected = rotation.rotated(key.float(), torch.tensor(15 * 4096))
     assert (turned.float() - expected).norm() < 1.5e-2 * expected.norm()
 
 
@@ -141,5 +141,5 @@ def test_keys_of_the_demo_model_turn_to_positions_far_past_its_window(demo) -> N
     """The model knows its own angles at position 60,000 to 0.004 radians in float32."""
     model, _ = demo
     for rotation, here, there in zip(layer_rotations(model), keys(model, 7), keys(model, 60_007), strict=True):
-        turned = rotation.turned(here, torch.tensor(60_000))
+        turned = rotation.rotated(here, torch.tensor(60_000))
         assert (turned - there).norm() < 5e-3 * there.norm()

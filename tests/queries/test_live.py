@@ -74,7 +74,7 @@ def test_a_copy_goes_its_own_way() -> None:
 class Moving:
     """A layer whose keys and queries are positions."""
 
-    def turned(self, key: Tensor, distance: int) -> Tensor:
+    def rotated(self, key: Tensor, distance: int) -> Tensor:
         return key + distance
 
 
@@ -105,7 +105,7 @@ def test_a_compaction_gets_them_from_as_far_again_as_the_text_is_long(engine: Tr
     for layer, before, after in zip(engine.new_cache().compactable, passed_queries, sample, strict=True):
         assert torch.equal(after.log_mass, before.log_mass)
         last = NUM_DISTANCES - 1
-        expected = layer.turned(before.query[:, last : last + 1], NUM_TOKENS * (2 * last + 1) // (2 * NUM_DISTANCES))
+        expected = layer.rotated(before.query[:, last : last + 1], NUM_TOKENS * (2 * last + 1) // (2 * NUM_DISTANCES))
         torch.testing.assert_close(after.query[:, last : last + 1], expected)
         assert not torch.equal(after.query, before.query)
 

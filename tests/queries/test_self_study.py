@@ -62,8 +62,8 @@ class GivenAnswers:
             row[answer[0]] = 1e6
         return logits
 
-    def read(self, branches: Sequence[int], token_ids: Sequence[int]) -> None:
-        self._branches.read(branches, token_ids)
+    def advance(self, branches: Sequence[int], token_ids: Sequence[int]) -> None:
+        self._branches.advance(branches, token_ids)
         self._answers = [self._answers[index][1:] for index in branches]
 
 

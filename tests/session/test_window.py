@@ -167,7 +167,7 @@ def test_only_keys_turn_and_pinned_ones_go_with_the_oldest_segment(new_memory: N
         assert torch.equal(slots.positions, expected.positions)
         is_old = slots.positions < fitted.newest.start
         assert (slots.ranks[is_old] == PINNED_RANK).sum() == 3 * slots.num_heads
-        turned = layer.rotation.turned(expected.key[is_old], torch.tensor(50))
+        turned = layer.rotation.rotated(expected.key[is_old], torch.tensor(50))
         torch.testing.assert_close(slots.key[is_old], turned)
         assert torch.equal(slots.key[~is_old], expected.key[~is_old])
     assert before.segments != context.cache.segments
@@ -248,7 +248,7 @@ def test_a_recalled_segment_stands_where_its_slots_stood(new_memory: NewMemory) 
     assert session.recall(segment) == [segment]
     for layer, (key, _) in zip(context.cache.compactable, original.layers(), strict=True):
         held = layer.slots.within(segment.start, segment.end).key.view(key.shape)
-        torch.testing.assert_close(held, layer.rotation.turned(key, torch.tensor(segment.shift)))
+        torch.testing.assert_close(held, layer.rotation.rotated(key, torch.tensor(segment.shift)))
     context.put_away(context.recalled[0])
     assert_same_cache(context, before)
 
@@ -260,4 +260,4 @@ def test_search_looks_at_originals_where_their_segments_stand(new_memory: NewMem
     keys = next(each for each in held_keys(context.cache, context.originals) if int(each.positions[0]) == oldest.start)
     key = context.originals[0].layers()[keys.layer][0][keys.head]
     rotation = context.cache.compactable[keys.layer].rotation
-    torch.testing.assert_close(keys.key, rotation.turned(key, torch.tensor(oldest.shift)))
+    torch.testing.assert_close(keys.key, rotation.rotated(key, torch.tensor(oldest.shift)))

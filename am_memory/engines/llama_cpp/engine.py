@@ -124,6 +124,9 @@ class LlamaCppEngine:
             template_fingerprint=template_fingerprint(self.vocabulary.chat_template, self.vocabulary.ends),
         )
 
+    def __repr__(self) -> str:
+        return f"<LlamaCppEngine: {self.info}, keys and values in {self._decoder.kv_types}>"
+
     def new_cache(self) -> CellCache:
         return CellCache(self._model)
 

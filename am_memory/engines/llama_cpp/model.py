@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from am_memory.engines.llama_cpp.decoder import Decoder
-from am_memory.engines.llama_cpp.rotation import Rotation
+from am_memory.engines.llama_cpp.rotation import MeasuredRotation
 from am_memory.engines.llama_cpp.state import SequenceState
 
 
@@ -23,11 +23,11 @@ class LayerShape:
     head_dim: int
     scaling: float
     cell_bytes: int
-    rotation: Rotation = field(repr=False)
+    rotation: MeasuredRotation = field(repr=False)
 
 
 @dataclass(frozen=True)
-class Model:
+class CellModel:
     """What a cache has to know of the model behind it: who reads, what the layers are, and a state to begin with.
 
     Attributes:

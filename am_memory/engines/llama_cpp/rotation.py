@@ -25,12 +25,12 @@ LADDER = tuple(2**exponent for exponent in range(13))
 """Distances at which the turn is measured: any other is made of them."""
 DISTANCES = (0, *LADDER[5:])
 """Tokens that a query may be later than those that a compaction is fitted to; what holds at these holds between."""
-TOLERANCE = 2e-2
+QUERY_TOLERANCE = 2e-2
 """Of what a turned query is off, relative to it."""
 
 
 @dataclass(frozen=True)
-class Rotation:
+class MeasuredRotation:
     """How queries and keys of one layer turn.
 
     Attributes:
@@ -55,7 +55,7 @@ class Rotation:
         return torch.stack([self.by(distance) for distance in DISTANCES])
 
 
-def measured_rotations(decoder: Decoder, model: Any, token_id: int) -> list[Rotation]:
+def measured_rotations(decoder: Decoder, model: Any, token_id: int) -> list[MeasuredRotation]:
     """How the queries of each layer turn.
 
     Args:
@@ -75,8 +75,8 @@ def measured_rotations(decoder: Decoder, model: Any, token_id: int) -> list[Rota
         for basis in _bases(base.shape[-1]):
             error, steps = _steps(base, turned, pairs, basis)
             errors.append(error)
-            if error <= TOLERANCE:
-                rotations.append(Rotation(steps))
+            if error <= QUERY_TOLERANCE:
+                rotations.append(MeasuredRotation(steps))
                 break
         else:
             raise UnsupportedModel(

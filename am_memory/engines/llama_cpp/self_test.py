@@ -18,14 +18,14 @@ from torch import Tensor
 from am_memory.engines.llama_cpp.capture import Attention
 from am_memory.engines.llama_cpp.decoder import CellSequence, Decoder
 from am_memory.engines.llama_cpp.library import VERSION, library
-from am_memory.engines.llama_cpp.model import LayerShape, Model
-from am_memory.engines.llama_cpp.rotation import Rotation, measured_rotations
+from am_memory.engines.llama_cpp.model import CellModel, LayerShape
+from am_memory.engines.llama_cpp.rotation import MeasuredRotation, measured_rotations
 from am_memory.engines.llama_cpp.state import Column, SequenceState
 from am_memory.errors import UnsupportedModel
 
 NUM_TOKENS = 8
 LEFT_OUT = 3
-TOLERANCE = 2e-2
+TEST_TOLERANCE = 2e-2
 """Of the RMS error of an attention's output or of logits, relative to their own RMS: all is in 16 bits, or less."""
 
 
@@ -40,12 +40,12 @@ def tested_model(
     num_layers: int,
     *,
     has_bias: bool = False,
-) -> Model:
+) -> CellModel:
     """What the layers of the model are, once all is as it must be.
 
     Args:
         model: llama.cpp's.
-        has_bias: as the `Model` is to have it.
+        has_bias: as the `CellModel` is to have it.
 
     Raises:
         UnsupportedModel: something is not.
@@ -76,7 +76,7 @@ def tested_model(
     taken = []
     for number, (attention, (expected, actual)) in enumerate(zip(captured, outputs, strict=True)):
         error = _relative_rms(actual, expected)
-        _require(error < TOLERANCE, f"layer {number}: attention from queries and keys is off by {error:.2g}")
+        _require(error < TEST_TOLERANCE, f"layer {number}: attention from queries and keys is off by {error:.2g}")
         if len(shapes) < len(state.keys) and _is_key(state.keys[len(shapes)], attention):
             shapes.append(_shape(attention, state, len(shapes), rotations[number]))
             taken.append(number)
@@ -89,16 +89,16 @@ def tested_model(
     biases = [torch.zeros(shape.num_heads, LEFT_OUT + 1) for shape in shapes] if has_bias else []
     _require_write(decoder, state, token_ids[-1], biases)
     window_tokens = library().llama_model_n_swa(model) if windows else 0
-    return Model(decoder, tuple(shapes), state.before(1), has_bias, tuple(windows), window_tokens)
+    return CellModel(decoder, tuple(shapes), state.before(1), has_bias, tuple(windows), window_tokens)
 
 
 def _is_key(key: Column, attention: Attention) -> bool:
     """Whether a layer's keys in the state are those of an attention."""
     held, computed = key.tensor(attention.key.shape[0]).float(), attention.key[:, :NUM_TOKENS].float()
-    return held.shape == computed.shape and _relative_rms(held, computed) < TOLERANCE
+    return held.shape == computed.shape and _relative_rms(held, computed) < TEST_TOLERANCE
 
 
-def _shape(attention: Attention, state: SequenceState, index: int, rotation: Rotation) -> LayerShape:
+def _shape(attention: Attention, state: SequenceState, index: int, rotation: MeasuredRotation) -> LayerShape:
     num_heads, _, head_dim = attention.key.shape
     key, value = state.keys[index], state.values[index]
     width = value.tensor(num_heads).shape[-1]
@@ -117,13 +117,13 @@ def _require_write(decoder: Decoder, state: SequenceState, token_id: int, biases
     moved = fewer.at([*range(NUM_TOKENS - 2), NUM_TOKENS - 1])
     whole, first, second = logits(state), logits(fewer), logits(moved)
     error = _relative_rms(second, first)
-    _require(error < TOLERANCE, f"logits depend on where cells are said to stand (off by {error:.2g})")
+    _require(error < TEST_TOLERANCE, f"logits depend on where cells are said to stand (off by {error:.2g})")
     _require(not torch.equal(whole, first), "a cell that was left out is still there")
     for bias in biases:
         bias[:, LEFT_OUT] = HEAVY
     if biases:
         error = _relative_rms(logits(state, biases), first)
-        _require(error < TOLERANCE, f"biases are not added to the scores (off by {error:.2g})")
+        _require(error < TEST_TOLERANCE, f"biases are not added to the scores (off by {error:.2g})")
 
 
 def _relative_rms(actual: Tensor, expected: Tensor) -> float:

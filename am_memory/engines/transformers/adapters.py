@@ -1,7 +1,7 @@
-"""Models that peft has wrapped, or put adapters into: which module runs, and through which adapters.
+"""Models with adapters of peft: the module that runs, and the adapters that are active.
 
-What a cache holds depends on the adapters that were active when it was read. Knows peft by what it leaves in a model,
-and never imports it: who has such a model has done so.
+The entries of a cache depend on the adapters that were active when its tokens were read. This module recognises peft by
+its traces in a model and never imports it: whoever has such a model has imported peft already.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ from transformers import PreTrainedModel
 from am_memory.errors import UnsupportedModel, UnsupportedOperation
 
 Active = tuple[tuple[str, object], ...]
-"""Adapters, each with its scaling."""
+"""Names of adapters, each with its scaling."""
 FOR_ONE_CALL = frozenset({"adapter_names", "alora_offsets"})
-"""Arguments of a call by which peft chooses adapters text by text; it hangs them on the layers as hooks meanwhile."""
+"""Arguments with which a call chooses adapters for each text. peft adds hooks to the layers during that call."""
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """The transformers model that runs, out of peft's wrapper if it is in one.
+    """The transformers model itself, without peft's wrapper.
 
     Raises:
-        UnsupportedModel: it is in another wrapper, or its adapter is no change of its weights.
+        UnsupportedModel: it has another wrapper, or its adapter does not change weights.
     """
     peft: Any = sys.modules.get("peft")
     if peft is not None and isinstance(model, peft.PeftModel | peft.PeftMixedModel):
         config = model.peft_config[model.active_adapters[0]]
         if config.is_prompt_learning or config.is_adaption_prompt:
             raise UnsupportedModel(
-                f"{type(model).__name__} has an adapter of kind {config.peft_type.value}, which puts something before "
-                "the text that no cache of ours holds; use an adapter that changes weights (LoRA and its kin)"
+                f"{type(model).__name__} has an adapter of kind {config.peft_type.value}, which adds virtual tokens "
+                "that our caches do not hold; use an adapter that changes weights (LoRA and similar ones)"
             )
         model = model.base_model.model
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModel(
-            f"{type(model).__name__} is no model of transformers, but something around one; give the model itself"
+            f"{type(model).__name__} is not a transformers model but a wrapper around one; pass the model itself"
         )
     return model
 
 
 def described(active: object) -> str:
-    """`Adapters.active` for people."""
+    """`Adapters.active` in words."""
     if not isinstance(active, tuple):
         return "without adapters"
     names = [[name for name, _ in each] for each in active]
@@ -53,10 +53,10 @@ def described(active: object) -> str:
 
 
 class Adapters:
-    """The adapters that peft has put into a model, now or later.
+    """The adapters of peft in a model, also those that are added later.
 
     Args:
-        model: of transformers, not wrapped.
+        model: a transformers model without wrapper.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -65,20 +65,18 @@ class Adapters:
 
     @property
     def active(self) -> tuple[Active, Active] | None:
-        """What the weights are seen through, and what is merged into them, to be compared; None: they are themselves.
-
-        As cheap as can be, as every pass asks.
+        """The active and the merged adapters, to be compared; None if there are none. Cheap: every pass asks.
 
         Raises:
-            UnsupportedOperation: adapters are chosen for each text of a call.
+            UnsupportedOperation: a call chooses adapters for each of its texts.
         """
         if self._model.__dict__.get("peft_config") is None or (layer := self._layer()) is None:
             return None
         if chosen := _chosen_for_one_call(layer):
             self._end_choice()
             raise UnsupportedOperation(
-                f"{', '.join(sorted(set(chosen.values())))} chooses adapters for each text of a call, and a cache is "
-                "read through the same ones from end to end: choose them by set_adapter()"
+                f"{', '.join(sorted(set(chosen.values())))} chooses adapters for each text of a call, and all tokens "
+                "of a cache must have the same adapters: choose them with set_adapter()"
             )
         scaling = getattr(layer, "scaling", {})
         active = () if layer.disable_adapters else tuple((name, scaling.get(name)) for name in layer.active_adapters)
@@ -87,19 +85,19 @@ class Adapters:
 
     @property
     def hidden(self) -> frozenset[str]:
-        """Adapters that are there, and not active."""
+        """Adapters that are in the model but not active."""
         active, merged = self.active or ((), ())
         return frozenset(self._model.__dict__.get("peft_config") or ()) - {name for name, _ in (*active, *merged)}
 
     def _end_choice(self) -> None:
-        """Take away the hooks of the call under way: peft leaves them for good where an error ends the call."""
+        """Remove the hooks of the current call; peft leaves them in the model if the call raises."""
         for layer in self._model.modules():
             for key in _chosen_for_one_call(layer):
                 del layer._forward_pre_hooks[key]
                 layer._forward_pre_hooks_with_kwargs.pop(key, None)
 
     def _layer(self) -> Any | None:
-        """One that has adapters; peft sets all of them alike."""
+        """A layer with adapters; peft treats all of them alike."""
         if self._seen is not None:
             siblings, name, layer = self._seen
             if siblings.get(name) is layer:
@@ -113,7 +111,7 @@ class Adapters:
 
 
 def _chosen_for_one_call(layer: nn.Module) -> dict[int, str]:
-    """The hooks of a layer by which peft chooses its adapters for one call, and the arguments that they are for."""
+    """The layer's hooks with which peft chooses adapters for one call, with the name of the argument."""
     return {
         key: name
         for key, hook in layer._forward_pre_hooks.items()

@@ -1,7 +1,6 @@
 """Attention over ragged, biased slots and an exact tail, as an attention function of transformers.
 
-Owns the interface to transformers, and which path computes: `fused.py` where there is a GPU for it, else `partwise.py`.
-Knows nothing of how slots came to be.
+`fused.py` computes it on GPUs that run our kernels, `partwise.py` everywhere else. Does not know how slots are made.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from am_memory.kv_cache.slots import Slots
 
 ATTENTION_NAME = "am_memory"
 NOT_OURS = ("softcap", "s_aux", "position_bias")
-"""What some models ask of their attention function and ours does not do."""
+"""Arguments of other models' attention that ours does not support."""
 IS_DEFERRED = "am_memory_is_deferred"
-"""Said by a compiled layer (`compiled.py`): all this is in an operator, which also appends to the cache."""
+"""Argument of a compiled layer (`compiled.py`), in which one operator appends to the cache and attends."""
 NO_MASK = (
     "a padded prompt, or a mask that is not causal, cannot be read into a compacting cache: "
     "pass one sequence without padding"
@@ -46,7 +45,7 @@ def attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention interface; with any other cache this is transformers' own sdpa attention.
+    """The attention interface of transformers; for any other cache it is transformers' own sdpa attention.
 
     Args:
         query: (1, num_attention_heads, num_tokens, head_dim).
@@ -69,7 +68,7 @@ def attention_forward(
     if isinstance(layer, BranchLayer):
         return layer.attend(query, scaling).transpose(1, 2).contiguous(), None
     layer.scaling, slots = scaling, layer.slots
-    output, log_mass = attend(query, key, value, slots, layer.scaling, layer.place)
+    output, log_mass = attend(query, key, value, slots, layer.scaling, layer.write_position)
     if layer.query_sink is not None:
         grouped = key.shape[1], -1, query.shape[2]
         layer.query_sink(query.reshape(*grouped, query.shape[3]), log_mass.reshape(grouped))
@@ -79,24 +78,24 @@ def attention_forward(
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scaling: float, place: Tensor | None = None
+    query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scaling: float, write_position: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Causal attention over compact slots and an exact tail.
 
     Args:
         query: (1, num_attention_heads, num_tokens, head_dim).
         key, value: (1, num_key_value_heads, tail_tokens, head_dim), the new tokens last.
-        slots: what stands for everything before the tail; what is in int8 is decoded layer by layer, or by the kernel.
+        slots: the entries before the tail. Int8 rows are decoded by the kernel, or layer by layer.
         scaling: softmax scale.
-        place: (1,) int64 in a GPU's memory, where the first of the new tokens is; what follows the last of them is room
-            that nobody sees. None: the last one ends the tail.
+        write_position: (1,) int64 in a GPU's memory, where in the tail the new tokens begin; nothing behind the last of
+            them is attended to. None: the new tokens end the tail.
 
     Returns:
-        output (1, num_attention_heads, num_tokens, head_dim), and the log of the mass that each query spent on
-        everything, (1, num_attention_heads, num_tokens) float32.
+        output (1, num_attention_heads, num_tokens, head_dim), and the log of each query's attention mass on all keys,
+        (1, num_attention_heads, num_tokens) float32.
     """
     if fused.can_attend(query):
-        return fused.attend(query, key, value, slots, scaling, place)
-    if place is not None:
+        return fused.attend(query, key, value, slots, scaling, write_position)
+    if write_position is not None:
         raise RuntimeError("there is no kernel for this GPU, dtype or head_dim")
     return partwise.attend(query, key, value, slots.decoded() if slots is not None else None, scaling)

@@ -1,8 +1,8 @@
 """Decoder layers compiled by `torch.compile`, for the steps that read one token.
 
-A compiled layer is one graph from its first norm to its last sum. Appending to the cache and attention over it are one
-opaque operator within: how long cache, segments and conversation are, no graph sees and no guard asks, so that nothing
-is ever compiled anew for them. Longer steps (prompts) and other caches go through the layer as it was. Knows no slots.
+A compiled layer is one graph from its first norm to its last sum. Appending to the cache and attention are one opaque
+operator in it. No graph and no guard depends on the size of the cache, so nothing is compiled again as it grows. Steps
+of several tokens (prompts) and other caches use the layer without compilation. Knows no slots.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WAY_OUT = "load it with compile=False"
 
 
 class _Step(NamedTuple):
-    """What the operator needs of the layer that is about to run, and no graph may see."""
+    """What the operator needs to know of the layer that is about to run, hidden from the graph."""
 
     cache: KVCache
     attention: Any  # a module with a `layer_idx`
@@ -38,7 +38,7 @@ class _Pending(threading.local):
 
 
 class _DeferredCache:
-    """What a graph has for a cache: new keys and values pass, and the operator appends them."""
+    """The cache that a graph sees: it passes new keys and values on, and the operator appends them."""
 
     def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return key, value
@@ -49,17 +49,17 @@ _deferred_cache = _DeferredCache()
 
 
 class CompiledLayer:
-    """A decoder layer's `forward`: compiled where one token is read into a cache of ours, else as it was.
+    """A decoder layer's `forward`, compiled for reading one token into a `KVCache`, unchanged for everything else.
 
     Args:
         layer: a decoder layer of transformers.
 
     Attributes:
-        eager: the layer's `forward` before.
-        has_run: whether it was ever used compiled.
+        eager: the layer's own `forward`.
+        has_run: whether the compiled layer was ever used.
 
     Raises:
-        UnsupportedModel: the layer has not one attention module.
+        UnsupportedModel: the layer does not have exactly one attention module.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -69,7 +69,7 @@ class CompiledLayer:
         self.eager = layer.forward
         self.has_run = False
         self._layer, self._attention = layer, attentions[0]
-        # Without transformers' wrappers, whose code all classes of layers share: torch counts recompilations by code.
+        # Without transformers' wrappers: all layer classes share their code, and torch counts recompilations by code.
         self._compiled: Callable[..., Any] = torch.compile(inspect.unwrap(type(layer).forward), dynamic=False)
 
     def __call__(self, hidden_states: Tensor, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
@@ -83,14 +83,14 @@ class CompiledLayer:
 
 
 def compile_layers(model: PreTrainedModel, cache: KVCache) -> None:
-    """Compile the decoder layers of a model that is set to our attention, which takes some seconds, and try them.
+    """Compile a model's decoder layers, which takes some seconds, and test them. The model must use our attention.
 
     Args:
-        cache: new, for the trial to use.
+        cache: a new one, for the test.
 
     Raises:
-        EngineFailed: torch.compile fails for this model or on this machine.
-        UnsupportedModel: compiled, the model does not compute what it should. It is left as it was either way.
+        EngineFailed: torch.compile fails for this model or on this machine. The model is unchanged.
+        UnsupportedModel: the compiled model computes wrong logits. The model is unchanged.
     """
     layers = [
         layer
@@ -114,7 +114,7 @@ def _require_use(model: PreTrainedModel, layers: list[CompiledLayer], cache: KVC
         with torch.no_grad():
             is_same = support.logits_error(model, cache) is None
     except TypeError as error:  # a layer that takes no further arguments
-        raise UnsupportedModel(f"{name} cannot be compiled in the way that we do it ({error}): {WAY_OUT}") from error
+        raise UnsupportedModel(f"{name} cannot be compiled layer by layer ({error}): {WAY_OUT}") from error
     except RuntimeError as error:
         raise EngineFailed(
             f"torch.compile fails for {name} on this machine ({_reason(error)}): {WAY_OUT}; on a CPU it "
@@ -125,17 +125,17 @@ def _require_use(model: PreTrainedModel, layers: list[CompiledLayer], cache: KVC
 
 
 def _reason(error: Exception) -> str:
-    """Without the advice that torch adds."""
+    """The error without the advice that torch adds."""
     return " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
 
 
 def _append_and_attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-    """Append the token to the cache of the layer that runs, and attend; shapes as of `attention_forward`."""
+    """Append the token to the running layer's cache, and attend; shapes as in `attention_forward`."""
     step, _pending.step = _pending.step, None
     assert step is not None
     layer_idx = step.attention.layer_idx
     if getattr(step.cache.layers[layer_idx], "query_sink", None) is not None:
-        query = query.clone()  # the graph writes into its buffers again, and a sink may keep what it gets
+        query = query.clone()  # the graph reuses its buffers, and a sink may keep the query
     key, value = step.cache.update(key, value, layer_idx)
     return attention_forward(step.attention, query, key, value, step.mask, scaling)[0]
 

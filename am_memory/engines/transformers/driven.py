@@ -1,8 +1,7 @@
-"""Forward passes that somebody else drives: `generate()` of transformers, or whoever calls the model.
+"""Forward passes that the engine does not start: those of `generate()` of transformers, and of callers of the model.
 
-A watched cache has to see what is about to be read into it, before it is read, and may read the beginning of a long
-prompt itself. Whoever drives gets the pass that was asked for all the same, or an error before anything is read. Knows
-no policy and no compaction.
+A watched cache sees every pass before it runs, and may read the first tokens of a long prompt itself. The caller still
+gets the output that it asked for, or an error before anything is read. Knows no policy and no compaction.
 """
 
 from __future__ import annotations
@@ -22,27 +21,27 @@ from am_memory.errors import UnsupportedOperation
 from am_memory.kv_cache.cache import KVCache
 
 CACHE_NAMES = ("cache", "past_key_values")
-"""What `forward` calls its cache: the second became the first within transformers 5, and is still taken."""
+"""Names of the cache argument of `forward`: transformers 5.24 renamed the second to the first, and takes both."""
 FOR_EACH_TOKEN = ("position_ids", "cache_position", "token_type_ids", "mm_token_type_ids")
-"""What `forward` takes beside the token ids that has an entry for each of them."""
+"""Arguments of `forward` that have an entry for each token."""
 OF_ALL_TOKENS = ("labels", "shift_labels", "output_hidden_states", "output_attentions", "output_router_logits")
-"""What makes a pass give more than logits, of all of its tokens at once."""
+"""Arguments that ask for more than logits, for all tokens of the pass at once."""
 NOT_TEXT = ("pixel_values", "image_", "images", "video_", "videos", "audio_", "input_audio", "input_features")
-"""How the names begin of what a model of several media takes beside text."""
+"""Prefixes of the arguments for images, video and audio."""
 
 Arguments = dict[str, Any]
 
 
 class InPlaceOf:
-    """What stands in place of a model's method; in a copy of the model, the method itself does.
+    """Replaces a method of a model. A deep copy of the model gets the original method.
 
     Args:
-        method: of the model, or what stands there already.
-        instead: what is called.
+        method: the model's method, or an earlier replacement.
+        instead: is called in its place.
     """
 
     def __init__(self, method: Callable[..., Any], instead: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, method, updated=())  # all but its attributes, which may be one of this class's
+        functools.update_wrapper(self, method, updated=())  # not its attributes: it may be of this class
         self._method, self._instead = method, instead
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -53,14 +52,14 @@ class InPlaceOf:
 
 
 def watch(model: PreTrainedModel, forward: Callable[..., Any], require: Callable[[KVCache], None]) -> None:
-    """Have watched caches see what is about to be read into them; other passes are as they were.
+    """Call `before_forward` of watched caches before each pass; passes with other caches are unchanged.
 
-    It is no hook of the model: wrappers (peft's) may call `forward` by itself.
+    A forward hook of torch would not do: wrappers (peft's) may call `forward` directly.
 
     Args:
-        model: to be watched; a copy of it is not.
-        forward: what makes a pass: the model's own, or a shortcut to it.
-        require: called with every cache of ours that a pass reads into, watched or not; raises what is against it.
+        model: is watched; copies of it are not.
+        forward: runs a pass: the model's own, or a shortcut to it.
+        require: called with every `KVCache` that a pass reads into, watched or not; raises if it must not be read into.
     """
     model.forward = InPlaceOf(model.forward, WatchedForward(model, forward, require))
     generating: Any = model
@@ -68,7 +67,7 @@ def watch(model: PreTrainedModel, forward: Callable[..., Any], require: Callable
     if type(generating).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
 
         def prepare_with_cache(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-            """Phi-3 gives up its cache where it would turn keys in another way, which ours never does."""
+            """Phi-3 drops its cache at the length at which its RoPE changes. A `KVCache` holds the RoPE fixed."""
             inputs = prepare(input_ids, *args, **kwargs)
             cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
             if not isinstance(cache, KVCache) or any(value is cache for value in inputs.values()):
@@ -79,7 +78,7 @@ def watch(model: PreTrainedModel, forward: Callable[..., Any], require: Callable
 
 
 class WatchedForward:
-    """A model's `forward`, with what `watch` has to do before and after a pass."""
+    """A model's `forward`, with the work of `watch` before and after each pass."""
 
     def __init__(self, model: PreTrainedModel, forward: Callable[..., Any], require: Callable[[KVCache], None]) -> None:
         self._model, self._forward, self._require = model, forward, require
@@ -116,7 +115,7 @@ class WatchedForward:
         return _with_logits(output, logits) if logits else output
 
     def _reason_for_one_pass(self, asked: Arguments) -> str:
-        """What the pass is asked for that it gives only if it reads everything by itself; "" for none."""
+        """The wanted output that only a pass over all tokens can give; "" if there is none."""
         defaults = self._model.config
 
         def is_asked_for(name: str) -> bool:
@@ -129,10 +128,10 @@ class WatchedForward:
 
 
 def _one_text(asked: Arguments) -> Tensor:
-    """The token ids of the one text without padding, (1, num_tokens), that a pass is to read.
+    """The token ids of a pass, (1, num_tokens), which must be one text without padding.
 
     Raises:
-        UnsupportedOperation: it is to read something else.
+        UnsupportedOperation: the input is something else.
     """
     if media := next((name for name in asked if name.startswith(NOT_TEXT) and asked[name] is not None), None):
         raise UnsupportedOperation(f"a compacting cache holds text alone: leave out {media}")
@@ -150,10 +149,10 @@ def _one_text(asked: Arguments) -> Tensor:
 
 
 def _wanted(asked: Arguments, num_tokens: int) -> tuple[int, int]:
-    """For how many of the last tokens logits are wanted, and how many of these in one pass, if need be.
+    """How many of the last tokens need logits, and how many of these must be read in one pass.
 
-    A number of logits is what assisted decoding asks for: it takes back what it finds wrong, so that none of these
-    tokens may be compacted before it has seen all of them. All logits can come from several passes.
+    Assisted decoding asks for a number of logits. It drops wrong tokens afterwards, so none of them may be compacted
+    before it has checked all. A caller that asks for all logits can get them from several passes.
     """
     keep: int | Tensor = asked.get("logits_to_keep", 0)
     if isinstance(keep, Tensor):
@@ -177,7 +176,7 @@ def _rest(asked: Arguments, num_read: int) -> Arguments:
 
 
 def _with_logits(output: Any, first: list[Tensor]) -> Any:
-    """The output of a pass, a tuple or not, with the logits of the tokens that were read before it."""
+    """The output of a pass, with the logits of the tokens that were read before it in front."""
     last: Tensor = output[0]
     logits = torch.cat([*(part[None].to(last) for part in first), last], dim=1)
     if isinstance(output, tuple):

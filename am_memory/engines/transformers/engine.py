@@ -45,22 +45,22 @@ CAPABILITIES = Capabilities(
 class TransformersEngine:
     """Runs a causal language model of transformers over caches of this project.
 
-    The model's attention implementation is set to ours, which is transformers' own sdpa attention for every other
-    cache: the model stays usable as it was.
+    The engine sets the model's attention implementation to its own. For every other cache this is transformers' sdpa
+    attention, so that the model works as before.
 
     Args:
-        model: any supported causal language model, on its device; in peft's wrapper or not. Its adapters are those that
-            are active now: caches made here are refused while others are. For these, make another engine.
+        model: a supported causal language model, on its device, with or without peft's wrapper. A cache belongs to the
+            adapters that are active now, and cannot be used while others are: make another engine for those.
         tokenizer: the model's own.
-        compile: compile the decoder layers by `torch.compile` for steps of one token. Nothing is compiled again for
-            longer caches, compactions or further sessions; other caches and longer steps go the way they did.
-        window_tokens: positions that are used, if not all that the model was trained on; what is compact is moved up
-            to stay within them. A model of "longrope" has to be told: within what it was trained on first its short
-            factors are taken, else the long ones, whatever the length of the text is.
+        compile: compile the decoder layers with `torch.compile` for steps of one token. Longer caches, compactions and
+            other sessions need no new compilation. Other caches, and steps of several tokens, are not compiled.
+        window_tokens: the context window, if it is to be smaller than the one that the model was trained on. Compact
+            keys are rotated to stay within it. A model with "longrope" needs it: it selects the short factors, for
+            windows up to the original one, or the long factors, whatever the length of the text.
 
     Raises:
-        UnsupportedModel: the model's cache cannot be compacted, or its layers not compiled.
-        InvalidInput: a window that the model does not have.
+        UnsupportedModel: the model's cache cannot be compacted, or its layers cannot be compiled.
+        InvalidInput: the model does not have this window.
         EngineFailed: torch.compile fails on this machine.
     """
 
@@ -114,6 +114,9 @@ class TransformersEngine:
             forward = shortcut(model, self._graphs, self._cache_argument)
         watch(model, forward, self._require_adapters)
 
+    def __repr__(self) -> str:
+        return f"<TransformersEngine: {self.info}, {str(self.model.dtype).removeprefix('torch.')}>"
+
     def _find_rotations(self) -> str:
         """Measure how the layers rotate their keys; returns why they cannot be rotated, or "".
 
@@ -137,16 +140,16 @@ class TransformersEngine:
         return cache
 
     def _require_adapters(self, cache: KVCache) -> None:
-        """Raise UnsupportedOperation while the model is seen through other adapters than those of the cache."""
+        """Raise UnsupportedOperation if the active adapters are not those of the cache."""
         if cache.weights != (active := self._adapters.active):
             raise UnsupportedOperation(
-                f"this cache belongs to the model {adapters.described(cache.weights)}, and it is now the model "
-                f"{adapters.described(active)}: set the adapters back, or make a TransformersEngine of the model as "
-                "it is now, and sessions of that"
+                f"this cache belongs to the model {adapters.described(cache.weights)}, and the model is now "
+                f"{adapters.described(active)}: set the adapters back, or make another TransformersEngine of the model "
+                "as it is now, and new sessions with that"
             )
 
     def _require_positions(self, num_tokens: int) -> None:
-        """Raise PromptTooLong for more tokens than the model has positions for."""
+        """Raise PromptTooLong if the model has no positions for so many tokens."""
         if self.info.max_tokens is not None and num_tokens > self.info.max_tokens:
             raise refusal(self.info.name, num_tokens, self.info.max_tokens)
 
@@ -174,11 +177,7 @@ class TransformersEngine:
 
     @torch.no_grad()
     def branches(self, cache: SessionCache, beginnings: Sequence[Sequence[int]]) -> TextBranches | None:
-        """Texts that begin with these tokens behind the cache, a token of each in one forward pass.
-
-        Returns:
-            None for a model with sliding windows, whose layers hold one text each.
-        """
+        """Texts behind a cache, read as a batch; None for a model with sliding windows, which hold one text each."""
         cache = _ours(cache)
         if len(cache.compactable) < len(cache.layers):
             return None
@@ -199,7 +198,7 @@ class TransformersEngine:
 
     @torch.no_grad()
     def _step(self, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        """The logits after one token more of each text, (num_texts, vocab_size); ids and positions (num_texts, 1)."""
+        """Read one token of each text; ids and positions (num_texts, 1), logits (num_texts, vocab_size)."""
         output = self.model(
             input_ids=ids.to(self.model.device, non_blocking=True),
             position_ids=positions,
@@ -213,7 +212,7 @@ class TransformersEngine:
             return self._step(token_id, position, cache)
 
     def encode(self, text: str, *, add_special: bool = False, as_text: bool = False) -> list[int]:
-        utf8(text)  # or it is refused
+        utf8(text)  # raises for half a surrogate pair
         if as_text:
             return encode_as_text(self.tokenizer, text)
         return list(self.tokenizer(text, add_special_tokens=add_special, verbose=False)["input_ids"])
@@ -243,11 +242,11 @@ class TransformersEngine:
     def render(
         self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, add_generation_prompt: bool = False
     ) -> str:
-        told = [dict(message) for message in messages]
-        with template_errors(self.info.name, told):
+        chat = [dict(message) for message in messages]
+        with template_errors(self.info.name, chat):
             return str(
                 self.tokenizer.apply_chat_template(
-                    told,  # type: ignore[arg-type]
+                    chat,  # type: ignore[arg-type]
                     tools=[dict(tool) for tool in tools] if tools else None,
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
@@ -256,15 +255,15 @@ class TransformersEngine:
 
 
 class _Reading:
-    """While we drive the model ourselves: queries go to `on_query`, and nobody watches.
+    """A pass that the engine runs itself: queries go to `on_query`, and `before_forward` is not called.
 
-    No generator: an interrupt on its way out would leave it to be finished whenever Python frees it.
+    A class and not a generator: an interrupt while a generator exits would leave the rest to Python's collector.
     """
 
     def __init__(self, cache: KVCache, on_query: OnQuery | None) -> None:
         self._cache, self._on_query, self._layers = cache, on_query, cache.compactable
         watcher, sinks = cache.before_forward, [layer.query_sink for layer in self._layers]
-        if watcher is None:  # nobody's: what an interrupt has left there
+        if watcher is None:  # sinks of an unwatched cache are left over from an interrupted pass
             sinks = [None] * len(sinks)
         self._before = watcher, sinks
 
@@ -280,7 +279,7 @@ class _Reading:
     def __exit__(self, *error: object) -> None:
         try:
             self._put_back()
-        finally:  # again, should it have been interrupted
+        finally:  # again, in case an interrupt stopped it
             self._put_back()
 
     def _put_back(self) -> None:

@@ -1,8 +1,8 @@
-"""Attention over ragged, biased slots and an exact tail on a GPU: one launch for all of it, and one to merge its parts.
+"""Attention over ragged, biased slots and an exact tail on a GPU: one launch to attend, and one to merge parts.
 
-Few queries see their keys in parts of `KEYS_PER_PART`, so that one token's work fills the machine; many queries fill it
-by themselves, and see all their keys in one go. No step waits for the device, and what is allocated comes from torch's
-pool. The definition is `partwise.attend`.
+The keys of few queries are split into parts of `KEYS_PER_PART`, so that one token's work fills the GPU. Many queries
+fill it by themselves and attend to all their keys in one program. No step waits for the device. The definition is
+`partwise.attend`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from am_memory.solver.triton_support import MAX_HEAD_DIM, dot_dtype, padded, pow
 
 KEYS_PER_PART = 128
 MAX_SPLIT_ROWS = 64
-"""Queries of one KV head (tokens times its group) up to which its keys are split."""
+"""The most queries of one KV head (tokens times its group) for which keys are split."""
 BLOCK_PARTS = 16
-"""Parts merged at a time."""
+"""Parts that a program merges at a time."""
 NUM_WARPS = 4
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -34,11 +34,11 @@ def can_attend(query: Tensor) -> bool:
 
 
 def block_sizes(num_rows: int, head_dim: int, element_size: int) -> tuple[int, int, int]:
-    """What a program works on at a time: (padded head_dim, queries, keys), powers of two and at least 16.
+    """The block sizes of a program: (padded head_dim, queries, keys), powers of two and at least 16.
 
-    A block of keys, and one of values, take 32 KiB each where a program sees one block alone, and 16 KiB where it loads
-    the next while it works on one, so that all fit in the shared memory of any GPU that `can_attend` takes. In float32
-    there are no tensor cores: of more queries, the products would not fit in registers.
+    A block of keys takes 32 KiB of shared memory, and so does one of values; 16 KiB each if the program loads the next
+    block while it computes. Both fit into every GPU that `can_attend` allows. float32 has no tensor cores: the products
+    of more queries would not fit into registers.
     """
     padded_dim = padded(head_dim)
     block_rows = min(max(power_of_two_from(num_rows), 16), 64 if element_size == 2 else 16)
@@ -47,33 +47,41 @@ def block_sizes(num_rows: int, head_dim: int, element_size: int) -> tuple[int, i
 
 
 def is_split(num_rows: int) -> bool:
-    """Whether the keys of so few queries are shared out to programs."""
+    """Whether the keys of this many queries are split into parts."""
     return num_rows <= MAX_SPLIT_ROWS
 
 
 def launch_options(num_rows: int, *, has_codes: bool) -> dict[str, int]:
-    """Slots in int8 take a load more for each of theirs: of two stages, shared memory would not hold them all."""
+    """Int8 slots need an extra load for each block; with two stages they would not fit into shared memory."""
     return {"num_warps": NUM_WARPS, "num_stages": 1 if has_codes or is_split(num_rows) else 2}
 
 
 def _pointers(slots: Slots) -> tuple[Tensor, ...]:
-    """What the kernel reads of slots, in its order; where none is in int8 it is told so, and some stand for nothing."""
+    """The kernel's arguments for slots, in its order; without int8 rows those for codes are placeholders."""
     key, value = slots.key, slots.value
     if isinstance(key, Quantised) and isinstance(value, Quantised):
-        in_int8 = key.codes, value.codes, key.scale, value.scale, *key.index  # keys and values are grouped alike
+        in_int8 = key.codes, value.codes, key.scale, value.scale, *key.index  # keys and values have the same groups
         return key.exact, value.exact, *in_int8, slots.bias, slots.cu_slots_tensor
     assert isinstance(key, Tensor)
     assert isinstance(value, Tensor)
     return key, value, key, value, key, value, key, key, slots.bias, slots.cu_slots_tensor
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scaling: float, place: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """`attention.attend`, of which the arguments and results are.
+def _parts(num_rows: int, num_slots: int, tail_tokens: int) -> tuple[int, int, int]:
+    """Keys in each part, parts of slots, and parts in all; many queries see slots and tail in one part."""
+    if not is_split(num_rows):
+        return max(num_slots, tail_tokens), 0, 1
+    num_slot_parts = -(-num_slots // KEYS_PER_PART)
+    return KEYS_PER_PART, num_slot_parts, num_slot_parts - (-tail_tokens // KEYS_PER_PART)
 
-    All of one dtype of `DTYPES`, but for slots in int8, which are decoded as they are loaded; the last axis of query,
-    key and value is contiguous, and key and value are laid out alike, as a `TailBuffer`'s are.
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scaling: float, write_position: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `attention.attend` for arguments and results.
+
+    All tensors have one dtype of `DTYPES`; int8 slots are decoded as they are loaded. The last axis of query, key and
+    value is contiguous, and key and value have the same strides, as those of a `TailBuffer` do.
     """
     import triton
 
@@ -89,12 +97,7 @@ def attend(
 
     longest = 0 if slots is None else slots.longest
     has_codes = slots is not None and isinstance(slots.key, Quantised)
-    if is_split(num_rows):
-        keys_per_part = KEYS_PER_PART
-        num_slot_parts = triton.cdiv(longest, keys_per_part)
-        num_parts = num_slot_parts + triton.cdiv(tail_tokens, keys_per_part)
-    else:  # slots and tail in one part
-        keys_per_part, num_slot_parts, num_parts = max(longest, tail_tokens), 0, 1
+    keys_per_part, num_slot_parts, num_parts = _parts(num_rows, longest, tail_tokens)
     is_merged = num_parts > 1
 
     shape = num_tokens, num_attention_heads, head_dim
@@ -109,7 +112,7 @@ def attend(
             key,
             value,
             *((key,) * 10 if slots is None else _pointers(slots)),
-            key if place is None else place,
+            key if write_position is None else write_position,
             *parts,
             scaling,
             num_tokens,
@@ -122,7 +125,7 @@ def attend(
             key.stride(2),
             HAS_SLOTS=longest > 0,
             HAS_CODES=has_codes,
-            HAS_PLACE=place is not None,
+            HAS_WRITE_POSITION=write_position is not None,
             GROUPS=groups,
             HEAD_DIM=head_dim,
             PADDED_DIM=padded_dim,

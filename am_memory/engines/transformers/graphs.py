@@ -1,8 +1,8 @@
-"""One token's forward pass as a CUDA graph: a GPU runs its thousand kernels sooner than Python launches them.
+"""One token's forward pass as a CUDA graph: a GPU runs its thousand kernels faster than Python can launch them.
 
-A graph is captured for one cache, and replayed while slots and tail buffers are those that it was captured with. What
-changes from token to token, its kernels read from the device's memory: the token's id, its position, and its place in
-the tail. Longer steps, and whoever listens to queries, go the way they did. Knows no policy and no compaction.
+A graph is captured for one cache, and replayed while the cache has the same slots and tail buffers. Its kernels read
+what changes with each token from the device's memory: the token's id, its position, and where to write in the tail.
+Steps of several tokens, and passes whose queries are wanted, use no graph. Knows no policy and no compaction.
 """
 
 from __future__ import annotations
@@ -26,46 +26,46 @@ from am_memory.kv_cache.cache import KVCache
 from am_memory.kv_cache.layers import CompactableLayer
 
 PATIENCE = 4
-"""Tokens that a cache reads one by one, in the same slots, before a graph is captured, which takes as long as two."""
+"""Tokens that a cache reads one by one, with the same slots, before a graph is captured. A capture costs two passes."""
 SPARE_TOKENS = 128
-"""Room in the tails when a graph is captured; once it is full they grow, and the next graph is captured."""
+"""Room in the tails when a graph is captured. Once it is full, the tails grow and another graph is captured."""
 MAX_CACHES = 16
-"""Caches that have a graph at the same time."""
+"""The most caches that have a graph at the same time."""
 
 Forward = Callable[[KVCache, Tensor, Tensor], Tensor]
-"""Of a cache, a token's id and its position, (1, 1) int64 on the device: the logits, (1, vocab_size) float32."""
+"""Takes a cache, a token id and its position, (1, 1) int64 on the device; returns logits, (1, vocab_size) float32."""
 Replay = Callable[[], object]
 Layers = Sequence[CompactableLayer]
-"""All of a cache's."""
+"""All layers of a cache."""
 logger = logging.getLogger("am_memory")
 _lock = threading.Lock()
-"""Graphs share their inputs and the memory of what they compute; and torch captures one at a time."""
+"""Graphs share their inputs and their memory, and torch captures one graph at a time."""
 
 
 class TokenGraphs:
-    """The graphs of a model, one for each cache that reads token by token.
+    """The graphs of a model: one for each cache that reads token by token.
 
     Args:
-        forward: the pass to be captured; nothing in it may wait for the device.
+        forward: the pass to capture; nothing in it may wait for the device.
         device: a CUDA device.
 
     Attributes:
-        is_off: a pass could not be captured, and none is tried again.
+        is_off: a capture failed, and no other is tried.
     """
 
     def __init__(self, forward: Forward, device: torch.device) -> None:
         self._forward = forward
         self.device = device
-        self._inputs = torch.zeros(3, dtype=torch.int64, device=device)  # id, position, place
+        self._inputs = torch.zeros(3, dtype=torch.int64, device=device)  # id, position, write position
         self._graphs: weakref.WeakKeyDictionary[object, _CacheGraph] = weakref.WeakKeyDictionary()  # by first layer
         self._captured = Recorder(device)
         self.is_off = False
 
     def read(self, cache: KVCache, token_id: int) -> Tensor | None:
-        """Read a token into a cache by its graph, which may be captured first.
+        """Read a token into a cache with its graph, capturing it first if needed.
 
         Returns:
-            The logits, (1, vocab_size) float32; None where the token has to be read as any other step, and was not.
+            Logits, (1, vocab_size) float32. None: nothing was read, and the token needs an ordinary pass.
         """
         if self.is_off:
             return None
@@ -92,7 +92,7 @@ class TokenGraphs:
                 layer.reserve(SPARE_TOKENS)
         inputs = torch.tensor([token_id, cache.num_tokens, layers[0].length])
         self._inputs.copy_(inputs, non_blocking=True)
-        if not graph.is_warm:  # what is launched first is compiled and loaded, which no capture permits
+        if not graph.is_warm:  # a first launch compiles kernels, which no capture allows
             logits, graph.is_warm = self._pass(cache, layers), True
         else:
             if not has_graph:
@@ -103,18 +103,18 @@ class TokenGraphs:
         return logits
 
     def _pass(self, cache: KVCache, layers: Layers) -> Tensor:
-        token_id, position, place = self._inputs[:, None].unbind()
+        token_id, position, write_position = self._inputs[:, None].unbind()
         for layer in layers:
-            layer.place = place
+            layer.write_position = write_position
         try:
             return self._forward(cache, token_id[None], position[None])
         finally:
             for layer in layers:
-                layer.place = None
+                layer.write_position = None
 
 
 class _CacheGraph:
-    """A cache that reads token by token, and its graph if it has one; keeps nothing alive that the cache gives up."""
+    """The graph of one cache, if it has one yet. It keeps no tensor alive that the cache drops."""
 
     def __init__(self, layers: Layers) -> None:
         self.num_seen, self.is_warm = 0, False
@@ -144,52 +144,51 @@ class _CacheGraph:
 
 
 def _reference(of: object) -> Callable[[], object]:
-    """To what may go, or to nothing."""
+    """A weak reference, or one to None."""
     return (lambda: None) if of is None else weakref.ref(of)
 
 
 class Recorder:
-    """Captures what functions launch, all in one stream and one pool of memory: no two of their graphs run at once."""
+    """Captures functions as graphs, all in one stream and one memory pool: no two of the graphs may run at once."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
-        self._keeps_pool = self(lambda: torch.zeros(1, device=device))  # torch gives it up with the last of its graphs
+        # torch frees the pool with the last of its graphs.
+        self._keeps_pool = self(lambda: torch.zeros(1, device=device))
 
     @property
     def is_possible(self) -> bool:
-        """Not beside what another stream does: the graphs' memory is safe in one."""
+        """Whether the current stream is the default one; the memory of the graphs is safe in one stream only."""
         return bool(torch.cuda.current_stream(self._device) == torch.cuda.default_stream(self._device))
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        """What replays it, and the tensor that each replay writes; nothing has run yet."""
+        """Capture `run`; returns the replay and the tensor that each replay writes. Nothing has run yet."""
         graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[self._stream.device_index]
         before = generator.clone_state()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             try:
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # other threads go on meanwhile
+                # "thread_local": other threads may use the device meanwhile.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 result = run()
                 graph.capture_end()
             except BaseException:
                 with suppress(RuntimeError):
                     graph.capture_end()
-                generator.graphsafe_set_state(before)  # else torch takes it to be captured still
+                generator.graphsafe_set_state(before)  # else torch believes that it is still being captured
                 raise
         return graph.replay, result
 
 
 def token_graphs(model: PreTrainedModel, forward: Forward, new_cache: Callable[[], KVCache]) -> TokenGraphs | None:
-    """Graphs for a model, tried on a few tokens beside the pass as it is; None where there can be none.
-
-    What fails the trial is read as ever, and the log says why.
-    """
+    """The graphs of a model, after a test on a few tokens; None if the model cannot have any, and the log says why."""
     name, token_ids = type(model).__name__, support.probe_ids(model)
     if not can_have_graphs(model, new_cache()):
         return None
     try:
-        # Compiled layers would be compiled for this pass.
+        # Without compiled layers, which would be compiled for this pass.
         with torch.compiler.set_stance("force_eager"), _NoWaiting():  # type: ignore[no-untyped-call]
             forward(new_cache(), token_ids[:1, None], torch.zeros_like(token_ids[:1, None]))
     except _Waits as operation:
@@ -197,17 +196,17 @@ def token_graphs(model: PreTrainedModel, forward: Forward, new_cache: Callable[[
         return None
     graphs = TokenGraphs(forward, model.device)
     error = _error(graphs, forward, (new_cache(), new_cache()), token_ids.tolist())
-    if error > support.TOLERANCE.get(model.dtype, 1e-3):
+    if error > support.LOGITS_TOLERANCE.get(model.dtype, 1e-3):
         graphs.is_off = True
         logger.warning("%s computes something else as a CUDA graph (error %.2g)", name, error)
     return None if graphs.is_off else graphs
 
 
 def shortcut(model: PreTrainedModel, graphs: TokenGraphs, cache_argument: str) -> Callable[..., Any]:
-    """The model's `forward` for `generate()` of transformers: a token that is all that it is asked to read, by a graph.
+    """The model's `forward` for `generate()` of transformers, which reads single tokens with graphs.
 
     Args:
-        cache_argument: what `forward` calls its cache.
+        cache_argument: the name of `forward`'s cache argument.
     """
     forward, dtype = model.forward, model.dtype
 
@@ -235,7 +234,7 @@ def _is_next_token(
     return_dict: bool | None = None,
     **others: Any,
 ) -> bool:
-    """Whether a watched cache is to read one token, for the logits alone; the watcher has looked at the mask."""
+    """Whether a watched cache reads one token, for its logits alone; the watcher has checked the mask."""
     return (
         cache.before_forward is not None
         and not others
@@ -249,31 +248,31 @@ def _is_next_token(
 
 
 class _Waits(Exception):
-    """Of an operation whose result the host has to see."""
+    """An operation makes the host wait for its result."""
 
 
 class _NoWaiting(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses what a capture would break on, which leaves torch's allocator in the middle of it."""
+    """Raises for operations that would break a capture; a broken capture leaves torch's allocator in a bad state."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         is_index_by_number = func is torch.ops.aten.index.Tensor and all(
             index is None or index.dtype in (torch.int64, torch.int32) for index in args[1]
         )
-        is_told = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
-        if is_told and not is_index_by_number:
+        waits = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
+        if waits and not is_index_by_number:
             raise _Waits(str(func))
         return func(*args, **(kwargs or {}))
 
 
 def can_have_graphs(model: PreTrainedModel, cache: KVCache) -> bool:
-    """Sliding windows move what they hold at each token, and a model on several devices waits for each of them."""
+    """Not with sliding windows, whose entries move at each token, nor on several devices, which wait for each other."""
     is_on_one = {parameter.device for parameter in model.parameters()} == {model.device}
     is_compactable = len(cache.compactable) == len(cache.layers)
     return model.device.type == "cuda" and is_on_one and is_compactable
 
 
 def _error(graphs: TokenGraphs, forward: Forward, caches: tuple[KVCache, KVCache], token_ids: Sequence[int]) -> float:
-    """Largest RMS error of the logits at the tokens that graphs read, relative to their standard deviation."""
+    """The largest RMS error of logits from graphs, relative to their standard deviation."""
     by_itself, by_graph = caches
     error = 0.0
     for inputs in enumerate(token_ids):

@@ -1,8 +1,7 @@
-"""A RoPE whose frequencies change with the length of the text, held at one length for the caches of this project.
+"""Holds a RoPE whose frequencies depend on the length of the text at one set of frequencies, for our caches.
 
-Keys that are cached were turned by the frequencies of their time, and nothing turns them again: after a change, old
-keys and new queries would not fit. So a model of such a kind reads into our caches by one set of frequencies, and turns
-by the length as ever for everything else. Knows no cache's inside.
+Cached keys are rotated by the frequencies of the moment they were written. If the frequencies changed later, old keys
+would not fit new queries. So such a model uses one set of frequencies for a `KVCache`, and is unchanged otherwise.
 """
 
 from __future__ import annotations
@@ -26,44 +25,44 @@ Parameters = dict[str, Any]
 
 
 def rope_parameters(config: PreTrainedConfig) -> dict[str | None, Parameters]:
-    """The parameters of the RoPE, for each kind of layer that has its own; under None if all layers share one set."""
+    """The RoPE parameters by kind of layer; under None if all layers share them."""
     parameters = getattr(config, "rope_parameters", None) or {}
     sets: dict[str | None, Parameters] = {kind: each for kind, each in parameters.items() if isinstance(each, dict)}
     return sets or {None: parameters}
 
 
 def length_dependent_kinds(model: PreTrainedModel) -> set[str]:
-    """Of the model's RoPE."""
+    """The RoPE types of the model that depend on the length of the text."""
     sets = rope_parameters(model.config.get_text_config(decoder=True)).values()
     return {str(each.get("rope_type")) for each in sets}.intersection(LENGTH_DEPENDENT)
 
 
 def require_choice(model: PreTrainedModel, window_tokens: int | None) -> None:
-    """Raise UnsupportedModel for a model with two sets of frequencies where nobody has chosen one, by the window."""
+    """Raise UnsupportedModel if the model has two sets of frequencies and `window_tokens` does not choose one."""
     config = model.config.get_text_config(decoder=True)
     window = config.max_position_embeddings
     for each in rope_parameters(config).values():
         changes_at = each.get("original_max_position_embeddings", window)
         if each.get("rope_type") == "longrope" and window_tokens is None and changes_at < window:
             raise UnsupportedModel(
-                f"{type(model).__name__} turns its keys by other factors in texts of more than {changes_at:,} tokens "
-                f"(rope_type longrope), and keys that are cached are not turned again; say which to take: "
+                f"{type(model).__name__} rotates its keys by other factors in texts of more than {changes_at:,} tokens "
+                f"(rope_type longrope), and cached keys are not rotated again; choose the factors: "
                 f"window_tokens={changes_at} for the short factors, window_tokens={window} for the long ones"
             )
 
 
 class HeldRope:
-    """The RoPE of a model, held where it depends on the length of the text; installed once.
+    """The RoPE of a model, held at one set of frequencies for the caches of one engine.
 
     Args:
-        model: with a RoPE of a kind in `LENGTH_DEPENDENT`.
-        window_tokens: "longrope" is held at its long factors if this is more than it was trained on before, else at
-            the short ones; "dynamic" at the frequencies of all texts within the window.
+        model: has a RoPE of a type in `LENGTH_DEPENDENT`.
+        window_tokens: "longrope" uses its long factors if this is above the original window, else the short ones;
+            "dynamic" uses the frequencies of texts within the window.
 
     Attributes:
-        sets: which frequencies are taken, "long" or "short", for each kind of layer.
-        changes_at: the shortest text after which the model, by itself, takes others.
-        modules: twins of the model's RoPE modules that never change.
+        sets: the frequencies in use, "long" or "short", for each kind of layer.
+        changes_at: the length of text after which the model alone would change its frequencies.
+        modules: copies of the model's RoPE modules whose frequencies never change.
     """
 
     def __init__(self, model: PreTrainedModel, window_tokens: int) -> None:
@@ -80,11 +79,11 @@ class HeldRope:
         base.forward = self._holding(base.forward)
 
     def is_of(self, cache: Cache) -> bool:
-        """Whether a cache is read into by this; a model may have engines that hold it in different ways."""
+        """Whether a cache belongs to this; several engines may hold one model in different ways."""
         return getattr(cache, "held_rope", None) is self
 
     def _held(self, module: nn.Module) -> nn.Module:
-        """A twin of a RoPE module that never changes its frequencies."""
+        """A copy of a RoPE module whose frequencies never change."""
         twin: Any = copy.deepcopy(module)
         twin.config = module.config
         kinds = {None: twin.rope_type} if isinstance(twin.rope_type, str) else dict(twin.rope_type)
@@ -102,7 +101,7 @@ class HeldRope:
         return twin  # type: ignore[no-any-return]
 
     def _either(self, forward: Callable[..., Any], held: Callable[..., Any]) -> Callable[..., Any]:
-        """A RoPE module's forward, or its twin's while a pass is one of ours."""
+        """A RoPE module's forward; in a pass with our cache, its copy's."""
 
         def either(*args: Any, **kwargs: Any) -> Any:
             return (held if getattr(self._here, "is_held", False) else forward)(*args, **kwargs)
@@ -110,7 +109,7 @@ class HeldRope:
         return InPlaceOf(forward, either)
 
     def _holding(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """A base model's forward that holds the RoPE for caches of ours."""
+        """The base model's forward, which holds the RoPE in passes with our cache."""
 
         def held(*args: Any, **kwargs: Any) -> Any:
             if not any(isinstance(each, Cache) and self.is_of(each) for each in (*args, *kwargs.values())):
@@ -125,13 +124,13 @@ class HeldRope:
 
 
 def _changes(module: nn.Module) -> bool:
-    """Whether it is a RoPE module that changes its frequencies."""
+    """Whether a module is a RoPE whose frequencies change."""
     kinds = getattr(module, "rope_type", None)
     return bool(set(kinds.values() if isinstance(kinds, dict) else [kinds]).intersection(LENGTH_DEPENDENT))
 
 
 def _chosen(model: PreTrainedModel, window_tokens: int) -> dict[str | None, str]:
-    """Of each set of parameters that depends on the length, which frequencies are taken."""
+    """The frequencies in use for each set of parameters that depends on the length."""
     config = model.config.get_text_config(decoder=True)
     return {
         kind: "long" if each["rope_type"] == "longrope" and window_tokens > _changes_at(config, kind) else "short"

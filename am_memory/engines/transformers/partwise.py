@@ -1,8 +1,8 @@
-"""Attention over ragged, biased slots and an exact tail, part by part: the path of CPUs, and of any device there is.
+"""Attention over ragged, biased slots and an exact tail, part by part: for CPUs, and for GPUs without our kernels.
 
-Attention over two sets of keys is a mixture of each set's own output, weighted by each set's share of the mass (the
-FlashAttention merge). So every part is computed where it lies, by the fastest kernel there is, and the parts are merged
-by their log-sum-exp; nothing is padded, concatenated or masked.
+Attention over two sets of keys is the mean of the outputs of each set, weighted by its attention mass (the merge of
+FlashAttention). Every part is computed in place, by the fastest kernel of the device, and the parts are merged by their
+log-sum-exp. Nothing is padded, concatenated or masked.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from torch import Tensor
 from am_memory.kv_cache.slots import Slots
 
 MAX_SCORES = 2**24
-"""Attention scores held at once by the plain operations."""
+"""The most attention scores that the plain operations hold at once."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scaling: float) -> tuple[Tensor, Tensor]:
-    """`attention.attend`, of which the arguments and results are."""
+    """See `attention.attend` for arguments and results."""
     num_heads, num_tokens, head_dim = key.shape[1], query.shape[2], query.shape[3]
-    # A group's query heads see the same keys: pool them, and no key is ever repeated.
+    # The query heads of a group attend to the same keys: pool them, so that no key is repeated.
     packed = query.reshape(1, num_heads, -1, head_dim)
     parts, num_past = [], key.shape[2]
     if num_tokens > 1:
@@ -33,7 +33,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scali
 def past_parts(
     query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scaling: float
 ) -> list[tuple[Tensor, Tensor]]:
-    """Attention over what all queries see alike: exact entries, and the slots before them; whichever there is of them.
+    """Attention over the keys that all queries attend to: exact entries, and slots; either may be missing.
 
     Args:
         query: (1, num_heads, num_queries, head_dim).
@@ -44,7 +44,7 @@ def past_parts(
 
 
 def _causal_part(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """The new tokens among themselves, in the packed shapes of `partial_attention`."""
+    """Attention among the new tokens, in the packed shapes of `partial_attention`."""
     num_heads, groups = key.shape[1], query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     output, lse = partial_attention(query, key, value, None, scaling, is_causal=True)
@@ -52,7 +52,7 @@ def _causal_part(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> t
 
 
 def _slots_part(query: Tensor, slots: Slots, scaling: float) -> tuple[Tensor, Tensor]:
-    """Each head over its own number of slots; a head without any has no mass."""
+    """Attention of each head over its slots; a head without slots has no mass."""
     outputs, lses = [], []
     for head, (key, value, bias) in enumerate(slots.heads):
         if key.shape[2]:
@@ -66,9 +66,9 @@ def _slots_part(query: Tensor, slots: Slots, scaling: float) -> tuple[Tensor, Te
 
 
 def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The attention over the union of disjoint sets of keys, from each set's own (output, log-sum-exp).
+    """Attention over the union of disjoint sets of keys, from the (output, log-sum-exp) of each set.
 
-    The first part must have some mass for every query.
+    In the first part every query must have some mass.
     """
     total, log_mass = parts[0]
     for output, lse in parts[1:]:
@@ -86,7 +86,7 @@ def partial_attention(
         query: (num_rows, num_heads, num_queries, head_dim).
         key, value: (num_rows, num_heads, num_keys, head_dim).
         bias: (num_rows, 1, 1, num_keys), added to every score; None for zero.
-        is_causal: query i sees keys 0..i only.
+        is_causal: query i attends to keys 0..i only.
 
     Returns:
         output (num_rows, num_heads, num_queries, head_dim); log-sum-exp (num_rows, num_heads, num_queries), float32.
@@ -102,11 +102,11 @@ def partial_attention(
 def plain_partial_attention(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float, *, is_causal: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`partial_attention` in plain operations, a block of queries at a time; the definition, and the fallback."""
+    """`partial_attention` in plain operations, a block of queries at a time: the definition and the fallback."""
     block = max(MAX_SCORES // max(key.shape[1] * key.shape[2], 1), 1)
     outputs, lses = [], []
     for start in range(0, query.shape[2], block):
-        # In float32, as every fused kernel has them: in bfloat16 a score of 20 is known to 0.1 only.
+        # In float32, as in fused kernels: bfloat16 rounds a score of 20 to a multiple of 0.125.
         scores = query[:, :, start : start + block].float() @ key.float().transpose(-1, -2) * scaling
         if bias is not None:
             scores = scores + bias.float()

@@ -1,4 +1,4 @@
-"""A text's token ids, where none of it may be read as an added token, such as `<|im_end|>`."""
+"""Token ids of a text in which nothing may be read as an added token, such as `<|im_end|>`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
 def encode_as_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The ids that a text from the midst of a chat has, as if the tokenizer had no added tokens."""
+    """Token ids of a text within a chat, as if the tokenizer had no added tokens."""
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
     backend = tokenizer.backend_tokenizer

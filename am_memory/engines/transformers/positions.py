@@ -1,7 +1,7 @@
-"""Models that have a position for so many tokens and no more: a table of them, which ends.
+"""Models with a table of positions, which limits the number of tokens.
 
-Reading past its end is an IndexError in the middle of a model, and on a GPU the end of the process's use of it. So the
-table is found without trying its end: by what a few tokens, read one after the other, look up. Knows no cache's inside.
+Reading past the end of the table raises an IndexError inside the model; on a GPU the process can no longer use the
+device. So the table is found without reaching its end: by the lookups of a few tokens, read one after the other.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ aten = torch.ops.aten
 
 @torch.no_grad()
 def num_positions(model: PreTrainedModel, cache: KVCache) -> int | None:
-    """How many tokens the model can read at most; None for as many as there are.
+    """The most tokens that the model can read; None if there is no limit.
 
     Args:
-        cache: new, for the trial to use.
+        cache: a new one, for the trial.
     """
     config = model.config.get_text_config(decoder=True)
     ids = torch.tensor([[config.vocab_size // 2]], device=model.device)
@@ -43,7 +43,7 @@ def num_positions(model: PreTrainedModel, cache: KVCache) -> int | None:
 
 
 class _Lookups(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes down what is looked up in tables: how many rows they have, and the highest that was asked for."""
+    """Records lookups in tables: the number of rows, and the highest index."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -66,7 +66,7 @@ def _looked_up(func: Any, args: Any) -> Iterator[tuple[int, Tensor]]:
 
 
 def refusal(name: str, num_tokens: int, max_tokens: int) -> PromptTooLong:
-    """What to raise where a model would have to read more tokens than it has positions for."""
+    """The error for more tokens than the model has positions."""
     return PromptTooLong(
         f"{num_tokens:,} tokens are more than the {max_tokens:,} for which {name} has positions: rewind, begin a new "
         f"session, or use a model with RoPE. A compaction reads its block once more, behind all that there is: set "
@@ -75,12 +75,12 @@ def refusal(name: str, num_tokens: int, max_tokens: int) -> PromptTooLong:
 
 
 def refuse_too_long_answers(model: PreTrainedModel, max_tokens: int) -> None:
-    """Have `generate()` of transformers refuse, before it reads, what cannot end well in a cache of ours.
+    """Have `generate()` of transformers raise at the start if an answer may exceed the positions of the model.
 
-    What it writes nobody could have else: it would end in an error at the last position.
+    Otherwise it would raise at the last position, and the caller would lose what was generated so far.
     """
     prepare: Callable[..., Any] | None = getattr(model, "_prepare_cache_for_generation", None)
-    if prepare is None:  # each pass is looked at in any case
+    if prepare is None:  # each pass is checked in any case
         return
     parameters = inspect.signature(prepare)
 

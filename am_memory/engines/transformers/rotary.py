@@ -1,7 +1,7 @@
-"""How a transformers model turns its keys with their position: its own frequencies, tried on a token that stands alone.
+"""Finds the RoPE of each layer: it tries the model's own frequencies on the keys of a single token.
 
-A token alone attends to itself, whatever its position: its keys at two positions differ by the turn alone, at every
-layer. So which elements turn together, how many do, and which of several frequencies a layer has is seen, not assumed.
+A token that is alone attends only to itself. Its keys at two positions therefore differ by the rotation alone, in every
+layer. So the pairs of elements, their number and the frequencies of each layer are measured, not assumed.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from am_memory.kv_cache.cache import KVCache
 from am_memory.kv_cache.layers import CompactableLayer
 from am_memory.kv_cache.rotation import Rotation
 
-TOLERANCE = 5e-2
-"""Of what a turned key is off, relative to it: rounding, in bfloat16 too. What does not fit is off by about 1."""
+KEY_TOLERANCE = 5e-2
+"""Largest relative error of a rotated key, in bfloat16 too; frequencies that do not fit have an error of about 1."""
 
 
 def layer_rotations(
     model: PreTrainedModel, new_cache: Callable[[], KVCache] | None = None, held: HeldRope | None = None
 ) -> list[Rotation]:
-    """How each of the model's layers turns its keys; a layer without positions turns none of their elements.
+    """The RoPE of each layer; a layer without positions rotates no elements.
 
     Args:
-        new_cache: for the trial to use; None: one of transformers.
-        held: what holds a RoPE that depends on the length of the text, in these caches.
+        new_cache: makes caches for the trial; None: caches of transformers.
+        held: holds a RoPE that depends on the length of the text, for these caches.
 
     Raises:
-        UnsupportedModel: keys cannot be turned to other positions, and why.
+        UnsupportedModel: the keys cannot be rotated, with the reason.
     """
     if held is None and (kinds := length_dependent_kinds(model)):
         raise UnsupportedModel(f"its RoPE depends on the length of the text (rope_type {', '.join(sorted(kinds))})")
@@ -50,7 +50,7 @@ def layer_rotations(
 
 
 def _candidates(modules: Iterable[nn.Module]) -> Iterator[Rotation]:
-    """No turn, and each of the frequencies there on pairs from two halves and on pairs of neighbours."""
+    """No rotation, and each set of frequencies, for pairs from two halves and for pairs of neighbours."""
     nothing = torch.empty(0, dtype=torch.long)
     yield Rotation(nothing, nothing, torch.empty(0, dtype=torch.double))
     for name, frequencies in (named for module in modules for named in module.named_buffers()):
@@ -63,10 +63,10 @@ def _candidates(modules: Iterable[nn.Module]) -> Iterator[Rotation]:
 
 @torch.no_grad()
 def _lone_keys(model: PreTrainedModel, position: int, cache: Cache) -> list[Tensor]:
-    """Of a token that stands alone at this position, of each layer: (num_key_value_heads, 1, head_dim).
+    """The keys of a single token at this position, one tensor for each layer: (num_key_value_heads, 1, head_dim).
 
     Args:
-        cache: new, for the token.
+        cache: a new one.
     """
     ids = torch.tensor([[model.config.get_text_config(decoder=True).vocab_size // 2]], device=model.device)
     positions = torch.tensor([[position]], device=model.device)
@@ -81,15 +81,17 @@ def _lone_keys(model: PreTrainedModel, position: int, cache: Cache) -> list[Tens
 
 
 def _fitting(candidates: list[Rotation], start: Tensor, later: Tensor, distance: int) -> Rotation:
-    """The one of the candidates that turns a layer's keys as the model does."""
+    """The candidate that rotates a layer's keys as the model does."""
 
     def error(candidate: Rotation) -> float:
         if 2 * len(candidate.speeds) > start.shape[-1]:
             return float("inf")
-        turned = candidate.turned(start, torch.tensor(distance)).float()
+        turned = candidate.rotated(start, torch.tensor(distance)).float()
         return float((turned - later.float()).norm() / later.float().norm().clamp_min(1e-12))
 
     best = min(candidates, key=error)
-    if not error(best) <= TOLERANCE:
-        raise UnsupportedModel(f"its keys change with their position by more than a turn (off by {error(best):.2g})")
+    if not error(best) <= KEY_TOLERANCE:
+        raise UnsupportedModel(
+            f"its keys change with their position by more than a rotation (off by {error(best):.2g})"
+        )
     return best

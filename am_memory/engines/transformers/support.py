@@ -1,7 +1,7 @@
-"""Which transformers models can be compacted: by what their configuration says, then by trying.
+"""Which transformers models can be compacted: first by their configuration, then by a test.
 
-A model works if its layers are causal softmax attention over keys that never change once written. What cannot work is
-refused by name; what looks right is run for a few tokens beside transformers' own attention before it is trusted.
+A model works if its layers are causal softmax attention over keys that never change once written. Models that cannot
+work are refused with the reason. All others are compared with transformers' own attention on a few tokens.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from am_memory.kv_cache.slots import Segment, Slots
 
 PROBE_TOKENS = 8
 PROBE_STEPS = ((0, 3), (3, 4), (4, PROBE_TOKENS))
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
-"""Largest RMS error of the probe's logits, relative to their standard deviation, where rounding is not worse."""
+LOGITS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+"""Largest RMS error of the probe's logits relative to their standard deviation, unless rounding alone is larger."""
 MAX_ROUNDING = {torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.1}
-"""The most that is taken for rounding; what is worse comes of something else."""
+"""Largest error that counts as rounding."""
 
 
 def layer_windows(model: PreTrainedModel) -> list[int | None]:
@@ -47,10 +47,10 @@ def layer_windows(model: PreTrainedModel) -> list[int | None]:
 
 
 def window(model: PreTrainedModel, window_tokens: int | None) -> int:
-    """Positions that are used: those that were asked for, or all that the model was trained on.
+    """The context window: `window_tokens`, or all positions that the model was trained on.
 
     Raises:
-        InvalidInput: it was not trained on so many.
+        InvalidInput: the model was trained on fewer.
     """
     most: int = model.config.get_text_config(decoder=True).max_position_embeddings
     if window_tokens is not None and not 1 <= window_tokens <= most:
@@ -87,16 +87,16 @@ def _reason_against(model: PreTrainedModel, config: PreTrainedConfig) -> str | N
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """What the model's forward pass calls its cache: `past_key_values` became `cache` within transformers 5."""
+    """The name of the model's cache argument: `cache`, or `past_key_values` before transformers 5.24."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 @torch.no_grad()
 def probe(model: PreTrainedModel, cache: KVCache) -> None:
-    """Read a few tokens with transformers' attention and with ours, and compare; leaves the model set to ours.
+    """Compare the logits of a few tokens with transformers' attention and with ours; the model keeps ours.
 
     Args:
-        cache: new, for the probe to use.
+        cache: a new one, for the probe.
 
     Raises:
         UnsupportedModel: the logits differ, or the model does not go through the attention interface.
@@ -126,19 +126,19 @@ def _require_same_logits(model: PreTrainedModel, cache: KVCache) -> None:
 
 
 def logits_error(model: PreTrainedModel, cache: KVCache) -> float | None:
-    """Run a few tokens with transformers' attention and with ours, and leave the model set to ours.
+    """Run a few tokens with transformers' attention and with ours; the model keeps ours.
 
     Args:
-        cache: new, for the trial to use.
+        cache: a new one, for the trial.
 
     Returns:
-        RMS error of the logits, relative to their standard deviation; None where it is no more than rounding.
+        The RMS error of the logits relative to their standard deviation; None if it is not above rounding.
 
     Raises:
-        UnsupportedModel: tokens see what comes after them.
+        UnsupportedModel: tokens attend to later tokens.
     """
     error, rounding, foresight = _probe_errors(model, cache)
-    tolerance = TOLERANCE.get(model.dtype, 1e-3)
+    tolerance = LOGITS_TOLERANCE.get(model.dtype, 1e-3)
     if foresight > tolerance:
         raise UnsupportedModel(
             f"{type(model).__name__} does not attend causally: what it says of a token changes with the tokens after "
@@ -150,12 +150,11 @@ def logits_error(model: PreTrainedModel, cache: KVCache) -> float | None:
 
 
 def _probe_errors(model: PreTrainedModel, cache: KVCache) -> tuple[float, float, float]:
-    """RMS errors of logits read in three steps, relative to the spread of those read at once.
+    """Relative RMS errors of logits that are read in three steps, against those of one pass.
 
     Returns:
-        With our cache, of which the first step becomes slots that are exact; with transformers' own cache and
-        attention, which is what rounding does to this model; and how far the first half's logits, read at once, are
-        from themselves when other tokens follow.
+        The error with our cache, in which the first step's tokens become exact slots; the error with transformers' own
+        cache and attention, which is rounding; and the change of the first half's logits if other tokens follow.
     """
     ids = probe_ids(model)[None]
     model.set_attn_implementation("sdpa")
@@ -181,11 +180,11 @@ def _probe_errors(model: PreTrainedModel, cache: KVCache) -> tuple[float, float,
 
 
 def probe_ids(model: PreTrainedModel) -> Tensor:
-    """Over all of the vocabulary: the first tokens are often special ones, which rounding alone sends far astray."""
+    """Tokens from all of the vocabulary: the first ones are often special, and suffer most from rounding."""
     vocab_size: int = model.config.get_text_config().vocab_size
     return torch.arange(1, 1 + PROBE_TOKENS, device=model.device) * vocab_size // (PROBE_TOKENS + 1)
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
-    """RMS error, relative to the standard deviation of what was expected."""
+    """RMS error, relative to the standard deviation of the expected values."""
     return float((actual - expected).square().mean().sqrt() / expected.std().clamp_min(1e-12))

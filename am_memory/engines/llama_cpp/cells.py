@@ -1,0 +1,221 @@
+"""What a llama.cpp cache holds at one moment: cells that all layers and KV heads share. Immutable, and knows no policy.
+
+    [pinned exact][segment 1]...[segment n][exact tail]      the cells of one sequence, in this order
+
+A cell is a slot of every head of every layer at once: a segment of n cells gives n slots to each head. llama.cpp has no
+place for biases. They are folded into the keys, or kept beside the cells and added to the scores as these are computed.
+The cells of a segment stand in the order of their rank, so that cutting a segment drops its last cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from am_memory.engines.llama_cpp.decoder import CellSequence
+from am_memory.engines.llama_cpp.model import CellModel, LayerShape
+from am_memory.engines.llama_cpp.state import SequenceState
+from am_memory.kv_cache.int8 import Rows, decoded
+from am_memory.kv_cache.layers import LayerState, SlidingState, TailBuffer, TailState
+from am_memory.kv_cache.slots import PINNED_RANK, Segment, Slots, tail_start
+
+
+@dataclass(frozen=True)
+class CacheContent:
+    """What a cache holds at one moment, apart from the cells themselves.
+
+    Attributes:
+        sequence: its cells; it may hold later ones, too.
+        num_tokens: logical.
+        segments: compact ones.
+        num_pinned: tokens at the start that stay exact; 0 before the first compaction.
+        biases: of each layer, (num_heads, base_cells) float32, where they are kept beside the cells and there are any.
+    """
+
+    model: CellModel = field(repr=False)
+    sequence: CellSequence = field(repr=False)
+    num_tokens: int = 0
+    segments: tuple[Segment, ...] = ()
+    num_pinned: int = 0
+    biases: tuple[Tensor, ...] = ()
+
+    @property
+    def tail_start(self) -> int:
+        return tail_start(self.segments)
+
+    @property
+    def num_tail_tokens(self) -> int:
+        return self.num_tokens - self.tail_start
+
+    @property
+    def segment_cells(self) -> list[int]:
+        """Of each segment."""
+        return [num_cells(segment, self.model.num_heads) for segment in self.segments]
+
+    @property
+    def base_cells(self) -> int:
+        """Before the tail."""
+        return self.num_pinned + sum(self.segment_cells)
+
+    @property
+    def num_cells(self) -> int:
+        return self.base_cells + self.num_tail_tokens
+
+    @property
+    def num_window_cells(self) -> int:
+        """Of the layers with a sliding window: as many as all that may still be read sees, back to the tail's start."""
+        if not self.model.windows:
+            return 0
+        return min(self.num_tokens, self.num_tail_tokens + self.model.window_tokens)
+
+    @property
+    def window_bytes(self) -> int:
+        return self.num_window_cells * self.model.window_cell_bytes
+
+    @property
+    def nbytes(self) -> int:
+        biases = sum(bias.nbytes for bias in self.biases)
+        return self.num_cells * self.model.cell_bytes + self.window_bytes + biases
+
+    @cached_property
+    def cells(self) -> SequenceState:
+        """All cells, taken out once."""
+        return self.model.decoder.take(self.sequence, self.num_tokens)
+
+    @property
+    def layers(self) -> tuple[LayerState, ...]:
+        """The cache as tensors, for whoever saves it, windows last; keys have their bias in them."""
+        if self.num_tokens == 0:
+            nothing = TailState(None, None, 0, 0), SlidingState(None, None, 0)
+            return (nothing[0],) * len(self.model.layers) + (nothing[1],) * len(self.model.windows)
+        windows = self.cells.window
+        return (
+            *(CellLayer(self, index).state() for index in range(len(self.model.layers))),
+            *(_window_state(windows, index, shape, self.num_tokens) for index, shape in enumerate(self.model.windows)),
+        )
+
+
+@dataclass(frozen=True)
+class CellLayer:
+    """One layer of a cache, read-only."""
+
+    content: CacheContent
+    index: int
+
+    @property
+    def start(self) -> int:
+        return self.content.tail_start
+
+    @property
+    def scaling(self) -> float:
+        return self.shape.scaling
+
+    @property
+    def query_rotations(self) -> Tensor | None:
+        return None if self.content.model.has_bias else self.shape.rotation.later
+
+    @property
+    def shape(self) -> LayerShape:
+        return self.content.model.layers[self.index]
+
+    def _entries(self, where: slice) -> tuple[Tensor, Tensor]:
+        """(num_heads, num_cells, head_dim) of some cells."""
+        cells = self.content.cells
+        key, value = (column.take(where) for column in (cells.keys[self.index], cells.values[self.index]))
+        return key.tensor(self.shape.num_heads), value.tensor(self.shape.num_heads)
+
+    def exact_entries(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """The exact keys and values at logical positions [start, end): (num_heads, end - start, head_dim)."""
+        content = self.content
+        assert content.tail_start <= start <= end <= content.num_tokens
+        first = content.base_cells - content.tail_start
+        return self._entries(slice(first + start, first + end))
+
+    def rotated(self, key: Tensor, distance: int) -> Tensor:
+        """Keys of the layer, (num_heads, num_keys, head_dim), as they would be so many positions later."""
+        return key @ self.shape.rotation.by(distance).mT.to(key.dtype) if distance else key
+
+    @property
+    def slots(self) -> Slots | None:
+        content = self.content
+        if not content.segments:
+            return None
+        num_heads, num_slots = self.shape.num_heads, content.base_cells
+        key, value = self._entries(slice(0, num_slots))
+        positions = torch.tensor(base_positions(content.segments, content.segment_cells, content.num_pinned))
+        ranks = [PINNED_RANK] * content.num_pinned
+        for count in content.segment_cells:
+            ranks += [cell_rank(index, content.model.num_heads) for index in range(count)]
+        biases = content.biases
+        return Slots(
+            key=key.reshape(-1, self.shape.head_dim),
+            value=value.reshape(-1, self.shape.head_dim),
+            bias=biases[self.index].flatten() if biases else key.new_zeros(num_heads * num_slots),
+            positions=positions.int().repeat(num_heads),
+            ranks=torch.tensor(ranks, dtype=torch.int32).repeat(num_heads),
+            cu_slots=tuple(index * num_slots for index in range(num_heads + 1)),
+        )
+
+    def state(self) -> TailState:
+        key, value = self.exact_entries(self.start, self.content.num_tokens)
+        return TailState(self.slots, TailBuffer(key[None], value[None]), self.start, key.shape[1])
+
+
+def num_cells(segment: Segment, num_heads: int) -> int:
+    """A cell is a slot of each head."""
+    return segment.num_slots // num_heads
+
+
+def cell_rank(index: int, num_heads: int) -> int:
+    """The rank of a slot in the index-th cell of its segment: a cell is there when the last head's slot is."""
+    return (index + 1) * num_heads - 1
+
+
+def base_positions(segments: Sequence[Segment], counts: Sequence[int], num_pinned: int) -> list[int]:
+    """Where the cells before the tail stand.
+
+    Any place before the tail would do, as all of it is seen by all that follows; llama.cpp asks that they ascend, and
+    that the last one is the one before the next token's.
+    """
+    positions = list(range(num_pinned))
+    for segment, count in zip(segments, counts, strict=True):
+        positions += range(segment.start, segment.start + count)
+        if count:
+            positions[-1] = segment.end - 1
+    return positions
+
+
+def packed(
+    model: CellModel,
+    cells: SequenceState,
+    segments: tuple[Segment, ...],
+    counts: Sequence[int],
+    num_pinned: int,
+    num_tokens: int,
+) -> CacheContent:
+    """A cache of these cells, at the positions that they are to have."""
+    tail = range(tail_start(segments), num_tokens)
+    placed = cells.at([*base_positions(segments, counts, num_pinned), *tail])
+    return CacheContent(model, CellSequence(placed.pack()), num_tokens, segments, num_pinned)
+
+
+def with_biases(content: CacheContent, biases: tuple[Tensor, ...]) -> CacheContent:
+    """The same cells, as they are still to be put in, with biases beside them."""
+    unscaled = [bias / layer.scaling for bias, layer in zip(biases, content.model.layers, strict=True)]
+    return replace(content, sequence=CellSequence(content.sequence.blob, unscaled), biases=biases)
+
+
+def heads_of(rows: Rows, slots: Slots) -> Tensor:
+    """(num_heads, slots of a head, head_dim)."""
+    entries = decoded(rows)
+    return entries.view(slots.num_heads, -1, entries.shape[-1])
+
+
+def _window_state(cells: SequenceState | None, index: int, shape: LayerShape, num_tokens: int) -> SlidingState:
+    assert cells is not None
+    key, value = (column[index].tensor(shape.num_heads)[None] for column in (cells.keys, cells.values))
+    return SlidingState(key, value, num_tokens)
