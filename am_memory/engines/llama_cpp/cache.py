@@ -1,7 +1,7 @@
 """The cache of one session in llama.cpp: reading, rewinding, forks and compaction. Knows no policy and no solver.
 
-`cells.py` describes the content. A snapshot is a handful of references: cells that were read stay, until something is
-read in their place.
+`cells.py` describes the content. A snapshot is a handful of references: cells stay until other tokens are read in their
+place.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from am_memory.kv_cache.slots import Segment, Slots, carried_over
 
 
 class CellCache:
-    """The cache of one session; see `am_memory.engines.base.SessionCache` for what it answers."""
+    """The cache of one session; see `am_memory.engines.base.SessionCache`."""
 
     is_croppable = True
 
@@ -79,12 +79,12 @@ class CellCache:
 
     @property
     def nbytes(self) -> int:
-        """What the cells take, and biases beside them."""
+        """Memory that cells take, and biases beside them."""
         return self._content.nbytes
 
     @property
     def exact_nbytes(self) -> int:
-        """What an uncompacted cache of the same tokens would take."""
+        """Memory that an uncompacted cache of the same tokens would take."""
         return self.num_tokens * self._model.cell_bytes + self._content.window_bytes
 
     def state(self) -> CacheContent:
@@ -96,15 +96,15 @@ class CellCache:
         self._content = state
 
     def load(self, saved: Snapshot) -> None:
-        """Take in a saved state.
+        """Take in a state that was saved by another process.
 
         Raises:
-            CorruptSession: the tensors are not the cells of such a cache.
+            CorruptSession: the tensors are not the cells of this model's caches.
         """
         self._content = from_tensors(self._model, saved)
 
     def truncate(self, num_tokens: int) -> None:
-        """Forget everything after the first `num_tokens` logical tokens; the rest must be in the exact tail."""
+        """Forget all but the first `num_tokens` logical tokens; what is forgotten must be in the exact tail."""
         content = self._content
         if num_tokens < content.tail_start:
             raise UnsupportedOperation(
@@ -114,14 +114,14 @@ class CellCache:
         self._content = replace(content, num_tokens=num_tokens)
 
     def fork(self) -> CellCache:
-        """A second cache with the same content; cells are shared until the second of the two appends."""
+        """A second cache with the same content; cells are shared until both have read more."""
         branch = CellCache(self._model)
         branch._content = self._content
         self._content.sequence.share(self.num_tokens)
         return branch
 
     def read(self, token_ids: Sequence[int], num_logits: int, on_attention: OnAttention | None) -> Tensor:
-        """Read tokens behind what it holds; see `Engine.forward`."""
+        """Read tokens; see `Engine.forward`."""
         content, decoder = self._content, self._model.decoder
         if not content.sequence.claim(self, content.num_tokens):
             content = replace(content, sequence=decoder.copy(content.sequence))
@@ -132,16 +132,11 @@ class CellCache:
         return logits
 
     def compacted(self, segments: Sequence[Segment], new_slots: Sequence[Slots], num_pinned: int) -> CacheContent:
-        """The state in which `new_slots` stand for the tail's tokens up to the end of the last of `segments`.
+        """The state after a compaction; see `am_memory.engines.base.SessionCache`.
 
         Args:
-            segments: all segments afterwards, the new one last; older ones are cut to their `num_slots` and turned to
-                their `shift`, pinned tokens with the oldest, and those that are not among them give way to the new one.
-            new_slots: the new segment's slots of each layer, as many in each head, ranked within the segment.
-            num_pinned: tokens at the start of the tail that stay exact (only before the first compaction).
-
-        Returns:
-            A new state; this cache is as it was.
+            segments, num_pinned: see there; pinned keys rotate with the oldest segment.
+            new_slots: the same number in each head, one `Slots` for each layer.
         """
         old, newest = self._content, segments[-1]
         num_pinned = max(old.num_pinned, num_pinned)
@@ -168,7 +163,7 @@ class CellCache:
 
 
 def _joined_biases(old: CacheContent, places: Sequence[slice], new_slots: Sequence[Slots]) -> tuple[Tensor, ...]:
-    """Of the cells that are kept, 0 for pinned ones, and of a new segment's."""
+    """The biases of kept cells, 0 for pinned ones, and of the new segment, for each layer."""
     joined = []
     for index, slots in enumerate(new_slots):
         held = old.biases[index] if old.biases else torch.zeros(slots.num_heads, places[0].stop)
@@ -178,23 +173,23 @@ def _joined_biases(old: CacheContent, places: Sequence[slice], new_slots: Sequen
 
 
 def _moved(cells: SequenceState, layers: Sequence[LayerShape], distance: int) -> SequenceState:
-    """The cells as if their tokens had come so much later: their keys are turned."""
+    """The cells with their keys rotated to `distance` positions later."""
     if not distance or not cells.num_cells:
         return cells
     keys = []
     for key, layer in zip(cells.keys, layers, strict=True):
-        turned = key.tensor(layer.num_heads).float() @ layer.rotation.by(distance).mT
-        keys.append(key.like(turned))
+        rotated = key.tensor(layer.num_heads).float() @ layer.rotation.by(distance).mT
+        keys.append(key.like(rotated))
     return replace(cells, keys=tuple(keys))
 
 
 def _by_rank(slots: Slots) -> Tensor:
-    """(num_heads, slots of a head): the highest rank first."""
+    """Indices of each head's slots by rank, most important first: (num_heads, slots of a head)."""
     return slots.ranks.view(slots.num_heads, -1).argsort(dim=1)
 
 
 def _new_cells(like: SequenceState, new_slots: Sequence[Slots]) -> SequenceState:
-    """Cells of a new segment, the highest rank first."""
+    """The cells of a new segment, most important first."""
     keys, values, count = [], [], 0
     for slots, key, value in zip(new_slots, like.keys, like.values, strict=True):
         order = _by_rank(slots)[:, :, None]

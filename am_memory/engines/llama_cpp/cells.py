@@ -26,14 +26,14 @@ from am_memory.kv_cache.slots import PINNED_RANK, Segment, Slots, tail_start
 
 @dataclass(frozen=True)
 class CacheContent:
-    """What a cache holds at one moment, apart from the cells themselves.
+    """The content of a cache at one moment; the cells themselves are in `sequence`.
 
     Attributes:
-        sequence: its cells; it may hold later ones, too.
-        num_tokens: logical.
-        segments: compact ones.
+        sequence: the cells; it may have later ones, too.
+        num_tokens: logical length.
+        segments: the compacted tokens.
         num_pinned: tokens at the start that stay exact; 0 before the first compaction.
-        biases: of each layer, (num_heads, base_cells) float32, where they are kept beside the cells and there are any.
+        biases: for each layer (num_heads, base_cells) float32, if biases are kept beside the cells and there are any.
     """
 
     model: CellModel = field(repr=False)
@@ -53,12 +53,12 @@ class CacheContent:
 
     @property
     def segment_cells(self) -> list[int]:
-        """Of each segment."""
+        """The number of cells of each segment."""
         return [num_cells(segment, self.model.num_heads) for segment in self.segments]
 
     @property
     def base_cells(self) -> int:
-        """Before the tail."""
+        """Cells before the tail."""
         return self.num_pinned + sum(self.segment_cells)
 
     @property
@@ -67,7 +67,7 @@ class CacheContent:
 
     @property
     def num_window_cells(self) -> int:
-        """Of the layers with a sliding window: as many as all that may still be read sees, back to the tail's start."""
+        """Cells of sliding-window layers: what a token may attend to after a rewind to the start of the tail."""
         if not self.model.windows:
             return 0
         return min(self.num_tokens, self.num_tail_tokens + self.model.window_tokens)
@@ -83,12 +83,12 @@ class CacheContent:
 
     @cached_property
     def cells(self) -> SequenceState:
-        """All cells, taken out once."""
+        """All cells, copied out of llama.cpp once."""
         return self.model.decoder.take(self.sequence, self.num_tokens)
 
     @property
     def layers(self) -> tuple[LayerState, ...]:
-        """The cache as tensors, for whoever saves it, windows last; keys have their bias in them."""
+        """The cache as tensors for saving, sliding windows last; biases are folded into the keys unless kept beside."""
         if self.num_tokens == 0:
             nothing = TailState(None, None, 0, 0), SlidingState(None, None, 0)
             return (nothing[0],) * len(self.model.layers) + (nothing[1],) * len(self.model.windows)
@@ -101,7 +101,7 @@ class CacheContent:
 
 @dataclass(frozen=True)
 class CellLayer:
-    """One layer of a cache, read-only."""
+    """One layer of a cache, read-only; see `am_memory.engines.base.SessionLayer`."""
 
     content: CacheContent
     index: int
@@ -123,20 +123,20 @@ class CellLayer:
         return self.content.model.layers[self.index]
 
     def _entries(self, where: slice) -> tuple[Tensor, Tensor]:
-        """(num_heads, num_cells, head_dim) of some cells."""
+        """Keys and values of some cells: (num_heads, num_cells, head_dim) each."""
         cells = self.content.cells
         key, value = (column.take(where) for column in (cells.keys[self.index], cells.values[self.index]))
         return key.tensor(self.shape.num_heads), value.tensor(self.shape.num_heads)
 
     def exact_entries(self, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """The exact keys and values at logical positions [start, end): (num_heads, end - start, head_dim)."""
+        """Exact keys and values at the logical positions [start, end): (num_heads, end - start, head_dim) each."""
         content = self.content
         assert content.tail_start <= start <= end <= content.num_tokens
         first = content.base_cells - content.tail_start
         return self._entries(slice(first + start, first + end))
 
     def rotated(self, key: Tensor, distance: int) -> Tensor:
-        """Keys of the layer, (num_heads, num_keys, head_dim), as they would be so many positions later."""
+        """Keys, (num_heads, num_keys, head_dim), rotated to `distance` positions later."""
         return key @ self.shape.rotation.by(distance).mT.to(key.dtype) if distance else key
 
     @property
@@ -166,20 +166,20 @@ class CellLayer:
 
 
 def num_cells(segment: Segment, num_heads: int) -> int:
-    """A cell is a slot of each head."""
+    """Cells of a segment; a cell has one slot of each head."""
     return segment.num_slots // num_heads
 
 
 def cell_rank(index: int, num_heads: int) -> int:
-    """The rank of a slot in the index-th cell of its segment: a cell is there when the last head's slot is."""
+    """The rank of all slots in a segment's cell: that of the last head's slot, since a cell needs all of them."""
     return (index + 1) * num_heads - 1
 
 
 def base_positions(segments: Sequence[Segment], counts: Sequence[int], num_pinned: int) -> list[int]:
-    """Where the cells before the tail stand.
+    """The positions of the cells before the tail.
 
-    Any place before the tail would do, as all of it is seen by all that follows; llama.cpp asks that they ascend, and
-    that the last one is the one before the next token's.
+    Every later token attends to all of them, so any ascending positions before the tail will do. llama.cpp requires
+    that the last one is directly before the next token's position.
     """
     positions = list(range(num_pinned))
     for segment, count in zip(segments, counts, strict=True):
@@ -197,20 +197,20 @@ def packed(
     num_pinned: int,
     num_tokens: int,
 ) -> CacheContent:
-    """A cache of these cells, at the positions that they are to have."""
+    """A cache of these cells, which are moved to their positions."""
     tail = range(tail_start(segments), num_tokens)
     placed = cells.at([*base_positions(segments, counts, num_pinned), *tail])
     return CacheContent(model, CellSequence(placed.pack()), num_tokens, segments, num_pinned)
 
 
 def with_biases(content: CacheContent, biases: tuple[Tensor, ...]) -> CacheContent:
-    """The same cells, as they are still to be put in, with biases beside them."""
+    """The same cells with biases beside them; llama.cpp does not have these cells yet."""
     unscaled = [bias / layer.scaling for bias, layer in zip(biases, content.model.layers, strict=True)]
     return replace(content, sequence=CellSequence(content.sequence.blob, unscaled), biases=biases)
 
 
 def heads_of(rows: Rows, slots: Slots) -> Tensor:
-    """(num_heads, slots of a head, head_dim)."""
+    """The rows of slots by head: (num_heads, slots of a head, head_dim)."""
     entries = decoded(rows)
     return entries.view(slots.num_heads, -1, entries.shape[-1])
 

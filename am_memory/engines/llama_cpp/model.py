@@ -1,4 +1,4 @@
-"""What a cache has to know of the model behind it. Knows no session and no compaction."""
+"""Facts about the model that a llama.cpp cache needs. Knows no session and no compaction."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from am_memory.engines.llama_cpp.state import SequenceState
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What one layer's cells hold.
+    """The shape of one layer's cells.
 
     Attributes:
         scaling: factor of the scores before the softmax.
-        cell_bytes: keys and values of one cell.
-        rotation: how its queries and keys turn with their position.
+        cell_bytes: bytes of the keys and values of one cell.
+        rotation: the RoPE of its queries and keys.
     """
 
     num_heads: int
@@ -28,13 +28,15 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class CellModel:
-    """What a cache has to know of the model behind it: who reads, what the layers are, and a state to begin with.
+    """Facts about the model that its caches need.
 
     Attributes:
-        template: one cell of any content, which says how states of this model look.
+        decoder: reads tokens.
+        layers: the compactable layers.
+        template: a state of one cell, which shows the layout of this model's states.
         has_bias: biases are kept beside the cells, not folded into the keys.
-        windows: the layers with a sliding window, which are left as they are.
-        window_tokens: how far these look back.
+        windows: the layers with a sliding window, which are not compacted.
+        window_tokens: the size of that window.
     """
 
     decoder: Decoder

@@ -1,8 +1,8 @@
-"""How queries turn as a text goes on (RoPE), measured: one token is read alone, at several positions.
+"""Measures the RoPE of each layer: a single token is read at several positions.
 
-Alone, a token attends to itself, whatever its position: it leaves the same hidden states, and its queries differ by the
-turn alone, at every layer. So nothing has to be known of a model's frequencies, their scaling or their factors, and
-layers that do not turn their queries come out as such.
+A token that is alone attends only to itself, so its hidden states do not depend on its position. Its queries therefore
+differ by the rotation alone, in every layer. Nothing has to be known about the model's frequencies or their scaling,
+and layers without RoPE are recognised.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from am_memory.engines.llama_cpp.support import meta
 from am_memory.errors import UnsupportedModel
 
 LADDER = tuple(2**exponent for exponent in range(13))
-"""Distances at which the turn is measured: any other is made of them."""
+"""Distances at which rotations are measured; all others are products of these."""
 DISTANCES = (0, *LADDER[5:])
-"""Tokens that a query may be later than those that a compaction is fitted to; what holds at these holds between."""
+"""Distances of later queries for which biases are folded into keys; what works at these works in between."""
 QUERY_TOLERANCE = 2e-2
-"""Of what a turned query is off, relative to it."""
+"""Largest relative error of a rotated query."""
 
 
 @dataclass(frozen=True)
 class MeasuredRotation:
-    """How queries and keys of one layer turn.
+    """The RoPE of one layer's queries and keys.
 
     Attributes:
-        steps: (len(LADDER), head_dim, head_dim) float32, what turns a query to each distance, multiplied from the left.
+        steps: (len(LADDER), head_dim, head_dim) float32: the rotation to each distance, to be multiplied from the left.
     """
 
     steps: Tensor
 
     def by(self, distance: int) -> Tensor:
-        """(head_dim, head_dim) float32: what turns a query or a key to a position that is so much later."""
+        """The rotation of a query or key to `distance` positions later, (head_dim, head_dim) float32."""
         *steps, longest = self.steps.double()
         times, rest = divmod(distance, LADDER[-1])
         turn: Tensor = torch.linalg.matrix_power(longest, times)
@@ -51,19 +51,19 @@ class MeasuredRotation:
 
     @cached_property
     def later(self) -> Tensor:
-        """(len(DISTANCES), head_dim, head_dim) float32, for each of `DISTANCES`."""
+        """The rotations to each of `DISTANCES`, (len(DISTANCES), head_dim, head_dim) float32."""
         return torch.stack([self.by(distance) for distance in DISTANCES])
 
 
 def measured_rotations(decoder: Decoder, model: Any, token_id: int) -> list[MeasuredRotation]:
-    """How the queries of each layer turn.
+    """The RoPE of each layer.
 
     Args:
-        model: llama.cpp's.
-        token_id: any ordinary one.
+        model: the model of llama.cpp.
+        token_id: any ordinary token.
 
     Raises:
-        UnsupportedModel: queries change with their position in another way.
+        UnsupportedModel: queries change with their position by more than a rotation.
     """
     start = _queries(decoder, token_id, 0)
     by_distance = [_queries(decoder, token_id, distance) for distance in LADDER]
@@ -87,7 +87,7 @@ def measured_rotations(decoder: Decoder, model: Any, token_id: int) -> list[Meas
 
 
 def _steps(base: Tensor, turned: list[Tensor], pairs: tuple[Tensor, Tensor], basis: Tensor) -> tuple[float, Tensor]:
-    """If pairs turn in this basis: by how much that is off at most, relative to a query, and the turns."""
+    """The largest relative error if pairs rotate in this basis, and the rotations."""
     steps = torch.stack([basis @ _rotation(base @ basis, each @ basis, *pairs) @ basis for each in turned])
     errors = [
         float((base @ turn.mT - each).norm() / each.norm().clamp_min(1e-12))
@@ -97,8 +97,8 @@ def _steps(base: Tensor, turned: list[Tensor], pairs: tuple[Tensor, Tensor], bas
 
 
 def _bases(head_dim: int) -> Iterator[Tensor]:
-    """What llama.cpp may have multiplied queries and keys by: nothing, or, where keys are kept in few bits, a Hadamard
-    matrix for each block of some of their elements, which is its own inverse."""
+    """The matrices that llama.cpp may have multiplied queries and keys by: the identity, or, for quantised keys, a
+    Hadamard matrix for each block of elements, which is its own inverse."""
     yield torch.eye(head_dim)
     hadamard, size = torch.ones(1, 1), 1
     while head_dim % (2 * size) == 0:
@@ -107,7 +107,7 @@ def _bases(head_dim: int) -> Iterator[Tensor]:
 
 
 def _queries(decoder: Decoder, token_id: int, position: int) -> list[Tensor]:
-    """Of a token that stands alone at this position, of each layer: (num_attention_heads, head_dim)."""
+    """The queries of a single token at this position, one (num_attention_heads, head_dim) tensor for each layer."""
     queries: list[Tensor] = []
 
     def take(_: int, attention: Attention) -> None:
@@ -118,7 +118,7 @@ def _queries(decoder: Decoder, token_id: int, position: int) -> list[Tensor]:
 
 
 def _pairs(model: Any, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Which elements of a query turn together: neighbours, or those of two halves."""
+    """The pairs of elements that rotate together: neighbours, or elements of two halves."""
     lib = library()
     kind = lib.llama_model_rope_type(model)
     if kind == lib.LLAMA_ROPE_TYPE_NONE:
@@ -129,7 +129,7 @@ def _pairs(model: Any, head_dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _rotation(query: Tensor, turned: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """The turn of each pair that brings the query, in all heads together, nearest to the other."""
+    """The rotation of each pair that brings the queries of all heads nearest to the other ones."""
     before, after = (torch.complex(each[:, first], each[:, second]) for each in (query, turned))
     angle = (before.conj() * after).sum(0).angle()
     rotation = torch.eye(query.shape[-1])

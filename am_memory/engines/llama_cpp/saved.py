@@ -16,7 +16,7 @@ from am_memory.kv_cache.layers import SlidingState, TailState
 
 
 def _window_cells(model: CellModel, saved: Snapshot, num_tokens: int) -> SequenceState | None:
-    """What `_window_state` was made from."""
+    """The cells of sliding windows from their saved tensors."""
     layers = [layer for layer in saved.layers if isinstance(layer, SlidingState)]
     if len(layers) != len(model.windows):
         raise CorruptSession(
@@ -35,7 +35,7 @@ def _window_cells(model: CellModel, saved: Snapshot, num_tokens: int) -> Sequenc
 
 
 def from_tensors(model: CellModel, saved: Snapshot) -> CacheContent:
-    """The content that `CacheContent.layers` was written from."""
+    """The content from the tensors of `CacheContent.layers`."""
     segments, num_pinned = saved.segments, saved.num_pinned
     layers = [layer for layer in saved.layers if isinstance(layer, TailState)]
     if len(layers) != len(model.layers):

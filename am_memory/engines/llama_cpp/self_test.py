@@ -1,8 +1,11 @@
-"""Whether this llama.cpp, with this model, does what the engine relies on: tried at start, on a few tokens.
+"""Tests at start, on a few tokens, that this llama.cpp does with this model what the engine relies on.
 
-Read and rebuilt, a state is the same bytes; queries and keys taken from the graph give the kernel's own attention; the
-keys of the state are those of the graph; queries change with their position by a turn; a state with a cell left out
-goes in, and reading goes on behind it; a bias that leaves nothing of a cell is as good as to leave it out.
+- A state that is parsed and packed again has the same bytes.
+- Queries and keys from the graph give the same attention as the kernel.
+- The keys of the state are those of the graph.
+- Queries change with their position by a rotation.
+- A state without one of its cells can be restored, and tokens can be read behind it.
+- A bias that removes all weight from a cell acts like leaving the cell out.
 """
 
 from __future__ import annotations
@@ -26,11 +29,9 @@ from am_memory.errors import UnsupportedModel
 NUM_TOKENS = 8
 LEFT_OUT = 3
 TEST_TOLERANCE = 2e-2
-"""Of the RMS error of an attention's output or of logits, relative to their own RMS: all is in 16 bits, or less."""
-
-
+"""Largest RMS error of attention outputs and logits, relative to their RMS; everything is in 16 bits or less."""
 HEAVY = -1e4
-"""A bias that no score makes up for."""
+"""A bias that no score outweighs."""
 
 
 def tested_model(
@@ -41,14 +42,14 @@ def tested_model(
     *,
     has_bias: bool = False,
 ) -> CellModel:
-    """What the layers of the model are, once all is as it must be.
+    """Run the tests; returns what caches need to know about the model.
 
     Args:
-        model: llama.cpp's.
-        has_bias: as the `CellModel` is to have it.
+        model: the model of llama.cpp.
+        has_bias: biases are kept beside the cells.
 
     Raises:
-        UnsupportedModel: something is not.
+        UnsupportedModel: a test failed.
     """
     token_ids = [index * vocab_size // (NUM_TOKENS + 1) for index in range(1, NUM_TOKENS + 1)]
     captured: list[Attention] = []
@@ -93,7 +94,7 @@ def tested_model(
 
 
 def _is_key(key: Column, attention: Attention) -> bool:
-    """Whether a layer's keys in the state are those of an attention."""
+    """Whether keys of the state are those of an attention in the graph."""
     held, computed = key.tensor(attention.key.shape[0]).float(), attention.key[:, :NUM_TOKENS].float()
     return held.shape == computed.shape and _relative_rms(held, computed) < TEST_TOLERANCE
 
@@ -107,7 +108,7 @@ def _shape(attention: Attention, state: SequenceState, index: int, rotation: Mea
 
 
 def _require_write(decoder: Decoder, state: SequenceState, token_id: int, biases: Sequence[Tensor]) -> None:
-    """Put in states of the same cells, and of one fewer, in another order of positions; read on behind them."""
+    """Restore states with all cells, and with one less at other positions, and read a token behind each."""
 
     def logits(cells: SequenceState, biases: Sequence[Tensor] = ()) -> Tensor:
         return decoder.read(CellSequence(cells.pack(), biases), [token_id], NUM_TOKENS, NUM_TOKENS, 1, None)
