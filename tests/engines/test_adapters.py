@@ -201,12 +201,12 @@ def test_an_adapter_that_begins_within_the_text_is_refused_by_its_argument(
 
 def test_virtual_tokens_are_refused_by_name(model: PreTrainedModel, byte_tokenizer: PreTrainedTokenizerBase) -> None:
     wrapped = get_peft_model(model, PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
-    with pytest.raises(UnsupportedModel, match=r"an adapter of kind PREFIX_TUNING.*\(LoRA and its kin\)"):
+    with pytest.raises(UnsupportedModel, match=r"an adapter of kind PREFIX_TUNING.*\(LoRA and similar ones\)"):
         new_engine(wrapped, byte_tokenizer)
 
 
 def test_other_wrappers_are_refused_by_name(model: PreTrainedModel, byte_tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(UnsupportedModel, match="Sequential is no model of transformers.*give the model itself"):
+    with pytest.raises(UnsupportedModel, match="Sequential is not a transformers model.*pass the model itself"):
         new_engine(nn.Sequential(model), byte_tokenizer)
-    with pytest.raises(UnsupportedModel, match="OptimizedModule is no model of transformers"):
+    with pytest.raises(UnsupportedModel, match="OptimizedModule is not a transformers model"):
         new_engine(torch.compile(model), byte_tokenizer)  # type: ignore[arg-type]
