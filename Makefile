@@ -70,7 +70,7 @@ demo: $(STAMP)  ## a real model's conversation, far longer than its cache
 
 test: setup  ## run the tests (ARGS='-k cache' for some)
 	@echo "== pytest"
-	@$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadgroup $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadgroup --benchmark-disable $(ARGS)
 
 lint: $(STAMP)  ## ruff (lint and format) and mypy
 	@echo "== ruff check"
