@@ -38,7 +38,7 @@ def ships(harbour: Literal["north", "south"]) -> str:
 
 @wrap_model_call
 def look_it_up(request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]) -> Any:
-    """A model of 135 million parameters does not choose a tool by itself; a question about ships forces it."""
+    """Force the tool for questions about ships: a model of 135 million parameters does not choose one by itself."""
     last = request.messages[-1]
     if isinstance(last, HumanMessage) and "ships" in last.text:
         request = request.override(tool_choice="ships")

@@ -1,4 +1,4 @@
-"""RunnableWithMessageHistory over a model that reads only what is new: two people, one model, one history each.
+"""RunnableWithMessageHistory with a model that reads only what is new: two people, one model, one history each.
 
 python examples/message_history.py    less than a minute on two cores
 """
@@ -26,7 +26,7 @@ TURNS = (
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")  # LangChain would rather have a checkpointer
+    warnings.simplefilter("ignore")  # LangChain recommends a checkpointer
     histories: dict[str, InMemoryChatMessageHistory] = defaultdict(InMemoryChatMessageHistory)
     model = ChatAMMemory(model="demo", trigger=("tokens", 160), temperature=0, max_tokens=32)
     chat = RunnableWithMessageHistory(model, lambda name: histories[name])
