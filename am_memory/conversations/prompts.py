@@ -18,7 +18,7 @@ from am_memory.conversations.tool_calls.prompt import without_strict
 from am_memory.engines.base import Engine, Message, Tool
 from am_memory.errors import InvalidInput
 from am_memory.policy import MemoryPolicy
-from am_memory.session.chat_history import check
+from am_memory.session.chat_history import require_messages
 
 SHORT_CHARS = 16_384
 """A prompt up to this long is rendered and encoded in some milliseconds."""
@@ -65,7 +65,7 @@ class Prompt:
         """
         if not messages:
             raise InvalidInput("there are no messages: give at least one")
-        check(engine, messages)
+        require_messages(engine, messages)
         numbered = [{**message, INDEX: index} for index, message in enumerate(messages)]
         prepared, template_tools = prepare(engine, numbered, tools)
         indices = [message.pop(INDEX, None) for message in prepared]

@@ -1,7 +1,7 @@
-"""Bytes on disk for as long as this process lives: one file for all of them, which has no name.
+"""Bytes on disk that live as long as this process, all in one unnamed temporary file.
 
-A file without a name is gone when its process has ended, however that came about, and nobody takes it for old and
-deletes it. One for all, as a process may only have so many files open. Knows not what the bytes are.
+The system deletes an unnamed file when its process ends, even after a crash, and no cleanup job deletes it before. One
+file holds everything, because the number of open files is limited. Does not know what the bytes are.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from threading import Lock
 
 
 class Spill:
-    """A file in the folder for temporary files, and which parts of it are in use.
+    """An unnamed temporary file, and a list of its parts that are free.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the file cannot be created.
     """
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="am-memory-", buffering=0)  # noqa: SIM115
         self._process = os.getpid()
         self._lock = Lock()
-        self._free: list[tuple[int, int]] = []  # from where to where, in order, with something in use between
+        self._free: list[tuple[int, int]] = []  # (start, end) of each free part, in order; none touch
         self._given_back: deque[tuple[int, int]] = deque()
         self._end = 0
 
     @property
     def size(self) -> int:
-        """What the file takes."""
+        """Bytes that the file takes on disk."""
         return os.fstat(self._file.fileno()).st_size
 
     def write(self, data: bytes) -> int:
-        """Keep some bytes; where they begin. Raises OSError where there is no room."""
+        """Write bytes to a free part, and return its start; raises OSError if the disk is full."""
         with self._lock:
             self._gather()
             start = self._take(len(data))
@@ -48,7 +48,7 @@ class Spill:
         return start
 
     def read(self, start: int, size: int) -> bytes:
-        """What lies there, less where the file ends before that; raises OSError."""
+        """Up to `size` bytes from `start`, fewer at the end of the file; raises OSError."""
         parts = []
         while size and (part := self._get(size, start)):
             parts.append(part)
@@ -56,11 +56,11 @@ class Spill:
         return b"".join(parts)
 
     def free(self, start: int, size: int) -> None:
-        """Give room back, to others and at the end of the file to the disk; from anywhere, a destructor too."""
-        if os.getpid() != self._process:  # a fork of the process that needs it
+        """Free a part for others, and shorten the file if it is at its end. Safe to call in a destructor."""
+        if os.getpid() != self._process:  # a forked process: its parent still uses the file
             return
         self._given_back.append((start, start + size))
-        if self._lock.acquire(blocking=False):  # else whoever has it may be the thread that was interrupted by this
+        if self._lock.acquire(blocking=False):  # the holder may be this thread, interrupted by a destructor
             try:
                 self._gather()
             finally:
@@ -92,7 +92,7 @@ class Spill:
             with self._lock:
                 self._file.seek(start)
                 return self._file.read(size) or b""
-    else:  # at no position of the file's own, which a fork has as well
+    else:  # positioned reads and writes: a forked process shares the file's own position
 
         def _put(self, data: memoryview, start: int) -> int:
             return os.pwrite(self._file.fileno(), data, start)
@@ -102,7 +102,7 @@ class Spill:
 
 
 def _merged(parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """In order, those that touch each other as one."""
+    """The parts in order, with touching parts joined."""
     merged: list[tuple[int, int]] = []
     for start, end in sorted(parts):
         if merged and merged[-1][1] == start:
@@ -117,7 +117,7 @@ _making = Lock()
 
 
 def spill() -> Spill:
-    """That of this process, in what is the folder for temporary files now. Raises OSError where none can be made."""
+    """The file of this process in the current folder for temporary files; raises OSError if it cannot be created."""
     key = os.getpid(), tempfile.gettempdir()
     with _making:
         if key not in _spills:

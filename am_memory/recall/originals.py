@@ -1,6 +1,6 @@
-"""The exact entries of compacted spans, kept off the device: in host memory, or on disk.
+"""Originals: the exact keys and values of compacted tokens, kept off the device, in host memory or on disk.
 
-Owns how they are written as bytes. Immutable, so that branches share them. Knows no policy and no session.
+Owns their file format. Originals are immutable, so that forks share them. Knows no policy and no session.
 """
 
 from __future__ import annotations
@@ -38,35 +38,35 @@ class Original(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """What they take off the device."""
+        """Bytes that they take in host memory or on disk."""
         ...
 
     @property
     def digest(self) -> str:
-        """Of `packed`, from when they were kept."""
+        """SHA-256 of `packed`, taken when they were kept."""
         ...
 
     @property
     def lost(self) -> str | None:
-        """Why they cannot be read any more, since somebody tried to; None: they can, as far as is known."""
+        """Why reading them failed; None: it has not failed so far."""
         ...
 
     def layers(self) -> list[LayerEntries]:
-        """In host memory.
+        """Keys and values of each layer, in host memory.
 
         Raises:
-            OriginalLost: they are not what was kept.
+            OriginalLost: they cannot be read, or differ from what was kept.
         """
         ...
 
     def packed(self) -> bytes:
-        """As one safetensors file; raises OriginalLost as `layers` does."""
+        """The bytes of one safetensors file; raises OriginalLost as `layers` does."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class HostOriginal:
-    """In host memory."""
+    """An `Original` in host memory."""
 
     start: int
     end: int
@@ -90,7 +90,7 @@ class HostOriginal:
 
 @dataclass(eq=False)
 class FileOriginal:
-    """On disk, in room that is given back when nobody needs it any more; compared with its digest whenever read."""
+    """An `Original` on disk. Every read compares its digest; its place in the file is freed with the object."""
 
     start: int
     end: int
@@ -102,10 +102,10 @@ class FileOriginal:
 
     @classmethod
     def write(cls, start: int, end: int, data: bytes) -> FileOriginal:
-        """Into the folder for temporary files.
+        """Write packed entries into the folder for temporary files.
 
         Raises:
-            StorageError: it cannot be written.
+            StorageError: they cannot be written.
         """
         try:
             file = spill()
@@ -140,10 +140,10 @@ class FileOriginal:
 
 
 def keep(start: int, end: int, entries: Iterable[LayerEntries], place: Place) -> Original:
-    """Copy exact entries to where they are kept; raises StorageError if they cannot be."""
+    """Copy exact entries to host memory or disk; raises StorageError if they cannot be written."""
     if place == "disk":
         return FileOriginal.write(start, end, _packed(entries))
-    # A copy even from a device that is the host: the entries are views of a tail that goes on to change.
+    # Copied even from a CPU: the entries are views of a tail that changes later.
     return HostOriginal(start, end, tuple((_to_host(key), _to_host(value)) for key, value in entries))
 
 
@@ -152,13 +152,13 @@ def _to_host(tensor: Tensor) -> Tensor:
 
 
 def received(start: int, end: int, data: bytes, like: Sequence[LayerEntries], place: Place) -> Original:
-    """From the bytes that `Original.packed` gave.
+    """An original from the bytes of `Original.packed`.
 
     Args:
-        like: any entries of the same layers.
+        like: any entries of the same layers, to compare shapes and dtypes with.
 
     Raises:
-        OriginalLost: the bytes are something else.
+        OriginalLost: the bytes are not those of these tokens in these layers.
         StorageError: they cannot be written.
     """
     entries = unpacked(data)
@@ -171,7 +171,7 @@ def received(start: int, end: int, data: bytes, like: Sequence[LayerEntries], pl
 
 
 def _kind(tensor: Tensor) -> tuple[object, ...]:
-    """All of a layer's keys or values that does not depend on the number of tokens."""
+    """Dtype and shape of a layer's keys or values, except for the number of tokens."""
     return tensor.dtype, tensor.ndim, *(size for axis, size in enumerate(tensor.shape) if axis != 1)
 
 
@@ -183,7 +183,7 @@ def _packed(entries: Iterable[LayerEntries]) -> bytes:
 
 
 def unpacked(data: bytes) -> list[LayerEntries]:
-    """Raises OriginalLost for bytes that `Original.packed` did not give."""
+    """Keys and values of each layer from the bytes of `Original.packed`; raises OriginalLost for other bytes."""
     try:
         tensors = safetensors.torch.load(data)
         return [(tensors[f"{index}.key"], tensors[f"{index}.value"]) for index in range(len(tensors) // 2)]
@@ -192,12 +192,12 @@ def unpacked(data: bytes) -> list[LayerEntries]:
 
 
 def between(originals: Sequence[Original], start: int, end: int) -> list[LayerEntries] | None:
-    """The entries of the tokens [start, end), which some originals must tile; None where they do not.
+    """The entries of the tokens [start, end); None unless consecutive originals cover exactly these.
 
     Raises:
-        OriginalLost: of one of them, as it turns out.
+        OriginalLost: one of these originals turned out to be lost.
     """
-    parts = [each for each in originals if each.start < end and each.end > start and each.lost is None]
+    parts = [original for original in originals if original.start < end and original.end > start and not original.lost]
     edges = [start, *itertools.chain.from_iterable((part.start, part.end) for part in parts), end]
     if any(one != other for one, other in zip(edges[::2], edges[1::2], strict=True)):
         return None

@@ -1,7 +1,7 @@
-"""Segments that are exact again for a while, and go back to the slots that they had.
+"""Paging: a segment becomes exact for a while, and later gets back the slots that it had.
 
-A recall is no decision about what is worth keeping: it pages a segment in, and whatever needs the room pages it out.
-The cache is afterwards, to the bit, what it would have been without. Knows no tokens, and not when there is room.
+A recall does not decide what is worth keeping. It pages a segment in, and whatever needs the room pages it out again;
+then the cache is bit for bit what it would be without the recall. Does not know when there is room.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from am_memory.recall.originals import LayerEntries
 
 @dataclass(frozen=True)
 class Recalled:
-    """A segment that is exact for now.
+    """A segment that is exact at the moment.
 
     Attributes:
-        slots: of each compactable layer, in host memory: what it goes back to.
+        slots: its compact slots in each compactable layer, in host memory; it gets them back.
     """
 
     segment: Segment
@@ -33,10 +33,10 @@ class Recalled:
 
 
 def brought_back(state: Snapshot, segment: Segment, entries: Sequence[LayerEntries]) -> tuple[CacheState, Recalled]:
-    """The state in which a segment is exact.
+    """The state with a segment exact, and what to put away later.
 
     Args:
-        entries: of each compactable layer, the segment's tokens.
+        entries: keys and values of the segment's tokens in each compactable layer.
     """
     compact, exact = [], []
     for slots, (key, value) in zip(_slots(state), entries, strict=True):
@@ -46,16 +46,16 @@ def brought_back(state: Snapshot, segment: Segment, entries: Sequence[LayerEntri
 
 
 def put_away(state: Snapshot, recalled: Recalled) -> CacheState:
-    """The state in which a segment is compact again."""
+    """The state with a recalled segment compact again."""
     compact = [mine.to(held.bias.device) for mine, held in zip(recalled.slots, _slots(state), strict=True)]
     return exchanged(state, recalled.segment, compact)
 
 
 def at_rest(state: Snapshot, recalled: Sequence[Recalled]) -> Snapshot:
-    """The state in which nothing is recalled."""
+    """The state with all recalled segments compact again."""
     return reduce(put_away, recalled, state)
 
 
 def _slots(state: Snapshot) -> list[Slots]:
-    """Of each compactable layer; something is compacted."""
+    """The slots of each compactable layer, once something has been compacted."""
     return [layer.slots for layer in state.layers if isinstance(layer, TailState) and layer.slots is not None]

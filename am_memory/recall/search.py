@@ -1,10 +1,10 @@
-"""Finding what a text is about among what is compacted, by the model's own attention to it.
+"""Search: find the compacted spans that a text is about, by the model's own attention.
 
-The text is read on scratch and its queries are taken. In a few heads some token of it looks straight at what it is
-about; most heads look at what they always look at. So a span's score is its part in the divergence between where a
-token of the text looks and where a text about nothing does: share * log(share / usual share), for the token of which
-that is the most, in the heads in which it is the most. Of some fifty ways to add up attention this one found the right
-span on two models (docs/log.md). Knows no session.
+The text is read on scratch, and its queries are compared with all compacted keys. In a few heads, one token of the text
+attends directly to what the text is about; most heads attend to the same places whatever they read. So a span's score
+compares the attention of the text with that of a neutral text: share * log(share / neutral share), the maximum over the
+tokens of the text, averaged over the heads with the highest values. Of about fifty ways to combine attention, this one
+found the right span on two models (docs/log.md). Knows no session.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from am_memory.recall.originals import Original
 from am_memory.text.boundaries import best_boundary
 
 TOP_HEADS = 0.1
-"""Share of all query heads that a span's score is the mean of."""
+"""Fraction of the query heads whose values a span's score averages."""
 NEUTRAL_TEXT = "Hello, how are you today?"
-"""Where the model looks when it reads this, it looks anyhow."""
+"""Attention that this text also gets says nothing about the search text."""
 LEAST_SHARE = 1e-4
-"""Added to both shares of a ratio: what is never looked at is not found by being looked at a little."""
+"""Added to both shares: a span that gets no attention otherwise is not found because it gets a little."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Span:
     """The tokens [start, end) of a conversation.
 
     Attributes:
-        score: how much more of its attention the text spends on them than any text would, in nats.
-        text: they as text.
+        score: how much more attention they get from the search text than from a neutral text, in nats.
+        text: their text.
     """
 
     start: int
@@ -52,8 +52,8 @@ class HeadKeys:
 
     Attributes:
         key: (num_keys, head_dim).
-        bias: (num_keys,), or None for zeros.
-        positions: (num_keys,), logical, in host memory.
+        bias: (num_keys,); None: all zero.
+        positions: (num_keys,), logical positions, in host memory.
     """
 
     layer: int
@@ -64,7 +64,7 @@ class HeadKeys:
 
 
 class Queries(NamedTuple):
-    """What passed one layer."""
+    """The queries of a text at one layer, and the log of the attention mass that each spends on the whole cache."""
 
     query: Tensor  # (num_key_value_heads, num_key_value_groups, num_tokens, head_dim)
     log_mass: Tensor  # (num_key_value_heads, num_key_value_groups, num_tokens)
@@ -80,12 +80,13 @@ def search(
     span_tokens: int,
     chunk_tokens: int,
 ) -> list[Span]:
-    """All compacted tokens, in spans of about `span_tokens`, and how much a text looks at each.
+    """All compacted tokens, in spans of about `span_tokens`, each with its score for a text.
 
     Args:
-        cache: holds all tokens but the last; it is afterwards as it was.
-        tokens: of the conversation.
-        chunk_tokens: read at once.
+        cache: holds all tokens but the last; restored afterwards.
+        tokens: all tokens of the conversation.
+        originals: tokens that have one are found by it, others by their slots.
+        chunk_tokens: tokens read in one forward pass.
     """
     if not cache.segments:
         return []
@@ -102,7 +103,7 @@ def search(
 
 
 def _edges(engine: Engine, tokens: Sequence[int], segments: Sequence[Segment], span_tokens: int) -> list[int]:
-    """Where spans begin, and the end: at boundaries of the text, and of the segments."""
+    """The positions where spans begin, and the end of the last one: boundaries of the text and of segments."""
     edges = [segments[0].start]
     for segment in segments:
         while segment.end - edges[-1] > 1.5 * span_tokens:
@@ -113,16 +114,17 @@ def _edges(engine: Engine, tokens: Sequence[int], segments: Sequence[Segment], s
 
 
 def taken_queries(engine: Engine, cache: SessionCache, token_ids: Sequence[int], chunk_tokens: int) -> list[Queries]:
-    """Read tokens on scratch; their queries in each compactable layer. The cache is afterwards as it was."""
+    """The queries of some tokens, read on scratch, in each compactable layer."""
     passes = queries_on_scratch(engine, cache, in_chunks(token_ids, chunk_tokens))
     return [Queries(*(torch.cat(parts, dim=2) for parts in zip(*layer, strict=True))) for layer in passes]
 
 
 def held_keys(cache: SessionCache, originals: Sequence[Original]) -> Iterator[HeadKeys]:
-    """Every key that stands for a compacted token, once: originals where there are any, else slots."""
+    """The key of each compacted token, by layer and head: its original if there is one, else its slot."""
     for original in originals:
         positions = torch.arange(original.start, original.end)
-        shift = next((each.shift for each in cache.segments if each.start <= original.start < each.end), 0)
+        segments = (segment for segment in cache.segments if segment.start <= original.start < segment.end)
+        shift = next((segment.shift for segment in segments), 0)
         for index, (layer, (key, _)) in enumerate(zip(cache.compactable, original.layers(), strict=True)):
             standing = layer.rotated(key, shift)
             for head in range(key.shape[0]):
@@ -135,7 +137,7 @@ def held_keys(cache: SessionCache, originals: Sequence[Original]) -> Iterator[He
 
 
 def _without(slots: Slots, originals: Sequence[Original]) -> Slots:
-    """The slots of tokens that no original has."""
+    """The slots of tokens without an original."""
     is_left = torch.ones(len(slots.positions), dtype=torch.bool)
     for original in originals:
         is_left &= (slots.positions < original.start) | (slots.positions >= original.end)
@@ -149,11 +151,11 @@ def span_scores(
     neutral: Sequence[Queries],
     edges: Sequence[int],
 ) -> Tensor:
-    """How much a text looks at each span.
+    """The score of each span for a text.
 
     Args:
-        text, neutral: queries of the text and of one about nothing, in each compactable layer.
-        edges: the spans are between neighbours of these positions.
+        text, neutral: queries of the text and of a neutral text, in each compactable layer.
+        edges: positions; each span lies between two neighbouring ones.
 
     Returns:
         (len(edges) - 1,) float32, in nats.
@@ -167,22 +169,25 @@ def span_scores(
     shares = [layer.log_mass.new_zeros(*layer.log_mass.shape, len(edges) + 1) for layer in layers]
     boundaries = torch.tensor(edges)
     for keys in held_keys(cache, originals):
-        query, log_mass = (of[keys.head] for of in layers[keys.layer])  # (groups, num_tokens, head_dim), (groups, ...)
+        query, log_mass = (tensor[keys.head] for tensor in layers[keys.layer])  # (groups, num_tokens, head_dim), ...
         logits = query.float() @ keys.key.to(query.device).float().T * scalings[keys.layer]
         if keys.bias is not None:
             logits += keys.bias.to(logits.device).float()
         places = torch.searchsorted(boundaries, keys.positions.long(), right=True).to(logits.device)
         shares[keys.layer][keys.head].index_add_(2, places, (logits - log_mass[..., None]).exp_())
-    # What lies before the first edge and behind the last is in no span.
-    drawn = torch.cat([_drawn(share[..., 1:-1], num_text_tokens) for share in shares])
-    return drawn.topk(max(1, round(TOP_HEADS * len(drawn))), dim=0).values.mean(dim=0)
+    # The first and the last place are outside all spans.
+    gains = torch.cat([_gains(share[..., 1:-1], num_text_tokens) for share in shares])
+    return gains.topk(max(1, round(TOP_HEADS * len(gains))), dim=0).values.mean(dim=0)
 
 
-def _drawn(share: Tensor, num_text_tokens: int) -> Tensor:
-    """(query heads of a layer, num_spans): the text's largest part in the divergence from the neutral text.
+def _gains(share: Tensor, num_text_tokens: int) -> Tensor:
+    """The attention that each span gains over the neutral text, maximum over the text's tokens.
 
     Args:
         share: (num_key_value_heads, num_key_value_groups, num_tokens, num_spans), the text's tokens before the neutral.
+
+    Returns:
+        (num_query_heads, num_spans), in nats.
     """
     among_spans = share / share.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(share.dtype).tiny)
     text, neutral = among_spans[:, :, :num_text_tokens], among_spans[:, :, num_text_tokens:]

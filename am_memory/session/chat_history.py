@@ -1,7 +1,7 @@
-"""Chat messages as the tokens that they add to a context, by the model's own chat template.
+"""The chat messages of a context, and the tokens that each new message adds to it, by the model's chat template.
 
-A context only grows: what was generated stays as it was generated, and new messages are rendered to follow it, whatever
-the template would make of the old ones. Knows no cache.
+A context only grows. Generated tokens stay as they were generated, and new messages are rendered to follow them, even
+where the template would now write the old ones differently. Knows no cache.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from am_memory.text.text_stream import REPLACEMENT
 from am_memory.text.turns import split_turns
 
 IS_TOOL_RESULT = "is_tool_result"
-"""Marks a message that brings tools' results under another role, for a template that knows no tools."""
+"""Marks a message with tool results under another role, for a template that knows no tools."""
 
 MAX_LEVELS = 200
-"""Of lists and objects in each other in what is told: no code behind this has to fear for its stack."""
+"""Most levels of nested lists and objects in messages: deeper ones could overflow the stack of code that reads them."""
 
 
 @dataclass(frozen=True)
 class ChatHistory:
-    """The messages of one context, told and generated, oldest first; immutable, so that it can be put back.
+    """The messages of one context, appended and generated, oldest first. Immutable: a failed step restores the old one.
 
     Attributes:
         messages: as chat templates take them.
-        starts: for each message, how many tokens the context had before it, the end of an answer before it included.
-        is_answering: the last message is being generated, or was cut: what the template puts behind it is not in the
-            context yet.
-        tools: the functions that the chat template tells the model of, as JSON schemas.
-        trusts_messages: what messages spell of control tokens are control tokens.
+        starts: for each message, the number of tokens before it, including those that end the answer before it.
+        is_answering: the last message is being generated, or was cut; the tokens that the template writes behind it are
+            not in the context yet.
+        tools: functions that the chat template describes to the model, as JSON schemas.
+        trusts_messages: read control tokens that messages spell as control tokens.
     """
 
     messages: tuple[Message, ...] = ()
@@ -44,7 +44,7 @@ class ChatHistory:
 
     @property
     def tool_results(self) -> list[tuple[int, int | None]]:
-        """Where in the context they begin, and what follows them; None where nothing does."""
+        """The first token of each tool result, and the first one behind it; None if the result is the last message."""
         ends = itertools.chain(self.starts[1:], [None])
         return [
             (start, end)
@@ -53,7 +53,11 @@ class ChatHistory:
         ]
 
     def token_weights(self, tool_result_weight: float, start: int, end: int) -> list[float] | None:
-        """How much it counts that the tokens [start, end) can be repeated; None: all alike."""
+        """The weight of each of the tokens [start, end) when a compaction is fitted; None: all have weight 1.
+
+        Args:
+            tool_result_weight: weight of the tokens of tool results; all others have weight 1.
+        """
         if tool_result_weight == 1:
             return None
         weights = [1.0] * (end - start)
@@ -63,7 +67,7 @@ class ChatHistory:
         return weights
 
     def _chat(self, engine: Engine, messages: Sequence[Message] = ()) -> RenderedChat:
-        """These messages, and more of them."""
+        """These messages and some more, rendered."""
         return RenderedChat(engine, [*self.messages, *messages], self.tools, trusts_messages=self.trusts_messages)
 
     def _grown(self, messages: Sequence[Message], starts: Sequence[int], *, is_answering: bool = False) -> ChatHistory:
@@ -71,15 +75,15 @@ class ChatHistory:
         return replace(self, messages=messages, starts=starts, is_answering=is_answering)
 
     def with_answer_text(self, text: str) -> ChatHistory:
-        """The model's answer goes on by `text`."""
+        """With `text` added to the model's answer."""
         last = self.messages[-1]
         return replace(self, messages=(*self.messages[:-1], {**last, "content": f"{last['content']}{text}"}))
 
     def with_plain_text(self, text: str, num_tokens: int) -> ChatHistory:
-        """Plain text after messages: the model's answer goes on by it, or begins with it, as it stands.
+        """With plain text after the messages: it continues the model's answer, or begins one.
 
         Args:
-            num_tokens: of the context so far.
+            num_tokens: number of tokens in the context so far.
         """
         if not self.messages:
             return self
@@ -89,21 +93,21 @@ class ChatHistory:
         return self._grown([answer], [num_tokens], is_answering=True)
 
     def truncated(self, engine: Engine, token_ids: Sequence[int]) -> ChatHistory:
-        """What is left of the messages in `token_ids`, the beginning of the context; the last one may be cut."""
+        """The messages that remain if only the first tokens of the context do, `token_ids`; the last one may be cut."""
         count = sum(start < len(token_ids) for start in self.starts)
         is_cut = count > 0 and self.starts[count : count + 1] != (len(token_ids),)
         left = replace(self, messages=self.messages[:count], starts=self.starts[:count], is_answering=is_cut)
         return left._cut(engine, token_ids[left.starts[-1] :]) if is_cut else left
 
     def _cut(self, engine: Engine, token_ids: Sequence[int]) -> ChatHistory:
-        """The last message as far as these tokens of it say it; calls and parts are then the text that they are."""
+        """With the last message cut to the text of `token_ids`, its first tokens; tool calls and parts become text."""
         last = self.messages[-1]
         content, header = last.get("content"), self._header(engine)
-        words = engine.decode(header, skip_special=True) if header else ""
-        if last["role"] == "assistant" and isinstance(content, str) and content.startswith(words):
-            header = []  # it was begun by plain text, as that stood
-        said = token_ids[len(header) :]
-        text = engine.decode(said, skip_special=True).rstrip(REPLACEMENT) if said else ""
+        header_text = engine.decode(header, skip_special=True) if header else ""
+        if last["role"] == "assistant" and isinstance(content, str) and content.startswith(header_text):
+            header = []  # plain text began this answer, without a header
+        content_ids = token_ids[len(header) :]
+        text = engine.decode(content_ids, skip_special=True).rstrip(REPLACEMENT) if content_ids else ""
         if isinstance(content, str) and not last.get("tool_calls"):
             size = next(size for size in range(len(content), -1, -1) if text.endswith(content[:size]))
             last = {**last, "content": content[:size]}
@@ -112,16 +116,18 @@ class ChatHistory:
         return replace(self, messages=(*self.messages[:-1], last))
 
     def _header(self, engine: Engine) -> list[int]:
-        """The tokens that the template writes before what the last message says, as far as that can be told."""
+        """The tokens that the template writes before the content of the last message; empty if they cannot be found."""
         chat = self._chat(engine)
         *before, last = chat.messages
         try:
             begin = chat.write(before) if before else ""
-            told = [chat.write([*before, {"role": last["role"], "content": content}]) for content in ("0", "x")]
-        except InvalidInput:  # of a template that insists on other fields
+            first, second = (
+                chat.write([*before, {"role": last["role"], "content": content}]) for content in ("0", "x")
+            )
+        except InvalidInput:  # the template demands other fields
             return []
-        size = next((size for size, (one, other) in enumerate(zip(*told, strict=False)) if one != other), 0)
-        header = told[0][:size]
+        size = next((size for size, (one, other) in enumerate(zip(first, second, strict=False)) if one != other), 0)
+        header = first[:size]
         return chat.encode(header[len(begin) :]) if header.startswith(begin) else []
 
     def with_messages(
@@ -130,13 +136,13 @@ class ChatHistory:
         """With more messages, and the token ids that they add to the context.
 
         Args:
-            num_tokens: of the context so far.
-            ends_turn: it ends with the token that ends the model's turn.
+            num_tokens: number of tokens in the context so far.
+            ends_turn: the last token of the context ends the model's turn.
 
         Raises:
-            InvalidInput: not chat messages, or a template that rewrites what came before.
+            InvalidInput: these are not chat messages, or the template now writes the messages before them differently.
         """
-        check(engine, messages)
+        require_messages(engine, messages)
         chat = self._chat(engine, messages)
         closing, turns = self._added(engine, chat, ends_turn=ends_turn)
         token_ids = chat.encode(closing + "".join(turns))
@@ -144,20 +150,19 @@ class ChatHistory:
         parts = [chat.encode(text) for text in (closing, *turns)] if closing or len(turns) > 1 else [[]]
         if [*itertools.chain(*parts)] == token_ids:  # else a token spans two messages
             starts = list(itertools.accumulate(map(len, parts[:-1]), initial=num_tokens))[1:]
-        told = tuple(dict(message) for message in messages)
-        return self._grown(told, starts), token_ids
+        return self._grown([dict(message) for message in messages], starts), token_ids
 
     def _added(self, engine: Engine, chat: RenderedChat, *, ends_turn: bool) -> tuple[str, list[str]]:
-        """What closes the answer before, then what the template writes for each message behind these.
+        """The text that ends the answer before, and the text that the template writes for each new message.
 
-        Where it writes a message in another way once others follow (tool results in one turn), that is all with the
-        last of them.
+        A template may write several messages as one piece, such as tool results in one turn. The last of them then has
+        all of the text.
         """
         count = len(self.messages)
         before, messages = chat.messages[:count], chat.messages[count:]
         if self.is_answering:
-            # The answer stands in the context as it was generated: only what is behind it counts.
-            closing, whole = (chat.write_behind(said, count - 1) for said in (before, chat.messages))
+            # The context holds the answer as it was generated: only the text behind it counts.
+            closing, whole = (chat.write_behind(shown, count - 1) for shown in (before, chat.messages))
             if ends_turn:
                 closing, whole = _without_eos(engine, closing), _without_eos(engine, whole)
             closing = closing if whole.startswith(closing) else ""
@@ -173,10 +178,10 @@ class ChatHistory:
         return closing, split_turns(chat, count, added)
 
     def with_answer_begun(self, engine: Engine, num_tokens: int, *, ends_turn: bool) -> tuple[ChatHistory, list[int]]:
-        """With the model's answer begun, and the token ids that open it; nothing new where it goes on with one.
+        """With an empty answer of the model, and the token ids that open it. An unfinished answer simply goes on.
 
         Raises:
-            InvalidInput: the last answer is complete, and nothing was said since.
+            InvalidInput: the last answer is complete, and no message has been appended since.
         """
         if not self.messages:
             return self, []
@@ -191,7 +196,7 @@ class ChatHistory:
         return self._grown([answer], [num_tokens], is_answering=True), opening
 
     def num_pinned_tokens(self, engine: Engine, kind: str) -> int:
-        """Tokens at the start that `kind` of `MemoryPolicy.pinned` keeps exact; 0 where there is no such message."""
+        """Tokens of the messages that stay exact if `MemoryPolicy.pinned` is `kind`; 0 if there is no such message."""
         num_pinned = 0
         while num_pinned < len(self.messages) and self.messages[num_pinned]["role"] in ("system", "developer"):
             num_pinned += 1
@@ -199,7 +204,7 @@ class ChatHistory:
             num_pinned = min(num_pinned + 1, len(self.messages))
         if num_pinned == 0:
             return 0
-        # Where two continuations part, the pinned messages have ended, whatever the template puts around them.
+        # The pinned messages end where two different continuations first differ, whatever the template writes around.
         role = "assistant" if self.messages[num_pinned - 1]["role"] == "user" else "user"
         chat = replace(self, messages=self.messages[:num_pinned])._chat(engine)
         first, second = (
@@ -210,13 +215,13 @@ class ChatHistory:
 
 
 def _without_eos(engine: Engine, text: str) -> str:
-    """Without the token that ends the model's turn, where the text begins with one."""
+    """The text without the token that ends the model's turn, if it begins with one."""
     ends = (engine.decode([token_id]) for token_id in sorted(engine.info.eos_token_ids))
     return next((text.removeprefix(end) for end in ends if text.startswith(end)), text)
 
 
-def check(engine: Engine, messages: Sequence[Message]) -> None:
-    """Raise InvalidInput for what no chat template can render."""
+def require_messages(engine: Engine, messages: Sequence[Message]) -> None:
+    """Raise InvalidInput for messages that no chat template can render."""
     if not engine.has_chat_template:
         raise InvalidInput(
             f"{engine.info.name} has no chat template, so it takes no messages: append text or token ids"
@@ -230,14 +235,14 @@ def check(engine: Engine, messages: Sequence[Message]) -> None:
 
 
 def require_levels(values: Sequence[object], what: str) -> None:
-    """Raise InvalidInput where these are nested more deeply than can be told."""
+    """Raise InvalidInput if lists and objects in these values are nested more than `MAX_LEVELS` deep."""
     if is_nested(values, MAX_LEVELS):
         raise InvalidInput(f"the {what} are nested too deeply: give them no more than {MAX_LEVELS} levels")
 
 
 def is_nested(value: object, levels: int) -> bool:
-    """Whether there are lists or objects in each other for more than so many levels."""
-    inside = {id(value): value}  # each once, however many hold it
+    """Whether lists and objects are nested more than `levels` deep."""
+    inside = {id(value): value}  # by id, so that a shared one counts once
     for _ in range(levels):
         inside = {
             id(item): item

@@ -1,4 +1,4 @@
-"""What a saved session has to be before it goes on with a model. Knows no store."""
+"""Checks of a saved session before it goes on with a model. Knows no store."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def check_origin(name: str, saved: SavedSession, info: ModelInfo) -> tuple[str, 
     """Check that a session was saved with this model, this tokenizer and, where it has messages, this chat template.
 
     Returns:
-        Of which of them nobody has said what they were when it was saved.
+        The parts among these that the saved session does not name.
 
     Raises:
-        ModelMismatch: with another, by name.
+        ModelMismatch: it was saved with another one, which the message names.
     """
     parts = [
         ("model", saved.fingerprint, info.fingerprint),
@@ -46,14 +46,14 @@ def check_origin(name: str, saved: SavedSession, info: ModelInfo) -> tuple[str, 
 
 
 def policy_of(name: str, saved: SavedSession, policy: MemoryPolicy, *, is_default: bool) -> MemoryPolicy:
-    """Under which policy a session goes on, where nobody names one: its own, if it had one, else the memory's.
+    """The policy under which a saved session goes on: its own, if it had one, else the memory's.
 
     Args:
         policy: the memory's.
-        is_default: nobody has asked for it, so that the saved one goes before it.
+        is_default: no policy was given to the memory, so the saved one is used.
 
     Raises:
-        StorageError: the saved policy is needed, and is none.
+        StorageError: the saved policy is needed, and is not valid.
     """
     if not changes_of(saved, policy) or not (saved.has_own_policy or is_default):
         return policy
@@ -67,7 +67,7 @@ def policy_of(name: str, saved: SavedSession, policy: MemoryPolicy, *, is_defaul
 
 
 def changes_of(saved: SavedSession, policy: MemoryPolicy) -> tuple[PolicyChange, ...]:
-    """What another policy says otherwise than the one that a session was saved with."""
+    """The fields in which a policy differs from the one that a session was saved with."""
     before = {**MemoryPolicy().model_dump(mode="json"), **saved.policy}
     now = policy.model_dump(mode="json")
     return tuple(
@@ -78,13 +78,13 @@ def changes_of(saved: SavedSession, policy: MemoryPolicy) -> tuple[PolicyChange,
 
 
 def check_content(name: str, saved: SavedSession, info: ModelInfo, like: Snapshot) -> None:
-    """Check that a session is one that this model may have had: whoever can write its file can claim anything in it.
+    """Check that this model could have made a session. Its file may be forged, and claim anything.
 
     Args:
-        like: what a cache of this model is that holds one token.
+        like: the state of a cache of this model that holds one token.
 
     Raises:
-        CorruptSession: it is not, and why.
+        CorruptSession: the model cannot have made it; the message says why.
     """
     problem = _problem_of_text(saved, info) or _problem_of_layers(saved, like) or _problem_of_records(saved)
     for layer in saved.state.layers:
@@ -134,7 +134,7 @@ def _problem_of_layers(saved: SavedSession, like: Snapshot) -> str:
 
 
 def _problem_of_records(saved: SavedSession) -> str:
-    """Each compaction has to begin where the one before ended, and the last to have left what is there."""
+    """Each compaction must begin where the one before ended, and the last must leave the segments that are there."""
     held: list[tuple[int, int]] = []
     for made in saved.records:
         *older, newest = [(segment.start, segment.end) for segment in made.plan.segments]
@@ -153,7 +153,7 @@ def _problem_of_records(saved: SavedSession) -> str:
 
 
 def _problem_of_recalls(recalls: Sequence[RecallRecord], starts: Collection[int]) -> str:
-    """Segments that are there become exact, and of these some are compact again."""
+    """Only segments that are there become exact, and only exact ones become compact again."""
     exact = set[int]()
     for recall in recalls:
         if recall.start not in (starts if recall.is_exact else exact):
@@ -181,14 +181,14 @@ def _problem_of_slots(layer: LayerState, state: Snapshot) -> str:
 
 
 def _entries(layer: LayerState) -> tuple[Tensor, ...]:
-    """Exact keys and values; nothing where nothing was read."""
+    """Exact keys and values; empty if nothing was read."""
     if isinstance(layer, SlidingState):
         return () if layer.keys is None or layer.values is None else (layer.keys, layer.values)
     return () if layer.buffer is None else (layer.buffer.key, layer.buffer.value)
 
 
 def _kind(layer: LayerState) -> list[tuple[object, ...]]:
-    """All of a layer's keys and values that does not depend on their number; of compact ones, where it differs."""
+    """Dtypes, heads and head_dim of a layer's exact entries, and of its compact ones where they differ."""
     exact = [(tensor.dtype, tensor.shape[3]) for tensor in _entries(layer)]
     heads = [(tensor.shape[1],) for tensor in _entries(layer)]
     slots = layer.slots if isinstance(layer, TailState) else None
