@@ -7,7 +7,7 @@ from am_memory.errors import InvalidPolicy
 from am_memory.policy import MemoryPolicy
 
 
-def require(policy: MemoryPolicy, can: Capabilities) -> None:
+def require_capabilities(policy: MemoryPolicy, can: Capabilities) -> None:
     """Check a policy against an engine's capabilities.
 
     Raises:

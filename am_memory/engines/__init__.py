@@ -1,1 +1,1 @@
-"""What runs a model: one package for each kind, all behind `base.Engine`."""
+"""Engines run models: one package for each kind of engine, all behind the protocols of `base`."""

@@ -66,7 +66,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What an engine can do beyond the minimum. A policy that needs more is refused with `InvalidPolicy`.
+    """The abilities of an engine beyond the minimum. A policy that needs more is refused with `InvalidPolicy`.
 
     Attributes:
         has_ragged_heads: the heads of a layer may differ in their number of slots (head budgets, calibration).

@@ -25,7 +25,7 @@ from am_memory.compaction.plan import (
     trigger_in_tokens,
 )
 from am_memory.compaction.record import CompactionRecord, RecallRecord, with_policy
-from am_memory.compaction.requirements import require
+from am_memory.compaction.requirements import require_capabilities
 from am_memory.engines.base import Engine, SessionCache, in_chunks
 from am_memory.errors import InvalidInput
 from am_memory.events import (
@@ -80,7 +80,7 @@ class Context:
     background_compaction: BackgroundCompaction | None = None
 
     def __post_init__(self) -> None:
-        require(self.policy, self.engine.capabilities)
+        require_capabilities(self.policy, self.engine.capabilities)
         self.trigger_tokens = trigger_in_tokens(self.policy, self.engine.info.window_tokens)
         require_progress(self.policy, self.trigger_tokens, self.num_pinned)
         self._calibration = calibration_for(self.policy.head_budget, self.engine.info)

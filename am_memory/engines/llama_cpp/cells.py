@@ -1,4 +1,4 @@
-"""What a llama.cpp cache holds at one moment: cells that all layers and KV heads share. Immutable, and knows no policy.
+"""The content of a llama.cpp cache: cells that all layers and KV heads share. It is immutable and knows no policy.
 
     [pinned exact][segment 1]...[segment n][exact tail]      the cells of one sequence, in this order
 

@@ -28,11 +28,11 @@ from torch import Tensor
 from am_memory.engines.llama_cpp.library import from_rows, to_rows
 from am_memory.errors import UnsupportedModel
 
-MAGIC = 0xAF143CD8
+STATE_MAGIC = 0xAF143CD8
 WHOLE = -1
 """Saves the whole context, which holds one sequence. Saving the sequence by its number would drop window cells that the
 next token cannot see, and rewinding would be impossible."""
-Rows = np.ndarray[Any, np.dtype[np.uint8]]
+CellRows = np.ndarray[Any, np.dtype[np.uint8]]
 """(num_cells, row_bytes): for each cell, all heads of a layer, one after the other."""
 Blob = np.ndarray[Any, np.dtype[np.uint8]]
 """A whole state as bytes; never changed in place."""
@@ -48,7 +48,7 @@ class Column:
     """
 
     kind: str
-    rows: Rows
+    rows: CellRows
 
     def tensor(self, num_heads: int) -> Tensor:
         """The numbers, (num_heads, num_cells, head_dim); a view of the rows if torch has the type."""
@@ -135,7 +135,7 @@ class SequenceState:
 
     def pack(self) -> Blob:
         """The state as the bytes that llama.cpp reads."""
-        parts = [struct.pack("<Ii", MAGIC, WHOLE), *self._packed()]
+        parts = [struct.pack("<Ii", STATE_MAGIC, WHOLE), *self._packed()]
         if self.window is not None:
             parts += self.window._packed()
         return np.frombuffer(bytearray().join(parts), dtype=np.uint8)
@@ -173,7 +173,7 @@ class SequenceState:
         """
         reader = _Reader(data)
         magic, _ = reader.unpack("<Ii")
-        if magic != MAGIC:
+        if magic != STATE_MAGIC:
             raise UnsupportedModel(f"a state with magic {magic:#x} cannot be read")
         state = cls._parsed(reader)
         if reader.left:

@@ -22,11 +22,11 @@ from am_memory.engines.transformers.attention import IS_DEFERRED, attention_forw
 from am_memory.errors import EngineFailed, UnsupportedModel
 from am_memory.kv_cache.cache import KVCache
 
-WAY_OUT = "load it with compile=False"
+WITHOUT_COMPILING = "load it with compile=False"
 
 
 class _Step(NamedTuple):
-    """What the operator needs to know of the layer that is about to run, hidden from the graph."""
+    """The layer that is about to run, as the operator needs it; hidden from the graph."""
 
     cache: KVCache
     attention: Any  # a module with a `layer_idx`
@@ -65,7 +65,9 @@ class CompiledLayer:
     def __init__(self, layer: nn.Module) -> None:
         attentions = [part for part in layer.modules() if part is not layer and hasattr(part, "layer_idx")]
         if len(attentions) != 1:
-            raise UnsupportedModel(f"{type(layer).__name__} has {len(attentions)} parts that use a cache: {WAY_OUT}")
+            raise UnsupportedModel(
+                f"{type(layer).__name__} has {len(attentions)} parts that use a cache: {WITHOUT_COMPILING}"
+            )
         self.eager = layer.forward
         self.has_run = False
         self._layer, self._attention = layer, attentions[0]
@@ -114,14 +116,14 @@ def _require_use(model: PreTrainedModel, layers: list[CompiledLayer], cache: KVC
         with torch.no_grad():
             is_same = support.logits_error(model, cache) is None
     except TypeError as error:  # a layer that takes no further arguments
-        raise UnsupportedModel(f"{name} cannot be compiled layer by layer ({error}): {WAY_OUT}") from error
+        raise UnsupportedModel(f"{name} cannot be compiled layer by layer ({error}): {WITHOUT_COMPILING}") from error
     except RuntimeError as error:
         raise EngineFailed(
-            f"torch.compile fails for {name} on this machine ({_reason(error)}): {WAY_OUT}; on a CPU it "
+            f"torch.compile fails for {name} on this machine ({_reason(error)}): {WITHOUT_COMPILING}; on a CPU it "
             "needs a C++ compiler, on a GPU Triton and a C compiler"
         ) from error
     if not layers or not is_same or not all(layer.has_run for layer in layers):
-        raise UnsupportedModel(f"{name} computes something else with compiled layers: {WAY_OUT}")
+        raise UnsupportedModel(f"{name} computes something else with compiled layers: {WITHOUT_COMPILING}")
 
 
 def _reason(error: Exception) -> str:

@@ -26,7 +26,7 @@ FOR_EACH_TOKEN = ("position_ids", "cache_position", "token_type_ids", "mm_token_
 """Arguments of `forward` that have an entry for each token."""
 OF_ALL_TOKENS = ("labels", "shift_labels", "output_hidden_states", "output_attentions", "output_router_logits")
 """Arguments that ask for more than logits, for all tokens of the pass at once."""
-NOT_TEXT = ("pixel_values", "image_", "images", "video_", "videos", "audio_", "input_audio", "input_features")
+MEDIA_PREFIXES = ("pixel_values", "image_", "images", "video_", "videos", "audio_", "input_audio", "input_features")
 """Prefixes of the arguments for images, video and audio."""
 
 Arguments = dict[str, Any]
@@ -133,7 +133,7 @@ def _one_text(asked: Arguments) -> Tensor:
     Raises:
         UnsupportedOperation: the input is something else.
     """
-    if media := next((name for name in asked if name.startswith(NOT_TEXT) and asked[name] is not None), None):
+    if media := next((name for name in asked if name.startswith(MEDIA_PREFIXES) and asked[name] is not None), None):
         raise UnsupportedOperation(f"a compacting cache holds text alone: leave out {media}")
     input_ids: Tensor | None = asked.get("input_ids")
     if input_ids is None:
