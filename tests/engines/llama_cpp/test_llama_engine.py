@@ -242,3 +242,8 @@ def test_a_session_outlives_its_engine(tiny_gguf: Path, llama: LlamaCppEngine) -
     del engine
     logits = cache.read(TOKENS[20:], len(TOKENS) - 20, None)
     torch.testing.assert_close(logits, logits_of(llama)[20:], atol=1e-4, rtol=1e-4)
+
+
+def test_engine_and_cache_say_what_they_are_in_one_line(llama: LlamaCppEngine) -> None:
+    assert repr(llama) == "<LlamaCppEngine: tiny on cpu, context window of 4,096 tokens, keys and values in f32/f32>"
+    assert repr(llama.new_cache()) == "<CellCache: 0 tokens in 0 KV tokens, 0.0 MiB, 0 segments>"
