@@ -136,7 +136,7 @@ def test_branches_expect_what_the_stock_model_does(engine: TransformersEngine, e
         return
     for first, second in [(30, 23), (31, 24), (32, 25)]:
         assert_same_logits(branches.logits, expected[[first - 1, second - 1]], 1e-4)
-        branches.read([0, 1], [ids[first], ids[second]])
+        branches.advance([0, 1], [ids[first], ids[second]])
 
 
 def test_keeping_everything_changes_nothing(engine: TransformersEngine, expected: Tensor) -> None:

@@ -69,11 +69,11 @@ def measured_rotations(decoder: Decoder, model: Any, token_id: int) -> list[Meas
     by_distance = [_queries(decoder, token_id, distance) for distance in LADDER]
     rotations = []
     for layer, base in enumerate(start):
-        turned = [queries[layer] for queries in by_distance]
+        rotated = [queries[layer] for queries in by_distance]
         pairs = _pairs(model, base.shape[-1])
         errors = []
         for basis in _bases(base.shape[-1]):
-            error, steps = _steps(base, turned, pairs, basis)
+            error, steps = _steps(base, rotated, pairs, basis)
             errors.append(error)
             if error <= QUERY_TOLERANCE:
                 rotations.append(MeasuredRotation(steps))
@@ -86,12 +86,12 @@ def measured_rotations(decoder: Decoder, model: Any, token_id: int) -> list[Meas
     return rotations
 
 
-def _steps(base: Tensor, turned: list[Tensor], pairs: tuple[Tensor, Tensor], basis: Tensor) -> tuple[float, Tensor]:
+def _steps(base: Tensor, rotated: list[Tensor], pairs: tuple[Tensor, Tensor], basis: Tensor) -> tuple[float, Tensor]:
     """The largest relative error if pairs rotate in this basis, and the rotations."""
-    steps = torch.stack([basis @ _rotation(base @ basis, each @ basis, *pairs) @ basis for each in turned])
+    steps = torch.stack([basis @ _rotation(base @ basis, query @ basis, *pairs) @ basis for query in rotated])
     errors = [
-        float((base @ turn.mT - each).norm() / each.norm().clamp_min(1e-12))
-        for turn, each in zip(steps, turned, strict=True)
+        float((base @ step.mT - query).norm() / query.norm().clamp_min(1e-12))
+        for step, query in zip(steps, rotated, strict=True)
     ]
     return max(errors), steps
 
@@ -128,9 +128,9 @@ def _pairs(model: Any, head_dim: int) -> tuple[Tensor, Tensor]:
     return (index[: size // 2], index[size // 2 :]) if kind == lib.LLAMA_ROPE_TYPE_NEOX else (index[::2], index[1::2])
 
 
-def _rotation(query: Tensor, turned: Tensor, first: Tensor, second: Tensor) -> Tensor:
+def _rotation(query: Tensor, rotated: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """The rotation of each pair that brings the queries of all heads nearest to the other ones."""
-    before, after = (torch.complex(each[:, first], each[:, second]) for each in (query, turned))
+    before, after = (torch.complex(rows[:, first], rows[:, second]) for rows in (query, rotated))
     angle = (before.conj() * after).sum(0).angle()
     rotation = torch.eye(query.shape[-1])
     rotation[first, first] = rotation[second, second] = angle.cos()

@@ -47,8 +47,9 @@ def described(active: object) -> str:
     """`Adapters.active` in words."""
     if not isinstance(active, tuple):
         return "without adapters"
-    names = [[name for name, _ in each] for each in active]
-    texts = [f"{what} {', '.join(each)}" for what, each in zip(("with", "merged with"), names, strict=True) if each]
+    names = [[name for name, _ in adapters] for adapters in active]
+    ways = zip(("with", "merged with"), names, strict=True)
+    texts = [f"{way} {', '.join(adapters)}" for way, adapters in ways if adapters]
     return " and ".join(texts)
 
 

@@ -27,23 +27,23 @@ Parameters = dict[str, Any]
 def rope_parameters(config: PreTrainedConfig) -> dict[str | None, Parameters]:
     """The RoPE parameters by kind of layer; under None if all layers share them."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    sets: dict[str | None, Parameters] = {kind: each for kind, each in parameters.items() if isinstance(each, dict)}
+    sets: dict[str | None, Parameters] = {kind: own for kind, own in parameters.items() if isinstance(own, dict)}
     return sets or {None: parameters}
 
 
 def length_dependent_kinds(model: PreTrainedModel) -> set[str]:
     """The RoPE types of the model that depend on the length of the text."""
     sets = rope_parameters(model.config.get_text_config(decoder=True)).values()
-    return {str(each.get("rope_type")) for each in sets}.intersection(LENGTH_DEPENDENT)
+    return {str(parameters.get("rope_type")) for parameters in sets}.intersection(LENGTH_DEPENDENT)
 
 
 def require_choice(model: PreTrainedModel, window_tokens: int | None) -> None:
     """Raise UnsupportedModel if the model has two sets of frequencies and `window_tokens` does not choose one."""
     config = model.config.get_text_config(decoder=True)
     window = config.max_position_embeddings
-    for each in rope_parameters(config).values():
-        changes_at = each.get("original_max_position_embeddings", window)
-        if each.get("rope_type") == "longrope" and window_tokens is None and changes_at < window:
+    for parameters in rope_parameters(config).values():
+        changes_at = parameters.get("original_max_position_embeddings", window)
+        if parameters.get("rope_type") == "longrope" and window_tokens is None and changes_at < window:
             raise UnsupportedModel(
                 f"{type(model).__name__} rotates its keys by other factors in texts of more than {changes_at:,} tokens "
                 f"(rope_type longrope), and cached keys are not rotated again; choose the factors: "
@@ -71,7 +71,7 @@ class HeldRope:
         config = model.config.get_text_config(decoder=True)
         self.changes_at = min(_changes_at(config, kind) for kind in self.sets)
         self.modules: list[nn.Module] = []
-        for module in [each for each in model.modules() if _changes(each)]:
+        for module in list(filter(_changes, model.modules())):
             twin = self._held(module)
             self.modules.append(twin)
             module.forward = self._either(module.forward, twin.forward)
@@ -112,7 +112,7 @@ class HeldRope:
         """The base model's forward, which holds the RoPE in passes with our cache."""
 
         def held(*args: Any, **kwargs: Any) -> Any:
-            if not any(isinstance(each, Cache) and self.is_of(each) for each in (*args, *kwargs.values())):
+            if not any(isinstance(value, Cache) and self.is_of(value) for value in (*args, *kwargs.values())):
                 return forward(*args, **kwargs)
             try:
                 self._here.is_held = True
@@ -133,9 +133,9 @@ def _chosen(model: PreTrainedModel, window_tokens: int) -> dict[str | None, str]
     """The frequencies in use for each set of parameters that depends on the length."""
     config = model.config.get_text_config(decoder=True)
     return {
-        kind: "long" if each["rope_type"] == "longrope" and window_tokens > _changes_at(config, kind) else "short"
-        for kind, each in rope_parameters(config).items()
-        if each.get("rope_type") in LENGTH_DEPENDENT
+        kind: "long" if parameters["rope_type"] == "longrope" and window_tokens > _changes_at(config, kind) else "short"
+        for kind, parameters in rope_parameters(config).items()
+        if parameters.get("rope_type") in LENGTH_DEPENDENT
     }
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from driven import some_tokens
 from inside import slots_of
 from toy_engine import ToyEngine
 
+import am_memory
 from am_memory import Experiments, Memory, MemoryPolicy
 from am_memory.compaction.sensitivity import calibrate
 from am_memory.engines.base import Capabilities
@@ -60,3 +64,10 @@ def test_a_calibration_is_measured_over_any_engine_with_ragged_heads(engine: Toy
     calibration = calibrate(engine, ["The owl sat on the old oak and looked at the moon. " * 6], block_tokens=100)
     assert len(calibration.losses) == engine.new_cache().num_heads
     assert all(head[0] > head[-1] >= 0 for head in calibration.losses)
+
+
+def test_nothing_but_engines_asks_for_the_class_of_a_cache() -> None:
+    package = Path(am_memory.__file__).parent
+    for path in package.rglob("*.py"):
+        if not {"engines", "kv_cache"} & set(path.relative_to(package).parts):
+            assert not re.search(r"isinstance\([^)]*Cache\b", path.read_text(encoding="utf-8")), path
