@@ -181,7 +181,7 @@ def test_a_save_whose_cleaning_fails_is_a_save(
         raise PermissionError("not yours")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(memory.store._files), "rm_file", refuse)
+        patch.setattr(type(memory.store._folder.files), "rm_file", refuse)
         session.save()
     assert "not yours" in caplog.text
     session.append("More.")
@@ -223,7 +223,9 @@ def test_nothing_of_a_refused_save_is_left(new_memory: NewMemory, url: str) -> N
     with pytest.raises(SessionChanged):
         mine.save()
     store = Store(url)
-    assert [path for path in store._files.find(store._root) if "originals" in path or path.endswith(".tmp")] == []
+    assert [
+        path for path in store._folder.files.find(store._folder.root) if "originals" in path or path.endswith(".tmp")
+    ] == []
 
 
 # Between the look and the deed
