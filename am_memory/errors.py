@@ -1,4 +1,4 @@
-"""Every error this project raises. Each message names the value, the limit and the way out."""
+"""Every error that this project raises. Each message names the value, the limit and the way out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from numbers import Integral
 from typing import Any
 
 MAX_VALUE_CHARS = 100
-"""Of what is wrong, each end is told."""
+"""Characters of an invalid value that a message shows at each end."""
 
 
 class AMMemoryError(Exception):
@@ -16,7 +16,7 @@ class AMMemoryError(Exception):
 
 
 class ModelNotFound(AMMemoryError):
-    """No model lies at the given place."""
+    """There is no model of the given name, or at the given path."""
 
 
 class UnsupportedModel(AMMemoryError):
@@ -28,19 +28,19 @@ class EncodingNotFound(AMMemoryError):
 
 
 class InvalidPolicy(AMMemoryError):
-    """A policy that can never work, whatever the conversation."""
+    """A policy that cannot work, whatever the conversation."""
 
 
 class BudgetTooSmall(InvalidPolicy):
-    """A compaction would leave a head fewer slots than its floor."""
+    """A compaction would leave a head fewer slots than the least that the policy allows."""
 
 
 class InvalidInput(AMMemoryError):
-    """Empty input, or token ids that the model does not have."""
+    """An argument that a call cannot use: empty input, unknown token ids, a number outside its range..."""
 
 
 class PromptTooLong(AMMemoryError):
-    """A prompt that cannot be held, even after compaction."""
+    """A prompt that does not fit, even after compaction."""
 
 
 class SessionNotFound(AMMemoryError):
@@ -48,11 +48,11 @@ class SessionNotFound(AMMemoryError):
 
 
 class StorageError(AMMemoryError):
-    """A store out of reach, or a session that cannot be saved or read: corrupted, of another format or model."""
+    """A store cannot be reached, or a session cannot be saved or read: corrupt, of another format or model."""
 
 
 class CorruptSession(StorageError):
-    """The saved bytes are not what was written."""
+    """The saved bytes are not the bytes that were written."""
 
 
 class NewerFormat(StorageError):
@@ -68,23 +68,23 @@ class ModelMismatch(StorageError):
 
 
 class SessionChanged(StorageError):
-    """What is saved under the session's name is not what it went on from: saving it would lose what another saved."""
+    """Another session was saved under this name since this one was read or saved; saving would overwrite it."""
 
 
 class SessionDeleted(StorageError):
-    """The session was deleted, and saving it would bring it back."""
+    """The session was deleted; saving would bring it back."""
 
 
 class OriginalLost(StorageError):
-    """The exact entries of compacted tokens are not what was kept; the session goes on without them."""
+    """The exact entries of compacted tokens are missing or damaged; the session goes on without them."""
 
 
 class EngineFailed(AMMemoryError):
-    """The library that runs the model failed at what it was asked; the session is as it was before."""
+    """The library that runs the model failed; the session is as it was before the call."""
 
 
 class CompactionFailed(AMMemoryError):
-    """A compaction could not be made; the session is as it was before it."""
+    """A compaction failed; the session is as it was before it."""
 
 
 class UnsupportedOperation(AMMemoryError):
@@ -92,33 +92,33 @@ class UnsupportedOperation(AMMemoryError):
 
 
 def require_room(kept: str, **limits: int) -> None:
-    """Raise InvalidInput for a limit that leaves no room for what is to be kept."""
+    """Raise InvalidInput for a limit below 1 on what is kept."""
     for name, limit in limits.items():
         if limit < 1:
             raise InvalidInput(f"{name} is {limit}: give what kept {kept} may take, at least 1")
 
 
 def is_whole(value: object) -> bool:
-    """Whether it is a whole number, and neither True nor False, which Python takes for 1 and 0."""
+    """Whether a value is a whole number. Booleans are not, although Python takes them for 1 and 0."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def require_whole(least: int, **numbers: Any) -> None:
-    """Raise InvalidInput for what is no whole number, or less than `least`."""
+    """Raise InvalidInput for a value that is not a whole number, or is below `least`."""
     for name, number in numbers.items():
         if not is_whole(number) or number < least:
             raise InvalidInput(f"{name} is {number!r}: give a whole number, at least {least}")
 
 
 def require_flags(**flags: object) -> None:
-    """Raise InvalidInput for what is neither True nor False, nor None, which leaves it open."""
+    """Raise InvalidInput for a value other than True, False and None."""
     for name, flag in flags.items():
         if flag is not None and not isinstance(flag, bool):
             raise InvalidInput(f"{name} is {flag!r}: give True or False")
 
 
 def unknown(given: Iterable[str], known: Iterable[str]) -> str:
-    """The names that are not known, each with the one that it may be meant for; "" where there are none."""
+    """The unknown names in one line, each with the known name nearest to it; "" if all are known."""
     names = sorted(known)
     return ", ".join(f"{name}{_nearest(name, names)}" for name in given if name not in names)
 
@@ -129,12 +129,12 @@ def _nearest(name: str, names: Sequence[str]) -> str:
 
 
 def problems(errors: Iterable[Mapping[str, Any]], names: Iterable[str], *, shows_values: bool = True) -> str:
-    """What pydantic found, in one line.
+    """The problems that pydantic found, in one line.
 
     Args:
         errors: as a `ValidationError` lists them.
-        names: of the fields that there are.
-        shows_values: not where one of them may be a secret.
+        names: the fields of the model, to suggest the nearest one.
+        shows_values: show the invalid values; False where one of them may be a secret.
     """
     return "; ".join(_problem(error, [*names], shows_value=shows_values) for error in errors)
 

@@ -1,6 +1,6 @@
-"""What long work reports while it runs; the command line and the integrations turn these into bars, logs and metrics.
+"""Events that long work emits; the command line and the integrations turn them into bars, logs and metrics.
 
-Knows nothing of who listens. A listener is a plain callable; it must not touch the session it hears about.
+Knows no listener. A listener is a plain callable, and must not use the session that an event is about.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ logger = logging.getLogger("am_memory")
 
 @dataclass(frozen=True)
 class ReadProgress:
-    """Tokens of one `append` (or of a prompt) read so far."""
+    """Some tokens of an `append` or a prompt were read: `done_tokens` of `total_tokens`."""
 
     session: str
     done_tokens: int
@@ -24,7 +24,7 @@ class ReadProgress:
 
 @dataclass(frozen=True)
 class CompactionStarted:
-    """A compaction of the logical tokens [start, end) begins."""
+    """A compaction of the tokens [start, end) of the conversation begins; the cache has `kv_tokens` now."""
 
     session: str
     start: int
@@ -34,7 +34,7 @@ class CompactionStarted:
 
 @dataclass(frozen=True)
 class CompactionProgress:
-    """One stage of a compaction moved on; `stage` is "summary", "self_study", "repeat", "score" or "fit"."""
+    """A stage of a compaction progressed; `stage` is "summary", "self_study", "repeat", "score" or "fit"."""
 
     session: str
     stage: str
@@ -44,19 +44,20 @@ class CompactionProgress:
 
 @dataclass(frozen=True)
 class CompactionReport:
-    """What one compaction did.
+    """The result of one compaction, in numbers.
 
     Attributes:
-        start, end: the logical tokens that became a segment.
+        start, end: the tokens [start, end) of the conversation became a segment.
         num_slots: mean slots per KV head of the new segment.
-        kv_tokens_before, kv_tokens_after: exact tokens + mean compact slots per head, when it was swapped in.
+        kv_tokens_before, kv_tokens_after: size of the cache when the segment was swapped in: exact tokens plus mean
+            compact slots per KV head.
         kv_bytes_before, kv_bytes_after: bytes of the cache's tensors.
         mass_error: RMS over heads and queries of the relative error of the block's attention mass.
         output_error: RMS over heads and queries of the output's error, relative to the output's RMS.
         query_seconds, score_seconds, fit_seconds: wall time by stage.
-        num_unbiased_heads: KV heads that do without biases, as the cache takes none and theirs are not a part of a key.
-        held_out_error: the output error on queries that were held out of the fits; None where the policy has no gate.
-        summary_tokens: of the summary that took the tokens' place, and was compacted; 0: there was none.
+        num_unbiased_heads: KV heads without biases: the cache has none, and a key could not take them in either.
+        held_out_error: the output error on queries that no fit has seen; None if the policy has no `max_error`.
+        summary_tokens: length of the summary that was compacted in place of the tokens; 0: none was written.
     """
 
     session: str
@@ -78,18 +79,21 @@ class CompactionReport:
 
     @property
     def seconds(self) -> float:
+        """Wall time of the whole compaction."""
         return self.query_seconds + self.score_seconds + self.fit_seconds
 
 
 @dataclass(frozen=True)
 class CompactionFinished:
+    """A compaction was swapped in."""
+
     session: str
     report: CompactionReport
 
 
 @dataclass(frozen=True)
 class GateMissed:
-    """The tokens [start, end) were compacted with an error above `max_error`: there was no room for more slots."""
+    """The tokens [start, end) were compacted with an error above `max_error`, because no more slots fitted."""
 
     session: str
     start: int
@@ -100,10 +104,12 @@ class GateMissed:
 
 @dataclass(frozen=True)
 class WindowExceeded:
-    """The logical length went past the positions that the model was trained on.
+    """The conversation is longer than the model's context window.
 
     Attributes:
-        immovable: why what is compact cannot be moved up to stay within as many positions; None: it is moved.
+        logical_tokens: tokens of the conversation.
+        window_tokens: positions that the model was trained on.
+        immovable: why compacted keys cannot be re-rotated to nearer positions; None: they are.
     """
 
     session: str
@@ -112,16 +118,19 @@ class WindowExceeded:
     immovable: str | None = None
 
     def __str__(self) -> str:
-        moved = "what is compact is moved up" if self.immovable is None else f"what is compact stays: {self.immovable}"
+        if self.immovable is None:
+            outcome = "compacted keys are moved to nearer positions"
+        else:
+            outcome = f"answers may degrade, because compacted keys cannot be moved nearer: {self.immovable}"
         return (
             f"{self.logical_tokens:,} tokens, past the {self.window_tokens:,} positions that the model was trained on; "
-            f"{moved}"
+            f"{outcome}"
         )
 
 
 @dataclass(frozen=True)
 class SessionRebuilt:
-    """The tokens were read again, because the wanted state lies inside a compacted span."""
+    """The first `num_tokens` tokens are read again, because the cache cannot simply be cut there."""
 
     session: str
     num_tokens: int
@@ -130,7 +139,7 @@ class SessionRebuilt:
 
 @dataclass(frozen=True)
 class SpanRecalled:
-    """The segment of the logical tokens [start, end) is exact again; the cache has `kv_tokens` now."""
+    """The segment of the tokens [start, end) is exact again; the cache has `kv_tokens` now."""
 
     session: str
     start: int
@@ -140,7 +149,7 @@ class SpanRecalled:
 
 @dataclass(frozen=True)
 class SpanPutAway:
-    """The segment of the logical tokens [start, end) is compact again, as it was before it was recalled."""
+    """The recalled segment of the tokens [start, end) is compact again, with the slots it had before."""
 
     session: str
     start: int
@@ -150,7 +159,7 @@ class SpanPutAway:
 
 @dataclass(frozen=True)
 class OriginalsLost:
-    """The exact entries of the tokens [start, end) are gone: they cannot be recalled, and nothing else changes."""
+    """The exact entries of the tokens [start, end) are lost: they cannot be recalled. Nothing else changes."""
 
     session: str
     start: int
@@ -160,14 +169,14 @@ class OriginalsLost:
 
 @dataclass(frozen=True)
 class OriginUnknown:
-    """A saved session goes on, and nothing says whether it was saved with the same `parts`: "tokenizer", "model"..."""
+    """A saved session goes on, but does not record which `parts` ("model", "tokenizer"...) it was saved with."""
 
     session: str
     parts: tuple[str, ...]
 
 
 class PolicyChange(NamedTuple):
-    """A field of a policy, as JSON has it."""
+    """A field of a policy with two values, as JSON."""
 
     field: str
     before: object
@@ -176,14 +185,14 @@ class PolicyChange(NamedTuple):
 
 @dataclass(frozen=True)
 class PolicyChanged:
-    """A saved session goes on under another policy than it was saved with, as the memory was given one."""
+    """A saved session goes on under the memory's policy, which differs from the one it was saved under."""
 
     session: str
     changes: tuple[PolicyChange, ...]
 
     def __str__(self) -> str:
-        told = ", ".join(f"{field} {now!r} instead of {before!r}" for field, before, now in self.changes)
-        return f"session {self.session!r} goes on under another policy than it was saved with: {told}"
+        changes = ", ".join(f"{field} {now!r} instead of {before!r}" for field, before, now in self.changes)
+        return f"session {self.session!r} goes on under another policy than it was saved with: {changes}"
 
 
 Event = (
@@ -204,11 +213,11 @@ Listener = Callable[[Event], None]
 
 
 def log(event: Event) -> None:
-    """Write what matters to the logger `am_memory`, at level INFO."""
+    """Write the main events to the logger `am_memory`: warnings for what may surprise, INFO for the rest."""
     match event:
         case CompactionFinished(session, report):
             logger.info(
-                "session %r: tokens %d to %d compacted to %.1f slots a head in %.2f s; cache from %.0f to %.0f tokens",
+                "session %r: tokens %d to %d compacted to %.1f slots per head in %.2f s; cache: %.0f to %.0f tokens",
                 session,
                 report.start,
                 report.end,
@@ -219,8 +228,8 @@ def log(event: Event) -> None:
             )
         case GateMissed(session, start, end, held_out_error, max_error):
             logger.info(
-                "session %r: tokens %d to %d are compacted with a held-out error of %.3f, above the %.3f of max_error: "
-                "there was no room for more slots",
+                "session %r: tokens %d to %d are compacted with a held-out error of %.3f, above max_error %.3f: "
+                "no more slots fitted",
                 session,
                 start,
                 end,
@@ -232,20 +241,24 @@ def log(event: Event) -> None:
         case SessionRebuilt(session, num_tokens, reason):
             logger.info("session %r: %d tokens are read again: %s", session, num_tokens, reason)
         case SpanRecalled(session, start, end, kv_tokens):
-            logger.info("session %r: tokens %d to %d recalled; cache has %.0f tokens", session, start, end, kv_tokens)
+            logger.info(
+                "session %r: tokens %d to %d are exact again; cache has %.0f tokens", session, start, end, kv_tokens
+            )
         case PolicyChanged():
             logger.warning("%s", event)
         case OriginUnknown(session, parts):
             logger.warning(
-                "session %r does not say with which %s it was saved: it is taken for this model's",
+                "session %r does not record which %s it was saved with: it is assumed to be this model's",
                 session,
                 " and ".join(parts),
             )
         case OriginalsLost(session, start, end, reason):
             logger.warning("session %r: the originals of tokens %d to %d are lost: %s", session, start, end, reason)
         case SpanPutAway(session, start, end, kv_tokens):
-            logger.info("session %r: tokens %d to %d put away; cache has %.0f tokens", session, start, end, kv_tokens)
+            logger.info(
+                "session %r: tokens %d to %d are compact again; cache has %.0f tokens", session, start, end, kv_tokens
+            )
 
 
 def ignore(event: Event) -> None:
-    """The listener of those who do not listen."""
+    """A listener that does nothing."""

@@ -1,4 +1,4 @@
-"""What is appended to a conversation, as tokens: text as it stands, token ids, or chat messages.
+"""Content that is appended to a conversation, as tokens: text, token ids, or chat messages.
 
 `Session.append` is three steps in one call. A scheduler takes them one by one, so that other sessions use the engine
 in between: `encode` (tokenise; needs no engine), `add` (short), `read` (a bounded number of tokens each time).
@@ -154,7 +154,9 @@ def _require_text(messages: Sequence[Message]) -> None:
         for part in parts if isinstance(parts, list | tuple) else ():
             kind = part.get("type") if isinstance(part, Mapping) else None
             if isinstance(kind, str) and kind.startswith(NOT_TEXT):
-                raise InvalidInput(f"a message holds a part of type {kind!r}, and a memory text alone: say it in words")
+                raise InvalidInput(
+                    f"a message holds a part of type {kind!r}, but a memory holds only text: describe it in words"
+                )
 
 
 def _num_pinned(context: Context, history: ChatHistory) -> int | None:

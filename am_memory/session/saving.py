@@ -1,4 +1,4 @@
-"""A session as it is saved, and back again; and which saved copy in the store is the session's own.
+"""A session as it is saved, and back; and the copy in the store that it may overwrite.
 
 `Session.save` is two steps in one call. A scheduler takes them one by one: `pack` (needs the engine, and is short) and
 `write` (waits for the store, and needs no engine).
@@ -55,7 +55,7 @@ class Packed:
 
 
 def saved_copy(session: Session) -> SavedCopy:
-    """The copy in the store that is the session's own."""
+    """The copy in the store that the session may overwrite."""
     return session._saved_copy
 
 
@@ -129,8 +129,8 @@ def _write_once(session: Session, what: Packed, overwrite: bool) -> None:
         store = session._shared.require_store()
         if copy.is_deleted and not overwrite:
             raise SessionDeleted(
-                f"session {session.name!r} was deleted, so it is not saved: give it a name with "
-                "Memory.keep(session, NAME), or save it with overwrite=True, if it is to stay after all"
+                f"session {session.name!r} was deleted, so it is not saved: to keep it after all, give it a name with "
+                "Memory.keep(session, NAME), or save it with overwrite=True"
             )
         copy.version = store.save(
             session.name,

@@ -44,7 +44,7 @@ class Shared:
         return sorted({*self.sessions, *stored})
 
     def add(self, session: Session) -> None:
-        """Keep a session under its name.
+        """Keep a session under its own name.
 
         Raises:
             InvalidInput: the name is taken.

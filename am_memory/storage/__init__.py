@@ -1,1 +1,1 @@
-"""Sessions and originals as files."""
+"""Saved sessions: one file each, in a folder on any file system."""

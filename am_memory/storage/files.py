@@ -1,10 +1,10 @@
-"""Files that take their place whole or not at all, in folders that several processes write to, here or elsewhere.
+"""Files that are written whole or not at all, in folders that several processes write to.
 
-Owns what lies in a folder while a file is written, and what a process that was killed has left of it. Knows no session.
+Owns temporary files, those of killed processes included. Knows no session.
 
-A file is written beside its place, locked by its writer, and then put there, which on this machine happens under a lock
-on the file that it replaces: of two writers, the second sees what the first has done. Elsewhere there are no locks:
-what lies there is looked at just before, and who writes within that moment is not seen.
+A file is written under a temporary name, locked by its writer, and then renamed. On a local disk the rename happens
+under a lock on the file that it replaces, so the second of two writers sees the first one's file. Other file systems
+have no locks: the present file is read just before the rename, and a writer in that moment goes unnoticed.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ if sys.platform != "win32":
 
 HEAD_BYTES = 1024
 ABANDONED_SECONDS = 24 * 3600
-"""Where nobody can lock a file: no upload takes so long."""
+"""Age of a temporary file that belongs to a killed process, where files cannot be locked: no upload takes so long."""
 _TEMPORARY = re.compile(r"\.(?:([0-9a-f]{1,16})-)?[0-9a-f]{8}\.tmp$")
 
 Check = Callable[[bytes | None], None]
-"""Called with the first bytes of what lies in a file's place, None where there is nothing; raises to leave it there."""
+"""Called with the first bytes of the file to be replaced, None if there is none. It raises to keep that file."""
 
 
 def unchecked(head: bytes | None) -> None:
-    """Whatever lies there may be replaced."""
+    """The check that allows any file to be replaced."""
 
 
 def write(files: Any, path: str, data: bytes, check: Check = unchecked) -> None:
-    """Put a file in its place, whole; where anything fails, what was there before stays.
+    """Write a file whole; if anything fails, the file before it stays.
 
     Args:
         files: a file system of fsspec.
-        check: of what is replaced; what it raises is raised.
+        check: decides whether the present file may be replaced. Its errors are raised.
     """
     files.makedirs(path.rpartition("/")[0], exist_ok=True)
     temporary = f"{path}.{int(time.time()):x}-{secrets.token_hex(4)}.tmp"
     try:
         if isinstance(files, LocalFileSystem):
-            with _locked_anew(temporary) as file:
+            with _new_locked_file(temporary) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-                _take_place(temporary, path, check)
+                _rename(temporary, path, check)
         else:
             files.pipe_file(temporary, data)
             check(head_of(files, path))
@@ -63,12 +63,12 @@ def write(files: Any, path: str, data: bytes, check: Check = unchecked) -> None:
 
 
 def delete(files: Any, path: str) -> None:
-    """Take a file away, if it is there; whoever is about to replace it has done so, or finds it gone."""
+    """Delete a file, if it is there. A writer that is about to replace it either finishes first or finds it deleted."""
     if isinstance(files, LocalFileSystem):
         try:
             with _held(path), suppress(FileNotFoundError):
                 os.unlink(path)
-        except PermissionError:  # it may be taken away all the same: that is a matter of its folder
+        except PermissionError:  # it cannot be locked, but deleting needs rights on its folder only
             os.unlink(path)
     else:
         with suppress(FileNotFoundError):
@@ -86,12 +86,12 @@ def head_of(files: Any, path: str) -> bytes | None:
 
 
 def is_temporary(path: str) -> bool:
-    """Whether a file is one that is being written, or was."""
+    """Whether a file has a temporary name."""
     return _TEMPORARY.search(path) is not None
 
 
 def delete_abandoned(files: Any, temporary: str) -> None:
-    """Take away what a killed process has left of a file; what somebody may be writing stays."""
+    """Delete the temporary file of a killed process; a file that may still be written stays."""
     if isinstance(files, LocalFileSystem):
         with suppress(FileNotFoundError), open(temporary, "r+b") as file:
             if _lock(file, waits=False):
@@ -104,17 +104,17 @@ def delete_abandoned(files: Any, temporary: str) -> None:
 
 
 @contextmanager
-def _locked_anew(path: str) -> Iterator[BinaryIO]:
-    """A new file with a lock on it, so that nobody takes it for abandoned."""
+def _new_locked_file(path: str) -> Iterator[BinaryIO]:
+    """A new file with a lock on it, so that no process takes it for abandoned."""
     while True:
         with open(path, "xb") as file:
             _lock(file)
-            if os.fstat(file.fileno()).st_nlink:  # else somebody took it away before it was locked
+            if os.fstat(file.fileno()).st_nlink:  # else it was deleted before it was locked
                 yield file
                 return
 
 
-def _take_place(temporary: str, path: str, check: Check) -> None:
+def _rename(temporary: str, path: str, check: Check) -> None:
     while True:
         with _held(path) as held:
             check(None if held is None else held.read(HEAD_BYTES))
@@ -122,7 +122,7 @@ def _take_place(temporary: str, path: str, check: Check) -> None:
                 os.replace(temporary, path)
                 return
             try:
-                os.link(temporary, path)  # unlike `replace`, it fails where somebody else was first
+                os.link(temporary, path)  # unlike `replace`, it fails if another writer was first
             except FileExistsError:
                 continue
             except OSError:  # a file system without links
@@ -134,10 +134,10 @@ def _take_place(temporary: str, path: str, check: Check) -> None:
 
 @contextmanager
 def _held(path: str) -> Iterator[BinaryIO | None]:
-    """The file at a path, locked while it is there; None where there is none, or none that can be opened."""
+    """The file at a path, locked inside the block; None if there is none."""
     while True:
         try:
-            file = open(path, "r+b")  # to be written, as some file systems lock no other  # noqa: SIM115
+            file = open(path, "r+b")  # some file systems lock only files that are open for writing  # noqa: SIM115
         except FileNotFoundError:
             yield None
             return
@@ -149,7 +149,7 @@ def _held(path: str) -> Iterator[BinaryIO | None]:
 
 
 def _is_at(file: BinaryIO, path: str) -> bool:
-    """Whether nobody has put another file in its place, or taken it away."""
+    """Whether the path still leads to this file: it was neither replaced nor deleted."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:
@@ -157,7 +157,7 @@ def _is_at(file: BinaryIO, path: str) -> bool:
 
 
 def _lock(file: BinaryIO, *, waits: bool = True) -> bool:
-    """Lock a file until it is closed; whether that was done. Where there are no locks, it is not."""
+    """Lock a file until it is closed. Returns False if it is locked already, or if there are no locks here."""
     if sys.platform == "win32":
         return False
     try:

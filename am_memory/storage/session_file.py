@@ -1,11 +1,11 @@
 """The file of a saved session: one safetensors file, with a checksum of itself. Knows no store and no model.
 
 metadata                 format, needs (the first version of this project that reads it), sha256
-session                  what is no tensor, as JSON in bytes: safetensors bounds its own header to 100 MB
+session                  everything that is not a tensor, as JSON in bytes: safetensors limits its header to 100 MB
 tokens                   int64
-layers.3.key, .value     the exact tail without its spare room, or the sliding window
-layers.3.slots.key, ...  the fields of `Slots`, where there are any; where they are in int8 those of `Quantised`
-                         in place of a key or value: layers.3.slots.key.codes, ...
+layers.3.key, .value     the exact tail without spare capacity, or the sliding window
+layers.3.slots.key, ...  the fields of `Slots`, if the layer has any. Keys or values in int8 are stored as the fields
+                         of `Quantised` instead: layers.3.slots.key.codes, ...
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from am_memory.storage import files
 from am_memory.storage.session_layers import packed_layer, require, require_segments, unpacked_layer
 
 FORMAT, NEEDS = 2, "0.1.0"
-"""How a file is written, and the first version of this project that reads it; the metadata never changes."""
+"""The format of a file, and the first version of this project that reads it. The metadata keep their form forever."""
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
 MAX_AXES, MAX_EMPTY_SIZE = 4, 2**24
 CHECKSUM_KEY, ZEROS = b'"sha256":"', b"0" * 64
-"""The checksum is of the whole file with zeros in its own place."""
+"""The checksum is computed over the whole file, with zeros in the place of the checksum itself."""
 
 
 class SavedOriginal(BaseModel, frozen=True, from_attributes=True):
-    """Which exact entries a session has: those of the tokens [start, end), in a file of this digest."""
+    """Names the exact entries of the tokens [start, end) by the digest of their file."""
 
     start: Annotated[int, Field(ge=0)]
     end: int
@@ -51,28 +51,28 @@ class SavedOriginal(BaseModel, frozen=True, from_attributes=True):
 
 @dataclass(frozen=True)
 class SavedSession:
-    """All that a session is.
+    """Everything that a session is.
 
     Attributes:
-        fingerprint: of the model that the cache belongs to.
+        fingerprint: identifies the model that the cache belongs to.
         policy: as JSON.
-        has_own_policy: it was given to this session, and not to the memory.
+        has_own_policy: the policy was given to this session, and not to the memory.
         tokens: every token; the cache holds the first ones.
-        records: the compactions made so far.
-        messages: of the chat, as chat templates take them.
-        message_starts: for each message, how many tokens stood before it.
+        records: the compactions made so far, in order.
+        messages: the chat messages, as chat templates take them.
+        message_starts: for each message, the number of tokens before it.
         is_answering: the last message was being generated.
-        tools: that the chat template tells the model of.
+        tools: functions that the chat template describes to the model.
         metadata: what the application keeps with the session.
         num_pinned: tokens at the start that stay exact.
         state: the cache, with nothing recalled.
-        originals: the exact entries of compacted tokens, where they are kept.
-        recalled: where the segments begin that were exact for the time being.
-        tokenizer_fingerprint: of the tokenizer that the tokens are of; "" where nobody has said so.
-        template_fingerprint: of the chat template that wrote the messages; "" where there was none, or nobody said so.
-        version: of the saved file, see `version_of`; "" for what was not loaded.
-        left_out: originals that are saved and were not loaded.
-        lost: originals that could not be, and why.
+        originals: the exact entries of compacted tokens, where the policy keeps them.
+        recalled: the first tokens of the segments that were exact for the time being.
+        tokenizer_fingerprint: identifies the tokenizer of the tokens; "" if unknown.
+        template_fingerprint: identifies the chat template of the messages; "" if there is none, or it is unknown.
+        version: of the saved file, see `version_of`; "" for a session that was not loaded.
+        left_out: saved originals that were not loaded.
+        lost: saved originals that could not be loaded, with the reason.
     """
 
     fingerprint: str
@@ -99,18 +99,22 @@ class SavedSession:
 Count = Annotated[int, Field(ge=0)]
 
 
-class _Layer(BaseModel, from_attributes=True):
-    num_tokens: Count | None = None  # that a sliding window has seen; None for full attention
+class LayerFields(BaseModel, from_attributes=True):
+    """The fields of a layer's state that are not tensors."""
+
+    num_tokens: Count | None = None  # tokens that a sliding window has seen; None for full attention
 
 
-class _Cache(BaseModel, from_attributes=True):
-    layers: tuple[_Layer, ...]
+class CacheFields(BaseModel, from_attributes=True):
+    """The fields of a cache's state that are not tensors."""
+
+    layers: tuple[LayerFields, ...]
     segments: tuple[Segment, ...]
     num_pinned: Count
 
 
-class _Content(BaseModel, from_attributes=True):
-    """The part of a `SavedSession` that is no tensor."""
+class SessionFields(BaseModel, from_attributes=True):
+    """The fields of a `SavedSession` that are not tensors, as they are written."""
 
     fingerprint: str
     policy: dict[str, Any]
@@ -119,7 +123,7 @@ class _Content(BaseModel, from_attributes=True):
     message_starts: tuple[int, ...]
     is_answering: bool
     num_pinned: Count
-    state: _Cache
+    state: CacheFields
     tools: tuple[dict[str, Any], ...] = ()
     metadata: dict[str, Any] = {}
     originals: tuple[SavedOriginal, ...] = ()
@@ -130,11 +134,17 @@ class _Content(BaseModel, from_attributes=True):
 
 
 def packed(saved: SavedSession) -> bytes:
-    """The whole file."""
+    """A session as the bytes of its file.
+
+    Raises:
+        StorageError: a message, a tool or the metadata holds something that JSON cannot.
+    """
     try:
-        text = json.dumps(_Content.model_validate(saved).model_dump())
+        text = json.dumps(SessionFields.model_validate(saved).model_dump())
     except (TypeError, ValueError, RecursionError) as error:
-        raise StorageError(f"a message cannot be saved: {error}; keep to what JSON can hold") from error
+        raise StorageError(
+            f"a message or the metadata cannot be saved: {error}; use only values that JSON can hold"
+        ) from error
     tensors = {
         "session": torch.frombuffer(bytearray(text, "ascii"), dtype=torch.uint8),
         "tokens": torch.tensor(saved.tokens, dtype=torch.int64),
@@ -148,26 +158,26 @@ def packed(saved: SavedSession) -> bytes:
 
 
 def version_of(head: bytes) -> str:
-    """What tells a saved file from any other, given its first bytes: its checksum; "" for what is no such file."""
+    """The checksum in the first bytes of a saved file, which identifies its version; "" if it is no such file."""
     start = head.find(CHECKSUM_KEY) + len(CHECKSUM_KEY)
     version = head[start : start + len(ZEROS)]
     return version.decode() if start >= len(CHECKSUM_KEY) and re.fullmatch(rb"[0-9a-f]{64}", version) else ""
 
 
 def unpacked(data: bytes, device: torch.device) -> SavedSession:
-    """A session without its originals, which are `left_out`.
+    """Read a session from the bytes of its file; its originals are `left_out`.
 
-    All that is claimed is checked against what is there, so that nothing which is made of a session can be larger than
-    its file, or lie outside of it.
+    Every size and position in the file is checked against the data. A forged file cannot make anything larger than
+    itself, or point outside of itself.
 
     Raises:
         NewerFormat, OlderFormat: another version of this project wrote it.
-        KeyError, TypeError, ValueError: it cannot be a session.
+        KeyError, TypeError, ValueError: it is not a session.
     """
     try:
         return _unpacked(data, device)
     except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+        raise ValueError("its JSON is nested too deeply") from error
 
 
 def _unpacked(data: bytes, device: torch.device) -> SavedSession:
@@ -180,7 +190,7 @@ def _unpacked(data: bytes, device: torch.device) -> SavedSession:
         )
     if int(metadata["format"]) < FORMAT:
         raise OlderFormat(
-            f"format {metadata['format']}, and this version reads format {FORMAT} alone: open it with the version that "
+            f"format {metadata['format']}, and this version reads format {FORMAT} only: open it with the version that "
             "saved it, or delete it and give the conversation to a new session"
         )
     for name, entry in header.items():
@@ -190,14 +200,17 @@ def _unpacked(data: bytes, device: torch.device) -> SavedSession:
     except safetensors.SafetensorError as error:
         raise ValueError(str(error)) from error
     text, ids = tensors.pop("session"), tensors.pop("tokens")
-    require(text.dtype == torch.uint8 and ids.dtype == torch.int64 and ids.ndim == 1, "its parts are of another type")
-    content = _Content.model_validate(json.loads(bytes(text.numpy())))
+    require(
+        text.dtype == torch.uint8 and ids.dtype == torch.int64 and ids.ndim == 1,
+        "its tokens or its JSON have another dtype",
+    )
+    content = SessionFields.model_validate(json.loads(bytes(text.numpy())))
     tokens = tuple(ids.tolist())
     require_segments(content.state.segments, len(tokens))
     _require_records(content.records, len(tokens))
     starts = [0, *content.message_starts, len(tokens)]
     is_in_order = len(content.messages) == len(starts) - 2 and starts == sorted(starts)
-    require(is_in_order, "not every message has a start, or they are not in order")
+    require(is_in_order, "the starts of its messages are missing, or not in order")
     require(all(isinstance(message.get("role"), str) for message in content.messages), "a message has no role")
     cache = _cache(content.state, tensors, len(tokens), device)
     held = {**dict(content), "tokens": tokens, "state": cache, "originals": (), "left_out": content.originals}
@@ -210,18 +223,23 @@ def _verified_header(data: bytes) -> dict[str, Any]:
     digest = sha256(data[:start] + ZEROS)
     digest.update(memoryview(data)[end:])
     is_whole = data[start:end] == digest.hexdigest().encode()
-    require(is_whole, "its checksum does not match, so it was cut off or altered")
+    require(is_whole, "its checksum does not match: it was cut off or altered")
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    require(isinstance(header, dict) and isinstance(header["__metadata__"], dict), "its header is none")
+    require(
+        isinstance(header, dict) and isinstance(header["__metadata__"], dict), "its header is not a safetensors header"
+    )
     return dict(header)
 
 
 def _require_room(name: str, entry: Any) -> None:
-    """Raise ValueError unless a tensor takes the bytes that its shape does."""
+    """Raise ValueError unless a tensor takes exactly the bytes that its shape and dtype need."""
     shape, (begin, end) = entry["shape"], entry["data_offsets"]
     is_shape = len(shape) <= MAX_AXES and all(type(size) is int and size >= 0 for size in shape)
-    require(is_shape and math.prod(shape) * ITEM_BYTES[entry["dtype"]] == end - begin, f"{name} has not its size")
-    require(0 not in shape or max(shape) <= MAX_EMPTY_SIZE, f"{name} is empty, and too large")
+    require(
+        is_shape and math.prod(shape) * ITEM_BYTES[entry["dtype"]] == end - begin,
+        f"the bytes of {name} do not fit its shape",
+    )
+    require(0 not in shape or max(shape) <= MAX_EMPTY_SIZE, f"{name} is empty, but its shape is too large")
 
 
 def _require_records(records: Sequence[CompactionRecord], num_tokens: int) -> None:
@@ -239,7 +257,7 @@ def _require_records(records: Sequence[CompactionRecord], num_tokens: int) -> No
         before = made.swapped_at
 
 
-def _cache(cache: _Cache, tensors: dict[str, Tensor], num_tokens: int, device: torch.device) -> CacheState:
+def _cache(cache: CacheFields, tensors: dict[str, Tensor], num_tokens: int, device: torch.device) -> CacheState:
     parts: dict[int, dict[str, Tensor]] = {index: {} for index in range(len(cache.layers))}
     for name, tensor in tensors.items():
         _, index, part = name.split(".", 2)

@@ -1,4 +1,4 @@
-"""The layers of a saved cache as tensors with names, and what these have to be. Knows no file."""
+"""The layers of a saved cache as named tensors, and the checks when they are read. Knows no file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ QUANTISED_FIELDS = ("codes", "scale", "exact", "group")
 
 
 def packed_layer(layer: LayerState) -> dict[str, Tensor | None]:
-    """The tensors of a layer, without spare room."""
+    """The tensors of a layer by name, without spare capacity."""
     if isinstance(layer, SlidingState):
         return {"key": layer.keys, "value": layer.values}
     parts: dict[str, Tensor | None] = {}
@@ -38,14 +38,14 @@ def packed_layer(layer: LayerState) -> dict[str, Tensor | None]:
 def unpacked_layer(
     parts: dict[str, Tensor], window_tokens: int | None, tail_start: int, device: torch.device
 ) -> LayerState:
-    """The inverse.
+    """The inverse of `packed_layer`.
 
     Args:
-        window_tokens: that a sliding window has seen; None for full attention.
-        tail_start: where the exact tail begins.
+        window_tokens: the number of tokens that a sliding window has seen; None for full attention.
+        tail_start: the first token of the exact tail.
 
     Raises:
-        KeyError, ValueError: it cannot be one.
+        KeyError, ValueError: the tensors cannot be those of a layer.
     """
     if not parts:
         return TailState(None, None, 0, 0) if window_tokens is None else SlidingState(None, None, 0)
@@ -54,10 +54,10 @@ def unpacked_layer(
     is_pair = is_pair and key.dtype == value.dtype and key.is_floating_point() and key.shape[1] > 0
     require(is_pair, f"keys {key.dtype} {tuple(key.shape)}, values {value.dtype} {tuple(value.shape)}")
     if window_tokens is not None:
-        require(key.shape[2] <= window_tokens, f"a window holds {key.shape[2]} of {window_tokens} tokens")
+        require(key.shape[2] <= window_tokens, f"a sliding window holds {key.shape[2]} of {window_tokens} tokens")
         return SlidingState(key.to(device), value.to(device), window_tokens)
     has_slots = any(name.startswith("slots.") for name in parts)
-    require(has_slots == bool(tail_start), f"a tail that begins at {tail_start} behind {'slots' * has_slots or 'none'}")
+    require(has_slots == bool(tail_start), f"a tail begins at {tail_start}, {'with' if has_slots else 'without'} slots")
     slots = _slots(parts, key.shape[1], tail_start).to(device) if has_slots else None
     return TailState(slots, TailBuffer(key.to(device), value.to(device)), tail_start, key.shape[2])
 
@@ -72,12 +72,12 @@ def _slots(parts: dict[str, Tensor], num_heads: int, tail_start: int) -> Slots:
         and bias.is_floating_point()
         and all(tensor.ndim == 2 for rows in (fields["key"], fields["value"]) for tensor in tensors(rows))
     )
-    require(is_typed, "slots are of another type")
+    require(is_typed, "slots have another dtype or shape")
     bounds, sizes = cu_slots.tolist(), {len(field) for field in fields.values()}
     is_ascending = bounds == sorted(bounds) and len(bounds) == num_heads + 1 and bounds[0] == 0
-    require(is_ascending and sizes == {bounds[-1]}, f"slots {bounds} in tensors of {sizes}")
+    require(is_ascending and sizes == {bounds[-1]}, f"slots {bounds} in tensors of {sizes} rows")
     is_placed = bool(((positions >= 0) & (positions < tail_start) & (ranks >= PINNED_RANK)).all())
-    require(is_placed, f"slots of tokens outside of the {tail_start} that are compacted")
+    require(is_placed, f"slots at positions outside the {tail_start} compacted tokens")
     return Slots(**fields, cu_slots=tuple(bounds))
 
 
@@ -87,25 +87,28 @@ def _slot_field(parts: dict[str, Tensor], name: str) -> Rows:
     rows = Quantised(*(parts[f"{name}.{of}"] for of in QUANTISED_FIELDS))
     is_typed = rows.codes.dtype == torch.int8 and rows.scale.dtype == torch.float32 and rows.group.dtype == torch.int64
     is_typed = is_typed and rows.exact.is_floating_point() and rows.group.ndim == 1
-    require(is_typed and all(tensor.ndim == 2 for tensor in rows.tensors), "coded slots are of another type")
+    require(is_typed and all(tensor.ndim == 2 for tensor in rows.tensors), "int8 slots have another dtype or shape")
     coded = rows.group[rows.group != NOT_CODED]
     sizes, widths = [len(tensor) for tensor in rows.tensors], {tensor.shape[1] for tensor in rows.tensors}
     groups = torch.unique_consecutive(coded).tolist()
     is_whole = sizes == [len(coded), len(groups), len(rows) - len(coded)] and len(widths) == 1
-    require(is_whole and groups == list(range(len(groups))), f"{len(coded)} of {len(rows)} rows coded in {sizes}")
+    require(
+        is_whole and groups == list(range(len(groups))),
+        f"{len(coded)} of {len(rows)} rows are int8, in tensors of {sizes} rows",
+    )
     return rows
 
 
 def require_segments(segments: Sequence[Segment], num_tokens: int) -> None:
-    """Raise ValueError unless segments follow each other among so many tokens."""
+    """Raise ValueError unless the segments follow each other within `num_tokens` tokens."""
     for segment in segments:
         is_segment = 0 <= segment.start < segment.end <= num_tokens and segment.num_slots >= 0
         require(is_segment and 0 <= segment.shift <= num_tokens, f"{segment} among {num_tokens} tokens")
     is_in_order = all(one.end <= other.start for one, other in pairwise(segments))
-    require(is_in_order, "segments that are not one behind the other")
+    require(is_in_order, "segments overlap, or are not in order")
 
 
 def require(is_so: bool, otherwise: str) -> None:
-    """Raise ValueError where something is not so."""
+    """Raise ValueError with the message `otherwise`, unless the condition holds."""
     if not is_so:
         raise ValueError(otherwise)

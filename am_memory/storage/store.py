@@ -116,13 +116,13 @@ class Store:
         if found is None:
             raise SessionDeleted(
                 f"session {name!r} in {self.url!r} was deleted since it was read or saved here, so it is not saved: "
-                "save it under another name, or with overwrite=True, if it is to stay after all"
+                "to keep it after all, save it under another name, or with overwrite=True"
             )
-        since = "another is saved by now" if replaces is None else "it was saved by somebody else since"
+        since = "another one was saved meanwhile" if replaces is None else "another program saved it meanwhile"
         raise SessionChanged(
-            f"session {name!r} in {self.url!r} is not the one that this one went on from: {since}. Nothing is lost: "
-            "save this one under another name (Memory.keep(session, NAME), then session.save()), or with "
-            "overwrite=True in place of the other"
+            f"the saved session {name!r} in {self.url!r} is not the one that this one went on from: {since}. "
+            "Nothing is lost: save this one under another name (Memory.keep(session, NAME), then session.save()), or "
+            "with overwrite=True in place of the other"
         )
 
     def load(

@@ -94,7 +94,7 @@ def test_images_are_refused_by_name(folder: Path) -> None:
 def test_a_message_with_other_parts_than_text_is_refused(engine, kind: str) -> None:
     session = Memory(engine, POLICY.model_copy(update={"trigger_tokens": 500})).session()
     content = [{"type": "text", "text": "What is this?"}, {"type": kind, kind: "..."}]
-    with pytest.raises(InvalidInput, match=f"a part of type '{kind}', and a memory text alone"):
+    with pytest.raises(InvalidInput, match=f"a part of type '{kind}', but a memory holds only text"):
         session.append([{"role": "user", "content": content}])
     assert session.tokens == ()
 

@@ -112,7 +112,7 @@ def test_a_group_of_coded_rows_takes_no_memory_by_its_number(engine: Transformer
     file = saved_file(engine, tmp_path, "int8")
     group = file.tensors["layers.0.slots.key.group"]
     group[group == group.max()] = 2**40
-    with pytest.raises(CorruptSession, match="rows coded in"):
+    with pytest.raises(CorruptSession, match="rows are int8"):
         loaded(engine, tmp_path, file, "int8")
 
 

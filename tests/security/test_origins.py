@@ -216,7 +216,7 @@ def test_a_session_that_does_not_say_what_it_was_saved_with_goes_on_with_a_warni
     resumed = with_tokenizer(byte_tokenizer, events.append).session("alice")
     parts = ("tokenizer",) if content == "Hello." else ("tokenizer", "chat template")
     assert events == [OriginUnknown("alice", parts)]
-    assert f"does not say with which {' and '.join(parts)} it was saved" in caplog.text
+    assert f"does not record which {' and '.join(parts)} it was saved with" in caplog.text
     resumed.save()
     with_tokenizer(byte_tokenizer, events.append).session("alice")
     assert len(events) == 1
@@ -225,7 +225,7 @@ def test_a_session_that_does_not_say_what_it_was_saved_with_goes_on_with_a_warni
 def test_a_file_without_these_fields_can_be_read(
     with_tokenizer: Callable[..., Memory], engine: TransformersEngine
 ) -> None:
-    fields = session_file._Content.model_fields
+    fields = session_file.SessionFields.model_fields
     assert not fields["tokenizer_fingerprint"].is_required()
     assert not fields["template_fingerprint"].is_required()
 

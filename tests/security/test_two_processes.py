@@ -59,7 +59,7 @@ def test_the_second_to_save_is_told_and_can_keep_both(new_memory: NewMemory) -> 
     before = mine.tokens
     for _ in range(2):
         with pytest.raises(
-            SessionChanged, match=r"saved by somebody else since\. Nothing is lost: .* NAME.* overwrite"
+            SessionChanged, match=r"another program saved it meanwhile\. Nothing is lost: .* NAME.* overwrite"
         ):
             mine.save()
     assert mine.tokens == before
@@ -87,7 +87,7 @@ def test_two_who_begin_a_session_of_one_name_do_not_overwrite_each_other(new_mem
     theirs.append("They say so.")
     theirs.save()
     mine.append("I say this.")
-    with pytest.raises(SessionChanged, match="another is saved by now"):
+    with pytest.raises(SessionChanged, match="another one was saved meanwhile"):
         mine.save()
 
 
@@ -239,15 +239,15 @@ def test_who_comes_between_the_look_and_the_deed_is_seen(
     mine = saved_session(memory)
     theirs = Memory(engine, POLICY, store=tmp_path).session("alice")
     theirs.append("They say so.")
-    take_place = files._take_place
+    rename_file = files._rename
 
     def theirs_first(*args: object) -> None:
-        monkeypatch.setattr(files, "_take_place", take_place)
+        monkeypatch.setattr(files, "_rename", rename_file)
         theirs.save()
-        take_place(*args)
+        rename_file(*args)
 
     mine.append("I say this.")
-    monkeypatch.setattr(files, "_take_place", theirs_first)
+    monkeypatch.setattr(files, "_rename", theirs_first)
     with pytest.raises(SessionChanged):
         mine.save()
     assert Memory(engine, POLICY, store=tmp_path).session("alice").tokens == theirs.tokens

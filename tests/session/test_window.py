@@ -130,7 +130,7 @@ def test_a_refit_has_one_segment_that_stays(new_memory: NewMemory) -> None:
     assert [segment.shift for segment in session.segments] == [0]
     (exceeded,) = [event for event in events if isinstance(event, WindowExceeded)]
     assert exceeded.immovable == "recompaction 'refit' has one segment for all that was said"
-    assert str(exceeded).endswith("what is compact stays: recompaction 'refit' has one segment for all that was said")
+    assert str(exceeded).endswith("cannot be moved nearer: recompaction 'refit' has one segment for all that was said")
 
 
 def test_what_is_refit_stays_where_it_was_moved_to() -> None:
@@ -145,7 +145,9 @@ def test_leaving_the_window_says_that_what_is_old_moves(new_memory: NewMemory) -
     read_session(new_memory(events.append))
     (exceeded,) = [event for event in events if isinstance(event, WindowExceeded)]
     assert exceeded.immovable is None
-    assert str(exceeded).endswith("past the 160 positions that the model was trained on; what is compact is moved up")
+    assert str(exceeded).endswith(
+        "past the 160 positions that the model was trained on; compacted keys are moved to nearer positions"
+    )
 
 
 # What moving is

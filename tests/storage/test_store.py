@@ -180,7 +180,9 @@ def test_a_saved_file_is_plain_safetensors(folder: Store, tmp_path: Path) -> Non
 @pytest.mark.parametrize("message", [{"role": "user", "content": b"bytes"}, {"role": "user", 7: "seven"}])
 def test_a_message_that_json_cannot_hold_is_refused(folder: Store, message: dict[str, object]) -> None:
     saved = replace(saved_session(), messages=(message,), message_starts=(0,))
-    with pytest.raises(StorageError, match=r"(?s)a message cannot be saved: .*; keep to what JSON can hold"):
+    with pytest.raises(
+        StorageError, match=r"(?s)a message or the metadata cannot be saved: .*; use only values that JSON can hold"
+    ):
         folder.save("alice", saved)
     assert folder.names() == []
 
@@ -469,7 +471,7 @@ def test_a_newer_format_says_which_version_reads_it(bytes_of_format: Callable[[i
 
 
 def test_an_older_format_is_refused_by_its_number(bytes_of_format: Callable[[int], bytes]) -> None:
-    with pytest.raises(OlderFormat, match=r"has format 1, and this version reads format 2 alone: open it with the ver"):
+    with pytest.raises(OlderFormat, match=r"has format 1, and this version reads format 2 only: open it with the ver"):
         load_bytes(bytes_of_format(1))
 
 
