@@ -1,1 +1,1 @@
-"""One conversation."""
+"""One conversation: append, generate, compact, look back, branch, save."""

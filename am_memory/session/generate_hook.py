@@ -1,7 +1,7 @@
-"""Watching somebody else drive the model: `generate()` of transformers reads into a context's cache, which compacts.
+"""`generate()` of transformers drives the model here, and reads into the cache of a context, which compacts.
 
-Owns what a context has to learn from the passes of others: which tokens they read, and what they left behind when they
-were interrupted.
+Owns what the context must learn from each forward pass that it does not run itself: which tokens the pass reads, and
+what an interrupted pass left in the cache.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from am_memory.session.limits import require_positions, require_token_ids
 
 
 def watched(context: Context) -> KVCache:
-    """A context's cache, for the forward passes of others, which takes in what they read and makes room for it.
+    """The cache of a context, for forward passes that others run. It notes their tokens and makes room for them.
 
-    The cache keeps its context alive, and not the other way round: a cycle would be freed only when Python's collector
-    comes by, long after whoever used it.
+    The cache keeps its context alive, and not the other way round. With references in both directions, Python would
+    free the memory only at its next garbage collection.
 
     Args:
-        context: nobody else's from now on.
+        context: for this cache only from now on.
 
     Raises:
         UnsupportedOperation: the engine's cache is not one of transformers.
@@ -44,33 +44,34 @@ def watched(context: Context) -> KVCache:
 
 
 class _Watch:
-    """Stands between a cache and the context that it is of.
+    """Connects a cache to its context.
 
     Args:
-        context: it knows the cache, and does not own it.
+        context: holds the cache by a weak reference.
     """
 
     def __init__(self, context: Context) -> None:
         self.context = context
         self.cache = cast("KVCache", context.cache)
-        self._whole = self.cache.state()  # to go back to, should a pass be interrupted
+        self._whole = self.cache.state()  # restored if a pass is interrupted
 
     def before_forward(
         self, token_ids: Sequence[int], num_logits: int, at_once: int, what_for: str
     ) -> tuple[int, list[Tensor]]:
-        """Take in tokens that a forward pass is about to read; read the first ones if all are too many.
+        """Note the tokens that a forward pass is about to read. If all are too many, read the first ones here.
 
         Args:
-            num_logits: of so many of the last ones logits are wanted.
-            at_once: so many of the last ones have to be read by one pass.
-            what_for: this is asked for beside the logits; "" for nothing.
+            token_ids: the tokens of the pass.
+            num_logits: logits are wanted for this many tokens at the end.
+            at_once: this many tokens at the end must be read in one pass.
+            what_for: the output besides logits that the caller wants, for messages; "" for none.
 
         Returns:
-            How many of `token_ids` are read already, the last ones being left to the forward pass; and the logits of
-            those among them for which they are wanted, pass by pass.
+            The number of tokens that were read here, the others being left to the pass; and the logits of those for
+            which they are wanted, one tensor for each pass made here.
 
         Raises:
-            UnsupportedOperation: no compaction makes room for so many at once.
+            UnsupportedOperation: no compaction makes room for `at_once` tokens.
         """
         self._settle()
         context, cache = self.context, self.cache
@@ -99,12 +100,12 @@ class _Watch:
         return cache.num_tokens - start, logits
 
     def _have_room_for(self, num_tokens: int, at_once: int) -> bool:
-        """Compact until so many of the tokens fit, and tell whether all of them do."""
+        """Compact until `at_once` of the tokens fit; whether all of them fit then."""
         self.context.compact_if_due(min(num_tokens, at_once))
         return num_tokens <= self.context.room_tokens
 
     def _require_room(self, num_tokens: int, at_once: int, what_for: str) -> None:
-        """Raise UnsupportedOperation where some of the tokens have to be read together and no compaction helps."""
+        """Raise UnsupportedOperation if `at_once` tokens do not fit and no compaction is sure to make room for them."""
         if self.cache.kv_tokens + num_tokens <= self.context.start_tokens:
             return
         most = self.context.most_at_once
@@ -112,7 +113,7 @@ class _Watch:
             return
         if what_for:
             raise UnsupportedOperation(
-                f"a pass with {what_for} reads its {at_once} tokens at once, and no more than {most} are sure to fit "
+                f"a pass with {what_for} reads its {at_once} tokens at once, but only {most} are sure to fit "
                 f"below the trigger of {self.context.trigger_tokens}: leave it out, read less at once, or raise "
                 "trigger_tokens"
             )
@@ -123,7 +124,7 @@ class _Watch:
         )
 
     def _settle(self) -> None:
-        """Drop what an interrupted pass left behind, or what its owner has taken back (`crop`)."""
+        """Undo an interrupted pass, and forget the tokens that the caller has cropped."""
         if not self.cache.is_whole:
             self.cache.restore(self._whole)
         if self.cache.num_tokens != len(self.context.tokens):

@@ -1,7 +1,7 @@
-"""All or nothing: a step that is interrupted anywhere leaves a context as it was, or as it is when the step is done.
+"""All or nothing: a step that is interrupted leaves a context either as it was before, or as it is after the step.
 
-A step is done with the last line of its `with` block. Nothing is committed after that, so that there is no line at
-which tokens are there and what was said is not.
+A step is done with the last line of its `with` block; nothing is committed after that line. An interrupt can therefore
+never leave the tokens of a message without the message.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ if TYPE_CHECKING:
 
 
 class Restorable(Protocol):
-    """Something else that a step changes, and that goes back with it."""
+    """Another object that a step changes, and that is restored together with the context."""
 
     def state(self) -> Any:
-        """What `restore` takes: nothing changes it later."""
+        """The state, for `restore`; later changes do not affect it."""
         ...
 
-    def restore(self, state: Any) -> None: ...
+    def restore(self, state: Any) -> None:
+        """Return to a state that `state` gave."""
+        ...
 
 
 @dataclass(frozen=True)
 class _Before:
-    """A context as it was; the two lists are only added to, or replaced, within a step."""
+    """A context before a step. Within a step its two lists are only extended, or replaced by others."""
 
     cache: Snapshot
     tokens: list[int]
@@ -50,6 +52,7 @@ class _Before:
 
     @classmethod
     def of(cls, context: Context, others: tuple[Restorable, ...]) -> _Before:
+        """Remember how the context and the other objects are now."""
         return cls(
             cache=context.cache.state(),
             tokens=context.tokens,
@@ -66,13 +69,13 @@ class _Before:
         )
 
     def put_back(self, context: Context, others: tuple[Restorable, ...]) -> None:
-        """Of any state in between, as often as one likes."""
+        """Restore all of it, from any state in between; doing it twice changes nothing."""
         context.cache.restore(self.cache)
         del self.tokens[self.num_tokens :], self.records[self.num_compactions :]
         context.tokens, context.records, context.history = self.tokens, self.records, self.history
         context.num_pinned = self.num_pinned
         context.live, context.recalled = self.live, self.recalled
-        # What was found to be lost is not brought back by an error.
+        # An original that turned out to be lost stays lost.
         context.originals = tuple(each for each in self.originals if each.lost is None)
         running = self.background_compaction
         context.background_compaction = None if running is not None and running.has_failed else running
@@ -81,13 +84,14 @@ class _Before:
 
 
 class Transaction:
-    """Whatever is raised inside, a context is afterwards as it was before, and so is what goes with it.
+    """A `with` block that restores a context, and some other objects, if anything is raised inside.
 
-    No generator: one that is interrupted on its way in or out is finished when Python frees it, and would put the
-    context back long after, over whatever was done since.
+    It is a class and not a generator. Python finishes an interrupted generator only when it frees it, which would
+    restore the context long afterwards, over all later changes.
 
     Args:
-        others: what else goes back with it.
+        context: the context that is restored.
+        others: objects that are restored together with it.
     """
 
     def __init__(self, context: Context, others: tuple[Restorable, ...]) -> None:
@@ -99,12 +103,12 @@ class Transaction:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        context, given_up = self._context, self._before.background_compaction
+        context, abandoned = self._context, self._before.background_compaction
         if error is not None:
-            given_up = context.background_compaction
+            abandoned = context.background_compaction
             try:
                 self._before.put_back(context, self._others)
-            finally:  # again, should it have been interrupted
+            finally:  # once more, in case an interrupt stopped the first time
                 self._before.put_back(context, self._others)
-        if given_up is not None and given_up is not context.background_compaction:
-            given_up.stop()
+        if abandoned is not None and abandoned is not context.background_compaction:
+            abandoned.stop()
