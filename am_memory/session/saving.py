@@ -45,6 +45,10 @@ class SavedCopy:
         """Whether the session was in the store at some time."""
         return self.version not in (None, ANY)
 
+    def begin_save(self, version: str) -> None:
+        """Note the version that a save is about to write: an interrupt may hide whether it was written."""
+        self.in_doubt = version
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -120,13 +124,8 @@ def write(session: Session, what: Packed, *, overwrite: bool = False) -> None:
 
 
 def _write_once(session: Session, what: Packed, overwrite: bool) -> None:
-    copy = session._saved_copy
-
-    def doubt(version: str) -> None:
-        copy.in_doubt = version
-
     with session._shared.store_lock:
-        store = session._shared.require_store()
+        copy, store = session._saved_copy, session._shared.require_store()
         if copy.is_deleted and not overwrite:
             raise SessionDeleted(
                 f"session {session.name!r} was deleted, so it is not saved: to keep it after all, give it a name with "
@@ -137,7 +136,7 @@ def _write_once(session: Session, what: Packed, overwrite: bool) -> None:
             what.saved,
             replaces=ANY if overwrite else copy.version,
             in_doubt=copy.in_doubt,
-            on_version=doubt,
+            on_version=copy.begin_save,
             data=what.data,
         )
 
