@@ -7,6 +7,7 @@ early, so that all pages together take seconds.
 from __future__ import annotations
 
 import inspect
+import pydoc
 import re
 import shlex
 import sys
@@ -35,6 +36,7 @@ SHELL = re.compile(r"^```(?:bash|sh|console)?\n(.*?)^```", re.DOTALL | re.MULTIL
 FENCE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 INLINE_COMMAND = re.compile(r"`((?:am-memory|make|python (?:benchmarks|tests|examples)/)[^`]*)`")
 LONGEST_LINE = 120
+FOLDERS = ("am_memory", "integrations", "benchmarks", "examples", "tests")
 NOT_INSTALLED = {"langchain_classic", "langchain_community", "langchain_huggingface", "langchain_ollama"}
 """Packages that pages show code for to leave behind."""
 
@@ -192,6 +194,24 @@ def test_every_public_name_is_on_the_api_page(package: Any) -> None:
     modules = [sys.modules[name] for name in shown & set(sys.modules)]
     missing = {name for name in package.__all__ if not any(hasattr(module, name) for module in modules)}
     assert missing <= {name.rpartition(".")[2] for name in shown if name.startswith(package.__name__)}
+
+
+@every_page
+def test_files_and_names_of_the_code_exist(page: Path) -> None:
+    """The log and the changelog tell of files as they were."""
+    if page.name == "log.md":
+        return
+    text = page.read_text(encoding="utf-8")
+    files = {f"/{path.relative_to(ROOT)}" for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
+    named = set(re.findall(r"[`/]([\w/]*\w\.py)\b", FENCE.sub("", text)))
+    assert not [name for name in named if not any(file.endswith(f"/{name.lstrip('/')}") for file in files)]
+    assert not [name for name in re.findall(r"`(am_memory(?:\.\w+)+)`", text) if pydoc.locate(name) is None]
+
+
+def test_every_package_is_in_the_architecture() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    packages = {f"`{path.parent.name}/`" for path in (ROOT / "am_memory").glob("*/__init__.py")}
+    assert not {package for package in packages if f"| {package} |" not in page}
 
 
 # Words
