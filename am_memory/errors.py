@@ -7,8 +7,8 @@ from difflib import get_close_matches
 from numbers import Integral
 from typing import Any
 
-MAX_VALUE_CHARS = 100
-"""Characters of an invalid value that a message shows at each end."""
+MAX_VALUE_CHARS = 200
+"""Characters of an invalid value that a message shows."""
 
 
 class AMMemoryError(Exception):
@@ -143,9 +143,11 @@ def _problem(error: Mapping[str, Any], names: Sequence[str], *, shows_value: boo
     place = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         return f"there is no {unknown([place], names)}"
-    value = f" {_shortened(repr(error['input']))}" if shows_value else ""
+    value = f" {shortened(repr(error['input']), MAX_VALUE_CHARS)}" if shows_value else ""
     return f"{place}{value}: {error['msg']}"
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= 2 * MAX_VALUE_CHARS else f"{text[:MAX_VALUE_CHARS]}...{text[-MAX_VALUE_CHARS:]}"
+def shortened(text: str, max_chars: int) -> str:
+    """Both ends of a text that is longer than `max_chars`; a shorter text as it is."""
+    half = max_chars // 2
+    return text if len(text) <= max_chars else f"{text[:half]}...{text[-half:]}"

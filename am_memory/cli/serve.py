@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from am_memory.cli.display import MIB
 from am_memory.cli.options import Loading, with_options
 from am_memory.errors import InvalidInput
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 KEYS_VARIABLE = "AM_MEMORY_API_KEYS"
 OPERATOR_KEYS_VARIABLE = "AM_MEMORY_OPERATOR_KEYS"
-MIB = 2**20
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,15 @@ from am_memory.conversations.tool_calls import (
     calls_or_json_constraint,
     calls_or_text_constraint,
     no_call_constraint,
-    parameters,
     tool_call_constraint,
     tool_format,
+    tool_parameters,
 )
 from am_memory.conversations.tool_calls.prompt import is_strict, tool_name
 from am_memory.engines.base import Engine
 from am_memory.errors import InvalidInput
 from am_memory.text.constraints import Constraint, json_schema
-from am_memory.text.json_schemas import Check, Unchecked
+from am_memory.text.json_schemas import SchemaCheck, Unchecked
 
 logger = logging.getLogger("am_memory")
 
@@ -67,14 +67,16 @@ class AnswerFormat:
             return calls_or_text_constraint(engine, tools, format, strict=self._strict, parallel=is_several)
         return None
 
-    def _make_checks(self, request: ChatRequest) -> dict[str | None, Check]:
+    def _make_checks(self, request: ChatRequest) -> dict[str | None, SchemaCheck]:
         """The checks that the grammar leaves open: of arguments by tool name, of the answer's own JSON under None."""
         if self.constraint is None or not self.constraint.left_out:
             return {}
         checked = [tool for tool in request.tools if request.forces_call or tool_name(tool) in self._strict]
-        checks: dict[str | None, Check] = {tool_name(tool): Check(parameters(tool)) for tool in checked}
+        checks: dict[str | None, SchemaCheck] = {
+            tool_name(tool): SchemaCheck(tool_parameters(tool)) for tool in checked
+        }
         if self._schema is not None and not request.forces_call:
-            checks[None] = Check(self._schema)
+            checks[None] = SchemaCheck(self._schema)
         return checks
 
     def checked_call(self, call: ParsedCall) -> ParsedCall | InvalidCall:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-MAGIC = b"GGUF"
+GGUF_MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 STRING, ARRAY = 8, 9
 SCALARS = {
@@ -61,18 +61,18 @@ def read_header(path: Path) -> Header:
         OSError: the file cannot be read.
     """
     with path.open("rb") as file:
-        if file.read(4) != MAGIC:
+        if file.read(4) != GGUF_MAGIC:
             raise BadHeader("it does not begin as a GGUF file does")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                return _Reader(data).header()
+                return _HeaderReader(data).header()
             except (struct.error, UnicodeDecodeError) as error:
                 raise BadHeader(f"its header is cut off or damaged ({error})") from error
 
 
-class _Reader:
+class _HeaderReader:
     def __init__(self, data: mmap.mmap) -> None:
-        self._data, self._position = data, len(MAGIC)
+        self._data, self._position = data, len(GGUF_MAGIC)
 
     def header(self) -> Header:
         if (version := self._number("<I")) not in VERSIONS:

@@ -5,17 +5,17 @@ from am_memory.queries.message_tokens import message_token_positions
 from am_memory.queries.reference import ReferenceQueries
 from am_memory.queries.repeat_prefill import OnLayer, as_turn, repeat_queries
 from am_memory.queries.scratch import queries_on_scratch, scratch
-from am_memory.queries.self_study import Conversations, greedy_answer, self_study, self_study_queries
+from am_memory.queries.self_study import StudyConversations, greedy_answer, self_study, self_study_queries
 from am_memory.queries.sources import Passage, Progress, QuerySources
 
 __all__ = [
-    "Conversations",
     "LiveQueries",
     "OnLayer",
     "Passage",
     "Progress",
     "QuerySources",
     "ReferenceQueries",
+    "StudyConversations",
     "as_turn",
     "greedy_answer",
     "message_token_positions",

@@ -25,7 +25,7 @@ PROMPTS = (
 )
 """Each starts a conversation of its own."""
 
-Conversations = tuple[tuple[int, ...], ...]
+StudyConversations = tuple[tuple[int, ...], ...]
 """Token ids of each prompt followed by its answer, in the order of `PROMPTS`."""
 
 
@@ -36,7 +36,7 @@ def study_prompts(engine: Engine) -> list[list[int]]:
 
 def self_study(
     engine: Engine, cache: SessionCache, *, max_tokens: int, on_progress: Callable[[int, int], None]
-) -> Conversations:
+) -> StudyConversations:
     """Let the model answer the prompts on scratch, greedily; as one batch if the engine can.
 
     Args:
@@ -129,7 +129,7 @@ def greedy_answer(
 
 
 def self_study_queries(
-    engine: Engine, cache: SessionCache, conversations: Conversations, *, chunk_tokens: int
+    engine: Engine, cache: SessionCache, conversations: StudyConversations, *, chunk_tokens: int
 ) -> list[ReferenceQueries]:
     """Read each conversation on scratch, and take the queries of all its tokens.
 

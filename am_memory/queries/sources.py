@@ -14,7 +14,7 @@ from am_memory.queries.live import LiveQueries, from_further_away
 from am_memory.queries.message_tokens import message_token_positions
 from am_memory.queries.reference import ReferenceQueries
 from am_memory.queries.repeat_prefill import OnLayer, repeat_queries, repeat_through
-from am_memory.queries.self_study import Conversations, self_study, self_study_queries
+from am_memory.queries.self_study import StudyConversations, self_study, self_study_queries
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage of a compaction, done, in all); stages that take queries are counted in tokens."""
@@ -36,7 +36,7 @@ class Passage(NamedTuple):
     start: int
     end: int
     weights: Sequence[float] | None
-    conversations: Conversations
+    conversations: StudyConversations
 
     def message_tokens(self, engine: Engine) -> tuple[list[int], list[float] | None]:
         """The tokens of the passage that are repeated, and how much each of them counts."""
@@ -68,7 +68,7 @@ class QuerySources:
         """Tokens in one forward pass."""
         return self.policy.chunk_tokens or self.engine.chunk_tokens
 
-    def converse(self, cache: SessionCache) -> Conversations:
+    def converse(self, cache: SessionCache) -> StudyConversations:
         """Generate self-study's answers; none if the policy does not use self-study."""
         if "self_study" not in self.policy.reference_queries:
             return ()

@@ -23,7 +23,7 @@ from am_memory.recall.original_files import Spill, spill
 
 Place = Literal["host", "disk"]
 
-LayerEntries = tuple[Tensor, Tensor]
+KeysAndValues = tuple[Tensor, Tensor]
 """Keys and values of one layer: (num_key_value_heads, num_tokens, head_dim)."""
 
 
@@ -51,7 +51,7 @@ class Original(Protocol):
         """Why reading them failed; None: it has not failed so far."""
         ...
 
-    def layers(self) -> list[LayerEntries]:
+    def layers(self) -> list[KeysAndValues]:
         """Keys and values of each layer, in host memory.
 
         Raises:
@@ -70,7 +70,7 @@ class HostOriginal:
 
     start: int
     end: int
-    entries: tuple[LayerEntries, ...]
+    entries: tuple[KeysAndValues, ...]
     lost: None = None
 
     @property
@@ -81,7 +81,7 @@ class HostOriginal:
     def digest(self) -> str:
         return sha256(self.packed()).hexdigest()
 
-    def layers(self) -> list[LayerEntries]:
+    def layers(self) -> list[KeysAndValues]:
         return list(self.entries)
 
     def packed(self) -> bytes:
@@ -119,7 +119,7 @@ class FileOriginal:
         weakref.finalize(original, file.free, offset, len(data)).atexit = False  # the file ends with the process
         return original
 
-    def layers(self) -> list[LayerEntries]:
+    def layers(self) -> list[KeysAndValues]:
         return unpacked(self.packed())
 
     def packed(self) -> bytes:
@@ -139,7 +139,7 @@ class FileOriginal:
         )
 
 
-def keep(start: int, end: int, entries: Iterable[LayerEntries], place: Place) -> Original:
+def keep(start: int, end: int, entries: Iterable[KeysAndValues], place: Place) -> Original:
     """Copy exact entries to host memory or disk; raises StorageError if they cannot be written."""
     if place == "disk":
         return FileOriginal.write(start, end, _packed(entries))
@@ -151,7 +151,7 @@ def _to_host(tensor: Tensor) -> Tensor:
     return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def received(start: int, end: int, data: bytes, like: Sequence[LayerEntries], place: Place) -> Original:
+def received(start: int, end: int, data: bytes, like: Sequence[KeysAndValues], place: Place) -> Original:
     """An original from the bytes of `Original.packed`.
 
     Args:
@@ -175,14 +175,14 @@ def _kind(tensor: Tensor) -> tuple[object, ...]:
     return tensor.dtype, tensor.ndim, *(size for axis, size in enumerate(tensor.shape) if axis != 1)
 
 
-def _packed(entries: Iterable[LayerEntries]) -> bytes:
+def _packed(entries: Iterable[KeysAndValues]) -> bytes:
     tensors = {}
     for index, (key, value) in enumerate(entries):
         tensors[f"{index}.key"], tensors[f"{index}.value"] = key.cpu().contiguous(), value.cpu().contiguous()
     return safetensors.torch.save(tensors)
 
 
-def unpacked(data: bytes) -> list[LayerEntries]:
+def unpacked(data: bytes) -> list[KeysAndValues]:
     """Keys and values of each layer from the bytes of `Original.packed`; raises OriginalLost for other bytes."""
     try:
         tensors = safetensors.torch.load(data)
@@ -191,7 +191,7 @@ def unpacked(data: bytes) -> list[LayerEntries]:
         raise OriginalLost(f"what should be original entries is something else: {error}") from error
 
 
-def between(originals: Sequence[Original], start: int, end: int) -> list[LayerEntries] | None:
+def between(originals: Sequence[Original], start: int, end: int) -> list[KeysAndValues] | None:
     """The entries of the tokens [start, end); None unless consecutive originals cover exactly these.
 
     Raises:

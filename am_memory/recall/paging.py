@@ -13,7 +13,7 @@ from functools import reduce
 from am_memory.kv_cache.cache import CacheState, Snapshot, exchanged
 from am_memory.kv_cache.layers import TailState
 from am_memory.kv_cache.slots import Segment, Slots
-from am_memory.recall.originals import LayerEntries
+from am_memory.recall.originals import KeysAndValues
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Recalled:
         return sum(tensor.nbytes for slots in self.slots for tensor in slots.tensors)
 
 
-def brought_back(state: Snapshot, segment: Segment, entries: Sequence[LayerEntries]) -> tuple[CacheState, Recalled]:
+def brought_back(state: Snapshot, segment: Segment, entries: Sequence[KeysAndValues]) -> tuple[CacheState, Recalled]:
     """The state with a segment exact, and what to put away later.
 
     Args:

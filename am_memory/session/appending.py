@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Content = str | Sequence[int] | Sequence[Message]
 
-NOT_TEXT = ("image", "input_image", "audio", "input_audio", "video", "file", "input_file", "document", "media")
+MEDIA_PARTS = ("image", "input_image", "audio", "input_audio", "video", "file", "input_file", "document", "media")
 """Prefixes of the types of message parts that are not text."""
 
 
@@ -153,7 +153,7 @@ def _require_text(messages: Sequence[Message]) -> None:
         parts = message.get("content") if isinstance(message, Mapping) else None
         for part in parts if isinstance(parts, list | tuple) else ():
             kind = part.get("type") if isinstance(part, Mapping) else None
-            if isinstance(kind, str) and kind.startswith(NOT_TEXT):
+            if isinstance(kind, str) and kind.startswith(MEDIA_PARTS):
                 raise InvalidInput(
                     f"a message holds a part of type {kind!r}, but a memory holds only text: describe it in words"
                 )

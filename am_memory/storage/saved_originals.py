@@ -12,7 +12,7 @@ from hashlib import sha256
 from weakref import WeakValueDictionary
 
 from am_memory.errors import OriginalLost
-from am_memory.recall.originals import LayerEntries, Original, Place, received
+from am_memory.recall.originals import KeysAndValues, Original, Place, received
 from am_memory.storage.folder import Folder
 from am_memory.storage.session_file import SavedOriginal
 
@@ -67,7 +67,7 @@ class SavedOriginals:
                 with suppress(FileNotFoundError):
                     self._folder.files.rm_file(path)
 
-    def load(self, saved: SavedOriginal, like: Sequence[LayerEntries], place: Place) -> Original:
+    def load(self, saved: SavedOriginal, like: Sequence[KeysAndValues], place: Place) -> Original:
         """Read the entries of one span.
 
         Args:

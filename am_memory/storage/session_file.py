@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, NonNegativeInt
 from torch import Tensor
 
 from am_memory.compaction.record import CompactionRecord
@@ -44,7 +44,7 @@ CHECKSUM_KEY, ZEROS = b'"sha256":"', b"0" * 64
 class SavedOriginal(BaseModel, frozen=True, from_attributes=True):
     """Names the exact entries of the tokens [start, end) by the digest of their file."""
 
-    start: Annotated[int, Field(ge=0)]
+    start: NonNegativeInt
     end: int
     digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -96,13 +96,10 @@ class SavedSession:
     lost: tuple[tuple[SavedOriginal, str], ...] = field(default=(), compare=False)
 
 
-Count = Annotated[int, Field(ge=0)]
-
-
 class LayerFields(BaseModel, from_attributes=True):
     """The fields of a layer's state that are not tensors."""
 
-    num_tokens: Count | None = None  # tokens that a sliding window has seen; None for full attention
+    num_tokens: NonNegativeInt | None = None  # tokens that a sliding window has seen; None for full attention
 
 
 class CacheFields(BaseModel, from_attributes=True):
@@ -110,7 +107,7 @@ class CacheFields(BaseModel, from_attributes=True):
 
     layers: tuple[LayerFields, ...]
     segments: tuple[Segment, ...]
-    num_pinned: Count
+    num_pinned: NonNegativeInt
 
 
 class SessionFields(BaseModel, from_attributes=True):
@@ -122,7 +119,7 @@ class SessionFields(BaseModel, from_attributes=True):
     messages: tuple[dict[str, Any], ...]
     message_starts: tuple[int, ...]
     is_answering: bool
-    num_pinned: Count
+    num_pinned: NonNegativeInt
     state: CacheFields
     tools: tuple[dict[str, Any], ...] = ()
     metadata: dict[str, Any] = {}

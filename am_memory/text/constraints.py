@@ -30,7 +30,7 @@ logger = logging.getLogger("am_memory")
 
 AT_A_LIMIT = re.compile(r"too (big|large|long|many|complex|deep)|limit|fuel|; max is ", re.IGNORECASE)
 """Matches errors of llguidance about a grammar that is sound but too large."""
-WAY_OUT = (
+SMALLER_GRAMMAR = (
     ": the schema or grammar is too large: give it fewer properties, values of enum and levels, and shorter texts and "
     "patterns"
 )
@@ -134,7 +134,7 @@ def _require_sound(matcher: LLMatcher, problem: str) -> None:
     if matcher.is_error():
         # llguidance appends the lines of the grammar, or its whole state.
         reason = re.split(r"\n *\d+ \| |<state>", matcher.get_error())[0]
-        way_out = WAY_OUT if AT_A_LIMIT.search(reason) else ""
+        way_out = SMALLER_GRAMMAR if AT_A_LIMIT.search(reason) else ""
         raise InvalidInput(f"{problem}: {_in_words_of_schemas(' '.join(reason.split()))}{way_out}")
 
 

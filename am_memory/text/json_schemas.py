@@ -16,7 +16,7 @@ import jsonschema_rs
 from jsonschema_rs import ValidationErrorKind as _Kind
 from llguidance import LLMatcher
 
-from am_memory.errors import InvalidInput
+from am_memory.errors import InvalidInput, shortened
 
 Schema = dict[str, object]
 
@@ -94,7 +94,7 @@ class Unchecked(Exception):
     """A value was not checked, as the check would take too long; the value may be right or wrong."""
 
 
-class Check:
+class SchemaCheck:
     """Checks values against all keywords of a schema.
 
     A pattern that is no pattern of JSON Schema is ignored. `MAX_CHECK_STEPS` limits the steps of one check.
@@ -131,7 +131,7 @@ class Check:
         if isinstance(error.kind, (_Kind.BacktrackLimitExceeded, _Kind.RegexEngineFailure)):
             raise Unchecked("it cannot be checked against its schema: a pattern backtracks too often")
         place = "".join(f"[{step!r}]" for step in error.instance_path)
-        return f"{place + ': ' if place else ''}{_shortened(error.message)}"
+        return f"{place + ': ' if place else ''}{shortened(error.message, MAX_REASON_CHARS)}"
 
 
 def _validator(schema: Schema) -> jsonschema_rs.Validator:
@@ -144,12 +144,7 @@ def _validator(schema: Schema) -> jsonschema_rs.Validator:
         except ValueError as error:  # the base of the errors of jsonschema_rs
             refused.append(error)
     reason = str(refused[0]).splitlines()[0]
-    raise InvalidInput(f"this is no JSON schema: {_shortened(reason)}") from refused[0]
-
-
-def _shortened(text: str) -> str:
-    half = MAX_REASON_CHARS // 2
-    return text if len(text) <= 2 * half else f"{text[:half]}...{text[-half:]}"
+    raise InvalidInput(f"this is no JSON schema: {shortened(reason, MAX_REASON_CHARS)}") from refused[0]
 
 
 def _copied(schema: object) -> Schema:

@@ -19,6 +19,7 @@ from am_memory.errors import (
     PromptTooLong,
     SessionNotFound,
     UnsupportedOperation,
+    shortened,
 )
 from am_memory_server.jobs import AnswerNotRead, QueueFull, ShuttingDown
 from am_memory_server.request_schemas import UNKNOWN_NAME
@@ -50,7 +51,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.type, self.code = status, type, code
-        self.message, self.param = _shortened(message), param and _shortened(param)
+        self.message, self.param = _as_shown(message), param and _as_shown(param)
 
     @property
     def body(self) -> dict[str, object]:
@@ -70,10 +71,9 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, headers=dict(self.headers))
 
 
-def _shortened(text: str) -> str:
+def _as_shown(text: str) -> str:
     """Valid Unicode of limited length."""
-    text = text.encode("utf-8", "replace").decode()
-    return text if len(text) <= MAX_CHARS else f"{text[: MAX_CHARS // 2]} ... {text[-MAX_CHARS // 2 :]}"
+    return shortened(text.encode("utf-8", "replace").decode(), MAX_CHARS)
 
 
 def as_api_error(error: Exception) -> ApiError:

@@ -38,7 +38,7 @@ def _finite(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-Schema = Annotated[dict[str, Any], AfterValidator(_finite)]
+FiniteSchema = Annotated[dict[str, Any], AfterValidator(_finite)]
 
 
 def _few(values: Any) -> Any:
@@ -149,11 +149,11 @@ class Function(_Part):
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
     description: str | None = None
-    parameters: Schema | None = None
+    parameters: FiniteSchema | None = None
     strict: bool | None = None
 
 
-class Tool(_Part):
+class ChatTool(_Part):
     """A tool that the model may call."""
 
     type: Literal["function"]
@@ -188,7 +188,7 @@ class JSONSchema(_Options):
 
     name: str = "answer"
     description: str | None = None
-    schema_: Schema = Field(default_factory=dict, alias="schema")
+    schema_: FiniteSchema = Field(default_factory=dict, alias="schema")
     strict: bool | None = None
 
 
@@ -268,7 +268,7 @@ class ChatCompletionRequest(_Sampled):
     ]
     max_tokens: TokenCount | None = None
     max_completion_tokens: TokenCount | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[ChatTool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None

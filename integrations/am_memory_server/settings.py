@@ -5,14 +5,13 @@ from __future__ import annotations
 from ipaddress import IPv6Address, ip_address
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from am_memory.errors import InvalidInput, problems
 
 MIB = 2**20
 MAX_SHARES = 4
 """With more keys than this, a key may still have a quarter of `max_pending_bytes`."""
-Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -69,16 +68,16 @@ class ServerSettings(Settings):
     operator_keys: tuple[Annotated[str, Field(min_length=8)], ...] = ()
     allow_anonymous: bool = False
     cors_origins: tuple[str, ...] = ()
-    max_tokens: Count = 1024
-    max_answer_tokens: Count = 16384
-    max_body_bytes: Count = 16 * MIB
-    max_body_values: Count = 200_000
-    max_pending_bytes: Count = 256 * MIB
-    max_connections: Count = 512
+    max_tokens: PositiveInt = 1024
+    max_answer_tokens: PositiveInt = 16384
+    max_body_bytes: PositiveInt = 16 * MIB
+    max_body_values: PositiveInt = 200_000
+    max_pending_bytes: PositiveInt = 256 * MIB
+    max_connections: PositiveInt = 512
     body_seconds: Seconds = 60.0
     idle_seconds: Seconds = 30.0
-    max_active: Count = 4
-    max_queued: Count = 64
+    max_active: PositiveInt = 4
+    max_queued: PositiveInt = 64
     max_sessions: Annotated[int, Field(ge=2)] = 64
     max_session_bytes: Annotated[int, Field(ge=2)] = 4096 * MIB
     shutdown_seconds: Annotated[float, Field(ge=0)] = 30.0

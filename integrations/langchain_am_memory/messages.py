@@ -9,7 +9,7 @@ from typing import Any
 from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, FunctionMessage, ToolMessage
 
 from am_memory.errors import InvalidInput
-from am_memory.session.appending import NOT_TEXT
+from am_memory.session.appending import MEDIA_PARTS
 
 ROLES = {"human": "user", "ai": "assistant", "system": "system", "tool": "tool", "function": "tool"}
 
@@ -58,7 +58,7 @@ def _text(content: Any, position: int) -> str:
     for block in content:
         if isinstance(block, str):
             texts.append(block)
-        elif isinstance(kind := block.get("type"), str) and kind.startswith(NOT_TEXT):
+        elif isinstance(kind := block.get("type"), str) and kind.startswith(MEDIA_PARTS):
             raise InvalidInput(f"message {position} holds a block of type {kind!r}: this model takes text only")
         elif kind in ("text", "text-plain"):
             texts.append(str(block.get("text", "")))

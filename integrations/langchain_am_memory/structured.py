@@ -23,7 +23,7 @@ from langchain_core.utils.function_calling import convert_to_json_schema, conver
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import ConfigDict
 
-from am_memory.text.json_schemas import Check, Unchecked
+from am_memory.text.json_schemas import SchemaCheck, Unchecked
 
 logger = logging.getLogger("am_memory.langchain")
 
@@ -35,7 +35,7 @@ class _Checked(BaseCumulativeTransformOutputParser[Any]):
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
-    check: Check
+    check: SchemaCheck
 
     def _require(self, value: Any) -> None:
         try:
@@ -105,13 +105,15 @@ def structured(
         parser = (
             PydanticToolsParser(tools=[schema], first_tool_only=True)  # type: ignore[list-item]
             if is_pydantic
-            else CheckedCall(key_name=name, first_tool_only=True, check=Check(json_schema))
+            else CheckedCall(key_name=name, first_tool_only=True, check=SchemaCheck(json_schema))
         )
     else:
         named = {"name": tool["function"]["name"], "schema": json_schema}
         model = chat.bind(response_format={"type": "json_schema", "json_schema": named}, **langsmith_format)
         parser = (
-            CompleteObject(pydantic_object=cast(type, schema)) if is_pydantic else CheckedJson(check=Check(json_schema))
+            CompleteObject(pydantic_object=cast(type, schema))
+            if is_pydantic
+            else CheckedJson(check=SchemaCheck(json_schema))
         )
     if not include_raw:
         return cast("Runnable[LanguageModelInput, Any]", model | parser)

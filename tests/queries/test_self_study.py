@@ -12,7 +12,7 @@ from torch import Tensor
 from am_memory.engines.base import Branches
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.kv_cache.cache import KVCache
-from am_memory.queries import Conversations, queries_on_scratch, self_study, self_study_queries
+from am_memory.queries import StudyConversations, queries_on_scratch, self_study, self_study_queries
 from am_memory.queries.self_study import PROMPTS, study_prompts
 
 TOKENS = list(range(30, 130))
@@ -120,7 +120,7 @@ def is_as_it_was(cache: KVCache, before: list[Tensor]) -> bool:
     return cache.num_tokens == len(TOKENS) and all(map(torch.equal, held(cache), before))
 
 
-def answers(engine: TransformersEngine, conversations: Conversations) -> list[tuple[int, ...]]:
+def answers(engine: TransformersEngine, conversations: StudyConversations) -> list[tuple[int, ...]]:
     """What follows the prompts."""
     prompts = study_prompts(engine)
     for prompt, conversation in zip(prompts, conversations, strict=True):

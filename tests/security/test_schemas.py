@@ -13,7 +13,7 @@ from am_memory.conversations.tool_calls import ParsedCall
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidInput
 from am_memory.text.constraints import json_schema
-from am_memory.text.json_schemas import Check, Unchecked
+from am_memory.text.json_schemas import SchemaCheck, Unchecked
 
 UNCHECKED = "cannot be checked against its schema: the schema has too many nested alternatives, or patterns"
 
@@ -38,7 +38,7 @@ def test_nothing_is_fetched_for_a_schema(engine: TransformersEngine, place: str)
         listener.listen()
         listener.settimeout(0)
         schema = {place: f"http://127.0.0.1:{listener.getsockname()[1]}/schema", "uniqueItems": True}
-        for make in (lambda: json_schema(engine, schema), lambda: Check(schema).problem_with([1])):
+        for make in (lambda: json_schema(engine, schema), lambda: SchemaCheck(schema).problem_with([1])):
             with suppress(InvalidInput, Unchecked):
                 make()
         with pytest.raises(BlockingIOError):
@@ -50,7 +50,7 @@ def test_nothing_is_fetched_for_a_schema(engine: TransformersEngine, place: str)
 )
 def test_a_pattern_that_would_be_tried_for_ever_is_given_up(pattern: str) -> None:
     with suppress(Unchecked):
-        assert Check({"type": "string", "pattern": pattern}).problem_with("a" * 5000 + "!")
+        assert SchemaCheck({"type": "string", "pattern": pattern}).problem_with("a" * 5000 + "!")
 
 
 LOOKS = {"pattern": "^(?:((?=a)a|(?=a)a)+b|a+)$"}  # takes 2^n backtracks for n letters
@@ -69,7 +69,7 @@ LOOKS = {"pattern": "^(?:((?=a)a|(?=a)a)+b|a+)$"}  # takes 2^n backtracks for n 
 )
 def test_a_pattern_that_is_given_up_is_not_the_values_fault(schema: dict, value: object) -> None:
     with pytest.raises(Unchecked, match="a pattern backtracks too often"):
-        Check(schema).problem_with(value)
+        SchemaCheck(schema).problem_with(value)
 
 
 def several(number: int) -> list[dict]:
@@ -93,7 +93,7 @@ def test_many_patterns_at_many_texts_are_not_all_tried(
     monkeypatch: pytest.MonkeyPatch, schema: dict, value: object
 ) -> None:
     """Each of them stays below its own limit; all together held the device's thread for seconds."""
-    check = Check(schema)
+    check = SchemaCheck(schema)
     monkeypatch.setattr(check, "_validator", None)  # it is not even begun
     with pytest.raises(Unchecked, match=UNCHECKED):
         check.problem_with(value)
@@ -126,7 +126,7 @@ LEVELS = {f"d{i}": {"anyOf": [{"items": {"$ref": f"#/$defs/d{i + 1}"}}] * 2, "un
 )
 def test_alternatives_within_each_other_are_not_all_tried(schema: dict, value: object) -> None:
     with pytest.raises(Unchecked, match=UNCHECKED):
-        Check(schema).problem_with(value)
+        SchemaCheck(schema).problem_with(value)
 
 
 @pytest.mark.parametrize(
@@ -145,14 +145,14 @@ def test_large_answers_of_honest_schemas_are_checked(schema: dict, value: object
         value = None
         for _ in range(9):
             value = {"left": value, "right": value}
-    assert Check(schema).problem_with(value) is None
+    assert SchemaCheck(schema).problem_with(value) is None
 
 
 def test_schemas_too_deep_to_be_read_are_refused(engine: TransformersEngine) -> None:
     schema: dict = {"type": "integer"}
     for _ in range(5000):
         schema = {"items": schema}
-    for make in (lambda: json_schema(engine, schema), lambda: Check(schema)):
+    for make in (lambda: json_schema(engine, schema), lambda: SchemaCheck(schema)):
         with pytest.raises(InvalidInput):
             make()
 

@@ -37,7 +37,7 @@ from am_memory.events import (
     ignore,
 )
 from am_memory.kv_cache.slots import PINNED_RANK
-from am_memory.queries import Conversations, Passage, QuerySources, ReferenceQueries
+from am_memory.queries import Passage, QuerySources, ReferenceQueries, StudyConversations
 from am_memory.session.context import Context
 from am_memory.session.rebuild import rewind
 
@@ -59,7 +59,7 @@ def new_context(engine: TransformersEngine) -> NewContext:
     return make
 
 
-def sampled(context: Context, conversations: Conversations = ()) -> list[ReferenceQueries]:
+def sampled(context: Context, conversations: StudyConversations = ()) -> list[ReferenceQueries]:
     """The queries for tokens 3 to 33."""
     sources = QuerySources(context.engine, context.policy, context.live, lambda *_: None)
     return sources.sample(Passage(context.cache, context.tokens, 3, 33, None, conversations))

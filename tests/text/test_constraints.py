@@ -20,7 +20,7 @@ from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidInput, UnsupportedOperation
 from am_memory.text import constraints as module
 from am_memory.text.constraints import Constraint, json_schema, lark, regex
-from am_memory.text.json_schemas import Check
+from am_memory.text.json_schemas import SchemaCheck
 
 EOS = 257
 VOCAB = 260
@@ -360,7 +360,7 @@ def test_a_schema_that_programs_send_gives_a_grammar_whose_answers_follow_it(
         answer = any_answer(constraint, seed)
         is_leap_second = isinstance(answer, str) and ":60" in answer  # at any time, says the grammar
         if answer is not None and not constraint.left_out and not is_leap_second:
-            assert Check(ZOO[name]).problem_with(answer) is None
+            assert SchemaCheck(ZOO[name]).problem_with(answer) is None
 
 
 def any_answer(constraint: Constraint, seed: int) -> object | None:

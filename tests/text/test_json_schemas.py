@@ -7,11 +7,11 @@ import json
 import pytest
 
 from am_memory.errors import InvalidInput
-from am_memory.text.json_schemas import Check, for_grammar, left_out_by
+from am_memory.text.json_schemas import SchemaCheck, for_grammar, left_out_by
 
 
 def test_what_is_wrong_is_named_with_its_place() -> None:
-    check = Check(
+    check = SchemaCheck(
         {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}}}
     )
     assert check.problem_with({"a": [1, 2]}) is None
@@ -36,16 +36,16 @@ def test_what_is_wrong_is_named_with_its_place() -> None:
     ],
 )
 def test_what_no_grammar_holds_is_checked(schema: dict, right: object, wrong: object) -> None:
-    check = Check(schema)
+    check = SchemaCheck(schema)
     assert check.problem_with(right) is None
     assert wrong is None or check.problem_with(wrong)
 
 
 def test_a_pattern_that_is_none_is_not_looked_at() -> None:
     """JSON Schema's patterns are those of ECMAScript; people send those of other languages."""
-    assert Check({"type": "string", "pattern": r"a\Z"}).problem_with("b") is None
+    assert SchemaCheck({"type": "string", "pattern": r"a\Z"}).problem_with("b") is None
     closed = {"type": "object", "patternProperties": {"a(": {}}, "additionalProperties": False}
-    assert Check(closed).problem_with({"b": 1}) is None
+    assert SchemaCheck(closed).problem_with({"b": 1}) is None
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_a_pattern_that_is_none_is_not_looked_at() -> None:
 )
 def test_what_is_no_schema_is_refused(schema: object, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
-        Check(schema)
+        SchemaCheck(schema)
 
 
 def test_names_of_properties_become_properties_where_that_says_the_same() -> None:

@@ -7,8 +7,8 @@ from am_memory.conversations.tool_calls.forced import (
     calls_or_json_constraint,
     calls_or_text_constraint,
     no_call_constraint,
-    parameters,
     tool_call_constraint,
+    tool_parameters,
 )
 from am_memory.conversations.tool_calls.formats import ToolFormat, tool_format
 from am_memory.conversations.tool_calls.parsing import (
@@ -32,9 +32,9 @@ __all__ = [
     "calls_or_json_constraint",
     "calls_or_text_constraint",
     "no_call_constraint",
-    "parameters",
     "parse",
     "prepare",
     "tool_call_constraint",
     "tool_format",
+    "tool_parameters",
 ]

@@ -124,7 +124,7 @@ class _Calls:
         more = f"({separator} call){{0,{MAX_PARALLEL_CALLS - 1}}}" if parallel else ""
         self._behind = f"{more} {end}"
         self.whole = f"{begin} call {self._behind}"
-        self._schemas = [for_grammar(parameters(tool)) for tool in tools]
+        self._schemas = [for_grammar(tool_parameters(tool)) for tool in tools]
         self._rules = [f"call: {self._each('call')}"]
         for number, schema in enumerate(self._schemas):
             before, after = self._before(number), self._literal(format.after_arguments)
@@ -185,7 +185,7 @@ def _blamed(engine: Engine, tools: Sequence[Tool]) -> InvalidInput | None:
     """The error of the first tool whose parameters cannot be enforced, tried one by one; None if all can."""
     for tool in tools:
         try:
-            json_schema(engine, parameters(tool))
+            json_schema(engine, tool_parameters(tool))
         except InvalidInput as error:
             return InvalidInput(f"the parameters of {tool_name(tool)} cannot be enforced: {error}")
     return None
@@ -198,7 +198,7 @@ def _name(tool: Tool, format: ToolFormat) -> str:
     return format.written_name(name)
 
 
-def parameters(tool: Tool) -> Mapping[str, object]:
+def tool_parameters(tool: Tool) -> Mapping[str, object]:
     """The JSON schema of a tool's arguments, which are one object.
 
     Raises:

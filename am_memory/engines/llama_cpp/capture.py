@@ -31,7 +31,7 @@ from am_memory.engines.llama_cpp.library import (
 from am_memory.errors import UnsupportedModel
 from am_memory.solver.block import LOG2_E
 
-MAX_SCORES = 2**20
+MAX_CACHED_SCORES = 2**20
 """The most attention scores in memory at once: a few MiB fit a CPU's cache."""
 
 OP_OFFSET = GGMLTensor.op.offset
@@ -82,7 +82,7 @@ class Attention:
         key = (self.key.float() * (self.scaling * LOG2_E)).mT  # base 2 is faster, as in the solver
         mask = self.mask.repeat_interleave(groups, dim=0)
         log_mass = query.new_empty(query.shape[:2])
-        step = max(MAX_SCORES // (num_heads * key.shape[2]), 1)
+        step = max(MAX_CACHED_SCORES // (num_heads * key.shape[2]), 1)
         for start in range(0, query.shape[1], step):
             rows = slice(start, start + step)
             scores = torch.bmm(query[:, rows], key).add_(mask[rows])

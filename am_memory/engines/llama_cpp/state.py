@@ -171,7 +171,7 @@ class SequenceState:
         Raises:
             UnsupportedModel: the layout is not that of ordinary keys and values in one stream.
         """
-        reader = _Reader(data)
+        reader = _StateReader(data)
         magic, _ = reader.unpack("<Ii")
         if magic != STATE_MAGIC:
             raise UnsupportedModel(f"a state with magic {magic:#x} cannot be read")
@@ -183,7 +183,7 @@ class SequenceState:
         return state
 
     @classmethod
-    def _parsed(cls, reader: _Reader) -> SequenceState:
+    def _parsed(cls, reader: _StateReader) -> SequenceState:
         num_streams, num_cells = reader.unpack("<II")
         if num_streams != 1:
             raise UnsupportedModel(f"a state with {num_streams} streams cannot be read")
@@ -197,7 +197,7 @@ class SequenceState:
         return cls(meta[:, 0].astype(np.int32), keys, values, bool(is_transposed))
 
 
-class _Reader:
+class _StateReader:
     def __init__(self, data: Blob) -> None:
         self._data = memoryview(data.data)
         self._offset = 0
