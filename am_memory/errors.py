@@ -52,7 +52,7 @@ class StorageError(AMMemoryError):
 
 
 class CorruptSession(StorageError):
-    """The saved bytes are not the bytes that were written."""
+    """The saved session was altered, or cannot be a session of this model."""
 
 
 class NewerFormat(StorageError):

@@ -127,11 +127,11 @@ class Memory:
         dtype = as_dtype(dtype)
         if engine == "llama_cpp":
             if compile:
-                raise InvalidInput("compile=True is for engine='transformers'; llama.cpp is compiled as it is")
+                raise InvalidInput("compile=True works with engine='transformers' only: llama.cpp is compiled already")
             if window_tokens is not None or trust_remote_code:
                 raise InvalidInput(
-                    "window_tokens and trust_remote_code are for engine='transformers'; a GGUF file says what its "
-                    "window is, and has no code"
+                    "window_tokens and trust_remote_code work with engine='transformers' only: a GGUF file states its "
+                    "own window, and contains no code"
                 )
             from am_memory.engines.llama_cpp import LlamaCppEngine
 
@@ -226,7 +226,7 @@ class Memory:
             if policy is not None:
                 raise
             raise StorageError(
-                f"session {name!r} cannot go on under its policy: {error}; name one that it can go on under: "
+                f"session {name!r} cannot go on under its policy: {error}; give it another one: "
                 f"memory.session({name!r}, policy=...)"
             ) from error
         session = Session(self._shared, context, has_own_policy=policy is not None or saved.has_own_policy)

@@ -127,7 +127,7 @@ def checked_token_ids(given: Sequence[Any]) -> list[Any]:
     """
     for position, token_id in enumerate(given):
         if isinstance(token_id, bool):
-            raise InvalidInput(f"{token_id} at position {position} is no token id: give whole numbers, or text")
+            raise InvalidInput(f"{token_id} at position {position} is not a token id: give whole numbers, or text")
     return list(given)
 
 

@@ -165,7 +165,7 @@ class Session:
         """
         self._require_tokens()
         if not isinstance(continuation, Sequence):
-            raise InvalidInput(f"{type(continuation).__name__} is no continuation: give text or token ids")
+            raise InvalidInput(f"{type(continuation).__name__} cannot be a continuation: give text or token ids")
         if isinstance(continuation, str):
             token_ids = self.engine.encode(continuation)
         else:
@@ -330,6 +330,6 @@ def _ends(span: object) -> tuple[int, int]:
     ends = (span.start, span.end) if isinstance(span, Segment | Span) else span
     if not (isinstance(ends, tuple) and len(ends) == 2 and all(map(is_whole, ends))):
         raise InvalidInput(
-            f"{span!r} is no span: give one of `segments`, what `search` found, or (start, end) in tokens"
+            f"{span!r} is not a span: give one of `segments`, a result of `search`, or (start, end) in tokens"
         )
     return ends

@@ -75,7 +75,7 @@ class SavedOriginals:
             place: where the entries are kept from now on.
 
         Raises:
-            OriginalLost: the file is missing, or is not what was written.
+            OriginalLost: the file is missing or was altered.
             StorageError: the store cannot be read, or the place cannot be written to.
         """
         known = self._loaded.get((saved, place))
@@ -83,10 +83,10 @@ class SavedOriginals:
             return known
         path = self._path(saved.digest)
         if self._folder.head(path) is None:
-            raise OriginalLost(f"{path} is not there any more")
+            raise OriginalLost(f"{path} is missing")
         data = self._folder.read(path)
         if sha256(data).hexdigest() != saved.digest:
-            raise OriginalLost(f"{path} is not what was written: restore it from a copy before the session is saved")
+            raise OriginalLost(f"{path} was altered: restore it from a copy before the session is saved")
         original = self._loaded[saved, place] = received(saved.start, saved.end, data, like, place)
         return original
 

@@ -141,7 +141,7 @@ class Store:
 
         Raises:
             SessionNotFound: there is none of that name.
-            CorruptSession: the file is not what was written.
+            CorruptSession: the file was altered, or is not a session.
             NewerFormat, OlderFormat: another version of this project wrote it.
             StorageError: the store cannot be read.
         """
