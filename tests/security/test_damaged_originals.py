@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import random
@@ -26,6 +27,12 @@ from am_memory.storage.store import Store
 POLICY = MemoryPolicy(trigger_tokens=128, keep_ratio=0.25, keep_recent=8, pinned=3, chunk_tokens=32, originals="disk")
 
 NewMemory = Callable[..., Memory]
+
+
+@pytest.fixture(autouse=True)
+def empty_spill() -> None:
+    """Sessions of earlier tests that wait for the collector would leave gaps in the file that all originals share."""
+    gc.collect()
 
 
 @pytest.fixture
