@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from am_memory import Memory, Session
 from am_memory.compaction.background import BackgroundCompaction
@@ -13,6 +13,13 @@ from am_memory.session.chat_history import ChatHistory
 from am_memory.session.context import Context
 from am_memory.session.rebuild import rebuild as rebuild_context
 from am_memory.session.shared import Shared
+from am_memory.storage.folder import Folder
+from am_memory.storage.store import Store
+
+if TYPE_CHECKING:
+    from am_memory.engines.llama_cpp import LlamaCppEngine
+    from am_memory.engines.llama_cpp.decoder import Decoder
+    from am_memory.engines.transformers import TransformersEngine
 
 
 def context_of(session: Session) -> Context:
@@ -79,3 +86,18 @@ def put_away_oldest(session: Session) -> None:
     """Take the segment that was recalled first back to its slots."""
     context = context_of(session)
     context.put_away(context.recalled[0])
+
+
+def folder_of(store: Store) -> Folder:
+    """The files of a store."""
+    return store._folder
+
+
+def graphs_of(engine: TransformersEngine) -> Any:
+    """The CUDA graphs by which an engine decodes."""
+    return engine._graphs
+
+
+def decoder_of(llama: LlamaCppEngine) -> Decoder:
+    """The context of llama.cpp and its sequence."""
+    return llama._decoder

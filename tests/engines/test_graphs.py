@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from driven import logits_in_turn
+from inside import graphs_of
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -125,9 +126,9 @@ def test_a_graph_lasts_until_the_tail_is_full_and_the_tail_has_no_more_room_than
     engine: TransformersEngine, plain: TransformersEngine
 ) -> None:
     captured = []
-    record = engine._graphs._captured
-    engine._graphs._captured = lambda run: captured.append(run) or record(run)
-    engine._graphs._captured.is_possible = True  # type: ignore[attr-defined]
+    record = graphs_of(engine)._captured
+    graphs_of(engine)._captured = lambda run: captured.append(run) or record(run)
+    graphs_of(engine)._captured.is_possible = True  # type: ignore[attr-defined]
     tokens = TOKENS[: PATIENCE + SPARE_TOKENS + 4]
     logits = []
     for each in (engine, plain):
@@ -237,18 +238,18 @@ def test_logits_stay_what_they_were(engine: TransformersEngine) -> None:
 
 
 def test_what_a_cache_gives_up_is_not_kept(engine: TransformersEngine) -> None:
-    engine._graphs._captured = lambda run: (lambda: None, run())
-    engine._graphs._captured.is_possible = True
+    graphs_of(engine)._captured = lambda run: (lambda: None, run())
+    graphs_of(engine)._captured.is_possible = True
     cache = engine.new_cache()
     one_by_one(engine, cache, TOKENS[:10])
-    assert len(engine._graphs._graphs) == 1
+    assert len(graphs_of(engine)._graphs) == 1
     buffer = weakref.ref(cache.layers[0].buffer)
     cache.restore(engine.new_cache().state())
     gc.collect()
     assert buffer() is None
     del cache
     gc.collect()
-    assert len(engine._graphs._graphs) == 0
+    assert len(graphs_of(engine)._graphs) == 0
 
 
 def test_no_more_caches_than_so_many_have_a_graph(
@@ -256,7 +257,7 @@ def test_no_more_caches_than_so_many_have_a_graph(
 ) -> None:
     monkeypatch.setattr(graphs, "MAX_CACHES", 1)
     assert torch.allclose(decoded(engine), decoded(plain), atol=1e-4)
-    assert len(engine._graphs._graphs) == 1
+    assert len(graphs_of(engine)._graphs) == 1
 
 
 def test_where_a_pass_cannot_be_captured_tokens_are_read_as_they_were(
@@ -266,7 +267,7 @@ def test_where_a_pass_cannot_be_captured_tokens_are_read_as_they_were(
         run()
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    engine._graphs._captured = failing
+    graphs_of(engine)._captured = failing
     failing.is_possible = True  # type: ignore[attr-defined]
     with caplog.at_level(logging.WARNING, "am_memory"):
         assert torch.allclose(decoded(engine), decoded(plain), atol=1e-4)
@@ -279,14 +280,14 @@ def test_beside_another_stream_nothing_is_captured_and_afterwards_what_is_new_is
     engine: TransformersEngine, plain: TransformersEngine, num_replayed: Callable[[], int]
 ) -> None:
     order: list[str] = []
-    record, run = engine._graphs._captured, engine._graphs._pass
-    engine._graphs._captured = lambda of: (order.append("captured"), record(of))[1]
-    engine._graphs._pass = lambda *args: (order.append("run"), run(*args))[1]
+    record, run = graphs_of(engine)._captured, graphs_of(engine)._pass
+    graphs_of(engine)._captured = lambda of: (order.append("captured"), record(of))[1]
+    graphs_of(engine)._pass = lambda *args: (order.append("run"), run(*args))[1]
     logits = []
     for each in (engine, plain):
         cache, rows = each.new_cache(), []
         for is_possible in (False, True):
-            engine._graphs._captured.is_possible = is_possible
+            graphs_of(engine)._captured.is_possible = is_possible
             rows.append(one_by_one(each, cache, TOKENS[:8]))
             if each is engine:
                 assert (num_replayed() > 0) == is_possible
@@ -351,5 +352,5 @@ def test_a_model_on_a_gpu_has_graphs(
     new_tiny_model: NewModel, byte_tokenizer: PreTrainedTokenizerBase, plain: TransformersEngine, compile: bool
 ) -> None:
     engine = TransformersEngine(new_tiny_model().to("cuda"), byte_tokenizer, compile=compile)
-    assert engine._graphs is not None
+    assert graphs_of(engine) is not None
     assert torch.allclose(decoded(engine), decoded(plain), atol=1e-4)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from inside import folder_of
 from langchain_am_memory import AMMemoryCheckpointer, ChatAMMemory
 from langgraph.checkpoint.memory import InMemorySaver
 from typer.testing import CliRunner
@@ -365,9 +366,9 @@ def test_where_there_are_no_locks_what_is_a_day_old_is_nobodys(
         patch.setattr(MemoryFileSystem, "rm_file", killed)
         with pytest.raises(KeyboardInterrupt):
             store.save("alice", snapshot(Memory(engine, POLICY).session("alice")))
-    assert len(store._folder.files.ls("/store")) == 1
+    assert len(folder_of(store).files.ls("/store")) == 1
     Store("memory://store").delete("alice")
-    assert len(store._folder.files.ls("/store")) == is_left
+    assert len(folder_of(store).files.ls("/store")) == is_left
 
 
 def killed(*args: object, **options: object) -> None:

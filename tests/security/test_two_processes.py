@@ -10,7 +10,7 @@ from textwrap import dedent
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from inside import shared_of
+from inside import folder_of, shared_of
 from typer.testing import CliRunner
 
 from am_memory import Memory, MemoryPolicy, Sampling, Session
@@ -181,7 +181,7 @@ def test_a_save_whose_cleaning_fails_is_a_save(
         raise PermissionError("not yours")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(memory.store._folder.files), "rm_file", refuse)
+        patch.setattr(type(folder_of(memory.store).files), "rm_file", refuse)
         session.save()
     assert "not yours" in caplog.text
     session.append("More.")
@@ -224,7 +224,9 @@ def test_nothing_of_a_refused_save_is_left(new_memory: NewMemory, url: str) -> N
         mine.save()
     store = Store(url)
     assert [
-        path for path in store._folder.files.find(store._folder.root) if "originals" in path or path.endswith(".tmp")
+        path
+        for path in folder_of(store).files.find(folder_of(store).root)
+        if "originals" in path or path.endswith(".tmp")
     ] == []
 
 

@@ -14,6 +14,7 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from inside import folder_of
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
@@ -266,11 +267,11 @@ def test_a_save_that_fails_leaves_the_last_good_one_and_nothing_else(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fail)
-        patch.setattr(type(store._folder.files), "mv", fail)
+        patch.setattr(type(folder_of(store).files), "mv", fail)
         with pytest.raises(StorageError if isinstance(error, OSError) else KeyboardInterrupt):
             store.save("alice", replace(saved_session(), num_pinned=7))
     assert store.load("alice").num_pinned == 4
-    assert len(store._folder.files.ls(store._folder.root)) == 1
+    assert len(folder_of(store).files.ls(folder_of(store).root)) == 1
 
 
 def test_a_half_written_file_of_a_killed_process_is_no_session(folder: Store, tmp_path: Path) -> None:
@@ -312,7 +313,7 @@ def test_a_folder_that_may_not_be_listed_is_not_taken_for_an_empty_one(
     def refuse(*args: object, **kwargs: object) -> None:
         raise PermissionError("not yours")
 
-    monkeypatch.setattr(type(folder._folder.files), "ls", refuse)
+    monkeypatch.setattr(type(folder_of(folder).files), "ls", refuse)
     with pytest.raises(StorageError, match=r"cannot list the store .*not yours"):
         folder.names()
 
@@ -341,7 +342,7 @@ def file_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 def load_bytes(data: bytes) -> SavedSession:
     store = Store("memory://damaged")
-    store._folder.files.pipe_file("/damaged/alice.safetensors", data)
+    folder_of(store).files.pipe_file("/damaged/alice.safetensors", data)
     return store.load("alice")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from inside import context_of, rebuild, state_of
+from inside import context_of, decoder_of, rebuild, state_of
 from torch import Tensor
 
 from am_memory import Experiments, Memory, MemoryPolicy, Session
@@ -293,7 +293,7 @@ def test_a_state_that_llama_cpp_does_not_take_changes_nothing(
     """It erases what the context held before: that must be out by then."""
     session = new_session()
     before, stats = session.logits(PROBE), session.stats
-    monkeypatch.setattr(llama._decoder._lib, "llama_state_seq_set_data", lambda *_: 0)
+    monkeypatch.setattr(decoder_of(llama)._lib, "llama_state_seq_set_data", lambda *_: 0)
     with pytest.raises(EngineFailed, match="did not accept a state of"):
         session.append(TEXT)
     monkeypatch.undo()
@@ -306,7 +306,7 @@ def test_a_pass_that_llama_cpp_refuses_changes_nothing(
 ) -> None:
     session = new_session()
     before = session.logits(PROBE)
-    monkeypatch.setattr(llama._decoder._lib, "llama_decode", lambda *_: -3)
+    monkeypatch.setattr(decoder_of(llama)._lib, "llama_decode", lambda *_: -3)
     with pytest.raises(EngineFailed, match=r"could not read .* \(status -3\)"):
         session.append("x")
     monkeypatch.undo()
@@ -433,7 +433,7 @@ def test_the_context_grows_when_it_must(llama: LlamaCppEngine) -> None:
     before = session.logits(PROBE)
     branch = session.fork()
     branch.append(TEXT * 20)
-    assert llama._decoder._num_cells > 2000
+    assert decoder_of(llama)._num_cells > 2000
     branch.rewind(100)
     assert_same(branch.logits(PROBE), before)
     assert_same(session.logits(PROBE), before)
@@ -446,8 +446,8 @@ def test_a_session_that_is_gone_is_not_written_out(
     scratch.append(TEXT[:50])
     other, written = new_session(), []
     scratch.append("x")
-    write_out = llama._decoder._write_out
-    monkeypatch.setattr(llama._decoder, "_write_out", lambda: written.append(1) or write_out())
+    write_out = decoder_of(llama)._write_out
+    monkeypatch.setattr(decoder_of(llama), "_write_out", lambda: written.append(1) or write_out())
     del scratch
     gc.collect()  # a session may be part of a cycle
     other.append("y")
