@@ -31,7 +31,7 @@ def test_the_wheel_holds_the_packages_alone() -> None:
     assert {name.split("/")[0] for name in packed(WheelBuilder)} == set(PACKAGES)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_source_archive_holds_what_a_page_links_to(page: Path, archive: set[str]) -> None:
     targets = re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
     paths = {(page.parent / target).resolve().relative_to(ROOT) for target in targets}
