@@ -69,8 +69,8 @@ def segments_table(saved: SavedSession) -> Table:
     num_heads = sum(len(layer.head_slots) for layer in layers)
     compacted_at = {record.plan.newest.start: record.at_tokens for record in saved.records}
     table = Table("tokens", "held as", "of their size", "compacted at token", title="The conversation, oldest first")
-    if state.num_pinned:
-        table.add_row(f"0-{state.num_pinned}", "pinned, exact", "100 %", "")
+    if state.num_pinned_slots:
+        table.add_row(f"0-{state.num_pinned_slots}", "pinned, exact", "100 %", "")
     for segment in state.segments:
         slots = segment.num_slots / num_heads
         share = slots / segment.num_tokens
@@ -79,7 +79,7 @@ def segments_table(saved: SavedSession) -> Table:
         table.add_row(f"{segment.start:,}-{segment.end:,}", f"{slots:.1f} slots per head", f"{share:.1%}", when)
     tail = layers[0]
     if tail.length:
-        start = max(tail.start, state.num_pinned)
+        start = max(tail.start, state.num_pinned_slots)
         table.add_row(f"{start:,}-{tail.start + tail.length:,}", "exact", "100 %", "")
     return table
 
@@ -87,7 +87,7 @@ def segments_table(saved: SavedSession) -> Table:
 def layers_table(saved: SavedSession) -> Table:
     """Compact slots of every KV head of every layer: where the budget puts them."""
     table = Table("layer", "compact slots of each KV head", "", "exact tokens", "MiB", title="Layers")
-    num_pinned = saved.state.num_pinned if saved.state.segments else 0
+    num_pinned = saved.state.num_pinned_slots
     tails = tail_layers(saved)
     most = max((count - num_pinned for layer in tails.values() for count in layer.head_slots), default=0)
     for index, layer in enumerate(saved.state.layers):

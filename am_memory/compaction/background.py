@@ -105,7 +105,7 @@ class BackgroundCompaction:
             layer._replace(length=self.at_tokens - layer.start) if isinstance(layer, TailState) else next(windows)
             for layer in state.layers
         )
-        return CacheState(tuple(layers), state.segments, state.num_pinned)
+        return CacheState(tuple(layers), state.segments, state.num_pinned_slots)
 
 
 def _second_stream(device: torch.device) -> AbstractContextManager[object]:

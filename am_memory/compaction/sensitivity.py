@@ -164,4 +164,4 @@ class Probe:
         heads[head_index] = Slots.concat([pinned, slots])
         tail = TailBuffer(state.buffer.key[:, :, :0], state.buffer.value[:, :, :0])
         layers[where] = TailState(Slots.stack(heads), tail, state.length, 0)
-        return CacheState(tuple(layers), self.full_state.segments, self.full_state.num_pinned)
+        return CacheState(tuple(layers), self.full_state.segments, self.full_state.num_pinned_slots)

@@ -159,8 +159,8 @@ class SessionCache(Protocol):
         ...
 
     @property
-    def num_pinned(self) -> int:
-        """Tokens at the start that stay exact; 0 before the first compaction."""
+    def num_pinned_slots(self) -> int:
+        """Exact slots of pinned tokens before the segments; 0 until the first compaction, when the tail has them."""
         ...
 
     @property

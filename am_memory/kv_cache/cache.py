@@ -33,7 +33,7 @@ class Snapshot(Protocol):
     def segments(self) -> tuple[Segment, ...]: ...
 
     @property
-    def num_pinned(self) -> int: ...
+    def num_pinned_slots(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class CacheState:
 
     layers: tuple[LayerState, ...]
     segments: tuple[Segment, ...]
-    num_pinned: int
+    num_pinned_slots: int
 
 
 def exchanged(state: Snapshot, segment: Segment, new_slots: Sequence[Slots]) -> CacheState:
@@ -62,7 +62,7 @@ def exchanged(state: Snapshot, segment: Segment, new_slots: Sequence[Slots]) -> 
             layers.append(layer._replace(slots=Slots.concat([before, next(slots_of_layer), after])))
         else:
             layers.append(layer)
-    return CacheState(tuple(layers), state.segments, state.num_pinned)
+    return CacheState(tuple(layers), state.segments, state.num_pinned_slots)
 
 
 class Sized(Protocol):
@@ -122,7 +122,7 @@ class KVCache(Cache):
         )
         self.sliding_windows, self.rotations = tuple(sliding_windows), rotations
         self.segments: tuple[Segment, ...] = ()
-        self.num_pinned = 0
+        self.num_pinned_slots = 0
         self.before_forward: BeforeForward | None = None
         self.num_announced = 0
         self.weights: object = None
@@ -165,13 +165,13 @@ class KVCache(Cache):
     @property
     def num_exact_tokens(self) -> int:
         """Pinned tokens and those of the tail."""
-        return self.num_pinned + self.compactable[0].length
+        return self.num_pinned_slots + self.compactable[0].length
 
     @property
     def num_compact_slots(self) -> float:
         """Mean number of compact slots per KV head; pinned entries count as exact."""
         num_slots = sum(layer.slots.num_slots for layer in self.compactable if layer.slots is not None)
-        return num_slots / self.num_heads - self.num_pinned if num_slots else 0.0
+        return num_slots / self.num_heads - self.num_pinned_slots if num_slots else 0.0
 
     @property
     def num_heads(self) -> int:
@@ -202,12 +202,12 @@ class KVCache(Cache):
         return per_token * self.num_tokens + sum(sliding)
 
     def state(self) -> CacheState:
-        return CacheState(tuple(layer.state() for layer in self.layers), self.segments, self.num_pinned)
+        return CacheState(tuple(layer.state() for layer in self.layers), self.segments, self.num_pinned_slots)
 
     def restore(self, state: Snapshot) -> None:
         for layer, layer_state in zip(self.layers, state.layers, strict=True):
             layer.restore(layer_state)
-        self.segments, self.num_pinned = state.segments, state.num_pinned
+        self.segments, self.num_pinned_slots = state.segments, state.num_pinned_slots
 
     def load(self, saved: Snapshot) -> None:
         """Take in a state that was saved by another process.
@@ -232,7 +232,7 @@ class KVCache(Cache):
                 other.slots = other.slots and other.slots.without_derived()
                 if mine.buffer is not None:
                     mine.buffer.is_shared = True
-        branch.segments, branch.num_pinned = self.segments, self.num_pinned
+        branch.segments, branch.num_pinned_slots = self.segments, self.num_pinned_slots
         branch.weights, branch.held_rope = self.weights, self.held_rope
         return branch
 
@@ -245,7 +245,7 @@ class KVCache(Cache):
             else layer.state()
             for layer in self.layers
         )
-        return CacheState(states, tuple(segments), max(self.num_pinned, num_pinned))
+        return CacheState(states, tuple(segments), max(self.num_pinned_slots, num_pinned))
 
     def compact_layer(self, index: int, segments: Sequence[Segment], new_slots: Slots, num_pinned: int) -> None:
         """Compact one layer in place; see `am_memory.engines.base.LayerwiseCache`."""
@@ -254,7 +254,7 @@ class KVCache(Cache):
 
     def reset(self) -> None:
         super().reset()  # type: ignore[no-untyped-call]
-        self.segments, self.num_pinned = (), 0
+        self.segments, self.num_pinned_slots = (), 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last `-tokens_to_remove` tokens, in all layers or in none."""

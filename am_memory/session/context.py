@@ -216,7 +216,7 @@ class Context:
         return self.swap_in(self.job(planned, self.cache).run(self.progress))
 
     def job(self, plan: Plan, cache: SessionCache, replayed: CompactionRecord | None = None) -> CompactionJob:
-        """Announce a compaction, and describe it.
+        """Emit `CompactionStarted`, and describe the compaction.
 
         Args:
             cache: this context's, or a fork of it.

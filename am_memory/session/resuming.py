@@ -103,7 +103,7 @@ def load(name: str, saved: SavedSession, cache: SessionCache) -> None:
 
 def _corrupt(name: str, problem: str) -> CorruptSession:
     return CorruptSession(
-        f"session {name!r} is none that this model could have had: {problem}; restore it from a copy, or delete it"
+        f"session {name!r} cannot have been made by this model: {problem}; restore it from a copy, or delete it"
     )
 
 
@@ -147,8 +147,8 @@ def _problem_of_records(saved: SavedSession) -> str:
     there = [(segment.start, segment.end) for segment in saved.state.segments]
     if there != held:
         return f"its compactions leave segments {held}, and it has {there}"
-    if saved.state.num_pinned != (saved.num_pinned if held else 0):
-        return f"{saved.state.num_pinned} tokens are pinned, and {saved.num_pinned} should be"
+    if saved.state.num_pinned_slots != (saved.num_pinned if held else 0):
+        return f"{saved.state.num_pinned_slots} tokens are pinned, and {saved.num_pinned} should be"
     return ""
 
 
@@ -166,10 +166,10 @@ def _problem_of_slots(layer: LayerState, state: Snapshot) -> str:
     if isinstance(layer, SlidingState) or layer.slots is None:
         return ""
     slots = layer.slots
-    is_pinned, is_placed = slots.ranks == PINNED_RANK, slots.positions < state.num_pinned
+    is_pinned, is_placed = slots.ranks == PINNED_RANK, slots.positions < state.num_pinned_slots
     num_pinned = [int(is_pinned[begin:end].sum()) for begin, end in pairwise(slots.cu_slots)]
-    if bool((is_placed != is_pinned).any()) or any(count != state.num_pinned for count in num_pinned):
-        return f"its heads have {num_pinned} slots of {state.num_pinned} pinned tokens"
+    if bool((is_placed != is_pinned).any()) or any(count != state.num_pinned_slots for count in num_pinned):
+        return f"its heads have {num_pinned} slots of {state.num_pinned_slots} pinned tokens"
     for segment in state.segments:
         is_placed = is_placed | (slots.positions >= segment.start) & (slots.positions < segment.end)
     if not bool(is_placed.all()):

@@ -107,7 +107,7 @@ class CacheFields(BaseModel, from_attributes=True):
 
     layers: tuple[LayerFields, ...]
     segments: tuple[Segment, ...]
-    num_pinned: NonNegativeInt
+    num_pinned_slots: NonNegativeInt
 
 
 class SessionFields(BaseModel, from_attributes=True):
@@ -267,4 +267,4 @@ def _cache(cache: CacheFields, tensors: dict[str, Tensor], num_tokens: int, devi
     # The last token is left to be read with what follows it.
     is_consistent = len(ends) == 1 and start <= max(ends) <= max(num_tokens - 1, 0)
     require(is_consistent, f"layers of {ends} tokens in a session of {num_tokens}")
-    return CacheState(layers, cache.segments, cache.num_pinned)
+    return CacheState(layers, cache.segments, cache.num_pinned_slots)

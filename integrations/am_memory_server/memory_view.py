@@ -101,7 +101,7 @@ def segments(saved: SavedSession) -> list[SegmentView]:
     full = [layer for layer in state.layers if isinstance(layer, TailState)]
     num_heads = sum(len(layer.head_slots) for layer in full) or 1
     end = full[0].start + full[0].length if full else 0
-    num_pinned = min(state.num_pinned or saved.num_pinned, end)
+    num_pinned = min(state.num_pinned_slots or saved.num_pinned, end)
     views = [SegmentView(kind="pinned", start=0, end=num_pinned, slots=num_pinned)] if num_pinned else []
     for segment in state.segments:
         slots, cuts = segment.num_slots / num_heads, _num_cuts(saved.records, segment.start)
@@ -128,7 +128,7 @@ def _layer(index: int, layer: LayerState, saved: SavedSession) -> LayerView:
         return LayerView(
             index=index, kind="sliding", exact_tokens=num_tokens, slots=[0] * num_heads, bytes=[per_head] * num_heads
         )
-    num_pinned = saved.state.num_pinned if saved.state.segments else 0
+    num_pinned = saved.state.num_pinned_slots
     head_slots = layer.head_slots
     exact = 0 if layer.buffer is None else (layer.buffer.key.nbytes + layer.buffer.value.nbytes) // len(head_slots)
     per_slot = 0

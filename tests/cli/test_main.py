@@ -179,7 +179,7 @@ def test_the_system_prompt_of_a_new_conversation_stays_exact(run: CommandLine, s
     run(*CHAT, "--system", "You are a pirate.", typed=f"{'Tell me more. ' * 40}\n")
     saved = store.load("default")
     assert saved.messages[0] == {"role": "system", "content": "You are a pirate."}
-    assert saved.state.num_pinned > len("You are a pirate.")
+    assert saved.state.num_pinned_slots > len("You are a pirate.")
 
 
 @pytest.mark.usefixtures("tiny")
@@ -264,7 +264,7 @@ def test_inspect_shows_the_segments_and_the_slots_of_every_head(run: CommandLine
     assert all(f"{segment.start:,}-{segment.end:,}" in result.output for segment in state.segments)
     for layer in state.layers:
         slots = [
-            end - begin - state.num_pinned
+            end - begin - state.num_pinned_slots
             for begin, end in zip(layer.slots.cu_slots, layer.slots.cu_slots[1:], strict=False)
         ]
         assert re.search(r" +".join(map(str, slots)), result.output)

@@ -46,7 +46,7 @@ def change(content: Any, path: str, value: Any) -> None:
 @pytest.mark.parametrize(("path", "value"), [
     ("num_pinned", -1),
     ("num_pinned", 10**30),
-    ("state.num_pinned", 2),
+    ("state.num_pinned_slots", 2),
     ("state.segments.0.num_slots", -1),
     ("state.segments.0.num_slots", 10**400),
     ("state.segments.0.start", -3),

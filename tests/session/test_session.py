@@ -492,7 +492,7 @@ def test_what_is_pinned_stays_exact_to_the_bit(memory: Memory, pinned: str | int
     for _ in range(4):
         session.append([{"role": "user", "content": TEXT}, TOLD])
     assert session.stats.num_compactions > 1
-    assert cache.num_pinned == num_pinned
+    assert cache.num_pinned_slots == num_pinned
     for layer, (key, value) in zip(cache.compactable, exact, strict=True):
         for head in range(layer.num_heads):
             kept = layer.slots.head(head)
@@ -504,7 +504,7 @@ def test_what_is_pinned_stays_exact_to_the_bit(memory: Memory, pinned: str | int
 def test_without_a_system_prompt_the_sinks_are_pinned(memory: Memory) -> None:
     session = memory.session(policy=SMALL.model_copy(update={"pinned": "system"}))
     session.append([USER, {"role": "assistant", "content": TEXT * 3}])
-    assert cache_of(session).num_pinned == 4
+    assert cache_of(session).num_pinned_slots == 4
 
 
 def test_text_before_a_pinned_system_prompt_is_pinned_with_it(memory: Memory) -> None:

@@ -78,7 +78,7 @@ def saved_session(dtype: torch.dtype = torch.float32) -> SavedSession:
                 SlidingState(window[0], window[1], NUM_TOKENS),
             ),
             segments=segments,
-            num_pinned=4,
+            num_pinned_slots=4,
         ),
     )
 

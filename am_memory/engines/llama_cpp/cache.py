@@ -45,8 +45,8 @@ class CellCache:
         return self._content.segments
 
     @property
-    def num_pinned(self) -> int:
-        return self._content.num_pinned
+    def num_pinned_slots(self) -> int:
+        return self._content.num_pinned_slots
 
     @property
     def compactable(self) -> Sequence[CellLayer]:
@@ -65,7 +65,7 @@ class CellCache:
     @property
     def num_exact_tokens(self) -> int:
         """Pinned tokens and those of the tail."""
-        return self.num_pinned + self._content.num_tail_tokens
+        return self.num_pinned_slots + self._content.num_tail_tokens
 
     @property
     def num_heads(self) -> int:
@@ -139,9 +139,9 @@ class CellCache:
             new_slots: the same number in each head, one `Slots` for each layer.
         """
         old, newest = self._content, segments[-1]
-        num_pinned = max(old.num_pinned, num_pinned)
+        num_pinned = max(old.num_pinned_slots, num_pinned)
         older, distances = carried_over(old.segments, segments)
-        firsts = itertools.accumulate(old.segment_cells[:-1], initial=old.num_pinned)
+        firsts = itertools.accumulate(old.segment_cells[:-1], initial=old.num_pinned_slots)
         kept = [
             (slice(first, first + num_cells(segment, self.num_heads)), distance)
             for first, segment, distance in zip(firsts, older, distances, strict=False)

@@ -32,7 +32,7 @@ class CacheContent:
         sequence: the cells; it may have later ones, too.
         num_tokens: logical length.
         segments: the compacted tokens.
-        num_pinned: tokens at the start that stay exact; 0 before the first compaction.
+        num_pinned_slots: cells of pinned tokens before the segments; 0 before the first compaction.
         biases: for each layer (num_heads, base_cells) float32, if biases are kept beside the cells and there are any.
     """
 
@@ -40,7 +40,7 @@ class CacheContent:
     sequence: CellSequence = field(repr=False)
     num_tokens: int = 0
     segments: tuple[Segment, ...] = ()
-    num_pinned: int = 0
+    num_pinned_slots: int = 0
     biases: tuple[Tensor, ...] = ()
 
     @property
@@ -59,7 +59,7 @@ class CacheContent:
     @property
     def base_cells(self) -> int:
         """Cells before the tail."""
-        return self.num_pinned + sum(self.segment_cells)
+        return self.num_pinned_slots + sum(self.segment_cells)
 
     @property
     def num_cells(self) -> int:
@@ -146,8 +146,8 @@ class CellLayer:
             return None
         num_heads, num_slots = self.shape.num_heads, content.base_cells
         key, value = self._entries(slice(0, num_slots))
-        positions = torch.tensor(base_positions(content.segments, content.segment_cells, content.num_pinned))
-        ranks = [PINNED_RANK] * content.num_pinned
+        positions = torch.tensor(base_positions(content.segments, content.segment_cells, content.num_pinned_slots))
+        ranks = [PINNED_RANK] * content.num_pinned_slots
         for count in content.segment_cells:
             ranks += [cell_rank(index, content.model.num_heads) for index in range(count)]
         biases = content.biases

@@ -36,7 +36,7 @@ def _window_cells(model: CellModel, saved: Snapshot, num_tokens: int) -> Sequenc
 
 def from_tensors(model: CellModel, saved: Snapshot) -> CacheContent:
     """The content from the tensors of `CacheContent.layers`."""
-    segments, num_pinned = saved.segments, saved.num_pinned
+    segments, num_pinned = saved.segments, saved.num_pinned_slots
     layers = [layer for layer in saved.layers if isinstance(layer, TailState)]
     if len(layers) != len(model.layers):
         raise CorruptSession(f"a cache of {len(layers)} layers is not one of this model's {len(model.layers)}")

@@ -158,7 +158,7 @@ def test_windows_of_another_model_are_refused(memory: Memory, gemma: LlamaCppEng
 
     class Saved:
         layers = content.layers[:-1]
-        segments, num_pinned = content.segments, content.num_pinned
+        segments, num_pinned_slots = content.segments, content.num_pinned_slots
 
     with pytest.raises(CorruptSession, match="3 sliding windows is not one of this model's 4"):
         gemma.new_cache().load(Saved())

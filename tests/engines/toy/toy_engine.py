@@ -57,8 +57,8 @@ class ToyCache:
         return self._state.segments
 
     @property
-    def num_pinned(self) -> int:
-        return self._state.num_pinned
+    def num_pinned_slots(self) -> int:
+        return self._state.num_pinned_slots
 
     @property
     def layers(self) -> list[TailState]:
@@ -78,7 +78,7 @@ class ToyCache:
 
     @property
     def num_exact_tokens(self) -> int:
-        return self.num_pinned + self.num_tokens - self.tail_start
+        return self.num_pinned_slots + self.num_tokens - self.tail_start
 
     @property
     def kv_tokens(self) -> float:
@@ -101,13 +101,13 @@ class ToyCache:
         return self._state
 
     def restore(self, state: Snapshot) -> None:
-        self._state = CacheState(state.layers, state.segments, state.num_pinned)
+        self._state = CacheState(state.layers, state.segments, state.num_pinned_slots)
 
     load = restore
 
     def truncate(self, num_tokens: int) -> None:
         layers = (layer._replace(length=num_tokens - layer.start) for layer in self.layers)
-        self._state = CacheState(tuple(layers), self.segments, self.num_pinned)
+        self._state = CacheState(tuple(layers), self.segments, self.num_pinned_slots)
 
     def fork(self) -> ToyCache:
         branch = ToyCache()
@@ -119,7 +119,7 @@ class ToyCache:
         layers, old = self.layers, self.layers[index]
         pairs = zip(entries_of(old), (key, value), strict=True)
         layers[index] = tail(*(torch.cat(pair, dim=1) for pair in pairs), old.start, old.slots)
-        self._state = CacheState(tuple(layers), self.segments, self.num_pinned)
+        self._state = CacheState(tuple(layers), self.segments, self.num_pinned_slots)
         return layers[index]
 
     def compacted(self, segments: Sequence[Segment], new_slots: Sequence[Slots], num_pinned: int) -> CacheState:
@@ -128,7 +128,7 @@ class ToyCache:
         for layer, new in zip(self.compactable, new_slots, strict=True):
             before = layer.slots.cut(older) if layer.slots else Slots.exact(*layer.exact_entries(0, num_pinned), 0)
             layers.append(tail(*layer.exact_entries(end, self.num_tokens), end, Slots.concat([before, new])))
-        return CacheState(tuple(layers), tuple(segments), max(self.num_pinned, num_pinned))
+        return CacheState(tuple(layers), tuple(segments), max(self.num_pinned_slots, num_pinned))
 
 
 def tail(key: Tensor, value: Tensor, start: int = 0, slots: Slots | None = None) -> TailState:
