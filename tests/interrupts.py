@@ -23,7 +23,7 @@ from inside import context_of, shared_of
 import am_memory
 from am_memory import Memory, MemoryPolicy, Sampling, Session
 from am_memory.engines.base import Engine
-from am_memory.errors import CompactionFailed
+from am_memory.errors import CompactionFailed, StorageError
 from am_memory.session.appending import add, encode
 from am_memory.text.constraints import Constraint, regex
 
@@ -223,7 +223,7 @@ def check(
         with interrupted_at(place, **how):
             try:
                 run(step, there)
-            except (error, CompactionFailed) as raised:  # which is what memory errors become
+            except (error, CompactionFailed, StorageError) as raised:  # memory errors become one of these
                 kept = [raised]
             else:
                 continue  # in a part that ran less often this time, or in a thread
