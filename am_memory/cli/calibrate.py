@@ -38,7 +38,7 @@ def calibrate(
             raise InvalidInput(f"{file} cannot be written: there is no folder {file.parent}; create it first")
     if plot is not None:
         require_matplotlib()
-    texts = [read(path) for path in text]
+    texts = [text_of(path) for path in text]
     console = Console(highlight=False)
     bars = EventBars(console)
     with bars.showing(f"loading {model}"):
@@ -57,7 +57,7 @@ def calibrate(
         console.print(f"their curves and slots: {plot}", soft_wrap=True, markup=False)
 
 
-def read(path: Path) -> str:
+def text_of(path: Path) -> str:
     """The text of a file."""
     try:
         return path.read_text(encoding="utf-8")

@@ -8,13 +8,12 @@ from dataclasses import fields, is_dataclass
 
 from pydantic import TypeAdapter, ValidationError
 
-from am_memory.errors import InvalidInput
+from am_memory.errors import InvalidInput, problems
 from am_memory.solver.keys import HighestAttention, KeySelection
 from am_memory.solver.omp import OMP
 
-_BUILT_IN: dict[str, HighestAttention | OMP] = {
-    selection.name: selection for selection in (HighestAttention(), OMP(), OMP.fast())
-}
+SHIPPED: tuple[KeySelection, ...] = (HighestAttention(), OMP(), OMP.fast())
+_BUILT_IN = {selection.name: selection for selection in SHIPPED}
 
 
 def as_selection(value: object) -> KeySelection:
@@ -67,16 +66,15 @@ def parameters(selection: KeySelection) -> str | dict[str, object]:
 
 def _fields(selection: object) -> dict[str, object]:
     if is_dataclass(selection):
-        return {each.name: getattr(selection, each.name) for each in fields(selection) if each.compare}
+        return {field.name: getattr(selection, field.name) for field in fields(selection) if field.compare}
     return dict(getattr(selection, "__dict__", {}))
 
 
-def _from_parameters(built_in: HighestAttention | OMP, given: Mapping[str, object]) -> KeySelection:
+def _from_parameters(built_in: KeySelection, given: Mapping[str, object]) -> KeySelection:
     held = _fields(built_in)
     if unknown := [name for name in given if name not in held]:
         raise InvalidInput(f"{built_in.name!r} has no {', '.join(map(str, unknown))}; it has {', '.join(held)}")
     try:
         return TypeAdapter(type(built_in)).validate_python({**held, **given})
     except ValidationError as error:
-        problems = (f"{'.'.join(map(str, each['loc']))} {each['input']!r}: {each['msg']}" for each in error.errors())
-        raise InvalidInput("; ".join(problems)) from error
+        raise InvalidInput(problems(error.errors(), held)) from error
