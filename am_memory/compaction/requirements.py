@@ -1,4 +1,4 @@
-"""What a policy asks of an engine, checked against what the engine can do. Knows no engine."""
+"""Checks what a policy needs against what an engine can do. Knows no engine."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What was compacted, exact again: the originals, the search for them, and their way back."""
+"""Exact entries of compacted tokens: kept off the device, searched, and brought back."""

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from am_memory_server.request_schemas import MessageToolCall
 
 LOWEST_LOGPROB = -9999.0
-"""Of a token that cannot be sampled, as OpenAI's API has it: JSON has no infinity."""
+"""Stands for minus infinity, which JSON cannot write, as in OpenAI's API: the token cannot be sampled."""
 
 
 class PromptTokensDetails(BaseModel):
