@@ -150,8 +150,11 @@ def _check_ahead(policy: MemoryPolicy, trigger_tokens: int, num_pinned: int) -> 
     ahead_tokens = policy.ahead_tokens
     block = min_block_tokens(policy, trigger_tokens, num_pinned, ahead_tokens)
     if ahead_tokens >= block:
-        less = range(min(ahead_tokens, trigger_tokens), -1, -1)
-        possible = next(each for each in less if each < min_block_tokens(policy, trigger_tokens, num_pinned, each))
+        possible = next(
+            ahead
+            for ahead in range(min(ahead_tokens, trigger_tokens), -1, -1)
+            if ahead < min_block_tokens(policy, trigger_tokens, num_pinned, ahead)
+        )
         raise InvalidPolicy(
             f"ahead_tokens {ahead_tokens} must be below the {max(block, 0)} tokens that a compaction covers at least "
             f"if it begins that far below the trigger of {trigger_tokens}: lower it to {possible}, or raise "

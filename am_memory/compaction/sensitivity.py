@@ -69,13 +69,13 @@ def calibrate(
         )
     needed = SINK_TOKENS + block_tokens + CONTINUATION_TOKENS
     tokens = [engine.encode(text, add_special=True)[:needed] for text in texts]
-    for number, ids in enumerate(tokens, 1):
-        if len(ids) < needed:
+    for number, token_ids in enumerate(tokens, 1):
+        if len(token_ids) < needed:
             raise InvalidInput(
-                f"text {number} has {len(ids)} tokens; a block of {block_tokens} takes {needed}: give a longer text, "
-                "or smaller blocks"
+                f"text {number} has {len(token_ids)} tokens; a block of {block_tokens} takes {needed}: give a longer "
+                "text, or smaller blocks"
             )
-    probes = [Probe.read(engine, ids) for ids in tokens]
+    probes = [Probe.read(engine, token_ids) for token_ids in tokens]
     counts = [max(round(ratio * block_tokens), 1) for ratio in RATIOS]
     trials = [(probe, count) for probe in probes for count in counts]
     losses = torch.zeros(len(RATIOS), probes[0].cache.num_heads)
@@ -112,19 +112,19 @@ class Probe:
     full: Tensor
 
     @classmethod
-    def read(cls, engine: Engine, ids: list[int]) -> Probe:
+    def read(cls, engine: Engine, token_ids: list[int]) -> Probe:
         """Read a text's tokens: pinned ones, the block, the continuation."""
         cache = engine.new_cache()
-        end = len(ids) - CONTINUATION_TOKENS
-        engine.forward(cache, ids[:end])
-        segment, block = Segment(SINK_TOKENS, end, 0), ids[SINK_TOKENS:end]
+        end = len(token_ids) - CONTINUATION_TOKENS
+        engine.forward(cache, token_ids[:end])
+        segment, block = Segment(SINK_TOKENS, end, 0), token_ids[SINK_TOKENS:end]
         queries = repeat_queries(engine, cache, block, chunk_tokens=len(block), on_progress=lambda done, total: None)
         ranks = torch.arange(segment.num_tokens)  # a head's slots in the order of their importance
         heads = []
         for index, (layer, sample) in enumerate(zip(cache.compactable, queries, strict=True)):
             scored = ScoredLayer.of(index, layer, LayerEntries.read(layer, segment), sample)
             heads.append(scored.heads(ranks.expand(scored.block.num_heads, -1)))
-        probe = cls(engine, cache, cache.state(), block, ids[end:], heads, torch.empty(0))
+        probe = cls(engine, cache, cache.state(), block, token_ids[end:], heads, torch.empty(0))
         return replace(probe, full=probe.log_probabilities(probe.full_state))
 
     def log_probabilities(self, state: Snapshot) -> Tensor:

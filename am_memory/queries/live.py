@@ -60,7 +60,7 @@ class LiveQueries:
         """A second one with the queries of the tokens at `position` and later only."""
         twin = self.copy()
         for index, passes in twin._passes.items():
-            twin._passes[index] = [each.cut(position, each.end) for each in passes if each.end > position]
+            twin._passes[index] = [one.cut(position, one.end) for one in passes if one.end > position]
         return twin
 
     @property
@@ -71,7 +71,7 @@ class LiveQueries:
     def seek(self, num_tokens: int) -> None:
         """Continue at logical position `num_tokens`; queries from there on are dropped."""
         for index, passes in self._passes.items():
-            self._passes[index] = [each.cut(each.start, num_tokens) for each in passes if each.start < num_tokens]
+            self._passes[index] = [one.cut(one.start, num_tokens) for one in passes if one.start < num_tokens]
         self._num_tokens = defaultdict(lambda: num_tokens)
 
     def add(self, index: int, query: Tensor, log_mass: Tensor) -> None:
@@ -79,17 +79,17 @@ class LiveQueries:
         new = _Pass(self._num_tokens[index], query.detach(), log_mass.detach())
         oldest = new.end - self.max_tokens
         self._num_tokens[index] = new.end
-        kept = [each.cut(oldest, each.end) for each in self._passes[index] if each.end > oldest]
+        kept = [one.cut(oldest, one.end) for one in self._passes[index] if one.end > oldest]
         self._passes[index] = [*kept, new.cut(oldest, new.end)]
 
     def after(self, position: int) -> list[ReferenceQueries]:
         """For each compactable layer, the queries of the tokens at `position` and later; empty if there are none."""
         layers = []
         for _, passes in sorted(self._passes.items()):
-            kept = [each.cut(position, each.end) for each in passes if each.end > position]
+            kept = [one.cut(position, one.end) for one in passes if one.end > position]
             if not kept:
                 return []
-            layers.append(ReferenceQueries.pooled([(each.query, each.log_mass) for each in kept]))
+            layers.append(ReferenceQueries.pooled([(one.query, one.log_mass) for one in kept]))
         return layers
 
 

@@ -73,7 +73,7 @@ class Queries(NamedTuple):
 def search(
     engine: Engine,
     cache: SessionCache,
-    tokens: Sequence[int],
+    token_ids: Sequence[int],
     originals: Sequence[Original],
     text: str,
     *,
@@ -84,31 +84,31 @@ def search(
 
     Args:
         cache: holds all tokens but the last; restored afterwards.
-        tokens: all tokens of the conversation.
+        token_ids: all tokens of the conversation.
         originals: tokens that have one are found by it, others by their slots.
         chunk_tokens: tokens read in one forward pass.
     """
     if not cache.segments:
         return []
     asked, neutral = (
-        taken_queries(engine, cache, [tokens[-1], *as_turn(engine, turn)], chunk_tokens)
+        taken_queries(engine, cache, [token_ids[-1], *as_turn(engine, turn)], chunk_tokens)
         for turn in (text, NEUTRAL_TEXT)
     )
-    edges = _edges(engine, tokens, cache.segments, span_tokens)
+    edges = _edges(engine, token_ids, cache.segments, span_tokens)
     scores = span_scores(cache, originals, asked, neutral, edges).tolist()
     return [
-        Span(start, end, score, engine.decode(tokens[start:end]))
+        Span(start, end, score, engine.decode(token_ids[start:end]))
         for start, end, score in zip(edges, edges[1:], scores, strict=False)
     ]
 
 
-def _edges(engine: Engine, tokens: Sequence[int], segments: Sequence[Segment], span_tokens: int) -> list[int]:
+def _edges(engine: Engine, token_ids: Sequence[int], segments: Sequence[Segment], span_tokens: int) -> list[int]:
     """The positions where spans begin, and the end of the last one: boundaries of the text and of segments."""
     edges = [segments[0].start]
     for segment in segments:
         while segment.end - edges[-1] > 1.5 * span_tokens:
             earliest, latest = (edges[-1] + max(int(share * span_tokens), 1) for share in (0.75, 1.25))
-            edges.append(best_boundary(engine, tokens, earliest, latest))
+            edges.append(best_boundary(engine, token_ids, earliest, latest))
         edges.append(segment.end)
     return edges
 

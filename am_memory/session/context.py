@@ -337,7 +337,7 @@ class Context:
     @property
     def off_device_bytes(self) -> int:
         """Bytes of the originals and of the slots of recalled segments, in host memory or on disk."""
-        return sum(original.nbytes for original in self.originals) + sum(each.nbytes for each in self.recalled)
+        return sum(original.nbytes for original in self.originals) + sum(recalled.nbytes for recalled in self.recalled)
 
     def forget_after_cache(self) -> None:
         """Drop live queries and a background compaction that are of tokens behind the cache's end."""

@@ -89,7 +89,7 @@ def snapshot(session: Session) -> SavedSession:
         num_pinned=context.num_pinned,
         state=context.state_at_rest,
         originals=context.originals,
-        recalled=tuple(each.segment.start for each in context.recalled),
+        recalled=tuple(recalled.segment.start for recalled in context.recalled),
     )
 
 

@@ -254,7 +254,7 @@ class Session:
     @property
     def recalled(self) -> tuple[Segment, ...]:
         """The segments that are exact for now, the last recalled at the end."""
-        return tuple(each.segment for each in self._context.recalled)
+        return tuple(recalled.segment for recalled in self._context.recalled)
 
     def fork(self, name: str | None = None, *, policy: MemoryPolicy | None = None) -> Session:
         """A branch with the same content; the two share memory until they differ.

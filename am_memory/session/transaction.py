@@ -76,7 +76,7 @@ class _Before:
         context.num_pinned = self.num_pinned
         context.live, context.recalled = self.live, self.recalled
         # An original that turned out to be lost stays lost.
-        context.originals = tuple(each for each in self.originals if each.lost is None)
+        context.originals = tuple(original for original in self.originals if original.lost is None)
         running = self.background_compaction
         context.background_compaction = None if running is not None and running.has_failed else running
         for other, state in zip(others, self.others, strict=True):

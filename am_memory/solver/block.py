@@ -70,8 +70,9 @@ class Block:
 
     def head(self, index: int) -> Block:
         """One head, as views."""
-        log_mass, key_bias = (None if of is None else of[index, None] for of in (self.log_mass, self.key_bias))
-        query, key, value = (of[index, None] for of in (self.query, self.key, self.value))
+        query, key, value = (tensor[index, None] for tensor in (self.query, self.key, self.value))
+        log_mass = None if self.log_mass is None else self.log_mass[index, None]
+        key_bias = None if self.key_bias is None else self.key_bias[index, None]
         return Block(query, key, value, self.scaling, log_mass, key_bias)
 
     def queries(self, where: Tensor) -> Block:
@@ -83,11 +84,12 @@ class Block:
     def stack(cls, blocks: Sequence[Block]) -> Block:
         """The heads of several blocks of equal shapes, scaling and options."""
         log_mass, key_bias = (
-            None if of[0] is None else torch.cat(of)  # type: ignore[arg-type]
-            for of in ([each.log_mass for each in blocks], [each.key_bias for each in blocks])
+            None if tensors[0] is None else torch.cat(tensors)  # type: ignore[arg-type]
+            for tensors in ([block.log_mass for block in blocks], [block.key_bias for block in blocks])
         )
         query, key, value = (
-            torch.cat(of) for of in zip(*((each.query, each.key, each.value) for each in blocks), strict=True)
+            torch.cat(tensors)
+            for tensors in zip(*((block.query, block.key, block.value) for block in blocks), strict=True)
         )
         return cls(query, key, value, blocks[0].scaling, log_mass, key_bias)
 

@@ -35,17 +35,17 @@ class ExactAttention:
 
     def head(self, index: int) -> ExactAttention:
         """One head, as views."""
-        return ExactAttention(*(of[index, None] for of in self._tensors))
+        return ExactAttention(*(tensor[index, None] for tensor in self._tensors))
 
     def queries(self, where: Tensor) -> ExactAttention:
         """Keep the queries at these indices (int64). The scores stay those of all queries."""
-        by_query = (of[:, where] for of in (self.max_logit, self.log_mass, self.output, self.weight))
+        by_query = (tensor[:, where] for tensor in (self.max_logit, self.log_mass, self.output, self.weight))
         return ExactAttention(self.scores, *by_query)
 
     @classmethod
     def stack(cls, heads: Sequence[ExactAttention]) -> ExactAttention:
         """Join the heads of several blocks."""
-        return cls(*(torch.cat(of) for of in zip(*(head._tensors for head in heads), strict=True)))
+        return cls(*(torch.cat(tensors) for tensors in zip(*(head._tensors for head in heads), strict=True)))
 
     @property
     def _tensors(self) -> tuple[Tensor, ...]:
@@ -102,7 +102,7 @@ def _on_tensor_cores(block: Block) -> tuple[Tensor, ...]:
 
     from am_memory.solver.exact_kernels import energy_kernel, mass_kernel
 
-    query, key, value = (of.contiguous() for of in (block.query, block.key, block.value))
+    query, key, value = (tensor.contiguous() for tensor in (block.query, block.key, block.value))
     bias = key if block.key_bias is None else block.key_bias.contiguous()
     output = query.new_empty(query.shape, dtype=torch.float32)
     max_logit, log_mass = output.new_empty(2, *query.shape[:2]).unbind()

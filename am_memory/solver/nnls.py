@@ -49,7 +49,8 @@ def bounded_least_squares(gram: Tensor, target: Tensor, lower: float, upper: flo
             solution[unsolved[is_solved]] = x[is_solved]
             if is_solved.all():
                 return solution
-            unsolved, gram, target, x, gradient = (of[~is_solved] for of in (unsolved, gram, target, x, gradient))
+            state = unsolved, gram, target, x, gradient
+            unsolved, gram, target, x, gradient = (tensor[~is_solved] for tensor in state)
         x = _best_point_on_path(gram, gradient, x, _newton_direction(gram, gradient, x, lower, upper), lower, upper)
     raise CompactionFailed(
         f"the bounded least squares of {x.shape[1]} biases is not solved after {MAX_ITERATIONS} iterations: "

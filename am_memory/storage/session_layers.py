@@ -28,7 +28,7 @@ def packed_layer(layer: LayerState) -> dict[str, Tensor | None]:
     if layer.slots is not None:
         for name, field in zip(SLOT_FIELDS, layer.slots.fields, strict=True):
             if isinstance(field, Quantised):
-                parts.update({f"slots.{name}.{of}": getattr(field, of) for of in QUANTISED_FIELDS})
+                parts.update({f"slots.{name}.{part}": getattr(field, part) for part in QUANTISED_FIELDS})
             else:
                 parts[f"slots.{name}"] = field
         parts["slots.cu_slots"] = torch.tensor(layer.slots.cu_slots)
@@ -84,7 +84,7 @@ def _slots(parts: dict[str, Tensor], num_heads: int, tail_start: int) -> Slots:
 def _slot_field(parts: dict[str, Tensor], name: str) -> Rows:
     if name in parts:
         return parts[name]
-    rows = Quantised(*(parts[f"{name}.{of}"] for of in QUANTISED_FIELDS))
+    rows = Quantised(*(parts[f"{name}.{part}"] for part in QUANTISED_FIELDS))
     is_typed = rows.codes.dtype == torch.int8 and rows.scale.dtype == torch.float32 and rows.group.dtype == torch.int64
     is_typed = is_typed and rows.exact.is_floating_point() and rows.group.ndim == 1
     require(is_typed and all(tensor.ndim == 2 for tensor in rows.tensors), "int8 slots have another dtype or shape")

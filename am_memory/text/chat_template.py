@@ -260,8 +260,8 @@ def _spelling(tokens: tuple[tuple[str, int], ...], unknown: int | None) -> _Spel
 
 def _whole(text: str, stand_in: StandIn) -> str:
     """Replace a text by one stand-in; the white space around it stays."""
-    said = text.strip()
-    return text.replace(said, stand_in(said)) if said else text
+    stripped = text.strip()
+    return text.replace(stripped, stand_in(stripped)) if stripped else text
 
 
 def _unseen(text: str, stand_in: StandIn) -> str:
@@ -304,9 +304,9 @@ def _is_name(key: object, value: object) -> bool:
     )
 
 
-def _spare_letters(said: Sequence[object]) -> Iterator[str]:
+def _spare_letters(messages: Sequence[object]) -> Iterator[str]:
     """The letters that no message contains; the messages are searched when the first letter is asked for."""
-    letters = (letter for text in _strings_in(said) if not text.isascii() for letter in text)
+    letters = (letter for text in _strings_in(messages) if not text.isascii() for letter in text)
     held = {letter for letter in letters if ord(letter) in _SPARE}
     yield from (chr(code) for code in _SPARE if chr(code) not in held)
 

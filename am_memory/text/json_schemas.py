@@ -198,8 +198,8 @@ def _drop_patterns(schema: Schema, is_taken: Callable[[str], bool]) -> set[str]:
         del schema["pattern"]
         dropped.add("pattern")
     by_pattern = schema.get("patternProperties")
-    if isinstance(by_pattern, dict) and (left := [each for each in by_pattern if not is_taken(each)]):
-        schema["patternProperties"] = {each: part for each, part in by_pattern.items() if each not in left}
+    if isinstance(by_pattern, dict) and (refused := {name for name in by_pattern if not is_taken(name)}):
+        schema["patternProperties"] = {name: part for name, part in by_pattern.items() if name not in refused}
         schema["additionalProperties"] = True  # their names cannot be told from other names
         dropped.add("patternProperties")
     return dropped
@@ -307,7 +307,7 @@ def _pattern_steps(schema: Schema) -> int:
     for pattern in (schema.get("pattern"), *_mapping(schema.get("patternProperties"))):
         if isinstance(pattern, str):
             repeats = [int(most or least) for least, most in _REPEATS.findall(pattern)]
-            num_states = max(prod(max(each, 1) for each in repeats), len(pattern) // 2)
+            num_states = max(prod(max(repeat, 1) for repeat in repeats), len(pattern) // 2)
             count += (MAX_BACKTRACKS if _LOOKS_BACK.search(pattern) else 1) * (1 + (num_states // 32) ** 3)
     return count
 
@@ -317,7 +317,7 @@ def _depth_and_size(value: object) -> tuple[int, int]:
     if isinstance(value, str):
         return 1, 1 + len(value) // CHARS_PER_STEP
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    found = [_depth_and_size(each) for each in inner]
+    found = [_depth_and_size(item) for item in inner]
     names = sum(len(name) // CHARS_PER_STEP for name in value) if isinstance(value, dict) else 0
     return 1 + max((depth for depth, _ in found), default=0), 1 + names + sum(size for _, size in found)
 
