@@ -1,4 +1,4 @@
-"""A LangChain agent that is told codes among long tool results, and is then asked for every one of them.
+"""A LangChain agent reads codes among long tool results, and is then asked for each of them.
 
     python benchmarks/agent.py --model MODEL --turns 30 --facts 60
 
@@ -92,7 +92,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Turn:
-    """What the user tells, and the page that the tool returns."""
+    """One turn: the facts in the user's message, and the page that the tool returns."""
 
     facts: tuple[Fact, ...]
     page: str
@@ -206,7 +206,7 @@ def num_read(usage: UsageMetadataCallbackHandler) -> int:
 
 
 def history_tokens(memory: Memory, turns: Sequence[Turn]) -> int:
-    """Of the whole conversation, with a short answer in each turn."""
+    """The number of tokens of the whole conversation, with a short answer in each turn."""
     messages: list[BaseMessage] = [SystemMessage(SYSTEM)]
     for number, turn in enumerate(turns, 1):
         messages += [*turn.messages(number), AIMessage("I have read the page, and I keep the codes in mind.")]

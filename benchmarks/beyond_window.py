@@ -1,4 +1,4 @@
-"""A conversation far longer than the model's window: what it expects, what it recalls, whether it still talks sense.
+"""A conversation far longer than the model's window: its predictions, its recall, and whether its answers make sense.
 
     python benchmarks/beyond_window.py --model MODEL --tokens 61440
 
@@ -7,10 +7,10 @@ Turns of prose that comes with Python (`pydoc_data.topics`), some with a fact in
 
     NLL        of the last tokens of the stretch, predicted before they are read
     recent     facts of the last two stretches that are recalled; old: those from before
-    answer     greedy, to a question about nothing that was said; its NLL when the question alone was read
+    answer     greedy, to a question that no turn is about; its NLL for a model that has read the question alone
 
-"moved up" is the memory; "as written" is the same, but entries stay where they are; "window" is the first tokens and as
-many of the last ones as the limit allows, read anew.
+"moved up" is the memory. "as written" is the same, but entries stay where they are. "window" reads again the first
+tokens and as many of the last ones as the limit allows.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def recalled(session: Session, facts: list[Ship]) -> tuple[int, int]:
 
 
 def answered(memory: Memory, session: Session) -> tuple[str, float]:
-    """What a branch answers, and its NLL when only the question was read."""
+    """The answer of a branch, and its NLL for a model that has read the question alone."""
     asked = memory.engine.encode(question_turn(memory.engine, QUESTION, ""))
     branch, alone = session.fork(policy=PLAIN), memory.scratch(policy=PLAIN)
     branch.append(asked)

@@ -1,4 +1,4 @@
-"""What a cache takes, against what its slots and its exact tokens need.
+"""The bytes of a cache, against the bytes that its slots and exact tokens need.
 
     python benchmarks/bytes.py --model MODEL
 

@@ -1,4 +1,4 @@
-"""What a machine could do at best, and what a run took of its memory."""
+"""The best rates of a machine, and the peak memory of a run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def bandwidth(device: torch.device, clock: Callable[[], float]) -> float:
 
 
 def peak_bytes(device: torch.device, run: Callable[[], object]) -> int:
-    """What the tensors that a run makes take at their peak, beyond what was held before; results that stay included."""
+    """The peak memory of a run, in bytes, beyond the memory in use before it. It includes the results that stay."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: statistics, and tables for docs/benchmarks/."""
+"""Statistics, and tables for docs/benchmarks/: shared by the benchmarks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def mean_spread(values: Iterable[float], digits: int = 3) -> str:
 
 
 def mean_of(rows: Sequence[Mapping[str, object]], name: str) -> float:
-    """Of one of the numbers of a JSON file's rows."""
+    """The mean of one number over the rows of a JSON file."""
     return statistics.fmean(float(str(row[name])) for row in rows)
 
 
@@ -75,7 +75,7 @@ def uncompiled(model: Any, run: Callable[[], float]) -> float:
 
 
 def read_json(path: str | None) -> Any:
-    """What `write_json` wrote; an empty list where there is no such file."""
+    """The content that `write_json` wrote; an empty list if the file does not exist."""
     return json.loads(Path(path).read_text()) if path is not None and Path(path).exists() else []
 
 

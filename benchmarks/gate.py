@@ -75,7 +75,7 @@ def measure(memory: Memory, seed: int, num_facts: int, ratios: Sequence[float]) 
 
 
 def correlations(results: Sequence[Result], of: Callable[[Result], float]) -> list[str]:
-    """Of an error with both KLs: over all, and the mean over the ratios of those within one ratio."""
+    """Rank correlations of an error with both KLs: over all results, and the mean of those within one ratio."""
     cells = []
     for kl in (lambda result: result.kl_answer, lambda result: result.kl_continuation):
         cells.append(f"{rank_correlation([*map(of, results)], [*map(kl, results)]):.2f}")

@@ -69,7 +69,7 @@ def streamed(session: Session, token_ids: list[int]) -> float:
 
 
 def windowed(memory: Memory, token_ids: list[int]) -> float:
-    """The same with the first tokens and as many of the last ones as there are cells, read anew for each step."""
+    """The same with the first tokens and as many of the last ones as there are cells, read again for each step."""
     losses = []
     for start in range(len(token_ids) - NUM_JUDGED, len(token_ids), STEP):
         session, chunk = memory.scratch(), token_ids[start : start + STEP]
@@ -126,7 +126,7 @@ def long(memory: Memory, num_tokens: int, schemes: list[str]) -> None:
     print(table(header, rows))
 
 
-BASELINES = {"window, as read": rolling, "window, read anew at positions from 0": windowed}
+BASELINES = {"window, as read": rolling, "window, read again at positions from 0": windowed}
 
 
 def kl(model: str, ratio: float, names: list[str]) -> None:

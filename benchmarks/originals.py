@@ -1,4 +1,4 @@
-"""What originals are good for: codes that a compaction lost are searched for, their segments recalled, and asked again.
+"""The use of originals: search for codes that a compaction lost, recall their segments, and ask again.
 
     python benchmarks/originals.py --model MODEL --seeds 3
 

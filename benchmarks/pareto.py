@@ -43,7 +43,7 @@ Row = dict[str, object]
 
 def prepared(memory: Memory, scene: Scene, options: dict[str, object], ratio: float) -> Session:
     """A session that has read everything, and has seen the queries that its policy wants."""
-    # Made anew, so that `key_selection` may be a name; a lower bound, so that 200x leaves every head a slot.
+    # A new policy, so that `key_selection` may be a name; a lower bound, so that 200x leaves every head a slot.
     policy = MemoryPolicy(**{**dict(POLICY), "max_compact_tokens": 2000, **options, "keep_ratio": 1 / ratio})
     if "live" not in policy.reference_queries:
         return scene.full.fork(policy=policy)

@@ -46,9 +46,9 @@ SAMPLES = [str(Path(__file__).parent / "texts" / name) for name in ("quality_sam
 POLICY = MemoryPolicy(trigger_tokens=1.0, pinned="sinks")
 OPENING = "The answer is"
 ROOM_TOKENS = 512
-"""In the model's window, for a request and a question."""
+"""Tokens of the model's window that are left for a request and a question."""
 LEAST_SHARE = 0.05
-"""Of the mean, of the last layer in a pyramid (arXiv:2406.02069: beta is 20)."""
+"""The share of the last layer in a pyramid, relative to the mean layer (arXiv:2406.02069: beta is 20)."""
 Scheme = Callable[[Session, Memory, Size], Session]
 """From the session that has read the document, the memory and the size to come to."""
 
@@ -76,7 +76,7 @@ def letter_log_probs(session: Session, question: Question) -> Tensor:
 
 
 def compacted(**options: object) -> Scheme:
-    """All but the first and the last tokens is compacted, once; the last ones are those that it is observed with."""
+    """Compact everything between the first and the last tokens, once; the last tokens are the observation window."""
 
     def run(full: Session, memory: Memory, size: Size) -> Session:
         sizes = {"keep_ratio": 1 / size.ratio, "max_compact_tokens": size.tokens(full)}
@@ -196,7 +196,7 @@ HEADER = ("scheme", "ratio", "right", "log probability of the right answer", "ca
 
 
 def line(scheme: str, ratio: float | None, group: Sequence[dict[str, object]]) -> tuple[object, ...]:
-    """Of the table: over the questions of some documents, and means over the documents."""
+    """One line of the table: a scheme at one ratio, over the questions of some documents."""
     is_right, log_prob = (list(chain.from_iterable(row[name] for row in group)) for name in ("is_right", "log_prob"))
     return (
         scheme,

@@ -8,7 +8,7 @@ the lower it is, the more compactions there are. Any problems will do (`--proble
 answer that greedy decoding comes to is the right number.
 
 Schemes: full cache; ours (whenever the limit is reached the oldest half is compacted); truncation (whenever the limit
-is reached the oldest half is dropped, but for the system prompt and the problem, and what is left is read anew); no
+is reached the oldest half is dropped, except for the system prompt and the problem, and the rest is read again); no
 examples, which is also what a full cache comes to without them. All solve one problem after another side by side, so
 that a run that is stopped has tried the same problems with each.
 """
@@ -85,7 +85,7 @@ def extract(text: str) -> int | None:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is told of one problem, as token ids.
+    """The prompt for one problem, as token ids.
 
     Attributes:
         head: what comes before the first example; stays exact.
@@ -132,7 +132,7 @@ def prompts(engine: Engine, problems: Sequence[Problem], examples: Sequence[Prob
 
 @dataclass(frozen=True)
 class Answer:
-    """What a scheme answers to one problem.
+    """The answer of a scheme to one problem.
 
     Attributes:
         logical_tokens, kv_tokens: of the context with the answer, and of its cache.
@@ -188,7 +188,7 @@ def reading(policy: MemoryPolicy, *, with_examples: bool = True) -> Scheme:
 
 
 def window(prompt: Prompt, answer: Sequence[int], limit: int) -> list[int]:
-    """What is left where half of all that may go is dropped, oldest first, as soon as the limit is reached."""
+    """The tokens that are left if the older half of the droppable ones goes whenever the limit is reached."""
     droppable, room = [*prompt.examples, *answer], limit - prompt.num_kept
     half = (room + 1) // 2
     num_dropped = half * max((len(droppable) - room) // half + 1, 0)
@@ -197,7 +197,7 @@ def window(prompt: Prompt, answer: Sequence[int], limit: int) -> list[int]:
 
 
 def truncation(memory: Memory, prompts: Sequence[Prompt], limit: int | None, new_tokens: int) -> Iterator[Answer]:
-    """At the limit the oldest half is dropped, but for the head and the problem, and what is left is read anew."""
+    """At the limit, drop the oldest half except for the head and the problem, and read the rest again."""
     assert limit is not None
     for prompt in prompts:
         answer: list[int] = []

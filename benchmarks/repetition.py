@@ -1,4 +1,4 @@
-"""What repetition costs: one text, one final budget, compacted in 1 to 50 steps, oldest first.
+"""The cost of repetition: one text, one final budget, compacted in 1 to 50 steps, oldest first.
 
     python benchmarks/repetition.py --model MODEL --compactions 1 2 5 10 25 50
 
@@ -7,7 +7,7 @@ for the last --recent tokens, is compacted after each 50/n of them, so that in t
 whatever n is. (There is one compaction less where the first part is not longer than these tokens.) Then all codes are
 asked for, and an unrelated continuation is read. Recalled and KL are those of recall.py.
 
-Schemes: ours; everything compacted anew each time ("refit"); eviction by the queries of the last 32 tokens, the same
+Schemes: ours; everything compacted again each time ("refit"); eviction by the queries of the last 32 tokens, the same
 number of slots for every head (as SnapKV); eviction by the largest attention while the text is repeated, slots shared
 by all heads (as KVzip); the first tokens and a window of the last ones; a summary by the model itself, in as many
 tokens, of the last summary and what came since.
@@ -73,7 +73,7 @@ class Size:
     recent_tokens: int
 
     def tokens(self, full: Session) -> int:
-        """What the whole text comes to."""
+        """The tokens in the cache after the whole text."""
         return int((len(full.tokens) - self.recent_tokens) / self.ratio) + self.recent_tokens
 
 
@@ -129,7 +129,7 @@ def compacting(**options: object) -> Scheme:
 
 
 def window(full: Session, memory: Memory, text: Text, count: int, size: Size) -> Session:
-    """The first tokens and the last ones, as many as the others hold; read anew, so that nothing else is left."""
+    """The first tokens and the last ones, as many as the other schemes hold, read again into an empty cache."""
     session = memory.scratch()
     session.append([*full.tokens[:SINKS], *full.tokens[-size.tokens(full) :]])
     return session

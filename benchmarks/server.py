@@ -31,7 +31,7 @@ PARTS = "the weather", "bread", "owls", "the sea", "a bicycle", "old maps", "tea
 
 @dataclass
 class Figures:
-    """What all clients saw."""
+    """The measurements of all clients."""
 
     first_token: list[float] = field(default_factory=list)
     whole: list[float] = field(default_factory=list)

@@ -48,7 +48,7 @@ def random_model(shape: str, num_layers: int | None, device: str, dtype: torch.d
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What the bytes of a cache follow from."""
+    """The shape of a model's cache, which decides its bytes."""
 
     num_layers: int
     num_key_value_heads: int
@@ -68,7 +68,7 @@ class CacheShape:
         return 2 * self.num_layers * self.num_key_value_heads * self.head_dim * self.element_size * num_tokens
 
     def event_bytes(self, num_tokens: int, max_chunk_elements: int) -> int:
-        """What compacting `num_tokens` tokens holds at its peak, beside the cache as it was (docs/performance.md).
+        """The peak memory of compacting `num_tokens` tokens, beside the cache as it was (docs/performance.md).
 
         Args:
             max_chunk_elements: of the solver's scores, held at once.

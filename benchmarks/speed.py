@@ -1,4 +1,4 @@
-"""What a memory costs: decoding, reading and compacting, as ratios within one run.
+"""The cost of a memory: decoding, reading and compacting, as ratios within one run.
 
     python benchmarks/speed.py --model MODEL
     python benchmarks/speed.py --model MODEL --threads 1 --cpu-time     on a machine that does other work as well
@@ -139,7 +139,7 @@ class Context:
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """What attention reads for each token."""
+        """The bytes that attention reads for each token."""
         stock = {"DynamicCache": self.physical, "DynamicCache, logical": self.logical}
         return {
             "compacted": self.cache.nbytes,

@@ -5,7 +5,7 @@
 In each of six turns Anna tells Bob a report with three codes in it, and the model writes Bob's line. The cache is
 compacted whenever the trigger is reached, with the policy's own defaults. Then each code is asked for, and what the
 model expects is compared with the full cache of the same tokens, with eviction (the same keys, nothing fitted), and
-with the last tokens read anew, as many as ours holds in the layers that can be compacted. Sliding windows stay in
+with the last tokens read again, as many as ours holds in the layers that can be compacted. Sliding windows stay in
 every scheme.
 """
 

@@ -36,12 +36,12 @@ from am_memory.queries.self_study import self_study
 
 LEARNING_RATE = 2e-2
 REPEATED_TOKENS = 256
-"""Of the block, in one conversation."""
+"""Tokens of the block that one conversation repeats."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """What is read in one step, and what the full cache lets the model expect after each of its tokens.
+    """The tokens of one training step, and the distributions of the model with the full cache after each of them.
 
     Attributes:
         token_ids: they follow what the cache holds.
@@ -154,7 +154,7 @@ class Cartridge:
         return kl_div(logits.log_softmax(-1), conversation.expected, reduction="batchmean", log_target=True)
 
     def _prefix(self) -> DynamicCache:
-        """What is pinned, the trained entries, and what came after the block, with gradients to the trained ones."""
+        """The pinned entries, the trained ones and the entries after the block; only the trained ones get gradients."""
         prefix, block = DynamicCache(), self.block
         for index, layer in enumerate(self._cache.compactable):
             before = layer.exact_entries(0, block.start)
@@ -197,7 +197,7 @@ def trainable(session: Session) -> tuple[TransformersEngine, KVCache]:
 
 
 def equal_block(session: Session, fraction: float) -> Segment:
-    """What `session.compact(fraction)` would compact, with the same number of slots for every head."""
+    """The segment that `session.compact(fraction)` would make, with the same number of slots for every head."""
     context = session._context
     newest = plan_compaction(context.policy, context.sizes, context.trigger_tokens, fraction).newest
     num_heads = context.cache.num_heads
