@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from am_memory.compaction.plan import require_progress, trigger_in_tokens
 from am_memory.engines.base import Engine, Message
-from am_memory.engines.names import DtypeName, EngineName, as_dtype
+from am_memory.engines.names import DtypeName, EngineName, as_dtype, require_engine_name
 from am_memory.errors import InvalidInput, InvalidPolicy, SessionNotFound, StorageError
 from am_memory.events import Event, Listener, OriginUnknown, PolicyChanged, ignore, log
 from am_memory.kv_cache.cache import KVCache, Snapshot
@@ -122,8 +122,10 @@ class Memory:
             ModelNotFound: there is no such model.
             UnsupportedModel: its cache cannot be compacted, or its layers cannot be compiled.
             EngineFailed: torch.compile fails on this machine.
-            InvalidInput: an option that the engine does not have, an unknown dtype, or one that llama.cpp cannot keep.
+            InvalidInput: an unknown engine or dtype, a dtype that llama.cpp cannot keep, or an option that the engine
+                does not have.
         """
+        require_engine_name(engine)
         dtype = as_dtype(dtype)
         if engine == "llama_cpp":
             if compile:

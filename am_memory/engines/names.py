@@ -16,6 +16,16 @@ DtypeName = Literal["float32", "bfloat16", "float16"]
 """A dtype on the command line and in a configuration."""
 
 
+def require_engine_name(engine: object) -> None:
+    """Check the name of an engine.
+
+    Raises:
+        InvalidInput: no engine of this library has this name.
+    """
+    if engine not in get_args(EngineName):
+        raise InvalidInput(f"engine {engine!r} is none of {', '.join(get_args(EngineName))}: give one of them")
+
+
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """The dtype of this name; a dtype, and None, stay as they are.
 

@@ -178,6 +178,13 @@ def test_the_byte_tokenizer_knows_chatml(byte_tokenizer) -> None:
     assert byte_tokenizer.eos_token_id == 257
 
 
+@pytest.mark.parametrize("engine", ["llama-cpp", "vllm", "", None])
+def test_an_engine_that_there_is_not_is_refused_before_anything_is_loaded(engine: object) -> None:
+    """Any name but "llama_cpp" loaded the model in transformers, and nothing said so."""
+    with pytest.raises(InvalidInput, match=f"^engine {engine!r} is none of transformers, llama_cpp: give one of them$"):
+        Memory.from_pretrained("/there/is/no/such/model", engine=engine)  # type: ignore[arg-type]
+
+
 def test_a_dtype_may_be_named() -> None:
     assert as_dtype("bfloat16") is torch.bfloat16
     assert as_dtype(torch.float16) is torch.float16
