@@ -117,6 +117,13 @@ def require_flags(**flags: object) -> None:
             raise InvalidInput(f"{name} is {flag!r}: give True or False")
 
 
+def require_kind(kind: type, **values: object) -> None:
+    """Raise InvalidInput for a value that is neither None nor of this class."""
+    for name, value in values.items():
+        if value is not None and not isinstance(value, kind):
+            raise InvalidInput(f"{name} is {shortened(repr(value), MAX_VALUE_CHARS)}: give a {kind.__name__}")
+
+
 def unknown(given: Iterable[str], known: Iterable[str]) -> str:
     """The unknown names in one line, each with the known name nearest to it; "" if all are known."""
     names = sorted(known)
@@ -136,15 +143,25 @@ def problems(errors: Iterable[Mapping[str, Any]], names: Iterable[str], *, shows
         names: the fields of the model, to suggest the nearest one.
         shows_values: show the invalid values; False where one of them may be a secret.
     """
-    return "; ".join(_problem(error, [*names], shows_value=shows_values) for error in errors)
+    messages: dict[str, dict[str, None]] = {}  # a field that takes one of two types has a message for each
+    for error in errors:
+        place, message = _problem(error, [*names], shows_value=shows_values)
+        messages.setdefault(place, {})[message] = None
+    return "; ".join(place + ", or: ".join(each) for place, each in messages.items())
 
 
-def _problem(error: Mapping[str, Any], names: Sequence[str], *, shows_value: bool) -> str:
-    place = ".".join(map(str, error["loc"]))
+def _problem(error: Mapping[str, Any], names: Sequence[str], *, shows_value: bool) -> tuple[str, str]:
+    """The field with its value, and what is wrong with it."""
+    # pydantic also puts the type that it tried into the path of the field, for example "constrained-int".
+    path = ".".join(str(part) for part in error["loc"] if isinstance(part, int) or part.isidentifier())
     if error["type"] == "extra_forbidden":
-        return f"there is no {unknown([place], names)}"
+        unknown_name = unknown([".".join(map(str, error["loc"]))], names)
+        return f"there is no {unknown_name}", ""
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if not path:
+        return "", message
     value = f" {shortened(repr(error['input']), MAX_VALUE_CHARS)}" if shows_value else ""
-    return f"{place}{value}: {error['msg']}"
+    return f"{path}{value}: ", message
 
 
 def shortened(text: str, max_chars: int) -> str:

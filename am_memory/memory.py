@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from am_memory.compaction.plan import require_progress, trigger_in_tokens
 from am_memory.engines.base import Engine, Message
 from am_memory.engines.names import DtypeName, EngineName, as_dtype, require_engine_name
-from am_memory.errors import InvalidInput, InvalidPolicy, SessionNotFound, StorageError
+from am_memory.errors import InvalidInput, InvalidPolicy, SessionNotFound, StorageError, require_kind
 from am_memory.events import Event, Listener, OriginUnknown, PolicyChanged, ignore, log
 from am_memory.kv_cache.cache import KVCache, Snapshot
 from am_memory.policy import MemoryPolicy
@@ -58,6 +58,7 @@ class Memory:
             memory was given none.
 
     Raises:
+        InvalidInput: `engine`, `policy` or `sampling` is an object of another kind.
         InvalidPolicy: the policy cannot work with this model.
     """
 
@@ -71,6 +72,10 @@ class Memory:
         on_event: Listener = ignore,
         trust_messages: bool = False,
     ) -> None:
+        if isinstance(engine, str | os.PathLike):
+            raise InvalidInput(f"engine is {engine!r}: load a model by Memory.from_pretrained({os.fspath(engine)!r})")
+        require_kind(MemoryPolicy, policy=policy)
+        require_kind(Sampling, sampling=sampling)
         self.engine = engine
         self.policy = policy or MemoryPolicy()
         self.prefers_saved_policy = policy is None
@@ -126,6 +131,7 @@ class Memory:
                 does not have.
         """
         require_engine_name(engine)
+        require_kind(MemoryPolicy, policy=policy)
         dtype = as_dtype(dtype)
         if engine == "llama_cpp":
             if compile:
@@ -175,10 +181,13 @@ class Memory:
             saved: the saved session, if `load` has read it already.
 
         Raises:
+            InvalidInput: the name is not a str, or the policy is not a `MemoryPolicy`.
             InvalidPolicy: the session cannot go on under `policy`.
             StorageError: the saved session cannot be read, belongs to another model, or cannot go on under its own
                 policy.
         """
+        require_kind(str, name=name)
+        require_kind(MemoryPolicy, policy=policy)
         sessions = self._shared.sessions
         if name is None:
             taken = self.names()

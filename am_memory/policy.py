@@ -8,7 +8,16 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_serializer, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from am_memory.errors import InvalidInput, InvalidPolicy, problems
 from am_memory.solver import HighestAttention, KeySelection, as_selection, parameters
@@ -158,6 +167,14 @@ class MemoryPolicy(_Settings):
     def num_sinks(self) -> int:
         """Tokens that stay exact in every context; a system prompt or first message may pin more."""
         return self.pinned if isinstance(self.pinned, int) else SINK_TOKENS
+
+    @model_validator(mode="before")
+    @classmethod
+    def _experiments_stand_apart(cls, values: object) -> object:
+        given = [name for name in Experiments.model_fields if isinstance(values, dict) and name in values]
+        if given:
+            raise ValueError(f"{given[0]} is a field of Experiments: give experiments=Experiments({given[0]}=...)")
+        return values
 
     @field_validator("head_budget", mode="before")
     @classmethod

@@ -73,6 +73,25 @@ def test_a_wrong_value_of_an_experiment_is_named(name: str, value: object) -> No
         MemoryPolicy(experiments={name: value})
 
 
+@pytest.mark.parametrize("name", sorted(Experiments.model_fields))
+def test_an_experiment_among_the_policys_fields_is_refused_with_its_place(name: str) -> None:
+    with pytest.raises(
+        InvalidPolicy, match=rf"^{name} is a field of Experiments: give experiments=Experiments\({name}="
+    ):
+        MemoryPolicy(**{name: 1})
+
+
+def test_a_field_of_two_types_is_named_once() -> None:
+    """pydantic's own names of the two types stood in the message: "pinned.literal['sinks',...]"."""
+    with pytest.raises(InvalidPolicy) as raised:
+        MemoryPolicy(pinned="everything", trigger_tokens=0)
+    assert str(raised.value) == (
+        "trigger_tokens 0: Input should be greater than 0; "
+        "pinned 'everything': Input should be 'sinks', 'system' or 'first_message', "
+        "or: Input should be a valid integer, unable to parse string as an integer"
+    )
+
+
 def test_an_experiment_that_there_is_not_is_refused_with_the_nearest_one() -> None:
     with pytest.raises(InvalidPolicy, match=r"there is no fitt \(did you mean fit\?\)$"):
         Experiments(fitt="nothing")

@@ -137,7 +137,9 @@ def _tokens_of(context: Context, content: Content) -> tuple[ChatHistory, list[in
     if isinstance(content, str):
         return history, context.engine.encode(content, add_special=not num_tokens) if content else []
     if not isinstance(content, Sequence):
-        raise InvalidInput(f"{type(content).__name__} cannot be appended: give text, token ids or chat messages")
+        raise InvalidInput(
+            f"{type(content).__name__} cannot be appended: give text, or a list of token ids or chat messages"
+        )
     if all(isinstance(item, int) for item in content):
         return history, checked_token_ids(content)
     if any(isinstance(item, int) for item in content):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from am_memory.errors import InvalidInput, is_whole, require_whole
+from am_memory.errors import InvalidInput, is_whole, require_kind, require_whole
 from am_memory.events import CompactionReport
 from am_memory.kv_cache.slots import Segment
 from am_memory.policy import MemoryPolicy
@@ -143,9 +143,10 @@ class Session:
 
         Raises:
             InvalidInput: an empty conversation; a complete answer without a new message after it; `max_new_tokens`
-                below 1; `top_logprobs` below 0; a constraint that is complete already.
+                below 1; `top_logprobs` below 0; a `sampling` of another kind; a constraint that is complete already.
         """
         require_whole(1, max_new_tokens=max_new_tokens)
+        require_kind(Sampling, sampling=sampling)
         if top_logprobs is not None:
             require_whole(0, top_logprobs=top_logprobs)
         if constraint is not None and constraint.is_complete:

@@ -638,7 +638,7 @@ def test_a_branch_may_have_another_policy(memory: Memory) -> None:
         (["a"], "message 0 is 'a'"),
         ([{"content": "no role"}], "message 0 is"),
         ([{"role": 5, "content": "x"}], "message 0 is"),
-        ({"role": "user", "content": "not in a list"}, "dict cannot be appended: give text, token ids or"),
+        ({"role": "user", "content": "not in a list"}, "dict cannot be appended: give text, or a list of"),
         (None, "NoneType cannot be appended"),
         (5, "int cannot be appended"),
         (torch.tensor([1, 2]), "Tensor cannot be appended"),
@@ -651,6 +651,26 @@ def test_bad_content_is_refused_and_changes_nothing(session: Session, content: o
     with pytest.raises(InvalidInput, match=words):
         session.append(content)
     assert state(session) == before
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda memory: Memory("demo"), r"engine is 'demo': load a model by Memory.from_pretrained\('demo'\)"),
+        (lambda memory: Memory(memory.engine, {"ridge": 1}), "policy is {'ridge': 1}: give a MemoryPolicy"),
+        (lambda memory: Memory(memory.engine, sampling=0.7), "sampling is 0.7: give a Sampling"),
+        (lambda memory: memory.session(3), "name is 3: give a str"),
+        (lambda memory: memory.session("alice", policy="omp"), "policy is 'omp': give a MemoryPolicy"),
+        (lambda memory: memory.session("alice").generate(sampling={"temperature": 1}), "give a Sampling"),
+    ],
+)
+def test_an_argument_of_another_kind_is_refused_by_name(
+    memory: Memory, call: Callable[[Memory], object], words: str
+) -> None:
+    """Each was an AttributeError from some depth of the library."""
+    memory.session("alice").append([USER])
+    with pytest.raises(InvalidInput, match=words):
+        call(memory)
 
 
 @pytest.mark.parametrize("content", ["", [], [260], [-1], [True], [USER], ["a"], 5, None], ids=repr)
