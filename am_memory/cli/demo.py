@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from am_memory.cli.display import EventBars, megabytes, status
+from am_memory.cli.display import EventBars, status
 from am_memory.cli.letters import Fact, Letter, letters
 from am_memory.cli.options import Loading, with_options
+from am_memory.session.stats import mebibytes
 
 if TYPE_CHECKING:
     from am_memory.session.session import Session
@@ -125,6 +126,6 @@ def sizes_table(written: Sequence[Letter], answers: Answers, readers: Mapping[st
         table.add_row(f"ships recalled, {title}", *(f"[bold]{count}[/] of {len(facts)}" for count in counts))
     stats = [reader.stats for reader in readers.values()]
     table.add_row("tokens in the cache", *(f"{stat.kv_tokens:,.0f}" for stat in stats))
-    table.add_row("bytes of the cache", *(megabytes(stat.kv_bytes) for stat in stats))
+    table.add_row("bytes of the cache", *(mebibytes(stat.kv_bytes) for stat in stats))
     table.add_row("compactions", *(str(stat.num_compactions) for stat in stats))
     return table

@@ -25,6 +25,7 @@ from am_memory.events import (
     SessionRebuilt,
     WindowExceeded,
 )
+from am_memory.session.stats import MEBIBYTE, mebibytes
 
 if TYPE_CHECKING:
     from am_memory.session.session import Session
@@ -37,7 +38,6 @@ STAGES = {
     "fit": "  fitting its heads",
 }
 BAR_CELLS = 20
-MIB = 2**20
 
 
 class EventBars:
@@ -117,13 +117,8 @@ def describe(report: CompactionReport) -> Text:
     return Text.from_markup(
         f"  [bold magenta]compacted[/] tokens {report.start:,}-{report.end:,} to {report.num_slots:.0f} slots per head"
         f"[dim]: {report.kv_tokens_before:.0f} → {report.kv_tokens_after:.0f} tokens, "
-        f"{report.kv_bytes_before / MIB:.1f} → {megabytes(report.kv_bytes_after)}, {report.seconds:.1f} s[/]"
+        f"{report.kv_bytes_before / MEBIBYTE:.1f} → {mebibytes(report.kv_bytes_after)}, {report.seconds:.1f} s[/]"
     )
-
-
-def megabytes(num_bytes: float) -> str:
-    """A size in MiB."""
-    return f"{num_bytes / MIB:.1f} MiB"
 
 
 def status(session: Session) -> Text:
@@ -134,8 +129,8 @@ def status(session: Session) -> Text:
     times = "1 compaction" if stats.num_compactions == 1 else f"{stats.num_compactions} compactions"
     return Text.from_markup(
         f"  [cyan]{'█' * full}[/][dim]{'░' * (BAR_CELLS - full)}[/] [cyan]{stats.kv_tokens:.0f}[/]/{trigger_tokens} "
-        f"tokens in the cache[dim], {stats.logical_tokens:,} in all · {stats.kv_bytes / MIB:.1f} of "
-        f"{megabytes(stats.exact_kv_bytes)} · {times}[/]"
+        f"tokens in the cache[dim], {stats.logical_tokens:,} in all · {stats.kv_bytes / MEBIBYTE:.1f} of "
+        f"{mebibytes(stats.exact_kv_bytes)} · {times}[/]"
     )
 
 
@@ -145,7 +140,7 @@ def stats_table(session: Session) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_row("tokens of the conversation", f"{stats.logical_tokens:,}")
     table.add_row("tokens in the cache", f"{stats.kv_tokens:,.0f}, {stats.exact_tokens:,} of them exact")
-    table.add_row("bytes of the cache", f"{megabytes(stats.kv_bytes)}; uncompacted {megabytes(stats.exact_kv_bytes)}")
+    table.add_row("bytes of the cache", f"{mebibytes(stats.kv_bytes)}; uncompacted {mebibytes(stats.exact_kv_bytes)}")
     table.add_row("compactions", f"{stats.num_compactions}")
     table.add_row("compact segments", f"{stats.num_segments}")
     return table

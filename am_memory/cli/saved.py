@@ -10,9 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from am_memory.cli.display import MIB, megabytes
 from am_memory.cli.options import StoreURL, default_store
 from am_memory.errors import SessionNotFound
+from am_memory.session.stats import MEBIBYTE, mebibytes
 
 if TYPE_CHECKING:
     from am_memory.kv_cache.layers import TailState
@@ -37,7 +37,7 @@ def inspect(
     num_bytes = sum(layer.nbytes for layer in saved.state.layers)
     console.print(
         f"[bold]{escape(session)}[/]: {len(saved.tokens):,} tokens, {len(saved.messages)} messages, "
-        f"{len(saved.records)} compactions, {megabytes(num_bytes)} of cache, model {saved.fingerprint}"
+        f"{len(saved.records)} compactions, {mebibytes(num_bytes)} of cache, model {saved.fingerprint}"
     )
     console.print(segments_table(saved))
     console.print(layers_table(saved))
@@ -91,7 +91,7 @@ def layers_table(saved: SavedSession) -> Table:
     tails = tail_layers(saved)
     most = max((count - num_pinned for layer in tails.values() for count in layer.head_slots), default=0)
     for index, layer in enumerate(saved.state.layers):
-        mib = f"{layer.nbytes / MIB:.2f}"
+        mib = f"{layer.nbytes / MEBIBYTE:.2f}"
         if (tail := tails.get(index)) is None:
             table.add_row(str(index), "sliding window", "", "", mib)
             continue

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from am_memory.cli.display import MIB
 from am_memory.cli.options import Loading, with_options
 from am_memory.errors import InvalidInput
+from am_memory.session.stats import MEBIBYTE
 
 if TYPE_CHECKING:
     from am_memory_server.settings import ServerSettings
@@ -81,10 +81,10 @@ class Serving:
             max_active=self.max_active,
             max_queued=self.max_queued,
             max_sessions=self.max_sessions,
-            max_session_bytes=self.max_session_mib * MIB,
-            max_body_bytes=self.max_body_mib * MIB,
+            max_session_bytes=self.max_session_mib * MEBIBYTE,
+            max_body_bytes=self.max_body_mib * MEBIBYTE,
             max_body_values=self.max_body_values,
-            max_pending_bytes=self.max_pending_mib * MIB,
+            max_pending_bytes=self.max_pending_mib * MEBIBYTE,
             max_connections=self.max_connections,
             body_seconds=self.body_seconds,
             idle_seconds=self.idle_seconds,

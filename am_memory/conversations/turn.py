@@ -106,11 +106,11 @@ class ChatTurn(Turn):
         Raises:
             StorageError: it cannot be saved. It is kept in memory.
         """
-        self.take(answer)
+        self.keep_in_memory(answer)
         self.save()
 
-    def take(self, answer: Message) -> None:
-        """Keep the conversation in memory; `save` saves it."""
+    def keep_in_memory(self, answer: Message) -> None:
+        """Keep the conversation without saving it; `save` does that."""
         keys = self._prompt.keys
         keys, ends = (*keys, chained_key(keys[-1], message_key(answer))), (*self._ends, len(self.session.tokens))
         self._save = self._add(self.session, keys, ends)

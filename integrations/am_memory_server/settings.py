@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from am_memory.errors import InvalidInput, problems
+from am_memory.session.stats import MEBIBYTE
 
-MIB = 2**20
 MAX_SHARES = 4
 """With more keys than this, a key may still have a quarter of `max_pending_bytes`."""
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -70,16 +70,16 @@ class ServerSettings(Settings):
     cors_origins: tuple[str, ...] = ()
     max_tokens: PositiveInt = 1024
     max_answer_tokens: PositiveInt = 16384
-    max_body_bytes: PositiveInt = 16 * MIB
+    max_body_bytes: PositiveInt = 16 * MEBIBYTE
     max_body_values: PositiveInt = 200_000
-    max_pending_bytes: PositiveInt = 256 * MIB
+    max_pending_bytes: PositiveInt = 256 * MEBIBYTE
     max_connections: PositiveInt = 512
     body_seconds: Seconds = 60.0
     idle_seconds: Seconds = 30.0
     max_active: PositiveInt = 4
     max_queued: PositiveInt = 64
     max_sessions: Annotated[int, Field(ge=2)] = 64
-    max_session_bytes: Annotated[int, Field(ge=2)] = 4096 * MIB
+    max_session_bytes: Annotated[int, Field(ge=2)] = 4096 * MEBIBYTE
     shutdown_seconds: Annotated[float, Field(ge=0)] = 30.0
 
     def _check(self) -> None:

@@ -372,7 +372,7 @@ def test_what_goes_on_from_a_deleted_answer_before_that_is_saved_does_not_come_b
         turns.append(server.turn(messages, thread="owls"))
         answer = "".join(piece.text for piece in turns[-1].session.generate(4))
         messages.append({"role": "assistant", "content": answer})
-        turns[-1].take(messages[-1])
+        turns[-1].keep_in_memory(messages[-1])
     for turn in turns:
         turn.save()
     assert server.branches("owls") == []
