@@ -1,0 +1,314 @@
+"""Facts told in an ordinary chat, asked for afterwards in other words.
+
+    python benchmarks/facts.py --model MODEL --triggers 512 1024
+    python benchmarks/facts.py --model MODEL --triggers 1024 --tokens 20000 --recall 1 3
+
+In each of five chats a person tells 20 facts of 20 kinds among small talk and pages of a diary, in some 3,000 tokens.
+Then each fact is asked for as a chat turn, on a branch that is thrown away. Right means: the greedy answer names an
+accepted value. The log probability is that of the whole right answer after the opening of an answer, in nats.
+
+Rows: the full cache; ours; ours with each --policy; the same keys with nothing fitted; a uniform budget; everything
+compacted again each time ("refit"); the system prompt and the last tokens read again, as many as ours holds; and with
+--recall N, ours after the best N spans of a search for the question were recalled, whole segments. A row that the
+engine refuses is left out, and the reason is printed. All rows of a table are means over the same chats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import get_args
+
+import torch
+from common import machine, mean_of, read_json, table, write_json
+from facts_files import Chat, Fact, lengthened, load_all
+
+from am_memory import Experiments, Memory, MemoryPolicy, Sampling, Session
+from am_memory.cli.questions import PLAIN, question_turn
+from am_memory.engines.names import EngineName
+from am_memory.errors import InvalidInput, InvalidPolicy, PromptTooLong, UnsupportedOperation
+
+SYSTEM = (
+    "You are a helpful assistant. The user tells you about their life. When they ask you about it, look up what they "
+    "said and answer with the exact name, number or words."
+)
+GREEDY = Sampling(temperature=0.0)
+FULL, OURS, TRUNCATED = "full cache", "ours", "truncated"
+CHANGES: dict[str, dict[str, object]] = {
+    OURS: {},
+    "nothing fitted": {"experiments": Experiments(fit="nothing")},
+    "uniform budget": {"head_budget": "uniform"},
+    "refit": {"experiments": Experiments(recompaction="refit")},
+}
+REFUSALS = (InvalidInput, InvalidPolicy, UnsupportedOperation)
+QUARTERS = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to hold a chat: the changes to the policy, and the number of spans recalled before each answer."""
+
+    name: str
+    changes: dict[str, object]
+    recall: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer, and the cache that it was written with.
+
+    Attributes:
+        quarter: of the chat, 0 the oldest, where the fact was told last.
+        log_probability: of the whole right answer, in nats.
+        chat_tokens: physical size of the chat, before the question.
+        kv_tokens, kv_bytes: the largest physical size while it was written, and the bytes on the device.
+        seconds_to_read: the whole chat, its compactions among it.
+    """
+
+    chat: str
+    trigger: int
+    row: str
+    kind: str
+    quarter: int
+    right: bool
+    log_probability: float
+    chat_tokens: float
+    kv_tokens: float
+    kv_bytes: int
+    originals_bytes: int
+    compactions: int
+    seconds_to_read: float
+    seconds: float
+    text: str
+
+
+def read(memory: Memory, chat: Chat, policy: MemoryPolicy) -> Session:
+    session = memory.scratch(policy=policy)
+    session.append([{"role": "system", "content": SYSTEM}, *chat.messages()[0]])
+    for turn in chat.messages()[1:]:
+        session.append(list(turn))
+    return session
+
+
+def truncated(memory: Memory, full: Session, num_tokens: int) -> Session:
+    """The system prompt and the last tokens of the full session, read again."""
+    session, num_system = memory.scratch(policy=PLAIN), full.message_starts[1]
+    session.append([*full.tokens[:num_system], *full.tokens[num_system - num_tokens :]])
+    return session
+
+
+def recall_best(session: Session, question: str, num_spans: int) -> None:
+    """Recall the best spans of a search, the best one last; a segment that does not fit is left out."""
+    for span in reversed(session.search(question, top=num_spans)):
+        try:
+            session.recall(span)
+        except PromptTooLong as error:
+            print(f"not recalled: {error}", flush=True)
+
+
+def log_probability(session: Session, fact: Fact) -> float:
+    engine = session.engine
+    context = engine.encode(question_turn(engine, fact.question, fact.opening))
+    answer = engine.encode(f" {fact.answer}")
+    logits = session.logits([*context, *answer])[len(context) :]
+    return float(logits.log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)].sum())
+
+
+def written_answer(session: Session, fact: Fact, new_tokens: int) -> tuple[str, float]:
+    """The greedy answer, and the largest size of the cache on the way."""
+    if session.messages:
+        session.append([{"role": "user", "content": fact.question}])
+    else:
+        session.append(question_turn(session.engine, fact.question, ""))
+    pieces, largest = [], session.stats.kv_tokens
+    for piece in session.generate(new_tokens, GREEDY):
+        pieces.append(piece.text)
+        largest = max(largest, session.stats.kv_tokens)
+    return "".join(pieces).strip(), largest
+
+
+def ask_all(
+    session: Session, chat: Chat, trigger: int, row: Row, seconds_to_read: float, args: argparse.Namespace
+) -> list[Answer]:
+    answers = []
+    for fact in chat.facts:
+        started = time.perf_counter()
+        branch = session.fork()
+        if row.recall:
+            recall_best(branch, fact.question, row.recall)
+        probability = log_probability(branch, fact)
+        text, kv_tokens = written_answer(branch, fact, args.new_tokens)
+        answers.append(
+            Answer(
+                chat=chat.name,
+                trigger=trigger,
+                row=row.name,
+                kind=fact.kind,
+                quarter=QUARTERS * fact.turn // len(chat.turns),
+                right=fact.is_right(text),
+                log_probability=probability,
+                chat_tokens=session.stats.kv_tokens,
+                kv_tokens=kv_tokens,
+                kv_bytes=branch.stats.kv_bytes,
+                originals_bytes=branch.stats.originals_bytes,
+                compactions=session.stats.num_compactions,
+                seconds_to_read=seconds_to_read,
+                seconds=time.perf_counter() - started,
+                text=text,
+            )
+        )
+    return answers
+
+
+class Run:
+    """Runs the rows of each chat that are not in the file yet, and keeps what several of them need."""
+
+    def __init__(self, memory: Memory, args: argparse.Namespace) -> None:
+        self.memory = memory
+        self.args = args
+        self.answers: list[Answer] = [Answer(**fields) for fields in read_json(args.out)]
+        self.full: Session | None = None
+
+    def run(self, chat: Chat, rows: Sequence[Row]) -> None:
+        """All rows of one chat, at every trigger. The full cache does not depend on it, and is asked once."""
+        self.full = None
+        for row in rows:
+            for trigger in (0,) if row.name == FULL else self.args.triggers:
+                if any((one.chat, one.trigger, one.row) == (chat.name, trigger, row.name) for one in self.answers):
+                    continue
+                try:
+                    self.run_row(chat, trigger, row)
+                except REFUSALS as error:
+                    print(f"{chat.name}, trigger {trigger}, {row.name}: left out: {error}", flush=True)
+
+    def run_row(self, chat: Chat, trigger: int, row: Row) -> None:
+        started = time.perf_counter()
+        if row.name in (FULL, TRUNCATED):
+            self.full = session = self.full or read(self.memory, chat, PLAIN)
+            if row.name == FULL and session.stats.num_compactions:
+                raise InvalidInput(f"{len(session.tokens):,} tokens are more than the model's context window")
+            if row.name == TRUNCATED:
+                session = truncated(self.memory, session, self.size_of_ours(chat, trigger))
+        else:
+            session = read(self.memory, chat, MemoryPolicy(trigger_tokens=trigger, **row.changes))
+        answers = ask_all(session, chat, trigger, row, time.perf_counter() - started, self.args)
+        self.answers += answers
+        write_json(self.args.out, [asdict(answer) for answer in self.answers])
+        print(
+            f"{chat.name:10s} trigger {trigger:5d}  {row.name:30s} {sum(one.right for one in answers):2d} of "
+            f"{len(answers)}  {len(session.tokens):,} tokens, {session.stats.kv_tokens:,.0f} held  "
+            f"{answers[0].seconds_to_read:.0f} s to read, {sum(one.seconds for one in answers):.0f} s to answer",
+            flush=True,
+        )
+
+    def size_of_ours(self, chat: Chat, trigger: int) -> int:
+        """Physical size of the chat in the row "ours"; the trigger if that row has not run."""
+        rows = ((one.chat, one.trigger, one.row, one.chat_tokens) for one in self.answers)
+        return next((round(size) for *row, size in rows if row == [chat.name, trigger, OURS]), trigger)
+
+
+def groups(answers: Sequence[Answer]) -> dict[tuple[int, str], list[Answer]]:
+    """Answers by trigger and row, in the order of the first ones."""
+    found: dict[tuple[int, str], list[Answer]] = {}
+    for answer in answers:
+        found.setdefault((answer.trigger, answer.row), []).append(answer)
+    return found
+
+
+def paired(answers: Sequence[Answer], full: dict[tuple[str, str], Answer]) -> tuple[str, str]:
+    """Right answers over the full cache's on the same questions, and how many only one of the two has right."""
+    pairs = [(one.right, full[one.chat, one.kind].right) for one in answers if (one.chat, one.kind) in full]
+    if not pairs or len(pairs) < len(answers):
+        return "", ""
+    more, less = (sum(pair == wanted for pair in pairs) for wanted in ((True, False), (False, True)))
+    share = sum(ours for ours, _ in pairs) / max(sum(theirs for _, theirs in pairs), 1)
+    return f"{share:.2f}", f"+{more} -{less}"
+
+
+def summary(answers: Sequence[Answer]) -> str:
+    """Three tables: all rows, right answers by kind, and by the quarter of the chat in which the fact was told."""
+    found = groups(answers)
+    full = {(one.chat, one.kind): one for one in answers if one.row == FULL}
+    overview, by_age = [], []
+    for (trigger, name), group in found.items():
+        fields, num_chats = [asdict(one) for one in group], len({one.chat for one in group})
+        of_full, flipped = paired(group, full)
+        by_quarter = [[one.right for one in group if one.quarter == number] for number in range(QUARTERS)]
+        overview.append(
+            (
+                trigger or "",
+                name,
+                f"{sum(one.right for one in group) / num_chats:.1f} of {len(group) // num_chats}",
+                of_full,
+                flipped,
+                f"{mean_of(fields, 'log_probability'):.2f}",
+                f"{mean_of(fields, 'kv_tokens'):,.0f}",
+                f"{max(one.kv_tokens for one in group):,.0f}",
+                f"{mean_of(fields, 'kv_bytes') / 2**20:.1f}",
+                f"{mean_of(fields, 'originals_bytes') / 2**20:.1f}",
+                f"{mean_of(fields, 'compactions'):.1f}",
+                f"{mean_of(fields, 'seconds_to_read'):.0f}",
+                f"{mean_of(fields, 'seconds'):.1f}",
+            )
+        )
+        by_age.append((trigger or "", name, *(f"{sum(some)} of {len(some)}" for some in by_quarter)))
+    header = ("trigger", "cache", "right", "of full", "flipped", "log probability", "tokens held, mean", "at most")
+    header += ("MiB on the device", "MiB of originals", "compactions", "s to read", "s / answer")
+    kinds = dict.fromkeys(one.kind for one in answers)
+    columns = [f"{name} {trigger or ''}".strip() for trigger, name in found]
+    by_kind = [
+        (kind, *(sum(one.right for one in group if one.kind == kind) for group in found.values())) for kind in kinds
+    ]
+    oldest_first = [f"quarter {number}" for number in range(1, QUARTERS + 1)]
+    return "\n\n".join(
+        [
+            table(header, overview),
+            table(("right, by kind", *columns), by_kind),
+            table(("trigger", "right, by age (1 is the oldest)", *oldest_first), by_age),
+        ]
+    )
+
+
+def rows_of(args: argparse.Namespace) -> list[Row]:
+    given = [Row(f"{OURS} {text}", json.loads(text)) for text in args.policy]
+    recalling = [Row(f"{OURS}, {count} recalled", {"originals": "host"}, count) for count in args.recall]
+    named = [Row(name, CHANGES.get(name, {})) for name in args.rows]
+    return [*named, *given, *recalling]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--engine", choices=get_args(EngineName), default="transformers")
+    parser.add_argument("--triggers", type=int, nargs="+", default=[512, 1024], help="in tokens")
+    parser.add_argument("--chats", nargs="+", help="only these, by name")
+    parser.add_argument("--tokens", type=int, default=0, help="make each chat about so long; 0: as it is")
+    names = [FULL, *CHANGES, TRUNCATED]
+    parser.add_argument("--rows", nargs="+", choices=names, default=names)
+    parser.add_argument("--policy", action="append", default=[], help="JSON; ours with these fields, a row of its own")
+    parser.add_argument(
+        "--recall", type=int, nargs="+", default=[], help="so many spans before each answer; a row each"
+    )
+    parser.add_argument("--new-tokens", type=int, default=40, help="of an answer at most")
+    parser.add_argument("--out", help="write the answers as JSON; what is in it already is not run again")
+    args = parser.parse_args()
+    chats = load_all()
+    if unknown := set(args.chats or ()) - {chat.name for chat in chats}:
+        parser.error(f"--chats {' '.join(sorted(unknown))}: there are {' '.join(chat.name for chat in chats)}")
+    memory = Memory.from_pretrained(args.model, engine=args.engine, policy=PLAIN)
+    run = Run(memory, args)
+    for chat in chats:
+        if args.chats is None or chat.name in args.chats:
+            longer = (
+                lengthened(chat, chats, args.tokens, lambda text: len(memory.tokenize(text))) if args.tokens else chat
+            )
+            run.run(longer, rows_of(args))
+    num_chats = len({answer.chat for answer in run.answers})
+    print(f"\n{args.model}, {args.engine}, {num_chats} chats; {machine()}\n\n{summary(run.answers)}")
+
+
+if __name__ == "__main__":
+    main()
