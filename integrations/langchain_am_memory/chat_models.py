@@ -74,7 +74,7 @@ class ChatAMMemory(ThreadedChatModel):
         extra="forbid", populate_by_name=True, arbitrary_types_allowed=True, protected_namespaces=()
     )
 
-    model: str | Memory = Field(alias="model_name")
+    model: str | Memory = Field(validation_alias="model_name")  # with `alias`, type checkers refuse `model=`
     engine: EngineName = "transformers"
     trigger: Limit | None = None
     keep: Limit | None = None
@@ -94,7 +94,7 @@ class ChatAMMemory(ThreadedChatModel):
     repetition_penalty: float | None = Field(default=None, gt=0)
     seed: int | None = None
     max_tokens: int = Field(default=512, gt=0)
-    stop: list[str] | None = Field(default=None, alias="stop_sequences")
+    stop: list[str] | None = Field(default=None, validation_alias="stop_sequences")
     timeout: float | None = Field(default=None, gt=0)
     max_retries: int = Field(default=2, ge=0)
     streaming: bool | None = None
@@ -106,7 +106,7 @@ class ChatAMMemory(ThreadedChatModel):
     @model_validator(mode="before")
     @classmethod
     def _check_arguments(cls, given: Any) -> Any:
-        aliases = {field.alias for field in cls.model_fields.values() if field.alias is not None}
+        aliases = {str(field.validation_alias) for field in cls.model_fields.values() if field.validation_alias}
         if wrong := unknown(given, cls.model_fields.keys() | aliases):
             raise InvalidInput(f"ChatAMMemory takes no {wrong}")
         return given
