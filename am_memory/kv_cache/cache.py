@@ -83,7 +83,7 @@ class Sized(Protocol):
 
 def cache_repr(cache: Sized) -> str:
     """One line with what a cache holds."""
-    size, num_segments = f"{cache.kv_tokens:,.0f} KV tokens, {cache.nbytes / 2**20:,.1f} MiB", len(cache.segments)
+    size, num_segments = f"{cache.kv_tokens:,.0f} slots, {cache.nbytes / 2**20:,.1f} MiB", len(cache.segments)
     return f"<{type(cache).__name__}: {cache.num_tokens:,} tokens in {size}, {num_segments} segments>"
 
 

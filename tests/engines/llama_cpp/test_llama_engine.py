@@ -246,4 +246,4 @@ def test_a_session_outlives_its_engine(tiny_gguf: Path, llama: LlamaCppEngine) -
 
 def test_engine_and_cache_say_what_they_are_in_one_line(llama: LlamaCppEngine) -> None:
     assert repr(llama) == "<LlamaCppEngine: tiny on cpu, context window of 4,096 tokens, keys and values in f32/f32>"
-    assert repr(llama.new_cache()) == "<CellCache: 0 tokens in 0 KV tokens, 0.0 MiB, 0 segments>"
+    assert repr(llama.new_cache()) == "<CellCache: 0 tokens in 0 slots, 0.0 MiB, 0 segments>"
