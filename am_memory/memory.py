@@ -145,8 +145,8 @@ class Memory:
 
             runs = LlamaCppEngine.from_pretrained(model, device=device, dtype=dtype)
             return cls(runs, policy, store=store, on_event=on_event, trust_messages=trust_messages)
-        from am_memory.engines.loading import load_model
         from am_memory.engines.transformers import TransformersEngine
+        from am_memory.engines.transformers.loading import load_model
 
         loaded, tokenizer = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         return cls(

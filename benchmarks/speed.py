@@ -34,10 +34,10 @@ from transformers import DynamicCache
 
 from am_memory import Memory, MemoryPolicy, Sampling, Session
 from am_memory.cli.letters import prose
-from am_memory.engines.loading import load_model
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.engines.transformers.attention import attend
 from am_memory.engines.transformers.graphs import PATIENCE
+from am_memory.engines.transformers.loading import load_model
 from am_memory.events import CompactionProgress, CompactionStarted, Event
 from am_memory.kv_cache.cache import KVCache
 from am_memory.policy import SINK_TOKENS

@@ -174,7 +174,7 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="session")
 def demo() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The bundled demo model in float32 on the CPU; a test that uses it is marked `model`."""
-    from am_memory.engines.loading import load_model
+    from am_memory.engines.transformers.loading import load_model
 
     return load_model("demo", device="cpu", dtype=torch.float32)
 

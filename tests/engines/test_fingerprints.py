@@ -15,7 +15,7 @@ from transformers import (
 
 from am_memory import Memory, MemoryPolicy
 from am_memory.engines.fingerprints import model_fingerprint
-from am_memory.engines.loading import load_model
+from am_memory.engines.transformers.loading import load_model
 from am_memory.errors import UnsupportedModel
 
 

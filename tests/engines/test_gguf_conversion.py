@@ -16,9 +16,9 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import logging as transformers_logging
 
-from am_memory.engines import gguf_conversion
-from am_memory.engines.loading import load_model, needs_conversion
 from am_memory.engines.model_files import demo_model_path
+from am_memory.engines.transformers import gguf_conversion
+from am_memory.engines.transformers.loading import load_model, needs_conversion
 from am_memory.errors import ModelNotFound, UnsupportedModel
 
 HIDDEN, HEADS, KV_HEADS, LAYERS = 64, 4, 2, 2

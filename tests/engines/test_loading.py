@@ -17,9 +17,9 @@ from transformers import (
 
 from am_memory import Memory
 from am_memory.engines import model_files
-from am_memory.engines.loading import load_model
 from am_memory.engines.model_files import DEMO_PACKAGE, demo_model_path
 from am_memory.engines.names import EngineName, as_dtype
+from am_memory.engines.transformers.loading import load_model
 from am_memory.errors import InvalidInput, ModelNotFound, UnsupportedModel
 
 TEXTS = ["Hello, world", "naïve Ünïcödé 漢字 🙂", "  12 apples,\n\n\t34 pears", "<|im_start|>user\nhi<|im_end|>", ""]

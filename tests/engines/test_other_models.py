@@ -12,7 +12,7 @@ import transformers
 from transformers import LlamaConfig, MistralConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
 
 from am_memory import Memory, MemoryPolicy
-from am_memory.engines.loading import load_model
+from am_memory.engines.transformers.loading import load_model
 from am_memory.errors import InvalidInput, UnsupportedModel, UnsupportedOperation
 
 POLICY = MemoryPolicy(trigger_tokens=64, keep_ratio=0.25, keep_recent=6, pinned=4, chunk_tokens=16)

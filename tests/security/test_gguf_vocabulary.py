@@ -18,7 +18,7 @@ from gguf import GGUFValueType
 
 from am_memory.engines.gguf_header import BadHeader, Header, read_header, require_known_merges, require_vocabulary
 from am_memory.engines.llama_cpp import LlamaCppEngine
-from am_memory.engines.loading import load_model
+from am_memory.engines.transformers.loading import load_model
 from am_memory.errors import ModelNotFound, UnsupportedModel
 
 TOKENS, TYPES, MERGES = (f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges"))

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from am_memory.engines.gguf_conversion import find_conversion, load_gguf
 from am_memory.engines.model_files import find_model
-from am_memory.engines.pretrained import LoadedModel, load_pretrained
+from am_memory.engines.transformers.gguf_conversion import find_conversion, load_gguf
+from am_memory.engines.transformers.pretrained import LoadedModel, load_pretrained
 from am_memory.errors import InvalidInput, ModelNotFound
 
 

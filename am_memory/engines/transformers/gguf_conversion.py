@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedT
 
 from am_memory.engines.fingerprints import file_fingerprint
 from am_memory.engines.gguf_header import read_header, require_known_merges, require_vocabulary
-from am_memory.engines.pretrained import LoadedModel, complete_model, load_pretrained
+from am_memory.engines.transformers.pretrained import LoadedModel, complete_model, load_pretrained
 from am_memory.errors import ModelNotFound, UnsupportedModel
 
 # Vocabularies of llama.cpp whose merges were learned with every digit apart; transformers splits them as GPT-2 does.
