@@ -105,7 +105,7 @@ def _written(annotation: Any) -> Any:
 def _default(found: type, name: str) -> str:
     if issubclass(found, BaseModel):
         field = found.model_fields[name]
-        alias = f"  (alias {field.alias})" if field.alias else ""
+        alias = f"  (alias {field.validation_alias})" if field.validation_alias else ""
         return ("" if field.is_required() else f" = {field.get_default(call_default_factory=True)!r}") + alias
     value = vars(found).get(name, inspect.Parameter.empty)
     return f" = {value!r}" if isinstance(value, int | float | str | tuple | bool | None) else ""
