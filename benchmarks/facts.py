@@ -191,7 +191,7 @@ class Run:
             if row.name == FULL and session.stats.num_compactions:
                 raise InvalidInput(f"{len(session.tokens):,} tokens are more than the model's context window")
             if row.name == TRUNCATED:
-                session = truncated(self.memory, session, self.size_of_ours(chat, trigger))
+                session = truncated(self.memory, session, self.truncated_size(chat, trigger))
         else:
             session = read(self.memory, chat, MemoryPolicy(trigger_tokens=trigger, **row.changes))
         answers = ask_all(session, chat, trigger, row, time.perf_counter() - started, self.args)
@@ -204,10 +204,13 @@ class Run:
             flush=True,
         )
 
-    def size_of_ours(self, chat: Chat, trigger: int) -> int:
-        """Physical size of the chat in the row "ours"; the trigger if that row has not run."""
+    def truncated_size(self, chat: Chat, trigger: int) -> int:
+        """Tokens of the truncated chat: as many as ours holds, or fewer so that question and answer fit."""
+        engine, new_tokens = self.memory.engine, self.args.new_tokens
+        turns = [engine.encode(question_turn(engine, fact.question, "")) for fact in chat.facts]
+        most = trigger - max(len(turn) for turn in turns) - new_tokens
         rows = ((one.chat, one.trigger, one.row, one.chat_tokens) for one in self.answers)
-        return next((round(size) for *row, size in rows if row == [chat.name, trigger, OURS]), trigger)
+        return min(next((round(size) for *row, size in rows if row == [chat.name, trigger, OURS]), most), most)
 
 
 def groups(answers: Sequence[Answer]) -> dict[tuple[int, str], list[Answer]]:

@@ -158,8 +158,8 @@ def test_every_row_answers_every_question_and_is_not_run_twice(
     assert {name for _, name in found} == {row.name for row in facts.rows_of(args)}
     assert found[512, facts.OURS][0].compactions > 0
     assert all(answer.log_probability < 0 for answer in run.answers)
-    assert found[512, facts.TRUNCATED][0].chat_tokens == pytest.approx(found[512, facts.OURS][0].chat_tokens, abs=1)
-    assert all(answer.kv_tokens <= 512 for answer in found[512, facts.OURS])
+    assert found[512, facts.TRUNCATED][0].chat_tokens == pytest.approx(found[512, facts.OURS][0].chat_tokens, abs=8)
+    assert all(answer.kv_tokens <= 512 for answer in run.answers if answer.trigger)
     assert found[512, "ours, 1 recalled"][0].originals_bytes > 0
     written = json.loads(out.read_text())
     facts.Run(memory, args).run(SHORT, facts.rows_of(args))
