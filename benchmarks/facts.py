@@ -3,8 +3,8 @@
     python benchmarks/facts.py --model MODEL --triggers 512 1024
     python benchmarks/facts.py --model MODEL --triggers 1024 --tokens 20000 --recall 1 3
 
-In each of five chats a person tells 20 facts of 20 kinds among small talk and pages of a diary, in some 3,000 tokens.
-Then each fact is asked for as a chat turn, on a branch that is thrown away. Right means: the greedy answer names an
+In each of five chats a person tells 20 facts of 20 kinds among small talk and prose, in 3,000 to 3,300 tokens. Then
+each fact is asked for as a chat turn, on a branch that is thrown away. Right means: the greedy answer names an
 accepted value. The log probability is that of the whole right answer after the opening of an answer, in nats.
 
 Rows: the full cache; ours; ours with each --policy; the same keys with nothing fitted; a uniform budget; everything
