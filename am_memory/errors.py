@@ -168,3 +168,8 @@ def shortened(text: str, max_chars: int) -> str:
     """Both ends of a text that is longer than `max_chars`; a shorter text as it is."""
     half = max_chars // 2
     return text if len(text) <= max_chars else f"{text[:half]}...{text[-half:]}"
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """A number with its noun: "1 token", "5,312 tokens"."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from am_memory.compaction.plan import require_progress, trigger_in_tokens
 from am_memory.engines.base import Engine, Message
 from am_memory.engines.names import DtypeName, EngineName, as_dtype, require_engine_name
-from am_memory.errors import InvalidInput, InvalidPolicy, SessionNotFound, StorageError, require_kind
+from am_memory.errors import InvalidInput, InvalidPolicy, SessionNotFound, StorageError, counted, require_kind
 from am_memory.events import Event, Listener, OriginUnknown, PolicyChanged, ignore, log
 from am_memory.kv_cache.cache import KVCache, Snapshot
 from am_memory.policy import MemoryPolicy
@@ -28,7 +28,7 @@ from am_memory.session.resuming import changes_of, check_content, check_origin, 
 from am_memory.session.saving import SavedCopy, rename, restored
 from am_memory.session.session import Session
 from am_memory.session.shared import Shared
-from am_memory.session.stats import counted, html_table
+from am_memory.session.stats import html_table
 from am_memory.storage.session_file import SavedSession
 from am_memory.storage.store import ANY, Store
 from am_memory.text.sampling import Sampling

@@ -22,7 +22,7 @@ from am_memory.conversations.prompts import Prompt
 from am_memory.conversations.tool_calls import prepare
 from am_memory.conversations.turn import ChatTurn, Save
 from am_memory.engines.base import Message
-from am_memory.errors import InvalidInput, SessionDeleted, SessionNotFound, StorageError, require_room
+from am_memory.errors import InvalidInput, SessionDeleted, SessionNotFound, StorageError, counted, require_room
 from am_memory.memory import Memory
 from am_memory.policy import MemoryPolicy
 from am_memory.session.saving import Packed, pack, rename, saved_copy, write
@@ -55,8 +55,9 @@ class Threads:
 
     def __repr__(self) -> str:
         branches = self.all_branches()
-        num_threads, size = len({branch.thread for branch in branches}), self._pool.kv_bytes / 2**20
-        return f"Threads({num_threads} threads with {len(branches)} branches in memory, {size:.1f} MiB)"
+        threads = counted(len({branch.thread for branch in branches}), "thread")
+        size = f"{self._pool.kv_bytes / 2**20:,.1f} MiB"
+        return f"Threads({threads} with {counted(len(branches), 'branch', 'branches')} in memory, {size})"
 
     def turn(
         self,

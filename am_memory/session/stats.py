@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 
+from am_memory.errors import counted
+
 MEBIBYTE = 2**20
 
 
@@ -58,11 +60,6 @@ def table_rows(stats: Stats) -> dict[str, str]:
     if stats.originals_bytes:
         rows["originals"] = mebibytes(stats.originals_bytes)
     return rows
-
-
-def counted(number: int, noun: str) -> str:
-    """A number with its noun: "1 token", "5,312 tokens"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def mebibytes(num_bytes: int) -> str:

@@ -535,4 +535,4 @@ def test_layers_are_of_the_kind_that_their_window_says() -> None:
 def test_a_cache_says_what_it_holds_in_one_line() -> None:
     assert repr(new_cache()) == "<KVCache: 0 tokens in 0 slots, 0.0 MiB, 0 segments>"
     cache = compacted_cache(num_tokens=50, end=30, num_slots=40)
-    assert repr(cache) == f"<KVCache: 50 tokens in {cache.kv_tokens:,.0f} slots, 0.0 MiB, 1 segments>"
+    assert repr(cache) == f"<KVCache: 50 tokens in {cache.kv_tokens:,.0f} slots, 0.0 MiB, 1 segment>"

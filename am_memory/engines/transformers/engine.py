@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -288,6 +289,11 @@ class _Reading:
             layer.query_sink = sink
 
 
+def _name(source: str) -> str:
+    """A hub id as it is; the name alone of a folder, whose path is this machine's business."""
+    return Path(source).resolve().name if Path(source).is_dir() else source
+
+
 def _model_info(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -299,7 +305,7 @@ def _model_info(
     config = model.config.get_text_config(decoder=True)
     sources = (tokenizer.eos_token_id, config.eos_token_id, model.generation_config.eos_token_id)
     return ModelInfo(
-        name=str(model.config.name_or_path or type(model).__name__),
+        name=_name(str(model.config.name_or_path or type(model).__name__)),
         fingerprint=fingerprint,
         vocab_size=config.vocab_size,
         window_tokens=window_tokens,

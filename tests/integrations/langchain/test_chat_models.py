@@ -710,7 +710,7 @@ def test_a_model_says_in_a_line_what_it_holds(new_model: NewModel) -> None:
     model = new_model()
     model.invoke("hello", CONFIG)
     name = model.memory.engine.info.name
-    assert str(model).startswith(f"ChatAMMemory({name!r}, Threads(1 threads with 1 branches in memory, ")
+    assert str(model).startswith(f"ChatAMMemory({name!r}, Threads(1 thread with 1 branch in memory, ")
 
 
 def test_what_a_model_is_loaded_with_is_what_was_set(
