@@ -142,7 +142,7 @@ def test_what_only_one_pass_can_give_is_refused_of_several(
 ) -> None:
     """The loss, and the hidden states, were those of the last piece."""
     cache, name = memory.cache(), next(iter(asked))
-    with pytest.raises(UnsupportedOperation, match=rf"a pass with {name} reads its 100 tokens at once, and no more"):
+    with pytest.raises(UnsupportedOperation, match=rf"a pass with {name} reads its 100 tokens at once, but only"):
         tiny_model(ids(some_tokens(100)), cache=cache, **asked)
     assert cache.num_tokens == 0
 

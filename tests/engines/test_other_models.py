@@ -154,7 +154,7 @@ def test_what_cannot_be_loaded_says_how_else(byte_tokenizer: PreTrainedTokenizer
 
 @pytest.mark.parametrize("asked", [{"window_tokens": 64}, {"trust_remote_code": True}], ids=str)
 def test_what_is_for_transformers_alone_is_refused_of_llama_cpp(asked: dict[str, object]) -> None:
-    with pytest.raises(InvalidInput, match="are for engine='transformers'"):
+    with pytest.raises(InvalidInput, match="work with engine='transformers' only"):
         Memory.from_pretrained("demo", engine="llama_cpp", **asked)
 
 
