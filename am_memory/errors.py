@@ -7,6 +7,8 @@ from difflib import get_close_matches
 from numbers import Integral
 from typing import Any
 
+from am_memory.formatting import shortened
+
 MAX_VALUE_CHARS = 200
 """Characters of an invalid value that a message shows."""
 
@@ -162,14 +164,3 @@ def _problem(error: Mapping[str, Any], names: Sequence[str], *, shows_value: boo
         return "", message
     value = f" {shortened(repr(error['input']), MAX_VALUE_CHARS)}" if shows_value else ""
     return f"{path}{value}: ", message
-
-
-def shortened(text: str, max_chars: int) -> str:
-    """Both ends of a text that is longer than `max_chars`; a shorter text as it is."""
-    half = max_chars // 2
-    return text if len(text) <= max_chars else f"{text[:half]}...{text[-half:]}"
-
-
-def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """A number with its noun: "1 token", "5,312 tokens"."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

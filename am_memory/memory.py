@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 from am_memory.compaction.plan import require_progress, trigger_in_tokens
 from am_memory.engines.base import Engine, Message
 from am_memory.engines.names import DtypeName, EngineName, as_dtype, require_engine_name
-from am_memory.errors import InvalidInput, InvalidPolicy, SessionNotFound, StorageError, counted, require_kind
+from am_memory.errors import InvalidInput, InvalidPolicy, SessionNotFound, StorageError, require_kind
 from am_memory.events import Event, Listener, OriginUnknown, PolicyChanged, ignore, log
+from am_memory.formatting import counted
 from am_memory.kv_cache.cache import KVCache, Snapshot
 from am_memory.policy import MemoryPolicy
 from am_memory.session.chat_history import ChatHistory

@@ -15,7 +15,7 @@ INTEGRATIONS = ROOT / "integrations"
 
 # A part of am_memory imports those before it and no other, for types or inside functions neither.
 ORDER = (
-    *("errors", "events"),
+    *("formatting", "errors", "events"),
     *("solver", "kv_cache"),
     "engines",
     *("policy", "budgets"),

@@ -19,7 +19,7 @@ from rich.table import Table
 from am_memory.cli.display import EventBars, status
 from am_memory.cli.letters import Fact, Letter, letters
 from am_memory.cli.options import Loading, with_options
-from am_memory.session.stats import mebibytes
+from am_memory.formatting import mebibytes
 
 if TYPE_CHECKING:
     from am_memory.session.session import Session

@@ -25,7 +25,7 @@ from am_memory.events import (
     SessionRebuilt,
     WindowExceeded,
 )
-from am_memory.session.stats import MEBIBYTE, mebibytes
+from am_memory.formatting import MEBIBYTE, mebibytes
 
 if TYPE_CHECKING:
     from am_memory.session.session import Session

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from am_memory.cli.options import StoreURL, default_store
 from am_memory.errors import SessionNotFound
-from am_memory.session.stats import MEBIBYTE, mebibytes
+from am_memory.formatting import MEBIBYTE, mebibytes
 
 if TYPE_CHECKING:
     from am_memory.kv_cache.layers import TailState

@@ -12,7 +12,7 @@ import typer
 
 from am_memory.cli.options import Loading, with_options
 from am_memory.errors import InvalidInput
-from am_memory.session.stats import MEBIBYTE
+from am_memory.formatting import MEBIBYTE
 
 if TYPE_CHECKING:
     from am_memory_server.settings import ServerSettings

@@ -22,7 +22,8 @@ from am_memory.conversations.prompts import Prompt
 from am_memory.conversations.tool_calls import prepare
 from am_memory.conversations.turn import ChatTurn, Save
 from am_memory.engines.base import Message
-from am_memory.errors import InvalidInput, SessionDeleted, SessionNotFound, StorageError, counted, require_room
+from am_memory.errors import InvalidInput, SessionDeleted, SessionNotFound, StorageError, require_room
+from am_memory.formatting import counted, mebibytes
 from am_memory.memory import Memory
 from am_memory.policy import MemoryPolicy
 from am_memory.session.saving import Packed, pack, rename, saved_copy, write
@@ -56,8 +57,8 @@ class Threads:
     def __repr__(self) -> str:
         branches = self.all_branches()
         threads = counted(len({branch.thread for branch in branches}), "thread")
-        size = f"{self._pool.kv_bytes / 2**20:,.1f} MiB"
-        return f"Threads({threads} with {counted(len(branches), 'branch', 'branches')} in memory, {size})"
+        kept = f"{counted(len(branches), 'branch', 'branches')} in memory"
+        return f"Threads({threads} with {kept}, {mebibytes(self._pool.kv_bytes)})"
 
     def turn(
         self,

@@ -16,7 +16,8 @@ from typing import Protocol
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from am_memory.errors import CorruptSession, UnsupportedOperation, counted
+from am_memory.errors import CorruptSession, UnsupportedOperation
+from am_memory.formatting import counted, mebibytes
 from am_memory.kv_cache.int8 import Quantised
 from am_memory.kv_cache.layers import CompactableLayer, LayerState, SlidingLayer, SlidingState, TailState
 from am_memory.kv_cache.rotation import Rotation
@@ -83,7 +84,7 @@ class Sized(Protocol):
 
 def cache_repr(cache: Sized) -> str:
     """One line with what a cache holds."""
-    size = f"{counted(round(cache.kv_tokens), 'slot')}, {cache.nbytes / 2**20:,.1f} MiB"
+    size = f"{counted(round(cache.kv_tokens), 'slot')}, {mebibytes(cache.nbytes)}"
     segments = counted(len(cache.segments), "segment")
     return f"<{type(cache).__name__}: {counted(cache.num_tokens, 'token')} in {size}, {segments}>"
 

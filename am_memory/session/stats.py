@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 
-from am_memory.errors import counted
-
-MEBIBYTE = 2**20
+from am_memory.formatting import counted, mebibytes
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,10 +58,6 @@ def table_rows(stats: Stats) -> dict[str, str]:
     if stats.originals_bytes:
         rows["originals"] = mebibytes(stats.originals_bytes)
     return rows
-
-
-def mebibytes(num_bytes: int) -> str:
-    return f"{num_bytes / MEBIBYTE:,.1f} MiB"
 
 
 def html_table(title: str, rows: Mapping[str, object]) -> str:

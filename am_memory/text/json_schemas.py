@@ -16,7 +16,8 @@ import jsonschema_rs
 from jsonschema_rs import ValidationErrorKind as _Kind
 from llguidance import LLMatcher
 
-from am_memory.errors import InvalidInput, shortened
+from am_memory.errors import InvalidInput
+from am_memory.formatting import shortened
 
 Schema = dict[str, object]
 

@@ -19,8 +19,8 @@ from am_memory.errors import (
     PromptTooLong,
     SessionNotFound,
     UnsupportedOperation,
-    shortened,
 )
+from am_memory.formatting import shortened
 from am_memory_server.jobs import AnswerNotRead, QueueFull, ShuttingDown
 from am_memory_server.request_schemas import UNKNOWN_NAME
 

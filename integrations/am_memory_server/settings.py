@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from am_memory.errors import InvalidInput, problems
-from am_memory.session.stats import MEBIBYTE
+from am_memory.formatting import MEBIBYTE
 
 MAX_SHARES = 4
 """With more keys than this, a key may still have a quarter of `max_pending_bytes`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from am_memory import Memory, MemoryPolicy, Stats
 from am_memory.engines.transformers import TransformersEngine
-from am_memory.errors import counted
+from am_memory.formatting import counted
 from am_memory.session.stats import html_table
 
 STATS = Stats(
