@@ -99,9 +99,8 @@ class CompactionJob:
         sources = QuerySources(self.engine, self.policy, self.live, progress)
         with failures(self.plan.newest):
             passage, record = self._prepare(sources)
-            fits = (self._fit_on_policy if self.policy.experiments.on_policy else self._fit)(
-                passage, record.plan, sources
-            )
+            fit = self._fit_on_policy if self.policy.experiments.on_policy else self._fit
+            fits = fit(passage, record.plan, sources)
         return CompactionResult(
             record=replace(record, plan=fits.plan),
             slots=fits.slots_by_layer(self.policy),
@@ -137,11 +136,13 @@ class CompactionJob:
         conversations, summary = sources.converse(self.cache), None
         if self.policy.experiments.summary_tokens is not None:
             end = self.plan.newest.end
-            max_tokens, on_progress = (
-                min(self.policy.experiments.summary_tokens, end - self.start),
-                sources.stage("summary"),
+            summary = write_summary(
+                self.engine,
+                self.cache,
+                end,
+                max_tokens=min(self.policy.experiments.summary_tokens, end - self.start),
+                on_progress=sources.stage("summary"),
             )
-            summary = write_summary(self.engine, self.cache, end, max_tokens=max_tokens, on_progress=on_progress)
         at_tokens = self.cache.num_tokens
         live_start = self.live.start if self.live is not None else 0
         return CompactionRecord(

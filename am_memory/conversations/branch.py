@@ -73,15 +73,15 @@ class Branch:
         """How many of its first entries it shares with a prompt, up to the last cut that both have."""
         return last_common_cut(self.cuts, prompt.cuts, num_shared(self.keys, prompt.keys))
 
-    def end_of(self, count: int) -> int:
-        """Tokens of the first `count` entries, which must end at a cut."""
-        end = self.ends[count - 1]
+    def end_of(self, num_entries: int) -> int:
+        """Tokens of the first `num_entries` entries, which must end at a cut."""
+        end = self.ends[num_entries - 1]
         assert end is not None
         return end
 
-    def can_rewind(self, count: int) -> bool:
-        """Whether it can go on from its first `count` entries without reading anything again."""
-        return self.session.can_rewind(self.end_of(count))
+    def can_rewind(self, num_entries: int) -> bool:
+        """Whether it can go on from its first `num_entries` entries without reading anything again."""
+        return self.session.can_rewind(self.end_of(num_entries))
 
     @property
     def was_saved(self) -> bool:

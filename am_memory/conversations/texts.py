@@ -54,9 +54,9 @@ class KeptText:
         """How many of its first tokens a prompt of the same owner begins with."""
         return _num_shared(self.tokens, tokens) if self.owner == owner else 0
 
-    def can_rewind(self, count: int) -> bool:
-        """Whether it can go on from its first `count` tokens without reading anything again."""
-        return self.session.can_rewind(count)
+    def can_rewind(self, num_tokens: int) -> bool:
+        """Whether it can go on from its first `num_tokens` tokens without reading anything again."""
+        return self.session.can_rewind(num_tokens)
 
     def is_prefix_of(self, other: KeptText) -> bool:
         """Whether the other one begins with all of this one."""
