@@ -51,8 +51,11 @@ class Original(Protocol):
         """Why reading them failed; None: it has not failed so far."""
         ...
 
-    def layers(self) -> list[KeysAndValues]:
+    def layers(self, start: int | None = None, end: int | None = None) -> list[KeysAndValues]:
         """Keys and values of each layer, in host memory.
+
+        Args:
+            start, end: logical tokens within the original's; None: from its first, to its last.
 
         Raises:
             OriginalLost: they cannot be read, or differ from what was kept.
@@ -81,8 +84,8 @@ class HostOriginal:
     def digest(self) -> str:
         return sha256(self.packed()).hexdigest()
 
-    def layers(self) -> list[KeysAndValues]:
-        return list(self.entries)
+    def layers(self, start: int | None = None, end: int | None = None) -> list[KeysAndValues]:
+        return _cut(self, self.entries, start, end)
 
     def packed(self) -> bytes:
         return _packed(self.entries)
@@ -119,8 +122,8 @@ class FileOriginal:
         weakref.finalize(original, file.free, offset, len(data)).atexit = False  # the file ends with the process
         return original
 
-    def layers(self) -> list[KeysAndValues]:
-        return unpacked(self.packed())
+    def layers(self, start: int | None = None, end: int | None = None) -> list[KeysAndValues]:
+        return _cut(self, unpacked(self.packed()), start, end)
 
     def packed(self) -> bytes:
         try:
@@ -191,17 +194,30 @@ def unpacked(data: bytes) -> list[KeysAndValues]:
         raise OriginalLost(f"what should be original entries is something else: {error}") from error
 
 
+def _cut(
+    original: Original, entries: Iterable[KeysAndValues], start: int | None, end: int | None
+) -> list[KeysAndValues]:
+    """The entries of an original's tokens [start, end), as views."""
+    first = 0 if start is None else start - original.start
+    last = original.end - original.start if end is None else end - original.start
+    return [(key[:, first:last], value[:, first:last]) for key, value in entries]
+
+
 def between(originals: Sequence[Original], start: int, end: int) -> list[KeysAndValues] | None:
-    """The entries of the tokens [start, end); None unless consecutive originals cover exactly these.
+    """The entries of the tokens [start, end); None unless consecutive originals hold all of these.
+
+    Args:
+        originals: in the order of their tokens; no two hold the same token.
 
     Raises:
         OriginalLost: one of these originals turned out to be lost.
     """
     parts = [original for original in originals if original.start < end and original.end > start and not original.lost]
-    edges = [start, *itertools.chain.from_iterable((part.start, part.end) for part in parts), end]
+    spans = [(max(part.start, start), min(part.end, end)) for part in parts]
+    edges = [start, *itertools.chain.from_iterable(spans), end]
     if any(one != other for one, other in zip(edges[::2], edges[1::2], strict=True)):
         return None
-    layers = zip(*(part.layers() for part in parts), strict=True)
+    layers = zip(*(part.layers(*span) for part, span in zip(parts, spans, strict=True)), strict=True)
     return [
         (torch.cat([key for key, _ in pieces], dim=1), torch.cat([value for _, value in pieces], dim=1))
         for pieces in layers
