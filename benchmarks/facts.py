@@ -2,10 +2,13 @@
 
     python benchmarks/facts.py --model MODEL --triggers 512 1024
     python benchmarks/facts.py --model MODEL --triggers 1024 --tokens 20000 --recall 1 3
+    python benchmarks/facts.py --model MODEL --triggers 512 1024 --questions places
 
 In each of five chats a person tells 20 facts of 20 kinds among small talk and prose, in 3,000 to 3,300 tokens. Then
-each fact is asked for as a chat turn, on a branch that is thrown away. Right means: the greedy answer names an
-accepted value. The log probability is that of the whole right answer after the opening of an answer, in nats.
+each fact is asked for as a chat turn, on a branch that is thrown away. With --questions places, each chat gets 8
+questions instead whose answers need two turns or more. Right means: the greedy answer names an accepted value. The log
+probability is that of the whole right answer after the opening of an answer, in nats. F1 is that of the greedy answer's
+words and the accepted value's; a whole sentence lowers it.
 
 Rows: the full cache; ours; ours with each --policy; the same keys with nothing fitted; a uniform budget; everything
 compacted again each time ("refit"); the system prompt and the last tokens read again, as many as ours holds; and with
@@ -24,7 +27,7 @@ from typing import get_args
 
 import torch
 from common import machine, mean_of, read_json, table, write_json
-from facts_files import Chat, Fact, lengthened, load_all
+from facts_files import FACTS, QUESTIONS, Chat, Fact, lengthened, load_all
 
 from am_memory import Experiments, Memory, MemoryPolicy, Sampling, Session
 from am_memory.cli.questions import PLAIN, question_turn
@@ -61,11 +64,13 @@ class Answer:
     """One answer, and the cache that it was written with.
 
     Attributes:
-        quarter: of the chat, 0 the oldest, where the fact was told last.
+        quarter: of the chat, 0 the oldest, where the fact was told last; of several places, the oldest one's.
         log_probability: of the whole right answer, in nats.
         chat_tokens: physical size of the chat, before the question.
         kv_tokens, kv_bytes: the largest physical size while it was written, and the bytes on the device.
         seconds_to_read: the whole chat, its compactions among it.
+        questions: the set that was asked.
+        token_f1: of the text; None if the file was written before there was one.
     """
 
     chat: str
@@ -83,6 +88,8 @@ class Answer:
     seconds_to_read: float
     seconds: float
     text: str
+    questions: str = FACTS
+    token_f1: float | None = None
 
 
 def read(memory: Memory, chat: Chat, policy: MemoryPolicy) -> Session:
@@ -134,7 +141,7 @@ def ask_all(
     session: Session, chat: Chat, trigger: int, row: Row, seconds_to_read: float, args: argparse.Namespace
 ) -> list[Answer]:
     answers = []
-    for fact in chat.facts:
+    for fact in chat.asked(args.questions):
         started = time.perf_counter()
         branch = session.fork()
         if row.recall:
@@ -147,7 +154,7 @@ def ask_all(
                 trigger=trigger,
                 row=row.name,
                 kind=fact.kind,
-                quarter=QUARTERS * fact.turn // len(chat.turns),
+                quarter=QUARTERS * fact.turns[0] // len(chat.turns),
                 right=fact.is_right(text),
                 log_probability=probability,
                 chat_tokens=session.stats.kv_tokens,
@@ -158,6 +165,8 @@ def ask_all(
                 seconds_to_read=seconds_to_read,
                 seconds=time.perf_counter() - started,
                 text=text,
+                questions=args.questions,
+                token_f1=fact.token_f1(text),
             )
         )
     return answers
@@ -177,12 +186,16 @@ class Run:
         self.full = None
         for row in rows:
             for trigger in (0,) if row.name == FULL else self.args.triggers:
-                if any((one.chat, one.trigger, one.row) == (chat.name, trigger, row.name) for one in self.answers):
+                if any((one.chat, one.trigger, one.row) == (chat.name, trigger, row.name) for one in self.asked()):
                     continue
                 try:
                     self.run_row(chat, trigger, row)
                 except REFUSALS as error:
                     print(f"{chat.name}, trigger {trigger}, {row.name}: left out: {error}", flush=True)
+
+    def asked(self) -> list[Answer]:
+        """The answers to the questions of this run. The file may hold both sets."""
+        return [answer for answer in self.answers if answer.questions == self.args.questions]
 
     def run_row(self, chat: Chat, trigger: int, row: Row) -> None:
         started = time.perf_counter()
@@ -207,7 +220,7 @@ class Run:
     def truncated_size(self, chat: Chat, trigger: int) -> int:
         """Tokens of the truncated chat: as many as ours holds, or fewer so that question and answer fit."""
         engine, new_tokens = self.memory.engine, self.args.new_tokens
-        turns = [engine.encode(question_turn(engine, fact.question, "")) for fact in chat.facts]
+        turns = [engine.encode(question_turn(engine, fact.question, "")) for fact in chat.asked(self.args.questions)]
         most = trigger - max(len(turn) for turn in turns) - new_tokens
         rows = ((one.chat, one.trigger, one.row, one.chat_tokens) for one in self.answers)
         return min(next((round(size) for *row, size in rows if row == [chat.name, trigger, OURS]), most), most)
@@ -248,6 +261,7 @@ def summary(answers: Sequence[Answer]) -> str:
                 of_full,
                 flipped,
                 f"{mean_of(fields, 'log_probability'):.2f}",
+                "" if any(one.token_f1 is None for one in group) else f"{mean_of(fields, 'token_f1'):.3f}",
                 f"{mean_of(fields, 'kv_tokens'):,.0f}",
                 f"{max(one.kv_tokens for one in group):,.0f}",
                 f"{mean_of(fields, 'kv_bytes') / 2**20:.1f}",
@@ -258,8 +272,9 @@ def summary(answers: Sequence[Answer]) -> str:
             )
         )
         by_age.append((trigger or "", name, *(f"{sum(some)} of {len(some)}" for some in by_quarter)))
-    header = ("trigger", "cache", "right", "of full", "flipped", "log probability", "tokens held, mean", "at most")
-    header += ("MiB on the device", "MiB of originals", "compactions", "s to read", "s / answer")
+    header = ("trigger", "cache", "right", "of full", "flipped", "log probability", "F1")
+    header += ("tokens held, mean", "at most", "MiB on the device", "MiB of originals")
+    header += ("compactions", "s to read", "s / answer")
     kinds = dict.fromkeys(one.kind for one in answers)
     columns = [f"{name} {trigger or ''}".strip() for trigger, name in found]
     by_kind = [
@@ -287,6 +302,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--engine", choices=get_args(EngineName), default="transformers")
     parser.add_argument("--triggers", type=int, nargs="+", default=[512, 1024], help="in tokens")
+    parser.add_argument("--questions", choices=QUESTIONS, default=FACTS, help="told in one place, or in several")
     parser.add_argument("--chats", nargs="+", help="only these, by name")
     parser.add_argument("--tokens", type=int, default=0, help="make each chat about so long; 0: as it is")
     names = [FULL, *CHANGES, TRUNCATED]
@@ -309,8 +325,9 @@ def main() -> None:
                 lengthened(chat, chats, args.tokens, lambda text: len(memory.tokenize(text))) if args.tokens else chat
             )
             run.run(longer, rows_of(args))
-    num_chats = len({answer.chat for answer in run.answers})
-    print(f"\n{args.model}, {args.engine}, {num_chats} chats; {machine()}\n\n{summary(run.answers)}")
+    answers = run.asked()
+    num_chats = len({answer.chat for answer in answers})
+    print(f"\n{args.model}, {args.engine}, {args.questions}, {num_chats} chats; {machine()}\n\n{summary(answers)}")
 
 
 if __name__ == "__main__":

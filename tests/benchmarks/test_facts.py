@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import facts
+import facts_files
 import pytest
 from facts_files import Chat, Fact, last_place, lengthened, load, load_all, normalised
 
@@ -17,6 +18,7 @@ from am_memory.engines.transformers import TransformersEngine
 
 CHATS = load_all()
 EVERY_FACT = [pytest.param(chat, fact, id=f"{chat.name}, {fact.kind}") for chat in CHATS for fact in chat.facts]
+EVERY_PLACES = [pytest.param(chat, fact, id=f"{chat.name}, {fact.kind}") for chat in CHATS for fact in chat.places]
 SHORT = Chat(
     "short",
     (
@@ -25,9 +27,10 @@ SHORT = Chat(
         ("On Sunday, then.", "Yes."),
     ),
     (
-        Fact("owl", 0, "Which name has the bird?", "It is", ("Bella",)),
-        Fact("match", 2, "When do we play?", "We play on", ("Sunday",), ("Monday",)),
+        Fact("owl", (0,), "Which name has the bird?", "It is", ("Bella",)),
+        Fact("match", (2,), "When do we play?", "We play on", ("Sunday",), ("Monday",)),
     ),
+    (Fact("list", (0, 2), "Who flies, and when do we play?", "These are", ("Bella and Sunday",)),),
 )
 
 
@@ -51,18 +54,47 @@ def test_an_answer_is_told_once_and_an_earlier_value_before_it(chat: Chat, fact:
     said = spoken(chat)
     places = [place for place in range(len(said)) if said.startswith(fact.answer, place)]
     assert len(places) == 1
-    assert fact.answer in chat.turns[fact.turn][0]
+    assert fact.answer in chat.turns[fact.turns[0]][0]
     assert fact.is_right(said)
     for earlier in fact.wrong:
         assert -1 < last_place(normalised(said), earlier) < last_place(normalised(said), fact.answer)
 
 
-@pytest.mark.parametrize(("chat", "fact"), EVERY_FACT)
+@pytest.mark.parametrize(("chat", "fact"), EVERY_FACT + EVERY_PLACES)
 def test_a_question_has_words_of_its_own(chat: Chat, fact: Fact) -> None:
     """It neither repeats four words in a row of the chat, nor gives the answer away."""
     asked = f"{fact.question} {fact.opening}"
     assert not runs_of_words(asked, 4) & runs_of_words(spoken(chat), 4)
     assert not fact.is_right(asked)
+
+
+def test_five_chats_ask_for_the_same_eight_kinds_over_several_places() -> None:
+    kinds = [sorted(fact.kind for fact in chat.places) for chat in CHATS]
+    assert all(len(set(one)) == 8 and one == kinds[0] for one in kinds)
+
+
+@pytest.mark.parametrize("chat", CHATS, ids=lambda chat: chat.name)
+def test_every_place_stands_in_one_turn_and_nowhere_else(chat: Chat) -> None:
+    lines = (facts_files.FOLDER / f"{chat.name}.txt").read_text().partition("\nSeveral places\n")[2].split("\n")
+    for line, fact in zip(filter(None, lines), chat.places, strict=True):
+        places = line.split(" | ")[-1].split(" ; ")
+        assert [spoken(chat).count(place) for place in places] == [1] * len(places)
+        assert {turn for turn, (user, _) in enumerate(chat.turns) for place in places if place in user} == {*fact.turns}
+
+
+@pytest.mark.parametrize(("chat", "fact"), EVERY_PLACES)
+def test_places_lie_apart_and_every_accepted_answer_is_right(chat: Chat, fact: Fact) -> None:
+    assert len(fact.turns) >= 2
+    assert min(later - earlier for earlier, later in pairwise(fact.turns)) >= 2
+    assert all(fact.is_right(accepted.replace(" + ", " and ")) for accepted in fact.accepted)
+    assert not any(fact.is_right(other.answer) for other in chat.places if other.answer != fact.answer)
+    assert fact.token_f1(fact.answer) == 1
+
+
+@pytest.mark.parametrize(("chat", "fact"), [param for param in EVERY_PLACES if param.values[1].kind == "list"])
+def test_no_turn_tells_a_whole_list(chat: Chat, fact: Fact) -> None:
+    assert not any(fact.is_right("\n".join(turn)) for turn in chat.turns)
+    assert fact.is_right(spoken(chat))
 
 
 def test_plans_change_once_in_every_chat() -> None:
@@ -74,7 +106,7 @@ def test_plans_change_once_in_every_chat() -> None:
 
 def test_facts_lie_all_over_a_chat() -> None:
     for chat in CHATS:
-        turns = sorted(fact.turn for fact in chat.facts)
+        turns = sorted(fact.turns[0] for fact in chat.facts)
         assert all(sum(start <= 4 * turn // len(chat.turns) < start + 1 for turn in turns) >= 3 for start in range(4))
         assert max(later - earlier for earlier, later in pairwise(turns)) <= 6
 
@@ -86,6 +118,7 @@ def test_chats_share_no_answer_and_hardly_a_phrase() -> None:
             told = {fact.answer for fact in chat.facts if fact.kind != "plan"}
             assert not told & {fact.answer for fact in other.facts}
             assert not {fact.question for fact in chat.facts} & {fact.question for fact in other.facts}
+            assert not {fact.question for fact in chat.places} & {fact.question for fact in other.places}
 
 
 def test_a_longer_chat_tells_the_same_facts_once() -> None:
@@ -93,9 +126,9 @@ def test_a_longer_chat_tells_the_same_facts_once() -> None:
         longer = lengthened(chat, CHATS, 12_000, lambda text: len(text.split()))
         assert 12_000 <= len(spoken(longer).split()) < 12_400
         assert len(set(longer.turns)) == len(longer.turns)
-        for before, fact in zip(chat.facts, longer.facts, strict=True):
-            assert spoken(longer).count(fact.answer) == 1
-            assert longer.turns[fact.turn] == chat.turns[before.turn]
+        assert all(spoken(longer).count(fact.answer) == 1 for fact in longer.facts)
+        for before, fact in zip(chat.facts + chat.places, longer.facts + longer.places, strict=True):
+            assert [longer.turns[turn] for turn in fact.turns] == [chat.turns[turn] for turn in before.turns]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +157,22 @@ def test_a_longer_chat_tells_the_same_facts_once() -> None:
     ],
 )
 def test_scoring(accepted: tuple[str, ...], wrong: tuple[str, ...], text: str, right: bool) -> None:
-    assert Fact("kind", 0, "What?", "It is", accepted, wrong).is_right(text) is right
+    assert Fact("kind", (0,), "What?", "It is", accepted, wrong).is_right(text) is right
+
+
+@pytest.mark.parametrize(
+    ("text", "f1"),
+    [
+        ("11 days", 1.0),
+        ("The eleven days.", 1.0),
+        ("It took eleven days in all.", 0.5),
+        ("Nine days.", 0.5),
+        ("A week.", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_f1_counts_the_words_shared_with_the_nearest_accepted_answer(text: str, f1: float) -> None:
+    assert Fact("sum", (0, 2), "How long?", "It took", ("11 days", "eleven days")).token_f1(text) == f1
 
 
 @pytest.mark.parametrize(
@@ -133,6 +181,10 @@ def test_scoring(accepted: tuple[str, ...], wrong: tuple[str, ...], text: str, r
         ("User: Hello.\n\nAnna: Hello.\n\nFacts\n", "a turn needs"),
         ("User: It is red.\n\nModel: Yes.\n\nFacts\n\ncolour | Which? | red\n", "3 fields"),
         ("User: It is red.\n\nModel: Yes.\n\nFacts\n\ncolour | Which? | It is | blue\n", "nobody says 'blue'"),
+        (
+            "User: It is red.\n\nModel: Yes.\n\nFacts\n\nSeveral places\n\nsum | Which? | It is | red\n",
+            "4 fields, not 5",
+        ),
     ],
 )
 def test_a_file_that_is_no_chat_is_refused(tmp_path: Path, text: str, problem: str) -> None:
@@ -148,7 +200,7 @@ def test_every_row_answers_every_question_and_is_not_run_twice(
     out = tmp_path / "answers.json"
     args = argparse.Namespace(
         triggers=[512], rows=[facts.FULL, *facts.CHANGES, facts.TRUNCATED], policy=['{"keep_ratio": 0.3}'], recall=[1],
-        new_tokens=2, out=str(out),
+        new_tokens=2, out=str(out), questions=facts_files.FACTS,
     )  # fmt: skip
     memory = Memory(engine=engine, policy=PLAIN)
     run = facts.Run(memory, args)
@@ -166,3 +218,34 @@ def test_every_row_answers_every_question_and_is_not_run_twice(
     assert json.loads(out.read_text()) == written
     assert "| 512 | ours |" in facts.summary(run.answers)
     assert "left out" not in capsys.readouterr().out
+
+
+def first_row(summary: str) -> dict[str, str]:
+    header, _, row, *_ = ([cell.strip() for cell in line.split("|")] for line in summary.splitlines())
+    return dict(zip(header, row, strict=True))
+
+
+def test_a_file_holds_the_answers_to_both_sets_and_to_older_runs(engine: TransformersEngine, tmp_path: Path) -> None:
+    out, memory = tmp_path / "answers.json", Memory(engine=engine, policy=PLAIN)
+
+    def run(questions: str) -> list[facts.Answer]:
+        args = argparse.Namespace(
+            triggers=[512], rows=[facts.FULL, facts.OURS], policy=[], recall=[], new_tokens=2, out=str(out),
+            questions=questions,
+        )  # fmt: skip
+        one = facts.Run(memory, args)
+        one.run(SHORT, facts.rows_of(args))
+        return one.asked()
+
+    run(facts_files.FACTS)
+    older = json.loads(out.read_text())
+    for answer in older:
+        del answer["questions"], answer["token_f1"]
+    out.write_text(json.dumps(older))
+
+    places = run(facts_files.PLACES)
+    assert [(one.row, one.kind, one.quarter) for one in places] == [(facts.FULL, "list", 0), (facts.OURS, "list", 0)]
+    assert first_row(facts.summary(places))["F1"] == f"{places[0].token_f1:.3f}"
+    told_once = run(facts_files.FACTS)
+    assert [one.text for one in told_once] == [answer["text"] for answer in older]
+    assert first_row(facts.summary(told_once))["F1"] == ""
