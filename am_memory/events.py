@@ -168,6 +168,19 @@ class OriginalsLost:
 
 
 @dataclass(frozen=True)
+class OriginalsDropped:
+    """The memory had no more room for the exact entries of the tokens [start, end): they cannot be recalled.
+
+    `reason` names its bounds, `originals_bytes` and `originals_disk_bytes`.
+    """
+
+    session: str
+    start: int
+    end: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class OriginUnknown:
     """A saved session goes on, but does not record which `parts` ("model", "tokenizer"...) it was saved with."""
 
@@ -206,6 +219,7 @@ Event = (
     | SpanRecalled
     | SpanPutAway
     | OriginalsLost
+    | OriginalsDropped
     | OriginUnknown
     | PolicyChanged
 )
@@ -254,6 +268,8 @@ def log(event: Event) -> None:
             )
         case OriginalsLost(session, start, end, reason):
             logger.warning("session %r: the originals of tokens %d to %d are lost: %s", session, start, end, reason)
+        case OriginalsDropped(session, start, end, reason):
+            logger.info("session %r: the originals of tokens %d to %d are dropped: %s", session, start, end, reason)
         case SpanPutAway(session, start, end, kv_tokens):
             logger.info(
                 "session %r: tokens %d to %d are compact again; cache has %.0f tokens", session, start, end, kv_tokens

@@ -11,7 +11,7 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from am_memory.compaction.plan import require_progress, trigger_in_tokens
@@ -22,6 +22,7 @@ from am_memory.events import Event, Listener, OriginUnknown, PolicyChanged, igno
 from am_memory.formatting import counted
 from am_memory.kv_cache.cache import KVCache, Snapshot
 from am_memory.policy import MemoryPolicy
+from am_memory.recall.original_store import OriginalStore
 from am_memory.session.chat_history import ChatHistory
 from am_memory.session.context import Context
 from am_memory.session.generate_hook import watched
@@ -52,6 +53,10 @@ class Memory:
         on_event: called with every event of `am_memory.events`. The main ones are also logged, to `am_memory`.
         trust_messages: read control tokens that messages spell (`<|im_end|>`) as control tokens. By default they are
             plain text, and only the chat template writes control tokens, so that nobody can speak in another's turn.
+        originals_bytes: host memory that the originals of all sessions may take: the exact entries of compacted
+            tokens. The least recently used move to disk. None: an eighth of the memory of the machine or container.
+        originals_disk_bytes: what originals may take in the folder for temporary files. The least recently used are
+            dropped. None: a quarter of what is free there.
 
     Attributes:
         engine, policy, sampling, store, on_event, trust_messages: as given, or their defaults.
@@ -59,7 +64,7 @@ class Memory:
             memory was given none.
 
     Raises:
-        InvalidInput: `engine`, `policy` or `sampling` is an object of another kind.
+        InvalidInput: `engine`, `policy` or `sampling` is an object of another kind, or a bound is below 0.
         InvalidPolicy: the policy cannot work with this model.
     """
 
@@ -72,6 +77,8 @@ class Memory:
         store: str | os.PathLike[str] | Store | None = None,
         on_event: Listener = ignore,
         trust_messages: bool = False,
+        originals_bytes: int | None = None,
+        originals_disk_bytes: int | None = None,
     ) -> None:
         if isinstance(engine, str | os.PathLike):
             raise InvalidInput(f"engine is {engine!r}: load a model by Memory.from_pretrained({os.fspath(engine)!r})")
@@ -85,7 +92,8 @@ class Memory:
         self.on_event = on_event
         self.trust_messages = trust_messages
         self._listeners: list[Listener] = []
-        self._shared = Shared(engine, self.sampling, self.store, self._notify)
+        originals = OriginalStore(originals_bytes, originals_disk_bytes)
+        self._shared = Shared(engine, self.sampling, self.store, self._notify, originals)
         self._numbers = itertools.count(1)
         # An impossible policy fails here, and not in the first session.
         trigger_tokens = trigger_in_tokens(self.policy, engine.info.window_tokens)
@@ -104,6 +112,8 @@ class Memory:
         store: str | os.PathLike[str] | None = None,
         on_event: Listener = ignore,
         trust_messages: bool = False,
+        originals_bytes: int | None = None,
+        originals_disk_bytes: int | None = None,
         window_tokens: int | None = None,
         trust_remote_code: bool = False,
     ) -> Memory:
@@ -112,7 +122,7 @@ class Memory:
         Args:
             model: a hub id, a local folder, a .gguf file, or "demo" for the bundled model.
             engine: "llama_cpp" runs .gguf files and "demo" quantised, as they are, on the stock llama-cpp-python.
-            policy, store, on_event, trust_messages: see `Memory`.
+            policy, store, on_event, trust_messages, originals_bytes, originals_disk_bytes: see `Memory`.
             device: None: the best there is.
             dtype: of weights and cache, as a torch.dtype or its name; for llama.cpp, of keys and values only. None:
                 bfloat16 on CUDA, float32 on a CPU, float16 for llama.cpp. A CPU that multiplies bfloat16 reads and
@@ -134,6 +144,15 @@ class Memory:
         require_engine_name(engine)
         require_kind(MemoryPolicy, policy=policy)
         dtype = as_dtype(dtype)
+        memory = partial(
+            cls,
+            policy=policy,
+            store=store,
+            on_event=on_event,
+            trust_messages=trust_messages,
+            originals_bytes=originals_bytes,
+            originals_disk_bytes=originals_disk_bytes,
+        )
         if engine == "llama_cpp":
             if compile:
                 raise InvalidInput("compile=True works with engine='transformers' only: llama.cpp is compiled already")
@@ -145,18 +164,14 @@ class Memory:
             from am_memory.engines.llama_cpp import LlamaCppEngine
 
             runs = LlamaCppEngine.from_pretrained(model, device=device, dtype=dtype)
-            return cls(runs, policy, store=store, on_event=on_event, trust_messages=trust_messages)
+            return memory(runs)
         from am_memory.engines.transformers import TransformersEngine
         from am_memory.engines.transformers.loading import load_model
 
         loaded, tokenizer = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        return cls(
+        return memory(
             TransformersEngine(loaded, tokenizer, compile=compile, window_tokens=window_tokens),
-            policy,
             sampling=Sampling.from_generation_config(loaded.generation_config),
-            store=store,
-            on_event=on_event,
-            trust_messages=trust_messages,
         )
 
     def __repr__(self) -> str:
@@ -207,7 +222,10 @@ class Memory:
 
     def _new_context(self, name: str, policy: MemoryPolicy, history: ChatHistory) -> Context:
         cache = self.engine.new_cache()
-        return Context(name, self.engine, policy, self._notify, cache, num_pinned=policy.num_sinks, history=history)
+        originals = self._shared.original_store
+        return Context(
+            name, self.engine, policy, self._notify, cache, originals, num_pinned=policy.num_sinks, history=history
+        )
 
     def load(self, name: str, *, policy: MemoryPolicy | None = None) -> SavedSession:
         """Read a saved session from the store, for `session(name, saved=...)`.
@@ -219,10 +237,10 @@ class Memory:
             StorageError: there is none of that name, or it cannot be read.
         """
         store = self._shared.require_store()
-        saved = store.load(name, device=self.engine.info.device, originals="drop")
+        saved = store.load(name, device=self.engine.info.device)
         check_origin(name, saved, self.engine.info)
         place = (policy or self._policy_of(name, saved)).originals
-        return saved if place == "drop" else store.with_originals(saved, place)
+        return saved if place == "drop" else store.with_originals(saved, self._shared.original_store, place)
 
     def _policy_of(self, name: str, saved: SavedSession) -> MemoryPolicy:
         return policy_of(name, saved, self.policy, is_default=self.prefers_saved_policy)

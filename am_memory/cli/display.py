@@ -19,6 +19,7 @@ from am_memory.events import (
     CompactionReport,
     Event,
     GateMissed,
+    OriginalsDropped,
     OriginalsLost,
     PolicyChanged,
     ReadProgress,
@@ -105,6 +106,8 @@ class EventBars:
                 self._warn(str(event))
             case OriginalsLost(_, start, end, reason):
                 self._warn(f"the originals of tokens {start:,}-{end:,} are lost: {reason}")
+            case OriginalsDropped(_, start, end, reason):
+                self._warn(f"the originals of tokens {start:,}-{end:,} are dropped: {reason}")
             case SessionRebuilt(_, num_tokens, reason):
                 self._warn(f"reading {num_tokens:,} tokens again: {reason}")
 

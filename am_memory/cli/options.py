@@ -14,6 +14,7 @@ import typer
 
 from am_memory.engines.names import DtypeName, EngineName
 from am_memory.events import Listener, ignore
+from am_memory.formatting import MEBIBYTE
 
 if TYPE_CHECKING:
     from am_memory.memory import Memory
@@ -50,6 +51,20 @@ class Loading:
     trust_messages: Annotated[
         bool, typer.Option("--trust-messages", help="Read control tokens in messages (<|im_end|>) as control tokens.")
     ] = False
+    originals_mib: Annotated[
+        int | None,
+        typer.Option(
+            help="Host memory for exact entries of compacted tokens, in MiB, all sessions together.",
+            show_default="an eighth of the machine's memory",
+        ),
+    ] = None
+    originals_disk_mib: Annotated[
+        int | None,
+        typer.Option(
+            help="Room for those in the folder for temporary files, in MiB; the rest is dropped.",
+            show_default="a quarter of what is free there",
+        ),
+    ] = None
     window_tokens: Annotated[
         int | None,
         typer.Option(help="Context window, in tokens.", show_default="the one the model was trained on"),
@@ -84,9 +99,16 @@ class Loading:
             store=store,
             on_event=on_event,
             trust_messages=self.trust_messages,
+            originals_bytes=in_bytes(self.originals_mib),
+            originals_disk_bytes=in_bytes(self.originals_disk_mib),
             window_tokens=self.window_tokens,
             trust_remote_code=self.trust_remote_code,
         )
+
+
+def in_bytes(num_mebibytes: int | None) -> int | None:
+    """A size in MiB as bytes; None stays None."""
+    return None if num_mebibytes is None else num_mebibytes * MEBIBYTE
 
 
 POLICY_OPTIONS = ("trigger_tokens", "keep_ratio", "pinned")

@@ -74,7 +74,7 @@ class BackgroundCompaction:
         """Wait for the job to end, and pass on its progress meanwhile.
 
         Raises:
-            CompactionFailed, StorageError: as `CompactionJob.run` does; at every call.
+            CompactionFailed: as `CompactionJob.run` does; at every call.
         """
         while (report := self._next_progress()) is not None:
             progress(*report)

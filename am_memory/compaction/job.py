@@ -24,7 +24,8 @@ from am_memory.engines.base import Engine, LayerwiseCache, SessionCache
 from am_memory.kv_cache.slots import Slots, resized
 from am_memory.policy import MemoryPolicy
 from am_memory.queries import LiveQueries, Passage, Progress, QuerySources
-from am_memory.recall.originals import Original, keep
+from am_memory.recall.original_store import OriginalStore
+from am_memory.recall.originals import Original
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class CompactionResult:
         record: what is kept to make the compaction again, as if it were swapped in at once. The newest segment of its
             plan may have more slots than the job planned.
         slots: of the newest segment, one `Slots` for each compactable layer; `SessionCache.compacted` takes them.
-        original: the exact entries of the block, if the policy keeps them.
+        originals: the exact entries of the block, if the policy keeps them.
         mass_error, output_error: root mean square over all heads of the fit's errors on the reference queries.
         held_out_error: the output error on queries held out of the fits; None if none were held out.
         num_unbiased_heads: KV heads without biases, because theirs cannot be folded into their keys.
@@ -44,7 +45,7 @@ class CompactionResult:
 
     record: CompactionRecord
     slots: list[Slots]
-    original: Original | None
+    originals: tuple[Original, ...]
     mass_error: float
     output_error: float
     held_out_error: float | None
@@ -65,6 +66,7 @@ class CompactionJob:
         num_pinned: tokens at the start that stay exact.
         trigger_tokens: the physical size that fires a compaction.
         originals: where the exact entries of the block are kept.
+        original_store: makes these originals.
         weights: how much each of the block's tokens counts when it is repeated; None: all alike.
         live: queries of tokens that were read after the block, if the policy uses them.
         calibration: sensitivity curves of the model, if the policy's `head_budget` asks for them.
@@ -80,6 +82,7 @@ class CompactionJob:
     num_pinned: int
     trigger_tokens: int
     originals: Literal["drop", "host", "disk"]
+    original_store: OriginalStore
     weights: Sequence[float] | None
     live: LiveQueries | None
     calibration: Calibration | None
@@ -93,7 +96,6 @@ class CompactionJob:
 
         Raises:
             CompactionFailed: out of memory, no queries, or a result that is not finite.
-            StorageError: originals cannot be kept on disk.
         """
         started = time.perf_counter()
         sources = QuerySources(self.engine, self.policy, self.live, progress)
@@ -104,7 +106,7 @@ class CompactionJob:
         return CompactionResult(
             record=replace(record, plan=fits.plan),
             slots=fits.slots_by_layer(self.policy),
-            original=self._original(),
+            originals=self._originals(),
             mass_error=fits.mass_error,
             output_error=fits.output_error,
             held_out_error=fits.held_out_error,
@@ -172,8 +174,9 @@ class CompactionJob:
             cache, plan, self.num_pinned, repeat, scored_by, self.policy, progress, self.calibration
         )
 
-    def _original(self) -> Original | None:
+    def _originals(self) -> tuple[Original, ...]:
         if self.originals == "drop":
-            return None
+            return ()
         block = self.start, self.plan.newest.end
-        return keep(*block, (layer.exact_entries(*block) for layer in self.cache.compactable), self.originals)
+        entries = (layer.exact_entries(*block) for layer in self.cache.compactable)
+        return self.original_store.keep(*block, entries, self.originals)

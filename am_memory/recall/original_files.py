@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import weakref
 from collections import deque
 from threading import Lock
 
@@ -110,6 +111,26 @@ def _merged(parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             merged.append((start, end))
     return merged
+
+
+class FilePart:
+    """Bytes in the file of this process. Their room is freed when this object ends.
+
+    Args:
+        data: bytes to write.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self.file, self.nbytes = spill(), len(data)
+        self.offset = self.file.write(data)
+        weakref.finalize(self, self.file.free, self.offset, self.nbytes).atexit = False  # the file ends at exit
+
+    def read(self) -> bytes:
+        """The bytes, fewer if the file was cut; raises OSError."""
+        return self.file.read(self.offset, self.nbytes)
 
 
 _spills: dict[tuple[int, str], Spill] = {}

@@ -1,55 +1,174 @@
 """Originals: the exact keys and values of compacted tokens, kept off the device, in host memory or on disk.
 
-Owns their file format. Originals are immutable, so that forks share them. Knows no policy and no session.
+Owns their file format. Forks share originals; their `OriginalStore` moves and drops them. Knows no policy and no
+session.
 """
 
 from __future__ import annotations
 
 import itertools
 import tempfile
-import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from am_memory.errors import OriginalLost, StorageError
-from am_memory.recall.original_files import Spill, spill
+from am_memory.errors import OriginalLost
+from am_memory.recall.original_files import FilePart
 
 Place = Literal["host", "disk"]
 
 KeysAndValues = tuple[Tensor, Tensor]
 """Keys and values of one layer: (num_key_value_heads, num_tokens, head_dim)."""
 
+T = TypeVar("T")
+_uses = itertools.count()
 
-class Original(Protocol):
-    """The exact entries of the logical tokens [start, end), in every compactable layer."""
+
+class Entries(Protocol):
+    """Keys and values of each layer, where they are kept. Immutable."""
 
     @property
-    def start(self) -> int: ...
-
-    @property
-    def end(self) -> int: ...
+    def place(self) -> Place: ...
 
     @property
     def nbytes(self) -> int:
-        """Bytes that they take in host memory or on disk."""
+        """Bytes that they take there."""
         ...
 
     @property
     def digest(self) -> str:
-        """SHA-256 of `packed`, taken when they were kept."""
+        """SHA-256 of `packed`."""
         ...
+
+    def layers(self) -> Sequence[KeysAndValues]:
+        """Keys and values in host memory; raises OriginalLost as `packed` does."""
+        ...
+
+    def packed(self) -> bytes:
+        """The bytes of one safetensors file.
+
+        Raises:
+            OriginalLost: they cannot be read, or differ from what was kept.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class HostEntries:
+    """`Entries` in host memory."""
+
+    entries: tuple[KeysAndValues, ...]
+    place: Place = "host"
+
+    @classmethod
+    def copied(cls, entries: Iterable[KeysAndValues]) -> HostEntries:
+        """Copy entries to host memory, even from a CPU: they are views of a tail that changes later."""
+        return cls(tuple((_to_host(key), _to_host(value)) for key, value in entries))
+
+    @cached_property
+    def nbytes(self) -> int:
+        return num_bytes(self.entries)
+
+    @cached_property
+    def digest(self) -> str:
+        return sha256(self.packed()).hexdigest()
+
+    def layers(self) -> Sequence[KeysAndValues]:
+        return self.entries
+
+    def packed(self) -> bytes:
+        return packed(self.entries)
+
+
+@dataclass(frozen=True, eq=False)
+class DiskEntries:
+    """`Entries` on disk. Every read compares their digest."""
+
+    digest: str
+    part: FilePart
+    place: Place = "disk"
+
+    @classmethod
+    def written(cls, data: bytes) -> DiskEntries:
+        """Write packed entries to the folder for temporary files; raises OSError if that fails."""
+        return cls(sha256(data).hexdigest(), FilePart(data))
+
+    @property
+    def nbytes(self) -> int:
+        return self.part.nbytes
+
+    def layers(self) -> Sequence[KeysAndValues]:
+        return unpacked(self.packed())
+
+    def packed(self) -> bytes:
+        try:
+            data = self.part.read()
+        except OSError as error:
+            raise OriginalLost(str(error)) from error
+        if sha256(data).hexdigest() != self.digest:
+            raise OriginalLost(f"they were altered on the disk, in {tempfile.gettempdir()!r}")
+        return data
+
+
+class Loss(NamedTuple):
+    """Why an original has no entries any more; `is_dropped`: its store had no room for them."""
+
+    reason: str
+    is_dropped: bool = False
+
+
+class Original:
+    """The exact entries of the logical tokens [start, end), in every compactable layer.
+
+    Threads may read it while its store moves or drops it.
+
+    Attributes:
+        start, end: the tokens.
+        last_use: a number that grows with each use of any original. To make one is a use, and to read its layers.
+    """
+
+    def __init__(self, start: int, end: int, held: Entries | Loss) -> None:
+        self.start, self.end, self.last_use = start, end, next(_uses)
+        self._held, self._digest = held, ""
+
+    def __repr__(self) -> str:
+        return f"Original({self.start}, {self.end}, {self.lost or self.place!r})"
+
+    @property
+    def place(self) -> Place | None:
+        """Where the entries are; None: they are lost."""
+        held = self._held
+        return None if isinstance(held, Loss) else held.place
 
     @property
     def lost(self) -> str | None:
-        """Why reading them failed; None: it has not failed so far."""
-        ...
+        """Why the entries cannot be read; None: reading has not failed so far."""
+        held = self._held
+        return held.reason if isinstance(held, Loss) else None
+
+    @property
+    def is_dropped(self) -> bool:
+        """Whether they are lost because there was no room for them."""
+        held = self._held
+        return isinstance(held, Loss) and held.is_dropped
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the entries take in host memory or on disk; 0 once they are lost."""
+        held = self._held
+        return 0 if isinstance(held, Loss) else held.nbytes
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of `packed`: the same in every place, and once they are lost; "" if they were never kept."""
+        held = self._held
+        return self._digest if isinstance(held, Loss) else held.digest
 
     def layers(self, start: int | None = None, end: int | None = None) -> list[KeysAndValues]:
         """Keys and values of each layer, in host memory.
@@ -60,125 +179,50 @@ class Original(Protocol):
         Raises:
             OriginalLost: they cannot be read, or differ from what was kept.
         """
-        ...
+        self.last_use = next(_uses)
+        first = 0 if start is None else start - self.start
+        last = self.end - self.start if end is None else end - self.start
+        return cut(self._read(lambda entries: entries.layers()), first, last)
 
     def packed(self) -> bytes:
         """The bytes of one safetensors file; raises OriginalLost as `layers` does."""
-        ...
+        return self._read(lambda entries: entries.packed())
 
-
-@dataclass(frozen=True, eq=False)
-class HostOriginal:
-    """An `Original` in host memory."""
-
-    start: int
-    end: int
-    entries: tuple[KeysAndValues, ...]
-    lost: None = None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(key.nbytes + value.nbytes for key, value in self.entries)
-
-    @cached_property
-    def digest(self) -> str:
-        return sha256(self.packed()).hexdigest()
-
-    def layers(self, start: int | None = None, end: int | None = None) -> list[KeysAndValues]:
-        return _cut(self, self.entries, start, end)
-
-    def packed(self) -> bytes:
-        return _packed(self.entries)
-
-
-@dataclass(eq=False)
-class FileOriginal:
-    """An `Original` on disk. Every read compares its digest; its place in the file is freed with the object."""
-
-    start: int
-    end: int
-    digest: str
-    nbytes: int
-    file: Spill
-    offset: int
-    lost: str | None = None
-
-    @classmethod
-    def write(cls, start: int, end: int, data: bytes) -> FileOriginal:
-        """Write packed entries into the folder for temporary files.
-
-        Raises:
-            StorageError: they cannot be written.
-        """
-        try:
-            file = spill()
-            offset = file.write(data)
-        except OSError as error:
-            raise StorageError(
-                f"cannot write {len(data)} bytes of original entries to {tempfile.gettempdir()!r}: {error}; set TMPDIR "
-                "to a folder with room, or originals to 'host' or 'drop'"
-            ) from error
-        original = cls(start, end, sha256(data).hexdigest(), len(data), file, offset)
-        weakref.finalize(original, file.free, offset, len(data)).atexit = False  # the file ends with the process
-        return original
-
-    def layers(self, start: int | None = None, end: int | None = None) -> list[KeysAndValues]:
-        return _cut(self, unpacked(self.packed()), start, end)
-
-    def packed(self) -> bytes:
-        try:
-            data = self.file.read(self.offset, self.nbytes)
-        except OSError as error:
-            raise self._lose(str(error)) from error
-        if sha256(data).hexdigest() != self.digest:
-            raise self._lose(f"they were altered on the disk, in {tempfile.gettempdir()!r}")
-        return data
-
-    def _lose(self, reason: str) -> OriginalLost:
-        self.lost = reason
-        return OriginalLost(
-            f"the original entries of tokens {self.start} to {self.end} cannot be read: {reason}; what is compact "
+    def _read(self, read: Callable[[Entries], T]) -> T:
+        held = self._held
+        if not isinstance(held, Loss):
+            try:
+                return read(held)
+            except OriginalLost as error:
+                held = Loss(str(error))
+                self.replace(held)
+        raise OriginalLost(
+            f"the original entries of tokens {self.start} to {self.end} cannot be read: {held.reason}; what is compact "
             "stays as it is"
         )
 
-
-def keep(start: int, end: int, entries: Iterable[KeysAndValues], place: Place) -> Original:
-    """Copy exact entries to host memory or disk; raises StorageError if they cannot be written."""
-    if place == "disk":
-        return FileOriginal.write(start, end, _packed(entries))
-    # Copied even from a CPU: the entries are views of a tail that changes later.
-    return HostOriginal(start, end, tuple((_to_host(key), _to_host(value)) for key, value in entries))
+    def replace(self, held: Entries | Loss) -> None:
+        """Hold the same entries in another place, or none any more."""
+        self._digest = self.digest
+        self._held = held
 
 
 def _to_host(tensor: Tensor) -> Tensor:
     return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def received(start: int, end: int, data: bytes, like: Sequence[KeysAndValues], place: Place) -> Original:
-    """An original from the bytes of `Original.packed`.
-
-    Args:
-        like: any entries of the same layers, to compare shapes and dtypes with.
-
-    Raises:
-        OriginalLost: the bytes are not those of these tokens in these layers.
-        StorageError: they cannot be written.
-    """
-    entries = unpacked(data)
-    kinds = [[_kind(tensor) for tensor in layer] for layer in entries]
-    if kinds != [[_kind(tensor) for tensor in layer] for layer in like] or any(
-        tensor.shape[1] != end - start for layer in entries for tensor in layer
-    ):
-        raise OriginalLost(f"they are not the entries of {end - start} tokens in these layers")
-    return FileOriginal.write(start, end, data) if place == "disk" else HostOriginal(start, end, tuple(entries))
+def num_bytes(entries: Iterable[KeysAndValues]) -> int:
+    """Bytes that some entries take in memory."""
+    return sum(key.nbytes + value.nbytes for key, value in entries)
 
 
-def _kind(tensor: Tensor) -> tuple[object, ...]:
-    """Dtype and shape of a layer's keys or values, except for the number of tokens."""
-    return tensor.dtype, tensor.ndim, *(size for axis, size in enumerate(tensor.shape) if axis != 1)
+def cut(entries: Iterable[KeysAndValues], start: int, end: int) -> list[KeysAndValues]:
+    """The entries from index `start` to `end` of each layer, as views."""
+    return [(key[:, start:end], value[:, start:end]) for key, value in entries]
 
 
-def _packed(entries: Iterable[KeysAndValues]) -> bytes:
+def packed(entries: Iterable[KeysAndValues]) -> bytes:
+    """Keys and values of each layer as the bytes of one safetensors file."""
     tensors = {}
     for index, (key, value) in enumerate(entries):
         tensors[f"{index}.key"], tensors[f"{index}.value"] = key.cpu().contiguous(), value.cpu().contiguous()
@@ -186,21 +230,12 @@ def _packed(entries: Iterable[KeysAndValues]) -> bytes:
 
 
 def unpacked(data: bytes) -> list[KeysAndValues]:
-    """Keys and values of each layer from the bytes of `Original.packed`; raises OriginalLost for other bytes."""
+    """The inverse of `packed`; raises OriginalLost for other bytes."""
     try:
         tensors = safetensors.torch.load(data)
         return [(tensors[f"{index}.key"], tensors[f"{index}.value"]) for index in range(len(tensors) // 2)]
     except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise OriginalLost(f"what should be original entries is something else: {error}") from error
-
-
-def _cut(
-    original: Original, entries: Iterable[KeysAndValues], start: int | None, end: int | None
-) -> list[KeysAndValues]:
-    """The entries of an original's tokens [start, end), as views."""
-    first = 0 if start is None else start - original.start
-    last = original.end - original.start if end is None else end - original.start
-    return [(key[:, first:last], value[:, first:last]) for key, value in entries]
 
 
 def between(originals: Sequence[Original], start: int, end: int) -> list[KeysAndValues] | None:

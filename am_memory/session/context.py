@@ -42,6 +42,7 @@ from am_memory.events import (
 from am_memory.kv_cache.cache import Snapshot
 from am_memory.policy import SINK_TOKENS, MemoryPolicy
 from am_memory.queries import LiveQueries, scratch
+from am_memory.recall.original_store import OriginalStore
 from am_memory.recall.originals import Original
 from am_memory.recall.paging import Recalled, at_rest, put_away
 from am_memory.session.chat_history import ChatHistory
@@ -55,6 +56,7 @@ class Context:
 
     Attributes:
         name: for events.
+        original_store: makes originals, for all contexts of a memory.
         tokens: every token, read or not; the cache holds the first `cache.num_tokens` of them.
         records: the compactions so far, in order.
         num_pinned: tokens at the start that no compaction covers.
@@ -71,6 +73,7 @@ class Context:
     policy: MemoryPolicy
     notify: Listener
     cache: SessionCache
+    original_store: OriginalStore
     tokens: list[int] = field(default_factory=list)
     records: list[CompactionRecord] = field(default_factory=list)
     num_pinned: int = SINK_TOKENS
@@ -239,6 +242,7 @@ class Context:
             num_pinned=self.num_pinned,
             trigger_tokens=self.trigger_tokens,
             originals=self.policy.originals,
+            original_store=self.original_store,
             weights=self.history.token_weights(policy.tool_result_weight, start, segment.end),
             live=self.live.since(live_start) if self.live and "live" in policy.reference_queries else None,
             calibration=calibration,
@@ -253,8 +257,7 @@ class Context:
             state = cache.compacted(record.plan.segments, result.slots, self.num_pinned)
         cache.restore(state)
         self.background_compaction = None
-        if result.original is not None:
-            self.originals = (*self.originals, result.original)
+        self.originals = (*self.originals, *result.originals)
         self.records.append(replace(record, lag_tokens=cache.num_tokens - record.at_tokens))
         report = CompactionReport(
             session=self.name,

@@ -61,7 +61,7 @@ def rebuild(context: Context, num_tokens: int, reason: str) -> None:
     """Read the first `num_tokens` tokens again, as far as they were read, with every step that was taken among them.
 
     Raises:
-        CompactionFailed, StorageError: a compaction cannot be repeated.
+        CompactionFailed: a compaction cannot be repeated.
     """
     context.notify(SessionRebuilt(context.name, num_tokens, reason))
     fresh = _rebuilt(context, num_tokens, _num_cached(context, num_tokens))
@@ -102,6 +102,7 @@ def _unread(context: Context, num_tokens: int) -> Context:
         context.policy,
         context.notify,
         context.engine.new_cache(),
+        context.original_store,
         context.tokens[:num_tokens],
         num_pinned=context.num_pinned,
         history=context.history,

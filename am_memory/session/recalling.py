@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 from am_memory.errors import BudgetTooSmall, CompactionFailed, InvalidInput, OriginalLost, PromptTooLong
-from am_memory.events import OriginalsLost, SpanRecalled
+from am_memory.events import OriginalsDropped, OriginalsLost, SpanRecalled
 from am_memory.kv_cache.slots import Segment
 from am_memory.recall import search as spans
 from am_memory.recall.originals import between
@@ -98,10 +98,11 @@ def search(context: Context, text: str, span_tokens: int) -> list[spans.Span]:
 
 
 def forget_lost_originals(context: Context) -> None:
-    """Go on without the originals that turned out to be lost, and emit `OriginalsLost` for each."""
-    for lost in [original for original in context.originals if original.lost is not None]:
-        context.originals = tuple(original for original in context.originals if original is not lost)
-        context.notify(OriginalsLost(context.name, lost.start, lost.end, lost.lost or ""))
+    """Go on without the originals that turned out to be lost, or were dropped, and emit an event for each."""
+    for original in [original for original in context.originals if original.lost is not None]:
+        context.originals = tuple(other for other in context.originals if other is not original)
+        event = OriginalsDropped if original.is_dropped else OriginalsLost
+        context.notify(event(context.name, original.start, original.end, original.lost or ""))
 
 
 def _with_originals(context: Context, use: Callable[[], T]) -> T:
@@ -125,7 +126,8 @@ def _brought_back(context: Context, start: int) -> Recalled:
     if entries is None:
         raise InvalidInput(
             f"tokens {segment.start} to {segment.end} cannot be recalled: their originals were not kept when they "
-            "were compacted, or are lost; set the policy's originals to 'host' or 'disk' before that"
+            "were compacted, or are lost; set the policy's originals to 'host' or 'disk' before that, and the memory's "
+            "originals_bytes and originals_disk_bytes to what all of them take"
         )
     layers = zip(context.cache.compactable, entries, strict=True)
     entries = [(layer.rotated(key, segment.shift), value) for layer, (key, value) in layers]

@@ -161,6 +161,7 @@ def restored(shared: Shared, name: str, saved: SavedSession, policy: MemoryPolic
         policy,
         shared.notify,
         cache,
+        shared.original_store,
         tokens=list(saved.tokens),
         records=list(saved.records) if is_same else with_policy(as_policy(saved.policy), saved.records),
         num_pinned=saved.num_pinned,

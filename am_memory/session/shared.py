@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from am_memory.engines.base import Engine
 from am_memory.errors import InvalidInput, StorageError
 from am_memory.events import Listener
+from am_memory.recall.original_store import OriginalStore
 from am_memory.storage.store import Store
 from am_memory.text.sampling import Sampling
 
@@ -25,6 +26,7 @@ class Shared:
         sampling: how tokens are chosen where a call does not say.
         store: where sessions are saved; None: nowhere.
         notify: called with every event.
+        original_store: holds the exact entries of compacted tokens, within its bounds.
         sessions: the named sessions that are in memory.
         engine_lock: held while the engine works. No code waits for the store while it holds this lock.
         store_lock: held while a session is saved or deleted. It is never held together with `engine_lock`.
@@ -34,6 +36,7 @@ class Shared:
     sampling: Sampling
     store: Store | None
     notify: Listener
+    original_store: OriginalStore
     sessions: dict[str, Session] = field(default_factory=dict)
     engine_lock: RLock = field(default_factory=RLock)
     store_lock: RLock = field(default_factory=RLock)

@@ -12,7 +12,8 @@ from hashlib import sha256
 from weakref import WeakValueDictionary
 
 from am_memory.errors import OriginalLost
-from am_memory.recall.originals import KeysAndValues, Original, Place, received
+from am_memory.recall.original_store import OriginalStore
+from am_memory.recall.originals import KeysAndValues, Original, Place
 from am_memory.storage.folder import Folder
 from am_memory.storage.session_file import SavedOriginal
 
@@ -33,7 +34,7 @@ class SavedOriginals:
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
         self.path = folder.path(FOLDER)
-        self._loaded: WeakValueDictionary[tuple[SavedOriginal, Place], Original] = WeakValueDictionary()
+        self._loaded: WeakValueDictionary[tuple[SavedOriginal, OriginalStore], Original] = WeakValueDictionary()
 
     def held(self) -> Held:
         """Everything that is there."""
@@ -67,18 +68,20 @@ class SavedOriginals:
                 with suppress(FileNotFoundError):
                     self._folder.files.rm_file(path)
 
-    def load(self, saved: SavedOriginal, like: Sequence[KeysAndValues], place: Place) -> Original:
-        """Read the entries of one span.
+    def load(
+        self, saved: SavedOriginal, like: Sequence[KeysAndValues], original_store: OriginalStore, place: Place
+    ) -> Original:
+        """Read the entries of one span; those that `original_store` has read before are shared.
 
         Args:
             like: entries of the same layers, to check shapes and dtypes with.
-            place: where the entries are kept from now on.
+            original_store, place: where the entries are kept from now on.
 
         Raises:
             OriginalLost: the file is missing or was altered.
-            StorageError: the store cannot be read, or the place cannot be written to.
+            StorageError: the store cannot be read.
         """
-        known = self._loaded.get((saved, place))
+        known = self._loaded.get((saved, original_store))
         if known is not None and known.lost is None:
             return known
         path = self._path(saved.digest)
@@ -87,7 +90,8 @@ class SavedOriginals:
         data = self._folder.read(path)
         if sha256(data).hexdigest() != saved.digest:
             raise OriginalLost(f"{path} was altered: restore it from a copy before the session is saved")
-        original = self._loaded[saved, place] = received(saved.start, saved.end, data, like, place)
+        original = original_store.received(saved.start, saved.end, data, like, place)
+        self._loaded[saved, original_store] = original
         return original
 
     def _path(self, digest: str, mark: str = "") -> str:

@@ -10,7 +10,6 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Literal
 from urllib.parse import unquote_to_bytes
 
 import torch
@@ -26,6 +25,7 @@ from am_memory.errors import (
     StorageError,
 )
 from am_memory.kv_cache.layers import TailState
+from am_memory.recall.original_store import OriginalStore
 from am_memory.recall.originals import Place
 from am_memory.storage import files
 from am_memory.storage.folder import Folder
@@ -130,14 +130,11 @@ class Store:
         name: str,
         *,
         device: torch.device | str | None = None,
-        originals: Literal["drop", "host", "disk"] = "host",
     ) -> SavedSession:
-        """Read a session.
+        """Read a session, without its originals: `with_originals` reads them.
 
         Args:
             device: where its cache goes; None: the CPU.
-            originals: where the exact entries of compacted tokens go. "drop": they stay in the store, for
-                `with_originals`.
 
         Raises:
             SessionNotFound: there is none of that name.
@@ -150,23 +147,23 @@ class Store:
             raise SessionNotFound(f"no {where}; there are: {', '.join(self.names()) or 'none'}")
         data = self._folder.read(path)
         try:
-            saved = unpacked(data, torch.device(device or "cpu"))
+            return unpacked(data, torch.device(device or "cpu"))
         except (NewerFormat, OlderFormat) as error:
             raise type(error)(f"{where} has {error}") from error
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptSession(
                 f"{where} cannot be read: {error}; restore {path} from a copy, or delete it"
             ) from error
-        return saved if originals == "drop" else self.with_originals(saved, originals)
 
-    def with_originals(self, saved: SavedSession, place: Place) -> SavedSession:
+    def with_originals(self, saved: SavedSession, original_store: OriginalStore, place: Place) -> SavedSession:
         """A loaded session with its originals; those that cannot be read are listed in `lost`.
 
         Args:
-            place: where the originals go.
+            original_store: makes the originals.
+            place: where they go.
 
         Raises:
-            StorageError: the store cannot be read, or the place cannot be written to.
+            StorageError: the store cannot be read.
         """
         found, lost = [], list(saved.lost)
         like = [
@@ -176,7 +173,7 @@ class Store:
         ]
         for original in saved.left_out:
             try:
-                found.append(self._originals.load(original, like, place))
+                found.append(self._originals.load(original, like, original_store, place))
             except OriginalLost as error:
                 lost.append((original, str(error)))
         return replace(saved, originals=tuple(found), left_out=(), lost=tuple(lost))

@@ -56,7 +56,8 @@ class RaySettings(Settings):
     Attributes:
         model: a hub id, a folder, a .gguf file, or "demo"; every node must be able to load it.
         store: a folder or fsspec URL that every node can reach: conversations outlive their replicas there.
-        engine, device, dtype, compile, window_tokens, trust_remote_code: see `Memory.from_pretrained`.
+        engine, device, dtype, compile, window_tokens, trust_remote_code, originals_bytes, originals_disk_bytes: see
+            `Memory.from_pretrained`; of each replica.
         policy: when and how to compact.
         server: fields of `ServerSettings`; `host` is the address of Ray Serve's proxies. Keys are also read from the
             environment, as by `am-memory serve`.
@@ -74,6 +75,8 @@ class RaySettings(Settings):
     compile: bool = False
     window_tokens: int | None = None
     trust_remote_code: bool = False
+    originals_bytes: int | None = None
+    originals_disk_bytes: int | None = None
     policy: MemoryPolicy = MemoryPolicy()
     server: dict[str, Any] = Field(default_factory=dict)
     num_replicas: Annotated[int, Field(ge=1)] = 1
@@ -94,6 +97,8 @@ class Replica:
             window_tokens=settings.window_tokens,
             trust_remote_code=settings.trust_remote_code,
             store=settings.store,
+            originals_bytes=settings.originals_bytes,
+            originals_disk_bytes=settings.originals_disk_bytes,
         )
         sys.setswitchinterval(SWITCH_SECONDS)
         self._app = create_app(memory, server)

@@ -32,7 +32,7 @@ from langchain_am_memory.workers import worker_of
 
 LOAD_SETTINGS = (
     *("engine", "device", "dtype", "compile", "store"),
-    *("trust_messages", "window_tokens", "trust_remote_code"),
+    *("trust_messages", "window_tokens", "trust_remote_code", "originals_bytes", "originals_disk_bytes"),
 )
 """Settings that loading a model takes. A given `Memory` has its own."""
 
@@ -52,7 +52,8 @@ class ChatAMMemory(ThreadedChatModel):
         trigger: the cache size that starts a compaction: ("tokens", 8192), or ("fraction", 0.8) of the context window.
         keep: the newest part of the cache, which a compaction leaves exact: ("fraction", 0.5), or in tokens.
         policy: all settings of the memory. `trigger` and `keep` replace its own.
-        device, dtype, compile, trust_messages, window_tokens, trust_remote_code: as in `Memory.from_pretrained`.
+        device, dtype, compile, trust_messages, window_tokens, trust_remote_code, originals_bytes, originals_disk_bytes:
+            as in `Memory.from_pretrained`.
         store: a folder or fsspec URL where threads are saved, so that they survive the process.
         max_bytes: of all cached conversations together; None: 4 GiB.
         temperature, top_p, top_k, min_p, repetition_penalty, seed: sampling; None: as the model's own settings say.
@@ -86,6 +87,8 @@ class ChatAMMemory(ThreadedChatModel):
     trust_messages: bool = False
     window_tokens: int | None = None
     trust_remote_code: bool = False
+    originals_bytes: int | None = Field(default=None, ge=0)
+    originals_disk_bytes: int | None = Field(default=None, ge=0)
     max_bytes: int | None = None
     temperature: float | None = Field(default=None, ge=0)
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -116,7 +119,9 @@ class ChatAMMemory(ThreadedChatModel):
         self._memory_policy()
         check_arguments(self.model_kwargs)
         given = [
-            name for name in LOAD_SETTINGS if name in self.model_fields_set and getattr(self, name) not in (None, False)
+            name
+            for name in LOAD_SETTINGS
+            if name in self.model_fields_set and (value := getattr(self, name)) is not None and value is not False
         ]
         if isinstance(self.model, Memory) and given:
             raise InvalidInput(f"{', '.join(given)} cannot be set on a Memory that is made: give it to the Memory")
@@ -164,6 +169,8 @@ class ChatAMMemory(ThreadedChatModel):
             trust_messages=self.trust_messages,
             window_tokens=self.window_tokens,
             trust_remote_code=self.trust_remote_code,
+            originals_bytes=self.originals_bytes,
+            originals_disk_bytes=self.originals_disk_bytes,
         )
 
     @property

@@ -23,6 +23,7 @@ from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CompactionFailed, InvalidPolicy
 from am_memory.events import CompactionFinished, CompactionProgress, CompactionStarted, Event, ignore
+from am_memory.recall.original_store import OriginalStore
 from am_memory.session.context import Context
 from am_memory.session.rebuild import compacted_after, read_untriggered, rebuild, rewind
 from am_memory.session.recalling import recall
@@ -51,7 +52,7 @@ def new_context(engine: TransformersEngine) -> NewContext:
         **changes: object,
     ) -> Context:
         policy = policy.model_copy(update=changes)
-        return Context("test", engine, policy, notify, engine.new_cache(), num_pinned=policy.num_sinks)
+        return Context("test", engine, policy, notify, engine.new_cache(), OriginalStore(), num_pinned=policy.num_sinks)
 
     return make
 
@@ -470,7 +471,9 @@ def test_on_a_gpu_another_stream_makes_the_same(
     contexts = []
     for prepare in (lambda: None, waited_for):
         prepare()
-        contexts.append(Context("test", engine, POLICY, ignore, engine.new_cache(), num_pinned=POLICY.num_sinks))
+        contexts.append(
+            Context("test", engine, POLICY, ignore, engine.new_cache(), OriginalStore(), num_pinned=POLICY.num_sinks)
+        )
         read(contexts[-1], some_tokens(60))
         write(contexts[-1], 300)
     assert len(contexts[0].records) > 4

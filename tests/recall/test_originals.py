@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from am_memory.recall.originals import KeysAndValues, Original, Place, between, keep
+from am_memory.recall.original_store import OriginalStore
+from am_memory.recall.originals import KeysAndValues, Original, Place, between, cut
 
 PLACES: list[Place] = ["host", "disk"]
 NUM_TOKENS = 40
@@ -20,12 +21,9 @@ def some_entries() -> list[KeysAndValues]:
     ]
 
 
-def cut(entries: list[KeysAndValues], start: int, end: int) -> list[KeysAndValues]:
-    return [(key[:, start:end], value[:, start:end]) for key, value in entries]
-
-
 def kept(entries: list[KeysAndValues], spans: list[tuple[int, int]], place: Place) -> list[Original]:
-    return [keep(start, end, cut(entries, start, end), place) for start, end in spans]
+    store = OriginalStore()
+    return [original for span in spans for original in store.keep(*span, cut(entries, *span), place)]
 
 
 def assert_same(entries: list[KeysAndValues] | None, expected: list[KeysAndValues]) -> None:
@@ -50,6 +48,6 @@ def test_a_range_with_a_token_that_no_original_holds_is_not_there(span: tuple[in
 @pytest.mark.parametrize("place", PLACES)
 def test_a_part_of_an_original_can_be_read(place: Place) -> None:
     entries = some_entries()
-    original = keep(4, 40, cut(entries, 4, 40), place)
+    (original,) = kept(entries, [(4, 40)], place)
     for start, end in [(None, None), (6, None), (None, 9), (17, 18)]:
         assert_same(original.layers(start, end), cut(entries, start or 4, end or 40))

@@ -19,11 +19,10 @@ from am_memory import Experiments, Memory, MemoryPolicy, Sampling, Session
 from am_memory.cli.letters import facts, hide
 from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.transformers import TransformersEngine
-from am_memory.errors import InvalidInput, InvalidPolicy, PromptTooLong, StorageError
-from am_memory.events import Event, SpanPutAway, SpanRecalled
+from am_memory.errors import InvalidInput, InvalidPolicy, PromptTooLong
+from am_memory.events import Event, OriginalsLost, SpanPutAway, SpanRecalled
 from am_memory.kv_cache.slots import Segment
 from am_memory.recall.original_files import Spill, spill
-from am_memory.recall.originals import FileOriginal
 from am_memory.recall.search import LEAST_SHARE, held_keys, span_scores, taken_queries
 
 POLICY = MemoryPolicy(
@@ -265,17 +264,26 @@ def test_originals_tile_what_is_compacted(new_memory: NewMemory) -> None:
     assert session.stats.originals_bytes == 4 * num_numbers
 
 
-def test_a_failed_compaction_keeps_no_originals(new_memory: NewMemory, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = read_session(new_memory(originals="disk"))
-    before = session.stats
+def test_a_full_disk_stops_no_session(new_memory: NewMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every message failed as soon as a compaction was due, until somebody made room."""
+    events: list[Event] = []
+    session = read_session(new_memory(originals="disk", on_event=events.append))
+    before, (first, *_) = session.stats, session.segments
 
     def full_disk(*args: object, **kwargs: object) -> None:
         raise OSError("no space left")
 
     monkeypatch.setattr(Spill, "write", full_disk)
-    with pytest.raises(StorageError, match="set TMPDIR to a folder with room, or originals to 'host' or 'drop'"):
-        session.append(some_tokens(200, seed=1))
-    assert session.stats == before
+    session.append(some_tokens(200, seed=1))
+    assert session.stats.num_compactions > before.num_compactions
+    assert session.search("what?")
+    spans = [(event.start, event.end) for event in events if isinstance(event, OriginalsLost)]
+    assert spans == [(segment.start, segment.end) for segment in session.segments[before.num_segments :]]
+    assert all("no space left; set TMPDIR" in event.reason for event in events if isinstance(event, OriginalsLost))
+    assert session.stats.originals_bytes == before.originals_bytes
+    with pytest.raises(InvalidInput, match="or are lost"):
+        session.recall(session.segments[-1])
+    assert [segment.start for segment in session.recall(first)] == [first.start]
 
 
 def test_room_on_the_disk_goes_with_its_last_user(new_memory: NewMemory) -> None:
@@ -363,7 +371,7 @@ def test_a_resumed_session_has_what_was_recalled(new_memory: NewMemory, place: s
     for each in (session, resumed):
         each.compact(1.0)
     assert_same(held(resumed), held(session))
-    assert isinstance(originals_of(resumed)[0], FileOriginal) == (place == "disk")
+    assert {original.place for original in originals_of(resumed)} == {place}
 
 
 def test_originals_that_did_not_change_are_written_once(new_memory: NewMemory, tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from am_memory import Memory, MemoryPolicy, Sampling, Session
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidInput, OriginalLost
 from am_memory.events import Event, OriginalsLost
-from am_memory.recall.original_files import Spill
-from am_memory.recall.originals import FileOriginal
+from am_memory.recall.original_files import FilePart, Spill
+from am_memory.recall.original_store import OriginalStore
+from am_memory.recall.originals import DiskEntries, HostEntries, Original, packed
 from am_memory.session.saving import snapshot
 from am_memory.storage.store import Store
 
@@ -67,16 +68,23 @@ def lost(events: list[Event]) -> list[tuple[int, int]]:
     return [(event.start, event.end) for event in events if isinstance(event, OriginalsLost)]
 
 
-def flip(original: FileOriginal, place: int = -1) -> None:
+def part_of(original: Original) -> FilePart:
+    assert isinstance(original._held, DiskEntries)
+    return original._held.part
+
+
+def flip(original: Original, place: int = -1) -> None:
     """Change one bit of it on the disk."""
-    data = bytearray(original.file.read(original.offset, original.nbytes))
+    part = part_of(original)
+    data = bytearray(part.read())
     data[place] ^= 4
-    os.pwrite(original.file._file.fileno(), data, original.offset)
+    os.pwrite(part.file._file.fileno(), data, part.offset)
 
 
-def cut(original: FileOriginal) -> None:
+def cut(original: Original) -> None:
     """End the file before it ends."""
-    original.file._file.truncate(original.offset + original.nbytes // 2)
+    part = part_of(original)
+    part.file._file.truncate(part.offset + part.nbytes // 2)
 
 
 def went_on(session: Session) -> list[int]:
@@ -85,7 +93,7 @@ def went_on(session: Session) -> list[int]:
 
 @pytest.mark.parametrize("damage", [flip, cut])
 def test_a_recall_of_what_was_damaged_is_refused_and_told_once(
-    new_memory: NewMemory, events: list[Event], damage: Callable[[FileOriginal], None]
+    new_memory: NewMemory, events: list[Event], damage: Callable[[Original], None]
 ) -> None:
     session = read_session(new_memory())
     before, kept = session.stats, spans(session)
@@ -114,7 +122,7 @@ def test_a_search_does_without_what_was_damaged(new_memory: NewMemory, events: l
 
 @pytest.mark.parametrize("damage", [flip, cut])
 def test_a_session_is_saved_without_what_was_damaged_and_loads(
-    new_memory: NewMemory, events: list[Event], damage: Callable[[FileOriginal], None], tmp_path: Path
+    new_memory: NewMemory, events: list[Event], damage: Callable[[Original], None], tmp_path: Path
 ) -> None:
     """One bit was saved under the sound digest, and nothing of the session could be read again."""
     session = read_session(new_memory())
@@ -217,6 +225,7 @@ def test_sound_bytes_of_something_else_are_no_originals(
     new_memory: NewMemory,
     events: list[Event],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     change: Callable[[list[tuple[torch.Tensor, torch.Tensor]]], list[tuple[torch.Tensor, torch.Tensor]]],
 ) -> None:
     """Under a digest of their own, which the session's file names: whoever can write one can write the other."""
@@ -226,8 +235,8 @@ def test_sound_bytes_of_something_else_are_no_originals(
     for index, (key, value) in enumerate(change(first.layers())):
         tensors[f"{index}.key"], tensors[f"{index}.value"] = key.contiguous(), value.contiguous()
     data = safetensors.torch.save(tensors)
-    vars(first)["digest"] = sha256(data).hexdigest()
-    object.__setattr__(first, "packed", lambda: data)
+    vars(first._held)["digest"] = sha256(data).hexdigest()
+    monkeypatch.setattr(HostEntries, "packed", lambda held: data if held is first._held else packed(held.entries))
     session.save()
     resumed = new_memory("host").session("alice")
     assert lost(events) == [(first.start, first.end)]
@@ -247,11 +256,11 @@ def test_the_same_bytes_of_other_tokens_are_another_original(new_memory: NewMemo
     """What was loaded is known by its digest: it stood for the tokens of the session that was loaded first."""
     session = read_session(new_memory("host"))
     session.save()
-    store = Store(str(tmp_path / "store"))
-    loaded = store.load("alice", originals="drop")
+    store, originals = Store(str(tmp_path / "store")), OriginalStore()
+    loaded = store.load("alice")
     moved = tuple(each.model_copy(update={"start": each.start + 1, "end": each.end + 1}) for each in loaded.left_out)
     kept = [
-        store.with_originals(each, "host").originals
+        store.with_originals(each, originals, "host").originals
         for each in (loaded, loaded.__class__(**{**vars(loaded), "left_out": moved}))
     ]
     assert [original.start + 1 for original in kept[0]] == [original.start for original in kept[1]]

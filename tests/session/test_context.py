@@ -38,6 +38,7 @@ from am_memory.events import (
 )
 from am_memory.kv_cache.slots import PINNED_RANK
 from am_memory.queries import Passage, QuerySources, ReferenceQueries, StudyConversations
+from am_memory.recall.original_store import OriginalStore
 from am_memory.session.context import Context
 from am_memory.session.rebuild import rewind
 
@@ -54,7 +55,7 @@ NewContext = Callable[..., Context]
 def new_context(engine: TransformersEngine) -> NewContext:
     def make(policy: MemoryPolicy = POLICY, notify: Callable[[Event], None] = ignore, **changes: object) -> Context:
         policy = policy.model_copy(update=changes)
-        return Context("test", engine, policy, notify, engine.new_cache(), num_pinned=policy.num_sinks)
+        return Context("test", engine, policy, notify, engine.new_cache(), OriginalStore(), num_pinned=policy.num_sinks)
 
     return make
 
@@ -368,7 +369,7 @@ def test_a_context_made_of_a_saved_cache_knows_where_its_live_queries_are(
     read(saved, some_tokens(50))
     cache = engine.new_cache()
     cache.restore(saved.cache.state())
-    resumed = Context("resumed", engine, saved.policy, ignore, cache, list(saved.tokens), num_pinned=3)
+    resumed = Context("resumed", engine, saved.policy, ignore, cache, OriginalStore(), list(saved.tokens), num_pinned=3)
     read(resumed, some_tokens(60, seed=1))
     assert resumed.records
 
@@ -496,7 +497,7 @@ def test_rewinding_a_full_sliding_window_reads_again(
 ) -> None:
     """transformers calls a full window croppable: the layers before it were cut, and then it raised."""
     engine = TransformersEngine(new_sliding_model(), byte_tokenizer)
-    context, other = (Context("test", engine, POLICY, ignore, engine.new_cache()) for _ in range(2))
+    context, other = (Context("test", engine, POLICY, ignore, engine.new_cache(), OriginalStore()) for _ in range(2))
     read(context, some_tokens(60))
     rewind(context, 59)  # forgets what is not in the cache yet
     rewind(context, 50)
@@ -617,7 +618,7 @@ def atomic(context: Context, step: Callable[[], object]) -> None:
 def origin(engine: TransformersEngine) -> Context:
     """At its trigger, after compactions; tests go on with branches of it."""
     policy = POLICY.model_copy(update={"reference_queries": ("repeat", "self_study", "live"), "self_study_tokens": 4})
-    context = Context("test", engine, policy, ignore, engine.new_cache(), num_pinned=3)
+    context = Context("test", engine, policy, ignore, engine.new_cache(), OriginalStore(), num_pinned=3)
     read(context, some_tokens(110))
     read(context, some_tokens(int(context.trigger_tokens - context.cache.kv_tokens)))
     assert len(context.records) > 2
