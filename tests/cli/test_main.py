@@ -57,6 +57,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch, engine: TransformersEngine) -> Transfo
         store: str | None = None,
         on_event: Listener = ignore,
         trust_messages: bool = False,
+        originals_bytes: int | None = None,
+        originals_disk_bytes: int | None = None,
         window_tokens: int | None = None,
         trust_remote_code: bool = False,
     ) -> Memory:
@@ -319,6 +321,7 @@ def test_a_missed_gate_is_a_warning() -> None:
 def test_loading_options_reach_the_model(run: CommandLine, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     def from_pretrained(*_: object, **given: object) -> Memory:
         names = ("engine", "device", "dtype", "compile", "window_tokens", "trust_remote_code")
+        names += ("originals_bytes", "originals_disk_bytes")
         raise InvalidInput(" ".join(f"{name}={given[name]}" for name in names))
 
     monkeypatch.setattr(Memory, "from_pretrained", from_pretrained)
@@ -327,6 +330,8 @@ def test_loading_options_reach_the_model(run: CommandLine, monkeypatch: pytest.M
     assert before in run(command).output
     options = ("--window-tokens", "4096", "--trust-remote-code")
     assert "window_tokens=4096 trust_remote_code=True" in run(command, *options).output
+    options = ("--originals-mib", "3", "--originals-disk-mib", "0")
+    assert "originals_bytes=3145728 originals_disk_bytes=0" in run(command, *options).output
     options = ("--engine", "llama_cpp", "--device", "cpu", "--dtype", "bfloat16", "--compile")
     assert "engine=llama_cpp device=cpu dtype=bfloat16 compile=True" in run(command, *options).output
     assert "'int4' is not one of" in run(command, "--dtype", "int4").output

@@ -724,6 +724,7 @@ def test_what_a_model_is_loaded_with_is_what_was_set(
 
     monkeypatch.setattr(Memory, "from_pretrained", from_pretrained)
     settings: dict[str, Any] = {"engine": "llama_cpp", "device": "cuda:1", "dtype": "bfloat16", "store": "there"}
+    settings |= {"originals_bytes": 5, "originals_disk_bytes": 0}
     ChatAMMemory(model="mine", policy=ROOMY, compile=True, **settings).invoke("hello", max_tokens=1)
     left = {"trust_messages": False, "window_tokens": None, "trust_remote_code": False}
     assert loaded == {"source": "mine", "policy": ROOMY, "compile": True, **left, **settings}
