@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -88,6 +89,17 @@ class OriginalStore:
         return tuple(
             self._add(start + first, start + last, cut(entries, first, last), place) for first, last in pairwise(edges)
         )
+
+    def without_drops(self) -> OriginalStore:
+        """A store with the same bound on host memory and none on disk, for a while; then `adopt` what it made."""
+        return OriginalStore(self.host_bytes, sys.maxsize)
+
+    def adopt(self, originals: Iterable[Original]) -> None:
+        """Hold originals that another store made, within the bounds of this one."""
+        with self._lock:
+            self._originals.update(originals)
+            for place in ("host", "disk"):
+                self._make_room(place, 0)
 
     def received(self, start: int, end: int, data: bytes, like: Sequence[KeysAndValues], place: Place) -> Original:
         """An original from the bytes of `Original.packed`.

@@ -81,16 +81,19 @@ def _rebuilt(context: Context, num_tokens: int, num_cached: int) -> Context:
     is_recalled = any(record.recalls for record in done)
     if is_recalled and context.policy.originals == "drop":  # kept only for the recalls that are repeated
         fresh.policy = context.policy.with_changes(originals="host")
+    if is_recalled:  # a recall cannot be repeated without its originals
+        fresh.original_store = context.original_store.without_drops()
     with fresh.transaction():
         for record in done:
             _repeat(fresh, record, num_cached)
-        fresh.policy = context.policy
+        fresh.policy, fresh.original_store = context.policy, context.original_store
         if (began_at := _background_start(context, len(done), num_cached)) is not None:
             read_untriggered(fresh, began_at)
             fresh.start_background_compaction()
         read_untriggered(fresh, num_cached)
     if context.policy.originals == "drop":
         fresh.originals = ()
+    context.original_store.adopt(fresh.originals)
     return fresh
 
 

@@ -227,6 +227,17 @@ def test_threads_may_make_read_and_lose_them() -> None:
     assert spill().size == store.bytes_in("disk") == 0
 
 
+def test_what_another_store_made_is_held_within_the_bounds() -> None:
+    store = OriginalStore(2 * SIZE, DISK_SIZE)
+    made = kept(store.without_drops(), 5)
+    assert places(made) == ["disk", "disk", "disk", "host", "host"]
+    mine = kept(store, 1)
+    store.adopt(made)
+    assert places([*made, *mine]) == [None, None, None, "disk", "host", "host"]
+    store.adopt(made)
+    assert store.bytes_in("host") == 2 * SIZE
+
+
 @pytest.mark.parametrize("bound", [-1, 0.5, "8", True])
 def test_a_bound_is_a_whole_number_of_bytes(bound: object) -> None:
     with pytest.raises(InvalidInput, match="originals_bytes is .*: give a whole number, at least 0"):
@@ -339,6 +350,24 @@ def test_forks_share_what_they_have_and_what_they_lose(new_memory: NewMemory, ev
         each.search("what?")
     told = [event.session for event in events if isinstance(event, OriginalsDropped)]
     assert set(told) >= {"alice", "bob"}
+
+
+@pytest.mark.parametrize("originals", ["host", "disk", "drop"])
+def test_a_session_is_rebuilt_with_its_recalls_in_no_room_at_all(new_memory: NewMemory, originals: str) -> None:
+    """The recall could not be repeated, and the session could not be rewound any more."""
+    session = read_session(new_memory(ENOUGH, ENOUGH))
+    session.recall(session.segments[0])
+    session.append(list(range(40)))
+    before = session.fork("bob")
+    num_tokens, segments = len(session.tokens), session.segments
+    session.append(list(range(100)))
+    session.save()
+    memory = new_memory(0, 0, originals=originals)
+    resumed = memory.session("alice")
+    resumed.rewind(num_tokens)
+    assert resumed.segments == segments
+    assert bytes_of(memory) == (0, 0)
+    torch.testing.assert_close(resumed.logits([1, 2, 3]), before.logits([1, 2, 3]), rtol=0, atol=1e-3)
 
 
 def test_a_compaction_in_the_background_keeps_to_the_bounds(new_memory: NewMemory) -> None:
