@@ -1,7 +1,8 @@
 """The originals of all sessions of one memory, within one bound on host memory and one on disk.
 
 When host memory is full, the least recently used originals move to disk. When the disk is full, the least recently
-used there are dropped. It holds originals weakly: they end with the last session that has them.
+used there are dropped. Those that are saved in a folder need neither: they are read from there. It holds originals
+weakly: they end with the last session that has them.
 """
 
 from __future__ import annotations
@@ -18,9 +19,7 @@ from pathlib import Path
 from threading import Lock
 from weakref import WeakSet
 
-from torch import Tensor
-
-from am_memory.errors import OriginalLost, require_whole
+from am_memory.errors import require_whole
 from am_memory.formatting import mebibytes
 from am_memory.recall.originals import (
     DiskEntries,
@@ -33,7 +32,6 @@ from am_memory.recall.originals import (
     cut,
     num_bytes,
     packed,
-    unpacked,
 )
 
 ORIGINAL_TOKENS = 256
@@ -87,7 +85,7 @@ class OriginalStore:
         count = math.ceil(num_tokens / ORIGINAL_TOKENS)
         edges = [num_tokens * index // count for index in range(count + 1)]
         return tuple(
-            self._add(start + first, start + last, cut(entries, first, last), place) for first, last in pairwise(edges)
+            self.add(start + first, start + last, cut(entries, first, last), place) for first, last in pairwise(edges)
         )
 
     def without_drops(self) -> OriginalStore:
@@ -101,30 +99,14 @@ class OriginalStore:
             for place in ("host", "disk"):
                 self._make_room(place, 0)
 
-    def received(self, start: int, end: int, data: bytes, like: Sequence[KeysAndValues], place: Place) -> Original:
-        """An original from the bytes of `Original.packed`.
-
-        Args:
-            like: any entries of the same layers, to compare shapes and dtypes with.
-
-        Raises:
-            OriginalLost: the bytes are not those of these tokens in these layers.
-        """
-        entries = unpacked(data)
-        kinds = [[_kind(tensor) for tensor in layer] for layer in entries]
-        if kinds != [[_kind(tensor) for tensor in layer] for layer in like] or any(
-            tensor.shape[1] != end - start for layer in entries for tensor in layer
-        ):
-            raise OriginalLost(f"they are not the entries of {end - start} tokens in these layers")
-        return self._add(start, end, entries, place)
-
-    def _add(self, start: int, end: int, entries: list[KeysAndValues], place: Place) -> Original:
+    def add(self, start: int, end: int, entries: Sequence[KeysAndValues], place: Place) -> Original:
+        """Copy the exact entries of the tokens [start, end) as one original; see `keep`."""
         with self._lock:
             original = Original(start, end, self._kept(entries, place))
             self._originals.add(original)
             return original
 
-    def _kept(self, entries: list[KeysAndValues], place: Place) -> Entries | Loss:
+    def _kept(self, entries: Sequence[KeysAndValues], place: Place) -> Entries | Loss:
         if place == "host" and self._make_room("host", num_bytes(entries)):
             return HostEntries.copied(entries)
         return self._written(packed(entries))
@@ -142,7 +124,10 @@ class OriginalStore:
             )
 
     def _make_room(self, place: Place, size: int) -> bool:
-        """Move or drop the least recently used originals until `size` bytes fit; False: they never do."""
+        """Move or drop the least recently used originals until `size` bytes fit; False: they never do.
+
+        What is saved needs no room: it is read from its store.
+        """
         bound = self.host_bytes if place == "host" else self.disk_bytes
         if size > bound:
             return False
@@ -152,7 +137,10 @@ class OriginalStore:
             if excess <= 0:
                 break
             excess -= original.nbytes
-            original.replace(self._written(original.packed()) if place == "host" else self._no_room())
+            if original.backup is not None and original.backup.is_there:
+                original.replace(original.backup)
+            else:
+                original.replace(self._written(original.packed()) if place == "host" else self._no_room())
         return True
 
     def _in(self, place: Place) -> list[Original]:
@@ -164,11 +152,6 @@ class OriginalStore:
             f"originals_disk_bytes ({mebibytes(self.disk_bytes)}): raise one of the two"
         )
         return Loss(reason, is_dropped=True)
-
-
-def _kind(tensor: Tensor) -> tuple[object, ...]:
-    """Dtype and shape of a layer's keys or values, except for the number of tokens."""
-    return tensor.dtype, tensor.ndim, *(size for axis, size in enumerate(tensor.shape) if axis != 1)
 
 
 def machine_bytes() -> int:

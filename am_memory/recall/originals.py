@@ -26,6 +26,9 @@ Place = Literal["host", "disk"]
 KeysAndValues = tuple[Tensor, Tensor]
 """Keys and values of one layer: (num_key_value_heads, num_tokens, head_dim)."""
 
+Kinds = tuple[tuple[object, ...], ...]
+"""Dtypes and shapes of each layer's keys and values, except for the number of tokens."""
+
 T = TypeVar("T")
 _uses = itertools.count()
 
@@ -34,11 +37,13 @@ class Entries(Protocol):
     """Keys and values of each layer, where they are kept. Immutable."""
 
     @property
-    def place(self) -> Place: ...
+    def place(self) -> Literal["host", "disk", "store"]:
+        """Where they are; "store": with a saved session."""
+        ...
 
     @property
     def nbytes(self) -> int:
-        """Bytes that they take there."""
+        """Bytes that they take on the host or on disk."""
         ...
 
     @property
@@ -56,6 +61,15 @@ class Entries(Protocol):
         Raises:
             OriginalLost: they cannot be read, or differ from what was kept.
         """
+        ...
+
+
+class Backup(Entries, Protocol):
+    """`Entries` in a local folder of saved sessions."""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether nobody has deleted them."""
         ...
 
 
@@ -131,17 +145,19 @@ class Original:
     Attributes:
         start, end: the tokens.
         last_use: a number that grows with each use of any original. To make one is a use, and to read its layers.
+        backup: the same entries, as they are saved; None: they are not.
     """
 
     def __init__(self, start: int, end: int, held: Entries | Loss) -> None:
         self.start, self.end, self.last_use = start, end, next(_uses)
+        self.backup: Backup | None = None
         self._held, self._digest = held, ""
 
     def __repr__(self) -> str:
         return f"Original({self.start}, {self.end}, {self.lost or self.place!r})"
 
     @property
-    def place(self) -> Place | None:
+    def place(self) -> Literal["host", "disk", "store"] | None:
         """Where the entries are; None: they are lost."""
         held = self._held
         return None if isinstance(held, Loss) else held.place
@@ -160,7 +176,7 @@ class Original:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the entries take in host memory or on disk; 0 once they are lost."""
+        """Bytes that the entries take in host memory or on disk; 0 in a store, and once they are lost."""
         held = self._held
         return 0 if isinstance(held, Loss) else held.nbytes
 
@@ -189,13 +205,12 @@ class Original:
         return self._read(lambda entries: entries.packed())
 
     def _read(self, read: Callable[[Entries], T]) -> T:
-        held = self._held
-        if not isinstance(held, Loss):
+        while not isinstance(held := self._held, Loss):
             try:
                 return read(held)
             except OriginalLost as error:
-                held = Loss(str(error))
-                self.replace(held)
+                others = self.backup if self.backup is not held else None
+                self.replace(others or Loss(str(error)))
         raise OriginalLost(
             f"the original entries of tokens {self.start} to {self.end} cannot be read: {held.reason}; what is compact "
             "stays as it is"
@@ -219,6 +234,15 @@ def num_bytes(entries: Iterable[KeysAndValues]) -> int:
 def cut(entries: Iterable[KeysAndValues], start: int, end: int) -> list[KeysAndValues]:
     """The entries from index `start` to `end` of each layer, as views."""
     return [(key[:, start:end], value[:, start:end]) for key, value in entries]
+
+
+def kinds_of(entries: Iterable[KeysAndValues]) -> Kinds:
+    """What all entries of the same layers have in common."""
+    return tuple(_kind(tensor) for layer in entries for tensor in layer)
+
+
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.dtype, tensor.ndim, *(size for axis, size in enumerate(tensor.shape) if axis != 1)
 
 
 def packed(entries: Iterable[KeysAndValues]) -> bytes:

@@ -28,7 +28,8 @@ class Shared:
         notify: called with every event.
         original_store: holds the exact entries of compacted tokens, within its bounds.
         sessions: the named sessions that are in memory.
-        engine_lock: held while the engine works. No code waits for the store while it holds this lock.
+        engine_lock: held while the engine works. No code waits for the store while it holds this lock; only originals
+            are read from a local folder.
         store_lock: held while a session is saved or deleted. It is never held together with `engine_lock`.
     """
 

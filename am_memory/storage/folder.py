@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import fsspec  # type: ignore[import-untyped]
+from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 
 from am_memory.errors import AMMemoryError, StorageError
 from am_memory.storage import files
@@ -43,6 +44,11 @@ class Folder:
                 f"cannot {action} the store {self.url!r}: {type(error).__name__}: {error}; "
                 "check its address, your access rights and the free space"
             ) from error
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder of this machine."""
+        return isinstance(self.files, LocalFileSystem)
 
     def path(self, name: str) -> str:
         """The path of a file or folder in it."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from hashlib import sha256
+from typing import Literal
 from weakref import WeakValueDictionary
 
-from am_memory.errors import OriginalLost
+from am_memory.errors import OriginalLost, StorageError
 from am_memory.recall.original_store import OriginalStore
-from am_memory.recall.originals import KeysAndValues, Original, Place
+from am_memory.recall.originals import KeysAndValues, Kinds, Original, Place, kinds_of, unpacked
 from am_memory.storage.folder import Folder
 from am_memory.storage.session_file import SavedOriginal
 
@@ -26,6 +28,51 @@ Held = Collection[tuple[str, str]]
 def mark_of(name: str) -> str:
     """The mark of a session, which follows the digest of everything that the session needs."""
     return f".{sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:24]}"
+
+
+@dataclass(frozen=True, eq=False)
+class SavedEntries:
+    """`Entries` in a store. Every read compares their digest.
+
+    Attributes:
+        num_tokens: whose entries they are.
+        kinds: what the entries of the model's layers have in common, to check those that another process wrote. None:
+            this process wrote them, or had the same.
+    """
+
+    folder: Folder
+    path: str
+    digest: str
+    num_tokens: int
+    kinds: Kinds | None = None
+    place: Literal["store"] = "store"
+    nbytes: int = 0
+
+    def layers(self) -> list[KeysAndValues]:
+        entries = unpacked(self.packed())
+        if (self.kinds is not None and kinds_of(entries) != self.kinds) or any(
+            tensor.shape[1] != self.num_tokens for layer in entries for tensor in layer
+        ):
+            raise OriginalLost(f"{self.path} does not hold the entries of {self.num_tokens} tokens in these layers")
+        return entries
+
+    @property
+    def is_there(self) -> bool:
+        with suppress(StorageError):
+            return self.folder.head(self.path) is not None
+        return False
+
+    def require(self) -> None:
+        """Raise OriginalLost if there is no such file."""
+        if self.folder.head(self.path) is None:
+            raise OriginalLost(f"{self.path} is missing")
+
+    def packed(self) -> bytes:
+        self.require()
+        data = self.folder.read(self.path)
+        if sha256(data).hexdigest() != self.digest:
+            raise OriginalLost(f"{self.path} was altered: restore it from a copy before the session is saved")
+        return data
 
 
 class SavedOriginals:
@@ -47,6 +94,8 @@ class SavedOriginals:
     def write(self, originals: Iterable[Original], mark: str, held: Held) -> None:
         """Write and mark the originals that a session needs, as far as they are not `held`.
 
+        In a local folder they need no other copy from then on, see `Original.backup`.
+
         Raises:
             OriginalLost: some of them are not what was kept.
         """
@@ -56,6 +105,8 @@ class SavedOriginals:
                 self._folder.write(self._path(original.digest, mark), b"")
             if entries is not None:
                 self._folder.write(self._path(original.digest), entries)
+            if self._folder.is_local:
+                original.backup = self._entries(SavedOriginal.model_validate(original))
 
     def unmark(self, mark: str, held: Held, needed: Collection[str] = ()) -> None:
         """Delete a session's marks except on the digests it needs; delete the entries that then have no mark."""
@@ -71,28 +122,33 @@ class SavedOriginals:
     def load(
         self, saved: SavedOriginal, like: Sequence[KeysAndValues], original_store: OriginalStore, place: Place
     ) -> Original:
-        """Read the entries of one span; those that `original_store` has read before are shared.
+        """The original of one span; those that `original_store` has loaded before are shared.
+
+        In a local folder the entries stay where they are, and are read and checked when they are used. From other
+        stores they are read now: nobody who uses a session waits for a network.
 
         Args:
             like: entries of the same layers, to check shapes and dtypes with.
-            original_store, place: where the entries are kept from now on.
+            original_store, place: where entries are kept that are read now.
 
         Raises:
-            OriginalLost: the file is missing or was altered.
+            OriginalLost: the file is missing, or was altered as far as it is read now.
             StorageError: the store cannot be read.
         """
         known = self._loaded.get((saved, original_store))
         if known is not None and known.lost is None:
             return known
-        path = self._path(saved.digest)
-        if self._folder.head(path) is None:
-            raise OriginalLost(f"{path} is missing")
-        data = self._folder.read(path)
-        if sha256(data).hexdigest() != saved.digest:
-            raise OriginalLost(f"{path} was altered: restore it from a copy before the session is saved")
-        original = original_store.received(saved.start, saved.end, data, like, place)
+        entries = self._entries(saved, kinds_of(like))
+        if self._folder.is_local:
+            entries.require()
+            original = Original(saved.start, saved.end, entries)
+        else:
+            original = original_store.add(saved.start, saved.end, entries.layers(), place)
         self._loaded[saved, original_store] = original
         return original
+
+    def _entries(self, saved: SavedOriginal, kinds: Kinds | None = None) -> SavedEntries:
+        return SavedEntries(self._folder, self._path(saved.digest), saved.digest, saved.end - saved.start, kinds)
 
     def _path(self, digest: str, mark: str = "") -> str:
         return f"{self.path}/{digest}{mark}{SUFFIX}"

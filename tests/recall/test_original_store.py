@@ -377,11 +377,53 @@ def test_a_compaction_in_the_background_keeps_to_the_bounds(new_memory: NewMemor
     assert sessions[1].recall(sessions[1].segments[-1])
 
 
-def test_a_session_is_saved_and_resumed_in_less_room(new_memory: NewMemory, events: list[Event]) -> None:
+def test_what_is_saved_needs_no_room(new_memory: NewMemory, events: list[Event]) -> None:
+    """Saved again after its originals had been dropped, a session lost them in the store as well."""
     session = read_session(new_memory(ENOUGH, 0))
     session.save()
-    memory = new_memory(40_000, 40_000)
-    resumed = memory.session("alice")
-    assert all(0 < size <= 40_000 for size in bytes_of(memory))
+    spans = [(original.start, original.end) for original in originals_of(session)]
+    memory = new_memory(0, 0)
+    for _ in range(2):
+        resumed = memory.session("alice")
+        assert [(original.start, original.end) for original in originals_of(resumed)] == spans
+        assert places(originals_of(resumed)) == ["store"] * len(spans)
+        assert resumed.search("what?") == session.search("what?")
+        resumed.save()
+        memory.release("alice")
+    assert bytes_of(memory) == (0, 0)
+    assert not [event for event in events if isinstance(event, OriginalsDropped | OriginalsLost)]
+    assert resumed.recall(resumed.segments[0])
+
+
+def test_what_is_saved_leaves_the_host_without_a_copy_on_disk(new_memory: NewMemory) -> None:
+    memory = new_memory(100_000, ENOUGH)
+    session = read_session(memory, num_tokens=150)
+    session.save()
+    read_session(memory, "bob", num_tokens=600)
+    assert set(places(originals_of(session))) == {"store"}
+    assert session.stats.originals_bytes == 0
+    assert session.recall(session.segments[0])
+
+
+def test_who_needs_what_was_saved_and_deleted_keeps_it(new_memory: NewMemory) -> None:
+    memory = new_memory(100_000, ENOUGH)
+    session = read_session(memory, num_tokens=150)
+    session.save()
+    branch = session.fork()
+    memory.delete("alice")
+    read_session(memory, "bob", num_tokens=600)
+    assert set(places(originals_of(branch))) == {"disk"}
+    assert branch.recall(branch.segments[0])
+
+
+def test_a_store_far_away_is_read_within_the_bounds(engine: TransformersEngine, tmp_path: Path) -> None:
+    memories = [
+        Memory(engine, POLICY, store=f"memory://{tmp_path}", originals_bytes=size, originals_disk_bytes=size)
+        for size in (ENOUGH, 40_000)
+    ]
+    session = read_session(memories[0])
+    session.save()
+    resumed = memories[1].session("alice")
+    assert all(0 < size <= 40_000 for size in bytes_of(memories[1]))
     assert resumed.segments == session.segments
     assert resumed.recall(resumed.segments[-1])

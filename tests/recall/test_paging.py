@@ -363,6 +363,7 @@ def test_a_rebuilt_session_can_be_recalled_from(new_memory: NewMemory) -> None:
 @pytest.mark.parametrize("place", PLACES)
 def test_a_resumed_session_has_what_was_recalled(new_memory: NewMemory, place: str) -> None:
     session = read_session(new_memory(originals=place))
+    assert {original.place for original in originals_of(session)} == {place}
     session.recall((0, 50))
     session.save()
     resumed = new_memory(originals=place).session("alice")
@@ -371,7 +372,7 @@ def test_a_resumed_session_has_what_was_recalled(new_memory: NewMemory, place: s
     for each in (session, resumed):
         each.compact(1.0)
     assert_same(held(resumed), held(session))
-    assert {original.place for original in originals_of(resumed)} == {place}
+    assert {original.place for original in originals_of(resumed)} == {"store", place}
 
 
 def test_originals_that_did_not_change_are_written_once(new_memory: NewMemory, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from inside import context_of, originals_of
 
 from am_memory import Memory, MemoryPolicy, Sampling, Session
@@ -202,6 +203,7 @@ def test_what_was_damaged_in_the_store_is_missed_and_told(
     damage(tmp_path / "store" / "originals" / f"{first.digest}.safetensors")
     with caplog.at_level(logging.WARNING, "am_memory"):
         resumed = new_memory(place).session("alice")
+        resumed.search("hoo")
     assert lost(events) == kept[:1]
     assert f"tokens {first.start} to {first.end} are lost" in caplog.text
     assert spans(resumed) == kept[1:]
@@ -239,8 +241,39 @@ def test_sound_bytes_of_something_else_are_no_originals(
     monkeypatch.setattr(HostEntries, "packed", lambda held: data if held is first._held else packed(held.entries))
     session.save()
     resumed = new_memory("host").session("alice")
+    resumed.search("hoo")
     assert lost(events) == [(first.start, first.end)]
     assert [original.digest for original in originals_of(resumed)] == [original.digest for original in others]
+
+
+@pytest.mark.parametrize("damage", [altered, gone])
+def test_what_was_damaged_in_a_store_far_away_is_told_when_the_session_is_loaded(
+    engine: TransformersEngine, events: list[Event], damage: Callable[[Path], None], tmp_path: Path
+) -> None:
+    """There originals are copied at once: nobody waits for a network who uses a session."""
+    memories = [Memory(engine, POLICY, store=f"memory://{tmp_path}", on_event=events.append) for _ in range(2)]
+    session = read_session(memories[0])
+    session.save()
+    kept, first = spans(session), originals_of(session)[0]
+    files, path = MemoryFileSystem(), f"{tmp_path}/originals/{first.digest}.safetensors"
+    if damage is gone:
+        files.rm_file(path)
+    else:
+        files.pipe_file(path, files.cat_file(path)[:-1] + b"x")
+    resumed = memories[1].session("alice")
+    assert lost(events) == kept[:1]
+    assert {original.place for original in originals_of(resumed)} == {"disk"}
+    assert resumed.recall(kept[1])
+
+
+def test_what_was_damaged_on_the_disk_is_read_from_the_store(new_memory: NewMemory, events: list[Event]) -> None:
+    session = read_session(new_memory())
+    session.save()
+    first = originals_of(session)[0]
+    flip(first)
+    assert session.recall((first.start, first.end))
+    assert first.place == "store"
+    assert lost(events) == []
 
 
 def test_the_store_itself_refuses_to_write_what_was_damaged(new_memory: NewMemory, tmp_path: Path) -> None:
