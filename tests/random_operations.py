@@ -29,6 +29,8 @@ from am_memory.session.context import Context
 from am_memory.session.rebuild import rebuild
 
 POLICY = MemoryPolicy(trigger_tokens=128, keep_ratio=0.25, keep_recent=6, pinned=3, chunk_tokens=1)
+ROOM_BYTES = 40_000
+"""Host memory, and room on disk, for originals: a few are dropped now and then."""
 POLICIES: dict[str, dict[str, object]] = {
     "plain": {},
     "ahead": {"ahead_tokens": 15},
@@ -128,7 +130,9 @@ class Driver:
 
     def resumed(self, name: str) -> Session:
         """By a process of its own, as it were."""
-        return Memory(self.engine, self.policy, store=self.folder, sampling=Sampling(temperature=0)).session(name)
+        bounds = {"originals_bytes": ROOM_BYTES, "originals_disk_bytes": ROOM_BYTES}
+        sampling = Sampling(temperature=0)
+        return Memory(self.engine, self.policy, store=self.folder, sampling=sampling, **bounds).session(name)
 
     def tokens(self, most: int) -> list[int]:
         return [self.random.randrange(256) for _ in range(self.random.randint(1, most))]
