@@ -218,7 +218,8 @@ class Original:
 
     def replace(self, held: Entries | Loss) -> None:
         """Hold the same entries in another place, or none any more."""
-        self._digest = self.digest
+        if isinstance(held, Loss):
+            self._digest = self.digest
         self._held = held
 
 

@@ -628,6 +628,8 @@ def test_a_keep_of_a_trigger_of_nothing_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["llama_cpp", "transformers"])
 def test_an_engine_beside_a_memory_is_refused(new_model: NewModel, name: str) -> None:
+    with pytest.raises(InvalidInput, match="originals_bytes cannot be set on a Memory that is made"):
+        new_model(originals_bytes=0)
     with pytest.raises(InvalidInput, match="engine cannot be set on a Memory that is made"):
         new_model(engine=name)
 
