@@ -36,6 +36,8 @@ from am_memory.events import (
     Event,
     GateMissed,
     Listener,
+    LittleKept,
+    MemoryConsulted,
     OriginalsDropped,
     OriginalsLost,
     OriginUnknown,
@@ -43,6 +45,7 @@ from am_memory.events import (
     PolicyChanged,
     ReadProgress,
     SessionRebuilt,
+    Span,
     SpanPutAway,
     SpanRecalled,
     WindowExceeded,
@@ -53,7 +56,7 @@ if TYPE_CHECKING:
     from am_memory.kv_cache.slots import Segment
     from am_memory.memory import Memory
     from am_memory.policy import Experiments, MemoryPolicy
-    from am_memory.recall.search import Span
+    from am_memory.recall.paging import Page
     from am_memory.session.generation import Piece, TokenLogprob
     from am_memory.session.session import Session
     from am_memory.session.stats import Stats
@@ -70,7 +73,7 @@ else:
         "SavedSession": "storage.session_file",
         "Segment": "kv_cache.slots",
         "Session": "session.session",
-        "Span": "recall.search",
+        "Page": "recall.paging",
         "Stats": "session.stats",
         "TokenLogprob": "session.generation",
     }
@@ -104,7 +107,9 @@ __all__ = [
     "InvalidPolicy",
     "KVCache",
     "Listener",
+    "LittleKept",
     "Memory",
+    "MemoryConsulted",
     "MemoryPolicy",
     "ModelMismatch",
     "ModelNotFound",
@@ -114,6 +119,7 @@ __all__ = [
     "OriginalLost",
     "OriginalsDropped",
     "OriginalsLost",
+    "Page",
     "Piece",
     "PolicyChange",
     "PolicyChanged",

@@ -103,6 +103,23 @@ class GateMissed:
 
 
 @dataclass(frozen=True)
+class LittleKept:
+    """For the first time, the slots of all segments are less than a twentieth of the tokens that they stand for.
+
+    The bound `max_compact_tokens` makes older segments shrink as the conversation grows. Details are then found by
+    recall alone.
+
+    Attributes:
+        num_slots: compact slots, mean over heads.
+        num_tokens: compacted tokens.
+    """
+
+    session: str
+    num_slots: float
+    num_tokens: int
+
+
+@dataclass(frozen=True)
 class WindowExceeded:
     """The conversation is longer than the model's context window.
 
@@ -138,8 +155,39 @@ class SessionRebuilt:
 
 
 @dataclass(frozen=True)
+class Span:
+    """The tokens [start, end) of a conversation.
+
+    Attributes:
+        score: how much more attention they get from the search text than usual, in nats.
+        text: their text.
+    """
+
+    start: int
+    end: int
+    score: float
+    text: str
+
+
+@dataclass(frozen=True)
+class MemoryConsulted:
+    """A message, or what the model writes, looked for something compacted, and these spans are exact for it.
+
+    Attributes:
+        at_tokens: logical tokens of the conversation at that moment.
+        spans: in the order of the tokens; some of them may have been exact before.
+        kv_tokens: size of the cache with them.
+    """
+
+    session: str
+    at_tokens: int
+    spans: tuple[Span, ...]
+    kv_tokens: float
+
+
+@dataclass(frozen=True)
 class SpanRecalled:
-    """The segment of the tokens [start, end) is exact again; the cache has `kv_tokens` now."""
+    """The tokens [start, end) are exact again; the cache has `kv_tokens` now."""
 
     session: str
     start: int
@@ -149,7 +197,7 @@ class SpanRecalled:
 
 @dataclass(frozen=True)
 class SpanPutAway:
-    """The recalled segment of the tokens [start, end) is compact again, with the slots it had before."""
+    """The recalled tokens [start, end) are compact again, with the slots they had before."""
 
     session: str
     start: int
@@ -214,8 +262,10 @@ Event = (
     | CompactionProgress
     | CompactionFinished
     | GateMissed
+    | LittleKept
     | WindowExceeded
     | SessionRebuilt
+    | MemoryConsulted
     | SpanRecalled
     | SpanPutAway
     | OriginalsLost
@@ -254,9 +304,20 @@ def log(event: Event) -> None:
             logger.info("session %r has %s", session, event)
         case SessionRebuilt(session, num_tokens, reason):
             logger.info("session %r: %d tokens are read again: %s", session, num_tokens, reason)
+        case MemoryConsulted(session, at_tokens, spans, _):
+            found = "; ".join(f"{span.start} to {span.end}" for span in spans)
+            logger.info("session %r: at token %d these tokens were looked up: %s", session, at_tokens, found)
         case SpanRecalled(session, start, end, kv_tokens):
             logger.info(
                 "session %r: tokens %d to %d are exact again; cache has %.0f tokens", session, start, end, kv_tokens
+            )
+        case LittleKept(session, num_slots, num_tokens):
+            logger.warning(
+                "session %r: %.0f slots per head stand for %d compacted tokens, less than 5 %%: raise "
+                "max_compact_tokens or trigger_tokens to keep more of a long past",
+                session,
+                num_slots,
+                num_tokens,
             )
         case PolicyChanged():
             logger.warning("%s", event)

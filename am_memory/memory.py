@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
-from am_memory.compaction.plan import require_progress, trigger_in_tokens
+from am_memory.compaction.plan import originals_place, recall_tokens, require_progress, trigger_in_tokens
 from am_memory.engines.base import Engine, Message
 from am_memory.engines.names import DtypeName, EngineName, as_dtype, require_engine_name
 from am_memory.errors import InvalidInput, InvalidPolicy, SessionNotFound, StorageError, require_kind
@@ -97,7 +97,8 @@ class Memory:
         self._numbers = itertools.count(1)
         # An impossible policy fails here, and not in the first session.
         trigger_tokens = trigger_in_tokens(self.policy, engine.info.window_tokens)
-        require_progress(self.policy, trigger_tokens, self.policy.num_sinks)
+        room = recall_tokens(self.policy, engine.capabilities, trigger_tokens, self.policy.num_sinks)
+        require_progress(self.policy, trigger_tokens - room, self.policy.num_sinks, room)
 
     @classmethod
     def from_pretrained(  # noqa: PLR0913
@@ -239,7 +240,7 @@ class Memory:
         store = self._shared.require_store()
         saved = store.load(name, device=self.engine.info.device)
         check_origin(name, saved, self.engine.info)
-        place = (policy or self._policy_of(name, saved)).originals
+        place = originals_place(policy or self._policy_of(name, saved), self.engine.capabilities)
         return saved if place == "drop" else store.with_originals(saved, self._shared.original_store, place)
 
     def _policy_of(self, name: str, saved: SavedSession) -> MemoryPolicy:
@@ -332,9 +333,11 @@ class Memory:
         It takes one sequence of text at a time, without padding; `model` is `engine.model`, or what peft has wrapped
         around it. A prompt longer than the trigger is read in pieces and compacted on the way; the logits of every
         token that were asked for are still returned. Results that need one single pass (a loss, hidden states, the
-        logits of several candidates) are refused before anything is read, if that pass does not fit.
+        logits of several candidates) are refused before anything is read, if that pass does not fit. Nothing is
+        recalled there: only a session knows what was said.
         """
-        return watched(self._new_context("generate()", self.policy, ChatHistory()))
+        policy = self.policy.with_changes(originals="drop", recall_tokens=0)
+        return watched(self._new_context("generate()", policy, ChatHistory()))
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens around it."""

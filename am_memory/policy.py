@@ -64,6 +64,7 @@ class Experiments(_Settings):
 
     Attributes:
         fit: what is fitted after the keys are chosen: "bias_and_values", "bias", "values" or "nothing" (eviction).
+            "no_slots": nothing is kept at all, so that compacted tokens are only there while they are recalled.
         recompaction: "segments" (each token is compacted once, from its exact entry) or "refit" (each compaction covers
             the oldest part of the cache, compact slots included, as in the online AIME runs of arXiv:2602.16284).
         on_policy: fit each layer to queries that have passed through the compacted layers below. The model repeats the
@@ -82,7 +83,7 @@ class Experiments(_Settings):
         InvalidPolicy: a value is out of range, or there is no such field.
     """
 
-    fit: Literal["bias_and_values", "bias", "values", "nothing"] = "bias_and_values"
+    fit: Literal["bias_and_values", "bias", "values", "nothing", "no_slots"] = "bias_and_values"
     recompaction: Literal["segments", "refit"] = "segments"
     on_policy: bool = False
     summary_tokens: Annotated[int, Field(gt=0)] | None = None
@@ -118,8 +119,14 @@ class MemoryPolicy(_Settings):
             "uniform" (equally), "calibrated" (scores are weighted by a measurement on the model, for models that one
             ships with), or the path of a .json file from `am-memory calibrate`. "auto" is calibrated where a
             measurement ships, else adaptive; on engines whose heads share every cell, all heads keep the same tokens.
-        originals: where the exact entries of compacted tokens are kept, so that `Session.recall` can restore them:
-            "host" (host memory), "disk", or "drop" (nowhere).
+        originals: where the exact entries of compacted tokens are kept, so that they can be recalled: "host" (host
+            memory, and disk once the memory's bound is reached), "disk", or "drop" (nowhere). "auto" is "host" on
+            engines whose caches exact entries can come back into, else "drop".
+        recall_tokens: upper bound on the compacted tokens that are exact again at one time, because a message or the
+            model's own text looks for them. This room below the trigger is kept free for them. 0: nothing is recalled
+            by itself. None: an eighth of the trigger, but at least 256 tokens where that is at most a quarter of it;
+            less, down to 0, where compactions would become too small, and 0 where originals are dropped. A page takes
+            about 50 tokens. Models with a table of positions recall nothing by themselves.
         segment_dtype: type in which compact segments store keys and values: "model" (the model's dtype) or "int8" (one
             scale per channel of each segment and head, decoded for every attention). Biases, pinned tokens and recalled
             tokens keep the model's dtype. Reported errors are measured before rounding.
@@ -155,7 +162,8 @@ class MemoryPolicy(_Settings):
     head_budget: Literal["auto", "adaptive", "uniform", "calibrated"] | Annotated[str, Field(pattern=r"\.json$")] = (
         "auto"
     )
-    originals: Literal["drop", "host", "disk"] = "drop"
+    originals: Literal["auto", "drop", "host", "disk"] = "auto"
+    recall_tokens: Annotated[int, Field(ge=0)] | None = None
     segment_dtype: Literal["model", "int8"] = "model"
     max_error: Annotated[float, Field(gt=0)] | None = None
     ahead_tokens: Annotated[int, Field(ge=0)] = 0

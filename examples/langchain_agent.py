@@ -76,7 +76,7 @@ def main() -> None:
                 for update in news.values():
                     for message in update.get("messages", ()):
                         show(message)
-            elif news["event"] == "finished":
+            elif news.get("event") == "finished":
                 print(f"       [cache from {news['kv_tokens_before']:.0f} to {news['kv_tokens_after']:.0f} tokens]")
     figures = agent.get_state(config).values["am_memory"]
     print(

@@ -48,7 +48,7 @@ def main() -> None:
     num_pages = 0
     for mode, news in agent.stream(told, {"recursion_limit": 10 * args.pages}, stream_mode=["updates", "custom"]):
         if mode == "custom":
-            if news["event"] == "finished":
+            if news.get("event") == "finished":
                 print(f"       [cache from {news['kv_tokens_before']:.0f} to {news['kv_tokens_after']:.0f} tokens]")
         elif "tools" in news:
             num_pages += 1

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a hub, and none may wait for one
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share their controller's folder
+    _cache_folder = tempfile.TemporaryDirectory(prefix="am-memory-tests-", ignore_cleanup_errors=True)
+    os.environ["AM_MEMORY_CACHE"] = _cache_folder.name  # no test reads or writes the user's folder for caches
 
 import pytest
 import torch
@@ -214,6 +219,28 @@ def llama(tiny_gguf: Path) -> LlamaCppEngine:
     from am_memory.engines.llama_cpp import LlamaCppEngine
 
     return LlamaCppEngine(tiny_gguf, kv_type="f32", flash_attention=False)
+
+
+@pytest.fixture
+def looking_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every message looks up the first 20 compacted tokens: the tiny model attends to nothing in particular."""
+    from am_memory.events import MemoryConsulted, Span
+    from am_memory.recall.paging import Page
+    from am_memory.session.context import Context
+    from am_memory.session.recalling import recall_pages
+
+    def recall_first(context: Context) -> tuple[Span, ...]:
+        context.read_all()
+        if not context.cache.segments:
+            return ()
+        start = context.cache.segments[0].start
+        page = Page(start, start + 20)
+        recall_pages(context, [page], context.recall_tokens)
+        spans = (Span(*page, 1.2345, context.engine.decode(context.tokens[page.start : page.end])),)
+        context.notify(MemoryConsulted(context.name, len(context.tokens), spans, context.cache.kv_tokens))
+        return spans
+
+    monkeypatch.setattr("am_memory.session.generation.recall_for_answer", recall_first)
 
 
 @pytest.fixture(scope="session")

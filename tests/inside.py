@@ -9,6 +9,7 @@ from am_memory.compaction.background import BackgroundCompaction
 from am_memory.compaction.record import CompactionRecord
 from am_memory.kv_cache.slots import Slots
 from am_memory.recall.originals import Original
+from am_memory.session import pages
 from am_memory.session.chat_history import ChatHistory
 from am_memory.session.context import Context
 from am_memory.session.rebuild import rebuild as rebuild_context
@@ -83,9 +84,9 @@ def rebuild(session: Session) -> None:
 
 
 def put_away_oldest(session: Session) -> None:
-    """Take the segment that was recalled first back to its slots."""
+    """Take the page that was recalled first back to its slots."""
     context = context_of(session)
-    context.put_away(context.recalled[0])
+    pages.put_away(context, context.recalled[0])
 
 
 def folder_of(store: Store) -> Folder:

@@ -18,6 +18,7 @@ from collections import Counter
 
 import torch
 from inside import context_of, pending_of, records_of
+from policies import plain_policy
 from torch import Tensor
 
 from am_memory import AMMemoryError, Experiments, Memory, MemoryPolicy, Sampling, Session
@@ -28,14 +29,16 @@ from am_memory.session.appending import add, encode, read
 from am_memory.session.context import Context
 from am_memory.session.rebuild import rebuild
 
-POLICY = MemoryPolicy(trigger_tokens=128, keep_ratio=0.25, keep_recent=6, pinned=3, chunk_tokens=1)
+POLICY = plain_policy(trigger_tokens=128, keep_ratio=0.25, keep_recent=6, pinned=3, chunk_tokens=1)
 ROOM_BYTES = 40_000
 """Host memory, and room on disk, for originals: a few are dropped now and then."""
 POLICIES: dict[str, dict[str, object]] = {
     "plain": {},
     "ahead": {"ahead_tokens": 15},
     "originals in host memory": {"originals": "host"},
-    "ahead with originals": {"ahead_tokens": 15, "originals": "host"},
+    "ahead with originals": {"ahead_tokens": 12, "originals": "host"},
+    "no recall by itself": {"originals": "host", "recall_tokens": 0},
+    "much recall": {"originals": "host", "recall_tokens": 40},
     "int8 with originals on disk": {"originals": "disk", "segment_dtype": "int8"},
     "live queries": {"reference_queries": ("repeat", "live")},
     "live queries alone": {"reference_queries": ("live",)},
@@ -75,7 +78,7 @@ def differences(one: Context, other: Context, atol: float = 0) -> list[str]:
             "records": lambda context: context.records,
             "segments": lambda context: context.cache.segments,
             "tokens read": lambda context: context.cache.num_tokens,
-            "recalled": lambda context: [each.segment for each in context.recalled],
+            "recalled": lambda context: [each.page for each in context.recalled],
             "under way": lambda context: context.background_compaction and context.background_compaction.at_tokens,
         }.items()
         if of(one) != of(other)
@@ -178,7 +181,9 @@ class Driver:
 
     def recall(self) -> None:
         if self.session.segments:
-            self.session.recall(self.random.choice(self.session.segments))
+            segment = self.random.choice(self.session.segments)
+            start = self.random.randrange(segment.start, segment.end)
+            self.session.recall((start, self.random.randint(start + 1, segment.end)))
 
     def save(self) -> None:
         self.session.save()

@@ -63,7 +63,11 @@ def test_a_bfloat16_model_compacts_and_recalls() -> None:
 
 def test_self_study_writes_about_the_block_and_a_rebuild_reads_that_again(demo: Demo) -> None:
     policy = MemoryPolicy(
-        trigger_tokens=384, keep_ratio=0.25, reference_queries=("repeat", "self_study"), self_study_tokens=96
+        trigger_tokens=384,
+        keep_ratio=0.25,
+        reference_queries=("repeat", "self_study"),
+        self_study_tokens=96,
+        originals="drop",
     )
     session = Memory(TransformersEngine(*demo), policy).session()
     written = letters(seed=0, num_letters=3, num_facts=1)

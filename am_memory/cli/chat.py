@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from am_memory.cli.display import EventBars, show_error, stats_table, status
+from am_memory.cli.display import EventBars, describe_lookup, mark_lookup, show_error, stats_table, status
 from am_memory.cli.options import POLICY_OPTIONS, Loading, StoreURL, default_store, is_given, with_options
 from am_memory.errors import AMMemoryError, SessionChanged
 
@@ -118,10 +118,17 @@ class Chat:
     def take_turn(self, line: str) -> None:
         """Append a message and stream the answer; an interrupt before the first token takes the message back."""
         num_tokens, is_answered = len(self.session.tokens), False
+        shown = set[tuple[int, int]]()
         try:
             with self.bars.showing():
                 self.session.append([{"role": "user", "content": line}])
             for piece in self.session.generate(self.max_new_tokens, self.sampling):
+                found = [span for span in piece.looked_up if (span.start, span.end) not in shown]
+                shown |= {(span.start, span.end) for span in found}
+                if found and is_answered:
+                    self.console.print(mark_lookup(found), end="", soft_wrap=True)
+                elif found:
+                    self.console.print(describe_lookup(found), soft_wrap=True)
                 is_answered = True
                 self.console.out(piece.text, end="", highlight=False)
             self.console.print()

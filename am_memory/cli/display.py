@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -19,14 +19,16 @@ from am_memory.events import (
     CompactionReport,
     Event,
     GateMissed,
+    LittleKept,
     OriginalsDropped,
     OriginalsLost,
     PolicyChanged,
     ReadProgress,
     SessionRebuilt,
+    Span,
     WindowExceeded,
 )
-from am_memory.formatting import MEBIBYTE, mebibytes
+from am_memory.formatting import MEBIBYTE, counted, mebibytes, shortened
 
 if TYPE_CHECKING:
     from am_memory.session.session import Session
@@ -39,6 +41,8 @@ STAGES = {
     "fit": "  fitting its heads",
 }
 BAR_CELLS = 20
+SPAN_CHARS = 60
+"""A longer text of a span is shortened in the middle."""
 
 
 class EventBars:
@@ -102,6 +106,9 @@ class EventBars:
             case GateMissed(_, start, end, held_out_error, max_error):
                 error = f"the held-out error {held_out_error:.2f} is above max_error {max_error:g}"
                 self._warn(f"tokens {start:,}-{end:,}: {error}, and there was no room for more slots")
+            case LittleKept(_, num_slots, num_tokens):
+                kept = f"{num_slots:.0f} slots per head stand for {num_tokens:,} compacted tokens, less than 5 %"
+                self._warn(f"{kept}: details are found by recall alone; a larger --trigger-tokens keeps more")
             case WindowExceeded() | PolicyChanged():
                 self._warn(str(event))
             case OriginalsLost(_, start, end, reason):
@@ -122,6 +129,22 @@ def describe(report: CompactionReport) -> Text:
         f"[dim]: {report.kv_tokens_before:.0f} → {report.kv_tokens_after:.0f} tokens, "
         f"{report.kv_bytes_before / MEBIBYTE:.1f} → {mebibytes(report.kv_bytes_after)}, {report.seconds:.1f} s[/]"
     )
+
+
+def describe_lookup(spans: Sequence[Span]) -> Text:
+    """In one line, what a message looked up."""
+    return Text(f"  looked up: {_quoted(spans)}", style="dim")
+
+
+def mark_lookup(spans: Sequence[Span]) -> Text:
+    """The same inside the text of an answer, which looked it up itself."""
+    return Text(f" ⟨looked up: {_quoted(spans)}⟩ ", style="dim")
+
+
+def _quoted(spans: Sequence[Span]) -> str:
+    """The texts of spans, each on one line and without control characters."""
+    texts = (" ".join("".join(c if c.isprintable() else " " for c in span.text).split()) for span in spans)
+    return " · ".join(f"“{shortened(text, SPAN_CHARS)}”" for text in texts)
 
 
 def status(session: Session) -> Text:
@@ -146,6 +169,8 @@ def stats_table(session: Session) -> Table:
     table.add_row("bytes of the cache", f"{mebibytes(stats.kv_bytes)}; uncompacted {mebibytes(stats.exact_kv_bytes)}")
     table.add_row("compactions", f"{stats.num_compactions}")
     table.add_row("compact segments", f"{stats.num_segments}")
+    if stats.recalled_tokens:
+        table.add_row("compacted, but exact now", counted(stats.recalled_tokens, "token"))
     return table
 
 

@@ -39,6 +39,16 @@ class Loading:
     pinned: Annotated[
         str, typer.Option(help="Never compacted: system, first_message, sinks, or a number of tokens.")
     ] = "system"
+    originals: Annotated[
+        str, typer.Option(help="Where exact entries of compacted tokens are kept for recall: auto, host, disk or drop.")
+    ] = "auto"
+    recall_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Most compacted tokens that are exact again at one time, because a message looks for them; 0: none.",
+            show_default="an eighth of the trigger",
+        ),
+    ] = None
     device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda if there is one")] = None
     dtype: Annotated[
         DtypeName | None,
@@ -83,7 +93,14 @@ class Loading:
         from am_memory.policy import MemoryPolicy
 
         pinned: Any = int(self.pinned) if self.pinned.isdecimal() else self.pinned
-        return MemoryPolicy(trigger_tokens=self.trigger_tokens, keep_ratio=self.keep_ratio, pinned=pinned)
+        originals: Any = self.originals
+        return MemoryPolicy(
+            trigger_tokens=self.trigger_tokens,
+            keep_ratio=self.keep_ratio,
+            pinned=pinned,
+            originals=originals,
+            recall_tokens=self.recall_tokens,
+        )
 
     def load(self, *, store: str | None = None, on_event: Listener = ignore) -> Memory:
         """Load the model, and give it a memory."""
@@ -111,7 +128,7 @@ def in_bytes(num_mebibytes: int | None) -> int | None:
     return None if num_mebibytes is None else num_mebibytes * MEBIBYTE
 
 
-POLICY_OPTIONS = ("trigger_tokens", "keep_ratio", "pinned")
+POLICY_OPTIONS = ("trigger_tokens", "keep_ratio", "pinned", "originals", "recall_tokens")
 
 Command = Callable[..., None]
 

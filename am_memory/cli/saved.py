@@ -77,6 +77,9 @@ def segments_table(saved: SavedSession) -> Table:
         at_tokens = compacted_at.get(segment.start)
         when = "" if at_tokens is None else f"{at_tokens:,}"
         table.add_row(f"{segment.start:,}-{segment.end:,}", f"{slots:.1f} slots per head", f"{share:.1%}", when)
+        for page in sorted(saved.recalled):
+            if segment.start <= page.start < segment.end:
+                table.add_row(f"  {page.start:,}-{page.end:,}", "  recalled, exact for now", "100 %", "")
     tail = layers[0]
     if tail.length:
         start = max(tail.start, state.num_pinned_slots)

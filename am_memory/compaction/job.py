@@ -21,6 +21,7 @@ from am_memory.compaction.plan import Plan, with_more_slots
 from am_memory.compaction.record import CompactionRecord
 from am_memory.compaction.summary import replace_by_summary, write_summary
 from am_memory.engines.base import Engine, LayerwiseCache, SessionCache
+from am_memory.events import CompactionReport
 from am_memory.kv_cache.slots import Slots, resized
 from am_memory.policy import MemoryPolicy
 from am_memory.queries import LiveQueries, Passage, Progress, QuerySources
@@ -53,6 +54,33 @@ class CompactionResult:
     query_seconds: float
     score_seconds: float
     fit_seconds: float
+
+    def report(self, session: str, kv_tokens: float, kv_bytes: int, cache: SessionCache) -> CompactionReport:
+        """The report for users.
+
+        Args:
+            kv_tokens, kv_bytes: size of the cache before the result was swapped in.
+            cache: after that.
+        """
+        segment = self.record.plan.newest
+        return CompactionReport(
+            session=session,
+            start=segment.start,
+            end=segment.end,
+            num_slots=segment.num_slots / cache.num_heads,
+            kv_tokens_before=kv_tokens,
+            kv_tokens_after=cache.kv_tokens,
+            kv_bytes_before=kv_bytes,
+            kv_bytes_after=cache.nbytes,
+            mass_error=self.mass_error,
+            output_error=self.output_error,
+            query_seconds=self.query_seconds,
+            score_seconds=self.score_seconds,
+            fit_seconds=self.fit_seconds,
+            num_unbiased_heads=self.num_unbiased_heads,
+            held_out_error=self.held_out_error,
+            summary_tokens=len(self.record.summary.answer) if self.record.summary else 0,
+        )
 
 
 @dataclass(frozen=True)
@@ -101,6 +129,8 @@ class CompactionJob:
         sources = QuerySources(self.engine, self.policy, self.live, progress)
         with failures(self.plan.newest):
             passage, record = self._prepare(sources)
+            if record.plan.newest.num_slots == 0:
+                return self._without_slots(record, started)
             fit = self._fit_on_policy if self.policy.experiments.on_policy else self._fit
             fits = fit(passage, record.plan, sources)
         return CompactionResult(
@@ -115,6 +145,13 @@ class CompactionJob:
             score_seconds=fits.score_seconds,
             fit_seconds=fits.fit_seconds,
         )
+
+    def _without_slots(self, record: CompactionRecord, started: float) -> CompactionResult:
+        """The block leaves nothing but its originals."""
+        start = self.plan.newest.start
+        slots = [Slots.exact(*layer.exact_entries(start, start), start) for layer in self.cache.compactable]
+        seconds = time.perf_counter() - started
+        return CompactionResult(record, slots, self._originals(), 1.0, 1.0, None, 0, seconds, 0.0, 0.0)
 
     def _prepare(self, sources: QuerySources) -> tuple[Passage, CompactionRecord]:
         """The passage to compact (the block, or a summary in its place), and its record."""

@@ -8,14 +8,23 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Literal
 
+from am_memory.engines.base import Capabilities
 from am_memory.errors import BudgetTooSmall, CompactionFailed, InvalidPolicy
 from am_memory.kv_cache.slots import Segment, resized, tail_start
 from am_memory.policy import MemoryPolicy
 
 BOUNDARY_SLACK = 0.25
 """The part of a block that may be left for the next one, so that the block ends at a boundary of the text."""
+
+SMALL_RECALL_TOKENS = 256
+"""Room for recalled pages at small triggers, that of five of them, as long as it is at most a quarter."""
+
+LEAST_RECALL_TOKENS = 64
+"""Less room than this holds no page."""
 
 Boundary = Callable[[int, int], int]
 """Called with (earliest, latest), both included; returns the position at which a block should end."""
@@ -49,6 +58,12 @@ class CacheSizes:
     def compact_slots(self) -> float:
         """Compact slots per head, as the mean over all heads."""
         return sum(segment.num_slots for segment in self.segments) / max(self.num_heads, 1)
+
+    @property
+    def kept_share(self) -> float:
+        """Compact slots per compacted token; 1 before anything was compacted."""
+        num_tokens = sum(segment.num_tokens for segment in self.segments)
+        return self.compact_slots / num_tokens if num_tokens else 1.0
 
 
 @dataclass(frozen=True)
@@ -86,11 +101,40 @@ def trigger_in_tokens(policy: MemoryPolicy, window_tokens: int) -> int:
     return tokens
 
 
-def require_progress(policy: MemoryPolicy, trigger_tokens: int, num_pinned: int) -> None:
+def originals_place(policy: MemoryPolicy, can: Capabilities) -> Literal["drop", "host", "disk"]:
+    """Where an engine's originals are kept under a policy."""
+    if policy.originals == "auto":
+        return "host" if can.can_exchange_slots else "drop"
+    return policy.originals
+
+
+def recall_tokens(policy: MemoryPolicy, can: Capabilities, trigger_tokens: int, num_pinned: int) -> int:
+    """The room below the trigger that is kept free for recalled pages, in tokens.
+
+    By default it is halved until it leaves a compaction at least half of the block that it would have without it.
+    """
+    if originals_place(policy, can) == "drop":
+        return 0
+    if policy.recall_tokens is not None:
+        return policy.recall_tokens
+    room = max(trigger_tokens // 8, min(SMALL_RECALL_TOKENS, trigger_tokens // 4))
+    most = min_block_tokens(policy, trigger_tokens, num_pinned)
+    while room >= LEAST_RECALL_TOKENS:
+        with suppress(InvalidPolicy, BudgetTooSmall):
+            require_progress(policy, trigger_tokens - room, num_pinned)
+            if 2 * min_block_tokens(policy, trigger_tokens - room, num_pinned) >= most:
+                return room
+        room //= 2
+    return 0
+
+
+def require_progress(policy: MemoryPolicy, trigger_tokens: int, num_pinned: int, recall_tokens: int = 0) -> None:
     """Check that each compaction makes room for the next tokens, however long the conversation gets.
 
     Args:
+        trigger_tokens: the trigger, without the room for recalled pages.
         num_pinned: tokens at the start that no compaction covers.
+        recall_tokens: that room, for the error.
 
     Raises:
         InvalidPolicy: at some point there would be nothing to compact.
@@ -99,9 +143,10 @@ def require_progress(policy: MemoryPolicy, trigger_tokens: int, num_pinned: int)
     block = min_block_tokens(policy, trigger_tokens, num_pinned)
     if block < 1:
         raise InvalidPolicy(
-            f"trigger_tokens {trigger_tokens} leaves nothing to compact: {num_pinned} tokens are pinned, "
-            f"{policy.keep_recent} are kept as recent and up to {max_compact_tokens(policy, trigger_tokens)} are "
-            "compact; raise trigger_tokens, or lower keep_recent, pinned or max_compact_tokens"
+            f"trigger_tokens {trigger_tokens + recall_tokens} leaves nothing to compact: {num_pinned} tokens are "
+            f"pinned, {policy.keep_recent} are kept as recent, {recall_tokens} are kept free for recall and up to "
+            f"{max_compact_tokens(policy, trigger_tokens)} are compact; raise trigger_tokens, or lower keep_recent, "
+            "pinned, recall_tokens or max_compact_tokens"
         )
     _check_floor(policy, block)
     if policy.ahead_tokens:
@@ -219,7 +264,8 @@ def plan_compaction(
     _check_floor(policy, end - start)
     # A refit does not move keys: neither those of the segment, nor the pinned ones.
     shift = sizes.segments[0].shift if is_refit and sizes.segments else 0
-    newest = Segment(start, end, round(policy.keep_ratio * (end - start) * sizes.num_heads), shift)
+    keep_ratio = 0.0 if policy.experiments.fit == "no_slots" else policy.keep_ratio
+    newest = Segment(start, end, round(keep_ratio * (end - start) * sizes.num_heads), shift)
     bound = max_compact_tokens(policy, trigger_tokens) * sizes.num_heads
     segments = shrink([*older, newest], bound)
     floor = min(policy.experiments.min_slots * sizes.num_heads, newest.num_slots)

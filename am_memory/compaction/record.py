@@ -25,15 +25,15 @@ class Summary(NamedTuple):
 
 
 class RecallRecord(NamedTuple):
-    """A segment was recalled, or compacted again, when the cache held `at_tokens` logical tokens.
+    """The page [start, end) was recalled, or compacted again, when the cache held `at_tokens` logical tokens.
 
     Attributes:
-        start: where the segment begins.
-        is_exact: True if it was recalled; a segment that was exact already became the most recently recalled one.
+        is_exact: True if it was recalled; a page that was exact already became the most recently recalled one.
     """
 
     at_tokens: int
     start: int
+    end: int
     is_exact: bool
 
 
@@ -59,7 +59,7 @@ class CompactionRecord:
         summary: took the place of the block, if the policy asked for one; also read again.
         lag_tokens: how many more tokens the cache held when the result was swapped in.
         live_start: the first token whose live queries were available, if the policy uses them.
-        recalls: segments that were recalled or compacted again between this compaction and the next.
+        recalls: pages that were recalled or compacted again between this compaction and the next.
         policy: the one that the compaction followed. None: the context's own, or one that no file can hold.
     """
 

@@ -21,10 +21,10 @@ def require_capabilities(policy: MemoryPolicy, can: Capabilities) -> None:
             "heads share every cell: leave it at 'auto'",
         ),
         (
-            policy.originals != "drop",
+            policy.originals in ("host", "disk"),
             can.can_exchange_slots,
             f"originals {policy.originals!r} needs a cache that exact entries can come back into, as "
-            "engine='transformers' has it: leave it at 'drop'",
+            "engine='transformers' has it: leave it at 'auto'",
         ),
         (
             policy.segment_dtype != "model",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from am_memory.conversations.answer_format import AnswerFormat
@@ -15,10 +15,15 @@ from am_memory.conversations.prompts import Prompt
 from am_memory.conversations.threads import Threads
 from am_memory.conversations.tool_calls import InvalidCall, ParsedCall, ToolCallStream, answer_text
 from am_memory.conversations.turn import ChatTurn
+from am_memory.events import Span
+from am_memory.formatting import shortened
 from am_memory.session.generation import Piece, TokenLogprob
 from am_memory.session.session import Session
 
 ChatFinishReason = Literal["stop", "length", "tool_calls"]
+
+MAX_SPAN_CHARS = 400
+"""A longer text of a span is shortened in the middle, wherever a client gets it."""
 
 FINISH_REASONS: Mapping[str, ChatFinishReason] = {"eos": "stop", "stop": "stop", "length": "length"}
 
@@ -51,11 +56,13 @@ class Delta:
 
     Attributes:
         finish_reason: why the answer has ended, in its last delta.
+        looked_up: the compacted spans that were looked up just before this token; long texts are shortened.
     """
 
     parts: tuple[Part, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: ChatFinishReason | None = None
+    looked_up: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,7 @@ class ChatAnswer:
         self.tool_calls: list[ToolCall] = []
         self.finish_reason: ChatFinishReason | None = None
         self.num_tokens = 0
+        self._looked_up: dict[tuple[int, int], Span] = {}
         self._sampling = request.sampling or threads.memory.sampling
         self._num_compactions_before: int | None = None
         self._threads = threads
@@ -128,7 +136,12 @@ class ChatAnswer:
                 parts += self._finish(piece.finish_reason)
             # The token that ends the turn is not part of the answer.
             logprobs = () if piece.finish_reason == "eos" else piece.logprobs
-            yield Delta(tuple(parts), logprobs, self.finish_reason)
+            yield Delta(tuple(parts), logprobs, self.finish_reason, self._look_up(piece))
+
+    def _look_up(self, piece: Piece) -> tuple[Span, ...]:
+        spans = tuple(as_shown(span) for span in piece.looked_up)
+        self._looked_up |= {(span.start, span.end): span for span in spans}
+        return spans
 
     def _push(self, piece: Piece) -> Iterator[Part]:
         self.num_tokens += len(piece.token_ids)
@@ -161,6 +174,11 @@ class ChatAnswer:
                 yield text
 
     @property
+    def looked_up(self) -> list[Span]:
+        """The compacted spans that were looked up for this answer, each once; long texts are shortened."""
+        return [*self._looked_up.values()]
+
+    @property
     def schema_error(self) -> str | None:
         """How the answer violates its schema, or why it was not checked; None if it follows it."""
         return self.format.schema_error
@@ -183,3 +201,8 @@ class ChatAnswer:
         if self.tool_calls:
             message["tool_calls"] = [call.as_message() for call in self.tool_calls]
         return message
+
+
+def as_shown(span: Span) -> Span:
+    """A span as clients get it: its score rounded, and a long text shortened in the middle."""
+    return replace(span, score=round(span.score, 2), text=shortened(span.text, MAX_SPAN_CHARS))

@@ -56,3 +56,13 @@ def gguf_path(model: str | os.PathLike[str]) -> Path:
     if not isinstance(found, Path) or not found.is_file():
         raise UnsupportedModel(f"{model} is not a GGUF file, and llama.cpp loads no other: give a .gguf file or 'demo'")
     return found
+
+
+def cache_folder() -> Path:
+    """The user's folder for what can be made again: AM_MEMORY_CACHE, else `am_memory` in the XDG cache folder.
+
+    Raises:
+        RuntimeError: neither is set, and the user has no home.
+    """
+    chosen = os.environ.get("AM_MEMORY_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "am_memory"
+    return Path(chosen).expanduser()

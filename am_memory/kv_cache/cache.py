@@ -46,20 +46,20 @@ class CacheState:
     num_pinned_slots: int
 
 
-def exchanged(state: Snapshot, segment: Segment, new_slots: Sequence[Slots]) -> CacheState:
-    """The state in which other slots stand for a segment's tokens.
+def exchanged(state: Snapshot, tokens: tuple[int, int], new_slots: Sequence[Slots]) -> CacheState:
+    """The state in which other slots stand for some compacted tokens.
 
     Args:
-        segment: one of the state's. Its `num_slots` stays, whatever the number of new slots.
+        tokens: [start, end), of one segment, whose `num_slots` stays, whatever the number of new slots.
         new_slots: one `Slots` for each compactable layer.
     """
-    slots_of_layer = iter(new_slots)
+    (start, end), slots_of_layer = tokens, iter(new_slots)
     layers: list[LayerState] = []
     for layer in state.layers:
         if isinstance(layer, TailState):
             assert layer.slots is not None
-            before = layer.slots.where(layer.slots.positions < segment.start)
-            after = layer.slots.where(layer.slots.positions >= segment.end)
+            before = layer.slots.where(layer.slots.positions < start)
+            after = layer.slots.where(layer.slots.positions >= end)
             layers.append(layer._replace(slots=Slots.concat([before, next(slots_of_layer), after])))
         else:
             layers.append(layer)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
-from am_memory.engines.base import Engine, SessionCache
+from am_memory.engines.base import Engine, SessionCache, SessionLayer
 
 Passes = list[tuple[Tensor, Tensor]]
 """One pair (query, log_mass) for each forward pass, as `OnQuery` gets them from one layer."""
@@ -17,16 +17,37 @@ class scratch:
 
     A class and no generator: Python would close an interrupted generator at some later time, and that would put the
     cache back over whatever was read since.
+
+    Args:
+        back_to: begin as the cache was with its first `back_to` tokens; those behind must be exact.
     """
 
-    def __init__(self, cache: SessionCache) -> None:
+    def __init__(self, cache: SessionCache, back_to: int | None = None) -> None:
         self._cache, self._before = cache, cache.state()
+        self._behind = (cache.num_tokens if back_to is None else back_to, cache.num_tokens)
+        # What is read in place of these tokens is written over their entries, which the state only refers to.
+        self._kept = [[entries.clone() for entries in self._entries(layer)] for layer in cache.compactable]
+
+    def _entries(self, layer: SessionLayer) -> tuple[Tensor, ...]:
+        """Views of the entries of the tokens that are taken back."""
+        start, end = self._behind
+        return layer.exact_entries(start, end) if end > start else ()
 
     def __enter__(self) -> None:
-        pass
+        if self._kept[0]:
+            self._cache.truncate(self._behind[0])
 
     def __exit__(self, *error: object) -> None:
+        try:
+            self._put_back()
+        finally:  # once more, in case an interrupt stopped the first time
+            self._put_back()
+
+    def _put_back(self) -> None:
         self._cache.restore(self._before)
+        for layer, kept in zip(self._cache.compactable, self._kept, strict=True):
+            for entries, before in zip(self._entries(layer), kept, strict=True):
+                entries.copy_(before)
 
 
 def queries_on_scratch(

@@ -263,6 +263,18 @@ def unpacked(data: bytes) -> list[KeysAndValues]:
         raise OriginalLost(f"what should be original entries is something else: {error}") from error
 
 
+def are_kept(originals: Sequence[Original], start: int, end: int) -> bool:
+    """Whether consecutive originals hold all of the tokens [start, end), as far as is known without reading them.
+
+    Args:
+        originals: in the order of their tokens; no two hold the same token.
+    """
+    for original in originals:
+        if original.start <= start < original.end and original.lost is None:
+            start = original.end
+    return start >= end
+
+
 def between(originals: Sequence[Original], start: int, end: int) -> list[KeysAndValues] | None:
     """The entries of the tokens [start, end); None unless consecutive originals hold all of these.
 
@@ -272,11 +284,10 @@ def between(originals: Sequence[Original], start: int, end: int) -> list[KeysAnd
     Raises:
         OriginalLost: one of these originals turned out to be lost.
     """
-    parts = [original for original in originals if original.start < end and original.end > start and not original.lost]
-    spans = [(max(part.start, start), min(part.end, end)) for part in parts]
-    edges = [start, *itertools.chain.from_iterable(spans), end]
-    if any(one != other for one, other in zip(edges[::2], edges[1::2], strict=True)):
+    if not are_kept(originals, start, end):
         return None
+    parts = [original for original in originals if original.start < end and original.end > start]
+    spans = [(max(part.start, start), min(part.end, end)) for part in parts]
     layers = zip(*(part.layers(*span) for part, span in zip(parts, spans, strict=True)), strict=True)
     return [
         (torch.cat([key for key, _ in pieces], dim=1), torch.cat([value for _, value in pieces], dim=1))

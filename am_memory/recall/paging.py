@@ -1,7 +1,9 @@
-"""Paging: a segment becomes exact for a while, and later gets back the slots that it had.
+"""Paging: the tokens of a page become exact for a while, and later get back the slots that they had.
 
-A recall does not decide what is worth keeping. It pages a segment in, and whatever needs the room pages it out again;
-then the cache is bit for bit what it would be without the recall. Does not know when there is room.
+A recall does not decide what is worth keeping. It pages tokens in, and whatever needs the room pages them out again;
+then the cache is bit for bit what it would be without the recall. The other slots of the page's segment stay as they
+are: they stand for a little of the page as well, which changes attention less than fitting every page by itself
+(docs/log.md). Does not know when there is room.
 """
 
 from __future__ import annotations
@@ -9,50 +11,78 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import NamedTuple
 
 from am_memory.kv_cache.cache import CacheState, Snapshot, exchanged
 from am_memory.kv_cache.layers import TailState
-from am_memory.kv_cache.slots import Segment, Slots
+from am_memory.kv_cache.slots import Slots
 from am_memory.recall.originals import KeysAndValues
+
+
+class Page(NamedTuple):
+    """The logical tokens [start, end), all of one segment."""
+
+    start: int
+    end: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.start
+
+
+def joined(pages: Sequence[Page]) -> list[Page]:
+    """Pages in the order of their tokens; those that overlap become one. Pages of two segments never overlap."""
+    found: list[Page] = []
+    for page in sorted(pages):
+        if found and page.start < found[-1].end:
+            found[-1] = Page(found[-1].start, max(page.end, found[-1].end))
+        else:
+            found.append(page)
+    return found
 
 
 @dataclass(frozen=True)
 class Recalled:
-    """A segment that is exact at the moment.
+    """A page that is exact at the moment.
 
     Attributes:
         slots: its compact slots in each compactable layer, in host memory; it gets them back.
     """
 
-    segment: Segment
+    page: Page
     slots: tuple[Slots, ...]
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for slots in self.slots for tensor in slots.tensors)
 
+    @property
+    def extra_slots(self) -> int:
+        """Entries that the page takes beyond its slots, over all layers and KV heads."""
+        return sum(self.page.num_tokens * slots.num_heads - slots.num_slots for slots in self.slots)
 
-def brought_back(state: Snapshot, segment: Segment, entries: Sequence[KeysAndValues]) -> tuple[CacheState, Recalled]:
-    """The state with a segment exact, and what to put away later.
+
+def brought_back(state: Snapshot, page: Page, entries: Sequence[KeysAndValues]) -> tuple[CacheState, Recalled]:
+    """The state with a page exact, and what to put away later.
 
     Args:
-        entries: keys and values of the segment's tokens in each compactable layer.
+        entries: keys and values of the page's tokens in each compactable layer.
     """
     compact, exact = [], []
     for slots, (key, value) in zip(_slots(state), entries, strict=True):
-        compact.append(slots.within(segment.start, segment.end).to("cpu"))
-        exact.append(Slots.recalled(key, value, segment.start).to(slots.bias.device))
-    return exchanged(state, segment, exact), Recalled(segment, tuple(compact))
+        compact.append(slots.within(page.start, page.end).to("cpu"))
+        exact.append(Slots.recalled(key, value, page.start).to(slots.bias.device))
+    return exchanged(state, page, exact), Recalled(page, tuple(compact))
 
 
 def put_away(state: Snapshot, recalled: Recalled) -> CacheState:
-    """The state with a recalled segment compact again."""
+    """The state with a recalled page compact again."""
     compact = [mine.to(held.bias.device) for mine, held in zip(recalled.slots, _slots(state), strict=True)]
-    return exchanged(state, recalled.segment, compact)
+    return exchanged(state, recalled.page, compact)
 
 
 def at_rest(state: Snapshot, recalled: Sequence[Recalled]) -> Snapshot:
-    """The state with all recalled segments compact again."""
+    """The state with all recalled pages compact again."""
     return reduce(put_away, recalled, state)
 
 

@@ -1,195 +1,194 @@
-"""Search: find the compacted spans that a text is about, by the model's own attention.
+"""Search: find the compacted tokens that a text is about, by the model's own attention.
 
-The text is read on scratch, and its queries are compared with all compacted keys. In a few heads, one token of the text
-attends directly to what the text is about; most heads attend to the same places whatever they read. So a span's score
-compares the attention of the text with that of a neutral text: share * log(share / neutral share), the maximum over the
-tokens of the text, averaged over the heads with the highest values. Of about fifty ways to combine attention, this one
-found the right span on two models (docs/log.md). Knows no session.
+The search heads (`search_heads.py`) compare their queries for the text with the exact keys of everything compacted, and
+of the exact tail. A span's score is the log of how much more attention it gets than usual, mean over the search heads.
+Knows no session.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from am_memory.engines.base import Engine, SessionCache, in_chunks
+from am_memory.engines.base import Engine, SessionCache
 from am_memory.kv_cache.int8 import decoded
-from am_memory.kv_cache.slots import Segment, Slots
-from am_memory.queries import as_turn, queries_on_scratch
+from am_memory.kv_cache.slots import Segment
 from am_memory.recall.originals import Original
+from am_memory.recall.paging import Page, joined
+from am_memory.recall.search_heads import SPAN_TOKENS, SearchHeads, TextQueries, lift, search_heads
+from am_memory.recall.search_index import SpanMass, runs, span_mass, usual_distance
 from am_memory.text.boundaries import best_boundary
 
-TOP_HEADS = 0.1
-"""Fraction of the query heads whose values a span's score averages."""
-NEUTRAL_TEXT = "Hello, how are you today?"
-"""Attention that this text also gets says nothing about the search text."""
-LEAST_SHARE = 1e-4
-"""Added to both shares: a span that gets no attention otherwise is not found because it gets a little."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """The tokens [start, end) of a conversation.
-
-    Attributes:
-        score: how much more attention they get from the search text than from a neutral text, in nats.
-        text: their text.
-    """
-
-    start: int
-    end: int
-    score: float
-    text: str
-
-
-@dataclass(frozen=True)
-class HeadKeys:
-    """Some keys of one KV head.
-
-    Attributes:
-        key: (num_keys, head_dim).
-        bias: (num_keys,); None: all zero.
-        positions: (num_keys,), logical positions, in host memory.
-    """
-
-    layer: int
-    head: int
-    key: Tensor
-    bias: Tensor | None
-    positions: Tensor
-
-
-class Queries(NamedTuple):
-    """The queries of a text at one layer, and the log of the attention mass that each spends on the whole cache."""
-
-    query: Tensor  # (num_key_value_heads, num_key_value_groups, num_tokens, head_dim)
-    log_mass: Tensor  # (num_key_value_heads, num_key_value_groups, num_tokens)
-
-
-def search(
-    engine: Engine,
-    cache: SessionCache,
-    token_ids: Sequence[int],
-    originals: Sequence[Original],
-    text: str,
-    *,
-    span_tokens: int,
-    chunk_tokens: int,
-) -> list[Span]:
-    """All compacted tokens, in spans of about `span_tokens`, each with its score for a text.
-
-    Args:
-        cache: holds all tokens but the last; restored afterwards.
-        token_ids: all tokens of the conversation.
-        originals: tokens that have one are found by it, others by their slots.
-        chunk_tokens: tokens read in one forward pass.
-    """
-    if not cache.segments:
-        return []
-    asked, neutral = (
-        taken_queries(engine, cache, [token_ids[-1], *as_turn(engine, turn)], chunk_tokens)
-        for turn in (text, NEUTRAL_TEXT)
-    )
-    edges = _edges(engine, token_ids, cache.segments, span_tokens)
-    scores = span_scores(cache, originals, asked, neutral, edges).tolist()
-    return [
-        Span(start, end, score, engine.decode(token_ids[start:end]))
-        for start, end, score in zip(edges, edges[1:], scores, strict=False)
-    ]
-
-
-def _edges(engine: Engine, token_ids: Sequence[int], segments: Sequence[Segment], span_tokens: int) -> list[int]:
-    """The positions where spans begin, and the end of the last one: boundaries of the text and of segments."""
-    edges = [segments[0].start]
-    for segment in segments:
-        while segment.end - edges[-1] > 1.5 * span_tokens:
-            earliest, latest = (edges[-1] + max(int(share * span_tokens), 1) for share in (0.75, 1.25))
-            edges.append(best_boundary(engine, token_ids, earliest, latest))
-        edges.append(segment.end)
-    return edges
-
-
-def taken_queries(engine: Engine, cache: SessionCache, token_ids: Sequence[int], chunk_tokens: int) -> list[Queries]:
-    """The queries of some tokens, read on scratch, in each compactable layer."""
-    passes = queries_on_scratch(engine, cache, in_chunks(token_ids, chunk_tokens))
-    return [Queries(*(torch.cat(parts, dim=2) for parts in zip(*layer, strict=True))) for layer in passes]
-
-
-def held_keys(cache: SessionCache, originals: Sequence[Original]) -> Iterator[HeadKeys]:
-    """The key of each compacted token, by layer and head: its original if there is one, else its slot."""
-    for original in originals:
-        positions = torch.arange(original.start, original.end)
-        segments = (segment for segment in cache.segments if segment.start <= original.start < segment.end)
-        shift = next((segment.shift for segment in segments), 0)
-        for index, (layer, (key, _)) in enumerate(zip(cache.compactable, original.layers(), strict=True)):
-            standing = layer.rotated(key, shift)
-            for head in range(key.shape[0]):
-                yield HeadKeys(index, head, standing[head], None, positions)
-    for index, layer in enumerate(cache.compactable):
-        if layer.slots is not None:
-            for head in range(layer.slots.num_heads):
-                slots = _without(layer.slots.head(head), originals)
-                yield HeadKeys(index, head, decoded(slots.key), slots.bias, slots.positions)
-
-
-def _without(slots: Slots, originals: Sequence[Original]) -> Slots:
-    """The slots of tokens without an original."""
-    is_left = torch.ones(len(slots.positions), dtype=torch.bool)
-    for original in originals:
-        is_left &= (slots.positions < original.start) | (slots.positions >= original.end)
-    return slots.where(is_left)
+PASSAGE_TOKENS = 32
+"""A long text is searched for in passages of this many tokens, since the mean of many tokens looks for nothing."""
+MARGIN_TOKENS = 16
+"""Tokens on each side of a span that belong to its page."""
+MIN_SCORE = -1e30
+"""Below every score of a compacted span."""
+BOUNDARY_TOKENS = 4
+"""How far a page's ends may move to a boundary of the text."""
 
 
 def span_scores(
-    cache: SessionCache,
-    originals: Sequence[Original],
-    text: Sequence[Queries],
-    neutral: Sequence[Queries],
-    edges: Sequence[int],
+    engine: Engine, cache: SessionCache, originals: Sequence[Original], text: TextQueries, num_tokens: int
 ) -> Tensor:
-    """The score of each span for a text.
+    """The score of each span of the first `num_tokens` tokens; -inf for spans without a compacted token.
 
     Args:
-        text, neutral: queries of the text and of a neutral text, in each compactable layer.
-        edges: positions; each span lies between two neighbouring ones.
+        cache: holds these tokens.
+        originals: tokens that have one are found by it, others by their slots.
 
     Returns:
-        (len(edges) - 1,) float32, in nats.
+        (ceil(num_tokens / SPAN_TOKENS),) float32, in nats.
+
+    Raises:
+        OriginalLost: an original turned out to be lost.
     """
-    num_text_tokens = text[0].query.shape[2]
-    layers = [
-        Queries(torch.cat([one.query, other.query], dim=2), torch.cat([one.log_mass, other.log_mass], dim=2))
-        for one, other in zip(text, neutral, strict=True)
-    ]
-    scalings = [float(layer.scaling or 0) for layer in cache.compactable]
-    shares = [layer.log_mass.new_zeros(*layer.log_mass.shape, len(edges) + 1) for layer in layers]
-    boundaries = torch.tensor(edges)
-    for keys in held_keys(cache, originals):
-        query, log_mass = (tensor[keys.head] for tensor in layers[keys.layer])  # (groups, num_tokens, head_dim), ...
-        logits = query.float() @ keys.key.to(query.device).float().T * scalings[keys.layer]
-        if keys.bias is not None:
-            logits += keys.bias.to(logits.device).float()
-        places = torch.searchsorted(boundaries, keys.positions.long(), right=True).to(logits.device)
-        shares[keys.layer][keys.head].index_add_(2, places, (logits - log_mass[..., None]).exp_())
-    # The first and the last place are outside all spans.
-    gains = torch.cat([_gains(share[..., 1:-1], num_text_tokens) for share in shares])
-    return gains.topk(max(1, round(TOP_HEADS * len(gains))), dim=0).values.mean(dim=0)
+    found = search_heads(engine, cache)
+    search = _Search(cache, originals, found, num_tokens, can_rotate=engine.capabilities.can_rotate_keys)
+    lifts = torch.stack([search.lifts(index, text.head(head)) for index, head in enumerate(found.heads)])
+    scores = lifts.mean(dim=0).amax(dim=0)  # of (num_heads, num_passages, num_spans)
+    is_compact = torch.zeros(len(scores), dtype=torch.bool)
+    for segment in cache.segments:
+        is_compact[segment.start // SPAN_TOKENS : (segment.end - 1) // SPAN_TOKENS + 1] = True
+    return scores.masked_fill(~is_compact, -torch.inf)
 
 
-def _gains(share: Tensor, num_text_tokens: int) -> Tensor:
-    """The attention that each span gains over the neutral text, maximum over the text's tokens.
+@dataclass
+class _Search:
+    """One search among the first `num_tokens` tokens."""
+
+    cache: SessionCache
+    originals: Sequence[Original]
+    found: SearchHeads
+    num_tokens: int
+    can_rotate: bool
+
+    def lifts(self, index: int, query: Tensor) -> Tensor:
+        """(num_passages, num_spans): how much more attention spans get from each passage of a text, at one search head.
+
+        Args:
+            query: (num_queries, head_dim) float32, of the text at search head `index`.
+        """
+        usual = self._usual(index, self.num_tokens)
+        shares = [torch.full((len(one), -(-self.num_tokens // SPAN_TOKENS)), -torch.inf) for one in (query, usual)]
+        for masses in chain(self._of_originals(index, query), self._of_others(index, query, usual)):
+            for share, mass in zip(shares, masses, strict=True):
+                kept = mass.mass[:, : share.shape[1] - mass.first]
+                where = slice(mass.first, mass.first + kept.shape[1])
+                share[:, where] = torch.logaddexp(share[:, where], kept)
+        asked, usually = (share.softmax(dim=1) for share in shares)
+        passages = torch.split(asked, PASSAGE_TOKENS)
+        return torch.stack([lift(passage.mean(dim=0), usually.mean(dim=0)) for passage in passages])
+
+    def _usual(self, index: int, position: int) -> Tensor:
+        """The usual queries of one search head, as they are at a position."""
+        usual = self.found.usual[index]
+        if not self.can_rotate:
+            return usual
+        layer = self.cache.compactable[self.found.heads[index].layer]
+        return layer.rotated(usual[None], position - self.found.position)[0].float()
+
+    def _of_originals(self, index: int, query: Tensor) -> Iterator[tuple[SpanMass, SpanMass]]:
+        """The mass of the text's and of the usual queries on each run of originals."""
+        layer = self.cache.compactable[self.found.heads[index].layer]
+        for run, shift in runs(self.found, self.originals, self.cache.segments):
+            if run.start >= self.num_tokens:
+                return
+            positions = torch.arange(run.start, min(run.start + run.num_tokens, self.num_tokens))
+            key, scaling = run.keys[index][: len(positions)], layer.scaling or 0.0
+            distance = usual_distance(self.num_tokens - shift - run.start)
+            known = run.usual_mass(index, distance, len(positions))
+            if known is None:
+                known = span_mass(self._usual(index, run.start + distance), key, None, positions, scaling)
+                run.keep_usual(index, distance, len(positions), known)
+            turned = layer.rotated(query[None], -shift)[0].float()
+            yield span_mass(turned, key, None, positions, scaling), known
+
+    def _of_others(self, index: int, query: Tensor, usual: Tensor) -> Iterator[tuple[SpanMass, SpanMass]]:
+        """The mass on slots of tokens without an original, and on the exact tail."""
+        _, head, _ = self.found.heads[index]
+        layer = self.cache.compactable[self.found.heads[index].layer]
+        both, count, scaling = torch.cat([query, usual]), len(query), layer.scaling or 0.0
+        if layer.slots is not None:
+            slots = layer.slots.head(head)
+            positions = slots.positions.long()
+            is_found = self._is_without_original[positions.clamp_max(self.num_tokens - 1)]
+            slots = slots.where(is_found & (positions >= self.cache.num_pinned_slots) & (positions < self.num_tokens))
+            if len(slots.positions):
+                bias = slots.bias.float().cpu()
+                mass = span_mass(both, decoded(slots.key).cpu(), bias, slots.positions.long(), scaling)
+                yield _split(mass, count)
+        if self.cache.tail_start < self.num_tokens:
+            key = layer.exact_entries(self.cache.tail_start, self.num_tokens)[0][head]
+            mass = span_mass(both, key.cpu(), None, torch.arange(self.cache.tail_start, self.num_tokens), scaling)
+            yield _split(mass, count)
+
+    @cached_property
+    def _is_without_original(self) -> Tensor:
+        """(num_tokens,) bool."""
+        is_without = torch.ones(self.num_tokens, dtype=torch.bool)
+        for original in self.originals:
+            is_without[original.start : original.end] = original.lost is not None
+        return is_without
+
+
+def _split(mass: SpanMass, count: int) -> tuple[SpanMass, SpanMass]:
+    """The mass of the first `count` queries, and of the others."""
+    return SpanMass(mass.first, mass.mass[:count]), SpanMass(mass.first, mass.mass[count:])
+
+
+def best_pages(
+    engine: Engine,
+    token_ids: Sequence[int],
+    segments: Sequence[Segment],
+    scores: Tensor,
+    *,
+    least_score: float = MIN_SCORE,
+    max_tokens: int | None = None,
+    max_pages: int | None = None,
+) -> list[Page]:
+    """The pages around the best spans, in the order of their tokens.
 
     Args:
-        share: (num_key_value_heads, num_key_value_groups, num_tokens, num_spans), the text's tokens before the neutral.
-
-    Returns:
-        (num_query_heads, num_spans), in nats.
+        scores: of the spans, from `span_scores`.
+        least_score: spans below it are left out.
+        max_tokens: upper bound on the tokens of all pages together; None: no bound.
+        max_pages: no more spans are added once there are so many pages; None: no bound.
     """
-    among_spans = share / share.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(share.dtype).tiny)
-    text, neutral = among_spans[:, :, :num_text_tokens], among_spans[:, :, num_text_tokens:]
-    usual = neutral.mean(dim=2, keepdim=True)
-    return (text * ((text + LEAST_SHARE) / (usual + LEAST_SHARE)).log()).amax(dim=2).flatten(0, 1)
+    pages: list[Page] = []
+    for span in scores.argsort(descending=True, stable=True).tolist():
+        if not scores[span] >= least_score:
+            break
+        more = joined([*pages, *_around(engine, token_ids, segments, span)])
+        if max_tokens is not None and sum(page.num_tokens for page in more) > max_tokens:
+            break
+        if max_pages is not None and len(more) > max_pages <= len(pages):
+            break  # but a span across two segments may be one page too many
+        pages = more
+    return pages
+
+
+def page_score(scores: Tensor, page: Page) -> float:
+    """The best score of a page's spans."""
+    return float(scores[page.start // SPAN_TOKENS : (page.end - 1) // SPAN_TOKENS + 1].max())
+
+
+def _around(engine: Engine, token_ids: Sequence[int], segments: Sequence[Segment], span: int) -> Iterator[Page]:
+    """A span with its margins, cut at the edges of segments, and ending at boundaries of the text."""
+    start, end = span * SPAN_TOKENS - MARGIN_TOKENS, (span + 1) * SPAN_TOKENS + MARGIN_TOKENS
+    for segment in segments:
+        if segment.start < end - MARGIN_TOKENS and segment.end > start + MARGIN_TOKENS:
+            yield Page(*(_boundary(engine, token_ids, segment, edge) for edge in (start, end)))
+
+
+def _boundary(engine: Engine, token_ids: Sequence[int], segment: Segment, edge: int) -> int:
+    if not segment.start < edge < segment.end:
+        return min(max(edge, segment.start), segment.end)
+    earliest, latest = max(edge - BOUNDARY_TOKENS, segment.start), min(edge + BOUNDARY_TOKENS, segment.end)
+    return best_boundary(engine, token_ids, max(earliest, 1), min(latest, len(token_ids) - 1))

@@ -20,11 +20,13 @@ from am_memory.compaction.plan import (
     CacheSizes,
     Plan,
     most_at_once,
+    originals_place,
     plan_compaction,
+    recall_tokens,
     require_progress,
     trigger_in_tokens,
 )
-from am_memory.compaction.record import CompactionRecord, RecallRecord, with_policy
+from am_memory.compaction.record import CompactionRecord, with_policy
 from am_memory.compaction.requirements import require_capabilities
 from am_memory.engines.base import Engine, SessionCache, in_chunks
 from am_memory.errors import InvalidInput
@@ -35,8 +37,8 @@ from am_memory.events import (
     CompactionStarted,
     GateMissed,
     Listener,
+    LittleKept,
     ReadProgress,
-    SpanPutAway,
     WindowExceeded,
 )
 from am_memory.kv_cache.cache import Snapshot
@@ -44,10 +46,14 @@ from am_memory.policy import SINK_TOKENS, MemoryPolicy
 from am_memory.queries import LiveQueries, scratch
 from am_memory.recall.original_store import OriginalStore
 from am_memory.recall.originals import Original
-from am_memory.recall.paging import Recalled, at_rest, put_away
+from am_memory.recall.paging import Recalled, at_rest
+from am_memory.session import pages
 from am_memory.session.chat_history import ChatHistory
 from am_memory.session.transaction import Restorable, Transaction
 from am_memory.text.boundaries import best_boundary
+
+LITTLE_KEPT = 0.05
+"""Share of the compacted tokens below which a warning says how few slots are left."""
 
 
 @dataclass
@@ -62,10 +68,10 @@ class Context:
         num_pinned: tokens at the start that no compaction covers.
         history: the chat messages behind the tokens, kept here so that one step changes both or neither.
         originals: exact entries of compacted tokens, where the policy keeps them, in the order of the tokens.
-        recalled: segments that are exact at the moment; the one recalled last stands at the end.
+        recalled: pages that are exact at the moment; the one recalled last stands at the end.
         background_compaction: a compaction that runs while tokens are read, if the policy has `ahead_tokens`.
         live: the queries of the last tokens that were read, if the policy uses them.
-        trigger_tokens: size of the cache at which a compaction is due.
+        trigger_tokens: upper bound on the size of the cache.
     """
 
     name: str
@@ -85,7 +91,9 @@ class Context:
     def __post_init__(self) -> None:
         require_capabilities(self.policy, self.engine.capabilities)
         self.trigger_tokens = trigger_in_tokens(self.policy, self.engine.info.window_tokens)
-        require_progress(self.policy, self.trigger_tokens, self.num_pinned)
+        self.originals_place = originals_place(self.policy, self.engine.capabilities)
+        self._recall_room = self._room_beside(self.num_pinned)
+        self._require_progress(self.num_pinned)
         self._calibration = calibration_for(self.policy.head_budget, self.engine.info)
         self.live = LiveQueries() if "live" in self.policy.reference_queries else None
         self.forget_after_cache()
@@ -100,8 +108,26 @@ class Context:
             raise InvalidInput(
                 f"cannot pin {num_tokens} tokens after {len(self.records)} compactions: pin before the first one"
             )
-        require_progress(self.policy, self.trigger_tokens, num_tokens)
+        self._require_progress(num_tokens)
         self.num_pinned, self.background_compaction = num_tokens, None
+
+    def _require_progress(self, num_pinned: int) -> None:
+        _, room = self._room_beside(num_pinned)
+        require_progress(self.policy, self.trigger_tokens - room, num_pinned, room)
+
+    def _room_beside(self, num_pinned: int) -> tuple[int, int]:
+        """The number of pinned tokens, and the room for recalled pages beside them."""
+        if self.engine.info.max_tokens is not None:
+            return num_pinned, 0  # search heads are measured on a text that learned positions may not reach
+        can = self.engine.capabilities
+        return num_pinned, recall_tokens(self.policy, can, self.trigger_tokens, num_pinned)
+
+    @property
+    def recall_tokens(self) -> int:
+        """The part of the trigger that is kept free for recalled pages."""
+        if self._recall_room[0] != self.num_pinned:
+            self._recall_room = self._room_beside(self.num_pinned)
+        return self._recall_room[1]
 
     def transaction(self, *others: Restorable) -> Transaction:
         """A `with` block that changes the context and `others` completely or, if it raises, not at all."""
@@ -161,23 +187,34 @@ class Context:
             self.notify(WindowExceeded(self.name, before + num_tokens, window, self._immovable))
 
     @property
+    def rest_tokens(self) -> int:
+        """Size of the cache without recalled pages at which a compaction is due."""
+        return self.trigger_tokens - self.recall_tokens
+
+    @property
     def start_tokens(self) -> int:
-        """Size of the cache at which a compaction begins; it is swapped in at `trigger_tokens` at the latest."""
-        return self.trigger_tokens - self.policy.ahead_tokens
+        """Size at which a compaction begins, likewise; it is swapped in at `rest_tokens` at the latest."""
+        return self.rest_tokens - self.policy.ahead_tokens
+
+    @property
+    def tokens_at_rest(self) -> float:
+        """Size of the cache without recalled pages: it does not depend on what was recalled."""
+        extra_slots = sum(recalled.extra_slots for recalled in self.recalled)
+        return round(self.cache.kv_tokens - extra_slots / max(self.cache.num_heads, 1), 6)
 
     @property
     def room_tokens(self) -> int:
-        """Tokens that can be read before a compaction is due."""
-        due_at = self.start_tokens if self.background_compaction is None else self.trigger_tokens
-        return int(due_at - self.cache.kv_tokens)
+        """Tokens that can be read before a compaction is due, or recalled pages have to be put away."""
+        due_at = self.start_tokens if self.background_compaction is None else self.rest_tokens
+        return int(min(due_at - self.tokens_at_rest, self.trigger_tokens - self.cache.kv_tokens))
 
     @property
     def most_at_once(self) -> int:
         """The most tokens for which `compact_if_due` is sure to make room."""
-        return most_at_once(self.policy, self.trigger_tokens, self.num_pinned)
+        return most_at_once(self.policy, self.rest_tokens, self.num_pinned)
 
     def compact_if_due(self, at_once: int = 1) -> None:
-        """Put away recalled segments and compact until `at_once` more tokens fit.
+        """Compact until `at_once` more tokens fit, or put away pages that were recalled beyond `recall_tokens`.
 
         Args:
             at_once: no more than `most_at_once`.
@@ -185,8 +222,8 @@ class Context:
         if self.background_compaction is not None:
             self.background_compaction.relay(self.progress)
         while self.room_tokens < at_once:
-            if self.recalled:
-                self.put_away(self.recalled[0])
+            if self.recalled and self.trigger_tokens - self.cache.kv_tokens < at_once:
+                pages.put_away(self, self.recalled[0])
             elif self.background_compaction is None and self.policy.ahead_tokens:
                 self.start_background_compaction()
             else:
@@ -194,8 +231,8 @@ class Context:
 
     def start_background_compaction(self) -> None:
         """Start a compaction in the background, to be swapped in at the trigger."""
-        planned = plan_compaction(self.policy, self.sizes, self.trigger_tokens, None, self._boundary)
-        self.background_compaction = BackgroundCompaction(self.job(planned, self.cache.fork()))
+        planned = plan_compaction(self.policy, self.sizes, self.rest_tokens, None, self._boundary)
+        self.background_compaction = BackgroundCompaction(self.job(planned, self.fork_at_rest()))
         self.background_compaction.start()  # after the assignment: a transaction that is undone stops what it finds
 
     def cancel_background_compaction(self) -> None:
@@ -211,12 +248,21 @@ class Context:
             fraction: of the cache without its pinned tokens. None: swap in the compaction that runs in the background;
                 if none does, compact what the policy says and spare its recent tokens.
         """
-        while self.recalled:
-            self.put_away(self.recalled[0])
+        held = pages.put_all_away(self)
         if self.background_compaction is not None and fraction is None:
-            return self.swap_in(self.background_compaction.result(self.progress))
-        planned = plan_compaction(self.policy, self.sizes, self.trigger_tokens, fraction, self._boundary)
-        return self.swap_in(self.job(planned, self.cache).run(self.progress))
+            report = self.swap_in(self.background_compaction.result(self.progress))
+        else:
+            planned = plan_compaction(self.policy, self.sizes, self.rest_tokens, fraction, self._boundary)
+            report = self.swap_in(self.job(planned, self.cache).run(self.progress))
+        pages.bring_back_all(self, held)
+        return report
+
+    def fork_at_rest(self) -> SessionCache:
+        """A second cache with the same content, and without the recalled pages."""
+        cache = self.cache.fork()
+        if self.recalled:
+            cache.restore(at_rest(cache.state(), self.recalled))
+        return cache
 
     def job(self, plan: Plan, cache: SessionCache, replayed: CompactionRecord | None = None) -> CompactionJob:
         """Emit `CompactionStarted`, and describe the compaction.
@@ -240,8 +286,8 @@ class Context:
             plan=plan,
             start=start,
             num_pinned=self.num_pinned,
-            trigger_tokens=self.trigger_tokens,
-            originals=self.policy.originals,
+            trigger_tokens=self.rest_tokens,
+            originals=self.originals_place,
             original_store=self.original_store,
             weights=self.history.token_weights(policy.tool_result_weight, start, segment.end),
             live=self.live.since(live_start) if self.live and "live" in policy.reference_queries else None,
@@ -253,30 +299,17 @@ class Context:
         """Replace the block by its slots. The cache may have grown since the compaction began."""
         cache, record, segment = self.cache, result.record, result.record.plan.newest
         kv_tokens, kv_bytes = cache.kv_tokens, cache.nbytes
+        kept_before = self.sizes.kept_share
         with failures(segment):
             state = cache.compacted(record.plan.segments, result.slots, self.num_pinned)
         cache.restore(state)
+        if self.sizes.kept_share < LITTLE_KEPT <= kept_before:
+            num_tokens = sum(segment.num_tokens for segment in cache.segments)
+            self.notify(LittleKept(self.name, self.sizes.compact_slots, num_tokens))
         self.background_compaction = None
         self.originals = (*self.originals, *result.originals)
         self.records.append(replace(record, lag_tokens=cache.num_tokens - record.at_tokens))
-        report = CompactionReport(
-            session=self.name,
-            start=segment.start,
-            end=segment.end,
-            num_slots=segment.num_slots / cache.num_heads,
-            kv_tokens_before=kv_tokens,
-            kv_tokens_after=cache.kv_tokens,
-            kv_bytes_before=kv_bytes,
-            kv_bytes_after=cache.nbytes,
-            mass_error=result.mass_error,
-            output_error=result.output_error,
-            query_seconds=result.query_seconds,
-            score_seconds=result.score_seconds,
-            fit_seconds=result.fit_seconds,
-            num_unbiased_heads=result.num_unbiased_heads,
-            held_out_error=result.held_out_error,
-            summary_tokens=len(record.summary.answer) if record.summary else 0,
-        )
+        report = result.report(self.name, kv_tokens, kv_bytes, cache)
         self.notify(CompactionFinished(self.name, report))
         limit = self.policy.max_error
         if limit is not None and result.held_out_error is not None and result.held_out_error > limit:
@@ -313,33 +346,18 @@ class Context:
             return latest
         return best_boundary(self.engine, self.tokens, earliest, latest)
 
-    def put_away(self, recalled: Recalled) -> None:
-        """Make a recalled segment compact again, with the slots that it had before."""
-        segment = recalled.segment
-        self.cache.restore(put_away(self.cache.state(), recalled))
-        self.notify(SpanPutAway(self.name, segment.start, segment.end, self.cache.kv_tokens))
-        self.recalled = tuple(other for other in self.recalled if other is not recalled)
-        self.record_recall(segment.start, is_exact=False)
-
-    def record_recall(self, start: int, *, is_exact: bool) -> None:
-        """Record that the tokens read from now on see the segment at `start` exact, or compact."""
-        *before, last = self.records
-        recall = RecallRecord(self.cache.num_tokens, start, is_exact)
-        self.records = [*before, replace(last, recalls=(*last.recalls, recall))]
-
     @property
     def state_at_rest(self) -> Snapshot:
-        """The cache without recalled segments; while a background compaction runs, the cache from which it started.
+        """The cache without recalled pages; while a background compaction runs, the cache from which it started.
 
         Going on from there reads the tokens since then again, and starts the same compaction.
         """
-        if self.background_compaction is not None:
-            return self.background_compaction.began_from(self.cache.state())
-        return at_rest(self.cache.state(), self.recalled) if self.recalled else self.cache.state()
+        state = at_rest(self.cache.state(), self.recalled) if self.recalled else self.cache.state()
+        return state if self.background_compaction is None else self.background_compaction.began_from(state)
 
     @property
     def off_device_bytes(self) -> int:
-        """Bytes of the originals and of the slots of recalled segments, in host memory or on disk."""
+        """Bytes of the originals and of the slots of recalled pages, in host memory or on disk."""
         return sum(original.nbytes for original in self.originals) + sum(recalled.nbytes for recalled in self.recalled)
 
     def forget_after_cache(self) -> None:

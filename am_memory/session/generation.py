@@ -6,15 +6,17 @@ Each token is a step of its own that succeeds as a whole or changes nothing. Kno
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 from am_memory.errors import UnsupportedOperation
+from am_memory.events import Span
 from am_memory.session.appending import ends_turn
 from am_memory.session.context import Context
 from am_memory.session.limits import limit_new_tokens
+from am_memory.session.lookup import WRITING_TOKENS, recall_for_answer, recall_while_writing
 from am_memory.session.shared import Shared
 from am_memory.text.sampling import Sampler, Sampling
 from am_memory.text.text_stream import TextStream
@@ -51,12 +53,15 @@ class Piece:
         finish_reason: set in the last piece. "eos": the model ended its turn. "length": `max_new_tokens` was reached.
             "stop": a stop text appeared, or the constraint is complete.
         logprobs: one for each token, if they were asked for.
+        looked_up: the compacted spans that the last message, or the answer so far, looks for; they are exact from this
+            piece on.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    looked_up: tuple[Span, ...] = ()
 
 
 @dataclass
@@ -93,7 +98,8 @@ class Generation:
                 if number == 1:
                     self._open_answer()
                 self._require_unchanged()
-                piece = self._next_piece(number)
+                looked_up = self._look_back(number)
+                piece = replace(self._next_piece(number), looked_up=looked_up)
             yield piece
             if piece.finish_reason is not None:
                 return
@@ -107,6 +113,12 @@ class Generation:
         context.tokens.extend(opening)
         self._tokens, self._num_expected = context.tokens, len(context.tokens)
         self.max_new_tokens = limit_new_tokens(context.engine.info, len(context.tokens), self.max_new_tokens)
+
+    def _look_back(self, number: int) -> tuple[Span, ...]:
+        """Recall what the last message asks for, and now and then what the answer itself looks for."""
+        if number == 1:
+            return recall_for_answer(self.context)
+        return recall_while_writing(self.context) if number % WRITING_TOKENS == 1 else ()
 
     def _require_unchanged(self) -> None:
         """Raise UnsupportedOperation if another call changed the conversation since the last token."""

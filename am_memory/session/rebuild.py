@@ -8,12 +8,19 @@ differently.
 
 from __future__ import annotations
 
-from am_memory.compaction.record import CompactionRecord
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import zip_longest
+
+from am_memory.compaction.record import CompactionRecord, RecallRecord
 from am_memory.engines.base import in_chunks
 from am_memory.events import SessionRebuilt
 from am_memory.queries import LiveQueries
+from am_memory.recall.paging import Page
 from am_memory.session.context import Context
-from am_memory.session.recalling import make_exact, recalled_at
+from am_memory.session.pages import bring_back, put_away, recalled_at, record_recall
+from am_memory.session.recalling import fit, make_exact, with_originals
 
 
 def rewind(context: Context, num_tokens: int) -> None:
@@ -25,10 +32,39 @@ def rewind(context: Context, num_tokens: int) -> None:
         return
     num_cached = _num_cached(context, num_tokens)
     context.cache.truncate(num_cached)
-    # Steps that came later but saw none of the forgotten tokens stay: a rebuild repeats them at the new end.
-    context.records = [record.within(num_cached) for record in context.records]
+    # A compaction that was swapped in later but saw none of the forgotten tokens stays: a rebuild repeats it.
+    pairs = zip_longest(context.records, context.records[1:])
+    context.records = [_without_later_recalls(*pair, num_cached).within(num_cached) for pair in pairs]
     context.tokens = context.tokens[:num_tokens]
+    _restore_pages(context)
     context.forget_after_cache()
+
+
+def _without_later_recalls(
+    record: CompactionRecord, following: CompactionRecord | None, num_cached: int
+) -> CompactionRecord:
+    """A record without recalls for forgotten tokens; those that belong to a swap-in stay."""
+    last = max(num_cached, (following or record).swapped_at)
+    return replace(record, recalls=tuple(recall for recall in record.recalls if recall.at_tokens <= last))
+
+
+def _restore_pages(context: Context) -> None:
+    """Make exactly those pages exact that the records say, as far as they fit and their originals are there."""
+    recorded, wanted = context.records, list[Page]()
+    for recall in recorded[-1].recalls if recorded else ():
+        page = Page(recall.start, recall.end)
+        wanted = [*(other for other in wanted if other != page), *([page] if recall.is_exact else [])]
+    for recalled in context.recalled:
+        if recalled.page not in wanted:
+            put_away(context, recalled)
+    for page in wanted:
+        if recalled_at(context, page) is None and fit(context, [page]):
+            with_originals(context, partial(bring_back, context, page))
+    context.records = recorded
+    for page in wanted:
+        if recalled_at(context, page) is None:
+            record_recall(context, page, is_exact=False)
+    context.recalled = tuple(sorted(context.recalled, key=lambda recalled: wanted.index(recalled.page)))
 
 
 def can_truncate(context: Context, num_tokens: int) -> bool:
@@ -79,19 +115,23 @@ def _rebuilt(context: Context, num_tokens: int, num_cached: int) -> Context:
     if any("live" in policy.reference_queries for policy in policies):
         fresh.live = LiveQueries()
     is_recalled = any(record.recalls for record in done)
-    if is_recalled and context.policy.originals == "drop":  # kept only for the recalls that are repeated
-        fresh.policy = context.policy.with_changes(originals="host")
+    if is_recalled and context.originals_place == "drop":  # kept only for the recalls that are repeated
+        fresh.originals_place = "host"
     if is_recalled:  # a recall cannot be repeated without its originals
         fresh.original_store = context.original_store.without_drops()
     with fresh.transaction():
+        recalls: tuple[RecallRecord, ...] = ()
         for record in done:
-            _repeat(fresh, record, num_cached)
-        fresh.policy, fresh.original_store = context.policy, context.original_store
+            _repeat(fresh, recalls, record)
+            recalls = tuple(recall for recall in record.recalls if recall.at_tokens <= num_cached)
+        fresh.originals_place, fresh.original_store = context.originals_place, context.original_store
         if (began_at := _background_start(context, len(done), num_cached)) is not None:
+            recalls = _repeat_recalls(fresh, recalls, began_at)
             read_untriggered(fresh, began_at)
             fresh.start_background_compaction()
+        _repeat_recalls(fresh, recalls, num_cached)
         read_untriggered(fresh, num_cached)
-    if context.policy.originals == "drop":
+    if context.originals_place == "drop":
         fresh.originals = ()
     context.original_store.adopt(fresh.originals)
     return fresh
@@ -121,19 +161,27 @@ def _background_start(context: Context, num_done: int, num_cached: int) -> int |
     return next((at_tokens for at_tokens in starts if is_ahead and at_tokens <= num_cached), None)
 
 
-def _repeat(fresh: Context, record: CompactionRecord, num_cached: int) -> None:
-    """Repeat a compaction, and the recalls before the next one."""
+def _repeat(fresh: Context, recalls: Sequence[RecallRecord], record: CompactionRecord) -> None:
+    """Repeat a compaction, and the recalls since the one before; some of them came while it ran in the background."""
+    later = _repeat_recalls(fresh, recalls, record.at_tokens)
     read_untriggered(fresh, record.at_tokens)
-    result = fresh.job(record.plan, fresh.cache, record).run(fresh.progress)
+    result = fresh.job(record.plan, fresh.fork_at_rest(), record).run(fresh.progress)
+    _repeat_recalls(fresh, later, record.swapped_at)
     read_untriggered(fresh, record.swapped_at)
     fresh.swap_in(result)
-    for recall in record.recalls:
-        if recall.at_tokens <= num_cached:
+
+
+def _repeat_recalls(fresh: Context, recalls: Sequence[RecallRecord], end: int) -> tuple[RecallRecord, ...]:
+    """Repeat the recalls that came when the cache held at most `end` tokens; return the others."""
+    for recall in recalls:
+        if recall.at_tokens <= end:
             read_untriggered(fresh, recall.at_tokens)
+            page = Page(recall.start, recall.end)
             if recall.is_exact:
-                make_exact(fresh, recall.start)
-            elif (recalled := recalled_at(fresh, recall.start)) is not None:
-                fresh.put_away(recalled)
+                make_exact(fresh, page)
+            elif (recalled := recalled_at(fresh, page)) is not None:
+                put_away(fresh, recalled)
+    return tuple(recall for recall in recalls if recall.at_tokens > end)
 
 
 def read_untriggered(fresh: Context, end: int) -> None:

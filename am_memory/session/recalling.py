@@ -1,100 +1,108 @@
-"""Recall in a context: compacted segments become exact again, from their originals, as long as there is room.
+"""Recall in a context: compacted tokens become exact again, from their originals, as long as there is room.
 
-Makes the room and reports what is lost. The context puts recalled segments away again, when a compaction is due.
+Makes the room and reports what is lost. `lookup.py` finds which tokens to recall; the context puts pages away again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TypeVar
 
 from am_memory.errors import BudgetTooSmall, CompactionFailed, InvalidInput, OriginalLost, PromptTooLong
-from am_memory.events import OriginalsDropped, OriginalsLost, SpanRecalled
-from am_memory.kv_cache.slots import Segment
-from am_memory.recall import search as spans
-from am_memory.recall.originals import between
-from am_memory.recall.paging import Recalled, brought_back
+from am_memory.events import OriginalsDropped, OriginalsLost
+from am_memory.recall.originals import are_kept
+from am_memory.recall.paging import Page, joined
+from am_memory.session import pages
 from am_memory.session.context import Context
 
 T = TypeVar("T")
 
 
-def recall(context: Context, start: int, end: int) -> list[Segment]:
-    """Make the segments that hold any of the tokens [start, end) exact, and compact others to make room.
+def recall(context: Context, start: int, end: int) -> list[Page]:
+    """Make the compacted tokens among [start, end) exact, and compact others to make room.
 
-    They stay exact until the trigger or a compaction needs the room; the one recalled first is put away first.
+    They stay exact until others need the room; the page recalled first is put away first.
 
     Returns:
-        These segments.
+        The pages that are exact now and hold any of these tokens, in the order of the tokens.
 
     Raises:
         InvalidInput: their originals were not kept.
         PromptTooLong: they do not fit below the trigger.
     """
     while True:
-        wanted = [segment for segment in context.cache.segments if segment.start < end and segment.end > start]
-        held = [recalled for recalled in context.recalled if recalled.segment in wanted]
-        for recalled in held:
-            make_exact(context, recalled.segment.start)
-        missing = [segment for segment in wanted if segment not in [recalled.segment for recalled in held]]
-        if not missing or _fit(context, missing):
+        held = [recalled.page for recalled in context.recalled]
+        around = joined([*held, *_compact_pages(context, start, end)])
+        wanted = [page for page in around if page.start < end and page.end > start]
+        missing = [page for page in wanted if page not in held]
+        for page in missing:  # before any room is made for it
+            if not are_kept(context.originals, page.start, page.end):
+                raise _not_kept(page)
+        if fit(context, missing):
             break
-        if len(context.recalled) > len(held):
-            context.put_away(context.recalled[0])
+        if others := [recalled for recalled in context.recalled if recalled.page not in wanted]:
+            pages.put_away(context, others[0])
         else:
             _compact_to_recall(context, wanted)
-    for segment in missing:
-        make_exact(context, segment.start)
+    exchange(context, [page for page in held if page not in wanted and page in around], wanted)
     return wanted
 
 
-def make_exact(context: Context, start: int) -> None:
-    """Make the segment that begins at `start` exact; if it is exact already, it now counts as recalled last.
+def recall_pages(context: Context, found: Sequence[Page], max_tokens: int) -> None:
+    """Make pages exact within a bound; the pages recalled last stay exact beside them.
+
+    A page whose originals are lost stays compact.
+
+    Args:
+        found: in the order of their tokens, no two overlapping, and within `max_tokens` together.
+        max_tokens: upper bound on the tokens of all exact pages.
+    """
+    kept = list(found)
+    for recalled in reversed(context.recalled):
+        more = joined([*kept, recalled.page])
+        if sum(page.num_tokens for page in more) <= max_tokens:
+            kept = more
+    for recalled in context.recalled:
+        if recalled.page not in kept:
+            pages.put_away(context, recalled)
+    for page in kept:
+        if pages.recalled_at(context, page) is None:
+            with_originals(context, partial(pages.bring_back, context, page))
+
+
+def exchange(context: Context, old: Sequence[Page], new: Sequence[Page]) -> None:
+    """Put away all recalled pages but the old ones, and make the new ones exact; these count as recalled last."""
+    for recalled in context.recalled:
+        if recalled.page not in old and recalled.page not in new:
+            pages.put_away(context, recalled)
+    for page in new:
+        make_exact(context, page)
+
+
+def make_exact(context: Context, page: Page) -> None:
+    """Make a page exact; if it is exact already, it now counts as recalled last.
 
     Raises:
-        InvalidInput: its originals were not kept, or no segment begins there.
+        InvalidInput: its originals were not kept, or no segment holds it.
     """
-    recalled = recalled_at(context, start) or _brought_back(context, start)
-    context.recalled = (*(other for other in context.recalled if other is not recalled), recalled)
-    context.record_recall(start, is_exact=True)
+    if not with_originals(context, lambda: pages.bring_back(context, page)):
+        raise _not_kept(page)
 
 
-def resume_recall(context: Context, start: int) -> None:
-    """Make a segment exact that was exact when the session was saved.
+def resume_recall(context: Context, page: Page) -> None:
+    """Make a page exact that was exact when the session was saved.
 
     Without its originals, or room for it, it stays compact.
     """
-    segment = _segment_at(context, start)
-    if segment is None:
+    if not any(segment.start <= page.start < page.end <= segment.end for segment in context.cache.segments):
         return
-    if _fit(context, [segment]):
+    if fit(context, [page]):
         with suppress(InvalidInput):
-            context.recalled = (*context.recalled, _brought_back(context, start))
+            make_exact(context, page)
             return
-    context.record_recall(start, is_exact=False)
-
-
-def recalled_at(context: Context, start: int) -> Recalled | None:
-    """The recalled segment that begins at `start`."""
-    return next((recalled for recalled in context.recalled if recalled.segment.start == start), None)
-
-
-def search(context: Context, text: str, span_tokens: int) -> list[spans.Span]:
-    """All compacted tokens, in spans of about `span_tokens`, each with its score for a text."""
-    context.read_all()
-    return _with_originals(
-        context,
-        lambda: spans.search(
-            context.engine,
-            context.cache,
-            context.tokens,
-            context.originals,
-            text,
-            span_tokens=span_tokens,
-            chunk_tokens=context.chunk_tokens,
-        ),
-    )
+    pages.record_recall(context, page, is_exact=False)
 
 
 def forget_lost_originals(context: Context) -> None:
@@ -105,7 +113,7 @@ def forget_lost_originals(context: Context) -> None:
         context.notify(event(context.name, original.start, original.end, original.lost or ""))
 
 
-def _with_originals(context: Context, use: Callable[[], T]) -> T:
+def with_originals(context: Context, use: Callable[[], T]) -> T:
     """Call `use`, which reads originals. When it finds one lost, forget that one and call it again."""
     while True:
         forget_lost_originals(context)
@@ -113,45 +121,34 @@ def _with_originals(context: Context, use: Callable[[], T]) -> T:
             return use()
 
 
-def _segment_at(context: Context, start: int) -> Segment | None:
-    return next((segment for segment in context.cache.segments if segment.start == start), None)
+def _compact_pages(context: Context, start: int, end: int) -> list[Page]:
+    """The compacted tokens among [start, end), one page for each segment."""
+    segments = [segment for segment in context.cache.segments if segment.start < end and segment.end > start]
+    return [Page(max(segment.start, start), min(segment.end, end)) for segment in segments]
 
 
-def _brought_back(context: Context, start: int) -> Recalled:
-    """Make the compact segment that begins at `start` exact in the cache."""
-    segment = _segment_at(context, start)
-    if segment is None:
-        raise InvalidInput(f"no segment begins at token {start}: there are {context.cache.segments}")
-    entries = _with_originals(context, lambda: between(context.originals, segment.start, segment.end))
-    if entries is None:
-        raise InvalidInput(
-            f"tokens {segment.start} to {segment.end} cannot be recalled: their originals were not kept when they "
-            "were compacted, or are lost; set the policy's originals to 'host' or 'disk' before that, and the memory's "
-            "originals_bytes and originals_disk_bytes to what all of them take"
-        )
-    layers = zip(context.cache.compactable, entries, strict=True)
-    entries = [(layer.rotated(key, segment.shift), value) for layer, (key, value) in layers]
-    state, recalled = brought_back(context.cache.state(), segment, entries)
-    context.cache.restore(state)
-    context.notify(SpanRecalled(context.name, segment.start, segment.end, context.cache.kv_tokens))
-    return recalled
-
-
-def _fit(context: Context, segments: Sequence[Segment]) -> bool:
-    """Whether the cache stays below the size at which a compaction begins if these compact segments become exact."""
-    cache = context.cache
-    growth = sum(segment.num_tokens - segment.num_slots / cache.num_heads for segment in segments)
-    return cache.kv_tokens + growth + 1 <= context.start_tokens
-
-
-def _compact_to_recall(context: Context, wanted: Sequence[Segment]) -> None:
-    """Compact once more, to make room for these segments; raises PromptTooLong if that cannot be enough."""
-    num_tokens = sum(segment.num_tokens for segment in wanted)
-    too_long = PromptTooLong(
-        f"the {num_tokens} tokens of the segments to recall do not fit below the trigger of {context.trigger_tokens} "
-        "beside what else is held: recall a shorter span, or raise trigger_tokens"
+def _not_kept(page: Page) -> InvalidInput:
+    return InvalidInput(
+        f"tokens {page.start} to {page.end} cannot be recalled: their originals were not kept when they were "
+        "compacted, or are lost; set the policy's originals to 'host' or 'disk' before that, and the memory's "
+        "originals_bytes and originals_disk_bytes to what all of them take"
     )
-    if context.num_pinned + num_tokens + context.policy.keep_recent >= context.start_tokens:
+
+
+def fit(context: Context, compact: Sequence[Page]) -> bool:
+    """Whether the cache stays below the trigger if these compact pages become exact."""
+    growth = sum(pages.growth(context, page) for page in compact)
+    return context.cache.kv_tokens + growth + 1 <= context.trigger_tokens
+
+
+def _compact_to_recall(context: Context, wanted: Sequence[Page]) -> None:
+    """Compact once more, to make room for these pages; raises PromptTooLong if that cannot be enough."""
+    num_tokens = sum(page.num_tokens for page in wanted)
+    too_long = PromptTooLong(
+        f"the {num_tokens} tokens to recall do not fit below the trigger of {context.trigger_tokens} beside what else "
+        "is held: recall a shorter span, or raise trigger_tokens"
+    )
+    if context.num_pinned + num_tokens + context.policy.keep_recent >= context.trigger_tokens:
         raise too_long
     try:
         context.compact()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from itertools import chain, pairwise
 
 from torch import Tensor
@@ -142,7 +142,7 @@ def _problem_of_records(saved: SavedSession) -> str:
         if older != ([] if made.plan.is_refit else held) or newest[0] != begins or newest[1] > made.at_tokens:
             return f"a compaction of tokens {newest[0]} to {newest[1]} behind segments {held}"
         held = [*older, newest]
-        if problem := _problem_of_recalls(made.recalls, {start for start, _ in held}):
+        if problem := _problem_of_recalls(made.recalls, held):
             return problem
     there = [(segment.start, segment.end) for segment in saved.state.segments]
     if there != held:
@@ -152,13 +152,14 @@ def _problem_of_records(saved: SavedSession) -> str:
     return ""
 
 
-def _problem_of_recalls(recalls: Sequence[RecallRecord], starts: Collection[int]) -> str:
-    """Only segments that are there become exact, and only exact ones become compact again."""
-    exact = set[int]()
-    for recall in recalls:
-        if recall.start not in (starts if recall.is_exact else exact):
-            return f"a segment recalled or put away at token {recall.start}, where none is"
-        (exact.add if recall.is_exact else exact.discard)(recall.start)
+def _problem_of_recalls(recalls: Sequence[RecallRecord], segments: Sequence[tuple[int, int]]) -> str:
+    """Only tokens of one segment become exact, and only exact pages become compact again."""
+    exact = set[tuple[int, int]]()
+    for _, start, end, is_exact in recalls:
+        is_there = any(first <= start < end <= last for first, last in segments) if is_exact else (start, end) in exact
+        if not is_there:
+            return f"a page recalled or put away at tokens {start} to {end}, where none is"
+        (exact.add if is_exact else exact.discard)((start, end))
     return ""
 
 

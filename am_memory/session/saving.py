@@ -73,6 +73,8 @@ def rename(session: Session, name: str) -> None:
 def snapshot(session: Session) -> SavedSession:
     """Everything that a session is, as it would be saved. It shares the session's memory: for reading only."""
     context, info = session._context, session.engine.info
+    running = context.background_compaction
+    num_cached = context.cache.num_tokens if running is None else running.at_tokens
     return SavedSession(
         fingerprint=info.fingerprint,
         tokenizer_fingerprint=info.tokenizer_fingerprint,
@@ -80,7 +82,7 @@ def snapshot(session: Session) -> SavedSession:
         policy=context.policy.model_dump(mode="json"),
         has_own_policy=session._has_own_policy,
         tokens=tuple(context.tokens),
-        records=tuple(context.records),
+        records=tuple(record.within(num_cached) for record in context.records),
         messages=context.history.messages,
         message_starts=context.history.starts,
         is_answering=context.history.is_answering,
@@ -89,7 +91,7 @@ def snapshot(session: Session) -> SavedSession:
         num_pinned=context.num_pinned,
         state=context.state_at_rest,
         originals=context.originals,
-        recalled=tuple(recalled.segment.start for recalled in context.recalled),
+        recalled=tuple(recalled.page for recalled in context.recalled),
     )
 
 
@@ -172,6 +174,6 @@ def restored(shared: Shared, name: str, saved: SavedSession, policy: MemoryPolic
     )
     for original, reason in saved.lost:
         shared.notify(OriginalsLost(name, original.start, original.end, reason))
-    for start in saved.recalled:
-        resume_recall(context, start)
+    for page in saved.recalled:
+        resume_recall(context, page)
     return context

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from am_memory.errors import InvalidInput, is_whole, require_kind, require_whole
-from am_memory.events import CompactionReport
+from am_memory.events import CompactionReport, Span
 from am_memory.kv_cache.slots import Segment
 from am_memory.policy import MemoryPolicy
-from am_memory.recall.search import Span
-from am_memory.session import rebuild, recalling
+from am_memory.recall.paging import Page
+from am_memory.session import lookup, rebuild, recalling
 from am_memory.session.appending import Content, checked_token_ids, encode, extend
 from am_memory.session.context import Context
 from am_memory.session.generation import Generation, Piece
@@ -99,6 +99,7 @@ class Session:
             num_compactions=len(context.records),
             num_segments=len(cache.segments),
             originals_bytes=context.off_device_bytes,
+            recalled_tokens=sum(recalled.page.num_tokens for recalled in context.recalled),
         )
 
     def append(self, content: Content) -> int:
@@ -202,7 +203,7 @@ class Session:
         """The compact segments, oldest first."""
         return self._context.cache.segments
 
-    def search(self, text: str, top: int = 5, *, span_tokens: int = 32) -> list[Span]:
+    def search(self, text: str, top: int = 5) -> list[Span]:
         """Find the compacted tokens that a text is about, by the model's own attention to them.
 
         The text is read as if somebody said it now, and then forgotten. Scores use the exact keys where the policy
@@ -210,8 +211,7 @@ class Session:
 
         Args:
             text: a question, or some words.
-            top: number of spans to return, the best first.
-            span_tokens: their approximate length; a span ends at a boundary of the text.
+            top: number of spans to return, the best first; each is about 50 tokens, or more where several join.
 
         Raises:
             InvalidInput: an empty text or conversation, or a number below 1.
@@ -219,24 +219,23 @@ class Session:
         self._require_tokens()
         if not isinstance(text, str) or not text.strip():
             raise InvalidInput(f"{text!r} is nothing to search for: give a question, or some words")
-        require_whole(1, top=top, span_tokens=span_tokens)
+        require_whole(1, top=top)
         with self._shared.engine_lock, self._context.transaction():
-            spans = recalling.search(self._context, text, span_tokens)
-        return sorted(spans, key=lambda span: -span.score)[:top]
+            return lookup.search(self._context, text, top)
 
-    def recall(self, span: Segment | Span | tuple[int, int]) -> list[Segment]:
-        """Make the segments of a span exact again, as they were before compaction; the policy must keep originals.
+    def recall(self, span: Page | Segment | Span | tuple[int, int]) -> list[Page]:
+        """Make the compacted tokens of a span exact again, as they were before; the policy must keep originals.
 
-        Whole segments come back, in all layers and heads. They stay exact until a compaction or the trigger needs
-        their room; then they return to their slots, the first recalled first. If there is no room for them, exact
-        tokens are compacted. Tokens that are read meanwhile attend to the exact entries, so a rebuild recalls the
-        segments at the same place.
+        The model recalls by itself what a message asks for (`MemoryPolicy.recall_tokens`); this is for spans that the
+        application chooses. They stay exact until other recalls or the trigger need their room; then they return to
+        their slots, the first recalled first. If there is no room for them, exact tokens are compacted. Tokens that are
+        read meanwhile attend to the exact entries, so a rebuild recalls the same pages at the same place.
 
         Args:
-            span: one of `segments`, a result of `search`, or (start, end) in tokens, the end not included.
+            span: a result of `search`, one of `segments`, or (start, end) in tokens, the end not included.
 
         Returns:
-            The segments that are exact now and hold a token of the span; tokens never compacted are in none.
+            The pages that are exact now and hold a token of the span; tokens never compacted are in none.
 
         Raises:
             InvalidInput: not a span, a span outside the conversation, or one whose originals were not kept or are
@@ -253,9 +252,9 @@ class Session:
             return recalling.recall(self._context, start, end)
 
     @property
-    def recalled(self) -> tuple[Segment, ...]:
-        """The segments that are exact for now, the last recalled at the end."""
-        return tuple(recalled.segment for recalled in self._context.recalled)
+    def recalled(self) -> tuple[Page, ...]:
+        """The pages that are exact for now, the last recalled at the end."""
+        return tuple(recalled.page for recalled in self._context.recalled)
 
     def fork(self, name: str | None = None, *, policy: MemoryPolicy | None = None) -> Session:
         """A branch with the same content; the two share memory until they differ.
@@ -328,7 +327,7 @@ class Session:
 
 def _ends(span: object) -> tuple[int, int]:
     """The first token of a span, and the one after its last."""
-    ends = (span.start, span.end) if isinstance(span, Segment | Span) else span
+    ends = (span.start, span.end) if isinstance(span, Page | Segment | Span) else span
     if not (isinstance(ends, tuple) and len(ends) == 2 and all(map(is_whole, ends))):
         raise InvalidInput(
             f"{span!r} is not a span: give one of `segments`, a result of `search`, or (start, end) in tokens"

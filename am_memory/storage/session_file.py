@@ -30,10 +30,11 @@ from am_memory.kv_cache.cache import CacheState, Snapshot
 from am_memory.kv_cache.layers import SlidingState
 from am_memory.kv_cache.slots import Segment, tail_start
 from am_memory.recall.originals import Original
+from am_memory.recall.paging import Page
 from am_memory.storage import files
 from am_memory.storage.session_layers import packed_layer, require, require_segments, unpacked_layer
 
-FORMAT, NEEDS = 2, "0.1.0"
+FORMAT, NEEDS = 3, "0.1.0"
 """The format of a file, and the first version of this project that reads it. The metadata keep their form forever."""
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
 MAX_AXES, MAX_EMPTY_SIZE = 4, 2**24
@@ -67,7 +68,7 @@ class SavedSession:
         num_pinned: tokens at the start that stay exact.
         state: the cache, with nothing recalled.
         originals: the exact entries of compacted tokens, where the policy keeps them.
-        recalled: the first tokens of the segments that were exact for the time being.
+        recalled: the pages that were exact for the time being.
         tokenizer_fingerprint: identifies the tokenizer of the tokens; "" if unknown.
         template_fingerprint: identifies the chat template of the messages; "" if there is none, or it is unknown.
         version: of the saved file, see `version_of`; "" for a session that was not loaded.
@@ -87,7 +88,7 @@ class SavedSession:
     tools: tuple[Message, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
     originals: tuple[Original, ...] = ()
-    recalled: tuple[int, ...] = ()
+    recalled: tuple[Page, ...] = ()
     tokenizer_fingerprint: str = ""
     template_fingerprint: str = ""
     has_own_policy: bool = False
@@ -124,7 +125,7 @@ class SessionFields(BaseModel, from_attributes=True):
     tools: tuple[dict[str, Any], ...] = ()
     metadata: dict[str, Any] = {}
     originals: tuple[SavedOriginal, ...] = ()
-    recalled: tuple[int, ...] = ()
+    recalled: tuple[Page, ...] = ()
     tokenizer_fingerprint: str = ""
     template_fingerprint: str = ""
     has_own_policy: bool = False

@@ -23,6 +23,7 @@ from am_memory_server.request_schemas import ChatCompletionRequest, MessageToolC
 from am_memory_server.requests import conversation_of, max_tokens_of, require_model, sampling_of, thread_of
 from am_memory_server.response_schemas import (
     LOWEST_LOGPROB,
+    AnswerMemory,
     AnswerMessage,
     ChatChoice,
     ChatCompletion,
@@ -49,7 +50,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     call = service.threads.register_call(asked.thread)  # now: it may be deleted while the request waits
     updates = service.scheduler.stream(key, chat_job(service, key), lambda: ChatAnswer(service.threads, asked, call))
     if not body.stream:
-        return await sse.unless_disconnected(request, _whole(service, body, updates))
+        return await sse.unless_disconnected(request, _whole(service, body, conversation, updates))
     await sse.unless_disconnected(request, anext(updates))  # an error before `Started` has an HTTP status of its own
     return StreamingResponse(
         sse.events(_chunks(service, body, conversation, updates)), media_type="text/event-stream", headers=sse.HEADERS
@@ -73,18 +74,19 @@ def _chat_request(service: Service, body: ChatCompletionRequest, key: TurnKey) -
 
 
 async def _whole(
-    service: Service, body: ChatCompletionRequest, updates: AsyncGenerator[object, None]
+    service: Service, body: ChatCompletionRequest, conversation: str, updates: AsyncGenerator[object, None]
 ) -> ChatCompletion:
     """The answer as one response."""
     logprobs: list[TokenLogprob] = []
-    answer: ChatAnswer | None = None
+    finished: Finished | None = None
     async with aclosing(updates):
         async for update in updates:
             if isinstance(update, Delta):
                 logprobs += update.logprobs
             elif isinstance(update, Finished):
-                answer = update.answer
-    assert answer is not None
+                finished = update
+    assert finished is not None
+    answer = finished.answer
     assert answer.finish_reason is not None
     calls = [MessageToolCall.model_validate(call.as_message()) for call in answer.tool_calls]
     message = AnswerMessage(content=answer.content or (None if calls else ""), tool_calls=calls or None)
@@ -93,7 +95,8 @@ async def _whole(
         logprobs=_logprobs(service.memory.engine, logprobs) if body.logprobs else None,
         finish_reason=answer.finish_reason,
     )
-    return ChatCompletion(model=service.settings.model_name, choices=[choice], usage=_usage(answer))
+    memory = AnswerMemory(conversation=conversation, stats=finished.stats, looked_up=answer.looked_up)
+    return ChatCompletion(model=service.settings.model_name, choices=[choice], usage=_usage(answer), am_memory=memory)
 
 
 def _usage(answer: ChatAnswer) -> Usage:

@@ -10,7 +10,15 @@ from am_memory.conversations.chat_answer import ChatAnswer, Delta
 from am_memory.events import Event
 from am_memory_server.jobs import Job, Publish, Steps, TurnKey, on_host
 from am_memory_server.service import CompactionLog, Service
-from am_memory_server.updates import Finished, Started, event_update, reading_update, size_update, view_update
+from am_memory_server.updates import (
+    Finished,
+    Started,
+    event_update,
+    lookup_update,
+    reading_update,
+    size_update,
+    view_update,
+)
 
 SIZE_EVERY = 8
 """Tokens between two updates of the memory's size."""
@@ -53,7 +61,7 @@ class _ChatRun:
                 if not is_last_chunk:  # the same turn generates the first token, too
                     yield None
             is_complete = True
-            self.publish(Finished(self.answer))
+            self.publish(Finished(self.answer, self.answer.session.stats))
         finally:
             self._count(is_complete)
 
@@ -72,6 +80,8 @@ class _ChatRun:
             return
         if self.num_deltas == 0:
             self.service.metrics.first_token_seconds.observe(time.monotonic() - self.arrived)
+        if step.looked_up:
+            self.publish(lookup_update(step.looked_up, session))
         if self.num_deltas % SIZE_EVERY == 0:
             self.publish(size_update(session))
         self.num_deltas += 1

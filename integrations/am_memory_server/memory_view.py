@@ -50,6 +50,13 @@ class CompactionView(BaseModel):
     created: float
 
 
+class PageView(BaseModel):
+    """The compacted tokens [start, end), which are exact for the time being."""
+
+    start: int
+    end: int
+
+
 class LayerView(BaseModel):
     """One layer, with the compact slots and the bytes of each KV head. A sliding-window layer has no slots.
 
@@ -65,7 +72,12 @@ class LayerView(BaseModel):
 
 
 class MemoryView(BaseModel):
-    """The memory of one conversation: of its branch that was used last."""
+    """The memory of one conversation: of its branch that was used last.
+
+    Attributes:
+        segments, layers: as they are without recalled pages.
+        recalled: the pages that are exact for the time being, in the order of their tokens. `stats` count them.
+    """
 
     id: str
     object: Literal["memory.session"] = "memory.session"
@@ -75,6 +87,7 @@ class MemoryView(BaseModel):
     window_tokens: int
     stats: Stats
     segments: list[SegmentView]
+    recalled: list[PageView]
     compactions: list[CompactionView]
     layers: list[LayerView]
 
@@ -90,6 +103,7 @@ def memory_view(id: str, session: Session, num_branches: int) -> MemoryView:
         window_tokens=session.engine.info.window_tokens,
         stats=session.stats,
         segments=segments(saved),
+        recalled=recalled_pages(session),
         compactions=[CompactionView.model_validate(report) for report in compaction_reports(session)],
         layers=[_layer(index, layer, saved) for index, layer in enumerate(saved.state.layers)],
     )
@@ -111,6 +125,11 @@ def segments(saved: SavedSession) -> list[SegmentView]:
     if (start := views[-1].end if views else 0) < end:
         views.append(SegmentView(kind="exact", start=start, end=end, slots=end - start))
     return views
+
+
+def recalled_pages(session: Session) -> list[PageView]:
+    """The compacted pages that are exact now, in the order of their tokens."""
+    return [PageView(start=page.start, end=page.end) for page in sorted(session.recalled)]
 
 
 def _num_cuts(records: tuple[CompactionRecord, ...], start: int) -> int:

@@ -11,7 +11,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from am_memory.events import CompactionFinished, Event, SessionRebuilt
+from am_memory.events import CompactionFinished, Event, MemoryConsulted, SessionRebuilt, SpanRecalled
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 PREFIX = "am_memory"
@@ -75,6 +75,8 @@ class Metrics:
         self.compactions = counter("compactions", "Compactions.")
         self.compacted_tokens = counter("compacted_tokens", "Tokens compacted.")
         self.compaction_seconds = counter("compaction_seconds", "Seconds of compactions, by stage.", ("stage",))
+        self.lookups = counter("lookups", "Times that a message or an answer looked for compacted tokens.")
+        self.recalled_tokens = counter("recalled_tokens", "Compacted tokens that became exact again.")
         self.rebuilds = counter("rebuilds", "Times that a conversation was read again.")
         self.failed_saves = counter("failed_saves", "Conversations that could not be saved.")
         self.first_token_seconds = histogram("first_token_seconds", "Seconds from a request to its first token.")
@@ -89,6 +91,10 @@ class Metrics:
                 self.compacted_tokens.inc(report.end - report.start)
                 for stage in ("query", "score", "fit"):
                     self.compaction_seconds.labels(stage).inc(getattr(report, f"{stage}_seconds"))
+            case MemoryConsulted():
+                self.lookups.inc()
+            case SpanRecalled(_, start, end):
+                self.recalled_tokens.inc(end - start)
             case SessionRebuilt():
                 self.rebuilds.inc()
 

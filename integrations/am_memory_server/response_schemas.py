@@ -8,6 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from am_memory.events import Span
+from am_memory.session.stats import Stats
 from am_memory_server.request_schemas import MessageToolCall
 
 LOWEST_LOGPROB = -9999.0
@@ -83,12 +85,27 @@ class _Answer(BaseModel):
     usage: Usage
 
 
+class AnswerMemory(BaseModel):
+    """The memory of a whole answer: an extension of OpenAI's API.
+
+    Attributes:
+        conversation: its name in `/v1/memory/sessions`.
+        looked_up: the compacted spans that were exact for this answer because it looked for them. `score` tells how
+            much more attention than usual they got, in nats; a long `text` is shortened in the middle.
+    """
+
+    conversation: str
+    stats: Stats
+    looked_up: list[Span]
+
+
 class ChatCompletion(_Answer):
     """The response to `POST /v1/chat/completions`."""
 
     id: str = Field(default_factory=lambda: new_id("chatcmpl"))
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
+    am_memory: AnswerMemory
 
 
 class TextLogprobs(BaseModel):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from am_memory.conversations.chat import PromptProgress
 from am_memory.conversations.chat_answer import ChatAnswer
-from am_memory.events import CompactionFinished, CompactionStarted, Event, SessionRebuilt
+from am_memory.events import CompactionFinished, CompactionStarted, Event, SessionRebuilt, Span
 from am_memory.session.session import Session
-from am_memory_server.memory_view import memory_view
+from am_memory.session.stats import Stats
+from am_memory_server.memory_view import memory_view, recalled_pages
 from am_memory_server.service import report_dict
 
 
@@ -30,6 +32,7 @@ class Finished:
     """The answer is complete, and the conversation is kept."""
 
     answer: ChatAnswer
+    stats: Stats
 
 
 def event_update(event: Event) -> MemoryUpdate | None:
@@ -52,6 +55,13 @@ def reading_update(progress: PromptProgress, session: Session) -> MemoryUpdate:
 def size_update(session: Session) -> MemoryUpdate:
     """The size of the memory."""
     return MemoryUpdate({"event": "size", "stats": asdict(session.stats)})
+
+
+def lookup_update(spans: Sequence[Span], session: Session) -> MemoryUpdate:
+    """What was looked up for the answer, all pages that are exact now, and the size of the memory."""
+    pages = [page.model_dump() for page in recalled_pages(session)]
+    found = [asdict(span) for span in spans]
+    return MemoryUpdate({"event": "looked_up", "spans": found, "recalled": pages, "stats": asdict(session.stats)})
 
 
 def view_update(conversation: str, session: Session) -> MemoryUpdate:

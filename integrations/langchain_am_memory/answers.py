@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Generator
+from dataclasses import asdict
 from typing import Any
 
 from langchain_core.exceptions import ContextOverflowError
@@ -89,6 +90,8 @@ class Chunks:
                 "kv_bytes": stats.kv_bytes,
                 "compactions": stats.num_compactions,
                 "compactions_in_answer": answer.num_compactions,
+                "recalled_tokens": stats.recalled_tokens,
+                "looked_up": [asdict(span) for span in answer.looked_up],
                 "rebuilt": answer.turn.rebuilt,
                 "schema_error": answer.schema_error,
             },

@@ -1,4 +1,4 @@
-"""Compactions as LangChain events, for the `on_custom_event` of callback handlers and for streams of events."""
+"""Compactions and lookups as LangChain events: for `on_custom_event` of callback handlers, and for streams."""
 
 from __future__ import annotations
 
@@ -12,9 +12,17 @@ from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, BaseCallback
 from langchain_core.callbacks.manager import ahandle_event, handle_event
 from langchain_core.runnables.config import ensure_config, get_callback_manager_for_config
 
-from am_memory.events import CompactionFinished, CompactionProgress, CompactionStarted, Event, Listener
+from am_memory.conversations.chat_answer import as_shown
+from am_memory.events import (
+    CompactionFinished,
+    CompactionProgress,
+    CompactionStarted,
+    Event,
+    Listener,
+    MemoryConsulted,
+)
 
-EVENT = "am_memory.compaction"
+EVENT, LOOKUP = "am_memory.compaction", "am_memory.lookup"
 
 Emit = Callable[[dict[str, Any]], object]
 
@@ -22,7 +30,10 @@ _HANDLER = ("on_custom_event", "ignore_custom_event")
 
 
 def as_dict(event: Event) -> dict[str, Any] | None:
-    """{"type": EVENT, "event": "started" | "progress" | "finished", ...}; None for other kinds of events."""
+    """An event with its "type"; None for kinds of events that LangChain does not get.
+
+    {"type": EVENT, "event": "started" | "progress" | "finished", ...}, or {"type": LOOKUP, "spans": [...], ...}.
+    """
     match event:
         case CompactionStarted():
             return {"type": EVENT, "event": "started", **asdict(event)}
@@ -30,11 +41,13 @@ def as_dict(event: Event) -> dict[str, Any] | None:
             return {"type": EVENT, "event": "progress", **asdict(event)}
         case CompactionFinished():
             return {"type": EVENT, "event": "finished", **asdict(event.report)}
+        case MemoryConsulted(_, _, spans):
+            return {"type": LOOKUP, **asdict(event), "spans": [asdict(as_shown(span)) for span in spans]}
     return None
 
 
 def listener(thread: str, emit: Emit) -> Listener:
-    """A listener of the memory that emits the compactions of one thread."""
+    """A listener of the memory that emits the compactions and lookups of one thread."""
 
     def listen(event: Event) -> None:
         if getattr(event, "session", None) == thread and (data := as_dict(event)) is not None:
@@ -63,7 +76,7 @@ class CallbackRun:
 
     def emit(self, data: dict[str, Any]) -> None:
         """Call the handlers."""
-        handle_event(self.handlers, *_HANDLER, EVENT, data, **self.context)
+        handle_event(self.handlers, *_HANDLER, data["type"], data, **self.context)
 
 
 class LoopEmitter:
@@ -74,7 +87,7 @@ class LoopEmitter:
         self._pending: list[Future[None]] = []
 
     def emit(self, data: dict[str, Any]) -> None:
-        handled = ahandle_event(self._run.handlers, *_HANDLER, EVENT, data, **self._run.context)
+        handled = ahandle_event(self._run.handlers, *_HANDLER, data["type"], data, **self._run.context)
         self._pending.append(asyncio.run_coroutine_threadsafe(handled, self._loop))
 
     async def flush(self) -> None:

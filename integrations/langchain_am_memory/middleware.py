@@ -41,8 +41,9 @@ class MemoryState(AgentState[Any]):
 class AMMemoryMiddleware(AgentMiddleware[MemoryState, Any, Any]):
     """Shows an agent its memory, and gives its conversations a policy of their own.
 
-    The state gets `am_memory`: tokens of the conversation and of the cache, bytes, and compactions. A stream in mode
-    "custom" gets {"type": "am_memory.compaction", "event": "started" | "progress" | "finished", ...}.
+    The state gets `am_memory`: tokens of the conversation and of the cache, bytes, compactions, and what the last
+    answer looked up. A stream in mode "custom" gets {"type": "am_memory.compaction", "event": "started" | "progress" |
+    "finished", ...}, and {"type": "am_memory.lookup", "spans": [{"start", "end", "score", "text"}, ...], ...}.
 
     Args:
         policy: for this agent's conversations; None: the model's.
@@ -134,7 +135,7 @@ class AMMemoryMiddleware(AgentMiddleware[MemoryState, Any, Any]):
 
     @contextmanager
     def _streaming(self, model: ChatAMMemory) -> Iterator[None]:
-        """Write this thread's compactions to the agent's stream."""
+        """Write this thread's compactions and lookups to the agent's stream."""
         try:
             write = get_stream_writer()
         except RuntimeError:  # outside of a graph

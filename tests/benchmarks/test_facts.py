@@ -200,7 +200,7 @@ def test_every_row_answers_every_question_and_is_not_run_twice(
 ) -> None:
     out = tmp_path / "answers.json"
     args = argparse.Namespace(
-        triggers=[512], rows=[facts.FULL, *facts.CHANGES, facts.TRUNCATED], policy=['{"keep_ratio": 0.3}'], recall=[1],
+        triggers=[512], rows=[facts.FULL, *facts.CHANGES, facts.TRUNCATED], policy=['{"keep_ratio": 0.3}'],
         new_tokens=2, out=str(out), questions=questions,
     )  # fmt: skip
     memory = Memory(engine=engine, policy=PLAIN)
@@ -213,7 +213,7 @@ def test_every_row_answers_every_question_and_is_not_run_twice(
     assert all(answer.log_probability < 0 for answer in run.answers)
     assert found[512, facts.TRUNCATED][0].chat_tokens == pytest.approx(found[512, facts.OURS][0].chat_tokens, abs=8)
     assert all(answer.kv_tokens <= 512 for answer in run.answers if answer.trigger)
-    assert found[512, "ours, 1 recalled"][0].originals_bytes > 0
+    assert found[512, facts.OURS][0].originals_bytes > 0
     written = json.loads(out.read_text())
     facts.Run(memory, args).run(SHORT, facts.rows_of(args))
     assert json.loads(out.read_text()) == written
@@ -231,7 +231,7 @@ def test_a_file_holds_the_answers_to_both_sets_and_to_older_runs(engine: Transfo
 
     def run(questions: str) -> list[facts.Answer]:
         args = argparse.Namespace(
-            triggers=[512], rows=[facts.FULL, facts.OURS], policy=[], recall=[], new_tokens=2, out=str(out),
+            triggers=[512], rows=[facts.FULL, facts.OURS], policy=[], new_tokens=2, out=str(out),
             questions=questions,
         )  # fmt: skip
         one = facts.Run(memory, args)

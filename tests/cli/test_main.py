@@ -12,11 +12,11 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from am_memory import Memory, MemoryPolicy, Session
-from am_memory.cli.display import EventBars
+from am_memory.cli.display import EventBars, describe_lookup
 from am_memory.cli.main import app
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidInput
-from am_memory.events import GateMissed, Listener, ignore
+from am_memory.events import GateMissed, Listener, LittleKept, Span, ignore
 from am_memory.storage.store import Store
 
 CommandLine = Callable[..., Result]
@@ -253,6 +253,54 @@ def test_without_a_terminal_the_output_is_plain_lines(run: CommandLine) -> None:
     assert "> Tell me more." in result.output
 
 
+@pytest.mark.usefixtures("tiny", "looking_back")
+def test_a_chat_shows_what_was_looked_up_before_the_answer(run: CommandLine, store: Store) -> None:
+    result = run(*CHAT, typed=f"{'Tell me more. ' * 40}\nAnd?\n/stats\n")
+    assert result.output.count("  looked up: “") == 2
+    assert re.search(r"compacted, but exact now +20 tokens", result.output)
+    (page,) = store.load("default").recalled
+    row = rf"{page.start}-{page.end} +│ +recalled, exact for now +│ +100 %"
+    assert re.search(row, run("inspect", "default").output)
+
+
+@pytest.mark.usefixtures("tiny", "looking_back")
+def test_what_an_answer_looks_up_itself_is_marked_in_its_text_once(
+    run: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    span = Span(30, 80, 1.0, "the second place")
+    monkeypatch.setattr("am_memory.session.generation.recall_while_writing", lambda context: (span,))
+    monkeypatch.setattr("am_memory.session.generation.WRITING_TOKENS", 2)
+    result = run(*CHAT, typed=f"{'Tell me more. ' * 40}\n")
+    assert result.output.count("  looked up: “") == 1
+    assert result.output.count("⟨looked up: “the second place”⟩") == 1
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_chat_without_recall_looks_nothing_up(run: CommandLine, store: Store) -> None:
+    run(*CHAT, "--recall-tokens", "0", "--originals", "drop", typed=f"{'Tell me more. ' * 40}\n")
+    saved = store.load("default")
+    assert (saved.policy["recall_tokens"], saved.policy["originals"]) == (0, "drop")
+    assert saved.originals == ()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_place_for_originals_that_does_not_exist_is_one_line(run: CommandLine) -> None:
+    result = run("chat", "--originals", "cloud")
+    assert result.exit_code == 1
+    assert re.fullmatch(r"InvalidPolicy: originals 'cloud': .*\n", result.stderr)
+
+
+def test_looked_up_texts_are_shown_on_one_line_and_never_as_markup() -> None:
+    """A text of the conversation may hold rich's markup and a terminal's escape sequences."""
+    spans = [Span(4, 54, 1.0, "[bold]one[/]\n\x1b[2Jtwo"), Span(80, 130, 0.9, "long " * 40)]
+    console = Console(file=StringIO(), width=200)
+    console.print(describe_lookup(spans), soft_wrap=True)
+    shown = console.file.getvalue()
+    assert shown.startswith("  looked up: “[bold]one[/] [2Jtwo” · “long long")
+    assert shown.count("\n") == 1
+    assert len(shown) < 120
+
+
 # Inspect
 
 
@@ -309,6 +357,12 @@ def test_the_demo_recalls_more_than_a_cache_of_the_same_size(run: CommandLine) -
     assert found is not None
     memory, truncated, everything = map(int, found.groups())
     assert truncated < memory <= everything + 2
+
+
+def test_a_long_past_of_which_little_is_kept_is_a_warning() -> None:
+    console = Console(file=StringIO(), width=200)
+    EventBars(console)(LittleKept("alice", 49.6, 1200))
+    assert "50 slots per head stand for 1,200 compacted tokens, less than 5 %" in console.file.getvalue()
 
 
 def test_a_missed_gate_is_a_warning() -> None:

@@ -13,6 +13,7 @@ from driven import read, some_tokens, write
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from inside import context_of, pending_of
+from policies import plain_policy
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,11 +25,12 @@ from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CompactionFailed, InvalidPolicy
 from am_memory.events import CompactionFinished, CompactionProgress, CompactionStarted, Event, ignore
 from am_memory.recall.original_store import OriginalStore
+from am_memory.recall.paging import Page
 from am_memory.session.context import Context
 from am_memory.session.rebuild import compacted_after, read_untriggered, rebuild, rewind
 from am_memory.session.recalling import recall
 
-POLICY = MemoryPolicy(
+POLICY = plain_policy(
     trigger_tokens=96,
     keep_ratio=0.25,
     keep_recent=6,
@@ -156,7 +158,7 @@ def test_decoding_goes_on_while_it_is_made(new_context: NewContext, gate: Gate) 
         {"experiments": Experiments(summary_tokens=8)},
         {"experiments": Experiments(recompaction="refit"), "keep_ratio": 0.5},
         {"max_error": 0.01},
-        {"segment_dtype": "int8", "originals": "host"},
+        {"segment_dtype": "int8", "originals": "host", "recall_tokens": 0},
         {"key_selection": "omp_fast"},
     ],
     ids=str,
@@ -386,21 +388,22 @@ def test_compacting_now_swaps_it_in_and_by_a_fraction_gives_it_up(new_context: N
         torch.testing.assert_close(each.next_logits(), logits, rtol=0, atol=1e-3)
 
 
-def test_what_is_recalled_goes_back_before_one_is_begun(new_context: NewContext) -> None:
-    context = new_context(originals="host", trigger_tokens=160)
-    read(context, some_tokens(170))
-    segment = context.cache.segments[0]
+def test_what_is_recalled_stays_while_one_is_made_that_sees_none_of_it(new_context: NewContext) -> None:
+    context, other = (new_context(originals="host", trigger_tokens=160, recall_tokens=32) for _ in range(2))
+    for each in (context, other):
+        read(each, some_tokens(150))
+    page = Page(20, 40)
     with context.transaction():
-        assert recall(context, segment.start, segment.end) == [segment]
-    assert context.cache.kv_tokens + 1 <= context.start_tokens
-    while context.background_compaction is None:
-        write(context, 1)
-    assert context.recalled == ()
-    with context.transaction():
-        recall(context, segment.start, segment.end)
-    assert context.background_compaction is None
-    assert context.records[-1].lag_tokens == 0
-    assert [each.segment.start for each in context.recalled] == [segment.start]
+        assert recall(context, *page) == [page]
+    for token in some_tokens(100, seed=1):
+        for each in (context, other):
+            read(each, [token])
+    assert context.background_compaction is not None or context.records[-1].lag_tokens
+    assert [recalled.page for recalled in context.recalled] == [page]
+    assert [(made.at_tokens, made.lag_tokens, made.plan) for made in context.records] == [
+        (made.at_tokens, made.lag_tokens, made.plan) for made in other.records
+    ]
+    assert len(context.records) > 2
 
 
 @pytest.mark.parametrize("is_sliding", [False, True])

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from inside import cache_of, context_of, layers_of, records_of
+from policies import plain_policy
 from torch import Tensor
 
 from am_memory import Experiments, Memory, MemoryPolicy, Session
@@ -19,7 +20,7 @@ from am_memory.kv_cache.slots import PINNED_RANK, Segment
 from am_memory.solver import OMP, Block, HighestAttention
 
 TOKENS = [(17 * position * position + 5 * position) % 256 for position in range(240)]
-POLICY = MemoryPolicy(trigger_tokens=2000, keep_ratio=0.25, pinned=4, keep_recent=0, chunk_tokens=64)
+POLICY = plain_policy(trigger_tokens=2000, keep_ratio=0.25, pinned=4, keep_recent=0, chunk_tokens=64)
 
 NewSession = Callable[..., Session]
 

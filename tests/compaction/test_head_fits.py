@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
+from policies import plain_policy
 
-from am_memory import MemoryPolicy
 from am_memory.compaction.head_fits import batches_of_like_size, fit_batch
 from am_memory.compaction.scoring import ScoredHead
 from am_memory.kv_cache.slots import Segment
 from am_memory.solver import Block, exact_attention
 
-POLICY = MemoryPolicy()
+POLICY = plain_policy()
 
 
 def some_heads(counts: list[int], seq_len: int = 40) -> list[ScoredHead]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from inside import cache_of, layers_of, rebuild, slots_of, state_of
+from policies import plain_policy
 from transformers import PreTrainedModel
 
 from am_memory import Experiments, Memory, MemoryPolicy, Session
@@ -23,7 +24,7 @@ from am_memory.kv_cache.slots import Slots
 from am_memory.queries import repeat_queries
 
 TOKENS = [(17 * position * position + 5 * position) % 256 for position in range(240)]
-POLICY = MemoryPolicy(
+POLICY = plain_policy(
     trigger_tokens=2000,
     keep_ratio=0.25,
     pinned=4,

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from policies import plain_policy
 
 from am_memory import Experiments, MemoryPolicy
 from am_memory.compaction.plan import (
@@ -24,7 +25,7 @@ from am_memory.errors import BudgetTooSmall, CompactionFailed, InvalidPolicy
 from am_memory.kv_cache.slots import Segment, tail_start
 
 NUM_HEADS = 6
-POLICY = MemoryPolicy(trigger_tokens=1000, keep_ratio=0.1, keep_recent=0)
+POLICY = plain_policy(trigger_tokens=1000, keep_ratio=0.1, keep_recent=0)
 
 quickly = settings(max_examples=300, deadline=None, derandomize=True)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from inside import cache_of, layers_of, put_away_oldest, rebuild
+from policies import plain_policy
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import rotate_half
@@ -23,7 +24,7 @@ from am_memory.events import CompactionProgress, Event, ignore
 from am_memory.kv_cache.slots import PINNED_RANK
 from am_memory.session.saving import snapshot
 
-POLICY = MemoryPolicy(
+POLICY = plain_policy(
     trigger_tokens=400, keep_ratio=0.05, pinned=3, chunk_tokens=16, experiments=Experiments(summary_tokens=12)
 )
 WHOLE = {"keep_ratio": 0.5}

@@ -8,15 +8,16 @@ from collections.abc import Callable
 import pytest
 import torch
 from inside import context_of
+from policies import plain_policy
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from am_memory import Experiments, Memory, MemoryPolicy
+from am_memory import Experiments, Memory
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import UnsupportedOperation
 from am_memory.kv_cache.cache import KVCache
 
-POLICY = MemoryPolicy(trigger_tokens=64, keep_ratio=0.25, keep_recent=6, pinned=4, chunk_tokens=16)
+POLICY = plain_policy(trigger_tokens=64, keep_ratio=0.25, keep_recent=6, pinned=4, chunk_tokens=16)
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 258}
 OWL = list(b"The owl sat on the old oak, the owl sat on the old oak.")
 

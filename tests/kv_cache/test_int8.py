@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inside import layers_of, put_away_oldest, rebuild, records_of, slots_of
+from policies import plain_policy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Experiments, Memory, MemoryPolicy, Sampling, Session
@@ -22,13 +23,14 @@ from am_memory.errors import InvalidPolicy
 from am_memory.kv_cache.int8 import NOT_CODED, Quantised, Rows, cat, decoded
 from am_memory.kv_cache.slots import PINNED_RANK, Segment, Slots
 
-POLICY = MemoryPolicy(
+POLICY = plain_policy(
     trigger_tokens=128,
     keep_ratio=0.25,
     keep_recent=8,
     pinned=3,
     chunk_tokens=32,
     originals="host",
+    recall_tokens=0,
     segment_dtype="int8",
 )
 HEAD_DIM = 16

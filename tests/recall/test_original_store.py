@@ -371,7 +371,7 @@ def test_a_session_is_rebuilt_with_its_recalls_in_no_room_at_all(new_memory: New
 
 
 def test_a_compaction_in_the_background_keeps_to_the_bounds(new_memory: NewMemory) -> None:
-    memory = new_memory(30_000, 30_000, ahead_tokens=16)
+    memory = new_memory(30_000, 30_000, ahead_tokens=12)
     sessions = [read_session(memory, name) for name in ("alice", "bob")]
     assert all(size <= 30_000 for size in bytes_of(memory))
     assert sessions[1].recall(sessions[1].segments[-1])

@@ -6,32 +6,31 @@ import gc
 import random
 import tempfile
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from inside import cache_of, context_of, layers_of, originals_of, trigger_of
+from inside import cache_of, layers_of, originals_of, put_away_oldest, trigger_of
+from policies import plain_policy
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Experiments, Memory, MemoryPolicy, Sampling, Session
-from am_memory.cli.letters import facts, hide
 from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidInput, InvalidPolicy, PromptTooLong
 from am_memory.events import Event, OriginalsLost, SpanPutAway, SpanRecalled
-from am_memory.kv_cache.slots import Segment
 from am_memory.recall.original_files import Spill, spill
-from am_memory.recall.search import LEAST_SHARE, held_keys, span_scores, taken_queries
+from am_memory.recall.paging import Page
 
-POLICY = MemoryPolicy(
+POLICY = plain_policy(
     trigger_tokens=128,
     keep_ratio=0.25,
     keep_recent=8,
     pinned=3,
     chunk_tokens=32,
     originals="host",
+    recall_tokens=0,
     head_budget="adaptive",
 )
 PLACES = ["host", "disk"]
@@ -106,13 +105,13 @@ def full_logits(model: PreTrainedModel, session: Session, continuation: list[int
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_recalled_segment_holds_what_was_read(new_memory: NewMemory, place: str) -> None:
+def test_a_recalled_page_holds_what_was_read(new_memory: NewMemory, place: str) -> None:
     exact = new_memory(trigger_tokens=2000).session("exact")
     exact.append(some_tokens(160))
     session = new_memory(originals=place).session("alice")
     session.append(some_tokens(120))
     session.compact(1.0)
-    assert session.recall((50, 51)) == [Segment(3, 119, session.segments[0].num_slots)] == list(session.recalled)
+    assert session.recall(session.segments[0]) == [Page(3, 119)] == list(session.recalled)
     for mine, whole in zip(layers_of(session), layers_of(exact), strict=True):
         key, value = whole.exact_entries(0, 119)
         for head in range(mine.num_heads):
@@ -137,11 +136,12 @@ def test_with_all_segments_recalled_the_model_sees_everything(
     torch.testing.assert_close(session.logits(continuation), expected, rtol=0, atol=1e-3)
 
 
-def test_a_recalled_segment_takes_its_room(new_memory: NewMemory) -> None:
+def test_a_recalled_page_takes_its_room(new_memory: NewMemory) -> None:
     session = roomy_session(new_memory())
     before, segment = session.stats, session.segments[0]
     session.recall(segment)
     after = session.stats
+    assert (before.recalled_tokens, after.recalled_tokens) == (0, segment.num_tokens)
     num_heads = cache_of(session).num_heads
     assert after.kv_tokens == pytest.approx(before.kv_tokens + segment.num_tokens - segment.num_slots / num_heads)
     assert after.kv_bytes > before.kv_bytes
@@ -156,13 +156,16 @@ def test_what_was_never_compacted_need_not_come_back(new_memory: NewMemory) -> N
     assert session.stats == before
 
 
-def test_a_span_of_several_segments_brings_back_all_of_them(new_memory: NewMemory) -> None:
+def test_a_span_across_two_segments_becomes_two_pages(new_memory: NewMemory) -> None:
     session = new_memory(trigger_tokens=400).session("alice")
     session.append(some_tokens(300))
     for fraction in (0.2, 0.4):
         session.compact(fraction)
     first, second = session.segments
-    assert session.recall((first.end - 1, second.start + 1)) == [first, second]
+    assert session.recall((first.end - 1, second.start + 1)) == [
+        Page(first.end - 1, first.end),
+        Page(second.start, second.start + 1),
+    ]
 
 
 def test_recalling_again_changes_nothing_but_the_order(new_memory: NewMemory) -> None:
@@ -174,21 +177,22 @@ def test_recalling_again_changes_nothing_but_the_order(new_memory: NewMemory) ->
     session.recall((0, 300))
     before = held(session)
     session.recall(first)
-    assert session.recalled == (second, first)
+    assert session.recalled == (Page(second.start, second.end), Page(first.start, first.end))
     assert_same(held(session), before)
 
 
 @pytest.mark.parametrize("recompaction", ["segments", "refit"])
 def test_a_compaction_after_a_recall_is_one_without_it(new_memory: NewMemory, recompaction: str) -> None:
-    """What is recalled goes back to its slots first: a recall leaves nothing behind."""
+    """What is recalled goes back to its slots first, and comes back afterwards: a recall leaves nothing behind."""
     session = roomy_session(new_memory(experiments=Experiments(recompaction=recompaction)))
     other = session.fork()
     session.recall((0, 80))
     assert session.recalled
     for each in (session, other):
         each.compact(1.0)
-    assert session.recalled == ()
     assert session.segments == other.segments
+    assert session.recalled
+    put_away_oldest(session)
     assert_same(held(session), held(other))
 
 
@@ -218,7 +222,7 @@ def test_what_can_never_fit_is_refused_and_nothing_changes(new_memory: NewMemory
     session = read_session(new_memory(), 400)
     before, stats = held(session), session.stats
     with pytest.raises(
-        PromptTooLong, match=r"\d+ tokens of the segments to recall .* trigger of 128.*raise trigger_tokens"
+        PromptTooLong, match=r"the \d+ tokens to recall do not fit .* trigger of 128.*raise trigger_tokens"
     ):
         session.recall((0, 400))
     assert session.stats == stats
@@ -242,7 +246,7 @@ def test_dropped_originals_cannot_be_recalled(new_memory: NewMemory) -> None:
 
 
 def test_shared_cells_take_no_originals(llama: LlamaCppEngine) -> None:
-    with pytest.raises(InvalidPolicy, match="originals 'host' needs a cache .* leave it at 'drop'"):
+    with pytest.raises(InvalidPolicy, match="originals 'host' needs a cache .* leave it at 'auto'"):
         Memory(llama, POLICY.model_copy(update={"head_budget": "auto"})).session()
 
 
@@ -458,110 +462,61 @@ def test_the_demo_model_knows_again_what_it_is_reminded_of(
         return float(logits.log_softmax(-1)[range(len(ids)), ids].mean())
 
     compact, exact = likelihood(session), likelihood(full)
-    session.recall((0, 100))
+    session.recall(session.segments[0])
     assert compact < exact - 0.1
     assert likelihood(session) == pytest.approx(exact, abs=1e-3)
 
 
-# Search
+# Pages
 
 
-def test_searching_leaves_the_session_as_it_was(new_memory: NewMemory) -> None:
-    session = read_session(new_memory())
-    before, stats = held(session), session.stats
-    session.search("what?")
-    assert session.stats == stats
+def roomy(memory: Memory) -> Session:
+    """With two segments by hand, in a roomy cache."""
+    session = memory.session("alice")
+    session.append(some_tokens(300))
+    for fraction in (0.2, 0.4):
+        session.compact(fraction)
+    return session
+
+
+def test_a_page_inside_a_segment_leaves_its_other_slots(new_memory: NewMemory) -> None:
+    session = roomy(new_memory(trigger_tokens=400))
+    before, page = held(session), Page(20, 40)
+    slots = [layer.slots for layer in layers_of(session)]
+    assert session.recall(page) == [page]
+    for layer, old in zip(layers_of(session), slots, strict=True):
+        new = layer.slots
+        assert new.within(20, 40).num_slots == 20 * layer.num_heads
+        assert not new.within(20, 40).bias.any()
+        for mine, theirs in zip(
+            new.where((new.positions < 20) | (new.positions >= 40)).fields,
+            old.where((old.positions < 20) | (old.positions >= 40)).fields,
+            strict=True,
+        ):
+            assert torch.equal(mine, theirs)
+    put_away_oldest(session)
     assert_same(held(session), before)
 
 
-def test_spans_tile_what_is_compacted_and_cross_no_segment(new_memory: NewMemory) -> None:
-    session = read_session(new_memory(), 400)
-    spans = sorted((span.start, span.end) for span in session.search("what?", top=1000, span_tokens=10))
-    assert [start for start, _ in spans] == [3, *(end for _, end in spans[:-1])]
-    assert spans[-1][1] == session.segments[-1].end
-    assert {segment.end for segment in session.segments} <= {end for _, end in spans}
-    assert all(end - start <= 15 for start, end in spans)
+def test_pages_that_overlap_become_one_and_others_stay_apart(new_memory: NewMemory) -> None:
+    session = roomy(new_memory(trigger_tokens=400))
+    before = held(session)
+    session.recall((10, 20))
+    session.recall((20, 30))
+    assert session.recalled == (Page(10, 20), Page(20, 30))
+    assert session.recall((15, 18)) == [Page(10, 20)]
+    assert session.recall((25, 45)) == [Page(20, 45)]
+    assert session.recalled == (Page(10, 20), Page(20, 45))
+    while session.recalled:
+        put_away_oldest(session)
+    assert_same(held(session), before)
 
 
-def test_the_best_spans_come_first_with_their_text(new_memory: NewMemory) -> None:
-    session = read_session(new_memory(), 400)
-    everything = session.search("what?", top=1000)
-    best = session.search("what?", top=3)
-    assert best == everything[:3]
-    assert [span.score for span in everything] == sorted((span.score for span in everything), reverse=True)
-    assert all(span.text == session.engine.decode(session.tokens[span.start : span.end]) for span in best)
-
-
-def test_a_span_that_was_found_can_be_recalled(new_memory: NewMemory) -> None:
+def test_the_page_that_was_recalled_last_stays_longest(new_memory: NewMemory) -> None:
     session = roomy_session(new_memory())
-    span = next(span for span in session.search("what?", top=100) if span.end <= session.segments[-1].end)
-    assert session.recall(span) == list(session.segments)
-
-
-def test_before_anything_is_compacted_nothing_is_found(new_memory: NewMemory) -> None:
-    session = new_memory().session("alice")
-    session.append(some_tokens(60))
-    assert session.search("what?") == []
-
-
-def test_a_score_is_what_the_definition_gives(new_memory: NewMemory) -> None:
-    """By full softmax over the originals, one query head at a time."""
-    session = roomy_session(new_memory())
-    context, (original,) = context_of(session), originals_of(session)
-    text, neutral = (
-        taken_queries(session.engine, context.cache, some_tokens(count, seed=count), 4) for count in (9, 6)
-    )
-    edges = [original.start, 20, 33, original.end]
-    parts = []
-    for layer, (key, _) in enumerate(original.layers()):
-        for head in range(2):
-            for group in range(2):
-                weights = [
-                    (queries[layer].query[head, group] @ key[head].T / 4).softmax(-1) for queries in (text, neutral)
-                ]
-                shares = [
-                    torch.stack([each[:, a - edges[0] : b - edges[0]].sum(1) for a, b in pairwise(edges)], dim=1)
-                    for each in weights
-                ]
-                usual = shares[1].mean(0)
-                parts.append((shares[0] * ((shares[0] + LEAST_SHARE) / (usual + LEAST_SHARE)).log()).amax(0))
-    expected = torch.stack(parts).max(0).values  # a tenth of twelve query heads
-    scores = span_scores(context.cache, context.originals, text, neutral, edges)
-    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("originals", ["drop", "host"])
-def test_every_key_is_counted_once(new_memory: NewMemory, originals: str) -> None:
-    session = read_session(new_memory(originals=originals), 400)
-    cache, kept = cache_of(session), originals_of(session)
-    for layer in range(3):
-        for head in range(2):
-            keys = [each for each in held_keys(cache, kept) if (each.layer, each.head) == (layer, head)]
-            positions = torch.cat([each.positions for each in keys]).tolist()
-            assert len(set(positions)) == len(positions)
-            slots = cache.compactable[layer].slots.head(head).positions.tolist()
-            assert sorted(positions) == (slots if originals == "drop" else list(range(session.segments[-1].end)))
-
-
-@pytest.mark.parametrize(
-    ("text", "top", "span_tokens", "words"),
-    [("  ", 5, 32, "nothing to search for"), ("what?", 0, 32, "top is 0"), ("what?", 5, 0, "span_tokens is 0")],
-)
-def test_a_bad_search_is_refused(new_memory: NewMemory, text: str, top: int, span_tokens: int, words: str) -> None:
-    with pytest.raises(InvalidInput, match=words):
-        read_session(new_memory()).search(text, top, span_tokens=span_tokens)
-
-
-@pytest.mark.model
-def test_the_demo_model_finds_what_a_question_is_about(
-    demo: tuple[PreTrainedModel, PreTrainedTokenizerBase],
-) -> None:
-    rng = random.Random(5)
-    told = facts(rng, 4)
-    policy = MemoryPolicy(trigger_tokens=400, keep_ratio=0.1, originals="host", pinned="sinks")
-    session = Memory(TransformersEngine(*demo), policy).session()
-    for fact in told:
-        session.append([{"role": "user", "content": hide(rng, [fact], 10)}, {"role": "assistant", "content": "I see."}])
-    assert len(session.segments) > 1
-    for fact in told[:2]:
-        assert any(fact.code in span.text for span in session.search(fact.question, top=2))
+    for page in ((5, 15), (20, 30), (35, 45)):
+        session.recall(page)
+    session.recall((5, 15))
+    free = int(trigger_of(session) - session.stats.kv_tokens)
+    session.append(some_tokens(free + 2, seed=1))
+    assert session.recalled == (Page(35, 45), Page(5, 15))

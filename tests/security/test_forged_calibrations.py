@@ -67,7 +67,7 @@ def mutated(random: Random, value: Any) -> Any:
 def test_a_forged_file_is_refused_or_serves_for_a_compaction(engine: TransformersEngine, tmp_path: Path) -> None:
     """Absurd numbers and shapes came out as a bare RuntimeError, IndexError or OverflowError, at a compaction."""
     random, path, num_used = Random(0), tmp_path / "forged.json", 0
-    policy = MemoryPolicy(trigger_tokens=60, keep_ratio=0.5, keep_recent=0, head_budget=str(path))
+    policy = MemoryPolicy(trigger_tokens=60, keep_ratio=0.5, keep_recent=0, head_budget=str(path), recall_tokens=0)
     for _ in range(300):
         forged = mutated(random, sound(engine))
         content = json.dumps(forged).encode()

@@ -135,11 +135,14 @@ def test_contents_that_are_nested_too_deeply_are_refused(engine: TransformersEng
 
 
 @pytest.mark.parametrize("recalls", [
-    [[60, 7, True]],
-    [[60, 3, False]],
-    [[60, 3, True], [60, 3, False], [60, 3, False]],
+    [[60, 2, 5, True]],
+    [[60, 3, 1000, True]],
+    [[60, 5, 5, True]],
+    [[60, 5, 8, False]],
+    [[60, 5, 8, True], [60, 5, 7, False]],
+    [[60, 5, 8, True], [60, 5, 8, False], [60, 5, 8, False]],
 ])  # fmt: skip
-def test_a_recall_of_what_is_no_segment_is_refused(
+def test_a_recall_of_what_no_segment_holds_is_refused(
     engine: TransformersEngine, tmp_path: Any, recalls: list[list[Any]]
 ) -> None:
     """It ended a rewind, much later, in an error that was not ours."""
@@ -148,10 +151,10 @@ def test_a_recall_of_what_is_no_segment_is_refused(
     session.recall(session.segments[0])
     session.save()
     file = File.of((tmp_path / "alice.safetensors").read_bytes())
-    assert file.content["records"][-1]["recalls"] == [[ANY, 3, True]]
+    assert file.content["records"][-1]["recalls"] == [[ANY, 3, ANY, True]]
     loaded(engine, tmp_path, file, "originals")
     file.content["records"][-1]["recalls"] = recalls
-    with pytest.raises(CorruptSession, match=r"recalled or put away at token .*, where none is"):
+    with pytest.raises(CorruptSession, match=r"recalled or put away at tokens .*, where none is"):
         loaded(engine, tmp_path, file, "originals")
 
 

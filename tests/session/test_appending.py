@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from policies import plain_policy
 
-from am_memory import Memory, MemoryPolicy, UnsupportedOperation
+from am_memory import Memory, UnsupportedOperation
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.session.appending import add, encode, read
 
-POLICY = MemoryPolicy(trigger_tokens=96, keep_ratio=0.25, keep_recent=4, pinned=3, chunk_tokens=16)
+POLICY = plain_policy(trigger_tokens=96, keep_ratio=0.25, keep_recent=4, pinned=3, chunk_tokens=16)
 TEXT = "An owl sleeps in the barn, and a swallow under its roof."
 
 

@@ -11,16 +11,17 @@ from contextlib import contextmanager, redirect_stdout
 import pytest
 import torch
 from inside import context_of
+from policies import plain_policy
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from am_memory import Memory, MemoryPolicy
+from am_memory import Memory
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CompactionFailed, InvalidInput, UnsupportedOperation
 from am_memory.events import CompactionFinished, Event, ReadProgress
 from am_memory.kv_cache.cache import KVCache
 
-POLICY = MemoryPolicy(trigger_tokens=64, keep_ratio=0.25, keep_recent=6, pinned=4, chunk_tokens=16)
+POLICY = plain_policy(trigger_tokens=64, keep_ratio=0.25, keep_recent=6, pinned=4, chunk_tokens=16)
 LARGE = POLICY.model_copy(update={"trigger_tokens": 2000})
 PROMPT = list(b"The owl sat on the old oak.")
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 258}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from inside import originals_of
+from policies import plain_policy
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -20,7 +21,7 @@ from am_memory.events import Event, PolicyChange, PolicyChanged
 from am_memory.session.saving import snapshot
 from am_memory.solver import OMP, Block, HighestAttention
 
-SMALL = MemoryPolicy(trigger_tokens=96, keep_ratio=0.25, keep_recent=4, pinned=3)
+SMALL = plain_policy(trigger_tokens=96, keep_ratio=0.25, keep_recent=4, pinned=3)
 LARGE = SMALL.with_changes(trigger_tokens=200)
 
 NewMemory = Callable[..., Memory]

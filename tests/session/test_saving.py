@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 from inside import shared_of
+from policies import plain_policy
 
-from am_memory import Memory, MemoryPolicy
+from am_memory import Memory
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.session.saving import pack, snapshot, write
 from am_memory.storage.store import Store
 
-POLICY = MemoryPolicy(trigger_tokens=96, keep_ratio=0.25, keep_recent=4, pinned=3)
+POLICY = plain_policy(trigger_tokens=96, keep_ratio=0.25, keep_recent=4, pinned=3)
 
 
 @pytest.fixture

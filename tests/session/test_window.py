@@ -14,19 +14,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inside import cache_of, context_of, layers_of, rebuild
+from policies import plain_policy
 from pydantic import TypeAdapter
 
-from am_memory import Experiments, Memory, MemoryPolicy, Sampling, Session
+from am_memory import Experiments, Memory, Sampling, Session
 from am_memory.compaction.plan import CacheSizes, Plan, plan_compaction, shift_into_window
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.events import Event, WindowExceeded, ignore
 from am_memory.kv_cache.int8 import Quantised
 from am_memory.kv_cache.slots import PINNED_RANK, Segment
-from am_memory.recall.search import held_keys
+from am_memory.recall.paging import Page
+from am_memory.session import pages
 from am_memory.session.context import Context
 
 WINDOW = 160
-POLICY = MemoryPolicy(trigger_tokens=64, keep_ratio=0.25, keep_recent=6, pinned=3, chunk_tokens=16)
+POLICY = plain_policy(trigger_tokens=64, keep_ratio=0.25, keep_recent=6, pinned=3, chunk_tokens=16)
 GREEDY = Sampling(temperature=0)
 
 
@@ -240,26 +242,16 @@ def test_generate_moves_what_is_old(new_memory: NewMemory, narrow: TransformersE
 # Entries that come back
 
 
-def test_a_recalled_segment_stands_where_its_slots_stood(new_memory: NewMemory) -> None:
-    session = read_session(new_memory(originals="host", trigger_tokens=128), 700)
+def test_a_recalled_page_stands_where_its_slots_stood(new_memory: NewMemory) -> None:
+    session = read_session(new_memory(originals="host", recall_tokens=0, trigger_tokens=128), 700)
     session.compact(0.9)
     segment = session.segments[1]
     assert segment.shift > 0
     context = context_of(session)
     before, original = context.fork("before"), next(o for o in context.originals if o.start == segment.start)
-    assert session.recall(segment) == [segment]
+    assert session.recall(segment) == [Page(segment.start, segment.end)]
     for layer, (key, _) in zip(context.cache.compactable, original.layers(), strict=True):
         held = layer.slots.within(segment.start, segment.end).key.view(key.shape)
         torch.testing.assert_close(held, layer.rotation.rotated(key, torch.tensor(segment.shift)))
-    context.put_away(context.recalled[0])
+    pages.put_away(context, context.recalled[0])
     assert_same_cache(context, before)
-
-
-def test_search_looks_at_originals_where_their_segments_stand(new_memory: NewMemory) -> None:
-    session = read_session(new_memory(originals="host"))
-    context = context_of(session)
-    oldest = session.segments[0]
-    keys = next(each for each in held_keys(context.cache, context.originals) if int(each.positions[0]) == oldest.start)
-    key = context.originals[0].layers()[keys.layer][0][keys.head]
-    rotation = context.cache.compactable[keys.layer].rotation
-    torch.testing.assert_close(keys.key, rotation.rotated(key, torch.tensor(oldest.shift)))

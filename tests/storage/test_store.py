@@ -173,7 +173,7 @@ def test_a_session_is_loaded_onto_the_device_asked_for(folder: Store) -> None:
 def test_a_saved_file_is_plain_safetensors(folder: Store, tmp_path: Path) -> None:
     folder.save("alice", saved_session())
     with safe_open(tmp_path / "alice.safetensors", "pt") as file:
-        assert file.metadata()["format"] == "2"
+        assert file.metadata()["format"] == "3"
         assert file.get_tensor("tokens").tolist() == list(range(NUM_TOKENS + 1))
         assert json.loads(bytes(file.get_tensor("session").numpy()))["fingerprint"] == "0123456789abcdef"
 
@@ -467,18 +467,18 @@ def bytes_of_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
 
 
 def test_a_newer_format_says_which_version_reads_it(bytes_of_format: Callable[[int], bytes]) -> None:
-    with pytest.raises(NewerFormat, match=r"format 3, .* up to 2: upgrade .* to 7\.8\.9 or newer"):
-        load_bytes(bytes_of_format(3))
+    with pytest.raises(NewerFormat, match=r"format 4, .* up to 3: upgrade .* to 7\.8\.9 or newer"):
+        load_bytes(bytes_of_format(4))
 
 
 def test_an_older_format_is_refused_by_its_number(bytes_of_format: Callable[[int], bytes]) -> None:
-    with pytest.raises(OlderFormat, match=r"has format 1, and this version reads format 2 only: open it with the ver"):
-        load_bytes(bytes_of_format(1))
+    with pytest.raises(OlderFormat, match=r"has format 2, and this version reads format 3 only: open it with the ver"):
+        load_bytes(bytes_of_format(2))
 
 
 def test_a_damaged_file_is_not_taken_for_a_newer_format(file_bytes: bytes) -> None:
     with pytest.raises(CorruptSession):
-        load_bytes(file_bytes.replace(b'"format":"2"', b'"format":"3"'))
+        load_bytes(file_bytes.replace(b'"format":"3"', b'"format":"4"'))
 
 
 # With a model

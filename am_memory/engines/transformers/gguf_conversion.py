@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 import shutil
 import struct
 import tempfile
@@ -25,6 +24,7 @@ from transformers import AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedT
 
 from am_memory.engines.fingerprints import file_fingerprint
 from am_memory.engines.gguf_header import read_header, require_known_merges, require_vocabulary
+from am_memory.engines.model_files import cache_folder
 from am_memory.engines.transformers.pretrained import LoadedModel, complete_model, load_pretrained
 from am_memory.errors import ModelNotFound, UnsupportedModel
 
@@ -68,10 +68,8 @@ def find_conversion(path: Path, dtype: torch.dtype) -> Path | None:
 
 
 def _conversion_folder(path: Path, dtype: torch.dtype) -> Path:
-    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    root = Path(os.environ.get("AM_MEMORY_CACHE") or Path(cache_home) / "am_memory").expanduser()
     dtype_name = str(dtype).removeprefix("torch.")
-    return root / "models" / f"{path.stem}-{file_fingerprint(path)}-{dtype_name}"
+    return cache_folder() / "models" / f"{path.stem}-{file_fingerprint(path)}-{dtype_name}"
 
 
 def read_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:

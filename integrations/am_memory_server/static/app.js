@@ -109,7 +109,7 @@ async function answer() {
   const saving = setInterval(() => { if (message.content) keep(conversation); }, SAVE_EVERY_MS);
   try {
     for await (const chunk of api.chat(requestBody(conversation, asked), signal)) {
-      if (chunk.am_memory) remember(chunk.am_memory, node);
+      if (chunk.am_memory) remember(chunk.am_memory, message, node);
       const delta = chunk.choices[0]?.delta?.content;
       if (delta) {
         message.content += delta;
@@ -153,8 +153,8 @@ function requestBody(conversation, messages) {
   };
 }
 
-function remember(update, node) {
-  if (update.stats) memory.resize(update.stats);
+function remember(update, message, node) {
+  if (update.stats) memory.resize(update.stats, update.recalled);
   if (update.memory) memory.show(update.memory);
   switch (update.event) {
     case "reading":
@@ -168,6 +168,10 @@ function remember(update, node) {
     case "compacted":
       memory.say("answering");
       chat.mark(update.report.end - update.report.start, node);
+      break;
+    case "looked_up":
+      message.lookedUp = [...(message.lookedUp ?? []).filter((old) => !update.spans.some(({ start, end }) => old.start === start && old.end === end)), ...update.spans];
+      chat.lookedUp(node, message);
       break;
     case "rebuilt":
       memory.say(`reading ${update.num_tokens.toLocaleString("en")} tokens again`, true);

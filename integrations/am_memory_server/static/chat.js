@@ -33,6 +33,7 @@ export class ChatView {
     this.list.append(node);
     this.#write(node, message);
     this.#tools(node, message, index);
+    this.lookedUp(node, message);
     return node;
   }
 
@@ -56,6 +57,15 @@ export class ChatView {
     else body.replaceChildren(render(message.content));
     node.querySelector(".note")?.remove();
     if (message.note) node.querySelector(".tools").before(Object.assign(make("div", "note"), { textContent: message.note }));
+  }
+
+  /** Under an answer, a line that opens to the texts that were looked up for it. They are data, never markup. */
+  lookedUp(node, { lookedUp: spans = [] }) {
+    if (!spans.length) return;
+    const box = node.querySelector(".looked-up") ?? make("details", "looked-up"), list = make("ul", "");
+    list.append(...spans.map((span) => Object.assign(make("li", ""), { textContent: span.text, title: `tokens ${span.start.toLocaleString("en")} to ${span.end.toLocaleString("en")}` })));
+    box.replaceChildren(Object.assign(make("summary", ""), { textContent: `looked up: ${spans.length} ${spans.length === 1 ? "place" : "places"}` }), list);
+    node.querySelector(".tools").before(box);
   }
 
   #tools(node, message, index) {

@@ -10,8 +10,8 @@ const seconds = (value) => (value < 1 ? `${Math.round(value * 1000)} ms` : `${va
 const percent = (share) => `${(share * 100).toFixed(share < 0.1 ? 1 : 0)} %`;
 
 const EMPTY = {
-  stats: { logical_tokens: 0, kv_tokens: 0, exact_tokens: 0, kv_bytes: 0, exact_kv_bytes: 0, num_compactions: 0, num_segments: 0 },
-  segments: [], compactions: [], layers: [], trigger_tokens: 0,
+  stats: { logical_tokens: 0, kv_tokens: 0, exact_tokens: 0, kv_bytes: 0, exact_kv_bytes: 0, num_compactions: 0, num_segments: 0, recalled_tokens: 0 },
+  segments: [], recalled: [], compactions: [], layers: [], trigger_tokens: 0,
 };
 
 export class MemoryView {
@@ -27,9 +27,9 @@ export class MemoryView {
     byId("compact").disabled = !memory;
   }
 
-  /** Update the sizes only, while an answer is streamed. */
-  resize(stats) {
-    this.#memory = { ...this.#memory, stats };
+  /** Update the sizes, and the pages that are exact for now, while an answer is streamed. */
+  resize(stats, recalled = this.#memory.recalled) {
+    this.#memory = { ...this.#memory, stats, recalled };
     this.#gauge(stats);
     this.#strip();
   }
@@ -43,8 +43,9 @@ export class MemoryView {
   #gauge(stats) {
     const trigger = this.#memory.trigger_tokens || Math.max(stats.kv_tokens, 1);
     const pinned = this.#memory.segments.find((part) => part.kind === "pinned")?.slots ?? 0;
-    const parts = { pinned: Math.min(pinned, stats.exact_tokens), compacted: stats.kv_tokens - stats.exact_tokens };
-    parts.exact = stats.kv_tokens - parts.pinned - parts.compacted;
+    const parts = { pinned: Math.min(pinned, stats.exact_tokens), recalled: stats.recalled_tokens };
+    parts.compacted = stats.kv_tokens - stats.exact_tokens - parts.recalled;
+    parts.exact = stats.exact_tokens - parts.pinned;
     for (const [kind, size] of Object.entries(parts)) {
       byId("gauge").querySelector(`.${kind}`).style.width = `${(100 * size) / trigger}%`;
     }
@@ -84,11 +85,20 @@ export class MemoryView {
       }
       const [fill, cuts, label] = item.children, tokens = part.end - part.start, share = part.slots / tokens;
       const kept = part.kind === "compacted" ? `compacted to ${part.slots.toFixed(1)} slots a head, ${percent(share)}` : part.kind;
-      const text = `tokens ${count(part.start)} to ${count(part.end)}: ${kept}${part.num_cuts ? `, cut ${part.num_cuts} times` : ""}`;
+      const pages = part.kind === "compacted" ? this.#memory.recalled.filter((page) => part.start <= page.start && page.end <= part.end) : [];
+      const back = pages.map((page) => `${count(page.start)} to ${count(page.end)}`).join(", ");
+      const text = `tokens ${count(part.start)} to ${count(part.end)}: ${kept}${part.num_cuts ? `, cut ${part.num_cuts} times` : ""}${back ? `; exact for now: ${back}` : ""}`;
       item.className = part.kind;
       item.style.flexGrow = tokens;
       item.title = label.textContent = text;
       fill.style.height = `${Math.max(100 * share, 4)}%`;
+      item.querySelectorAll(".page").forEach((page) => page.remove());
+      item.append(...pages.map((page) => {
+        const mark = Object.assign(document.createElement("b"), { className: "page" });
+        mark.style.left = `${(100 * (page.start - part.start)) / tokens}%`;
+        mark.style.width = `${(100 * (page.end - page.start)) / tokens}%`;
+        return mark;
+      }));
       const width = (strip.clientWidth * tokens) / Math.max(parts.at(-1).end, 1);
       cuts.textContent = part.num_cuts && width >= CUTS_WIDTH ? part.num_cuts : "";
     });

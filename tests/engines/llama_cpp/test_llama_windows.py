@@ -8,17 +8,18 @@ import pytest
 import torch
 from gguf_file import write_gguf
 from inside import cache_of, state_of
+from policies import plain_policy
 from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from am_memory import Memory, MemoryPolicy
+from am_memory import Memory
 from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CorruptSession, UnsupportedModel
 from am_memory.kv_cache.layers import SlidingState
 
 WINDOW = 16
-POLICY = MemoryPolicy(trigger_tokens=120, keep_ratio=0.25, pinned=4, keep_recent=8, head_budget="uniform")
+POLICY = plain_policy(trigger_tokens=120, keep_ratio=0.25, pinned=4, keep_recent=8, head_budget="uniform")
 TOKENS = [(17 * position * position + 5 * position) % 256 for position in range(400)]
 
 

@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 from driven import some_tokens
 from inside import slots_of
+from policies import plain_policy
 from toy_engine import ToyEngine
 
 import am_memory
-from am_memory import Experiments, Memory, MemoryPolicy
+from am_memory import Experiments, Memory
 from am_memory.compaction.sensitivity import calibrate
 from am_memory.engines.base import Capabilities
 from am_memory.errors import InvalidPolicy, UnsupportedOperation
 
-POLICY = MemoryPolicy(trigger_tokens=96, keep_ratio=0.25, keep_recent=8, pinned=4)
+POLICY = plain_policy(trigger_tokens=96, keep_ratio=0.25, keep_recent=8, pinned=4)
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def test_an_engine_without_any_capability_compacts_again_and_again(plain: ToyEng
     ("changes", "words"),
     [
         ({"head_budget": "adaptive"}, "head_budget 'adaptive' needs .* leave it at 'auto'"),
-        ({"originals": "host"}, "originals 'host' needs .* leave it at 'drop'"),
+        ({"originals": "host"}, "originals 'host' needs .* leave it at 'auto'"),
         ({"segment_dtype": "int8"}, "segment_dtype 'int8' .* leave it at 'model'"),
         ({"ahead_tokens": 8}, "ahead_tokens 8 needs .* leave it at 0"),
         ({"experiments": Experiments(on_policy=True)}, "on_policy needs .* leave it at False"),

@@ -8,7 +8,7 @@ from uuid import UUID
 import pytest
 from langchain.agents import create_agent
 from langchain_am_memory import ChatAMMemory
-from langchain_am_memory.compactions import EVENT, listener
+from langchain_am_memory.compactions import EVENT, LOOKUP, listener
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
 from langchain_core.messages import HumanMessage
 
@@ -16,7 +16,7 @@ from am_memory import Memory, MemoryPolicy
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.events import CompactionStarted, ReadProgress
 
-TIGHT = MemoryPolicy(trigger_tokens=160, pinned=4, keep_recent=8, keep_ratio=0.25, chunk_tokens=256)
+TIGHT = MemoryPolicy(trigger_tokens=160, recall_tokens=32, pinned=4, keep_recent=8, keep_ratio=0.25, chunk_tokens=256)
 LONG = "a message of more than the cache can hold. " * 6
 
 
@@ -58,7 +58,7 @@ def test_a_callback_handler_hears_of_start_progress_and_end(model: ChatAMMemory)
 
 
 def test_one_that_is_begun_ahead_is_told_of_in_the_callers_run(engine: TransformersEngine) -> None:
-    policy, heard = TIGHT.model_copy(update={"ahead_tokens": 24}), Heard()
+    policy, heard = TIGHT.model_copy(update={"ahead_tokens": 12}), Heard()
     answer = ChatAMMemory(model=Memory(engine, policy), max_tokens=4, temperature=0).invoke(
         LONG, {"callbacks": [heard]}
     )
@@ -66,6 +66,17 @@ def test_one_that_is_begun_ahead_is_told_of_in_the_callers_run(engine: Transform
     assert kinds.index("started") < kinds.index("progress") < kinds.index("finished")
     assert {run_id for _, _, run_id in heard.events} == set(heard.runs)
     assert answer.response_metadata["am_memory"]["compactions"] == kinds.count("finished") > 0
+
+
+@pytest.mark.usefixtures("looking_back")
+def test_a_callback_handler_hears_what_was_looked_up(model: ChatAMMemory) -> None:
+    heard = Heard()
+    answer = model.invoke(LONG, {"callbacks": [heard]})
+    (data,) = [data for name, data, _ in heard.events if name == LOOKUP]
+    (span,) = data["spans"]
+    assert span["text"] in f"<|im_start|>user\n{LONG}"
+    assert answer.response_metadata["am_memory"]["looked_up"] == [span]
+    assert answer.response_metadata["am_memory"]["recalled_tokens"] == 20
 
 
 async def test_so_does_one_of_an_asynchronous_call(model: ChatAMMemory) -> None:

@@ -10,7 +10,7 @@ import pytest
 from langchain.agents import create_agent
 from langchain.agents.middleware import SummarizationMiddleware
 from langchain_am_memory import AMMemoryMiddleware, ChatAMMemory
-from langchain_am_memory.compactions import EVENT
+from langchain_am_memory.compactions import EVENT, LOOKUP
 from langchain_core.language_models.fake_chat_models import FakeListChatModel
 from langchain_core.messages import HumanMessage
 from langgraph.checkpoint.memory import InMemorySaver
@@ -65,6 +65,15 @@ def test_a_compaction_is_in_the_agents_stream(new_agent: NewAgent) -> None:
     assert "progress" in kinds
     assert kinds[-1] == "finished"
     assert events[-1]["kv_tokens_after"] < events[-1]["kv_tokens_before"]
+
+
+@pytest.mark.usefixtures("looking_back")
+def test_what_an_answer_looked_up_is_in_the_state_and_in_the_stream(new_agent: NewAgent) -> None:
+    agent = new_agent(AMMemoryMiddleware(policy=TIGHT))
+    events = [event for event in agent.stream(LONG, CONFIG, stream_mode="custom") if event["type"] == LOOKUP]
+    figures = agent.get_state(CONFIG).values["am_memory"]
+    assert figures["looked_up"] == events[0]["spans"]
+    assert len(events) == 1
 
 
 def test_another_threads_compactions_are_not(model: ChatAMMemory, new_agent: NewAgent) -> None:

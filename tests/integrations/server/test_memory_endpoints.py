@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from am_memory_server.access import ANONYMOUS
-from serving import NewServer, Server, until
+from serving import POLICY, NewServer, Server, until
 
 SESSIONS = "/v1/memory/sessions"
 LONG = "a prompt longer than the cache, which is compacted as it is read. " * 12
@@ -110,6 +110,7 @@ def test_names_with_slashes_and_accents_work(http: httpx.Client) -> None:
     assert http.get(f"{SESSIONS}/Zo%C3%AB%2F2024%20%E2%98%95").status_code == 200
 
 
+@pytest.mark.usefixtures("looking_back")
 def test_a_conversation_can_be_inspected_after_a_restart(new_server: NewServer, tmp_path: Path) -> None:
     views = []
     for _ in range(2):
@@ -118,7 +119,9 @@ def test_a_conversation_can_be_inspected_after_a_restart(new_server: NewServer, 
                 say(http, LONG)
             views.append(http.get(f"{SESSIONS}/tea").json())
     for view in views:
+        assert view["recalled"]
         view["stats"].pop("kv_bytes")  # spare room is not saved
+        view["stats"].pop("originals_bytes")  # they stay in the saved file until they are needed
         for layer in view["layers"]:
             layer.pop("bytes")
     assert views[0] == views[1]
@@ -142,6 +145,38 @@ def test_metrics_count_tokens_answers_and_compactions(http: httpx.Client) -> Non
     assert f"am_memory_compactions_total {float(view['stats']['num_compactions'])}" in text
     assert f"am_memory_kv_bytes {float(view['stats']['kv_bytes'])}" in text
     assert 'am_memory_requests_total{route="/v1/chat/completions",status="200"} 1.0' in text
+
+
+@pytest.mark.usefixtures("looking_back")
+def test_an_answer_tells_what_was_looked_up_for_it(http: httpx.Client) -> None:
+    memory = say(http, LONG).json()["am_memory"]
+    (span,) = memory["looked_up"]
+    assert memory["conversation"] == "tea"
+    assert memory["stats"]["recalled_tokens"] == span["end"] - span["start"] == 20
+    assert span["score"] == 1.23
+    assert span["text"] in f"<|im_start|>user\n{LONG}"
+
+
+@pytest.mark.usefixtures("looking_back")
+def test_a_view_and_the_metrics_show_what_is_exact_again(http: httpx.Client) -> None:
+    (span,) = say(http, LONG).json()["am_memory"]["looked_up"]
+    view = http.get(f"{SESSIONS}/tea").json()
+    assert view["recalled"] == [{"start": span["start"], "end": span["end"]}]
+    at_rest = sum(part["slots"] for part in view["segments"])
+    assert at_rest < view["stats"]["kv_tokens"] <= at_rest + view["stats"]["recalled_tokens"]
+    (entry,) = http.get(SESSIONS).json()["data"]
+    assert entry["stats"]["recalled_tokens"] == view["stats"]["recalled_tokens"] == 20
+    text = http.get("/metrics").text
+    assert "am_memory_lookups_total 1.0" in text
+    assert "am_memory_recalled_tokens_total 20.0" in text
+
+
+def test_a_server_without_recall_looks_nothing_up(new_server: NewServer) -> None:
+    with new_server(policy=POLICY.with_changes(recall_tokens=0)) as server, server.http() as http:
+        answer = say(http, LONG).json()
+        view = http.get(f"{SESSIONS}/tea").json()
+    assert answer["am_memory"]["looked_up"] == view["recalled"] == []
+    assert view["stats"]["recalled_tokens"] == 0
 
 
 def test_the_page_loads_nothing_from_other_hosts(http: httpx.Client) -> None:

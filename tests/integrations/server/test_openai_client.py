@@ -100,6 +100,21 @@ def test_include_memory_adds_chunks_about_the_memory(client: openai.OpenAI) -> N
     assert len(last["compactions"]) == last["stats"]["num_compactions"] >= 1
 
 
+@pytest.mark.usefixtures("looking_back")
+def test_a_stream_tells_what_was_looked_up_before_the_answer(client: openai.OpenAI) -> None:
+    long = user("a prompt longer than the cache, which is compacted as it is read. " * 8)
+    chunks = list(ask(client, [long], stream=True, stream_options={"include_memory": True}))
+    told = [chunk.choices[0].delta.content or "" if chunk.choices else chunk.am_memory["event"] for chunk in chunks]
+    assert told[1:].index("looked_up") < told[1:].index("size")
+    (found,) = [chunk.am_memory for chunk in chunks if not chunk.choices and chunk.am_memory["event"] == "looked_up"]
+    (span,) = found["spans"]
+    assert span["text"] in f"<|im_start|>user\n{long['content']}"
+    assert found["recalled"] == [{"start": span["start"], "end": span["end"]}]
+    assert found["stats"]["recalled_tokens"] == 20
+    last = [chunk.am_memory for chunk in chunks if not chunk.choices][-1]
+    assert last["memory"]["recalled"] == found["recalled"]
+
+
 def test_a_prompt_longer_than_the_window_is_compacted_as_it_is_read(client: openai.OpenAI) -> None:
     long = "many words, far more than the model's window of 4096 positions. " * 80
     completion = ask(client, [user(long)], max_tokens=3)

@@ -256,6 +256,36 @@ def test_what_the_model_says_is_never_markup(page: Page) -> None:
     assert tags.split().count("A") == 1
 
 
+@pytest.mark.usefixtures("looking_back")
+def test_an_answer_shows_what_was_looked_up_for_it(page: Page) -> None:
+    """Also after a reload. The texts are data: markup in them is shown as it was written."""
+    page.say("<b>bold</b> <img src=x onerror=alert(1)> " + LONG * 5)
+    assert page.text(".looked-up summary") == "looked up: 1 place"
+    (found,) = page.all(".looked-up li")
+    assert not found.is_displayed()
+    page.click(".looked-up summary")
+    assert found.is_displayed()
+    assert "<b>bold</b>" in found.text
+    assert not page.all(".looked-up b, .looked-up img")
+    page.reload()
+    assert page.text(".looked-up summary") == "looked up: 1 place"
+
+
+@pytest.mark.usefixtures("looking_back")
+def test_the_memory_panel_draws_exact_pages_within_their_segment(page: Page) -> None:
+    page.say(LONG * 5)
+    (mark,) = page.all("#strip .page")
+    segment = mark.find_element("xpath", "..")
+    assert segment.get_attribute("class") == "compacted"
+    outer, inner = page.browser.execute_script(
+        "return [arguments[0], arguments[1]].map(node => node.getBoundingClientRect())", segment, mark
+    )
+    assert outer["left"] <= inner["left"] < inner["right"] <= outer["right"]
+    page.point_at(segment)
+    assert "; exact for now: 3 to 23" in page.text("#strip-left")
+    assert page.browser.execute_script("return document.querySelector('#gauge .recalled').style.width") == "6.66667%"
+
+
 def test_the_keyboard_is_enough(page: Page) -> None:
     from selenium.webdriver.common.keys import Keys
 

@@ -1,0 +1,287 @@
+"""Search heads: the few query heads by which a model looks up what a text is about.
+
+Most heads attend to the same places whatever they read, or to the next word of a text that they copy. A few find the
+answer to a question. They are measured once for each model, on a chat of our own with known answers
+(`search_trial.json`), and work in other conversations as well (docs/recall.md). Does not know how they are used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from am_memory.engines.base import Engine, SessionCache, in_chunks
+from am_memory.engines.model_files import cache_folder
+from am_memory.queries import as_turn, queries_on_scratch
+from am_memory.queries.message_tokens import message_token_positions
+from am_memory.text.chat_template import RenderedChat
+
+NUM_HEADS = 4
+"""Search heads of a model: two find less, eight find no more (docs/log.md)."""
+SPAN_TOKENS = 16
+"""Tokens that a search scores as one."""
+LEAST_SHARE = 1e-3
+"""Added to shares of attention: a span is not found because it gets a little where it usually gets nothing."""
+MAX_USUAL = 64
+"""Usual queries that are kept for each head."""
+
+
+class SearchHead(NamedTuple):
+    """A query head: query `group` of KV head `head`, in compactable layer `layer`."""
+
+    layer: int
+    head: int
+    group: int
+
+
+@dataclass(frozen=True, eq=False)
+class SearchHeads:
+    """The search heads of one model, and the queries that they have in ordinary talk.
+
+    Attributes:
+        heads: the search heads.
+        usual: (num_heads, num_queries, head_dim) float32 on the CPU, after RoPE: queries of texts that ask for nothing.
+            A place that these also attend to is not what a text looks for.
+        position: the position at which the usual queries stand.
+    """
+
+    heads: tuple[SearchHead, ...]
+    usual: Tensor
+    position: int
+
+    def suits(self, cache: SessionCache) -> bool:
+        """Whether a cache has these heads; it must hold an exact token."""
+        layers, last = cache.compactable, cache.num_tokens
+        for layer, head, group in self.heads:
+            if not 0 <= layer < len(layers) or group < 0:
+                return False
+            num_heads, _, head_dim = layers[layer].exact_entries(last - 1, last)[0].shape
+            if not 0 <= head < num_heads or head_dim != self.usual.shape[2]:
+                return False
+        return True
+
+
+class TextQueries(NamedTuple):
+    """The queries of one text's message tokens, by compactable layer: (kv_heads, groups, num_tokens, head_dim)."""
+
+    layers: Mapping[int, Tensor]
+
+    def head(self, head: SearchHead) -> Tensor:
+        """(num_tokens, head_dim) float32 on the CPU."""
+        return self.layers[head.layer][head.head, head.group].float()
+
+
+def message_queries(engine: Engine, cache: SessionCache, token_ids: Sequence[int], chunk_tokens: int) -> TextQueries:
+    """Read on scratch the tokens that a cache does not hold yet, and take the queries of those that belong to messages.
+
+    Args:
+        cache: holds the first of the tokens; restored afterwards.
+    """
+    start = cache.num_tokens
+    positions = message_token_positions(engine, token_ids, start, len(token_ids))
+    passes = queries_on_scratch(engine, cache, in_chunks(token_ids[start:], chunk_tokens))
+    where = torch.tensor(positions) - start
+    layers = [torch.cat([query for query, _ in layer], dim=2).cpu()[:, :, where] for layer in passes]
+    return TextQueries(dict(enumerate(layers)))
+
+
+_measured: WeakKeyDictionary[Engine, SearchHeads] = WeakKeyDictionary()
+
+
+def search_heads(engine: Engine, cache: SessionCache | None = None) -> SearchHeads:
+    """The search heads of an engine's model: shipped, measured earlier on this machine, or measured now.
+
+    A measurement reads about 2,000 tokens. It is written to the user's folder for caches, if that can be written to.
+
+    Args:
+        cache: one of the engine's, to check a file against; None: the file is trusted.
+    """
+    if engine not in _measured:
+        fingerprint = engine.info.fingerprint
+        found = _known(fingerprint)
+        if found is None or (cache is not None and not found.suits(cache)):
+            found = measure(engine)
+            _remember(fingerprint, found)
+        _measured[engine] = found
+    return _measured[engine]
+
+
+def measure(engine: Engine) -> SearchHeads:
+    """Find the heads whose attention to the answers of the trial's questions rises most above all other places."""
+    trial, cache, chunk_tokens = _trial(), engine.new_cache(), engine.chunk_tokens
+    token_ids, places = trial.encoded(engine)
+    for chunk in in_chunks(token_ids, chunk_tokens):
+        engine.forward(cache, chunk)
+
+    def queries(text: str) -> TextQueries:
+        return message_queries(engine, cache, [*token_ids, *as_turn(engine, text)], chunk_tokens)
+
+    def shares(text: TextQueries) -> Tensor:
+        """(num_query_heads, num_spans): the share of each span, mean over the text's tokens."""
+        layers = zip(text.layers.values(), cache.compactable, strict=True)
+        return torch.cat([_span_shares(query, layer.exact_entries(0, len(token_ids))[0], layer.scaling or 0)
+                          for query, layer in layers])  # fmt: skip
+
+    ordinary = [queries(text) for text in trial.ordinary]
+    usual = torch.stack([shares(text) for text in ordinary]).mean(dim=0)
+    asked = zip(trial.questions, places, strict=True)
+    found = [_log_share_of_answer(lift(shares(queries(question)), usual), place) for (question, _), place in asked]
+    best = torch.stack(found).mean(dim=0).topk(min(NUM_HEADS, len(usual))).indices.tolist()
+    num_kv, num_groups = ordinary[0].layers[0].shape[:2]
+    heads = tuple(SearchHead(i // (num_kv * num_groups), i // num_groups % num_kv, i % num_groups) for i in best)
+    kept = torch.stack([torch.cat([text.head(head) for text in ordinary]) for head in heads])
+    step = -(-kept.shape[1] // MAX_USUAL)
+    return SearchHeads(heads, kept[:, ::step].half().float(), len(token_ids))
+
+
+def lift(share: Tensor, usual: Tensor) -> Tensor:
+    """The log of how much more attention spans get than usual, in nats."""
+    return ((share + LEAST_SHARE) / (usual + LEAST_SHARE)).log()
+
+
+def _span_shares(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """(num_query_heads, num_spans) float32 on the CPU.
+
+    Args:
+        query: (kv_heads, groups, num_tokens, head_dim).
+        key: (kv_heads, seq_len, head_dim).
+    """
+    logits = torch.einsum("hgtd,hnd->hgtn", query.float(), key.float()).mul_(scaling)
+    logits[..., :SPAN_TOKENS] = -torch.inf  # the attention sinks
+    share = logits.softmax(dim=-1).mean(dim=2).flatten(0, 1)
+    padded = torch.nn.functional.pad(share, (0, -share.shape[1] % SPAN_TOKENS))
+    return padded.view(len(padded), -1, SPAN_TOKENS).sum(dim=2).cpu()
+
+
+def _log_share_of_answer(lifts: Tensor, place: tuple[int, int]) -> Tensor:
+    """(num_query_heads,) float32: the log of the answer's share of all spans' rises in attention.
+
+    Args:
+        lifts: (num_query_heads, num_spans), in nats.
+        place: the tokens of the answer; a neighbouring span counts as well, since a page holds both.
+    """
+    first, last = place[0] // SPAN_TOKENS, (place[1] - 1) // SPAN_TOKENS
+    return lifts[:, max(first - 1, 0) : last + 2].amax(dim=1) - lifts.logsumexp(dim=1)
+
+
+class _Trial(NamedTuple):
+    """A chat, questions about it with the words of their answers, and texts that ask for nothing in it."""
+
+    chat: list[str]
+    questions: list[tuple[str, str]]
+    ordinary: list[str]
+
+    def encoded(self, engine: Engine) -> tuple[list[int], list[tuple[int, int]]]:
+        """The tokens of the chat, and the tokens [start, end) of each question's answer."""
+        if engine.has_chat_template:
+            roles = ("user", "assistant")
+            chat = RenderedChat(
+                engine, [{"role": roles[index % 2], "content": text} for index, text in enumerate(self.chat)]
+            )
+            text, encode = chat.write(chat.messages), chat.encode
+        else:
+            text, encode = "\n\n".join(self.chat), engine.encode
+        token_ids = encode(text)
+        texts = _texts(engine, token_ids)
+        return token_ids, [_place(texts, answer) for _, answer in self.questions]
+
+
+def _texts(engine: Engine, token_ids: Sequence[int]) -> list[str]:
+    return [engine.decode([token_id]) for token_id in token_ids]
+
+
+def _place(texts: Sequence[str], answer: str) -> tuple[int, int]:
+    """The tokens that write an answer; white space does not count, since tokenizers differ in it."""
+    wanted, written, ends = "".join(answer.split()), "", list[int]()
+    for text in texts:
+        written += "".join(text.split())
+        ends.append(len(written))
+    begin = written.find(wanted)
+    if begin < 0:  # a vocabulary that cannot spell it
+        return 0, 1
+    end = begin + len(wanted)
+    return next(i for i, e in enumerate(ends) if e > begin), next(i for i, e in enumerate(ends) if e >= end) + 1
+
+
+def _trial_text() -> str:
+    return (resources.files(__package__) / "search_trial.json").read_text(encoding="utf-8")
+
+
+@cache
+def _trial_digest() -> str:
+    """What was measured: another trial, or spans of another length, may find other heads."""
+    return sha256(f"{SPAN_TOKENS} {NUM_HEADS} {_trial_text()}".encode()).hexdigest()
+
+
+@cache
+def _trial() -> _Trial:
+    content = json.loads(_trial_text())
+    return _Trial(content["chat"], [tuple(pair) for pair in content["questions"]], content["ordinary"])
+
+
+def _shipped_file(fingerprint: str) -> Path:
+    return Path(str(resources.files(__package__))) / "measured" / _file_name(fingerprint)
+
+
+def _kept_file(fingerprint: str) -> Path | None:
+    """Where the search heads of a model are kept on this machine; None: the user has no home."""
+    try:
+        return cache_folder() / "search_heads" / _file_name(fingerprint)
+    except RuntimeError:
+        return None
+
+
+def _file_name(fingerprint: str) -> str:
+    return f"{sha256(fingerprint.encode()).hexdigest()[:16]}.safetensors"
+
+
+def _known(fingerprint: str) -> SearchHeads | None:
+    """The search heads of a model from a file; a damaged one, or one of another trial, counts for nothing."""
+    for file in (_shipped_file(fingerprint), _kept_file(fingerprint)):
+        if file is None:
+            continue
+        try:
+            with safe_open(file, framework="pt") as content:
+                metadata, heads = content.metadata(), content.get_tensor("heads").tolist()
+                usual = content.get_tensor("usual").float()
+                is_ours = (metadata["fingerprint"], metadata["trial"]) == (fingerprint, _trial_digest())
+                if is_ours and usual.dim() == 3 and len(usual) == len(heads) and bool(usual.isfinite().all()):
+                    return SearchHeads(tuple(SearchHead(*row) for row in heads), usual, int(metadata["position"]))
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+            continue
+    return None
+
+
+def _remember(fingerprint: str, found: SearchHeads) -> None:
+    """Write search heads to the user's folder for caches; without a folder that can be written to, do nothing."""
+    file = _kept_file(fingerprint)
+    if file is None:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+        temporary.write_bytes(packed(fingerprint, found))
+        os.replace(temporary, file)
+    except OSError:
+        return
+
+
+def packed(fingerprint: str, found: SearchHeads) -> bytes:
+    """The bytes of a file of search heads."""
+    tensors = {"heads": torch.tensor(found.heads), "usual": found.usual.half().contiguous()}
+    metadata = {"fingerprint": fingerprint, "trial": _trial_digest(), "position": str(found.position)}
+    return safetensors.torch.save(tensors, metadata)

@@ -1,0 +1,126 @@
+"""Looking back: what a text asks for among the compacted tokens becomes exact before the model answers.
+
+A message is looked up when the model is about to answer it, and what the model writes every `WRITING_TOKENS` tokens.
+Its own entries stay as they are: reading it once more beside the exact pages gains next to nothing (docs/log.md).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from am_memory.events import MemoryConsulted, Span
+from am_memory.queries import as_turn, scratch
+from am_memory.recall.originals import are_kept
+from am_memory.recall.paging import Page
+from am_memory.recall.search import best_pages, page_score, span_scores
+from am_memory.recall.search_heads import SPAN_TOKENS, TextQueries, message_queries
+from am_memory.session.context import Context
+from am_memory.session.recalling import recall_pages, with_originals
+
+MESSAGE_TOKENS = 128
+"""The most tokens of a message, its last ones, that are looked up."""
+WRITING_TOKENS = 64
+"""The model's own text is looked up each time that it has grown by so many tokens."""
+LEAST_SCORE = 1.0
+"""Spans that get less attention than this from a text, in nats above the usual, are not recalled."""
+
+
+def recall_for_answer(context: Context) -> tuple[Span, ...]:
+    """Recall what the messages since the model's last answer ask for; returns what was found."""
+    if not can_look(context):
+        return ()
+    context.read_all()
+    return _look(context, max(_last_words(context), context.num_readable - MESSAGE_TOKENS))
+
+
+def recall_while_writing(context: Context) -> tuple[Span, ...]:
+    """Recall what the last `WRITING_TOKENS` tokens look for; returns what was found."""
+    if not can_look(context):
+        return ()
+    context.read_all()
+    return _look(context, max(context.num_readable - WRITING_TOKENS, 0))
+
+
+def can_look(context: Context) -> bool:
+    """Whether there is anything that may be recalled by itself."""
+    return context.recall_tokens > 0 and bool(context.originals) and bool(context.cache.segments)
+
+
+def search(context: Context, text: str, top: int) -> list[Span]:
+    """The compacted pages that a text is about, as if somebody said it now; the best first."""
+    context.read_all()
+    cache = context.cache
+    token_ids = [*context.tokens[: cache.num_tokens], *context.tokens[-1:], *as_turn(context.engine, text)]
+    queries = message_queries(context.engine, cache, token_ids, context.chunk_tokens)
+    scores = _scores(context, queries, cache.num_tokens)
+    pages = best_pages(context.engine, context.tokens, cache.segments, scores, max_pages=top)
+    return sorted((_span(context, page, scores) for page in pages), key=lambda span: -span.score)[:top]
+
+
+def _span(context: Context, page: Page, scores: Tensor) -> Span:
+    text = context.engine.decode(context.tokens[page.start : page.end])
+    return Span(page.start, page.end, page_score(scores, page), text)
+
+
+def _look(context: Context, start: int) -> tuple[Span, ...]:
+    """Recall what the tokens from `start` on look for; returns the spans of the event `MemoryConsulted`."""
+    cache = context.cache
+    if start <= cache.segments[0].start:
+        return ()  # nothing compacted stands before these tokens
+    scores = _scores(context, _queries(context, start), start)
+    max_tokens = min(context.recall_tokens, int(context.trigger_tokens - context.tokens_at_rest) - 1)
+    found = best_pages(
+        context.engine,
+        context.tokens,
+        cache.segments,
+        scores.masked_fill(~_has_originals(context, len(scores)), -torch.inf),
+        least_score=LEAST_SCORE,
+        max_tokens=max_tokens,
+    )
+    found = [page for page in found if are_kept(context.originals, page.start, page.end)]
+    if not all(_is_exact(context, page) for page in found):
+        recall_pages(context, found, max_tokens)
+    spans = tuple(_span(context, page, scores) for page in found if _is_exact(context, page))
+    if spans:
+        context.notify(MemoryConsulted(context.name, len(context.tokens), spans, cache.kv_tokens))
+    return spans
+
+
+def _is_exact(context: Context, page: Page) -> bool:
+    return any(held.page.start <= page.start and page.end <= held.page.end for held in context.recalled)
+
+
+def _queries(context: Context, start: int) -> TextQueries:
+    """The queries of the tokens from `start` on, which are read once more on scratch.
+
+    They are not kept from the first time, since attention that hands out queries may round differently. Where the cache
+    cannot go back, the tokens are read as if they were said again, which finds less.
+    """
+    engine, cache, token_ids = context.engine, context.cache, context.tokens[: context.num_readable]
+    if start < cache.tail_start or not cache.is_croppable:
+        return message_queries(engine, cache, [*token_ids, *token_ids[start:]], context.chunk_tokens)
+    with scratch(cache, back_to=start):
+        return message_queries(engine, cache, token_ids, context.chunk_tokens)
+
+
+def _scores(context: Context, queries: TextQueries, num_tokens: int) -> Tensor:
+    """The score of each span of the first `num_tokens` tokens."""
+    return with_originals(
+        context, lambda: span_scores(context.engine, context.cache, context.originals, queries, num_tokens)
+    )
+
+
+def _has_originals(context: Context, num_spans: int) -> Tensor:
+    """(num_spans,) bool: whether the originals of a span's tokens are there."""
+    is_there = torch.zeros(num_spans * SPAN_TOKENS, dtype=torch.bool)
+    for original in context.originals:
+        is_there[original.start : original.end] = True
+    return is_there.view(num_spans, SPAN_TOKENS).any(dim=1)
+
+
+def _last_words(context: Context) -> int:
+    """Where the messages since the model's last answer begin; without messages, 0."""
+    history = context.history
+    behind = zip(history.messages, history.starts[1:], strict=False)
+    return max((end for message, end in behind if message["role"] == "assistant"), default=0)

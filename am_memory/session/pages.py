@@ -1,0 +1,95 @@
+"""The pages of a context: one becomes exact, one gets its slots back, and the records say when.
+
+Each function is a step on its own. Does not know which pages are worth it, nor whether there is room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from am_memory.compaction.record import RecallRecord
+from am_memory.errors import InvalidInput, OriginalLost
+from am_memory.events import SpanPutAway, SpanRecalled
+from am_memory.recall import paging
+from am_memory.recall.originals import between
+from am_memory.recall.paging import Page, Recalled
+
+if TYPE_CHECKING:
+    from am_memory.session.context import Context
+
+
+def bring_back(context: Context, page: Page) -> bool:
+    """Make a page exact; it counts as recalled last. False: originals of its tokens were not kept.
+
+    Raises:
+        InvalidInput: no segment holds it.
+        OriginalLost: originals turned out to be lost.
+    """
+    cache, recalled = context.cache, recalled_at(context, page)
+    if recalled is None:
+        shift, entries = _shift(context, page), between(context.originals, page.start, page.end)
+        if entries is None:
+            return False
+        layers = zip(cache.compactable, entries, strict=True)
+        turned = [(layer.rotated(key, shift), value) for layer, (key, value) in layers]
+        state, recalled = paging.brought_back(cache.state(), page, turned)
+        cache.restore(state)
+        context.notify(SpanRecalled(context.name, page.start, page.end, cache.kv_tokens))
+    context.recalled = (*(other for other in context.recalled if other is not recalled), recalled)
+    record_recall(context, page, is_exact=True)
+    return True
+
+
+def bring_back_all(context: Context, held: Sequence[Page]) -> None:
+    """Make pages exact again, as far as there is room; one whose originals are lost stays compact."""
+    for page in held:
+        if context.cache.kv_tokens + growth(context, page) + 1 <= context.trigger_tokens:
+            with suppress(OriginalLost):
+                bring_back(context, page)
+
+
+def put_away(context: Context, recalled: Recalled) -> None:
+    """Make a recalled page compact again, with the slots that it had before."""
+    page = recalled.page
+    context.cache.restore(paging.put_away(context.cache.state(), recalled))
+    context.notify(SpanPutAway(context.name, page.start, page.end, context.cache.kv_tokens))
+    context.recalled = tuple(other for other in context.recalled if other is not recalled)
+    record_recall(context, page, is_exact=False)
+
+
+def put_all_away(context: Context) -> list[Page]:
+    """Make all recalled pages compact again; returns them, the one recalled first at the start."""
+    held = [recalled.page for recalled in context.recalled]
+    while context.recalled:
+        put_away(context, context.recalled[0])
+    return held
+
+
+def recalled_at(context: Context, page: Page) -> Recalled | None:
+    """The recalled page of exactly these tokens."""
+    return next((recalled for recalled in context.recalled if recalled.page == page), None)
+
+
+def growth(context: Context, page: Page) -> float:
+    """Tokens (mean over heads) by which the cache grows if a page becomes exact as a whole."""
+    slots = [layer.slots for layer in context.cache.compactable if layer.slots is not None]
+    num_slots = sum(held.within(page.start, page.end).num_slots for held in slots)
+    return page.num_tokens - num_slots / max(context.cache.num_heads, 1)
+
+
+def record_recall(context: Context, page: Page, *, is_exact: bool) -> None:
+    """Record that the tokens read from now on see a page exact, or compact."""
+    *before, last = context.records
+    recall = RecallRecord(context.cache.num_tokens, page.start, page.end, is_exact)
+    context.records = [*before, replace(last, recalls=(*last.recalls, recall))]
+
+
+def _shift(context: Context, page: Page) -> int:
+    """The shift of the segment that holds a page."""
+    for segment in context.cache.segments:
+        if segment.start <= page.start < page.end <= segment.end:
+            return segment.shift
+    raise InvalidInput(f"no segment holds the tokens {page.start} to {page.end}: there are {context.cache.segments}")

@@ -1,0 +1,118 @@
+"""Search heads: measured once for a model, kept in a file that may be damaged, and then measured again."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from am_memory.engines.model_files import cache_folder
+from am_memory.engines.transformers import TransformersEngine
+from am_memory.recall import search_heads as module
+from am_memory.recall.search_heads import NUM_HEADS, SearchHeads, measure, search_heads
+
+TRIAL = json.loads((resources.files("am_memory.recall") / "search_trial.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("AM_MEMORY_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def num_measured(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Grows by one with each measurement, all of which give the same."""
+    made: list[None] = []
+    found = SearchHeads((module.SearchHead(1, 0, 1), module.SearchHead(2, 1, 0)), torch.ones(2, 3, 16) / 3, 77)
+
+    def measured(engine: TransformersEngine) -> SearchHeads:
+        made.append(None)
+        return found
+
+    monkeypatch.setattr(module, "measure", measured)
+    return made
+
+
+def another(engine: TransformersEngine, fingerprint: str = "a model") -> TransformersEngine:
+    """The engine in another process, as it were."""
+    twin = copy.copy(engine)
+    twin.info = replace(engine.info, fingerprint=fingerprint)
+    return twin
+
+
+def test_the_trial_has_each_answer_once() -> None:
+    chat = "\n\n".join(TRIAL["chat"])
+    assert {answer: chat.count(answer) for _, answer in TRIAL["questions"]} == {a: 1 for _, a in TRIAL["questions"]}
+    assert len({question for question, _ in TRIAL["questions"]}) == len(TRIAL["questions"])
+
+
+def test_the_trial_finds_where_its_answers_stand(engine: TransformersEngine) -> None:
+    token_ids, places = module._trial().encoded(engine)
+    written = [engine.decode(token_ids[start:end]) for start, end in places]
+    assert written == [answer for _, answer in TRIAL["questions"]]
+
+
+def test_as_many_heads_are_found_and_the_same_ones_each_time(engine: TransformersEngine) -> None:
+    found, again = measure(engine), measure(engine)
+    assert len(set(found.heads)) == NUM_HEADS
+    assert found.heads == again.heads
+    assert found.usual.shape[0] == NUM_HEADS
+    assert found.usual.shape[1] <= module.MAX_USUAL
+    assert torch.equal(found.usual, again.usual)
+
+
+def test_what_was_measured_is_read_from_its_file(
+    engine: TransformersEngine, folder: Path, num_measured: list[None]
+) -> None:
+    first, second = (search_heads(another(engine)) for _ in range(2))
+    assert len(num_measured) == 1
+    assert (first.heads, first.position) == (second.heads, second.position)
+    torch.testing.assert_close(first.usual, second.usual, rtol=0, atol=1e-3)
+    search_heads(another(engine, "another model"))
+    assert len(num_measured) == 2
+    assert len([*(folder / "search_heads").iterdir()]) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"owl", None], ids=["empty", "no safetensors", "another model's"])
+def test_a_damaged_file_is_measured_again(
+    engine: TransformersEngine, folder: Path, num_measured: list[None], damage: bytes | None
+) -> None:
+    found = search_heads(another(engine))
+    (file,) = (folder / "search_heads").iterdir()
+    file.write_bytes(module.packed("another model", found) if damage is None else damage)
+    again = search_heads(another(engine))
+    assert len(num_measured) == 2
+    assert again.heads == found.heads
+    assert search_heads(another(engine)).heads == found.heads
+    assert len(num_measured) == 2
+
+
+def test_a_folder_that_cannot_be_written_stops_nobody(
+    engine: TransformersEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_measured: list[None]
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("AM_MEMORY_CACHE", str(tmp_path / "file"))
+    assert search_heads(another(engine)).position == 77
+    assert len(num_measured) == 1
+
+
+def test_tests_have_a_folder_of_their_own() -> None:
+    assert "am-memory-tests-" in str(cache_folder())
+
+
+@pytest.mark.model
+def test_those_of_the_demo_model_are_shipped(demo: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
+    """As this machine would measure them: nobody waits for it in the demo."""
+    engine = TransformersEngine(*demo)
+    shipped = module._known(engine.info.fingerprint)
+    assert shipped is not None
+    measured = module.measure(engine)
+    assert shipped.heads == measured.heads
+    torch.testing.assert_close(shipped.usual, measured.usual, rtol=2e-2, atol=2e-2)
