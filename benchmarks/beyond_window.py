@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="*", default=[MOVED, STAYING, WINDOW])
     parser.add_argument("--json", help="where to write all results")
     args = parser.parse_args()
-    policy = MemoryPolicy(trigger_tokens=args.limit, pinned=SINKS)
+    policy = MemoryPolicy(trigger_tokens=args.limit, pinned=SINKS, originals="drop")
     memory = Memory.from_pretrained(args.model, policy=policy)
     staying: TransformersEngine = copy.copy(memory.engine)
     staying.capabilities = replace(memory.engine.capabilities, can_rotate_keys=False, why_keys_stay="switched off")

@@ -64,7 +64,7 @@ def main() -> None:
     results = []
     for dtype in args.dtypes:
         memory = Memory.from_pretrained(
-            args.model, dtype=DTYPES[dtype], policy=MemoryPolicy(trigger_tokens=1.0, pinned="sinks")
+            args.model, dtype=DTYPES[dtype], policy=MemoryPolicy(trigger_tokens=1.0, pinned="sinks", originals="drop")
         )
         ids = memory.tokenize(" ".join(prose(random.Random(0), 200)))[: args.tokens]
         exact = memory.session("exact")

@@ -1,7 +1,7 @@
 """Facts told in an ordinary chat, asked for afterwards in other words.
 
     python benchmarks/facts.py --model MODEL --triggers 512 1024
-    python benchmarks/facts.py --model MODEL --triggers 1024 --tokens 20000 --recall 1 3
+    python benchmarks/facts.py --model MODEL --triggers 1024 --tokens 20000
     python benchmarks/facts.py --model MODEL --triggers 512 1024 --questions places
 
 In each of five chats a person tells 20 facts of 20 kinds among small talk and prose, in 3,000 to 3,300 tokens. Then
@@ -11,9 +11,9 @@ probability is that of the whole right answer after the opening of an answer, in
 words and the accepted value's; a whole sentence lowers it.
 
 Rows: the full cache; ours; ours with each --policy; the same keys with nothing fitted; a uniform budget; everything
-compacted again each time ("refit"); the system prompt and the last tokens read again, as many as ours holds; and with
---recall N, ours after the best N spans of a search for the question were recalled, whole segments. A row that the
-engine refuses is left out, and the reason is printed. All rows of a table are means over the same chats.
+compacted again each time ("refit"); the system prompt and the last tokens read again, as many as ours holds; and the
+last tokens with recall, but without slots ("pages alone"). Only ours and that row recall. A row that the engine
+refuses is left out, and the reason is printed. All rows of a table are means over the same chats.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from facts_files import FACTS, QUESTIONS, Chat, Fact, lengthened, load_all
 from am_memory import Experiments, Memory, MemoryPolicy, Sampling, Session
 from am_memory.cli.questions import PLAIN, question_turn
 from am_memory.engines.names import EngineName
-from am_memory.errors import InvalidInput, InvalidPolicy, PromptTooLong, UnsupportedOperation
+from am_memory.errors import InvalidInput, InvalidPolicy, UnsupportedOperation
 
 SYSTEM = (
     "You are a helpful assistant. The user tells you about their life. When they ask you about it, look up what they "
@@ -42,9 +42,11 @@ GREEDY = Sampling(temperature=0.0)
 FULL, OURS, TRUNCATED = "full cache", "ours", "truncated"
 CHANGES: dict[str, dict[str, object]] = {
     OURS: {},
-    "nothing fitted": {"experiments": Experiments(fit="nothing")},
-    "uniform budget": {"head_budget": "uniform"},
-    "refit": {"experiments": Experiments(recompaction="refit")},
+    "pages alone": {"experiments": Experiments(fit="no_slots")},
+    "no recall": {"recall_tokens": 0},
+    "nothing fitted": {"experiments": Experiments(fit="nothing"), "recall_tokens": 0},
+    "uniform budget": {"head_budget": "uniform", "recall_tokens": 0},
+    "refit": {"experiments": Experiments(recompaction="refit"), "recall_tokens": 0},
 }
 REFUSALS = (InvalidInput, InvalidPolicy, UnsupportedOperation)
 QUARTERS = 4
@@ -52,11 +54,10 @@ QUARTERS = 4
 
 @dataclass(frozen=True)
 class Row:
-    """One way to hold a chat: the changes to the policy, and the number of spans recalled before each answer."""
+    """One way to hold a chat: the changes to the policy."""
 
     name: str
     changes: dict[str, object]
-    recall: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,34 +108,27 @@ def truncated(memory: Memory, full: Session, num_tokens: int) -> Session:
     return session
 
 
-def recall_best(session: Session, question: str, num_spans: int) -> None:
-    """Recall the best spans of a search, the best one last; a segment that does not fit is left out."""
-    for span in reversed(session.search(question, top=num_spans)):
-        try:
-            session.recall(span)
-        except PromptTooLong as error:
-            print(f"not recalled: {error}", flush=True)
+def asked(session: Session, fact: Fact, new_tokens: int) -> tuple[float, str, float]:
+    """Ask for a fact, as a chat turn.
 
-
-def log_probability(session: Session, fact: Fact) -> float:
-    engine = session.engine
-    context = engine.encode(question_turn(engine, fact.question, fact.opening))
-    answer = engine.encode(f" {fact.answer}")
-    logits = session.logits([*context, *answer])[len(context) :]
-    return float(logits.log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)].sum())
-
-
-def written_answer(session: Session, fact: Fact, new_tokens: int) -> tuple[str, float]:
-    """The greedy answer, and the largest size of the cache on the way."""
+    Returns:
+        The log probability of the right answer, behind its opening and beside what was recalled for the question; the
+        greedy answer; and the largest size of the cache on the way.
+    """
     if session.messages:
         session.append([{"role": "user", "content": fact.question}])
     else:
         session.append(question_turn(session.engine, fact.question, ""))
-    pieces, largest = [], session.stats.kv_tokens
+    first, *_ = session.generate(1, GREEDY)  # its lookup serves the right answer, too
+    session.rewind(len(session.tokens) - len(first.token_ids))
+    engine, pieces, largest = session.engine, list[str](), session.stats.kv_tokens
+    opening, answer = engine.encode(fact.opening), engine.encode(f" {fact.answer}")
+    logits = session.logits([*opening, *answer])[len(opening) :].log_softmax(-1)
+    probability = float(logits[torch.arange(len(answer)), torch.tensor(answer)].sum())
     for piece in session.generate(new_tokens, GREEDY):
         pieces.append(piece.text)
         largest = max(largest, session.stats.kv_tokens)
-    return "".join(pieces).strip(), largest
+    return probability, "".join(pieces).strip(), largest
 
 
 def ask_all(
@@ -144,10 +138,7 @@ def ask_all(
     for fact in chat.asked(args.questions):
         started = time.perf_counter()
         branch = session.fork()
-        if row.recall:
-            recall_best(branch, fact.question, row.recall)
-        probability = log_probability(branch, fact)
-        text, kv_tokens = written_answer(branch, fact, args.new_tokens)
+        probability, text, kv_tokens = asked(branch, fact, args.new_tokens)
         answers.append(
             Answer(
                 chat=chat.name,
@@ -292,9 +283,8 @@ def summary(answers: Sequence[Answer]) -> str:
 
 def rows_of(args: argparse.Namespace) -> list[Row]:
     given = [Row(f"{OURS} {text}", json.loads(text)) for text in args.policy]
-    recalling = [Row(f"{OURS}, {count} recalled", {"originals": "host"}, count) for count in args.recall]
     named = [Row(name, CHANGES.get(name, {})) for name in args.rows]
-    return [*named, *given, *recalling]
+    return [*named, *given]
 
 
 def main() -> None:
@@ -308,9 +298,6 @@ def main() -> None:
     names = [FULL, *CHANGES, TRUNCATED]
     parser.add_argument("--rows", nargs="+", choices=names, default=names)
     parser.add_argument("--policy", action="append", default=[], help="JSON; ours with these fields, a row of its own")
-    parser.add_argument(
-        "--recall", type=int, nargs="+", default=[], help="so many spans before each answer; a row each"
-    )
     parser.add_argument("--new-tokens", type=int, default=40, help="of an answer at most")
     parser.add_argument("--out", help="write the answers as JSON; what is in it already is not run again")
     args = parser.parse_args()

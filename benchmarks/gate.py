@@ -23,7 +23,7 @@ from recall import CONTINUATION, ask
 from am_memory import Memory, MemoryPolicy
 from am_memory.cli.letters import facts, hide, prose
 
-POLICY = MemoryPolicy(trigger_tokens=1.0, pinned="sinks", max_compact_tokens=2000)
+POLICY = MemoryPolicy(trigger_tokens=1.0, pinned="sinks", max_compact_tokens=2000, originals="drop")
 ANY_ERROR = 1e9
 """A `max_error` that no compaction exceeds: the error is measured, and nothing follows from it."""
 

@@ -43,7 +43,7 @@ from am_memory.engines.base import Engine
 from am_memory.errors import InvalidInput, PromptTooLong
 
 SAMPLES = [str(Path(__file__).parent / "texts" / name) for name in ("quality_sample.jsonl", "longhealth_sample.json")]
-POLICY = MemoryPolicy(trigger_tokens=1.0, pinned="sinks")
+POLICY = MemoryPolicy(trigger_tokens=1.0, pinned="sinks", originals="drop")
 OPENING = "The answer is"
 ROOM_TOKENS = 512
 """Tokens of the model's window that are left for a request and a question."""

@@ -33,7 +33,7 @@ CONTINUATION = (
     "whole street. Most people buy their bread without a thought for any of this, but once you have baked "
     "your own, you will never again pay for a bad loaf."
 )
-POLICY = MemoryPolicy(trigger_tokens=1.0, pinned="sinks", max_compact_tokens=4000)
+POLICY = MemoryPolicy(trigger_tokens=1.0, pinned="sinks", max_compact_tokens=4000, originals="drop")
 ONCE = {
     "AM (default)": {},
     "AM uniform": {"head_budget": "uniform"},

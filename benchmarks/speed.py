@@ -351,7 +351,9 @@ def arguments() -> argparse.Namespace:
 def memory_of(args: argparse.Namespace, stages: Stages) -> tuple[Memory, list[int]]:
     """The memory, and tokens enough for everything."""
     num_tokens = max(args.compacted_tokens + args.exact_tokens, args.read_tokens, *args.compact_tokens) + 8
-    policy = MemoryPolicy(trigger_tokens=1.0, pinned="sinks", keep_ratio=KEEP_RATIO, max_compact_tokens=num_tokens)
+    policy = MemoryPolicy(
+        trigger_tokens=1.0, pinned="sinks", keep_ratio=KEEP_RATIO, max_compact_tokens=num_tokens, originals="drop"
+    )
     if args.shape is None:
         memory = Memory.from_pretrained(args.model, policy=policy, compile=args.compile, on_event=stages)
         ids = memory.tokenize(" ".join(prose(random.Random(0), num_tokens // 5)))

@@ -25,7 +25,7 @@ from am_memory.engines.names import EngineName
 
 TURNS, CODES_IN_TURN, SENTENCES_IN_TURN, LINE_TOKENS = 6, 3, 22, 24
 SINKS = 4
-PLAIN = MemoryPolicy(trigger_tokens=1.0, pinned=SINKS)
+PLAIN = MemoryPolicy(trigger_tokens=1.0, pinned=SINKS, originals="drop")
 """Compacts nothing within the model's window."""
 LINE = Sampling(temperature=0.0, stop=("\n",))
 
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--out", help="write the figures as JSON")
     args = parser.parse_args()
     memory = Memory.from_pretrained(args.model, engine=args.engine, policy=PLAIN)
-    policy = MemoryPolicy(trigger_tokens=args.trigger, keep_ratio=args.keep_ratio, pinned=SINKS)
+    policy = MemoryPolicy(trigger_tokens=args.trigger, keep_ratio=args.keep_ratio, pinned=SINKS, originals="drop")
     rows = [row for seed in range(args.seeds) for row in run(memory, seed, policy)]
     write_json(args.out, rows)
     lines = [
