@@ -87,7 +87,8 @@ def introduction(model: str, session: Session, num_letters: int) -> Panel:
         f"{name} reads {num_letters} letters. Its KV cache may hold [cyan]{session.trigger_tokens}[/] tokens: whenever "
         f"it is full, its oldest {policy.compact_fraction:.0%} is compacted by Attention Matching, the exact tokens in "
         f"it to {policy.keep_ratio:.0%} of their number, and reading continues. Afterwards the model is asked for "
-        "the ships that the letters named; so are two plain caches, one of the same size and one that kept everything.",
+        "the ships that the letters named, and looks each up among the compacted tokens. Two plain caches are asked as "
+        "well, one of the same size and one that kept everything.",
         title="am-memory demo",
         border_style="cyan",
     )

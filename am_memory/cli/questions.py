@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import takewhile
 
 from am_memory.cli.letters import Fact
 from am_memory.engines.base import Engine
 from am_memory.policy import MemoryPolicy
 from am_memory.session.session import Session
+from am_memory.text.sampling import Sampling
 
+GREEDY = Sampling(temperature=0.0)
 PLAIN = MemoryPolicy(trigger_tokens=1.0)
 """A plain cache: it compacts nothing within the model's context window."""
 
@@ -27,21 +28,20 @@ def question_turn(engine: Engine, question: str, opening: str) -> str:
 
 
 def ask(session: Session, facts: Sequence[Fact]) -> dict[Fact, str]:
-    """Complete the opening for each fact greedily, by as many tokens as the code has.
+    """Ask for each fact as a chat turn, and complete the opening of its answer by as many tokens as the code has.
 
     The session stays as it was, and no question sees another.
     """
-    engine = session.engine
-    questions = [engine.encode(fact_turn(engine, fact)) for fact in facts]
-    columns = zip(*questions, strict=False)
-    shared = [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, columns)]
-    branch = session.fork(policy=PLAIN)
-    branch.append(shared)
-    answers = {}
-    for fact, question in zip(facts, questions, strict=True):
-        answer: list[int] = []
-        for _ in engine.encode(f" {fact.code}"):
-            logits = branch.logits([*question[len(shared) :], *answer, 0])[-1]
-            answer.append(int(logits.argmax()))
-        answers[fact] = engine.decode(answer).strip()
+    engine, answers = session.engine, dict[Fact, str]()
+    for fact in facts:
+        branch = session.fork()
+        if branch.messages:
+            branch.append([{"role": "user", "content": fact.question}])
+            first, *_ = branch.generate(1, GREEDY)  # it opens the answer, which then begins as it should
+            branch.rewind(len(branch.tokens) - len(first.token_ids))
+            branch.append(fact.opening)
+        else:
+            branch.append(fact_turn(engine, fact))
+        pieces = branch.generate(len(engine.encode(f" {fact.code}")), GREEDY)
+        answers[fact] = engine.decode([token_id for piece in pieces for token_id in piece.token_ids]).strip()
     return answers
