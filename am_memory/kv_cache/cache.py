@@ -3,8 +3,9 @@
     [pinned exact][segment 1]...[segment n][exact tail]
 
 Slots are immutable, and a tail only writes behind its own length. A snapshot is therefore a handful of references,
-restoring it is exact, and forks share memory until one of them appends. Knows no model, no policy, and not how slots
-are computed.
+restoring it is exact, and forks share memory until one of them appends. Who truncates a tail, reads and then restores a
+longer state puts back the entries that were written over, as `queries.scratch` does. Knows no model, no policy, and not
+how slots are computed.
 """
 
 from __future__ import annotations

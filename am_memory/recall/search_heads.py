@@ -196,12 +196,8 @@ class _Trial(NamedTuple):
         else:
             text, encode = "\n\n".join(self.chat), engine.encode
         token_ids = encode(text)
-        texts = _texts(engine, token_ids)
+        texts = [engine.decode([token_id]) for token_id in token_ids]
         return token_ids, [_place(texts, answer) for _, answer in self.questions]
-
-
-def _texts(engine: Engine, token_ids: Sequence[int]) -> list[str]:
-    return [engine.decode([token_id]) for token_id in token_ids]
 
 
 def _place(texts: Sequence[str], answer: str) -> tuple[int, int]:

@@ -57,6 +57,7 @@ class Run:
         return self._usual.get(index) if (distance, num_tokens) == self._kept_for else None
 
     def keep_usual(self, index: int, distance: int, num_tokens: int, mass: SpanMass) -> None:
+        """Keep the mass that `usual_mass` gives, in place of what was kept at another distance."""
         if (distance, num_tokens) != self._kept_for:
             self._usual, self._kept_for = {}, (distance, num_tokens)
         self._usual[index] = mass

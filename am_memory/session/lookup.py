@@ -28,17 +28,11 @@ LEAST_SCORE = 1.0
 
 def recall_for_answer(context: Context) -> tuple[Span, ...]:
     """Recall what the messages since the model's last answer ask for; returns what was found."""
-    if not can_look(context):
-        return ()
-    context.read_all()
     return _look(context, max(_last_words(context), context.num_readable - MESSAGE_TOKENS))
 
 
 def recall_while_writing(context: Context) -> tuple[Span, ...]:
     """Recall what the last `WRITING_TOKENS` tokens look for; returns what was found."""
-    if not can_look(context):
-        return ()
-    context.read_all()
     return _look(context, max(context.num_readable - WRITING_TOKENS, 0))
 
 
@@ -65,6 +59,9 @@ def _span(context: Context, page: Page, scores: Tensor) -> Span:
 
 def _look(context: Context, start: int) -> tuple[Span, ...]:
     """Recall what the tokens from `start` on look for; returns the spans of the event `MemoryConsulted`."""
+    if not can_look(context):
+        return ()
+    context.read_all()
     cache = context.cache
     if start <= cache.segments[0].start:
         return ()  # nothing compacted stands before these tokens

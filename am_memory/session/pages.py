@@ -5,7 +5,7 @@ Each function is a step on its own. Does not know which pages are worth it, nor 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -46,7 +46,7 @@ def bring_back(context: Context, page: Page) -> bool:
 def bring_back_all(context: Context, held: Sequence[Page]) -> None:
     """Make pages exact again, as far as there is room; one whose originals are lost stays compact."""
     for page in held:
-        if context.cache.kv_tokens + growth(context, page) + 1 <= context.trigger_tokens:
+        if fit(context, [page]):
             with suppress(OriginalLost):
                 bring_back(context, page)
 
@@ -58,6 +58,13 @@ def put_away(context: Context, recalled: Recalled) -> None:
     context.notify(SpanPutAway(context.name, page.start, page.end, context.cache.kv_tokens))
     context.recalled = tuple(other for other in context.recalled if other is not recalled)
     record_recall(context, page, is_exact=False)
+
+
+def put_away_all_but(context: Context, kept: Collection[Page]) -> None:
+    """Make all recalled pages compact again, except for some."""
+    for recalled in context.recalled:
+        if recalled.page not in kept:
+            put_away(context, recalled)
 
 
 def put_all_away(context: Context) -> list[Page]:
@@ -73,7 +80,13 @@ def recalled_at(context: Context, page: Page) -> Recalled | None:
     return next((recalled for recalled in context.recalled if recalled.page == page), None)
 
 
-def growth(context: Context, page: Page) -> float:
+def fit(context: Context, compact: Sequence[Page]) -> bool:
+    """Whether the cache stays below the trigger if these compact pages become exact."""
+    growth = sum(_growth(context, page) for page in compact)
+    return context.cache.kv_tokens + growth + 1 <= context.trigger_tokens
+
+
+def _growth(context: Context, page: Page) -> float:
     """Tokens (mean over heads) by which the cache grows if a page becomes exact as a whole."""
     slots = [layer.slots for layer in context.cache.compactable if layer.slots is not None]
     num_slots = sum(held.within(page.start, page.end).num_slots for held in slots)

@@ -19,8 +19,8 @@ from am_memory.events import SessionRebuilt
 from am_memory.queries import LiveQueries
 from am_memory.recall.paging import Page
 from am_memory.session.context import Context
-from am_memory.session.pages import bring_back, put_away, recalled_at, record_recall
-from am_memory.session.recalling import fit, make_exact, with_originals
+from am_memory.session.pages import bring_back, fit, put_away, put_away_all_but, recalled_at, record_recall
+from am_memory.session.recalling import make_exact, with_originals
 
 
 def rewind(context: Context, num_tokens: int) -> None:
@@ -54,9 +54,7 @@ def _restore_pages(context: Context) -> None:
     for recall in recorded[-1].recalls if recorded else ():
         page = Page(recall.start, recall.end)
         wanted = [*(other for other in wanted if other != page), *([page] if recall.is_exact else [])]
-    for recalled in context.recalled:
-        if recalled.page not in wanted:
-            put_away(context, recalled)
+    put_away_all_but(context, wanted)
     for page in wanted:
         if recalled_at(context, page) is None and fit(context, [page]):
             with_originals(context, partial(bring_back, context, page))

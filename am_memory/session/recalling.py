@@ -40,13 +40,15 @@ def recall(context: Context, start: int, end: int) -> list[Page]:
         for page in missing:  # before any room is made for it
             if not are_kept(context.originals, page.start, page.end):
                 raise _not_kept(page)
-        if fit(context, missing):
+        if pages.fit(context, missing):
             break
         if others := [recalled for recalled in context.recalled if recalled.page not in wanted]:
             pages.put_away(context, others[0])
         else:
             _compact_to_recall(context, wanted)
-    exchange(context, [page for page in held if page not in wanted and page in around], wanted)
+    pages.put_away_all_but(context, around)
+    for page in wanted:
+        make_exact(context, page)
     return wanted
 
 
@@ -64,21 +66,10 @@ def recall_pages(context: Context, found: Sequence[Page], max_tokens: int) -> No
         more = joined([*kept, recalled.page])
         if sum(page.num_tokens for page in more) <= max_tokens:
             kept = more
-    for recalled in context.recalled:
-        if recalled.page not in kept:
-            pages.put_away(context, recalled)
+    pages.put_away_all_but(context, kept)
     for page in kept:
         if pages.recalled_at(context, page) is None:
             with_originals(context, partial(pages.bring_back, context, page))
-
-
-def exchange(context: Context, old: Sequence[Page], new: Sequence[Page]) -> None:
-    """Put away all recalled pages but the old ones, and make the new ones exact; these count as recalled last."""
-    for recalled in context.recalled:
-        if recalled.page not in old and recalled.page not in new:
-            pages.put_away(context, recalled)
-    for page in new:
-        make_exact(context, page)
 
 
 def make_exact(context: Context, page: Page) -> None:
@@ -98,7 +89,7 @@ def resume_recall(context: Context, page: Page) -> None:
     """
     if not any(segment.start <= page.start < page.end <= segment.end for segment in context.cache.segments):
         return
-    if fit(context, [page]):
+    if pages.fit(context, [page]):
         with suppress(InvalidInput):
             make_exact(context, page)
             return
@@ -133,12 +124,6 @@ def _not_kept(page: Page) -> InvalidInput:
         "compacted, or are lost; set the policy's originals to 'host' or 'disk' before that, and the memory's "
         "originals_bytes and originals_disk_bytes to what all of them take"
     )
-
-
-def fit(context: Context, compact: Sequence[Page]) -> bool:
-    """Whether the cache stays below the trigger if these compact pages become exact."""
-    growth = sum(pages.growth(context, page) for page in compact)
-    return context.cache.kv_tokens + growth + 1 <= context.trigger_tokens
 
 
 def _compact_to_recall(context: Context, wanted: Sequence[Page]) -> None:
