@@ -30,7 +30,7 @@ from common import machine, mean_of, read_json, table, write_json
 from facts_files import FACTS, QUESTIONS, Chat, Fact, lengthened, load_all
 
 from am_memory import Experiments, Memory, MemoryPolicy, Sampling, Session
-from am_memory.cli.questions import PLAIN, question_turn
+from am_memory.cli.questions import PLAIN, open_answer, question_turn
 from am_memory.engines.names import EngineName
 from am_memory.errors import InvalidInput, InvalidPolicy, UnsupportedOperation
 
@@ -116,11 +116,9 @@ def asked(session: Session, fact: Fact, new_tokens: int) -> tuple[float, str, fl
         greedy answer; and the largest size of the cache on the way.
     """
     if session.messages:
-        session.append([{"role": "user", "content": fact.question}])
+        open_answer(session, fact.question)
     else:
         session.append(question_turn(session.engine, fact.question, ""))
-    first, *_ = session.generate(1, GREEDY)  # its lookup serves the right answer, too
-    session.rewind(len(session.tokens) - len(first.token_ids))
     engine, pieces, largest = session.engine, list[str](), session.stats.kv_tokens
     opening, answer = engine.encode(fact.opening), engine.encode(f" {fact.answer}")
     logits = session.logits([*opening, *answer])[len(opening) :].log_softmax(-1)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from am_memory import Experiments, Memory, MemoryPolicy, Session
 from am_memory.cli.letters import Fact, facts, hide, prose
-from am_memory.cli.questions import fact_turn
+from am_memory.cli.questions import fact_turn, open_answer
 from am_memory.engines.base import Message
 from am_memory.engines.names import EngineName
 from am_memory.solver import OMP
@@ -75,8 +75,11 @@ class Result:
 
 def ask(session: Session, fact: Fact) -> tuple[bool, Tensor]:
     """Whether the code is recalled, and the logits at its tokens; the session's last message must be an answer."""
-    engine = session.engine
-    context, code = engine.encode(fact_turn(engine, fact)), engine.encode(" " + fact.code)
+    engine, turn = session.engine, fact_turn(session.engine, fact)
+    if session.messages and session.policy.originals != "drop":
+        session, turn = session.fork(), fact.opening
+        open_answer(session, fact.question)  # looks the question up
+    context, code = engine.encode(turn), engine.encode(" " + fact.code)
     logits = session.logits([*context, *code])[len(context) :]
     return logits.argmax(-1).tolist() == code, logits
 

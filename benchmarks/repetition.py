@@ -7,10 +7,10 @@ for the last --recent tokens, is compacted after each 50/n of them, so that in t
 whatever n is. (There is one compaction less where the first part is not longer than these tokens.) Then all codes are
 asked for, and an unrelated continuation is read. Recalled and KL are those of recall.py.
 
-Schemes: ours; everything compacted again each time ("refit"); eviction by the queries of the last 32 tokens, the same
-number of slots for every head (as SnapKV); eviction by the largest attention while the text is repeated, slots shared
-by all heads (as KVzip); the first tokens and a window of the last ones; a summary by the model itself, in as many
-tokens, of the last summary and what came since.
+Schemes: ours, with slots alone, and with at most 256 tokens recalled for each question; everything compacted again
+each time ("refit"); eviction by the queries of the last 32 tokens, the same number of slots for every head (as SnapKV);
+eviction by the largest attention while the text is repeated, slots shared by all heads (as KVzip); the first tokens and
+a window of the last ones; a summary by the model itself, in as many tokens, of the last summary and what came since.
 """
 
 from __future__ import annotations
@@ -150,6 +150,7 @@ def summarised(full: Session, memory: Memory, text: Text, count: int, size: Size
 
 SCHEMES: dict[str, Scheme] = {
     "ours": compacting(),
+    "ours, recalling": compacting(originals="host", recall_tokens=256),
     "recompact everything": compacting(experiments=Experiments(recompaction="refit")),
     "eviction, observed (SnapKV style)": compacting(**SNAPKV),
     "eviction, repeated (KVzip style)": compacting(**KVZIP),

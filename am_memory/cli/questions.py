@@ -27,6 +27,13 @@ def question_turn(engine: Engine, question: str, opening: str) -> str:
     return engine.render(asked, add_generation_prompt=True).removeprefix(engine.render(before)) + opening
 
 
+def open_answer(session: Session, question: str) -> None:
+    """Ask as a chat turn, up to where the answer begins; what the memory looks up for it is exact from then on."""
+    session.append([{"role": "user", "content": question}])
+    first, *_ = session.generate(1, GREEDY)  # it opens the answer, and looks back before that
+    session.rewind(len(session.tokens) - len(first.token_ids))
+
+
 def ask(session: Session, facts: Sequence[Fact]) -> dict[Fact, str]:
     """Ask for each fact as a chat turn, and complete the opening of its answer by as many tokens as the code has.
 
@@ -36,9 +43,7 @@ def ask(session: Session, facts: Sequence[Fact]) -> dict[Fact, str]:
     for fact in facts:
         branch = session.fork()
         if branch.messages:
-            branch.append([{"role": "user", "content": fact.question}])
-            first, *_ = branch.generate(1, GREEDY)  # it opens the answer, which then begins as it should
-            branch.rewind(len(branch.tokens) - len(first.token_ids))
+            open_answer(branch, fact.question)
             branch.append(fact.opening)
         else:
             branch.append(fact_turn(engine, fact))
