@@ -41,6 +41,7 @@ class CacheSizes:
         num_heads: KV heads of all compactable layers.
         window_tokens: the model's context window; segments that would leave it are shifted. None: compact keys cannot
             be moved.
+        recall_tokens: room for recalled pages, which tokens that are read may take.
     """
 
     num_tokens: int
@@ -48,6 +49,7 @@ class CacheSizes:
     segments: tuple[Segment, ...]
     num_heads: int
     window_tokens: int | None = None
+    recall_tokens: int = 0
 
     @property
     def exact_start(self) -> int:
@@ -288,7 +290,7 @@ def shift_into_window(segments: Sequence[Segment], sizes: CacheSizes, trigger_to
         return list(segments)
     num_slots = sum(segment.num_slots for segment in segments) / sizes.num_heads
     num_exact = sizes.num_pinned + sizes.num_tokens - newest.end
-    next_tokens = sizes.num_tokens + trigger_tokens - num_exact - num_slots
+    next_tokens = sizes.num_tokens + trigger_tokens + sizes.recall_tokens - num_exact - num_slots
 
     def moved(segment: Segment, first: int) -> Segment:
         if next_tokens - first - segment.shift <= window:

@@ -157,9 +157,15 @@ class Context:
             if end - start > self.chunk_tokens:
                 self.notify(ReadProgress(self.name, stop - start, end - start))
 
-    def next_logits(self) -> Tensor:
-        """Read everything. Logits of the next token, (vocab_size,) float32."""
+    def next_logits(self, *, keeps_room: bool = False) -> Tensor:
+        """Read everything. Logits of the next token, (vocab_size,) float32.
+
+        Args:
+            keeps_room: make room for recalled pages first, see `make_room_to_recall`.
+        """
         self.read_all()
+        if keeps_room:
+            self.make_room_to_recall()
         self.compact_if_due()
         return self.forward(self.tokens[-1:], num_logits=1)[0]
 
@@ -188,13 +194,17 @@ class Context:
 
     @property
     def rest_tokens(self) -> int:
-        """Size of the cache without recalled pages at which a compaction is due."""
+        """Size of the cache without recalled pages at which a compaction is due while an answer is written."""
         return self.trigger_tokens - self.recall_tokens
 
     @property
-    def start_tokens(self) -> int:
-        """Size at which a compaction begins, likewise; it is swapped in at `rest_tokens` at the latest."""
-        return self.rest_tokens - self.policy.ahead_tokens
+    def due_tokens(self) -> int:
+        """Size without recalled pages at which a compaction is due in any case.
+
+        What is read recalls nothing, so it may take the room for pages. A compaction ahead of time keeps that room, so
+        that no answer waits for it.
+        """
+        return self.rest_tokens if self.policy.ahead_tokens else self.trigger_tokens
 
     @property
     def tokens_at_rest(self) -> float:
@@ -205,7 +215,8 @@ class Context:
     @property
     def room_tokens(self) -> int:
         """Tokens that can be read before a compaction is due, or recalled pages have to be put away."""
-        due_at = self.start_tokens if self.background_compaction is None else self.rest_tokens
+        is_ahead = self.background_compaction is None
+        due_at = self.due_tokens - (self.policy.ahead_tokens if is_ahead else 0)
         return int(min(due_at - self.tokens_at_rest, self.trigger_tokens - self.cache.kv_tokens))
 
     @property
@@ -228,6 +239,11 @@ class Context:
                 self.start_background_compaction()
             else:
                 self.compact()
+
+    def make_room_to_recall(self) -> None:
+        """Compact until pages of `recall_tokens` and one more token fit; nothing if nothing can be recalled."""
+        while self.cache.segments and self.tokens_at_rest + 1 > self.rest_tokens:
+            self.compact()
 
     def start_background_compaction(self) -> None:
         """Start a compaction in the background, to be swapped in at the trigger."""
@@ -329,6 +345,7 @@ class Context:
             self.num_pinned,
             cache.segments,
             cache.num_heads,
+            recall_tokens=self.recall_tokens,
             window_tokens=self.engine.info.window_tokens if self._immovable is None else None,
         )
 

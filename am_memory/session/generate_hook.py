@@ -106,7 +106,7 @@ class _Watch:
 
     def _require_room(self, num_tokens: int, at_once: int, what_for: str) -> None:
         """Raise UnsupportedOperation if `at_once` tokens do not fit and no compaction is sure to make room for them."""
-        if self.cache.kv_tokens + num_tokens <= self.context.start_tokens:
+        if self.cache.kv_tokens + num_tokens <= self.context.due_tokens - self.context.policy.ahead_tokens:
             return
         most = self.context.most_at_once
         if at_once <= most:

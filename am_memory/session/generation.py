@@ -131,7 +131,7 @@ class Generation:
     def _next_piece(self, number: int) -> Piece:
         """Choose token `number` of the answer and add it to the conversation."""
         context, constraint, is_last = self.context, self.constraint, number == self.max_new_tokens
-        model_logits = logits = context.next_logits()
+        model_logits = logits = context.next_logits(keeps_room=True)
         if constraint is not None:
             logits = constraint.mask(logits, is_closing=number > self.max_new_tokens * (1 - CLOSING_SHARE))
         token_id = self._sampler.choose(logits, context.tokens)

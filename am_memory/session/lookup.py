@@ -62,6 +62,7 @@ def _look(context: Context, start: int) -> tuple[Span, ...]:
     if not can_look(context):
         return ()
     context.read_all()
+    context.make_room_to_recall()
     cache = context.cache
     if start <= cache.segments[0].start:
         return ()  # nothing compacted stands before these tokens

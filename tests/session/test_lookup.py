@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from random_operations import differences
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Memory, Sampling, Session
+from am_memory.compaction.plan import Plan
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.events import CompactionFinished, Event, MemoryConsulted, SpanPutAway, SpanRecalled, ignore
 from am_memory.session import lookup
@@ -24,7 +26,8 @@ from am_memory.session.rebuild import rebuild
 POLICY = plain_policy(
     trigger_tokens=256, recall_tokens=120, keep_ratio=0.25, keep_recent=8, pinned=3, chunk_tokens=16, originals="host"
 )
-REST = 256 - 120
+TRIGGER = 256
+REST = TRIGGER - 120
 GREEDY = Sampling(temperature=0)
 QUESTION = [{"role": "user", "content": "Where does the owl sleep?"}]
 
@@ -175,16 +178,29 @@ def test_a_model_without_a_chat_template_looks_up_too(
 
 
 def test_recalls_change_nothing_about_when_compactions_come(new_memory: NewMemory) -> None:
+    plans: list[list[tuple[int, int, Plan]]] = []
+    for least_score in (lookup.LEAST_SCORE, math.inf):  # the second one recalls nothing
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lookup, "LEAST_SCORE", least_score)
+            session = told_session(new_memory())
+            answer(session, 150)
+            session.append(some_tokens(100, seed=9))
+        assert any(record.recalls for record in records_of(session)) == (least_score < math.inf)
+        plans.append([(made.at_tokens, made.lag_tokens, made.plan) for made in records_of(session)])
+    assert plans[0] == plans[1]
+
+
+def test_what_is_read_may_take_the_room_for_pages_and_an_answer_makes_it_free(new_memory: NewMemory) -> None:
     session = told_session(new_memory())
-    answer(session, 150)
-    session.append(some_tokens(100, seed=9))
-    assert any(record.recalls for record in records_of(session))
-    other = new_memory(trigger_tokens=REST, recall_tokens=0).session("other")
-    other.append(session.tokens)
-    plans, others = (
-        [(made.at_tokens, made.lag_tokens, made.plan) for made in records_of(each)] for each in (session, other)
-    )
-    assert plans == others
+    assert session.stats.num_compactions
+    session.compact()
+    session.append(some_tokens(TRIGGER - 2 - int(session.stats.kv_tokens), seed=9))
+    num_compactions = session.stats.num_compactions
+    assert session.stats.kv_tokens > REST
+    answer(session, 1)
+    assert session.stats.num_compactions > num_compactions
+    assert context_of(session).tokens_at_rest <= REST
+    assert session.stats.kv_tokens <= TRIGGER
 
 
 @pytest.mark.parametrize("changes", [{}, {"ahead_tokens": 12}, {"segment_dtype": "int8"}], ids=str)
