@@ -20,7 +20,7 @@ from am_memory.kv_cache.int8 import decoded
 from am_memory.kv_cache.slots import Segment
 from am_memory.recall.originals import Original
 from am_memory.recall.paging import Page, joined
-from am_memory.recall.search_heads import SPAN_TOKENS, SearchHeads, TextQueries, lift, search_heads
+from am_memory.recall.search_heads import SPAN_TOKENS, SearchHeads, lift, search_heads
 from am_memory.recall.search_index import SpanMass, runs, span_mass, usual_distance
 from am_memory.text.boundaries import best_boundary
 
@@ -35,12 +35,13 @@ BOUNDARY_TOKENS = 4
 
 
 def span_scores(
-    engine: Engine, cache: SessionCache, originals: Sequence[Original], text: TextQueries, num_tokens: int
+    engine: Engine, cache: SessionCache, originals: Sequence[Original], queries: Tensor, num_tokens: int
 ) -> Tensor:
     """The score of each span of the first `num_tokens` tokens; -inf for spans without a compacted token.
 
     Args:
         cache: holds these tokens.
+        queries: (num_search_heads, num_queries, head_dim) float32 on the CPU, of the text.
         originals: tokens that have one are found by it, others by their slots.
 
     Returns:
@@ -51,7 +52,7 @@ def span_scores(
     """
     found = search_heads(engine, cache)
     search = _Search(cache, originals, found, num_tokens, can_rotate=engine.capabilities.can_rotate_keys)
-    lifts = torch.stack([search.lifts(index, text.head(head)) for index, head in enumerate(found.heads)])
+    lifts = torch.stack([search.lifts(index, query) for index, query in enumerate(queries)])
     scores = lifts.mean(dim=0).amax(dim=0)  # of (num_heads, num_passages, num_spans)
     is_compact = torch.zeros(len(scores), dtype=torch.bool)
     for segment in cache.segments:

@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from am_memory.events import MemoryConsulted, Span
-from am_memory.queries import as_turn, scratch
+from am_memory.queries import as_turn, message_token_positions, scratch
 from am_memory.recall.originals import are_kept
 from am_memory.recall.paging import Page
 from am_memory.recall.search import best_pages, page_score, span_scores
-from am_memory.recall.search_heads import SPAN_TOKENS, TextQueries, message_queries
+from am_memory.recall.search_heads import SPAN_TOKENS, search_heads
+from am_memory.recall.search_queries import MESSAGE_TOKENS, read_on_scratch
 from am_memory.session.context import Context
 from am_memory.session.recalling import recall_pages, with_originals
 
-MESSAGE_TOKENS = 128
-"""The most tokens of a message, its last ones, that are looked up."""
 WRITING_TOKENS = 64
 """The model's own text is looked up each time that it has grown by so many tokens."""
 LEAST_SCORE = 1.0
@@ -46,7 +45,9 @@ def search(context: Context, text: str, top: int) -> list[Span]:
     context.read_all()
     cache = context.cache
     token_ids = [*context.tokens[: cache.num_tokens], *context.tokens[-1:], *as_turn(context.engine, text)]
-    queries = message_queries(context.engine, cache, token_ids, context.chunk_tokens)
+    heads, end = search_heads(context.engine, cache).heads, len(token_ids)
+    read = read_on_scratch(context.engine, cache, heads, token_ids[cache.num_tokens :], context.chunk_tokens)
+    queries = read.at(message_token_positions(context.engine, token_ids, cache.num_tokens, end))
     scores = _scores(context, queries, cache.num_tokens)
     pages = best_pages(context.engine, context.tokens, cache.segments, scores, max_pages=top)
     return sorted((_span(context, page, scores) for page in pages), key=lambda span: -span.score)[:top]
@@ -88,20 +89,28 @@ def _is_exact(context: Context, page: Page) -> bool:
     return any(held.page.start <= page.start and page.end <= held.page.end for held in context.recalled)
 
 
-def _queries(context: Context, start: int) -> TextQueries:
-    """The queries of the tokens from `start` on, which are read once more on scratch.
+def _queries(context: Context, start: int) -> Tensor:
+    """The queries of the messages' tokens from `start` on, (num_search_heads, num_queries, head_dim) float32.
 
-    They are not kept from the first time, since attention that hands out queries may round differently. Where the cache
-    cannot go back, the tokens are read as if they were said again, which finds less.
+    They were kept when the tokens were read, unless the engine hands out no queries then, or the session was resumed.
+    Then the tokens are read once more on scratch. Where the cache cannot go back, they are read as if they were said
+    again, which finds less.
     """
     engine, cache, token_ids = context.engine, context.cache, context.tokens[: context.num_readable]
+    kept = context.recent_queries
+    if kept is not None and kept.start <= start and kept.end == len(token_ids):
+        return kept.at(message_token_positions(engine, token_ids, start, len(token_ids)))
+    heads, chunk_tokens = search_heads(engine, cache).heads, context.chunk_tokens
     if start < cache.tail_start or not cache.is_croppable:
-        return message_queries(engine, cache, [*token_ids, *token_ids[start:]], context.chunk_tokens)
-    with scratch(cache, back_to=start):
-        return message_queries(engine, cache, token_ids, context.chunk_tokens)
+        token_ids, start = [*token_ids, *token_ids[start:]], len(token_ids)
+        read = read_on_scratch(engine, cache, heads, token_ids[start:], chunk_tokens)
+    else:
+        with scratch(cache, back_to=start):
+            read = read_on_scratch(engine, cache, heads, token_ids[start:], chunk_tokens)
+    return read.at(message_token_positions(engine, token_ids, start, len(token_ids)))
 
 
-def _scores(context: Context, queries: TextQueries, num_tokens: int) -> Tensor:
+def _scores(context: Context, queries: Tensor, num_tokens: int) -> Tensor:
     """The score of each span of the first `num_tokens` tokens."""
     return with_originals(
         context, lambda: span_scores(context.engine, context.cache, context.originals, queries, num_tokens)

@@ -102,6 +102,7 @@ def rebuild(context: Context, num_tokens: int, reason: str) -> None:
     context.cache.restore(fresh.cache.state())
     context.tokens, context.records, context.originals = fresh.tokens, fresh.records, fresh.originals
     context.recalled, context.background_compaction = fresh.recalled, fresh.background_compaction
+    context.recent_queries = fresh.recent_queries
     context.live = fresh.live if context.live is not None else None
 
 

@@ -22,7 +22,8 @@ from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidInput
 from am_memory.recall import search
 from am_memory.recall.search import PASSAGE_TOKENS, span_scores
-from am_memory.recall.search_heads import SPAN_TOKENS, lift, message_queries, search_heads
+from am_memory.recall.search_heads import SPAN_TOKENS, lift, search_heads
+from am_memory.recall.search_queries import read_on_scratch
 
 POLICY = plain_policy(
     trigger_tokens=128,
@@ -137,14 +138,14 @@ def test_a_score_is_what_the_definition_gives(
     context, cache, engine = context_of(session), cache_of(session), session.engine
     num_tokens, found = cache.num_tokens, search_heads(engine)
     asked = some_tokens(45, seed=9)
-    text = message_queries(engine, cache, [*context.tokens[:num_tokens], *asked], 64)
+    text = read_on_scratch(engine, cache, found.heads, asked, 64).at(range(num_tokens, num_tokens + len(asked)))
     lifts = []
     for index, head in enumerate(found.heads):
         key, bias, positions = keys_by_position(session, head.layer, head.head)
         layer = cache.compactable[head.layer]
         usual = layer.rotated(found.usual[index][None], num_tokens - found.position)[0].float()
         spans = positions // SPAN_TOKENS, -(-num_tokens // SPAN_TOKENS)
-        of_text = span_shares(text.head(head), key * layer.scaling, bias, *spans)
+        of_text = span_shares(text[index], key * layer.scaling, bias, *spans)
         passages = torch.split(of_text, PASSAGE_TOKENS)
         usually = span_shares(usual, key * layer.scaling, bias, *spans).mean(0)
         lifts.append(torch.stack([lift(passage.mean(0), usually) for passage in passages]))
