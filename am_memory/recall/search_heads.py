@@ -63,6 +63,11 @@ class SearchHeads:
     usual: Tensor
     position: int
 
+    @property
+    def kv_heads(self) -> list[tuple[int, int]]:
+        """(layer, KV head) of the keys that these heads attend to, each pair once."""
+        return list(dict.fromkeys((layer, head) for layer, head, _ in self.heads))
+
     def suits(self, cache: SessionCache) -> bool:
         """Whether a cache has these heads; it must hold an exact token."""
         layers, last = cache.compactable, cache.num_tokens
