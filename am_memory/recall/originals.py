@@ -263,16 +263,23 @@ def unpacked(data: bytes) -> list[KeysAndValues]:
         raise OriginalLost(f"what should be original entries is something else: {error}") from error
 
 
-def are_kept(originals: Sequence[Original], start: int, end: int) -> bool:
-    """Whether consecutive originals hold all of the tokens [start, end), as far as is known without reading them.
+def kept_spans(originals: Sequence[Original]) -> list[tuple[int, int]]:
+    """The tokens [start, end) that have originals, as far as is known without reading them, in long spans.
 
     Args:
         originals: in the order of their tokens; no two hold the same token.
     """
+    spans: list[tuple[int, int]] = []
     for original in originals:
-        if original.start <= start < original.end and original.lost is None:
-            start = original.end
-    return start >= end
+        if original.lost is None:
+            start = spans.pop()[0] if spans and spans[-1][1] == original.start else original.start
+            spans.append((start, original.end))
+    return spans
+
+
+def are_kept(originals: Sequence[Original], start: int, end: int) -> bool:
+    """Whether originals hold all of the tokens [start, end); see `kept_spans`."""
+    return any(first <= start and end <= last for first, last in kept_spans(originals))
 
 
 def between(originals: Sequence[Original], start: int, end: int) -> list[KeysAndValues] | None:

@@ -7,6 +7,7 @@ Knows no session.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,10 +18,10 @@ from torch import Tensor
 from am_memory.engines.base import Engine, SessionCache, SessionLayer
 from am_memory.kv_cache.int8 import decoded
 from am_memory.kv_cache.slots import Segment
-from am_memory.recall.originals import Original
+from am_memory.recall.originals import Original, kept_spans
 from am_memory.recall.paging import Page, joined
 from am_memory.recall.search_heads import SPAN_TOKENS, SearchHeads, lift, search_heads
-from am_memory.recall.search_index import Masses, Run, Spans, masses_of_slots, runs, shares_of, usual_distance
+from am_memory.recall.search_index import Masses, Run, Spans, Usual, masses_of_slots, runs, shares_of, usual_distance
 from am_memory.text.boundaries import best_boundary
 
 PASSAGE_TOKENS = 32
@@ -60,8 +61,7 @@ def span_scores(
     if not search.is_rough:
         return scores
     chosen = scores.topk(max(EXACT_SPANS, int(EXACT_SHARE * len(scores)))).indices.sort().values
-    for index, head in enumerate(heads):
-        search.look_closely(index, head, chosen)
+    search.look_closely(heads, chosen)
     exact = search.scores(heads)
     return torch.where(scores.isfinite(), MIN_SCORE, scores).index_copy(0, chosen, exact[chosen])
 
@@ -118,28 +118,30 @@ class _Search:
         usual_query = self._usual(index, self.num_tokens)
         asked, usual = list[Masses](), list[Masses]()
         for run, shift in self.runs:
+            known = self._usual_of(index, run, shift)
+            usual.append(known.masses)
             spans = run.rough(kv_head) if self.is_rough else run.spans[kv_head]
-            asked.append(spans.masses(layer.rotated(query[None], -shift)[0], run.where))
-            usual.append(self._usual_masses(index, run, shift))
-        for parts, one in ((asked, query), (usual, usual_query)):
-            parts += self._on_others(index, one)
+            masses = spans.masses(layer.rotated(query[None], -shift)[0], run.where)
+            asked.append(masses._replace(scale=masses.scale + known.rough_loss) if self.is_rough else masses)
+        asked += self._on_others(index, query)
+        usual += self._on_others(index, usual_query)
         mean = torch.full((1, len(usual_query)), 1 / len(usual_query))
         return _Head(query, asked, shares_of(usual, mean, self.num_spans)[0])
 
-    def look_closely(self, index: int, head: _Head, chosen: Tensor) -> None:
-        """Replace the masses of some spans by exact ones.
+    def look_closely(self, heads: Sequence[_Head], chosen: Tensor) -> None:
+        """Replace the first look at some spans by their exact masses.
 
         Args:
             chosen: rising indices of spans.
         """
-        layer, kv_head = self._layer(index), self._kv_head(index)
-        for (run, shift), rough in zip(self.runs, list(head.asked), strict=False):
+        for number, (run, shift) in enumerate(self.runs):
             mine = chosen[(chosen >= run.where.start) & (chosen < run.where.stop)]
-            if len(mine):
-                local = mine - run.where.start
-                rough.sums[:, local] = 0
-                query = layer.rotated(head.query[None], -shift)[0]
-                head.asked.append(run.spans[kv_head].at(local).masses(query, mine))
+            local = mine - run.where.start
+            spans = [of_head.at(local) for of_head in run.spans] if len(mine) else []
+            for index, head in enumerate(heads if spans else ()):
+                head.asked[number].sums[:, local] = 0
+                query = self._layer(index).rotated(head.query[None], -shift)[0]
+                head.asked.append(spans[self._kv_head(index)].masses(query, mine))
 
     def _layer(self, index: int) -> SessionLayer:
         return self.cache.compactable[self.found.heads[index].layer]
@@ -154,13 +156,14 @@ class _Search:
             usual = layer.rotated(usual[None], position - self.found.position)[0].float()
         return usual * (layer.scaling or 0.0)
 
-    def _usual_masses(self, index: int, run: Run, shift: int) -> Masses:
-        """The masses of the usual queries on a run, which keeps them."""
-        distance = usual_distance(self.num_tokens - shift - run.start)
-        known = run.usual_masses(index, distance)
+    def _usual_of(self, index: int, run: Run, shift: int) -> Usual:
+        """The attention of the usual queries on a run, which keeps it."""
+        distance, kv_head = usual_distance(self.num_tokens - shift - run.start), self._kv_head(index)
+        known = run.usual(index, distance)
         if known is None:
-            usual = self._usual(index, run.start + distance)
-            known = run.spans[self._kv_head(index)].masses(usual, run.where)
+            query = self._usual(index, run.start + distance)
+            masses, rough = (spans.masses(query, run.where) for spans in (run.spans[kv_head], run.rough(kv_head)))
+            known = Usual(masses, float((masses.log_total - rough.log_total).mean()))
             run.keep_usual(index, distance, known)
         return known
 
@@ -184,8 +187,8 @@ class _Search:
     def _is_without_original(self) -> Tensor:
         """(num_tokens,) bool."""
         is_without = torch.ones(self.num_tokens, dtype=torch.bool)
-        for original in self.originals:
-            is_without[original.start : original.end] = original.lost is not None
+        for start, end in kept_spans(self.originals):
+            is_without[start:end] = False
         return is_without
 
 
@@ -208,10 +211,15 @@ def best_pages(
         max_pages: no more spans are added once there are so many pages; None: no bound.
     """
     pages: list[Page] = []
+    room = math.inf if max_tokens is None else (max_tokens - SPAN_TOKENS) // 2  # on each side of a span
+    if room < 0:
+        return pages
+    margin = int(min(room, MARGIN_TOKENS))
+    slack = int(min(room - margin, BOUNDARY_TOKENS))
     for span in scores.argsort(descending=True, stable=True).tolist():
         if not scores[span] >= least_score:
             break
-        more = joined([*pages, *_around(engine, token_ids, segments, span)])
+        more = joined([*pages, *_around(engine, token_ids, segments, span, margin, slack)])
         if max_tokens is not None and sum(page.num_tokens for page in more) > max_tokens:
             break
         if max_pages is not None and len(more) > max_pages <= len(pages):
@@ -225,16 +233,24 @@ def page_score(scores: Tensor, page: Page) -> float:
     return float(scores[page.start // SPAN_TOKENS : (page.end - 1) // SPAN_TOKENS + 1].max())
 
 
-def _around(engine: Engine, token_ids: Sequence[int], segments: Sequence[Segment], span: int) -> Iterator[Page]:
-    """A span with its margins, cut at the edges of segments, and ending at boundaries of the text."""
-    start, end = span * SPAN_TOKENS - MARGIN_TOKENS, (span + 1) * SPAN_TOKENS + MARGIN_TOKENS
+def _around(
+    engine: Engine, token_ids: Sequence[int], segments: Sequence[Segment], span: int, margin: int, slack: int
+) -> Iterator[Page]:
+    """A span with its margins, cut at the edges of segments, and ending at boundaries of the text.
+
+    Args:
+        margin: tokens on each side.
+        slack: how far each end may move to a boundary, in tokens.
+    """
+    first, last = span * SPAN_TOKENS, (span + 1) * SPAN_TOKENS
     for segment in segments:
-        if segment.start < end - MARGIN_TOKENS and segment.end > start + MARGIN_TOKENS:
-            yield Page(*(_boundary(engine, token_ids, segment, edge) for edge in (start, end)))
+        if segment.start < last and segment.end > first:
+            edges = (first - margin, last + margin)
+            yield Page(*(_boundary(engine, token_ids, segment, edge, slack) for edge in edges))
 
 
-def _boundary(engine: Engine, token_ids: Sequence[int], segment: Segment, edge: int) -> int:
-    if not segment.start < edge < segment.end:
+def _boundary(engine: Engine, token_ids: Sequence[int], segment: Segment, edge: int, slack: int) -> int:
+    if not slack or not segment.start < edge < segment.end:
         return min(max(edge, segment.start), segment.end)
-    earliest, latest = max(edge - BOUNDARY_TOKENS, segment.start), min(edge + BOUNDARY_TOKENS, segment.end)
+    earliest, latest = max(edge - slack, segment.start), min(edge + slack, segment.end)
     return best_boundary(engine, token_ids, max(earliest, 1), min(latest, len(token_ids) - 1))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -95,33 +95,46 @@ def ready_search_heads(engine: Engine, cache: SessionCache | None = None) -> Sea
     return _ready[engine]
 
 
-def search_heads(engine: Engine, cache: SessionCache | None = None) -> SearchHeads:
+def search_heads(
+    engine: Engine,
+    cache: SessionCache | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> SearchHeads:
     """The search heads of an engine's model: shipped, measured earlier on this machine, or measured now.
 
     A measurement reads about 2,000 tokens. It is written to the user's folder for caches, if that can be written to.
 
     Args:
         cache: see `ready_search_heads`.
+        on_progress: called with the number of texts that a measurement has read, and of all.
     """
     found = ready_search_heads(engine, cache)
     if found is None:
-        found = _ready[engine] = measure(engine)
+        found = _ready[engine] = measure(engine, on_progress)
         _remember(engine.info.fingerprint, found)
     return found
 
 
-def measure(engine: Engine) -> SearchHeads:
-    """Find the heads whose attention to the answers of the trial's questions rises most above all other places."""
+def measure(engine: Engine, on_progress: Callable[[int, int], None] = lambda done, total: None) -> SearchHeads:
+    """Find the heads whose attention to the answers of the trial's questions rises most above all other places.
+
+    Args:
+        on_progress: see `search_heads`.
+    """
     trial, cache, chunk_tokens = _trial(), engine.new_cache(), engine.chunk_tokens
     token_ids, places = trial.encoded(engine)
     for chunk in in_chunks(token_ids, chunk_tokens):
         engine.forward(cache, chunk)
 
-    def queries(text: str) -> list[Tensor]:
+    num_texts = 1 + len(trial.ordinary) + len(trial.questions)
+    on_progress(1, num_texts)
+
+    def queries(number: int, text: str) -> list[Tensor]:
         """For each layer (kv_heads, groups, num_tokens, head_dim), of the tokens that belong to messages."""
         asked = [*token_ids, *as_turn(engine, text)]
         where = torch.tensor(message_token_positions(engine, asked, len(token_ids), len(asked))) - len(token_ids)
         passes = queries_on_scratch(engine, cache, in_chunks(asked[len(token_ids) :], chunk_tokens))
+        on_progress(number, num_texts)
         return [torch.cat([query for query, _ in layer], dim=2).cpu()[:, :, where] for layer in passes]
 
     def shares(text: list[Tensor]) -> Tensor:
@@ -130,10 +143,13 @@ def measure(engine: Engine) -> SearchHeads:
         return torch.cat([_span_shares(query, layer.exact_entries(0, len(token_ids))[0], layer.scaling or 0)
                           for query, layer in layers])  # fmt: skip
 
-    ordinary = [queries(text) for text in trial.ordinary]
+    ordinary = [queries(number, text) for number, text in enumerate(trial.ordinary, start=2)]
     usual = torch.stack([shares(text) for text in ordinary]).mean(dim=0)
-    asked = zip(trial.questions, places, strict=True)
-    found = [_log_share_of_answer(lift(shares(queries(question)), usual), place) for (question, _), place in asked]
+    asked = enumerate(zip(trial.questions, places, strict=True), start=2 + len(ordinary))
+    found = [
+        _log_share_of_answer(lift(shares(queries(number, question)), usual), place)
+        for number, ((question, _), place) in asked
+    ]
     best = torch.stack(found).mean(dim=0).topk(min(NUM_HEADS, len(usual))).indices.tolist()
     num_kv, num_groups = ordinary[0][0].shape[:2]
     heads = tuple(SearchHead(i // (num_kv * num_groups), i // num_groups % num_kv, i % num_groups) for i in best)

@@ -6,7 +6,7 @@ originals are joined once and used again by later searches, of forks too, so tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
@@ -108,6 +108,19 @@ class Spans(NamedTuple):
         return cls(padded.unflatten(0, (-1, SPAN_TOKENS)), bias.unflatten(0, (-1, SPAN_TOKENS)))
 
 
+class Usual(NamedTuple):
+    """The attention of the usual queries of one search head on a run.
+
+    Attributes:
+        masses: on each of its spans.
+        rough_loss: how much less mass the rough keys get, in nats: the exponential of a mean is below the mean of
+            exponentials. The text's queries lose as much, to a tenth of a nat.
+    """
+
+    masses: Masses
+    rough_loss: float
+
+
 @dataclass(eq=False)
 class Run:
     """The keys of consecutive originals, all with the same shift.
@@ -123,8 +136,15 @@ class Run:
     end: int
     members: tuple[ReferenceType[Original], ...] = ()
     _rough: dict[int, Spans] = field(default_factory=dict)
-    _usual: dict[int, Masses] = field(default_factory=dict)
+    _usual: dict[int, Usual] = field(default_factory=dict)
     _distance: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory that it takes, with what searches keep with it."""
+        spans = [*self.spans, *self._rough.values()]
+        masses = [tensor for one in self._usual.values() for tensor in (one.masses.sums, one.masses.scale)]
+        return sum(tensor.nbytes for tensor in (*(part for each in spans for part in each), *masses))
 
     @property
     def where(self) -> slice:
@@ -149,27 +169,33 @@ class Run:
             self._rough[kv_head] = self.spans[kv_head].rough()
         return self._rough[kv_head]
 
-    def usual_masses(self, index: int, distance: int) -> Masses | None:
-        """The masses of the usual queries of search head `index`, if they were kept at this distance."""
+    def usual(self, index: int, distance: int) -> Usual | None:
+        """Those of search head `index`, if they were kept at this distance."""
         return self._usual.get(index) if distance == self._distance else None
 
-    def keep_usual(self, index: int, distance: int, masses: Masses) -> None:
-        """Keep the masses that `usual_masses` gives, in place of those at another distance."""
+    def keep_usual(self, index: int, distance: int, usual: Usual) -> None:
+        """Keep what `usual` gives, in place of those at another distance."""
         if distance != self._distance:
             self._usual, self._distance = {}, distance
-        self._usual[index] = masses
+        self._usual[index] = usual
 
 
 def usual_distance(distance: int) -> int:
     """The distance at which the usual queries stand from a run: the next power of two.
 
-    So the masses of a run are computed a few times in the life of a conversation, and do not depend on earlier searches.
+    So the masses of a run are computed a few times in the life of a conversation, whatever was searched before.
     """
     return 1 << max(distance - 1, 0).bit_length()
 
 
 _keys: WeakKeyDictionary[Original, list[Tensor]] = WeakKeyDictionary()
-_runs: WeakKeyDictionary[Original, Run] = WeakKeyDictionary()
+_runs: WeakKeyDictionary[Original, Run] = WeakKeyDictionary()  # of each of its members
+
+
+def index_bytes(originals: Iterable[Original]) -> int:
+    """Host memory of the keys by which these originals are searched; it is taken at the first search."""
+    held = {_runs[original] for original in originals if original in _runs}
+    return sum(run.nbytes for run in held)
 
 
 def runs(found: SearchHeads, originals: Sequence[Original], segments: Sequence[Segment]) -> Iterator[tuple[Run, int]]:
@@ -190,10 +216,10 @@ def _run(found: SearchHeads, members: Sequence[Original]) -> Run:
     if known is None or known.members != references:
         parts = [_keys_of(found, original) for original in members]
         spans = [Spans.of(torch.cat(of_head), start) for of_head in zip(*parts, strict=True)]
-        known = _runs[members[0]] = Run(spans, start, members[-1].end, references)
+        known = Run(spans, start, members[-1].end, references)
         for original in members:  # views: nothing is held twice, and nothing read again if the run changes
             part = slice(original.start - start, original.end - start)
-            _keys[original] = [known.key(kv_head)[part] for kv_head in range(len(spans))]
+            _keys[original], _runs[original] = [known.key(kv_head)[part] for kv_head in range(len(spans))], known
     return known
 
 

@@ -47,6 +47,7 @@ from am_memory.queries import LiveQueries, scratch
 from am_memory.recall.original_store import OriginalStore
 from am_memory.recall.originals import Original
 from am_memory.recall.paging import Recalled, at_rest
+from am_memory.recall.search_index import index_bytes
 from am_memory.recall.search_queries import SearchQueries
 from am_memory.session import pages
 from am_memory.session.chat_history import ChatHistory
@@ -360,8 +361,9 @@ class Context:
 
     @property
     def off_device_bytes(self) -> int:
-        """Bytes of the originals and of the slots of recalled pages, in host memory or on disk."""
-        return sum(original.nbytes for original in self.originals) + sum(recalled.nbytes for recalled in self.recalled)
+        """Bytes of the originals, their search keys, and the slots of recalled pages, in host memory or on disk."""
+        held = (*self.originals, *self.recalled)
+        return sum(one.nbytes for one in held) + index_bytes(self.originals)
 
     def forget_after_cache(self) -> None:
         """Drop kept queries and a background compaction that are of tokens behind the cache's end."""
