@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from am_memory import Memory, MemoryPolicy, Sampling, Segment, Session
 from am_memory.kv_cache.cache import CacheState
 from am_memory.kv_cache.layers import TailState
 from am_memory.recall import search_index
-from am_memory.recall.originals import KeysAndValues, Original
+from am_memory.recall.originals import KeysAndValues, Original, keys_of
 from am_memory.recall.search_heads import search_heads
 from am_memory.session import lookup
 
@@ -50,6 +51,9 @@ class RandomEntries:
             return torch.randn(tensor.shape[0], self.num_tokens, tensor.shape[2]).to(tensor.dtype)
 
         return [(random(key), random(value)) for key, value in self.like]
+
+    def keys(self, heads: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+        return keys_of(self.layers(), heads)
 
     def packed(self) -> bytes:
         return b""

@@ -55,6 +55,14 @@ class Entries(Protocol):
         """Keys and values in host memory; raises OriginalLost as `packed` does."""
         ...
 
+    def keys(self, heads: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """The keys of some (layer, KV head), (num_tokens, head_dim) each, not compared with any digest.
+
+        Raises:
+            OriginalLost: they cannot be read.
+        """
+        ...
+
     def packed(self) -> bytes:
         """The bytes of one safetensors file.
 
@@ -96,6 +104,9 @@ class HostEntries:
     def layers(self) -> Sequence[KeysAndValues]:
         return self.entries
 
+    def keys(self, heads: Sequence[tuple[int, int]]) -> list[Tensor]:
+        return keys_of(self.entries, heads)
+
     def packed(self) -> bytes:
         return packed(self.entries)
 
@@ -119,6 +130,9 @@ class DiskEntries:
 
     def layers(self) -> Sequence[KeysAndValues]:
         return unpacked(self.packed())
+
+    def keys(self, heads: Sequence[tuple[int, int]]) -> list[Tensor]:
+        return keys_of(self.layers(), heads)
 
     def packed(self) -> bytes:
         try:
@@ -200,6 +214,17 @@ class Original:
         last = self.end - self.start if end is None else end - self.start
         return cut(self._read(lambda entries: entries.layers()), first, last)
 
+    def keys(self, heads: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """The keys of some (layer, KV head), for a search: (num_tokens, head_dim) each.
+
+        Those in a store are not compared with their digest, which would read all entries; `layers` compares.
+
+        Raises:
+            OriginalLost: they cannot be read.
+        """
+        self.last_use = next(_uses)
+        return self._read(lambda entries: entries.keys(heads))
+
     def packed(self) -> bytes:
         """The bytes of one safetensors file; raises OriginalLost as `layers` does."""
         return self._read(lambda entries: entries.packed())
@@ -230,6 +255,11 @@ def _to_host(tensor: Tensor) -> Tensor:
 def num_bytes(entries: Iterable[KeysAndValues]) -> int:
     """Bytes that some entries take in memory."""
     return sum(key.nbytes + value.nbytes for key, value in entries)
+
+
+def keys_of(entries: Sequence[KeysAndValues], heads: Iterable[tuple[int, int]]) -> list[Tensor]:
+    """Copies of the keys of some (layer, KV head)."""
+    return [entries[layer][0][head].clone() for layer, head in heads]
 
 
 def cut(entries: Iterable[KeysAndValues], start: int, end: int) -> list[KeysAndValues]:

@@ -225,8 +225,7 @@ def _run(found: SearchHeads, members: Sequence[Original]) -> Run:
 
 def _keys_of(found: SearchHeads, original: Original) -> list[Tensor]:
     if original not in _keys:
-        entries = original.layers()
-        _keys[original] = [entries[layer][0][head].clone() for layer, head in found.kv_heads]
+        _keys[original] = original.keys(found.kv_heads)
     return _keys[original]
 
 

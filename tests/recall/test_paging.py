@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from inside import cache_of, layers_of, originals_of, put_away_oldest, trigger_of
 from policies import plain_policy
@@ -23,6 +24,7 @@ from am_memory.events import Event, OriginalsLost, SpanPutAway, SpanRecalled
 from am_memory.recall.original_files import Spill, spill
 from am_memory.recall.paging import Page
 from am_memory.recall.search_index import index_bytes
+from am_memory.storage.saved_originals import SavedEntries
 
 POLICY = plain_policy(
     trigger_tokens=128,
@@ -429,6 +431,36 @@ def test_without_its_saved_originals_a_session_is_resumed_all_the_same(new_memor
     assert resumed.segments == session.segments
     with pytest.raises(InvalidInput, match="not kept .* or are lost"):
         resumed.recall((0, 50))
+
+
+def test_the_first_search_of_a_resumed_session_reads_its_search_keys_alone(
+    new_memory: NewMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It read all that was ever compacted."""
+    session = read_session(new_memory())
+    session.save()
+    resumed = new_memory().session("alice")
+    monkeypatch.setattr(SavedEntries, "packed", lambda entries: pytest.fail("all entries were read"))
+    assert resumed.search("what?") == session.search("what?")
+
+
+@pytest.mark.parametrize("damage", ["nan", "cut", "missing"])
+def test_search_keys_that_cannot_be_used_are_lost(new_memory: NewMemory, tmp_path: Path, damage: str) -> None:
+    session = read_session(new_memory(), 300)
+    session.save()
+    events: list[Event] = []
+    resumed = new_memory(events.append).session("alice")
+    path = tmp_path / "store" / "originals" / f"{originals_of(session)[0].digest}.safetensors"
+    tensors = {name: tensor * torch.nan for name, tensor in safetensors.torch.load_file(path).items()}
+    if damage == "nan":
+        safetensors.torch.save_file(tensors, path)
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:1000])
+    else:
+        path.unlink()
+    assert resumed.search("what?")
+    (lost,) = [event for event in events if isinstance(event, OriginalsLost)]
+    assert (lost.start, lost.end) == (originals_of(session)[0].start, originals_of(session)[0].end)
 
 
 def test_a_policy_without_originals_does_not_load_them(new_memory: NewMemory) -> None:
