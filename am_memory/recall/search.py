@@ -122,7 +122,7 @@ class _Search:
             usual.append(known.masses)
             spans = run.rough(kv_head) if self.is_rough else run.spans[kv_head]
             masses = spans.masses(layer.rotated(query[None], -shift)[0], run.where)
-            asked.append(masses._replace(scale=masses.scale + known.rough_loss) if self.is_rough else masses)
+            asked.append(masses._replace(scale=masses.scale + (known.rough_loss or 0.0)) if self.is_rough else masses)
         asked += self._on_others(index, query)
         usual += self._on_others(index, usual_query)
         mean = torch.full((1, len(usual_query)), 1 / len(usual_query))
@@ -159,11 +159,13 @@ class _Search:
     def _usual_of(self, index: int, run: Run, shift: int) -> Usual:
         """The attention of the usual queries on a run, which keeps it."""
         distance, kv_head = usual_distance(self.num_tokens - shift - run.start), self._kv_head(index)
-        known = run.usual(index, distance)
+        known, query = run.usual(index, distance), self._usual(index, run.start + distance)
         if known is None:
-            query = self._usual(index, run.start + distance)
-            masses, rough = (spans.masses(query, run.where) for spans in (run.spans[kv_head], run.rough(kv_head)))
-            known = Usual(masses, float((masses.log_total - rough.log_total).mean()))
+            known = Usual(run.spans[kv_head].masses(query, run.where))
+            run.keep_usual(index, distance, known)
+        if self.is_rough and known.rough_loss is None:
+            rough = run.rough(kv_head).masses(query, run.where)
+            known = known._replace(rough_loss=float((known.masses.log_total - rough.log_total).mean()))
             run.keep_usual(index, distance, known)
         return known
 

@@ -114,11 +114,11 @@ class Usual(NamedTuple):
     Attributes:
         masses: on each of its spans.
         rough_loss: how much less mass the rough keys get, in nats: the exponential of a mean is below the mean of
-            exponentials. The text's queries lose as much, to a tenth of a nat.
+            exponentials. The text's queries lose as much, to a tenth of a nat. None: no search was rough so far.
     """
 
     masses: Masses
-    rough_loss: float
+    rough_loss: float | None = None
 
 
 @dataclass(eq=False)

@@ -35,7 +35,7 @@ def mark_of(name: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class SavedEntries:
-    """`Entries` in a store. Every read compares their digest.
+    """`Entries` in a store. Every read but that of `keys` compares their digest.
 
     Attributes:
         num_tokens: whose entries they are.

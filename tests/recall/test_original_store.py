@@ -285,11 +285,6 @@ NewMemory = Callable[..., Memory]
 
 
 @pytest.fixture
-def events() -> list[Event]:
-    return []
-
-
-@pytest.fixture
 def new_memory(engine: TransformersEngine, tmp_path: Path, events: list[Event]) -> NewMemory:
     """Makes memories with other bounds that share the model, a store, and who listens."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import random
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +10,9 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from driven import some_tokens
 from inside import cache_of, layers_of, originals_of, put_away_oldest, trigger_of
-from policies import plain_policy
+from policies import originals_policy
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,21 +26,8 @@ from am_memory.recall.paging import Page
 from am_memory.recall.search_index import index_bytes
 from am_memory.storage.saved_originals import SavedEntries
 
-POLICY = plain_policy(
-    trigger_tokens=128,
-    keep_ratio=0.25,
-    keep_recent=8,
-    pinned=3,
-    chunk_tokens=32,
-    originals="host",
-    recall_tokens=0,
-    head_budget="adaptive",
-)
+POLICY = originals_policy()
 PLACES = ["host", "disk"]
-
-
-def some_tokens(count: int, seed: int = 0) -> list[int]:
-    return random.Random(seed).choices(range(256), k=count)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import torch
 from driven import some_tokens
 from inside import cache_of, context_of, originals_of, state_of
-from policies import plain_policy
+from policies import originals_policy, plain_policy
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,16 +27,7 @@ from am_memory.recall.search_heads import SPAN_TOKENS, lift, search_heads
 from am_memory.recall.search_index import Spans, index_bytes
 from am_memory.recall.search_queries import read_on_scratch
 
-POLICY = plain_policy(
-    trigger_tokens=128,
-    keep_ratio=0.25,
-    keep_recent=8,
-    pinned=3,
-    chunk_tokens=32,
-    originals="host",
-    recall_tokens=0,
-    head_budget="adaptive",
-)
+POLICY = originals_policy()
 
 NewSession = Callable[..., Session]
 
