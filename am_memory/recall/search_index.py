@@ -87,9 +87,10 @@ class Spans(NamedTuple):
 
     def rough(self) -> Spans:
         """The same spans, with the mean of each `ROUGH_TOKENS` keys instead of these."""
-        weights = self.bias.exp().unflatten(1, (-1, ROUGH_TOKENS))  # (num_spans, means, ROUGH_TOKENS)
+        shape = len(self.bias), -1, ROUGH_TOKENS  # of each span its means, and their keys
+        weights = self.bias.exp().view(shape)
         counts = weights.sum(dim=2)
-        sums = (self.keys.unflatten(1, (-1, ROUGH_TOKENS)).float() * weights[..., None]).sum(dim=2)
+        sums = (self.keys.view(*shape, self.keys.shape[-1]).float() * weights[..., None]).sum(dim=2)
         return Spans((sums / counts.clamp_min(1)[..., None]).to(self.keys.dtype), counts.log())
 
     @classmethod
@@ -105,7 +106,7 @@ class Spans(NamedTuple):
         bias = torch.zeros(before + len(key) + behind)
         bias[:before], bias[before + len(key) :] = -torch.inf, -torch.inf
         padded = torch.nn.functional.pad(key, (0, 0, before, behind))
-        return cls(padded.unflatten(0, (-1, SPAN_TOKENS)), bias.unflatten(0, (-1, SPAN_TOKENS)))
+        return cls(padded.view(-1, SPAN_TOKENS, key.shape[1]), bias.view(-1, SPAN_TOKENS))
 
 
 class Usual(NamedTuple):
@@ -261,7 +262,7 @@ def masses_of_slots(query: Tensor, key: Tensor, bias: Tensor, positions: Tensor)
         bias: (num_slots,) float32.
         positions: (num_slots,) int64, logical.
     """
-    spans, indices = (positions // SPAN_TOKENS).unique(return_inverse=True)
+    spans, indices = (positions // SPAN_TOKENS).unique(return_inverse=True)  # type: ignore[no-untyped-call]
     logits = query @ key.float().T + bias
     scale = logits.amax(dim=1, keepdim=True)
     sums = torch.zeros(len(query), len(spans)).index_add_(1, indices, (logits - scale).exp_())

@@ -362,8 +362,8 @@ class Context:
     @property
     def off_device_bytes(self) -> int:
         """Bytes of the originals, their search keys, and the slots of recalled pages, in host memory or on disk."""
-        held = (*self.originals, *self.recalled)
-        return sum(one.nbytes for one in held) + index_bytes(self.originals)
+        held = sum(original.nbytes for original in self.originals) + sum(recalled.nbytes for recalled in self.recalled)
+        return held + index_bytes(self.originals)
 
     def forget_after_cache(self) -> None:
         """Drop kept queries and a background compaction that are of tokens behind the cache's end."""
