@@ -23,6 +23,15 @@ class ReadProgress:
 
 
 @dataclass(frozen=True)
+class SearchHeadsProgress:
+    """The model's search heads are measured, once for each model: `done_texts` of `total_texts` were read."""
+
+    session: str
+    done_texts: int
+    total_texts: int
+
+
+@dataclass(frozen=True)
 class CompactionStarted:
     """A compaction of the tokens [start, end) of the conversation begins; the cache has `kv_tokens` now."""
 
@@ -258,6 +267,7 @@ class PolicyChanged:
 
 Event = (
     ReadProgress
+    | SearchHeadsProgress
     | CompactionStarted
     | CompactionProgress
     | CompactionFinished

@@ -54,7 +54,8 @@ class Memory:
         trust_messages: read control tokens that messages spell (`<|im_end|>`) as control tokens. By default they are
             plain text, and only the chat template writes control tokens, so that nobody can speak in another's turn.
         originals_bytes: host memory that the originals of all sessions may take: the exact entries of compacted
-            tokens. The least recently used move to disk. None: an eighth of the memory of the machine or container.
+            tokens, and the keys by which they are searched. The least recently used entries move to disk. None: an
+            eighth of the memory of the machine or container.
         originals_disk_bytes: what originals may take in the folder for temporary files. The least recently used are
             dropped. None: a quarter of what is free there.
 

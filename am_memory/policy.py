@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+MIN_PAGE_TOKENS = 16
+"""Tokens of the smallest page that recall brings back."""
+
 SINK_TOKENS = 4
 """Attention sinks: models put spare attention on the first tokens of a text, so these always stay exact."""
 
@@ -126,7 +129,8 @@ class MemoryPolicy(_Settings):
             model's own text looks for them. This room below the trigger is kept free for them. 0: nothing is recalled
             by itself. None: an eighth of the trigger, but at least 256 tokens where that is at most a quarter of it;
             less, down to 0, where compactions would become too small, and 0 where originals are dropped. A page takes
-            about 50 tokens. Models with a table of positions recall nothing by themselves.
+            about 50 tokens, or all of the room where that is less; 16 are the least. Models with a table of positions
+            recall nothing by themselves.
         segment_dtype: type in which compact segments store keys and values: "model" (the model's dtype) or "int8" (one
             scale per channel of each segment and head, decoded for every attention). Biases, pinned tokens and recalled
             tokens keep the model's dtype. Reported errors are measured before rounding.
@@ -200,6 +204,15 @@ class MemoryPolicy(_Settings):
     @field_serializer("key_selection")
     def _selection_parameters(self, selection: KeySelection) -> str | dict[str, object]:
         return parameters(selection)
+
+    @field_validator("recall_tokens")
+    @classmethod
+    def _holds_a_page(cls, recall_tokens: int | None) -> int | None:
+        if recall_tokens is not None and 0 < recall_tokens < MIN_PAGE_TOKENS:
+            raise ValueError(
+                f"{recall_tokens} tokens hold no page: set it to {MIN_PAGE_TOKENS} or more, or to 0 to recall nothing"
+            )
+        return recall_tokens
 
     @field_validator("experiments")
     @classmethod

@@ -3,9 +3,9 @@
     python benchmarks/lookup.py --model MODEL --tokens 4000 16000 64000 256000 1000000
 
 A short chat is really read and compacted. Then its compacted part is stretched to the length of each history: segments
-and originals in between get random entries of the model's shapes. A turn is a question of about 20 tokens, and an
-answer of --new-tokens. The time of a lookup is that of the search and of its pages, without the time that the question
-takes when it is read again.
+and originals in between get random entries of the model's shapes. A turn is a question of about 20 tokens, or as many
+as --question-tokens, and an answer of --new-tokens. The time of the search is without that of its pages. Seconds are
+those of the processor, all threads together, since others may use the machine.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from am_memory import Memory, MemoryPolicy, Sampling, Segment, Session
 from am_memory.kv_cache.cache import CacheState
 from am_memory.kv_cache.layers import TailState
 from am_memory.recall import search_index
-from am_memory.recall.originals import KeysAndValues, Original
+from am_memory.recall.originals import KeysAndValues, Original, keys_of
 from am_memory.recall.search_heads import search_heads
 from am_memory.session import lookup
 
@@ -51,6 +52,9 @@ class RandomEntries:
 
         return [(random(key), random(value)) for key, value in self.like]
 
+    def keys(self, heads: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+        return keys_of(self.layers(), heads)
+
     def packed(self) -> bytes:
         return b""
 
@@ -75,7 +79,7 @@ def stretched(session: Session, num_tokens: int) -> Session:
         end = min(start + ORIGINAL_TOKENS, first + extra)
         original = Original(start, end, RandomEntries(like, end - start))
         search_index._keys[original] = [
-            torch.randn(end - start, like[layer][0].shape[2]).to(like[layer][0].dtype) for layer, _, _ in found.heads
+            torch.randn(end - start, like[layer][0].shape[2]).to(like[layer][0].dtype) for layer, _ in found.kv_heads
         ]
         made.append(original)
     context.originals = (*context.originals, *made)
@@ -90,19 +94,19 @@ def turn_seconds(session: Session, question: str, new_tokens: int) -> tuple[floa
     look = lookup.span_scores
 
     def timed(*args: Any) -> torch.Tensor:
-        started = time.perf_counter()
+        started = time.process_time()
         try:
             return look(*args)
         finally:
-            spent.append(time.perf_counter() - started)
+            spent.append(time.process_time() - started)
 
     lookup.span_scores = timed
     try:
-        started = time.perf_counter()
+        started = time.process_time()
         branch.append([{"role": "user", "content": question}])
         for _ in branch.generate(new_tokens, Sampling(temperature=0.0)):
             pass
-        return time.perf_counter() - started, sum(spent)
+        return time.process_time() - started, sum(spent)
     finally:
         lookup.span_scores = look
 
@@ -113,11 +117,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[4_000, 16_000, 64_000, 256_000, 1_000_000])
     parser.add_argument("--trigger", type=int, default=1024)
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--question-tokens", type=int, default=0, help="repeat the question up to this length")
     parser.add_argument("--turns", type=int, default=9, help="of each kind; the median counts")
     args = parser.parse_args()
     memory = Memory.from_pretrained(args.model, policy=MemoryPolicy(trigger_tokens=args.trigger))
     session = memory.scratch()
     session.append([{"role": "user", "content": "We sat by the river and the heron stood in the reeds. " * 120}])
+    session.append([{"role": "assistant", "content": "That must have been a quiet evening."}])
     search_heads(memory.engine)
     rows = []
     for num_tokens in args.tokens:
@@ -127,6 +133,7 @@ def main() -> None:
         pairs = []
         for number in range(args.turns):
             question = QUESTIONS[number % len(QUESTIONS)]
+            question += f" {question}" * (args.question_tokens // len(memory.tokenize(question)) - 1)
             recalled, spent = turn_seconds(long, question, args.new_tokens)
             pairs.append((recalled, turn_seconds(plain, question, args.new_tokens)[0], spent))
         ratio = statistics.median(one / other for one, other, _ in pairs)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from am_memory.engines.llama_cpp import LlamaCppEngine
     from am_memory.engines.transformers import TransformersEngine
+    from am_memory.events import Event
 
 IM_START, IM_END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 IM_START_ID, IM_END_ID, PAD_ID = 256, 257, 258
@@ -70,6 +71,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return super()._split_scope(nodeid).split("::")[0]
 
     return ByGroupOrFile(config, log)
+
+
+@pytest.fixture
+def events() -> list[Event]:
+    """For `on_event=events.append`."""
+    return []
 
 
 @pytest.fixture(autouse=True)

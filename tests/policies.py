@@ -15,6 +15,12 @@ _SAID: dict[str, Any] = {
 }
 
 
+def originals_policy(**changes: Any) -> MemoryPolicy:
+    """A small policy that keeps originals, and recalls nothing by itself."""
+    small = {"trigger_tokens": 128, "keep_ratio": 0.25, "keep_recent": 8, "pinned": 3, "chunk_tokens": 32}
+    return plain_policy(**{**small, "originals": "host", "recall_tokens": 0, "head_budget": "adaptive", **changes})
+
+
 def plain_policy(**changes: Any) -> MemoryPolicy:
     """A policy without recall that says what most counts depend on."""
     return MemoryPolicy(**{**_SAID, **changes})

@@ -24,6 +24,7 @@ from am_memory.events import (
     OriginalsLost,
     PolicyChanged,
     ReadProgress,
+    SearchHeadsProgress,
     SessionRebuilt,
     Span,
     WindowExceeded,
@@ -94,6 +95,8 @@ class EventBars:
         match event:
             case ReadProgress(_, done, total):
                 self.step("reading tokens", done, total)
+            case SearchHeadsProgress(_, done, total):
+                self.step("measuring search heads", done, total)
             case CompactionProgress(_, stage, done, total):
                 self.step(STAGES[stage], done, total)
             case CompactionFinished(_, report) if self._progress is None:

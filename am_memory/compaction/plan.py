@@ -152,7 +152,7 @@ def require_progress(policy: MemoryPolicy, trigger_tokens: int, num_pinned: int,
         )
     _check_floor(policy, block)
     if policy.ahead_tokens:
-        _check_ahead(policy, trigger_tokens, num_pinned)
+        _check_ahead(policy, trigger_tokens, num_pinned, recall_tokens)
     bound, min_slots = max_compact_tokens(policy, trigger_tokens), policy.experiments.min_slots
     if bound < min_slots:
         raise BudgetTooSmall(
@@ -193,7 +193,7 @@ def most_at_once(policy: MemoryPolicy, trigger_tokens: int, num_pinned: int) -> 
     return max(bisect_left(range(trigger_tokens), True, key=is_too_much) - 1, 1)  # more tokens, smaller block
 
 
-def _check_ahead(policy: MemoryPolicy, trigger_tokens: int, num_pinned: int) -> None:
+def _check_ahead(policy: MemoryPolicy, trigger_tokens: int, num_pinned: int, recall_tokens: int) -> None:
     ahead_tokens = policy.ahead_tokens
     block = min_block_tokens(policy, trigger_tokens, num_pinned, ahead_tokens)
     if ahead_tokens >= block:
@@ -204,8 +204,8 @@ def _check_ahead(policy: MemoryPolicy, trigger_tokens: int, num_pinned: int) -> 
         )
         raise InvalidPolicy(
             f"ahead_tokens {ahead_tokens} must be below the {max(block, 0)} tokens that a compaction covers at least "
-            f"if it begins that far below the trigger of {trigger_tokens}: lower it to {possible}, or raise "
-            "trigger_tokens"
+            f"if it begins that far below the trigger of {trigger_tokens + recall_tokens}, {recall_tokens} of which "
+            f"are kept free for recall: lower it to {possible}, or recall_tokens, or raise trigger_tokens"
         )
     _check_floor(policy, block)
 

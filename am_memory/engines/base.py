@@ -77,6 +77,8 @@ class Capabilities:
         can_rotate_keys: `SessionLayer.rotated` works for any distance, and `SessionCache.compacted` moves segments by
             their `shift` (summaries, and conversations that are longer than the context window).
         why_keys_stay: the reason if keys cannot be rotated, for messages.
+        free_query_tokens: a pass over at least so many tokens costs and rounds the same with `on_query` as without (the
+            queries of messages are then kept for recall, instead of reading these twice); None: no pass does.
         runs_in_generate: caches are `KVCache`, and `generate()` of transformers takes them (`Memory.cache`).
     """
 
@@ -87,6 +89,7 @@ class Capabilities:
     can_read_in_parallel: bool = False
     can_rotate_keys: bool = False
     why_keys_stay: str = "its engine does not rotate keys"
+    free_query_tokens: int | None = None
     runs_in_generate: bool = False
 
 

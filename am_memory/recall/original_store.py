@@ -33,6 +33,7 @@ from am_memory.recall.originals import (
     num_bytes,
     packed,
 )
+from am_memory.recall.search_index import index_bytes
 
 ORIGINAL_TOKENS = 256
 """The most tokens of one original. Each is read from disk, moved and dropped as a whole."""
@@ -67,9 +68,9 @@ class OriginalStore:
         return f"OriginalStore({', '.join(held)})"
 
     def bytes_in(self, place: Place) -> int:
-        """Bytes that all originals take there now."""
+        """Bytes that all originals take there now; on the host, with the keys by which they are searched."""
         with self._lock:
-            return sum(original.nbytes for original in self._in(place))
+            return self._taken(place)
 
     def keep(self, start: int, end: int, entries: Iterable[KeysAndValues], place: Place) -> tuple[Original, ...]:
         """Copy the exact entries of the tokens [start, end), as originals of up to `ORIGINAL_TOKENS` tokens.
@@ -126,13 +127,14 @@ class OriginalStore:
     def _make_room(self, place: Place, size: int) -> bool:
         """Move or drop the least recently used originals until `size` bytes fit; False: they never do.
 
-        What is saved needs no room: it is read from its store.
+        What is saved needs no room: it is read from its store. Search keys stay in host memory, whatever the bound.
         """
         bound = self.host_bytes if place == "host" else self.disk_bytes
-        if size > bound:
+        held, taken = self._in(place), self._taken(place)
+        fixed = taken - sum(original.nbytes for original in held)
+        if fixed + size > bound and size:
             return False
-        held = self._in(place)
-        excess = sum(original.nbytes for original in held) + size - bound
+        excess = taken + size - bound
         for original in sorted(held, key=lambda original: original.last_use) if excess > 0 else ():
             if excess <= 0:
                 break
@@ -142,6 +144,10 @@ class OriginalStore:
             else:
                 original.replace(self._written(original.packed()) if place == "host" else self._no_room())
         return True
+
+    def _taken(self, place: Place) -> int:
+        held = sum(original.nbytes for original in self._in(place))
+        return held + index_bytes(self._originals) if place == "host" else held
 
     def _in(self, place: Place) -> list[Original]:
         return [original for original in self._originals if original.place == place]

@@ -55,6 +55,14 @@ class Entries(Protocol):
         """Keys and values in host memory; raises OriginalLost as `packed` does."""
         ...
 
+    def keys(self, heads: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """The keys of some (layer, KV head), (num_tokens, head_dim) each, not compared with any digest.
+
+        Raises:
+            OriginalLost: they cannot be read.
+        """
+        ...
+
     def packed(self) -> bytes:
         """The bytes of one safetensors file.
 
@@ -96,6 +104,9 @@ class HostEntries:
     def layers(self) -> Sequence[KeysAndValues]:
         return self.entries
 
+    def keys(self, heads: Sequence[tuple[int, int]]) -> list[Tensor]:
+        return keys_of(self.entries, heads)
+
     def packed(self) -> bytes:
         return packed(self.entries)
 
@@ -119,6 +130,9 @@ class DiskEntries:
 
     def layers(self) -> Sequence[KeysAndValues]:
         return unpacked(self.packed())
+
+    def keys(self, heads: Sequence[tuple[int, int]]) -> list[Tensor]:
+        return keys_of(self.layers(), heads)
 
     def packed(self) -> bytes:
         try:
@@ -200,6 +214,17 @@ class Original:
         last = self.end - self.start if end is None else end - self.start
         return cut(self._read(lambda entries: entries.layers()), first, last)
 
+    def keys(self, heads: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """The keys of some (layer, KV head), for a search: (num_tokens, head_dim) each.
+
+        Those in a store are not compared with their digest, which would read all entries; `layers` compares.
+
+        Raises:
+            OriginalLost: they cannot be read.
+        """
+        self.last_use = next(_uses)
+        return self._read(lambda entries: entries.keys(heads))
+
     def packed(self) -> bytes:
         """The bytes of one safetensors file; raises OriginalLost as `layers` does."""
         return self._read(lambda entries: entries.packed())
@@ -230,6 +255,11 @@ def _to_host(tensor: Tensor) -> Tensor:
 def num_bytes(entries: Iterable[KeysAndValues]) -> int:
     """Bytes that some entries take in memory."""
     return sum(key.nbytes + value.nbytes for key, value in entries)
+
+
+def keys_of(entries: Sequence[KeysAndValues], heads: Iterable[tuple[int, int]]) -> list[Tensor]:
+    """Copies of the keys of some (layer, KV head)."""
+    return [entries[layer][0][head].clone() for layer, head in heads]
 
 
 def cut(entries: Iterable[KeysAndValues], start: int, end: int) -> list[KeysAndValues]:
@@ -263,16 +293,23 @@ def unpacked(data: bytes) -> list[KeysAndValues]:
         raise OriginalLost(f"what should be original entries is something else: {error}") from error
 
 
-def are_kept(originals: Sequence[Original], start: int, end: int) -> bool:
-    """Whether consecutive originals hold all of the tokens [start, end), as far as is known without reading them.
+def kept_spans(originals: Sequence[Original]) -> list[tuple[int, int]]:
+    """The tokens [start, end) that have originals, as far as is known without reading them, in long spans.
 
     Args:
         originals: in the order of their tokens; no two hold the same token.
     """
+    spans: list[tuple[int, int]] = []
     for original in originals:
-        if original.start <= start < original.end and original.lost is None:
-            start = original.end
-    return start >= end
+        if original.lost is None:
+            start = spans.pop()[0] if spans and spans[-1][1] == original.start else original.start
+            spans.append((start, original.end))
+    return spans
+
+
+def are_kept(originals: Sequence[Original], start: int, end: int) -> bool:
+    """Whether originals hold all of the tokens [start, end); see `kept_spans`."""
+    return any(first <= start and end <= last for first, last in kept_spans(originals))
 
 
 def between(originals: Sequence[Original], start: int, end: int) -> list[KeysAndValues] | None:

@@ -29,6 +29,10 @@ class Page(NamedTuple):
     def num_tokens(self) -> int:
         return self.end - self.start
 
+    def is_within(self, start: int, end: int) -> bool:
+        """Whether it holds tokens of [start, end) alone, and at least one."""
+        return start <= self.start < self.end <= end
+
 
 def joined(pages: Sequence[Page]) -> list[Page]:
     """Pages in the order of their tokens; those that overlap become one. Pages of two segments never overlap."""

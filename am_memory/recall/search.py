@@ -7,21 +7,21 @@ Knows no session.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 
 import torch
 from torch import Tensor
 
-from am_memory.engines.base import Engine, SessionCache
+from am_memory.engines.base import Engine, SessionCache, SessionLayer
 from am_memory.kv_cache.int8 import decoded
 from am_memory.kv_cache.slots import Segment
-from am_memory.recall.originals import Original
+from am_memory.recall.originals import Original, kept_spans
 from am_memory.recall.paging import Page, joined
-from am_memory.recall.search_heads import SPAN_TOKENS, SearchHeads, TextQueries, lift, search_heads
-from am_memory.recall.search_index import SpanMass, runs, span_mass, usual_distance
+from am_memory.recall.search_heads import SPAN_TOKENS, SearchHeads, lift, search_heads
+from am_memory.recall.search_index import Masses, Run, Spans, Usual, masses_of_slots, runs, shares_of, usual_distance
 from am_memory.text.boundaries import best_boundary
 
 PASSAGE_TOKENS = 32
@@ -30,117 +30,168 @@ MARGIN_TOKENS = 16
 """Tokens on each side of a span that belong to its page."""
 MIN_SCORE = -1e30
 """Below every score of a compacted span."""
+EXACT_SPANS, EXACT_SHARE = 1024, 0.1
+"""At least so many spans, and at least this share of them, are compared exactly; the others of a longer history not."""
 BOUNDARY_TOKENS = 4
 """How far a page's ends may move to a boundary of the text."""
 
 
 def span_scores(
-    engine: Engine, cache: SessionCache, originals: Sequence[Original], text: TextQueries, num_tokens: int
+    engine: Engine, cache: SessionCache, originals: Sequence[Original], queries: Tensor, num_tokens: int
 ) -> Tensor:
-    """The score of each span of the first `num_tokens` tokens; -inf for spans without a compacted token.
+    """The score of each span of the first `num_tokens` tokens.
+
+    In a long history a first look, at means of neighbouring keys, chooses the spans that are compared exactly.
 
     Args:
         cache: holds these tokens.
         originals: tokens that have one are found by it, others by their slots.
+        queries: (num_search_heads, num_queries, head_dim) float32 on the CPU, of the text.
 
     Returns:
-        (ceil(num_tokens / SPAN_TOKENS),) float32, in nats.
+        (ceil(num_tokens / SPAN_TOKENS),) float32, in nats. `MIN_SCORE` for spans that the first look left out; -inf for
+        spans without a compacted token.
 
     Raises:
         OriginalLost: an original turned out to be lost.
     """
-    found = search_heads(engine, cache)
-    search = _Search(cache, originals, found, num_tokens, can_rotate=engine.capabilities.can_rotate_keys)
-    lifts = torch.stack([search.lifts(index, text.head(head)) for index, head in enumerate(found.heads)])
-    scores = lifts.mean(dim=0).amax(dim=0)  # of (num_heads, num_passages, num_spans)
-    is_compact = torch.zeros(len(scores), dtype=torch.bool)
-    for segment in cache.segments:
-        is_compact[segment.start // SPAN_TOKENS : (segment.end - 1) // SPAN_TOKENS + 1] = True
-    return scores.masked_fill(~is_compact, -torch.inf)
+    search = _Search(cache, originals, search_heads(engine, cache), num_tokens, engine.capabilities.can_rotate_keys)
+    heads = [search.head(index, query) for index, query in enumerate(queries)]
+    scores = search.scores(heads)
+    if not search.is_rough:
+        return scores
+    chosen = scores.topk(max(EXACT_SPANS, int(EXACT_SHARE * len(scores)))).indices.sort().values
+    search.look_closely(heads, chosen)
+    exact = search.scores(heads)
+    return torch.where(scores.isfinite(), MIN_SCORE, scores).index_copy(0, chosen, exact[chosen])
 
 
 @dataclass
+class _Head:
+    """One search head in a search.
+
+    Attributes:
+        query: (num_queries, head_dim) float32, of the text, multiplied by the scale of the scores.
+        asked: the masses of these queries; those of runs come first.
+        usual: (num_spans,) the share of the usual queries' attention.
+    """
+
+    query: Tensor
+    asked: list[Masses]
+    usual: Tensor
+
+
 class _Search:
     """One search among the first `num_tokens` tokens."""
 
-    cache: SessionCache
-    originals: Sequence[Original]
-    found: SearchHeads
-    num_tokens: int
-    can_rotate: bool
+    def __init__(
+        self,
+        cache: SessionCache,
+        originals: Sequence[Original],
+        found: SearchHeads,
+        num_tokens: int,
+        can_rotate: bool,
+    ) -> None:
+        self.cache, self.originals, self.found, self.num_tokens = cache, originals, found, num_tokens
+        self.can_rotate, self.num_spans = can_rotate, -(-num_tokens // SPAN_TOKENS)
+        self.is_rough = self.num_spans > EXACT_SPANS
+        placed = runs(found, originals, cache.segments)
+        self.runs = [(run.until(num_tokens), shift) for run, shift in placed if run.start < num_tokens]
 
-    def lifts(self, index: int, query: Tensor) -> Tensor:
-        """(num_passages, num_spans): how much more attention spans get from each passage of a text, at one search head.
+    def scores(self, heads: Sequence[_Head]) -> Tensor:
+        """(num_spans,): mean over the heads, of the passage for which it is highest; -inf without a compacted token."""
+        lifts = []
+        for head in heads:
+            passages = torch.arange(len(head.query)) // PASSAGE_TOKENS
+            members = torch.nn.functional.one_hot(passages).float().T
+            asked = shares_of(head.asked, members / members.sum(dim=1, keepdim=True), self.num_spans)
+            lifts.append(lift(asked, head.usual))
+        is_compact = torch.zeros(self.num_spans, dtype=torch.bool)
+        for segment in self.cache.segments:
+            is_compact[segment.start // SPAN_TOKENS : (segment.end - 1) // SPAN_TOKENS + 1] = True
+        return torch.stack(lifts).mean(dim=0).amax(dim=0).masked_fill(~is_compact, -torch.inf)
+
+    def head(self, index: int, query: Tensor) -> _Head:
+        """The attention of search head `index`; with `is_rough`, that of the text on originals is a first look."""
+        layer, kv_head = self._layer(index), self._kv_head(index)
+        query = query * (layer.scaling or 0.0)
+        usual_query = self._usual(index, self.num_tokens)
+        asked, usual = list[Masses](), list[Masses]()
+        for run, shift in self.runs:
+            known = self._usual_of(index, run, shift)
+            usual.append(known.masses)
+            spans = run.rough(kv_head) if self.is_rough else run.spans[kv_head]
+            masses = spans.masses(layer.rotated(query[None], -shift)[0], run.where)
+            asked.append(masses._replace(scale=masses.scale + (known.rough_loss or 0.0)) if self.is_rough else masses)
+        asked += self._on_others(index, query)
+        usual += self._on_others(index, usual_query)
+        mean = torch.full((1, len(usual_query)), 1 / len(usual_query))
+        return _Head(query, asked, shares_of(usual, mean, self.num_spans)[0])
+
+    def look_closely(self, heads: Sequence[_Head], chosen: Tensor) -> None:
+        """Replace the first look at some spans by their exact masses.
 
         Args:
-            query: (num_queries, head_dim) float32, of the text at search head `index`.
+            chosen: rising indices of spans.
         """
-        usual = self._usual(index, self.num_tokens)
-        shares = [torch.full((len(one), -(-self.num_tokens // SPAN_TOKENS)), -torch.inf) for one in (query, usual)]
-        for masses in chain(self._of_originals(index, query), self._of_others(index, query, usual)):
-            for share, mass in zip(shares, masses, strict=True):
-                kept = mass.mass[:, : share.shape[1] - mass.first]
-                where = slice(mass.first, mass.first + kept.shape[1])
-                share[:, where] = torch.logaddexp(share[:, where], kept)
-        asked, usually = (share.softmax(dim=1) for share in shares)
-        passages = torch.split(asked, PASSAGE_TOKENS)
-        return torch.stack([lift(passage.mean(dim=0), usually.mean(dim=0)) for passage in passages])
+        for number, (run, shift) in enumerate(self.runs):
+            mine = chosen[(chosen >= run.where.start) & (chosen < run.where.stop)]
+            local = mine - run.where.start
+            spans = [of_head.at(local) for of_head in run.spans] if len(mine) else []
+            for index, head in enumerate(heads if spans else ()):
+                head.asked[number].sums[:, local] = 0
+                query = self._layer(index).rotated(head.query[None], -shift)[0]
+                head.asked.append(spans[self._kv_head(index)].masses(query, mine))
+
+    def _layer(self, index: int) -> SessionLayer:
+        return self.cache.compactable[self.found.heads[index].layer]
+
+    def _kv_head(self, index: int) -> int:
+        return self.found.kv_heads.index(self.found.heads[index][:2])
 
     def _usual(self, index: int, position: int) -> Tensor:
-        """The usual queries of one search head, as they are at a position."""
-        usual = self.found.usual[index]
-        if not self.can_rotate:
-            return usual
-        layer = self.cache.compactable[self.found.heads[index].layer]
-        return layer.rotated(usual[None], position - self.found.position)[0].float()
+        """The usual queries of one search head as they are at a position, multiplied by the scale of the scores."""
+        usual, layer = self.found.usual[index], self._layer(index)
+        if self.can_rotate:
+            usual = layer.rotated(usual[None], position - self.found.position)[0].float()
+        return usual * (layer.scaling or 0.0)
 
-    def _of_originals(self, index: int, query: Tensor) -> Iterator[tuple[SpanMass, SpanMass]]:
-        """The mass of the text's and of the usual queries on each run of originals."""
-        layer = self.cache.compactable[self.found.heads[index].layer]
-        for run, shift in runs(self.found, self.originals, self.cache.segments):
-            if run.start >= self.num_tokens:
-                return
-            positions = torch.arange(run.start, min(run.start + run.num_tokens, self.num_tokens))
-            key, scaling = run.keys[index][: len(positions)], layer.scaling or 0.0
-            distance = usual_distance(self.num_tokens - shift - run.start)
-            known = run.usual_mass(index, distance, len(positions))
-            if known is None:
-                known = span_mass(self._usual(index, run.start + distance), key, None, positions, scaling)
-                run.keep_usual(index, distance, len(positions), known)
-            turned = layer.rotated(query[None], -shift)[0].float()
-            yield span_mass(turned, key, None, positions, scaling), known
+    def _usual_of(self, index: int, run: Run, shift: int) -> Usual:
+        """The attention of the usual queries on a run, which keeps it."""
+        distance, kv_head = usual_distance(self.num_tokens - shift - run.start), self._kv_head(index)
+        known, query = run.usual(index, distance), self._usual(index, run.start + distance)
+        if known is None:
+            known = Usual(run.spans[kv_head].masses(query, run.where))
+            run.keep_usual(index, distance, known)
+        if self.is_rough and known.rough_loss is None:
+            rough = run.rough(kv_head).masses(query, run.where)
+            known = known._replace(rough_loss=float((known.masses.log_total - rough.log_total).mean()))
+            run.keep_usual(index, distance, known)
+        return known
 
-    def _of_others(self, index: int, query: Tensor, usual: Tensor) -> Iterator[tuple[SpanMass, SpanMass]]:
-        """The mass on slots of tokens without an original, and on the exact tail."""
+    def _on_others(self, index: int, query: Tensor) -> Iterator[Masses]:
+        """The masses on slots of tokens without an original, and on the exact tail."""
         _, head, _ = self.found.heads[index]
-        layer = self.cache.compactable[self.found.heads[index].layer]
-        both, count, scaling = torch.cat([query, usual]), len(query), layer.scaling or 0.0
+        layer, start, end = self._layer(index), self.cache.tail_start, self.num_tokens
         if layer.slots is not None:
             slots = layer.slots.head(head)
             positions = slots.positions.long()
-            is_found = self._is_without_original[positions.clamp_max(self.num_tokens - 1)]
-            slots = slots.where(is_found & (positions >= self.cache.num_pinned_slots) & (positions < self.num_tokens))
+            is_found = self._is_without_original[positions.clamp_max(end - 1)]
+            slots = slots.where(is_found & (positions >= self.cache.num_pinned_slots) & (positions < end))
             if len(slots.positions):
-                bias = slots.bias.float().cpu()
-                mass = span_mass(both, decoded(slots.key).cpu(), bias, slots.positions.long(), scaling)
-                yield _split(mass, count)
-        if self.cache.tail_start < self.num_tokens:
-            key = layer.exact_entries(self.cache.tail_start, self.num_tokens)[0][head]
-            mass = span_mass(both, key.cpu(), None, torch.arange(self.cache.tail_start, self.num_tokens), scaling)
-            yield _split(mass, count)
+                key, bias = decoded(slots.key).cpu(), slots.bias.float().cpu()
+                yield masses_of_slots(query, key, bias, slots.positions.long().cpu())
+        if start < end:
+            spans = Spans.of(layer.exact_entries(start, end)[0][head].cpu(), start)
+            yield spans.masses(query, slice(start // SPAN_TOKENS, self.num_spans))
 
     @cached_property
     def _is_without_original(self) -> Tensor:
         """(num_tokens,) bool."""
         is_without = torch.ones(self.num_tokens, dtype=torch.bool)
-        for original in self.originals:
-            is_without[original.start : original.end] = original.lost is not None
+        for start, end in kept_spans(self.originals):
+            is_without[start:end] = False
         return is_without
-
-
-def _split(mass: SpanMass, count: int) -> tuple[SpanMass, SpanMass]:
-    """The mass of the first `count` queries, and of the others."""
-    return SpanMass(mass.first, mass.mass[:count]), SpanMass(mass.first, mass.mass[count:])
 
 
 def best_pages(
@@ -162,10 +213,15 @@ def best_pages(
         max_pages: no more spans are added once there are so many pages; None: no bound.
     """
     pages: list[Page] = []
+    room = math.inf if max_tokens is None else (max_tokens - SPAN_TOKENS) // 2  # on each side of a span
+    if room < 0:
+        return pages
+    margin = int(min(room, MARGIN_TOKENS))
+    slack = int(min(room - margin, BOUNDARY_TOKENS))
     for span in scores.argsort(descending=True, stable=True).tolist():
         if not scores[span] >= least_score:
             break
-        more = joined([*pages, *_around(engine, token_ids, segments, span)])
+        more = joined([*pages, *_around(engine, token_ids, segments, span, margin, slack)])
         if max_tokens is not None and sum(page.num_tokens for page in more) > max_tokens:
             break
         if max_pages is not None and len(more) > max_pages <= len(pages):
@@ -179,16 +235,24 @@ def page_score(scores: Tensor, page: Page) -> float:
     return float(scores[page.start // SPAN_TOKENS : (page.end - 1) // SPAN_TOKENS + 1].max())
 
 
-def _around(engine: Engine, token_ids: Sequence[int], segments: Sequence[Segment], span: int) -> Iterator[Page]:
-    """A span with its margins, cut at the edges of segments, and ending at boundaries of the text."""
-    start, end = span * SPAN_TOKENS - MARGIN_TOKENS, (span + 1) * SPAN_TOKENS + MARGIN_TOKENS
+def _around(
+    engine: Engine, token_ids: Sequence[int], segments: Sequence[Segment], span: int, margin: int, slack: int
+) -> Iterator[Page]:
+    """A span with its margins, cut at the edges of segments, and ending at boundaries of the text.
+
+    Args:
+        margin: tokens on each side.
+        slack: how far each end may move to a boundary, in tokens.
+    """
+    first, last = span * SPAN_TOKENS, (span + 1) * SPAN_TOKENS
     for segment in segments:
-        if segment.start < end - MARGIN_TOKENS and segment.end > start + MARGIN_TOKENS:
-            yield Page(*(_boundary(engine, token_ids, segment, edge) for edge in (start, end)))
+        if segment.start < last and segment.end > first:
+            edges = (first - margin, last + margin)
+            yield Page(*(_boundary(engine, token_ids, segment, edge, slack) for edge in edges))
 
 
-def _boundary(engine: Engine, token_ids: Sequence[int], segment: Segment, edge: int) -> int:
-    if not segment.start < edge < segment.end:
+def _boundary(engine: Engine, token_ids: Sequence[int], segment: Segment, edge: int, slack: int) -> int:
+    if not slack or not segment.start < edge < segment.end:
         return min(max(edge, segment.start), segment.end)
-    earliest, latest = max(edge - BOUNDARY_TOKENS, segment.start), min(edge + BOUNDARY_TOKENS, segment.end)
+    earliest, latest = max(edge - slack, segment.start), min(edge + slack, segment.end)
     return best_boundary(engine, token_ids, max(earliest, 1), min(latest, len(token_ids) - 1))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -63,6 +63,11 @@ class SearchHeads:
     usual: Tensor
     position: int
 
+    @property
+    def kv_heads(self) -> list[tuple[int, int]]:
+        """(layer, KV head) of the keys that these heads attend to, each pair once."""
+        return list(dict.fromkeys((layer, head) for layer, head, _ in self.heads))
+
     def suits(self, cache: SessionCache) -> bool:
         """Whether a cache has these heads; it must hold an exact token."""
         layers, last = cache.compactable, cache.num_tokens
@@ -75,75 +80,80 @@ class SearchHeads:
         return True
 
 
-class TextQueries(NamedTuple):
-    """The queries of one text's message tokens, by compactable layer: (kv_heads, groups, num_tokens, head_dim)."""
-
-    layers: Mapping[int, Tensor]
-
-    def head(self, head: SearchHead) -> Tensor:
-        """(num_tokens, head_dim) float32 on the CPU."""
-        return self.layers[head.layer][head.head, head.group].float()
+_ready: WeakKeyDictionary[Engine, SearchHeads | None] = WeakKeyDictionary()
 
 
-def message_queries(engine: Engine, cache: SessionCache, token_ids: Sequence[int], chunk_tokens: int) -> TextQueries:
-    """Read on scratch the tokens that a cache does not hold yet, and take the queries of those that belong to messages.
+def ready_search_heads(engine: Engine, cache: SessionCache | None = None) -> SearchHeads | None:
+    """The search heads of an engine's model, if they are shipped or were measured on this machine; None: not yet.
 
     Args:
-        cache: holds the first of the tokens; restored afterwards.
+        cache: one of the engine's, to check a file against; None: the file is trusted.
     """
-    start = cache.num_tokens
-    positions = message_token_positions(engine, token_ids, start, len(token_ids))
-    passes = queries_on_scratch(engine, cache, in_chunks(token_ids[start:], chunk_tokens))
-    where = torch.tensor(positions) - start
-    layers = [torch.cat([query for query, _ in layer], dim=2).cpu()[:, :, where] for layer in passes]
-    return TextQueries(dict(enumerate(layers)))
+    if engine not in _ready:
+        found = _known(engine.info.fingerprint)
+        _ready[engine] = found if found is not None and (cache is None or found.suits(cache)) else None
+    return _ready[engine]
 
 
-_measured: WeakKeyDictionary[Engine, SearchHeads] = WeakKeyDictionary()
-
-
-def search_heads(engine: Engine, cache: SessionCache | None = None) -> SearchHeads:
+def search_heads(
+    engine: Engine,
+    cache: SessionCache | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> SearchHeads:
     """The search heads of an engine's model: shipped, measured earlier on this machine, or measured now.
 
     A measurement reads about 2,000 tokens. It is written to the user's folder for caches, if that can be written to.
 
     Args:
-        cache: one of the engine's, to check a file against; None: the file is trusted.
+        cache: see `ready_search_heads`.
+        on_progress: called with the number of texts that a measurement has read, and of all.
     """
-    if engine not in _measured:
-        fingerprint = engine.info.fingerprint
-        found = _known(fingerprint)
-        if found is None or (cache is not None and not found.suits(cache)):
-            found = measure(engine)
-            _remember(fingerprint, found)
-        _measured[engine] = found
-    return _measured[engine]
+    found = ready_search_heads(engine, cache)
+    if found is None:
+        found = _ready[engine] = measure(engine, on_progress)
+        _remember(engine.info.fingerprint, found)
+    return found
 
 
-def measure(engine: Engine) -> SearchHeads:
-    """Find the heads whose attention to the answers of the trial's questions rises most above all other places."""
+def measure(engine: Engine, on_progress: Callable[[int, int], None] = lambda done, total: None) -> SearchHeads:
+    """Find the heads whose attention to the answers of the trial's questions rises most above all other places.
+
+    Args:
+        on_progress: see `search_heads`.
+    """
     trial, cache, chunk_tokens = _trial(), engine.new_cache(), engine.chunk_tokens
     token_ids, places = trial.encoded(engine)
     for chunk in in_chunks(token_ids, chunk_tokens):
         engine.forward(cache, chunk)
 
-    def queries(text: str) -> TextQueries:
-        return message_queries(engine, cache, [*token_ids, *as_turn(engine, text)], chunk_tokens)
+    num_texts = 1 + len(trial.ordinary) + len(trial.questions)
+    on_progress(1, num_texts)
 
-    def shares(text: TextQueries) -> Tensor:
+    def queries(number: int, text: str) -> list[Tensor]:
+        """For each layer (kv_heads, groups, num_tokens, head_dim), of the tokens that belong to messages."""
+        asked = [*token_ids, *as_turn(engine, text)]
+        where = torch.tensor(message_token_positions(engine, asked, len(token_ids), len(asked))) - len(token_ids)
+        passes = queries_on_scratch(engine, cache, in_chunks(asked[len(token_ids) :], chunk_tokens))
+        on_progress(number, num_texts)
+        return [torch.cat([query for query, _ in layer], dim=2).cpu()[:, :, where] for layer in passes]
+
+    def shares(text: list[Tensor]) -> Tensor:
         """(num_query_heads, num_spans): the share of each span, mean over the text's tokens."""
-        layers = zip(text.layers.values(), cache.compactable, strict=True)
+        layers = zip(text, cache.compactable, strict=True)
         return torch.cat([_span_shares(query, layer.exact_entries(0, len(token_ids))[0], layer.scaling or 0)
                           for query, layer in layers])  # fmt: skip
 
-    ordinary = [queries(text) for text in trial.ordinary]
+    ordinary = [queries(number, text) for number, text in enumerate(trial.ordinary, start=2)]
     usual = torch.stack([shares(text) for text in ordinary]).mean(dim=0)
-    asked = zip(trial.questions, places, strict=True)
-    found = [_log_share_of_answer(lift(shares(queries(question)), usual), place) for (question, _), place in asked]
+    asked = enumerate(zip(trial.questions, places, strict=True), start=2 + len(ordinary))
+    found = [
+        _log_share_of_answer(lift(shares(queries(number, question)), usual), place)
+        for number, ((question, _), place) in asked
+    ]
     best = torch.stack(found).mean(dim=0).topk(min(NUM_HEADS, len(usual))).indices.tolist()
-    num_kv, num_groups = ordinary[0].layers[0].shape[:2]
+    num_kv, num_groups = ordinary[0][0].shape[:2]
     heads = tuple(SearchHead(i // (num_kv * num_groups), i // num_groups % num_kv, i % num_groups) for i in best)
-    kept = torch.stack([torch.cat([text.head(head) for text in ordinary]) for head in heads])
+    kept = torch.stack([torch.cat([text[layer][head, group] for text in ordinary]) for layer, head, group in heads])
     step = -(-kept.shape[1] // MAX_USUAL)
     return SearchHeads(heads, kept[:, ::step].half().float(), len(token_ids))
 

@@ -47,8 +47,11 @@ from am_memory.queries import LiveQueries, scratch
 from am_memory.recall.original_store import OriginalStore
 from am_memory.recall.originals import Original
 from am_memory.recall.paging import Recalled, at_rest
+from am_memory.recall.search_index import index_bytes
+from am_memory.recall.search_queries import SearchQueries
 from am_memory.session import pages
 from am_memory.session.chat_history import ChatHistory
+from am_memory.session.kept_queries import read_and_keep_queries
 from am_memory.session.transaction import Restorable, Transaction
 from am_memory.text.boundaries import best_boundary
 
@@ -70,6 +73,7 @@ class Context:
         originals: exact entries of compacted tokens, where the policy keeps them, in the order of the tokens.
         recalled: pages that are exact at the moment; the one recalled last stands at the end.
         background_compaction: a compaction that runs while tokens are read, if the policy has `ahead_tokens`.
+        recent_queries: those of the search heads for the last tokens that were read, where the engine hands them out.
         live: the queries of the last tokens that were read, if the policy uses them.
         trigger_tokens: upper bound on the size of the cache.
     """
@@ -87,6 +91,7 @@ class Context:
     originals: tuple[Original, ...] = ()
     recalled: tuple[Recalled, ...] = ()
     background_compaction: BackgroundCompaction | None = None
+    recent_queries: SearchQueries | None = None
 
     def __post_init__(self) -> None:
         require_capabilities(self.policy, self.engine.capabilities)
@@ -183,8 +188,7 @@ class Context:
     def forward(self, token_ids: Sequence[int], num_logits: int = 0) -> Tensor:
         """Read tokens into the cache in one pass (see `Engine.forward`), and keep their queries if the policy does."""
         self.notify_beyond_window(len(token_ids))
-        on_query = self.live.add if self.live is not None else None
-        return self.engine.forward(self.cache, token_ids, num_logits=num_logits, on_query=on_query)
+        return read_and_keep_queries(self, token_ids, num_logits)
 
     def notify_beyond_window(self, num_tokens: int) -> None:
         """Emit `WindowExceeded` if the next `num_tokens` are the first beyond the model's context window."""
@@ -374,13 +378,16 @@ class Context:
 
     @property
     def off_device_bytes(self) -> int:
-        """Bytes of the originals and of the slots of recalled pages, in host memory or on disk."""
-        return sum(original.nbytes for original in self.originals) + sum(recalled.nbytes for recalled in self.recalled)
+        """Bytes of the originals, their search keys, and the slots of recalled pages, in host memory or on disk."""
+        held = sum(original.nbytes for original in self.originals) + sum(recalled.nbytes for recalled in self.recalled)
+        return held + index_bytes(self.originals)
 
     def forget_after_cache(self) -> None:
-        """Drop live queries and a background compaction that are of tokens behind the cache's end."""
+        """Drop kept queries and a background compaction that are of tokens behind the cache's end."""
         if self.live is not None:
             self.live.seek(self.cache.num_tokens)
+        if self.recent_queries is not None:
+            self.recent_queries = self.recent_queries.until(self.cache.num_tokens)
         running = self.background_compaction
         if running is not None and self.cache.num_tokens < running.at_tokens:
             self.background_compaction = None

@@ -6,20 +6,22 @@ Its own entries stay as they are: reading it once more beside the exact pages ga
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from am_memory.events import MemoryConsulted, Span
-from am_memory.queries import as_turn, scratch
-from am_memory.recall.originals import are_kept
+from am_memory.errors import PromptTooLong, UnsupportedOperation
+from am_memory.events import MemoryConsulted, SearchHeadsProgress, Span
+from am_memory.queries import as_turn, message_token_positions, scratch
+from am_memory.recall.originals import are_kept, kept_spans
 from am_memory.recall.paging import Page
 from am_memory.recall.search import best_pages, page_score, span_scores
-from am_memory.recall.search_heads import SPAN_TOKENS, TextQueries, message_queries
+from am_memory.recall.search_heads import SPAN_TOKENS, SearchHead, search_heads
+from am_memory.recall.search_queries import MESSAGE_TOKENS, read_on_scratch
 from am_memory.session.context import Context
 from am_memory.session.recalling import recall_pages, with_originals
 
-MESSAGE_TOKENS = 128
-"""The most tokens of a message, its last ones, that are looked up."""
 WRITING_TOKENS = 64
 """The model's own text is looked up each time that it has grown by so many tokens."""
 LEAST_SCORE = 1.0
@@ -46,7 +48,16 @@ def search(context: Context, text: str, top: int) -> list[Span]:
     context.read_all()
     cache = context.cache
     token_ids = [*context.tokens[: cache.num_tokens], *context.tokens[-1:], *as_turn(context.engine, text)]
-    queries = message_queries(context.engine, cache, token_ids, context.chunk_tokens)
+    try:
+        read = read_on_scratch(
+            context.engine, cache, _heads(context), token_ids[cache.num_tokens :], context.chunk_tokens
+        )
+    except PromptTooLong as error:
+        raise UnsupportedOperation(
+            f"session {context.name!r} cannot be searched: the model's search heads are measured on a chat of some 900 "
+            f"tokens, and the text is read behind the conversation's {cache.num_tokens:,}, but {error}"
+        ) from error
+    queries = read.at(message_token_positions(context.engine, token_ids, cache.num_tokens, len(token_ids)))
     scores = _scores(context, queries, cache.num_tokens)
     pages = best_pages(context.engine, context.tokens, cache.segments, scores, max_pages=top)
     return sorted((_span(context, page, scores) for page in pages), key=lambda span: -span.score)[:top]
@@ -79,6 +90,7 @@ def _look(context: Context, start: int) -> tuple[Span, ...]:
     found = [page for page in found if are_kept(context.originals, page.start, page.end)]
     if not all(_is_exact(context, page) for page in found):
         recall_pages(context, found, max_tokens)
+    context.original_store.adopt(())  # the keys that are compared take room as well
     spans = tuple(_span(context, page, scores) for page in found if _is_exact(context, page))
     if spans:
         context.notify(MemoryConsulted(context.name, len(context.tokens), spans, cache.kv_tokens))
@@ -86,23 +98,40 @@ def _look(context: Context, start: int) -> tuple[Span, ...]:
 
 
 def _is_exact(context: Context, page: Page) -> bool:
-    return any(held.page.start <= page.start and page.end <= held.page.end for held in context.recalled)
+    return any(page.is_within(*held.page) for held in context.recalled)
 
 
-def _queries(context: Context, start: int) -> TextQueries:
-    """The queries of the tokens from `start` on, which are read once more on scratch.
+def _queries(context: Context, start: int) -> Tensor:
+    """The queries of the messages' tokens from `start` on, (num_search_heads, num_queries, head_dim) float32.
 
-    They are not kept from the first time, since attention that hands out queries may round differently. Where the cache
-    cannot go back, the tokens are read as if they were said again, which finds less.
+    They were kept when the tokens were read, unless the engine hands out no queries then, or the session was resumed.
+    Then the tokens are read once more on scratch. Where the cache cannot go back, they are read as if they were said
+    again, which finds less.
     """
     engine, cache, token_ids = context.engine, context.cache, context.tokens[: context.num_readable]
+    kept = context.recent_queries
+    if kept is not None and kept.start <= start and kept.end == len(token_ids):
+        return kept.at(message_token_positions(engine, token_ids, start, len(token_ids)))
+    heads, chunk_tokens = _heads(context), context.chunk_tokens
     if start < cache.tail_start or not cache.is_croppable:
-        return message_queries(engine, cache, [*token_ids, *token_ids[start:]], context.chunk_tokens)
-    with scratch(cache, back_to=start):
-        return message_queries(engine, cache, token_ids, context.chunk_tokens)
+        token_ids, start = [*token_ids, *token_ids[start:]], len(token_ids)
+        read = read_on_scratch(engine, cache, heads, token_ids[start:], chunk_tokens)
+    else:
+        with scratch(cache, back_to=start):
+            read = read_on_scratch(engine, cache, heads, token_ids[start:], chunk_tokens)
+    return read.at(message_token_positions(engine, token_ids, start, len(token_ids)))
 
 
-def _scores(context: Context, queries: TextQueries, num_tokens: int) -> Tensor:
+def _heads(context: Context) -> Sequence[SearchHead]:
+    """The search heads of the model. To measure them takes long, so this emits events."""
+
+    def on_progress(done: int, total: int) -> None:
+        context.notify(SearchHeadsProgress(context.name, done, total))
+
+    return search_heads(context.engine, context.cache, on_progress).heads
+
+
+def _scores(context: Context, queries: Tensor, num_tokens: int) -> Tensor:
     """The score of each span of the first `num_tokens` tokens."""
     return with_originals(
         context, lambda: span_scores(context.engine, context.cache, context.originals, queries, num_tokens)
@@ -110,11 +139,11 @@ def _scores(context: Context, queries: TextQueries, num_tokens: int) -> Tensor:
 
 
 def _has_originals(context: Context, num_spans: int) -> Tensor:
-    """(num_spans,) bool: whether the originals of a span's tokens are there."""
-    is_there = torch.zeros(num_spans * SPAN_TOKENS, dtype=torch.bool)
-    for original in context.originals:
-        is_there[original.start : original.end] = True
-    return is_there.view(num_spans, SPAN_TOKENS).any(dim=1)
+    """(num_spans,) bool: whether any token of a span has an original."""
+    is_there = torch.zeros(num_spans, dtype=torch.bool)
+    for start, end in kept_spans(context.originals):
+        is_there[start // SPAN_TOKENS : -(-end // SPAN_TOKENS)] = True
+    return is_there
 
 
 def _last_words(context: Context) -> int:

@@ -5,7 +5,7 @@ Each function is a step on its own. Does not know which pages are worth it, nor 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -80,6 +80,15 @@ def recalled_at(context: Context, page: Page) -> Recalled | None:
     return next((recalled for recalled in context.recalled if recalled.page == page), None)
 
 
+def exact_pages(recalls: Iterable[RecallRecord]) -> list[Page]:
+    """The pages that are exact after these recalls, the one recalled last at the end."""
+    exact: list[Page] = []
+    for recall in recalls:
+        page = Page(recall.start, recall.end)
+        exact = [*(other for other in exact if other != page), *([page] if recall.is_exact else [])]
+    return exact
+
+
 def fit(context: Context, compact: Sequence[Page]) -> bool:
     """Whether the cache stays below the trigger if these compact pages become exact."""
     growth = sum(_growth(context, page) for page in compact)
@@ -103,6 +112,6 @@ def record_recall(context: Context, page: Page, *, is_exact: bool) -> None:
 def _shift(context: Context, page: Page) -> int:
     """The shift of the segment that holds a page."""
     for segment in context.cache.segments:
-        if segment.start <= page.start < page.end <= segment.end:
+        if page.is_within(segment.start, segment.end):
             return segment.shift
     raise InvalidInput(f"no segment holds the tokens {page.start} to {page.end}: there are {context.cache.segments}")

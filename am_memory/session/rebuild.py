@@ -19,7 +19,7 @@ from am_memory.events import SessionRebuilt
 from am_memory.queries import LiveQueries
 from am_memory.recall.paging import Page
 from am_memory.session.context import Context
-from am_memory.session.pages import bring_back, fit, put_away, put_away_all_but, recalled_at, record_recall
+from am_memory.session.pages import bring_back, exact_pages, fit, put_away, put_away_all_but, recalled_at, record_recall
 from am_memory.session.recalling import make_exact, with_originals
 
 
@@ -50,10 +50,8 @@ def _without_later_recalls(
 
 def _restore_pages(context: Context) -> None:
     """Make exactly those pages exact that the records say, as far as they fit and their originals are there."""
-    recorded, wanted = context.records, list[Page]()
-    for recall in recorded[-1].recalls if recorded else ():
-        page = Page(recall.start, recall.end)
-        wanted = [*(other for other in wanted if other != page), *([page] if recall.is_exact else [])]
+    recorded = context.records
+    wanted = exact_pages(recorded[-1].recalls) if recorded else []
     put_away_all_but(context, wanted)
     for page in wanted:
         if recalled_at(context, page) is None and fit(context, [page]):
@@ -102,6 +100,7 @@ def rebuild(context: Context, num_tokens: int, reason: str) -> None:
     context.cache.restore(fresh.cache.state())
     context.tokens, context.records, context.originals = fresh.tokens, fresh.records, fresh.originals
     context.recalled, context.background_compaction = fresh.recalled, fresh.background_compaction
+    context.recent_queries = fresh.recent_queries
     context.live = fresh.live if context.live is not None else None
 
 

@@ -87,7 +87,7 @@ def resume_recall(context: Context, page: Page) -> None:
 
     Without its originals, or room for it, it stays compact.
     """
-    if not any(segment.start <= page.start < page.end <= segment.end for segment in context.cache.segments):
+    if not any(page.is_within(segment.start, segment.end) for segment in context.cache.segments):
         return
     if pages.fit(context, [page]):
         with suppress(InvalidInput):

@@ -16,6 +16,7 @@ from am_memory.kv_cache.int8 import Quantised, Rows
 from am_memory.kv_cache.layers import LayerState, SlidingState, TailState
 from am_memory.kv_cache.slots import PINNED_RANK
 from am_memory.policy import MemoryPolicy
+from am_memory.recall.paging import Page
 from am_memory.storage.session_file import SavedSession
 
 
@@ -156,7 +157,7 @@ def _problem_of_recalls(recalls: Sequence[RecallRecord], segments: Sequence[tupl
     """Only tokens of one segment become exact, and only exact pages become compact again."""
     exact = set[tuple[int, int]]()
     for _, start, end, is_exact in recalls:
-        is_there = any(first <= start < end <= last for first, last in segments) if is_exact else (start, end) in exact
+        is_there = any(Page(start, end).is_within(*held) for held in segments) if is_exact else (start, end) in exact
         if not is_there:
             return f"a page recalled or put away at tokens {start} to {end}, where none is"
         (exact.add if is_exact else exact.discard)((start, end))

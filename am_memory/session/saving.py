@@ -7,15 +7,18 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from am_memory.compaction.record import as_policy, with_policy
 from am_memory.errors import OriginalLost, SessionDeleted
 from am_memory.events import OriginalsLost
 from am_memory.policy import MemoryPolicy
+from am_memory.recall.paging import Page
 from am_memory.session.chat_history import ChatHistory
 from am_memory.session.context import Context
+from am_memory.session.pages import exact_pages, put_away, recalled_at
+from am_memory.session.rebuild import read_untriggered
 from am_memory.session.recalling import forget_lost_originals, resume_recall
 from am_memory.session.resuming import load
 from am_memory.session.shared import Shared
@@ -73,8 +76,6 @@ def rename(session: Session, name: str) -> None:
 def snapshot(session: Session) -> SavedSession:
     """Everything that a session is, as it would be saved. It shares the session's memory: for reading only."""
     context, info = session._context, session.engine.info
-    running = context.background_compaction
-    num_cached = context.cache.num_tokens if running is None else running.at_tokens
     return SavedSession(
         fingerprint=info.fingerprint,
         tokenizer_fingerprint=info.tokenizer_fingerprint,
@@ -82,7 +83,7 @@ def snapshot(session: Session) -> SavedSession:
         policy=context.policy.model_dump(mode="json"),
         has_own_policy=session._has_own_policy,
         tokens=tuple(context.tokens),
-        records=tuple(record.within(num_cached) for record in context.records),
+        records=tuple(context.records),
         messages=context.history.messages,
         message_starts=context.history.starts,
         is_answering=context.history.is_answering,
@@ -174,6 +175,36 @@ def restored(shared: Shared, name: str, saved: SavedSession, policy: MemoryPolic
     )
     for original, reason in saved.lost:
         shared.notify(OriginalsLost(name, original.start, original.end, reason))
-    for page in saved.recalled:
-        resume_recall(context, page)
+    _resume_pages(context, saved, is_same=is_same)
     return context
+
+
+def _resume_pages(context: Context, saved: SavedSession, *, is_same: bool) -> None:
+    """Make the pages exact that were exact when the session was saved.
+
+    The saved cache is the one from which a background compaction started. What was recalled since then is recalled
+    again at its place, among the tokens that were read meanwhile.
+
+    Args:
+        is_same: the policy is the saved one, so that this compaction starts again.
+    """
+    num_cached, recalls = context.cache.num_tokens, context.records[-1].recalls if context.records else ()
+    earlier = tuple(recall for recall in recalls if recall.at_tokens <= num_cached)
+    later = recalls[len(earlier) :]
+    if later:
+        context.records[-1] = replace(context.records[-1], recalls=earlier)
+    if not later or not is_same or not context.policy.ahead_tokens:
+        for page in saved.recalled:
+            resume_recall(context, page)
+        return
+    with context.transaction():
+        for page in exact_pages(earlier):
+            resume_recall(context, page)
+        context.start_background_compaction()
+        for recall in later:
+            read_untriggered(context, recall.at_tokens)
+            page = Page(recall.start, recall.end)
+            if recall.is_exact:
+                resume_recall(context, page)
+            elif (held := recalled_at(context, page)) is not None:
+                put_away(context, held)

@@ -215,6 +215,7 @@ class Session:
 
         Raises:
             InvalidInput: an empty text or conversation, or a number below 1.
+            UnsupportedOperation: the model has too few positions to read the text, or to measure its search heads.
         """
         self._require_tokens()
         if not isinstance(text, str) or not text.strip():
@@ -280,7 +281,8 @@ class Session:
         Exact tokens are simply dropped. If a forgotten token is compacted, or an earlier compaction was fitted while
         it was there, the remaining tokens are read again and compacted as they were then; nothing forgotten leaves a
         trace. That takes as long as the first reading. `can_rewind` says when it is not needed; a fork made earlier
-        goes back at once.
+        goes back at once. Pages that were recalled at just this point, for an answer that is forgotten, stay exact: the
+        same message would look them up again.
 
         Raises:
             InvalidInput: not a whole number, below 0, or above the number of tokens.
@@ -299,6 +301,7 @@ class Session:
     def can_rewind(self, num_tokens: int) -> bool:
         """Whether `rewind(num_tokens)` reads nothing again and leaves what reading only these tokens would leave.
 
+        Pages that were recalled at just this point do not count: `rewind` keeps them.
         A background compaction (`ahead_tokens`) may begin within these tokens and be swapped in after them. `rewind`
         then reads nothing again, but keeps that compaction, so the answer is False.
         """

@@ -23,7 +23,7 @@ class Stats:
         num_segments: compact segments now.
         recalled_tokens: compacted tokens that are exact for the time being; not among `exact_tokens`.
         originals_bytes: memory of the exact entries of compacted tokens, on the host or on disk, where the policy
-            keeps them.
+            keeps them, and of the keys by which they are searched, from the first search on.
     """
 
     logical_tokens: int

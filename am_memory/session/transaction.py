@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from am_memory.queries import LiveQueries
     from am_memory.recall.originals import Original
     from am_memory.recall.paging import Recalled
+    from am_memory.recall.search_queries import SearchQueries
     from am_memory.session.chat_history import ChatHistory
     from am_memory.session.context import Context
 
@@ -45,6 +46,7 @@ class _Before:
     history: ChatHistory
     num_pinned: int
     live: LiveQueries | None
+    recent_queries: SearchQueries | None
     originals: tuple[Original, ...]
     recalled: tuple[Recalled, ...]
     background_compaction: BackgroundCompaction | None
@@ -62,6 +64,7 @@ class _Before:
             history=context.history,
             num_pinned=context.num_pinned,
             live=context.live and context.live.copy(),
+            recent_queries=context.recent_queries,
             originals=context.originals,
             recalled=context.recalled,
             background_compaction=context.background_compaction,
@@ -74,7 +77,8 @@ class _Before:
         del self.tokens[self.num_tokens :], self.records[self.num_compactions :]
         context.tokens, context.records, context.history = self.tokens, self.records, self.history
         context.num_pinned = self.num_pinned
-        context.live, context.recalled = self.live, self.recalled
+        context.live, context.recent_queries = self.live, self.recent_queries
+        context.recalled = self.recalled
         # An original that turned out to be lost stays lost.
         context.originals = tuple(original for original in self.originals if original.lost is None)
         running = self.background_compaction

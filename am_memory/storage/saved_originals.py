@@ -13,9 +13,12 @@ from hashlib import sha256
 from typing import Literal
 from weakref import WeakValueDictionary
 
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
 from am_memory.errors import OriginalLost, StorageError
 from am_memory.recall.original_store import OriginalStore
-from am_memory.recall.originals import KeysAndValues, Kinds, Original, Place, kinds_of, unpacked
+from am_memory.recall.originals import KeysAndValues, Kinds, Original, Place, keys_of, kinds_of, unpacked
 from am_memory.storage.folder import Folder
 from am_memory.storage.session_file import SavedOriginal
 
@@ -32,7 +35,7 @@ def mark_of(name: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class SavedEntries:
-    """`Entries` in a store. Every read compares their digest.
+    """`Entries` in a store. Every read but that of `keys` compares their digest.
 
     Attributes:
         num_tokens: whose entries they are.
@@ -55,6 +58,22 @@ class SavedEntries:
         ):
             raise OriginalLost(f"{self.path} does not hold the entries of {self.num_tokens} tokens in these layers")
         return entries
+
+    def keys(self, heads: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """From a local folder these keys alone are read: a resumed session would else read all that was compacted."""
+        if not self.folder.is_local or self.kinds is None:
+            return keys_of(self.layers(), heads)
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                keys = [file.get_slice(f"{layer}.key")[head] for layer, head in heads]
+        except (OSError, SafetensorError, IndexError) as error:
+            raise OriginalLost(f"{self.path} cannot be read: {error}") from error
+        for (layer, _), key in zip(heads, keys, strict=True):
+            dtype, _, _, head_dim = self.kinds[2 * layer]
+            is_right = (key.dtype, *key.shape) == (dtype, self.num_tokens, head_dim)
+            if not is_right or not bool(key.isfinite().all()):
+                raise OriginalLost(f"{self.path} does not hold the keys of {self.num_tokens} tokens in layer {layer}")
+        return keys
 
     @property
     def is_there(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import groupby
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from driven import some_tokens
 from inside import cache_of, layers_of, put_away_oldest, rebuild
 from policies import plain_policy
 from torch import Tensor
@@ -45,10 +45,6 @@ def new_memory(engine: TransformersEngine, tmp_path: Path) -> NewMemory:
         return Memory(engine, policy, sampling=Sampling(temperature=0), store=tmp_path / "store", on_event=on_event)
 
     return make
-
-
-def some_tokens(count: int, seed: int = 0) -> list[int]:
-    return random.Random(seed).choices(range(256), k=count)
 
 
 def told_session(memory: Memory, num_tokens: int = 122) -> Session:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from driven import some_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inside import layers_of, put_away_oldest, rebuild, records_of, slots_of
-from policies import plain_policy
+from policies import originals_policy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Experiments, Memory, MemoryPolicy, Sampling, Session
@@ -23,16 +23,7 @@ from am_memory.errors import InvalidPolicy
 from am_memory.kv_cache.int8 import NOT_CODED, Quantised, Rows, cat, decoded
 from am_memory.kv_cache.slots import PINNED_RANK, Segment, Slots
 
-POLICY = plain_policy(
-    trigger_tokens=128,
-    keep_ratio=0.25,
-    keep_recent=8,
-    pinned=3,
-    chunk_tokens=32,
-    originals="host",
-    recall_tokens=0,
-    segment_dtype="int8",
-)
+POLICY = originals_policy(segment_dtype="int8", head_budget="auto")
 HEAD_DIM = 16
 quickly = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -186,10 +177,6 @@ def test_attention_sees_what_is_decoded() -> None:
 # Sessions
 
 NewSession = Callable[..., Session]
-
-
-def some_tokens(count: int, seed: int = 0) -> list[int]:
-    return random.Random(seed).choices(range(256), k=count)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from am_memory.recall import original_store
 from am_memory.recall.original_files import Spill, spill
 from am_memory.recall.original_store import ORIGINAL_TOKENS, OriginalStore, machine_bytes
 from am_memory.recall.originals import KeysAndValues, Original, packed
+from am_memory.recall.search_index import index_bytes
 
 TOKENS = 10
 ENOUGH = 10**9
@@ -238,6 +239,18 @@ def test_what_another_store_made_is_held_within_the_bounds() -> None:
     assert store.bytes_in("host") == 2 * SIZE
 
 
+def test_search_keys_take_of_the_room_in_host_memory(new_memory: NewMemory) -> None:
+    """They grow with the conversation, and counted in no bound."""
+    memory = new_memory(100_000, ENOUGH)
+    session = read_session(memory)
+    store, before = shared_of(memory).original_store, places(list(originals_of(session))).count("host")
+    session.search("what?")
+    store.adopt(())
+    keys = index_bytes(originals_of(session))
+    assert 0 < keys <= store.bytes_in("host") <= 100_000
+    assert places(list(originals_of(session))).count("host") < before
+
+
 @pytest.mark.parametrize("bound", [-1, 0.5, "8", True])
 def test_a_bound_is_a_whole_number_of_bytes(bound: object) -> None:
     with pytest.raises(InvalidInput, match="originals_bytes is .*: give a whole number, at least 0"):
@@ -269,11 +282,6 @@ def test_where_nothing_can_be_written_there_is_no_room_on_disk(monkeypatch: pyte
 
 POLICY = MemoryPolicy(trigger_tokens=128, keep_ratio=0.25, keep_recent=8, pinned=3, chunk_tokens=32, originals="host")
 NewMemory = Callable[..., Memory]
-
-
-@pytest.fixture
-def events() -> list[Event]:
-    return []
 
 
 @pytest.fixture

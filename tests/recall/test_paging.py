@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import gc
-import random
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
+from driven import some_tokens
 from inside import cache_of, layers_of, originals_of, put_away_oldest, trigger_of
-from policies import plain_policy
+from policies import originals_policy
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,22 +23,11 @@ from am_memory.errors import InvalidInput, InvalidPolicy, PromptTooLong
 from am_memory.events import Event, OriginalsLost, SpanPutAway, SpanRecalled
 from am_memory.recall.original_files import Spill, spill
 from am_memory.recall.paging import Page
+from am_memory.recall.search_index import index_bytes
+from am_memory.storage.saved_originals import SavedEntries
 
-POLICY = plain_policy(
-    trigger_tokens=128,
-    keep_ratio=0.25,
-    keep_recent=8,
-    pinned=3,
-    chunk_tokens=32,
-    originals="host",
-    recall_tokens=0,
-    head_budget="adaptive",
-)
+POLICY = originals_policy()
 PLACES = ["host", "disk"]
-
-
-def some_tokens(count: int, seed: int = 0) -> list[int]:
-    return random.Random(seed).choices(range(256), k=count)
 
 
 @pytest.fixture
@@ -284,7 +274,8 @@ def test_a_full_disk_stops_no_session(new_memory: NewMemory, monkeypatch: pytest
     spans = [(event.start, event.end) for event in events if isinstance(event, OriginalsLost)]
     assert spans == [(segment.start, segment.end) for segment in session.segments[before.num_segments :]]
     assert all("no space left; set TMPDIR" in event.reason for event in events if isinstance(event, OriginalsLost))
-    assert session.stats.originals_bytes == before.originals_bytes
+    keys = index_bytes(originals_of(session))  # of the search
+    assert session.stats.originals_bytes - keys == before.originals_bytes
     with pytest.raises(InvalidInput, match="or are lost"):
         session.recall(session.segments[-1])
     assert [segment.start for segment in session.recall(first)] == [first.start]
@@ -427,6 +418,36 @@ def test_without_its_saved_originals_a_session_is_resumed_all_the_same(new_memor
     assert resumed.segments == session.segments
     with pytest.raises(InvalidInput, match="not kept .* or are lost"):
         resumed.recall((0, 50))
+
+
+def test_the_first_search_of_a_resumed_session_reads_its_search_keys_alone(
+    new_memory: NewMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It read all that was ever compacted."""
+    session = read_session(new_memory())
+    session.save()
+    resumed = new_memory().session("alice")
+    monkeypatch.setattr(SavedEntries, "packed", lambda entries: pytest.fail("all entries were read"))
+    assert resumed.search("what?") == session.search("what?")
+
+
+@pytest.mark.parametrize("damage", ["nan", "cut", "missing"])
+def test_search_keys_that_cannot_be_used_are_lost(new_memory: NewMemory, tmp_path: Path, damage: str) -> None:
+    session = read_session(new_memory(), 300)
+    session.save()
+    events: list[Event] = []
+    resumed = new_memory(events.append).session("alice")
+    path = tmp_path / "store" / "originals" / f"{originals_of(session)[0].digest}.safetensors"
+    tensors = {name: tensor * torch.nan for name, tensor in safetensors.torch.load_file(path).items()}
+    if damage == "nan":
+        safetensors.torch.save_file(tensors, path)
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:1000])
+    else:
+        path.unlink()
+    assert resumed.search("what?")
+    (lost,) = [event for event in events if isinstance(event, OriginalsLost)]
+    assert (lost.start, lost.end) == (originals_of(session)[0].start, originals_of(session)[0].end)
 
 
 def test_a_policy_without_originals_does_not_load_them(new_memory: NewMemory) -> None:

@@ -12,28 +12,22 @@ import pytest
 import torch
 from driven import some_tokens
 from inside import cache_of, context_of, originals_of, state_of
-from policies import plain_policy
+from policies import originals_policy, plain_policy
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Memory, Sampling, Session
 from am_memory.cli.letters import facts, hide
 from am_memory.engines.transformers import TransformersEngine
-from am_memory.errors import InvalidInput
+from am_memory.errors import InvalidInput, InvalidPolicy
+from am_memory.policy import MIN_PAGE_TOKENS
 from am_memory.recall import search
 from am_memory.recall.search import PASSAGE_TOKENS, span_scores
-from am_memory.recall.search_heads import SPAN_TOKENS, lift, message_queries, search_heads
+from am_memory.recall.search_heads import SPAN_TOKENS, lift, search_heads
+from am_memory.recall.search_index import Spans, index_bytes
+from am_memory.recall.search_queries import read_on_scratch
 
-POLICY = plain_policy(
-    trigger_tokens=128,
-    keep_ratio=0.25,
-    keep_recent=8,
-    pinned=3,
-    chunk_tokens=32,
-    originals="host",
-    recall_tokens=0,
-    head_budget="adaptive",
-)
+POLICY = originals_policy()
 
 NewSession = Callable[..., Session]
 
@@ -54,6 +48,7 @@ def new_session(engine: TransformersEngine) -> NewSession:
 
 def test_searching_leaves_the_session_as_it_was(new_session: NewSession) -> None:
     session = new_session()
+    session.search("who?")  # takes the keys that all searches compare
     before, stats = state_of(session), session.stats
     session.search("what?")
     assert session.stats == stats
@@ -123,13 +118,17 @@ def span_shares(query: Tensor, key: Tensor, bias: Tensor, span_of_key: Tensor, n
     return torch.zeros(len(query), num_spans).index_add(1, span_of_key, (query @ key.T + bias).softmax(-1))
 
 
+@pytest.mark.parametrize("first_look", [False, True])
 @pytest.mark.parametrize(
     "changes", [{}, {"originals": "drop"}, {"window": 160, "trigger_tokens": 64}], ids=["originals", "slots", "moved"]
 )
 def test_a_score_is_what_the_definition_gives(
-    new_session: NewSession, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
+    new_session: NewSession, changes: dict[str, object], first_look: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a softmax over every key, one search head at a time."""
+    """By a softmax over every key, one search head at a time; also if a first look chose every span."""
+    if first_look:
+        monkeypatch.setattr(search, "EXACT_SPANS", 1)
+        monkeypatch.setattr(search, "EXACT_SHARE", 1.0)
     monkeypatch.setattr(search, "usual_distance", lambda distance: distance)
     session = new_session(**changes)
     if "window" in changes:
@@ -137,14 +136,14 @@ def test_a_score_is_what_the_definition_gives(
     context, cache, engine = context_of(session), cache_of(session), session.engine
     num_tokens, found = cache.num_tokens, search_heads(engine)
     asked = some_tokens(45, seed=9)
-    text = message_queries(engine, cache, [*context.tokens[:num_tokens], *asked], 64)
+    text = read_on_scratch(engine, cache, found.heads, asked, 64).at(range(num_tokens, num_tokens + len(asked)))
     lifts = []
     for index, head in enumerate(found.heads):
         key, bias, positions = keys_by_position(session, head.layer, head.head)
         layer = cache.compactable[head.layer]
         usual = layer.rotated(found.usual[index][None], num_tokens - found.position)[0].float()
         spans = positions // SPAN_TOKENS, -(-num_tokens // SPAN_TOKENS)
-        of_text = span_shares(text.head(head), key * layer.scaling, bias, *spans)
+        of_text = span_shares(text[index], key * layer.scaling, bias, *spans)
         passages = torch.split(of_text, PASSAGE_TOKENS)
         usually = span_shares(usual, key * layer.scaling, bias, *spans).mean(0)
         lifts.append(torch.stack([lift(passage.mean(0), usually) for passage in passages]))
@@ -153,6 +152,56 @@ def test_a_score_is_what_the_definition_gives(
     is_compact = scores > -torch.inf
     torch.testing.assert_close(scores[is_compact], expected[is_compact], rtol=1e-3, atol=1e-4)
     assert int(is_compact.sum()) == -(-session.segments[-1].end // SPAN_TOKENS)
+
+
+def test_a_first_look_leaves_out_all_but_the_best_spans(
+    new_session: NewSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = new_session()
+    exact = session.search("what?", top=1000)
+    monkeypatch.setattr(search, "EXACT_SPANS", 5)
+    monkeypatch.setattr(search, "EXACT_SHARE", 0.0)
+    best = [span for span in session.search("what?", top=1000) if span.score > search.MIN_SCORE]
+    assert 0 < sum(span.end - span.start for span in best) < sum(span.end - span.start for span in exact) / 2
+    assert max(span.score for span in best) == pytest.approx(exact[0].score, abs=0.1)
+
+
+def test_means_of_keys_stand_for_the_keys_that_are_there() -> None:
+    """The first and the last span of a run hold fewer keys than the others."""
+    key = torch.randn(37, 8)
+    rough = Spans.of(key, 5).rough()
+    assert rough.keys.shape == (3, SPAN_TOKENS // 4, 8)
+    assert rough.bias.exp().sum() == pytest.approx(37)
+    torch.testing.assert_close(rough.keys[0, 1], key[:3].mean(0))
+    torch.testing.assert_close((rough.keys * rough.bias.exp()[..., None]).sum((0, 1)), key.sum(0))
+
+
+@pytest.mark.parametrize(("room", "longest"), [(15, 0), (16, 16), (20, 20), (47, 46), (52, 52), (56, 56)])
+def test_a_small_room_holds_a_smaller_page(new_session: NewSession, room: int, longest: int) -> None:
+    """A room of less than 48 tokens was kept free, and nothing came back in it."""
+    session = new_session()
+    scores = torch.zeros(-(-session.segments[-1].end // SPAN_TOKENS))
+    scores[2] = 1.0
+    pages = search.best_pages(
+        session.engine, session.tokens, session.segments, scores, least_score=0.5, max_tokens=room
+    )
+    num_tokens = sum(page.num_tokens for page in pages)
+    assert (40 if room > 48 else longest) <= num_tokens <= longest
+
+
+def test_the_least_room_for_recall_is_a_span() -> None:
+    assert MIN_PAGE_TOKENS == SPAN_TOKENS
+    with pytest.raises(InvalidPolicy, match="15 tokens hold no page: set it to 16 or more, or to 0"):
+        POLICY.with_changes(recall_tokens=15)
+
+
+def test_the_keys_that_are_compared_count_as_host_memory(new_session: NewSession) -> None:
+    session = new_session()
+    before = session.stats.originals_bytes
+    session.search("what?")
+    keys = session.stats.originals_bytes - before
+    assert keys == index_bytes(originals_of(session)) > 0
+    assert session.fork().stats.originals_bytes == session.stats.originals_bytes
 
 
 @pytest.mark.model

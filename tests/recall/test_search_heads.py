@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from am_memory.engines.model_files import cache_folder
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.recall import search_heads as module
-from am_memory.recall.search_heads import NUM_HEADS, SearchHeads, measure, search_heads
+from am_memory.recall.search_heads import NUM_HEADS, SearchHeads, measure, ready_search_heads, search_heads
 
 TRIAL = json.loads((resources.files("am_memory.recall") / "search_trial.json").read_text(encoding="utf-8"))
 
@@ -32,7 +32,7 @@ def num_measured(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     made: list[None] = []
     found = SearchHeads((module.SearchHead(1, 0, 1), module.SearchHead(2, 1, 0)), torch.ones(2, 3, 16) / 3, 77)
 
-    def measured(engine: TransformersEngine) -> SearchHeads:
+    def measured(engine: TransformersEngine, on_progress: object) -> SearchHeads:
         made.append(None)
         return found
 
@@ -66,6 +66,23 @@ def test_as_many_heads_are_found_and_the_same_ones_each_time(engine: Transformer
     assert found.usual.shape[0] == NUM_HEADS
     assert found.usual.shape[1] <= module.MAX_USUAL
     assert torch.equal(found.usual, again.usual)
+
+
+def test_a_measurement_says_how_far_it_is(engine: TransformersEngine) -> None:
+    """It takes half a minute on a slow machine, in which the engine answered nobody and nothing was said."""
+    steps: list[tuple[int, int]] = []
+    measure(engine, lambda done, total: steps.append((done, total)))
+    num_texts = 1 + len(TRIAL["ordinary"]) + len(TRIAL["questions"])
+    assert steps == [(number, num_texts) for number in range(1, num_texts + 1)]
+
+
+def test_heads_that_would_have_to_be_measured_are_not_ready(
+    engine: TransformersEngine, folder: Path, num_measured: list[None]
+) -> None:
+    twin = another(engine)
+    assert ready_search_heads(twin) is None
+    assert num_measured == []
+    assert search_heads(twin) is ready_search_heads(twin) is not None
 
 
 def test_what_was_measured_is_read_from_its_file(

@@ -38,11 +38,6 @@ def empty_spill() -> None:
 
 
 @pytest.fixture
-def events() -> list[Event]:
-    return []
-
-
-@pytest.fixture
 def new_memory(engine: TransformersEngine, tmp_path: Path, events: list[Event]) -> NewMemory:
     """Makes memories that share the model, a store, and who listens."""
 
@@ -203,7 +198,9 @@ def test_what_was_damaged_in_the_store_is_missed_and_told(
     damage(tmp_path / "store" / "originals" / f"{first.digest}.safetensors")
     with caplog.at_level(logging.WARNING, "am_memory"):
         resumed = new_memory(place).session("alice")
-        resumed.search("hoo")
+        assert resumed.search("hoo")
+        with pytest.raises(InvalidInput, match="or are lost"):
+            resumed.recall((first.start, first.end))
     assert lost(events) == kept[:1]
     assert f"tokens {first.start} to {first.end} are lost" in caplog.text
     assert spans(resumed) == kept[1:]
@@ -241,7 +238,9 @@ def test_sound_bytes_of_something_else_are_no_originals(
     monkeypatch.setattr(HostEntries, "packed", lambda held: data if held is first._held else packed(held.entries))
     session.save()
     resumed = new_memory("host").session("alice")
-    resumed.search("hoo")
+    assert resumed.search("hoo")
+    with pytest.raises(InvalidInput, match="or are lost"):
+        resumed.recall((first.start, first.end))
     assert lost(events) == [(first.start, first.end)]
     assert [original.digest for original in originals_of(resumed)] == [original.digest for original in others]
 

@@ -37,11 +37,6 @@ def long_prompt(count: int) -> list[int]:
 
 
 @pytest.fixture
-def events() -> list[Event]:
-    return []
-
-
-@pytest.fixture
 def memory(engine: TransformersEngine, events: list[Event]) -> Memory:
     return Memory(engine, POLICY, on_event=events.append)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from am_memory import Memory, Sampling, Session
 from am_memory.compaction.plan import Plan
 from am_memory.engines.transformers import TransformersEngine
-from am_memory.events import CompactionFinished, Event, MemoryConsulted, SpanPutAway, SpanRecalled, ignore
+from am_memory.events import (
+    CompactionFinished,
+    Event,
+    MemoryConsulted,
+    SearchHeadsProgress,
+    SpanPutAway,
+    SpanRecalled,
+    ignore,
+)
 from am_memory.session import lookup
 from am_memory.session.rebuild import rebuild
 
@@ -95,6 +104,47 @@ def test_pages_lie_in_segments_and_never_among_exact_tokens(new_memory: NewMemor
     answer(session, 1)
     for page in session.recalled:
         assert any(segment.start <= page.start < page.end <= segment.end for segment in session.segments)
+
+
+def test_a_message_is_read_once(new_memory: NewMemory, engine: TransformersEngine) -> None:
+    """It was read a second time for its queries, which was most of what a lookup cost."""
+    counting, num_read = copy.copy(engine), [0]
+
+    def forward(cache: Any, token_ids: Any, **options: Any) -> torch.Tensor:
+        num_read[0] += len(token_ids)
+        return engine.forward(cache, token_ids, **options)
+
+    counting.forward = forward
+    session = told_session(new_memory(engine=counting))
+    answer(session, 1)  # measures the search heads
+    session.append(QUESTION)
+    left, num_read[0] = len(session.tokens), 0
+    answer(session, 1)
+    assert session.recalled
+    assert num_read[0] < len(session.tokens) - left + 2
+
+
+def test_an_engine_that_hands_out_no_queries_finds_the_same(new_memory: NewMemory, engine: TransformersEngine) -> None:
+    other = copy.copy(engine)
+    other.capabilities = replace(engine.capabilities, free_query_tokens=None)
+    pages = []
+    for name, each in (("alice", engine), ("bob", other)):
+        session = told_session(new_memory(engine=each, chunk_tokens=1), name)
+        answer(session, 1)
+        session.append(QUESTION)
+        answer(session, 1)
+        pages.append(session.recalled)
+        assert (context_of(session).recent_queries is None) == (each is other)
+    assert pages[0] == pages[1] != ()
+
+
+def test_measuring_the_search_heads_is_reported(new_memory: NewMemory, engine: TransformersEngine) -> None:
+    events: list[Event] = []
+    fresh = copy.copy(engine)
+    fresh.info = replace(engine.info, fingerprint="measured by nobody")
+    answer(told_session(new_memory(events.append, engine=fresh)), 1)
+    steps = [event for event in events if isinstance(event, SearchHeadsProgress)]
+    assert [event.done_texts for event in steps] == list(range(1, steps[-1].total_texts + 1))
 
 
 def test_what_finds_nothing_recalls_nothing(new_memory: NewMemory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,6 +325,28 @@ def test_a_resumed_session_answers_as_the_saved_one(new_memory: NewMemory) -> No
     assert answer(resumed, 80) == answer(session, 80)
     assert resumed.tokens == session.tokens
     assert resumed.recalled == session.recalled
+
+
+def test_what_was_recalled_beside_a_running_compaction_is_recalled_there_again(new_memory: NewMemory) -> None:
+    """The tokens since the compaction began are read again, and saw the page from the first of them on."""
+    memory = new_memory(ahead_tokens=20, chunk_tokens=1)
+    session, other = told_session(memory), told_session(memory, "other")
+    for each in (session, other):
+        while context_of(each).background_compaction is not None:
+            each.append([7])
+        while context_of(each).background_compaction is None:
+            each.append([7])
+        each.append(some_tokens(5, seed=3))
+        (span,) = each.search("Where?", top=1)
+        each.recall(span)
+        each.append(some_tokens(3, seed=4))
+        assert context_of(each).background_compaction is not None
+        assert context_of(each).recalled
+    session.save()
+    resumed = new_memory(ahead_tokens=20, chunk_tokens=1).session("alice")
+    assert torch.equal(resumed.logits("owl"), other.logits("owl"))
+    assert answer(resumed, 60) == answer(other, 60)
+    assert differences(context_of(resumed), context_of(other)) == []
 
 
 def test_a_branch_looks_up_for_itself(new_memory: NewMemory) -> None:

@@ -24,11 +24,6 @@ SEVERAL = ("plain", "ahead with originals", "much recall", "int8 with originals 
 
 
 @pytest.fixture
-def events() -> list[Event]:
-    return []
-
-
-@pytest.fixture
 def memory(engine: TransformersEngine, events: list[Event], tmp_path: Path) -> Memory:
     return Memory(engine, POLICY, on_event=events.append, store=tmp_path / "store")
 

@@ -28,11 +28,6 @@ NewMemory = Callable[..., Memory]
 
 
 @pytest.fixture
-def events() -> list[Event]:
-    return []
-
-
-@pytest.fixture
 def new_memory(engine: TransformersEngine, tmp_path: Path, events: list[Event]) -> NewMemory:
     """As after a restart; without a policy it has one all the same, as the tiny model is too small for the default."""
 

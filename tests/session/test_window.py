@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from driven import some_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inside import cache_of, context_of, layers_of, rebuild
@@ -30,10 +30,6 @@ from am_memory.session.context import Context
 WINDOW = 160
 POLICY = plain_policy(trigger_tokens=64, keep_ratio=0.25, keep_recent=6, pinned=3, chunk_tokens=16)
 GREEDY = Sampling(temperature=0)
-
-
-def some_tokens(count: int, seed: int = 0) -> list[int]:
-    return random.Random(seed).choices(range(256), k=count)
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,7 @@ CAPABILITIES = Capabilities(
     can_hold_int8=True,
     can_compact_layerwise=True,
     can_read_in_parallel=True,
+    free_query_tokens=1,
     can_rotate_keys=True,
     runs_in_generate=True,
 )
@@ -110,6 +111,8 @@ class TransformersEngine:
             refuse_too_long_answers(model, max_tokens)
         self.chunk_tokens = CPU_CHUNK_TOKENS if model.device.type == "cpu" else GPU_CHUNK_TOKENS
         self._graphs = token_graphs(model, self._read_token, self.new_cache)
+        if compile or self._graphs is not None:  # these read single tokens, and hand out no queries
+            self.capabilities = replace(self.capabilities, free_query_tokens=2)
         forward = model.forward
         if self._graphs is not None:
             forward = shortcut(model, self._graphs, self._cache_argument)
