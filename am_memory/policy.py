@@ -126,11 +126,11 @@ class MemoryPolicy(_Settings):
             memory, and disk once the memory's bound is reached), "disk", or "drop" (nowhere). "auto" is "host" on
             engines whose caches exact entries can come back into, else "drop".
         recall_tokens: upper bound on the compacted tokens that are exact again at one time, because a message or the
-            model's own text looks for them. This room below the trigger is kept free for them. 0: nothing is recalled
-            by itself. None: an eighth of the trigger, but at least 256 tokens where that is at most a quarter of it;
-            less, down to 0, where compactions would become too small, and 0 where originals are dropped. A page takes
-            about 50 tokens, or all of the room where that is less; 16 are the least. Models with a table of positions
-            recall nothing by themselves.
+            model's own text looks for them. While an answer is written, this room below the trigger is kept free for
+            them; text that is only read may take it. 0: nothing is recalled by itself. None: an eighth of the trigger,
+            but at least 256 tokens where that is at most a quarter of it; less, down to 0, where compactions would
+            become too small, and 0 where originals are dropped. A page takes about 50 tokens, or all of the room where
+            that is less; 16 are the least. Models with a table of positions recall nothing by themselves.
         segment_dtype: type in which compact segments store keys and values: "model" (the model's dtype) or "int8" (one
             scale per channel of each segment and head, decoded for every attention). Biases, pinned tokens and recalled
             tokens keep the model's dtype. Reported errors are measured before rounding.
@@ -144,8 +144,9 @@ class MemoryPolicy(_Settings):
             for it if necessary: the result depends on the tokens alone, not on timing. Must be below the smallest block
             that is compacted this way. Takes the memory of one more exact tail. Not on llama.cpp, nor with a RoPE that
             depends on the length of the text. 0: compact at the trigger, while decoding waits.
-        ridge: strength that pulls the fitted values toward the original ones, as a fraction of the mean diagonal. With
-            0.5, plain continuation of long prose is nearer to the full cache, and questions recall less.
+        ridge: strength that pulls the fitted values toward the original ones, as a fraction of the mean diagonal. A low
+            one serves questions, a high one serves a text that goes on. None: 0.5 where pages are recalled for
+            questions, else 0.001.
         chunk_tokens: tokens read in one forward pass, at most. None: as many as suit the device, `Engine.chunk_tokens`.
         experiments: settings for ablations and experiments.
 
@@ -171,7 +172,7 @@ class MemoryPolicy(_Settings):
     segment_dtype: Literal["model", "int8"] = "model"
     max_error: Annotated[float, Field(gt=0)] | None = None
     ahead_tokens: Annotated[int, Field(ge=0)] = 0
-    ridge: Annotated[float, Field(ge=0)] = 1e-3
+    ridge: Annotated[float, Field(ge=0)] | None = None
     chunk_tokens: Annotated[int, Field(gt=0)] | None = None
     experiments: Experiments = Experiments()
 

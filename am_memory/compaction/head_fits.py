@@ -26,6 +26,8 @@ MAX_BATCH_HEADS = 32
 """A batch copies the reference queries of its heads into one tensor; this bounds its size."""
 HELD_OUT_INTERVAL = 8
 """With a gate, every eighth query is held out of the fits. Keys are chosen by all queries."""
+RIDGE = 1e-3
+"""`MemoryPolicy.ridge` by default, where slots alone answer questions."""
 BIAS_RIDGE = 1e-2
 """Pull of the biases toward 0: similar reference queries leave some biases undecided."""
 
@@ -169,7 +171,7 @@ def fit_batch(heads: Sequence[ScoredHead], segment: Segment, policy: MemoryPolic
 def _options(policy: MemoryPolicy) -> FitOptions:
     return FitOptions(
         bias_ridge=BIAS_RIDGE,
-        ridge=policy.ridge,
+        ridge=RIDGE if policy.ridge is None else policy.ridge,
         fit_bias=policy.experiments.fit in ("bias_and_values", "bias"),
         fit_values=policy.experiments.fit in ("bias_and_values", "values"),
         relative_mass=False,

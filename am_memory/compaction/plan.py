@@ -110,12 +110,17 @@ def originals_place(policy: MemoryPolicy, can: Capabilities) -> Literal["drop", 
     return policy.originals
 
 
+def can_recall(policy: MemoryPolicy, can: Capabilities) -> bool:
+    """Whether a policy lets an engine recall pages by itself."""
+    return policy.recall_tokens != 0 and originals_place(policy, can) != "drop"
+
+
 def recall_tokens(policy: MemoryPolicy, can: Capabilities, trigger_tokens: int, num_pinned: int) -> int:
     """The room below the trigger that is kept free for recalled pages, in tokens.
 
     By default it is halved until it leaves a compaction at least half of the block that it would have without it.
     """
-    if originals_place(policy, can) == "drop":
+    if not can_recall(policy, can):
         return 0
     if policy.recall_tokens is not None:
         return policy.recall_tokens
