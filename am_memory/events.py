@@ -120,6 +120,32 @@ class LittleKept:
 
 
 @dataclass(frozen=True)
+class SegmentRefined:
+    """The segment of the tokens [start, end) was fitted again, to other queries, and has its new slots now.
+
+    Attributes:
+        num_slots: mean slots per KV head, as before.
+        error_before, error_after: the attention output's error of the old and of the new slots, on the queries of the
+            refinement; RMS over heads, relative to the output's RMS.
+        seconds: wall time.
+    """
+
+    session: str
+    start: int
+    end: int
+    num_slots: float
+    error_before: float
+    error_after: float
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"tokens {self.start:,} to {self.end:,} refined in {self.seconds:.2f} s; the error of their "
+            f"{self.num_slots:.1f} slots per head was {self.error_before:.3f}, and is {self.error_after:.3f}"
+        )
+
+
+@dataclass(frozen=True)
 class WindowExceeded:
     """The conversation is longer than the model's context window.
 
@@ -263,6 +289,7 @@ Event = (
     | CompactionFinished
     | GateMissed
     | LittleKept
+    | SegmentRefined
     | WindowExceeded
     | SessionRebuilt
     | MemoryConsulted
@@ -300,7 +327,7 @@ def log(event: Event) -> None:
                 held_out_error,
                 max_error,
             )
-        case WindowExceeded(session):
+        case WindowExceeded(session) | SegmentRefined(session):
             logger.info("session %r has %s", session, event)
         case SessionRebuilt(session, num_tokens, reason):
             logger.info("session %r: %d tokens are read again: %s", session, num_tokens, reason)

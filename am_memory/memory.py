@@ -18,7 +18,7 @@ from am_memory.compaction.plan import originals_place, recall_tokens, require_pr
 from am_memory.engines.base import Engine, Message
 from am_memory.engines.names import DtypeName, EngineName, as_dtype, require_engine_name
 from am_memory.errors import InvalidInput, InvalidPolicy, SessionNotFound, StorageError, require_kind
-from am_memory.events import Event, Listener, OriginUnknown, PolicyChanged, ignore, log
+from am_memory.events import CompactionFinished, Event, Listener, OriginUnknown, PolicyChanged, ignore, log
 from am_memory.formatting import counted
 from am_memory.kv_cache.cache import KVCache, Snapshot
 from am_memory.policy import MemoryPolicy
@@ -213,7 +213,8 @@ class Memory:
             saved = self.load(name, policy=policy)
         with self._shared.engine_lock:
             if name not in sessions:
-                sessions[name] = self._new(name, policy) if saved is None else self._resumed(name, saved, policy)
+                new = self._new(name, policy) if saved is None else self._resumed(name, saved, policy)
+                self._shared.keep(new, name)
             return sessions[name]
 
     def _new(self, name: str, policy: MemoryPolicy | None, tools: Sequence[Message] = ()) -> Session:
@@ -297,7 +298,7 @@ class Memory:
             session._saved_copy = SavedCopy(ANY)
         elif held is not None and held is not session:
             session._saved_copy = SavedCopy(held._saved_copy.version, held._saved_copy.in_doubt)
-        self._shared.sessions[name] = session
+        self._shared.keep(session, name)
 
     def release(self, name: str) -> None:
         """Drop a session from memory; its saved copy stays in the store."""
@@ -353,5 +354,7 @@ class Memory:
             self._listeners.remove(listener)
 
     def _notify(self, event: Event) -> None:
+        if isinstance(event, CompactionFinished):
+            self._shared.idle_worker.ask(event.session)
         for listener in (log, self.on_event, *self._listeners):
             listener(event)

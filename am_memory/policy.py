@@ -140,6 +140,12 @@ class MemoryPolicy(_Settings):
             for it if necessary: the result depends on the tokens alone, not on timing. Must be below the smallest block
             that is compacted this way. Takes the memory of one more exact tail. Not on llama.cpp, nor with a RoPE that
             depends on the length of the text. 0: compact at the trigger, while decoding waits.
+        refine: "idle": while no session works, a thread of the memory fits compact segments again, to
+            `refine_queries`, and swaps the better slots in. It stops at once when a session works, and begins with the
+            segment again later. "off": only `Session.refine` does so. Needs originals; not on llama.cpp, nor on models
+            with sliding windows.
+        refine_queries: queries that a refinement is fitted to, either or both of "repeat" and "self_study". A segment
+            that was compacted with all of them is not refined.
         ridge: strength that pulls the fitted values toward the original ones, as a fraction of the mean diagonal. With
             0.5, plain continuation of long prose is nearer to the full cache, and questions recall less.
         chunk_tokens: tokens read in one forward pass, at most. None: as many as suit the device, `Engine.chunk_tokens`.
@@ -167,6 +173,11 @@ class MemoryPolicy(_Settings):
     segment_dtype: Literal["model", "int8"] = "model"
     max_error: Annotated[float, Field(gt=0)] | None = None
     ahead_tokens: Annotated[int, Field(ge=0)] = 0
+    refine: Literal["off", "idle"] = "off"
+    refine_queries: Annotated[tuple[Literal["repeat", "self_study"], ...], Field(min_length=1)] = (
+        "repeat",
+        "self_study",
+    )
     ridge: Annotated[float, Field(ge=0)] = 1e-3
     chunk_tokens: Annotated[int, Field(gt=0)] | None = None
     experiments: Experiments = Experiments()
@@ -211,6 +222,10 @@ class MemoryPolicy(_Settings):
             raise ValueError("max_error may fit a layer twice, and on_policy fits it once: leave one of them out")
         if experiments.summary_tokens is not None and max_error is not None:
             raise ValueError("max_error would measure the summary and not the text: leave it or summary_tokens at None")
+        if info.data.get("refine") == "idle" and info.data.get("originals") == "drop":
+            raise ValueError("refine 'idle' fits the originals again: leave originals at 'auto', or refine at 'off'")
+        if info.data.get("refine") == "idle" and experiments.recompaction == "refit":
+            raise ValueError("recompaction 'refit' compacts every segment again anyway: leave refine at 'off'")
         if experiments.summary_tokens is not None and experiments.recompaction == "refit":
             raise ValueError("recompaction 'refit' would summarise summaries: leave it at 'segments'")
         return experiments
