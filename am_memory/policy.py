@@ -145,7 +145,7 @@ class MemoryPolicy(_Settings):
             segment again later. "off": only `Session.refine` does so. Needs originals; not on llama.cpp, nor on models
             with sliding windows.
         refine_queries: queries that a refinement is fitted to, either or both of "repeat" and "self_study". A segment
-            that was compacted with all of them is not refined.
+            that was compacted with all of them is refined only after it has shrunk by a quarter.
         ridge: strength that pulls the fitted values toward the original ones, as a fraction of the mean diagonal. With
             0.5, plain continuation of long prose is nearer to the full cache, and questions recall less.
         chunk_tokens: tokens read in one forward pass, at most. None: as many as suit the device, `Engine.chunk_tokens`.
@@ -212,6 +212,13 @@ class MemoryPolicy(_Settings):
     def _selection_parameters(self, selection: KeySelection) -> str | dict[str, object]:
         return parameters(selection)
 
+    @field_validator("refine")
+    @classmethod
+    def _has_originals(cls, refine: str, info: ValidationInfo) -> str:
+        if refine == "idle" and info.data.get("originals") == "drop":
+            raise ValueError("refine 'idle' fits the originals again: leave originals at 'auto', or refine at 'off'")
+        return refine
+
     @field_validator("experiments")
     @classmethod
     def _agrees_with_other_fields(cls, experiments: Experiments, info: ValidationInfo) -> Experiments:
@@ -222,8 +229,6 @@ class MemoryPolicy(_Settings):
             raise ValueError("max_error may fit a layer twice, and on_policy fits it once: leave one of them out")
         if experiments.summary_tokens is not None and max_error is not None:
             raise ValueError("max_error would measure the summary and not the text: leave it or summary_tokens at None")
-        if info.data.get("refine") == "idle" and info.data.get("originals") == "drop":
-            raise ValueError("refine 'idle' fits the originals again: leave originals at 'auto', or refine at 'off'")
         if info.data.get("refine") == "idle" and experiments.recompaction == "refit":
             raise ValueError("recompaction 'refit' compacts every segment again anyway: leave refine at 'off'")
         if experiments.summary_tokens is not None and experiments.recompaction == "refit":

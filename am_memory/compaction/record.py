@@ -54,6 +54,7 @@ class RefinementRecord:
     """The segment [start, end) got new slots when the cache held `at_tokens` logical tokens.
 
     Attributes:
+        num_slots: of the segment at that time, over all layers and KV heads.
         conversations: self-study's prompts and answers, as in `CompactionRecord`.
         policy: the one that the refinement followed; None as in `CompactionRecord`.
     """
@@ -61,8 +62,13 @@ class RefinementRecord:
     at_tokens: int
     start: int
     end: int
+    num_slots: int
     conversations: tuple[tuple[int, ...], ...] = ()
     policy: Annotated[MemoryPolicy | None, BeforeValidator(_policy_from)] = None
+
+
+Step = RecallRecord | RefinementRecord
+"""What happens between two compactions."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,11 @@ class CompactionRecord:
     recalls: tuple[RecallRecord, ...] = ()
     refinements: tuple[RefinementRecord, ...] = ()
     policy: Annotated[MemoryPolicy | None, BeforeValidator(_policy_from)] = None
+
+    @property
+    def steps(self) -> list[Step]:
+        """Recalls and refinements between this compaction and the next, in the order of their positions."""
+        return sorted((*self.recalls, *self.refinements), key=lambda step: step.at_tokens)
 
     @property
     def swapped_at(self) -> int:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 
-from am_memory.compaction.record import CompactionRecord, RecallRecord, RefinementRecord
+from am_memory.compaction.record import CompactionRecord, RefinementRecord, Step
 from am_memory.engines.base import in_chunks
 from am_memory.events import SessionRebuilt
 from am_memory.queries import LiveQueries
@@ -22,9 +22,6 @@ from am_memory.session.context import Context
 from am_memory.session.pages import bring_back, fit, put_away, put_away_all_but, recalled_at, record_recall
 from am_memory.session.recalling import make_exact, with_originals
 from am_memory.session.refining import repeat_refinement
-
-Step = RecallRecord | RefinementRecord
-"""What happens between two compactions."""
 
 
 def rewind(context: Context, num_tokens: int) -> None:
@@ -125,7 +122,7 @@ def _rebuilt(context: Context, num_tokens: int, num_cached: int) -> Context:
         steps: tuple[Step, ...] = ()
         for record in done:
             _repeat(fresh, steps, record)
-            steps = _steps_behind(record, num_cached)
+            steps = tuple(step for step in record.steps if step.at_tokens <= num_cached)
         fresh.originals_place, fresh.original_store = context.originals_place, context.original_store
         if (began_at := _background_start(context, len(done), num_cached)) is not None:
             steps = _repeat_steps(fresh, steps, began_at)
@@ -161,12 +158,6 @@ def _background_start(context: Context, num_done: int, num_cached: int) -> int |
         starts.append(context.background_compaction.at_tokens)
     is_ahead = context.policy.ahead_tokens > 0
     return next((at_tokens for at_tokens in starts if is_ahead and at_tokens <= num_cached), None)
-
-
-def _steps_behind(record: CompactionRecord, num_cached: int) -> tuple[Step, ...]:
-    """The recalls and refinements after a compaction that came when the cache held at most `num_cached` tokens."""
-    steps: list[Step] = [*record.recalls, *record.refinements]
-    return tuple(sorted((step for step in steps if step.at_tokens <= num_cached), key=lambda step: step.at_tokens))
 
 
 def _repeat(fresh: Context, steps: Sequence[Step], record: CompactionRecord) -> None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from am_memory.budgets import calibration_for
-from am_memory.compaction.record import CompactionRecord, RefinementRecord
+from am_memory.compaction.record import RefinementRecord
 from am_memory.compaction.refinement import Refinement, RefinementResult, refining
 from am_memory.events import SegmentRefined
 from am_memory.kv_cache.int8 import decoded
@@ -21,6 +21,9 @@ from am_memory.recall.paging import at_rest, slots_of, with_new_slots
 from am_memory.session import pages
 from am_memory.session.context import Context
 from am_memory.session.recalling import with_originals
+
+LITTLE_CUT = 0.75
+"""A segment that was cut to less than this share of its slots is fitted again: those cut away had a part in its fit."""
 
 
 def refine_next(context: Context) -> SegmentRefined | None:
@@ -51,33 +54,35 @@ def next_segment(context: Context) -> Segment | None:
 
 
 def num_refined(context: Context) -> int:
-    """The number of segments that are refined."""
-    refined = _refined(context)
-    return sum((segment.start, segment.end) in refined for segment in context.cache.segments)
+    """The number of segments that were refined since they were compacted."""
+    refined = {(one.start, one.end) for record in context.records for one in record.refinements}
+    return sum(_ends(segment) in refined for segment in context.cache.segments)
 
 
 def _can_gain(context: Context, segment: Segment) -> bool:
-    """Whether a segment was compacted in its turn, with other queries than a refinement has, and can be again."""
-    record = next((made for made in context.records if _ends(made.plan.newest) == _ends(segment)), None)
-    return (
-        context.engine.capabilities.can_refine
-        and segment.num_slots > 0
-        and record is not None
-        and not _has_had(record, context)
-        and _ends(segment) not in _refined(context)
-        and are_kept(context.originals, segment.start, segment.end)
-    )
+    """Whether a segment can be fitted again, to other queries, or to a smaller number of slots, than it was."""
+    if not context.engine.capabilities.can_refine or not are_kept(context.originals, segment.start, segment.end):
+        return False
+    fitted = _last_fit(context, segment)
+    if fitted is None or segment.num_slots == 0:
+        return False
+    num_slots, queries = fitted
+    return not queries.issuperset(context.policy.refine_queries) or segment.num_slots < LITTLE_CUT * num_slots
 
 
-def _has_had(record: CompactionRecord, context: Context) -> bool:
-    """Whether a compaction has had all the queries of a refinement, or made slots that these could not replace."""
-    policy = record.policy or context.policy
-    had = set(policy.reference_queries).issuperset(context.policy.refine_queries)
-    return had or record.plan.is_refit or record.summary is not None
-
-
-def _refined(context: Context) -> set[tuple[int, int]]:
-    return {(one.start, one.end) for record in context.records for one in record.refinements}
+def _last_fit(context: Context, segment: Segment) -> tuple[int, set[str]] | None:
+    """The number of slots that a segment was last fitted in, and the queries; None: it must stay as it was made."""
+    fitted: tuple[int, set[str]] | None = None
+    for record in context.records:
+        newest = record.plan.newest
+        if _ends(newest) == _ends(segment):
+            if record.plan.is_refit or record.summary is not None:  # it stands for more, or less, than its originals
+                return None
+            fitted = newest.num_slots, set((record.policy or context.policy).reference_queries)
+        for one in record.refinements:
+            if (one.start, one.end) == _ends(segment):
+                fitted = one.num_slots, set((one.policy or context.policy).refine_queries)
+    return fitted
 
 
 def _ends(segment: Segment) -> tuple[int, int]:
@@ -126,7 +131,8 @@ def swap_in(
     cache, segment = context.cache, planned.segment
     state, context.recalled = with_new_slots(cache.state(), context.recalled, _ends(segment), result.slots)
     cache.restore(state)
-    record = RefinementRecord(cache.num_tokens, *_ends(segment), result.conversations, repeated and repeated.policy)
+    policy = None if repeated is None else repeated.policy
+    record = RefinementRecord(cache.num_tokens, *_ends(segment), segment.num_slots, result.conversations, policy)
     *before, last = context.records
     context.records = [*before, replace(last, refinements=(*last.refinements, record))]
     while repeated is None and context.recalled and cache.kv_tokens > context.trigger_tokens:

@@ -202,9 +202,10 @@ class Session:
     def refine(self) -> list[SegmentRefined]:
         """Give compact segments better slots, as many as they have; for a time when nobody waits.
 
-        Each segment is fitted again to its exact entries, with `MemoryPolicy.refine_queries`, if it was compacted with
-        other queries. Segments whose originals are not kept stay as they are, and so do all of them on llama.cpp and
-        on models with sliding windows. A compaction that runs in the background is swapped in first.
+        Each segment is fitted again to its exact entries, with `MemoryPolicy.refine_queries`, if it was fitted to other
+        queries, or has shrunk by a quarter since then. Segments whose originals are not kept stay as they are, and so
+        do all of them on llama.cpp and on models with sliding windows. A compaction that runs in the background is
+        swapped in first.
 
         Each segment is a step of its own: an interrupt keeps those that are done. `MemoryPolicy(refine="idle")` does
         the same in a thread, while no session works.
