@@ -12,8 +12,9 @@ words and the accepted value's; a whole sentence lowers it.
 
 Rows: the full cache; ours; ours with each --policy; the same keys with nothing fitted; a uniform budget; everything
 compacted again each time ("refit"); the system prompt and the last tokens read again, as many as ours holds; and the
-last tokens with recall, but without slots ("pages alone"). Only ours and that row recall. A row that the engine
-refuses is left out, and the reason is printed. All rows of a table are means over the same chats.
+last tokens with recall, but without slots ("pages alone"). Only ours and that row recall. With --refine, the segments
+of all compacted rows are refined before the questions, as in a pause of a chat; the row's name says so. A row that the
+engine refuses is left out, and the reason is printed. All rows of a table are means over the same chats.
 """
 
 from __future__ import annotations
@@ -54,10 +55,11 @@ QUARTERS = 4
 
 @dataclass(frozen=True)
 class Row:
-    """One way to hold a chat: the changes to the policy."""
+    """One way to hold a chat: the changes to the policy, and whether the segments are refined before the questions."""
 
     name: str
     changes: dict[str, object]
+    is_refined: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Answer:
         chat_tokens: physical size of the chat, before the question.
         kv_tokens, kv_bytes: the largest physical size while it was written, and the bytes on the device.
         seconds_to_read: the whole chat, its compactions among it.
+        seconds_to_refine: all segments, after it was read; 0 without --refine.
         questions: the set that was asked.
         token_f1: of the text; None if the file was written before there was one.
     """
@@ -91,6 +94,7 @@ class Answer:
     text: str
     questions: str = FACTS
     token_f1: float | None = None
+    seconds_to_refine: float = 0.0
 
 
 def read(memory: Memory, chat: Chat, policy: MemoryPolicy) -> Session:
@@ -130,8 +134,9 @@ def asked(session: Session, fact: Fact, new_tokens: int) -> tuple[float, str, fl
 
 
 def ask_all(
-    session: Session, chat: Chat, trigger: int, row: Row, seconds_to_read: float, args: argparse.Namespace
+    session: Session, chat: Chat, trigger: int, row: Row, seconds: tuple[float, float], args: argparse.Namespace
 ) -> list[Answer]:
+    """Ask for each fact on a branch; `seconds` are those to read the chat, and to refine its segments."""
     answers = []
     for fact in chat.asked(args.questions):
         started = time.perf_counter()
@@ -151,7 +156,8 @@ def ask_all(
                 kv_bytes=branch.stats.kv_bytes,
                 originals_bytes=branch.stats.originals_bytes,
                 compactions=session.stats.num_compactions,
-                seconds_to_read=seconds_to_read,
+                seconds_to_read=seconds[0],
+                seconds_to_refine=seconds[1],
                 seconds=time.perf_counter() - started,
                 text=text,
                 questions=args.questions,
@@ -196,13 +202,17 @@ class Run:
                 session = truncated(self.memory, session, self.truncated_size(chat, trigger))
         else:
             session = read(self.memory, chat, MemoryPolicy(trigger_tokens=trigger, **row.changes))
-        answers = ask_all(session, chat, trigger, row, time.perf_counter() - started, self.args)
+        seconds_to_read, started = time.perf_counter() - started, time.perf_counter()
+        num_refined = len(session.refine()) if row.is_refined else 0
+        seconds_to_refine = time.perf_counter() - started
+        answers = ask_all(session, chat, trigger, row, (seconds_to_read, seconds_to_refine), self.args)
         self.answers += answers
         write_json(self.args.out, [asdict(answer) for answer in self.answers])
         print(
             f"{chat.name:10s} trigger {trigger:5d}  {row.name:30s} {sum(one.right for one in answers):2d} of "
             f"{len(answers)}  {len(session.tokens):,} tokens, {session.stats.kv_tokens:,.0f} held  "
-            f"{answers[0].seconds_to_read:.0f} s to read, {sum(one.seconds for one in answers):.0f} s to answer",
+            f"{seconds_to_read:.0f} s to read, {seconds_to_refine:.0f} s to refine {num_refined} segments, "
+            f"{sum(one.seconds for one in answers):.0f} s to answer",
             flush=True,
         )
 
@@ -257,13 +267,14 @@ def summary(answers: Sequence[Answer]) -> str:
                 f"{mean_of(fields, 'originals_bytes') / 2**20:.1f}",
                 f"{mean_of(fields, 'compactions'):.1f}",
                 f"{mean_of(fields, 'seconds_to_read'):.0f}",
+                f"{mean_of(fields, 'seconds_to_refine'):.0f}",
                 f"{mean_of(fields, 'seconds'):.1f}",
             )
         )
         by_age.append((trigger or "", name, *(f"{sum(some)} of {len(some)}" for some in by_quarter)))
     header = ("trigger", "cache", "right", "of full", "flipped", "log probability", "F1")
     header += ("tokens held, mean", "at most", "MiB on the device", "MiB of originals")
-    header += ("compactions", "s to read", "s / answer")
+    header += ("compactions", "s to read", "s to refine", "s / answer")
     kinds = dict.fromkeys(one.kind for one in answers)
     columns = [f"{name} {trigger or ''}".strip() for trigger, name in found]
     by_kind = [
@@ -282,7 +293,12 @@ def summary(answers: Sequence[Answer]) -> str:
 def rows_of(args: argparse.Namespace) -> list[Row]:
     given = [Row(f"{OURS} {text}", json.loads(text)) for text in args.policy]
     named = [Row(name, CHANGES.get(name, {})) for name in args.rows]
-    return [*named, *given]
+    return [_refined(row) if args.refine else row for row in (*named, *given)]
+
+
+def _refined(row: Row) -> Row:
+    """The row with its segments refined; what is not compacted stays as it is."""
+    return row if row.name in (FULL, TRUNCATED) else Row(f"{row.name}, refined", row.changes, is_refined=True)
 
 
 def main() -> None:
@@ -296,6 +312,7 @@ def main() -> None:
     names = [FULL, *CHANGES, TRUNCATED]
     parser.add_argument("--rows", nargs="+", choices=names, default=names)
     parser.add_argument("--policy", action="append", default=[], help="JSON; ours with these fields, a row of its own")
+    parser.add_argument("--refine", action="store_true", help="refine all segments of ours before the questions")
     parser.add_argument("--new-tokens", type=int, default=40, help="of an answer at most")
     parser.add_argument("--out", help="write the answers as JSON; what is in it already is not run again")
     args = parser.parse_args()

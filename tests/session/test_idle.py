@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from textwrap import dedent
 
@@ -43,8 +43,10 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def memory(engine: TransformersEngine, tmp_path: Path) -> Memory:
-    return Memory(engine, POLICY, sampling=Sampling(temperature=0), store=tmp_path / "store")
+def memory(engine: TransformersEngine, tmp_path: Path) -> Iterator[Memory]:
+    memory = Memory(engine, POLICY, sampling=Sampling(temperature=0), store=tmp_path / "store")
+    yield memory
+    shared_of(memory).idle_worker.close()
 
 
 @pytest.fixture
