@@ -337,7 +337,7 @@ class Memory:
         logits of several candidates) are refused before anything is read, if that pass does not fit. Nothing is
         recalled there: only a session knows what was said.
         """
-        policy = self.policy.with_changes(originals="drop", recall_tokens=0)
+        policy = self.policy.with_changes(originals="drop", recall_tokens=0, refine="off")
         return watched(self._new_context("generate()", policy, ChatHistory()))
 
     def tokenize(self, text: str) -> list[int]:

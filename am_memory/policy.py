@@ -144,8 +144,9 @@ class MemoryPolicy(_Settings):
             `refine_queries`, and swaps the better slots in. It stops at once when a session works, and begins with the
             segment again later. "off": only `Session.refine` does so. Needs originals; not on llama.cpp, nor on models
             with sliding windows.
-        refine_queries: queries that a refinement is fitted to, either or both of "repeat" and "self_study". A segment
-            that was compacted with all of them is refined only after it has shrunk by a quarter.
+        refine_queries: queries that a refinement is fitted to, any of "repeat", "self_study" and "live" (queries of up
+            to 512 tokens that the segment's compaction had seen behind it; they are read again). A segment that was
+            fitted to all of them is refined only after it has shrunk by a quarter.
         ridge: strength that pulls the fitted values toward the original ones, as a fraction of the mean diagonal. With
             0.5, plain continuation of long prose is nearer to the full cache, and questions recall less.
         chunk_tokens: tokens read in one forward pass, at most. None: as many as suit the device, `Engine.chunk_tokens`.
@@ -174,7 +175,7 @@ class MemoryPolicy(_Settings):
     max_error: Annotated[float, Field(gt=0)] | None = None
     ahead_tokens: Annotated[int, Field(ge=0)] = 0
     refine: Literal["off", "idle"] = "off"
-    refine_queries: Annotated[tuple[Literal["repeat", "self_study"], ...], Field(min_length=1)] = (
+    refine_queries: Annotated[tuple[Literal["repeat", "self_study", "live"], ...], Field(min_length=1)] = (
         "repeat",
         "self_study",
     )

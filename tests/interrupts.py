@@ -29,7 +29,8 @@ from am_memory.text.constraints import Constraint, regex
 
 PACKAGE = str(Path(am_memory.__file__).parent)
 KEEPING_BOOKS = ("memory.py", "session/*.py", "storage/*.py", "kv_cache/*.py", "recall/originals.py", "recall/paging.py",
-    "compaction/background.py", "compaction/job.py", "compaction/record.py", "compaction/refinement.py", "text/constraints.py")  # fmt: skip
+    "compaction/background.py", "compaction/job.py", "compaction/record.py", "compaction/refinement.py",
+    "text/constraints.py")  # fmt: skip
 POLICY = MemoryPolicy(trigger_tokens=96, keep_ratio=0.25, keep_recent=6, pinned=3, chunk_tokens=16, originals="host")
 
 

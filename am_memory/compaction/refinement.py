@@ -22,13 +22,13 @@ from am_memory.compaction.compact import compact, failures
 from am_memory.compaction.head_fits import HeadFits
 from am_memory.compaction.plan import Plan
 from am_memory.compaction.scoring import ScoredHead
-from am_memory.engines.base import Engine, RefinableCache, SessionLayer
+from am_memory.engines.base import Engine, RefinableCache, SessionLayer, in_chunks
 from am_memory.errors import OriginalLost
 from am_memory.kv_cache.cache import Snapshot
 from am_memory.kv_cache.int8 import Quantised, decoded
 from am_memory.kv_cache.slots import Segment, Slots
 from am_memory.policy import MemoryPolicy
-from am_memory.queries import Passage, Progress, QuerySources, StudyConversations
+from am_memory.queries import LiveQueries, Passage, Progress, QuerySources, StudyConversations, queries_on_scratch
 from am_memory.recall.originals import Original, between
 from am_memory.recall.paging import slots_of
 from am_memory.solver import Fit, output_error
@@ -67,6 +67,7 @@ class Refinement:
         state: of the conversation's cache, with nothing recalled.
         segment: one of the state's.
         tokens: of the conversation, to the end of the segment.
+        later_tokens: those behind it that its compaction has seen; their queries are the live ones.
         originals: hold the segment's exact entries.
         weights: how much each of the segment's tokens counts when it is repeated; None: all alike.
         calibration: sensitivity curves of the model, if the policy's `head_budget` asks for them.
@@ -78,6 +79,7 @@ class Refinement:
     state: Snapshot
     segment: Segment
     tokens: Sequence[int]
+    later_tokens: Sequence[int]
     originals: Sequence[Original]
     weights: Sequence[float] | None
     calibration: Calibration | None
@@ -95,9 +97,9 @@ class Refinement:
             OriginalLost: the originals turned out to be lost.
         """
         started, segment = time.perf_counter(), self.segment
-        sources = QuerySources(self.engine, self.policy, None, progress)
         with failures(segment):
             cache = self._cache_before()
+            sources = QuerySources(self.engine, self.policy, self._live_queries(cache, progress), progress)
             conversations = self.conversations or sources.converse(cache)
             passage = Passage(cache, self.tokens, segment.start, segment.end, self.weights, conversations)
             fits = compact(
@@ -124,6 +126,22 @@ class Refinement:
         cache.restore(self.state)
         cache.restore(cache.before(self.segment, entries))
         return cache
+
+    def _live_queries(self, cache: RefinableCache, progress: Progress) -> LiveQueries | None:
+        """The queries of the tokens behind the segment, as they were when the segment was exact."""
+        token_ids = self.later_tokens
+        if "live" not in self.policy.reference_queries or not token_ids:
+            return None
+        live = LiveQueries(len(token_ids))
+        live.seek(self.segment.end)
+        chunks = in_chunks(token_ids, self.policy.chunk_tokens or self.engine.chunk_tokens)
+        layers = queries_on_scratch(
+            self.engine, cache, chunks, lambda num_read: progress("repeat", num_read, len(token_ids))
+        )
+        for index, passes in enumerate(layers):
+            for query, log_mass in passes:
+                live.add(index, query, log_mass)
+        return live
 
     def _error_before(self, fits: HeadFits, layers: Sequence[SessionLayer]) -> float:
         """The output error of the slots that the segment has had so far, on the same queries as the new ones."""

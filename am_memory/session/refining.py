@@ -25,6 +25,9 @@ from am_memory.session.recalling import with_originals
 LITTLE_CUT = 0.75
 """A segment that was cut to less than this share of its slots is fitted again: those cut away had a part in its fit."""
 
+MOST_LATER_TOKENS = 512
+"""At most so many tokens behind a segment give their live queries."""
+
 
 def refine_next(context: Context) -> SegmentRefined | None:
     """Refine the segment that gains most; None if none is left."""
@@ -63,11 +66,13 @@ def _can_gain(context: Context, segment: Segment) -> bool:
     """Whether a segment can be fitted again, to other queries, or to a smaller number of slots, than it was."""
     if not context.engine.capabilities.can_refine or not are_kept(context.originals, segment.start, segment.end):
         return False
-    fitted = _last_fit(context, segment)
-    if fitted is None or segment.num_slots == 0:
+    fitted, wanted = _last_fit(context, segment), set(context.policy.refine_queries)
+    if _seen_until(context, segment) == segment.end:
+        wanted.discard("live")
+    if fitted is None or segment.num_slots == 0 or not wanted:
         return False
     num_slots, queries = fitted
-    return not queries.issuperset(context.policy.refine_queries) or segment.num_slots < LITTLE_CUT * num_slots
+    return not queries.issuperset(wanted) or segment.num_slots < LITTLE_CUT * num_slots
 
 
 def _last_fit(context: Context, segment: Segment) -> tuple[int, set[str]] | None:
@@ -83,6 +88,12 @@ def _last_fit(context: Context, segment: Segment) -> tuple[int, set[str]] | None
             if (one.start, one.end) == _ends(segment):
                 fitted = one.num_slots, set((one.policy or context.policy).refine_queries)
     return fitted
+
+
+def _seen_until(context: Context, segment: Segment) -> int:
+    """The tokens that the segment's compaction had seen: who goes back behind them makes the segment anew."""
+    seen = (record.at_tokens for record in context.records if _ends(record.plan.newest) == _ends(segment))
+    return next(seen, segment.end)
 
 
 def _ends(segment: Segment) -> tuple[int, int]:
@@ -102,6 +113,7 @@ def plan_refinement(context: Context, segment: Segment, record: RefinementRecord
         state=at_rest(context.cache.state(), context.recalled),
         segment=segment,
         tokens=context.tokens[: segment.end],
+        later_tokens=context.tokens[segment.end : min(_seen_until(context, segment), segment.end + MOST_LATER_TOKENS)],
         originals=context.originals,
         weights=context.history.token_weights(policy.tool_result_weight, segment.start, segment.end),
         calibration=calibration_for(policy.head_budget, context.engine.info),

@@ -105,6 +105,22 @@ def test_a_segment_that_has_had_these_queries_is_refined_after_it_has_shrunk(new
     assert (first.start, first.end) in {(one.start, one.end) for one in session.refine()}
 
 
+def test_live_queries_are_those_that_the_compaction_had_seen(new_memory: NewMemory) -> None:
+    """They are read again; what came after the compaction, and may be forgotten, is not among them."""
+    session = told_session(new_memory(refine_queries=("live",)))
+    made = records_of(session)[0]
+    planned = refining.plan_refinement(context_of(session), session.segments[0])
+    assert planned.later_tokens == list(session.tokens[made.plan.newest.end : made.at_tokens])
+    assert len(session.refine()) == len(session.segments)
+
+
+def test_without_any_query_a_segment_is_not_refined(new_memory: NewMemory) -> None:
+    session = new_memory(refine_queries=("live",)).session()
+    session.append(some_tokens(100))
+    session.compact(1.0)
+    assert session.refine() == []
+
+
 def test_fewest_slots_for_its_tokens_first(new_memory: NewMemory) -> None:
     session = told_session(new_memory())
     left = {(segment.start, segment.end): segment.num_tokens / segment.num_slots for segment in session.segments}
@@ -163,7 +179,7 @@ def test_beyond_the_window_a_segment_is_refined_where_it_stands(engine: Transfor
         {"segment_dtype": "int8", "originals": "disk"},
         {"reference_queries": ("live",), "tool_result_weight": 0.5},
         {"ahead_tokens": 12},
-        {"max_error": 0.05},
+        {"max_error": 0.05, "refine_queries": ("repeat", "live")},
     ],
     ids=["plain", "int8 on disk", "live alone", "ahead", "gate"],
 )
