@@ -19,6 +19,7 @@ from random_operations import differences
 
 from am_memory import Memory, Sampling, Session
 from am_memory.compaction.refinement import Refinement, RefinementResult
+from am_memory.conversations.threads import Threads
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.session import idle
 from am_memory.session.rebuild import rebuild
@@ -207,6 +208,21 @@ def test_scratch_sessions_are_left_alone_until_they_are_kept(memory: Memory) -> 
     assert session.stats.num_refined == 0
     memory.keep(session, "kept")
     wait_until(lambda: is_refined(session))
+
+
+def test_a_chat_that_is_sent_whole_goes_on_from_its_refined_branch(memory: Memory) -> None:
+    """As LangChain and the server send chats: each turn is a branch, and kept under a name."""
+    threads = Threads(memory)
+    messages: list[dict[str, str]] = [{"role": "user", "content": "The owl sleeps all day, and flies at night. " * 5}]
+    turn = threads.turn(messages)
+    list(turn.session.generate(2))
+    turn.keep({"role": "assistant", "content": turn.session.messages[-1]["content"]})
+    (branch,) = threads.branches("default")
+    wait_until(lambda: is_refined(branch.session))
+    assert branch.session.stats.num_segments
+    turn = threads.turn([*branch.session.messages, {"role": "user", "content": "And?"}])
+    assert turn.num_cached_tokens > 0
+    assert turn.session.stats.num_refined == branch.session.stats.num_refined
 
 
 def test_it_sleeps_when_everything_is_refined(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,14 +26,14 @@ from am_memory.session.rebuild import rebuild
 from am_memory.storage.store import Store
 
 POLICY = plain_policy(
-    trigger_tokens=128,
+    trigger_tokens=96,
     keep_ratio=0.25,
     keep_recent=6,
     pinned=3,
     chunk_tokens=16,
     originals="host",
     recall_tokens=0,
-    self_study_tokens=8,
+    self_study_tokens=4,
 )
 NewMemory = Callable[..., Memory]
 
@@ -47,7 +47,7 @@ def new_memory(engine: TransformersEngine, tmp_path: Path) -> NewMemory:
     return make
 
 
-def told_session(memory: Memory, num_tokens: int = 180, name: str = "alice") -> Session:
+def told_session(memory: Memory, num_tokens: int = 140, name: str = "alice") -> Session:
     session = memory.session(name)
     session.append(some_tokens(num_tokens))
     assert len(session.segments) > 1
@@ -96,11 +96,11 @@ def test_a_segment_is_refined_once(new_memory: NewMemory) -> None:
 
 def test_a_segment_that_has_had_these_queries_is_refined_after_it_has_shrunk(new_memory: NewMemory) -> None:
     session = new_memory(refine_queries=("repeat",)).session()
-    session.append(some_tokens(100))
+    session.append(some_tokens(80))
     session.compact(0.5)
     assert session.refine() == []
     (first,) = session.segments
-    session.append(some_tokens(200, seed=1))
+    session.append(some_tokens(160, seed=1))
     assert session.segments[0].num_slots < refining.LITTLE_CUT * first.num_slots
     assert (first.start, first.end) in {(one.start, one.end) for one in session.refine()}
 
@@ -116,7 +116,7 @@ def test_live_queries_are_those_that_the_compaction_had_seen(new_memory: NewMemo
 
 def test_without_any_query_a_segment_is_not_refined(new_memory: NewMemory) -> None:
     session = new_memory(refine_queries=("live",)).session()
-    session.append(some_tokens(100))
+    session.append(some_tokens(80))
     session.compact(1.0)
     assert session.refine() == []
 
@@ -151,10 +151,10 @@ def test_it_sees_what_stood_before_the_end_of_the_segment_and_nothing_else(new_m
 def test_beyond_the_window_a_segment_is_refined_where_it_stands(engine: TransformersEngine) -> None:
     """Its originals are as they were written: its keys, and those before it, are turned back, and then to their place."""
     near = copy.copy(engine)
-    near.info = replace(engine.info, window_tokens=150)
+    near.info = replace(engine.info, window_tokens=120)
     memory = Memory(near, POLICY.with_changes(chunk_tokens=1), sampling=Sampling(temperature=0))
     session = memory.session()
-    session.append(some_tokens(240))
+    session.append(some_tokens(200))
     moved = [segment for segment in session.segments if segment.shift]
     assert moved
     (first, *_) = moved
@@ -300,7 +300,7 @@ def test_originals_that_were_dropped_are_skipped(new_memory: NewMemory) -> None:
 
 def test_a_compaction_in_the_background_is_swapped_in_first(new_memory: NewMemory) -> None:
     session = new_memory(ahead_tokens=12).session()
-    session.append(some_tokens(121))
+    session.append(some_tokens(89))
     assert pending_of(session) is not None
     assert not session.segments
     assert len(session.refine()) == 1
