@@ -34,7 +34,10 @@ class CompactionStarted:
 
 @dataclass(frozen=True)
 class CompactionProgress:
-    """A stage of a compaction progressed; `stage` is "summary", "self_study", "repeat", "score" or "fit"."""
+    """A stage of a compaction or a refinement progressed: "summary", "self_study", "repeat", "score" or "fit".
+
+    A refinement begins with "read": it reads again what stood behind the segment.
+    """
 
     session: str
     stage: str

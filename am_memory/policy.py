@@ -145,7 +145,7 @@ class MemoryPolicy(_Settings):
             segment again later. "off": only `Session.refine` does so. Needs originals; not on llama.cpp, nor on models
             with sliding windows.
         refine_queries: queries that a refinement is fitted to, any of "repeat", "self_study" and "live" (queries of up
-            to 512 tokens that the segment's compaction had seen behind it; they are read again). A segment that was
+            to 512 tokens behind the segment, which are read again). A segment that was
             fitted to all of them is refined only after it has shrunk by a quarter.
         ridge: strength that pulls the fitted values toward the original ones, as a fraction of the mean diagonal. With
             0.5, plain continuation of long prose is nearer to the full cache, and questions recall less.

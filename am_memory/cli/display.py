@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from am_memory.session.session import Session
 
 STAGES = {
+    "read": "  reading what came behind the block",
     "repeat": "  repeating the block",
     "self_study": "  generating self-study answers",
     "summary": "  summarizing the block",

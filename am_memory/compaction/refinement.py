@@ -1,9 +1,9 @@
 """One refinement: a segment is compacted again, from its exact entries, while nobody waits.
 
-    older segments, this one exact  ->  queries that a turn had no time for  ->  as many slots as before
+    the cache as its compaction saw it  ->  queries that a turn had no time for  ->  as many slots as before
 
-The result depends on what stands before the segment's end, and on nothing behind it. It works on a cache of its own, so
-that the conversation may go on meanwhile. It does not know when to refine, nor how the slots are swapped in.
+The result depends on tokens that the segment's compaction had seen, and on no later ones. It works on a cache of its
+own, so that the conversation may go on meanwhile. It does not know when to refine, nor how the slots are swapped in.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from am_memory.compaction.head_fits import HeadFits
 from am_memory.compaction.plan import Plan
 from am_memory.compaction.scoring import ScoredHead
 from am_memory.engines.base import Engine, RefinableCache, SessionLayer, in_chunks
-from am_memory.errors import OriginalLost
+from am_memory.errors import CompactionFailed
 from am_memory.kv_cache.cache import Snapshot
 from am_memory.kv_cache.int8 import Quantised, decoded
 from am_memory.kv_cache.slots import Segment, Slots
 from am_memory.policy import MemoryPolicy
-from am_memory.queries import LiveQueries, Passage, Progress, QuerySources, StudyConversations, queries_on_scratch
+from am_memory.queries import LiveQueries, Passage, Progress, QuerySources, StudyConversations
 from am_memory.recall.originals import Original, between
 from am_memory.recall.paging import slots_of
 from am_memory.solver import Fit, output_error
@@ -67,7 +67,8 @@ class Refinement:
         state: of the conversation's cache, with nothing recalled.
         segment: one of the state's.
         tokens: of the conversation, to the end of the segment.
-        later_tokens: those behind it that its compaction has seen; their queries are the live ones.
+        later_tokens: the first ones behind it, as far as its compaction had seen them. The model repeats the segment
+            from behind them, as in the compaction; their queries are the live ones.
         originals: hold the segment's exact entries.
         weights: how much each of the segment's tokens counts when it is repeated; None: all alike.
         calibration: sensitivity curves of the model, if the policy's `head_budget` asks for them.
@@ -93,13 +94,13 @@ class Refinement:
                 ends the refinement.
 
         Raises:
-            CompactionFailed: out of memory, or a result that is not finite.
-            OriginalLost: the originals turned out to be lost.
+            CompactionFailed: out of memory, a result that is not finite, or no originals.
+            OriginalLost: the originals turned out to be lost just now.
         """
         started, segment = time.perf_counter(), self.segment
         with failures(segment):
             cache = self._cache_before()
-            sources = QuerySources(self.engine, self.policy, self._live_queries(cache, progress), progress)
+            sources = QuerySources(self.engine, self.policy, self._read_on(cache, progress), progress)
             conversations = self.conversations or sources.converse(cache)
             passage = Passage(cache, self.tokens, segment.start, segment.end, self.weights, conversations)
             fits = compact(
@@ -121,26 +122,24 @@ class Refinement:
         """A cache that ends with the segment, whose tokens are exact."""
         entries = between(self.originals, self.segment.start, self.segment.end)
         if entries is None:
-            raise OriginalLost(f"the originals of tokens {self.segment.start} to {self.segment.end} are not kept")
+            raise CompactionFailed(
+                f"tokens {self.segment.start} to {self.segment.end} cannot be refined: their originals were not kept, "
+                "or are lost; nothing was changed"
+            )
         cache = cast("RefinableCache", self.engine.new_cache())  # whoever made this asked for the capability
         cache.restore(self.state)
         cache.restore(cache.before(self.segment, entries))
         return cache
 
-    def _live_queries(self, cache: RefinableCache, progress: Progress) -> LiveQueries | None:
-        """The queries of the tokens behind the segment, as they were when the segment was exact."""
-        token_ids = self.later_tokens
-        if "live" not in self.policy.reference_queries or not token_ids:
-            return None
-        live = LiveQueries(len(token_ids))
+    def _read_on(self, cache: RefinableCache, progress: Progress) -> LiveQueries:
+        """Read the later tokens; returns their queries if the policy uses them, else none."""
+        live, num_read = LiveQueries(len(self.later_tokens)), 0
         live.seek(self.segment.end)
-        chunks = in_chunks(token_ids, self.policy.chunk_tokens or self.engine.chunk_tokens)
-        layers = queries_on_scratch(
-            self.engine, cache, chunks, lambda num_read: progress("repeat", num_read, len(token_ids))
-        )
-        for index, passes in enumerate(layers):
-            for query, log_mass in passes:
-                live.add(index, query, log_mass)
+        on_query = live.add if "live" in self.policy.reference_queries else None
+        for chunk in in_chunks(self.later_tokens, self.policy.chunk_tokens or self.engine.chunk_tokens):
+            self.engine.forward(cache, chunk, on_query=on_query)
+            num_read += len(chunk)
+            progress("read", num_read, len(self.later_tokens))
         return live
 
     def _error_before(self, fits: HeadFits, layers: Sequence[SessionLayer]) -> float:

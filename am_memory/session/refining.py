@@ -26,7 +26,7 @@ LITTLE_CUT = 0.75
 """A segment that was cut to less than this share of its slots is fitted again: those cut away had a part in its fit."""
 
 MOST_LATER_TOKENS = 512
-"""At most so many tokens behind a segment give their live queries."""
+"""At most so many tokens behind a segment are read again for its refinement."""
 
 
 def refine_next(context: Context) -> SegmentRefined | None:

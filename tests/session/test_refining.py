@@ -121,6 +121,21 @@ def test_without_any_query_a_segment_is_not_refined(new_memory: NewMemory) -> No
     assert session.refine() == []
 
 
+def test_summaries_and_slots_of_everything_stay_as_they_were_made(new_memory: NewMemory) -> None:
+    """Their originals are those of the text, which these slots do not stand for alone."""
+    for experiments in (Experiments(summary_tokens=6), Experiments(recompaction="refit")):
+        session = new_memory(experiments=experiments).session()
+        session.append(some_tokens(140))
+        assert session.segments
+        assert session.refine() == []
+
+
+def test_without_pinned_tokens_nothing_stands_before_the_first_segment(new_memory: NewMemory) -> None:
+    session = told_session(new_memory(pinned=0))
+    assert session.segments[0].start == 0
+    assert len(session.refine()) == len(session.segments)
+
+
 def test_fewest_slots_for_its_tokens_first(new_memory: NewMemory) -> None:
     session = told_session(new_memory())
     left = {(segment.start, segment.end): segment.num_tokens / segment.num_slots for segment in session.segments}
@@ -258,7 +273,7 @@ def test_a_forged_record_is_refused(new_memory: NewMemory, tmp_path: Path, chang
 # All or nothing
 
 
-@pytest.mark.parametrize("stage", ["self_study", "repeat", "score", "fit"])
+@pytest.mark.parametrize("stage", ["read", "self_study", "repeat", "score", "fit"])
 def test_giving_up_at_any_stage_leaves_the_session_as_it_was(new_memory: NewMemory, stage: str) -> None:
     def interrupt(event: Event) -> None:
         if isinstance(event, CompactionProgress) and event.stage == stage:
