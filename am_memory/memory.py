@@ -50,7 +50,8 @@ class Memory:
         policy: when and how to compact. None: `MemoryPolicy()`, and a saved session goes on under its own policy.
         sampling: how sessions choose tokens where a call does not say.
         store: a folder or any fsspec URL, where sessions are saved and resumed from; None: nothing is stored.
-        on_event: called with every event of `am_memory.events`. The main ones are also logged, to `am_memory`.
+        on_event: called with every event of `am_memory.events`, with refine="idle" also from another thread. The main
+            ones are also logged, to `am_memory`.
         trust_messages: read control tokens that messages spell (`<|im_end|>`) as control tokens. By default they are
             plain text, and only the chat template writes control tokens, so that nobody can speak in another's turn.
         originals_bytes: host memory that the originals of all sessions may take: the exact entries of compacted

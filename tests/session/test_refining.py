@@ -16,6 +16,7 @@ from policies import plain_policy
 from random_operations import differences
 
 from am_memory import Experiments, Memory, MemoryPolicy, Sampling, Session
+from am_memory.cli.saved import segments_table
 from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CorruptSession, InvalidPolicy
@@ -23,6 +24,7 @@ from am_memory.events import CompactionProgress, Event, OriginalsLost, SegmentRe
 from am_memory.recall.originals import Loss
 from am_memory.session import refining
 from am_memory.session.rebuild import rebuild
+from am_memory.session.saving import snapshot
 from am_memory.storage.store import Store
 
 POLICY = plain_policy(
@@ -249,6 +251,8 @@ def test_a_saved_session_goes_on_as_if_it_had_not_been_away(new_memory: NewMemor
     session.refine()
     session.save()
     resumed = new_memory().session("alice")
+    held_as = [*segments_table(snapshot(session)).columns[1].cells]
+    assert sum(str(how).endswith("slots per head, refined") for how in held_as) == len(session.segments)
     assert records_of(resumed) == records_of(session)
     assert resumed.stats.num_refined == session.stats.num_refined
     assert resumed.refine() == []
