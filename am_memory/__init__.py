@@ -44,7 +44,11 @@ from am_memory.events import (
     PolicyChange,
     PolicyChanged,
     ReadProgress,
+<<<<<<< HEAD
     SearchHeadsProgress,
+=======
+    SegmentRefined,
+>>>>>>> refine
     SessionRebuilt,
     Span,
     SpanPutAway,
@@ -130,6 +134,7 @@ __all__ = [
     "SavedSession",
     "SearchHeadsProgress",
     "Segment",
+    "SegmentRefined",
     "Session",
     "SessionChanged",
     "SessionDeleted",

@@ -43,7 +43,10 @@ class CompactionStarted:
 
 @dataclass(frozen=True)
 class CompactionProgress:
-    """A stage of a compaction progressed; `stage` is "summary", "self_study", "repeat", "score" or "fit"."""
+    """A stage of a compaction or a refinement progressed: "summary", "self_study", "repeat", "score" or "fit".
+
+    A refinement begins with "read": it reads again what stood behind the segment.
+    """
 
     session: str
     stage: str
@@ -126,6 +129,32 @@ class LittleKept:
     session: str
     num_slots: float
     num_tokens: int
+
+
+@dataclass(frozen=True)
+class SegmentRefined:
+    """The segment of the tokens [start, end) was fitted again, to other queries, and has its new slots now.
+
+    Attributes:
+        num_slots: mean slots per KV head, as before.
+        error_before, error_after: the attention output's error of the old and of the new slots, on the queries of the
+            refinement; RMS over heads, relative to the output's RMS.
+        seconds: wall time.
+    """
+
+    session: str
+    start: int
+    end: int
+    num_slots: float
+    error_before: float
+    error_after: float
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"tokens {self.start:,} to {self.end:,} refined in {self.seconds:.2f} s; the error of their "
+            f"{self.num_slots:.1f} slots per head was {self.error_before:.3f}, and is {self.error_after:.3f}"
+        )
 
 
 @dataclass(frozen=True)
@@ -273,6 +302,7 @@ Event = (
     | CompactionFinished
     | GateMissed
     | LittleKept
+    | SegmentRefined
     | WindowExceeded
     | SessionRebuilt
     | MemoryConsulted
@@ -310,7 +340,7 @@ def log(event: Event) -> None:
                 held_out_error,
                 max_error,
             )
-        case WindowExceeded(session):
+        case WindowExceeded(session) | SegmentRefined(session):
             logger.info("session %r has %s", session, event)
         case SessionRebuilt(session, num_tokens, reason):
             logger.info("session %r: %d tokens are read again: %s", session, num_tokens, reason)

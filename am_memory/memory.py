@@ -18,7 +18,7 @@ from am_memory.compaction.plan import originals_place, recall_tokens, require_pr
 from am_memory.engines.base import Engine, Message
 from am_memory.engines.names import DtypeName, EngineName, as_dtype, require_engine_name
 from am_memory.errors import InvalidInput, InvalidPolicy, SessionNotFound, StorageError, require_kind
-from am_memory.events import Event, Listener, OriginUnknown, PolicyChanged, ignore, log
+from am_memory.events import CompactionFinished, Event, Listener, OriginUnknown, PolicyChanged, ignore, log
 from am_memory.formatting import counted
 from am_memory.kv_cache.cache import KVCache, Snapshot
 from am_memory.policy import MemoryPolicy
@@ -50,7 +50,8 @@ class Memory:
         policy: when and how to compact. None: `MemoryPolicy()`, and a saved session goes on under its own policy.
         sampling: how sessions choose tokens where a call does not say.
         store: a folder or any fsspec URL, where sessions are saved and resumed from; None: nothing is stored.
-        on_event: called with every event of `am_memory.events`. The main ones are also logged, to `am_memory`.
+        on_event: called with every event of `am_memory.events`, with refine="idle" also from another thread. The main
+            ones are also logged, to `am_memory`.
         trust_messages: read control tokens that messages spell (`<|im_end|>`) as control tokens. By default they are
             plain text, and only the chat template writes control tokens, so that nobody can speak in another's turn.
         originals_bytes: host memory that the originals of all sessions may take: the exact entries of compacted
@@ -214,7 +215,8 @@ class Memory:
             saved = self.load(name, policy=policy)
         with self._shared.engine_lock:
             if name not in sessions:
-                sessions[name] = self._new(name, policy) if saved is None else self._resumed(name, saved, policy)
+                new = self._new(name, policy) if saved is None else self._resumed(name, saved, policy)
+                self._shared.keep(new, name)
             return sessions[name]
 
     def _new(self, name: str, policy: MemoryPolicy | None, tools: Sequence[Message] = ()) -> Session:
@@ -298,7 +300,7 @@ class Memory:
             session._saved_copy = SavedCopy(ANY)
         elif held is not None and held is not session:
             session._saved_copy = SavedCopy(held._saved_copy.version, held._saved_copy.in_doubt)
-        self._shared.sessions[name] = session
+        self._shared.keep(session, name)
 
     def release(self, name: str) -> None:
         """Drop a session from memory; its saved copy stays in the store."""
@@ -337,7 +339,7 @@ class Memory:
         logits of several candidates) are refused before anything is read, if that pass does not fit. Nothing is
         recalled there: only a session knows what was said.
         """
-        policy = self.policy.with_changes(originals="drop", recall_tokens=0)
+        policy = self.policy.with_changes(originals="drop", recall_tokens=0, refine="off")
         return watched(self._new_context("generate()", policy, ChatHistory()))
 
     def tokenize(self, text: str) -> list[int]:
@@ -354,5 +356,7 @@ class Memory:
             self._listeners.remove(listener)
 
     def _notify(self, event: Event) -> None:
+        if isinstance(event, CompactionFinished):
+            self._shared.idle_worker.ask(event.session)
         for listener in (log, self.on_event, *self._listeners):
             listener(event)

@@ -12,8 +12,9 @@ words and the accepted value's; a whole sentence lowers it.
 
 Rows: the full cache; ours; ours with each --policy; the same keys with nothing fitted; a uniform budget; everything
 compacted again each time ("refit"); the system prompt and the last tokens read again, as many as ours holds; and the
-last tokens with recall, but without slots ("pages alone"). Only ours and that row recall. A row that the engine
-refuses is left out, and the reason is printed. All rows of a table are means over the same chats.
+last tokens with recall, but without slots ("pages alone"). Only ours and that row recall. With --refine, the segments
+of all compacted rows are refined, in the pauses of the chat or at its end; the row's name says so. A row that the
+engine refuses is left out, and the reason is printed. All rows of a table are means over the same chats.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 from common import machine, mean_of, read_json, table, write_json
@@ -40,6 +41,8 @@ SYSTEM = (
 )
 GREEDY = Sampling(temperature=0.0)
 FULL, OURS, TRUNCATED = "full cache", "ours", "truncated"
+PAUSES, END = "pauses", "end"
+REFINED = {PAUSES: "refined in the pauses", END: "refined"}
 CHANGES: dict[str, dict[str, object]] = {
     OURS: {},
     "pages alone": {"experiments": Experiments(fit="no_slots")},
@@ -54,10 +57,22 @@ QUARTERS = 4
 
 @dataclass(frozen=True)
 class Row:
-    """One way to hold a chat: the changes to the policy."""
+    """One way to hold a chat: the changes to the policy, and when the segments are refined.
+
+    Attributes:
+        refine: PAUSES, END, or None: not at all.
+    """
 
     name: str
     changes: dict[str, object]
+    refine: str | None = None
+
+
+class Seconds(NamedTuple):
+    """Wall time of a chat before the questions."""
+
+    to_read: float
+    to_refine: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,7 @@ class Answer:
         chat_tokens: physical size of the chat, before the question.
         kv_tokens, kv_bytes: the largest physical size while it was written, and the bytes on the device.
         seconds_to_read: the whole chat, its compactions among it.
+        seconds_to_refine: all segments, after it was read; 0 without --refine.
         questions: the set that was asked.
         token_f1: of the text; None if the file was written before there was one.
     """
@@ -91,14 +107,21 @@ class Answer:
     text: str
     questions: str = FACTS
     token_f1: float | None = None
+    seconds_to_refine: float = 0.0
 
 
-def read(memory: Memory, chat: Chat, policy: MemoryPolicy) -> Session:
-    session = memory.scratch(policy=policy)
-    session.append([{"role": "system", "content": SYSTEM}, *chat.messages()[0]])
-    for turn in chat.messages()[1:]:
+def read(memory: Memory, chat: Chat, policy: MemoryPolicy, refine: str | None = None) -> tuple[Session, Seconds]:
+    """Read a chat turn by turn, and refine its segments in the pauses or at its end."""
+    session, first, *others = memory.scratch(policy=policy), *chat.messages()
+    to_read = to_refine = 0.0
+    for turn in ([{"role": "system", "content": SYSTEM}, *first], *others):
+        started = time.perf_counter()
         session.append(list(turn))
-    return session
+        to_read, started = to_read + time.perf_counter() - started, time.perf_counter()
+        if refine == PAUSES or (refine == END and turn is others[-1]):
+            session.refine()
+            to_refine += time.perf_counter() - started
+    return session, Seconds(to_read, to_refine)
 
 
 def truncated(memory: Memory, full: Session, num_tokens: int) -> Session:
@@ -130,8 +153,9 @@ def asked(session: Session, fact: Fact, new_tokens: int) -> tuple[float, str, fl
 
 
 def ask_all(
-    session: Session, chat: Chat, trigger: int, row: Row, seconds_to_read: float, args: argparse.Namespace
+    session: Session, chat: Chat, trigger: int, row: Row, seconds: Seconds, args: argparse.Namespace
 ) -> list[Answer]:
+    """Ask for each fact on a branch; `seconds` are those that the session has taken so far."""
     answers = []
     for fact in chat.asked(args.questions):
         started = time.perf_counter()
@@ -151,7 +175,8 @@ def ask_all(
                 kv_bytes=branch.stats.kv_bytes,
                 originals_bytes=branch.stats.originals_bytes,
                 compactions=session.stats.num_compactions,
-                seconds_to_read=seconds_to_read,
+                seconds_to_read=seconds.to_read,
+                seconds_to_refine=seconds.to_refine,
                 seconds=time.perf_counter() - started,
                 text=text,
                 questions=args.questions,
@@ -189,20 +214,23 @@ class Run:
     def run_row(self, chat: Chat, trigger: int, row: Row) -> None:
         started = time.perf_counter()
         if row.name in (FULL, TRUNCATED):
-            self.full = session = self.full or read(self.memory, chat, PLAIN)
+            self.full = session = self.full or read(self.memory, chat, PLAIN)[0]
             if row.name == FULL and session.stats.num_compactions:
                 raise InvalidInput(f"{len(session.tokens):,} tokens are more than the model's context window")
             if row.name == TRUNCATED:
                 session = truncated(self.memory, session, self.truncated_size(chat, trigger))
+            seconds = Seconds(time.perf_counter() - started)
         else:
-            session = read(self.memory, chat, MemoryPolicy(trigger_tokens=trigger, **row.changes))
-        answers = ask_all(session, chat, trigger, row, time.perf_counter() - started, self.args)
+            policy = MemoryPolicy(trigger_tokens=trigger, **row.changes)
+            session, seconds = read(self.memory, chat, policy, row.refine)
+        answers = ask_all(session, chat, trigger, row, seconds, self.args)
         self.answers += answers
         write_json(self.args.out, [asdict(answer) for answer in self.answers])
         print(
             f"{chat.name:10s} trigger {trigger:5d}  {row.name:30s} {sum(one.right for one in answers):2d} of "
             f"{len(answers)}  {len(session.tokens):,} tokens, {session.stats.kv_tokens:,.0f} held  "
-            f"{answers[0].seconds_to_read:.0f} s to read, {sum(one.seconds for one in answers):.0f} s to answer",
+            f"{seconds.to_read:.0f} s to read, {seconds.to_refine:.0f} s to refine, "
+            f"{sum(one.seconds for one in answers):.0f} s to answer",
             flush=True,
         )
 
@@ -257,13 +285,14 @@ def summary(answers: Sequence[Answer]) -> str:
                 f"{mean_of(fields, 'originals_bytes') / 2**20:.1f}",
                 f"{mean_of(fields, 'compactions'):.1f}",
                 f"{mean_of(fields, 'seconds_to_read'):.0f}",
+                f"{mean_of(fields, 'seconds_to_refine'):.0f}",
                 f"{mean_of(fields, 'seconds'):.1f}",
             )
         )
         by_age.append((trigger or "", name, *(f"{sum(some)} of {len(some)}" for some in by_quarter)))
     header = ("trigger", "cache", "right", "of full", "flipped", "log probability", "F1")
     header += ("tokens held, mean", "at most", "MiB on the device", "MiB of originals")
-    header += ("compactions", "s to read", "s / answer")
+    header += ("compactions", "s to read", "s to refine", "s / answer")
     kinds = dict.fromkeys(one.kind for one in answers)
     columns = [f"{name} {trigger or ''}".strip() for trigger, name in found]
     by_kind = [
@@ -282,7 +311,12 @@ def summary(answers: Sequence[Answer]) -> str:
 def rows_of(args: argparse.Namespace) -> list[Row]:
     given = [Row(f"{OURS} {text}", json.loads(text)) for text in args.policy]
     named = [Row(name, CHANGES.get(name, {})) for name in args.rows]
-    return [*named, *given]
+    return [_refined(row, args.refine) if args.refine else row for row in (*named, *given)]
+
+
+def _refined(row: Row, when: str) -> Row:
+    """The row with its segments refined; what is not compacted stays as it is."""
+    return row if row.name in (FULL, TRUNCATED) else Row(f"{row.name}, {REFINED[when]}", row.changes, when)
 
 
 def main() -> None:
@@ -296,6 +330,7 @@ def main() -> None:
     names = [FULL, *CHANGES, TRUNCATED]
     parser.add_argument("--rows", nargs="+", choices=names, default=names)
     parser.add_argument("--policy", action="append", default=[], help="JSON; ours with these fields, a row of its own")
+    parser.add_argument("--refine", choices=REFINED, help="refine ours, after each turn or before the questions")
     parser.add_argument("--new-tokens", type=int, default=40, help="of an answer at most")
     parser.add_argument("--out", help="write the answers as JSON; what is in it already is not run again")
     args = parser.parse_args()

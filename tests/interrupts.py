@@ -29,7 +29,8 @@ from am_memory.text.constraints import Constraint, regex
 
 PACKAGE = str(Path(am_memory.__file__).parent)
 KEEPING_BOOKS = ("memory.py", "session/*.py", "storage/*.py", "kv_cache/*.py", "recall/originals.py", "recall/paging.py",
-    "compaction/background.py", "compaction/job.py", "compaction/record.py", "text/constraints.py")  # fmt: skip
+    "compaction/background.py", "compaction/job.py", "compaction/record.py", "compaction/refinement.py",
+    "text/constraints.py")  # fmt: skip
 POLICY = MemoryPolicy(trigger_tokens=96, keep_ratio=0.25, keep_recent=6, pinned=3, chunk_tokens=16, originals="host")
 
 
@@ -152,6 +153,7 @@ STEPS = {
     "put away": Step(
         lambda scene: scene.session.compact(1.0), lambda scene: scene.session.recall(scene.session.segments[0])
     ),
+    "refine": Step(lambda scene: scene.session.refine(), changes=(("self_study_tokens", 4),)),
     "fork": Step(lambda scene: scene.session.fork("branch")),
     "keep": Step(lambda scene: scene.memory.keep(scene.session.fork(), "kept")),
     "save": Step(lambda scene: scene.session.save()),

@@ -29,7 +29,7 @@ from am_memory.session.appending import add, encode, read
 from am_memory.session.context import Context
 from am_memory.session.rebuild import rebuild
 
-POLICY = plain_policy(trigger_tokens=128, keep_ratio=0.25, keep_recent=6, pinned=3, chunk_tokens=1)
+POLICY = plain_policy(trigger_tokens=128, keep_ratio=0.25, keep_recent=6, pinned=3, chunk_tokens=1, self_study_tokens=8)
 ROOM_BYTES = 40_000
 """Host memory, and room on disk, for originals: a few are dropped now and then."""
 POLICIES: dict[str, dict[str, object]] = {
@@ -45,7 +45,7 @@ POLICIES: dict[str, dict[str, object]] = {
     "ahead, live, int8": {"ahead_tokens": 15, "reference_queries": ("repeat", "live"), "segment_dtype": "int8"},
     "tool results": {"tool_result_weight": 0.25},
     "summary": {"experiments": Experiments(summary_tokens=6)},
-    "self-study": {"reference_queries": ("repeat", "self_study"), "self_study_tokens": 8},
+    "self-study": {"reference_queries": ("repeat", "self_study")},
     "gate": {"max_error": 0.05},
     "refit": {"experiments": Experiments(recompaction="refit"), "keep_ratio": 0.4},
     "omp": {"key_selection": "omp"},
@@ -64,6 +64,7 @@ KINDS = {
     "fork with a policy": 1,
     "compact": 2,
     "recall": 3,
+    "refine": 1,
     "save": 2,
     "logits": 1,
 }
@@ -184,6 +185,9 @@ class Driver:
             segment = self.random.choice(self.session.segments)
             start = self.random.randrange(segment.start, segment.end)
             self.session.recall((start, self.random.randint(start + 1, segment.end)))
+
+    def refine(self) -> None:
+        self.session.refine()
 
     def save(self) -> None:
         self.session.save()

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from am_memory.session.session import Session
 
 STAGES = {
+    "read": "  reading what came behind the block",
     "repeat": "  repeating the block",
     "self_study": "  generating self-study answers",
     "summary": "  summarizing the block",
@@ -172,6 +173,8 @@ def stats_table(session: Session) -> Table:
     table.add_row("bytes of the cache", f"{mebibytes(stats.kv_bytes)}; uncompacted {mebibytes(stats.exact_kv_bytes)}")
     table.add_row("compactions", f"{stats.num_compactions}")
     table.add_row("compact segments", f"{stats.num_segments}")
+    if stats.num_refined:
+        table.add_row("refined segments", f"{stats.num_refined}")
     if stats.recalled_tokens:
         table.add_row("compacted, but exact now", counted(stats.recalled_tokens, "token"))
     return table

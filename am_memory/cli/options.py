@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 MODEL_HELP = 'A hub id, a folder, a .gguf file, or "demo" for the bundled model.'
 STORE_HELP = "Where sessions are saved: a folder or any fsspec URL."
+
+RefineName = Literal["off", "idle"]
 
 StoreURL = Annotated[str | None, typer.Option(help=STORE_HELP, show_default="~/.local/share/am_memory/sessions")]
 
@@ -49,6 +51,10 @@ class Loading:
             show_default="an eighth of the trigger",
         ),
     ] = None
+    refine: Annotated[
+        RefineName,
+        typer.Option(help="idle: compact segments get better slots while nobody waits; off: they stay as they are."),
+    ] = "off"
     device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda if there is one")] = None
     dtype: Annotated[
         DtypeName | None,
@@ -100,6 +106,7 @@ class Loading:
             pinned=pinned,
             originals=originals,
             recall_tokens=self.recall_tokens,
+            refine=self.refine,
         )
 
     def load(self, *, store: str | None = None, on_event: Listener = ignore) -> Memory:
@@ -128,7 +135,7 @@ def in_bytes(num_mebibytes: int | None) -> int | None:
     return None if num_mebibytes is None else num_mebibytes * MEBIBYTE
 
 
-POLICY_OPTIONS = ("trigger_tokens", "keep_ratio", "pinned", "originals", "recall_tokens")
+POLICY_OPTIONS = ("trigger_tokens", "keep_ratio", "pinned", "originals", "recall_tokens", "refine")
 
 Command = Callable[..., None]
 

@@ -67,6 +67,7 @@ def segments_table(saved: SavedSession) -> Table:
     """How each span of the conversation is held, oldest first."""
     state, layers = saved.state, [*tail_layers(saved).values()]
     num_heads = sum(len(layer.head_slots) for layer in layers)
+    refined = {(one.start, one.end) for record in saved.records for one in record.refinements}
     compacted_at = {record.plan.newest.start: record.at_tokens for record in saved.records}
     table = Table("tokens", "held as", "of their size", "compacted at token", title="The conversation, oldest first")
     if state.num_pinned_slots:
@@ -76,7 +77,8 @@ def segments_table(saved: SavedSession) -> Table:
         share = slots / segment.num_tokens
         at_tokens = compacted_at.get(segment.start)
         when = "" if at_tokens is None else f"{at_tokens:,}"
-        table.add_row(f"{segment.start:,}-{segment.end:,}", f"{slots:.1f} slots per head", f"{share:.1%}", when)
+        held = f"{slots:.1f} slots per head" + (", refined" if (segment.start, segment.end) in refined else "")
+        table.add_row(f"{segment.start:,}-{segment.end:,}", held, f"{share:.1%}", when)
         for page in sorted(saved.recalled):
             if segment.start <= page.start < segment.end:
                 table.add_row(f"  {page.start:,}-{page.end:,}", "  recalled, exact for now", "100 %", "")

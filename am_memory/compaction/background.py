@@ -43,6 +43,11 @@ class BackgroundCompaction:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="am-memory-ahead")
         self._future: Future[CompactionResult]
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the job has ended, so that `result` need not wait."""
+        return self._future.done()
+
     def start(self) -> None:
         """Begin the work."""
         self._future = self._worker.submit(self._run, self._job)

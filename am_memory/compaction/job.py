@@ -174,7 +174,9 @@ class CompactionJob:
         """The record, with the texts that the model writes for a compaction: those replayed, or new ones."""
         if (replayed := self.replayed) is not None:
             conversations = replayed.conversations or sources.converse(self.cache)
-            return replace(replayed, plan=self.plan, conversations=conversations, lag_tokens=0, recalls=())
+            return replace(
+                replayed, plan=self.plan, conversations=conversations, lag_tokens=0, recalls=(), refinements=()
+            )
         conversations, summary = sources.converse(self.cache), None
         if self.policy.experiments.summary_tokens is not None:
             end = self.plan.newest.end

@@ -50,6 +50,28 @@ def _policy_from(policy: object) -> MemoryPolicy | None:
 
 
 @dataclass(frozen=True)
+class RefinementRecord:
+    """The segment [start, end) got new slots when the cache held `at_tokens` logical tokens.
+
+    Attributes:
+        num_slots: of the segment at that time, over all layers and KV heads.
+        conversations: self-study's prompts and answers, as in `CompactionRecord`.
+        policy: the one that the refinement followed; None as in `CompactionRecord`.
+    """
+
+    at_tokens: int
+    start: int
+    end: int
+    num_slots: int
+    conversations: tuple[tuple[int, ...], ...] = ()
+    policy: Annotated[MemoryPolicy | None, BeforeValidator(_policy_from)] = None
+
+
+Step = RecallRecord | RefinementRecord
+"""What happens between two compactions."""
+
+
+@dataclass(frozen=True)
 class CompactionRecord:
     """A compaction that began when the cache held `at_tokens` logical tokens.
 
@@ -60,6 +82,7 @@ class CompactionRecord:
         lag_tokens: how many more tokens the cache held when the result was swapped in.
         live_start: the first token whose live queries were available, if the policy uses them.
         recalls: pages that were recalled or compacted again between this compaction and the next.
+        refinements: new slots for segments, also between this compaction and the next. They commute with recalls.
         policy: the one that the compaction followed. None: the context's own, or one that no file can hold.
     """
 
@@ -70,7 +93,13 @@ class CompactionRecord:
     lag_tokens: int = 0
     live_start: int = 0
     recalls: tuple[RecallRecord, ...] = ()
+    refinements: tuple[RefinementRecord, ...] = ()
     policy: Annotated[MemoryPolicy | None, BeforeValidator(_policy_from)] = None
+
+    @property
+    def steps(self) -> list[Step]:
+        """Recalls and refinements between this compaction and the next, in the order of their positions."""
+        return sorted((*self.recalls, *self.refinements), key=lambda step: step.at_tokens)
 
     @property
     def swapped_at(self) -> int:
@@ -78,7 +107,7 @@ class CompactionRecord:
         return self.at_tokens + self.lag_tokens
 
     def within(self, num_tokens: int) -> CompactionRecord:
-        """The record after the cache goes back to `num_tokens`: swap-in and recalls move to there if they came later.
+        """The record after the cache goes back to `num_tokens`; what came later than that moves to there.
 
         Args:
             num_tokens: at least `at_tokens`, because the compaction depends on all tokens that it saw.
@@ -88,6 +117,7 @@ class CompactionRecord:
             self,
             lag_tokens=min(self.swapped_at, num_tokens) - self.at_tokens,
             recalls=tuple(recall._replace(at_tokens=min(recall.at_tokens, num_tokens)) for recall in self.recalls),
+            refinements=tuple(replace(one, at_tokens=min(one.at_tokens, num_tokens)) for one in self.refinements),
         )
 
 
@@ -97,4 +127,11 @@ def with_policy(policy: MemoryPolicy | None, records: Iterable[CompactionRecord]
     Args:
         policy: None: not known.
     """
-    return [replace(record, policy=record.policy or policy) for record in records]
+    return [
+        replace(
+            record,
+            refinements=tuple(replace(one, policy=one.policy or policy) for one in record.refinements),
+            policy=record.policy or policy,
+        )
+        for record in records
+    ]

@@ -27,6 +27,12 @@ def require_capabilities(policy: MemoryPolicy, can: Capabilities) -> None:
             "engine='transformers' has it: leave it at 'auto'",
         ),
         (
+            policy.refine == "idle",
+            can.can_refine and can.can_read_in_parallel,
+            "refine 'idle' needs a cache that can be put together as it was before a compaction, as "
+            "engine='transformers' has it for models without sliding windows: leave it at 'off'",
+        ),
+        (
             policy.segment_dtype != "model",
             can.can_hold_int8,
             f"segment_dtype {policy.segment_dtype!r} is for engine='transformers'; this engine keeps all entries in "

@@ -72,6 +72,8 @@ class Capabilities:
         has_ragged_heads: the heads of a layer may differ in their number of slots (head budgets, calibration).
         can_exchange_slots: `SessionCache.restore` takes a state in which other slots stand for a segment (recall).
         can_hold_int8: new slots may have keys and values in int8, as `Quantised` (`segment_dtype="int8"`).
+        can_refine: caches are `RefinableCache`: no layer has a sliding window, whose old entries are gone
+            (`Session.refine`).
         can_compact_layerwise: caches are `LayerwiseCache` (`on_policy`).
         can_read_in_parallel: two threads may read into two caches at the same time (`ahead_tokens`).
         can_rotate_keys: `SessionLayer.rotated` works for any distance, and `SessionCache.compacted` moves segments by
@@ -85,6 +87,7 @@ class Capabilities:
     has_ragged_heads: bool = False
     can_exchange_slots: bool = False
     can_hold_int8: bool = False
+    can_refine: bool = False
     can_compact_layerwise: bool = False
     can_read_in_parallel: bool = False
     can_rotate_keys: bool = False
@@ -260,6 +263,22 @@ class LayerwiseCache(SessionCache, Protocol):
             index: among the compactable layers.
             new_slots: the new segment's slots of this layer.
             segments, num_pinned: see `compacted`.
+        """
+        ...
+
+
+class RefinableCache(SessionCache, Protocol):
+    """A cache that can be put together as it was when one of its segments was still exact."""
+
+    def before(self, segment: Segment, entries: Sequence[tuple[Tensor, Tensor]]) -> Snapshot:
+        """The state that ends with a segment, whose tokens are exact again; the cache itself does not change.
+
+        Pinned tokens and older segments are as they are now, and stand before the segment as far as its `shift` tells.
+        Later tokens are missing.
+
+        Args:
+            segment: one of `segments`.
+            entries: keys and values of its tokens in each compactable layer, as they were written, on any device.
         """
         ...
 

@@ -250,6 +250,13 @@ class KVCache(Cache):
         )
         return CacheState(states, tuple(segments), max(self.num_pinned_slots, num_pinned))
 
+    def before(self, segment: Segment, entries: Sequence[tuple[Tensor, Tensor]]) -> CacheState:
+        """The state in which a segment is the exact tail; see `am_memory.engines.base.RefinableCache`."""
+        older = [held for held in self.segments if held.end <= segment.start]
+        layers = zip(self.compactable, entries, strict=True)
+        states = tuple(layer.before(segment, older, key, value) for layer, (key, value) in layers)
+        return CacheState(states, tuple(older), self.num_pinned_slots if segment.start else 0)
+
     def compact_layer(self, index: int, segments: Sequence[Segment], new_slots: Slots, num_pinned: int) -> None:
         """Compact one layer in place; see `am_memory.engines.base.LayerwiseCache`."""
         layer = self.compactable[index]

@@ -190,6 +190,23 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         tail = TailBuffer(key[None].clone(), value[None].clone())
         return TailState(Slots.concat([*parts, new_slots]), tail, newest.end, key.shape[1])
 
+    def before(self, segment: Segment, older: Sequence[Segment], key: Tensor, value: Tensor) -> TailState:
+        """The state in which a segment is the exact tail; see `am_memory.engines.base.RefinableCache.before`.
+
+        Args:
+            older: the segments before it.
+            key, value: the segment's exact entries, (num_key_value_heads, num_tokens, head_dim), on any device.
+        """
+        assert self.slots is not None
+        assert self.buffer is not None
+        slots = self.slots.where(self.slots.positions < segment.start)
+        if self.rotation is not None:  # without older segments, only pinned keys are turned back
+            shifts = [min(held.shift - segment.shift, segment.start - held.end) for held in older]
+            distances = [shift - held.shift for shift, held in zip(shifts, older, strict=True)] or [-segment.shift]
+            slots = slots.rotated(self.rotation, older or [segment], distances)
+        buffer = TailBuffer(*(entries[None].to(self.buffer.key.device) for entries in (key, value)))
+        return TailState(slots if segment.start else None, buffer, segment.start, segment.num_tokens)
+
     def rotated(self, key: Tensor, distance: int) -> Tensor:
         """Keys, (num_key_value_heads, num_keys, head_dim), rotated to `distance` positions later."""
         if not distance:

@@ -129,19 +129,25 @@ def greedy_answer(
 
 
 def self_study_queries(
-    engine: Engine, cache: SessionCache, conversations: StudyConversations, *, chunk_tokens: int
+    engine: Engine,
+    cache: SessionCache,
+    conversations: StudyConversations,
+    *,
+    chunk_tokens: int,
+    on_read: Callable[[int], None] = lambda num_tokens: None,
 ) -> list[ReferenceQueries]:
     """Read each conversation on scratch, and take the queries of all its tokens.
 
     Args:
         cache: holds the block; restored afterwards, whatever happens.
         chunk_tokens: tokens in one forward pass.
+        on_read: called after each pass with the number of tokens of the conversation read so far.
 
     Returns:
         For each compactable layer num_key_value_groups queries for each token.
     """
     samples = []
     for conversation in conversations:
-        passes = queries_on_scratch(engine, cache, in_chunks(conversation, chunk_tokens))
+        passes = queries_on_scratch(engine, cache, in_chunks(conversation, chunk_tokens), on_read)
         samples.append([ReferenceQueries.pooled(layer) for layer in passes])
     return [ReferenceQueries.union(layer) for layer in zip(*samples, strict=True)]

@@ -98,7 +98,7 @@ class QuerySources:
                 )
             )
         if passage.conversations:
-            samples.append(self_study_queries(self.engine, cache, passage.conversations, chunk_tokens=chunk_tokens))
+            samples.append(self._study_queries(passage))
         if self.live is not None and (live := self._live_queries(passage, self.live)):
             samples.append(live)
         if not samples:
@@ -107,6 +107,17 @@ class QuerySources:
                 'compact a smaller fraction, or add "repeat"'
             )
         return [ReferenceQueries.union(layer) for layer in zip(*samples, strict=True)]
+
+    def _study_queries(self, passage: Passage) -> list[ReferenceQueries]:
+        """The queries of self-study; its progress is full, and is reported again with each pass."""
+        written, report = self.policy.self_study_tokens, self.stage("self_study")
+        return self_study_queries(
+            self.engine,
+            passage.cache,
+            passage.conversations,
+            chunk_tokens=self.chunk_tokens,
+            on_read=lambda num_tokens: report(written, written),
+        )
 
     def _live_queries(self, passage: Passage, live: LiveQueries) -> list[ReferenceQueries]:
         queries = live.after(passage.end)

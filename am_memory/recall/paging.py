@@ -73,7 +73,7 @@ def brought_back(state: Snapshot, page: Page, entries: Sequence[KeysAndValues]) 
         entries: keys and values of the page's tokens in each compactable layer.
     """
     compact, exact = [], []
-    for slots, (key, value) in zip(_slots(state), entries, strict=True):
+    for slots, (key, value) in zip(slots_of(state), entries, strict=True):
         compact.append(slots.within(page.start, page.end).to("cpu"))
         exact.append(Slots.recalled(key, value, page.start).to(slots.bias.device))
     return exchanged(state, page, exact), Recalled(page, tuple(compact))
@@ -81,7 +81,7 @@ def brought_back(state: Snapshot, page: Page, entries: Sequence[KeysAndValues]) 
 
 def put_away(state: Snapshot, recalled: Recalled) -> CacheState:
     """The state with a recalled page compact again."""
-    compact = [mine.to(held.bias.device) for mine, held in zip(recalled.slots, _slots(state), strict=True)]
+    compact = [mine.to(held.bias.device) for mine, held in zip(recalled.slots, slots_of(state), strict=True)]
     return exchanged(state, recalled.page, compact)
 
 
@@ -90,6 +90,24 @@ def at_rest(state: Snapshot, recalled: Sequence[Recalled]) -> Snapshot:
     return reduce(put_away, recalled, state)
 
 
-def _slots(state: Snapshot) -> list[Slots]:
+def with_new_slots(
+    state: Snapshot, recalled: Sequence[Recalled], tokens: tuple[int, int], new_slots: Sequence[Slots]
+) -> tuple[CacheState, tuple[Recalled, ...]]:
+    """The state with other slots for a segment, whose recalled pages stay exact, and all pages to put away later.
+
+    Args:
+        recalled: the pages that are exact in this state.
+        tokens: [start, end) of the segment.
+        new_slots: one `Slots` for each compactable layer.
+    """
+    result, after = exchanged(state, tokens, new_slots), list(recalled)
+    for index, page in enumerate(held.page for held in recalled):
+        if tokens[0] <= page.start < tokens[1]:
+            after[index] = Recalled(page, tuple(slots.within(*page).to("cpu") for slots in slots_of(result)))
+            result = exchanged(result, page, [slots.within(*page) for slots in slots_of(state)])
+    return result, tuple(after)
+
+
+def slots_of(state: Snapshot) -> list[Slots]:
     """The slots of each compactable layer, once something has been compacted."""
     return [layer.slots for layer in state.layers if isinstance(layer, TailState) and layer.slots is not None]

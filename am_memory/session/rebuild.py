@@ -1,9 +1,9 @@
 """Going back: a context forgets its last tokens. Where a compaction has seen them, the cache is rebuilt.
 
 A rebuild repeats every step at the position at which it was taken, from the tokens and the records alone: compactions
-begin and are swapped in when the cache holds as many tokens as then, and what was recalled is exact for the same
-tokens. No trigger is asked. Read token by token the cache is the same to the bit; in other chunks it may round
-differently.
+begin and are swapped in when the cache holds as many tokens as then, segments are refined where they were, and what was
+recalled is exact for the same tokens. No trigger is asked. Read token by token the cache is the same to the bit; in
+other chunks it may round differently.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 
-from am_memory.compaction.record import CompactionRecord, RecallRecord
+from am_memory.compaction.record import CompactionRecord, RefinementRecord, Step
 from am_memory.engines.base import in_chunks
 from am_memory.events import SessionRebuilt
 from am_memory.queries import LiveQueries
@@ -21,6 +21,7 @@ from am_memory.recall.paging import Page
 from am_memory.session.context import Context
 from am_memory.session.pages import bring_back, exact_pages, fit, put_away, put_away_all_but, recalled_at, record_recall
 from am_memory.session.recalling import make_exact, with_originals
+from am_memory.session.refining import repeat_refinement
 
 
 def rewind(context: Context, num_tokens: int) -> None:
@@ -111,22 +112,22 @@ def _rebuilt(context: Context, num_tokens: int, num_cached: int) -> Context:
     policies = [context.policy, *(record.policy for record in done if record.policy is not None)]
     if any("live" in policy.reference_queries for policy in policies):
         fresh.live = LiveQueries()
-    is_recalled = any(record.recalls for record in done)
-    if is_recalled and context.originals_place == "drop":  # kept only for the recalls that are repeated
+    needs_originals = any(record.recalls or record.refinements for record in done)
+    if needs_originals and context.originals_place == "drop":  # kept only for the steps that are repeated
         fresh.originals_place = "host"
-    if is_recalled:  # a recall cannot be repeated without its originals
+    if needs_originals:  # neither a recall nor a refinement can be repeated without them
         fresh.original_store = context.original_store.without_drops()
     with fresh.transaction():
-        recalls: tuple[RecallRecord, ...] = ()
+        steps: tuple[Step, ...] = ()
         for record in done:
-            _repeat(fresh, recalls, record)
-            recalls = tuple(recall for recall in record.recalls if recall.at_tokens <= num_cached)
+            _repeat(fresh, steps, record)
+            steps = tuple(step for step in record.steps if step.at_tokens <= num_cached)
         fresh.originals_place, fresh.original_store = context.originals_place, context.original_store
         if (began_at := _background_start(context, len(done), num_cached)) is not None:
-            recalls = _repeat_recalls(fresh, recalls, began_at)
+            steps = _repeat_steps(fresh, steps, began_at)
             read_untriggered(fresh, began_at)
             fresh.start_background_compaction()
-        _repeat_recalls(fresh, recalls, num_cached)
+        _repeat_steps(fresh, steps, num_cached)
         read_untriggered(fresh, num_cached)
     if context.originals_place == "drop":
         fresh.originals = ()
@@ -158,27 +159,35 @@ def _background_start(context: Context, num_done: int, num_cached: int) -> int |
     return next((at_tokens for at_tokens in starts if is_ahead and at_tokens <= num_cached), None)
 
 
-def _repeat(fresh: Context, recalls: Sequence[RecallRecord], record: CompactionRecord) -> None:
-    """Repeat a compaction, and the recalls since the one before; some of them came while it ran in the background."""
-    later = _repeat_recalls(fresh, recalls, record.at_tokens)
+def _repeat(fresh: Context, steps: Sequence[Step], record: CompactionRecord) -> None:
+    """Repeat a compaction, and the steps since the one before; some of them came while it ran in the background."""
+    later = _repeat_steps(fresh, steps, record.at_tokens)
     read_untriggered(fresh, record.at_tokens)
     result = fresh.job(record.plan, fresh.fork_at_rest(), record).run(fresh.progress)
-    _repeat_recalls(fresh, later, record.swapped_at)
+    _repeat_steps(fresh, later, record.swapped_at)
     read_untriggered(fresh, record.swapped_at)
     fresh.swap_in(result)
 
 
-def _repeat_recalls(fresh: Context, recalls: Sequence[RecallRecord], end: int) -> tuple[RecallRecord, ...]:
-    """Repeat the recalls that came when the cache held at most `end` tokens; return the others."""
-    for recall in recalls:
-        if recall.at_tokens <= end:
-            read_untriggered(fresh, recall.at_tokens)
-            page = Page(recall.start, recall.end)
-            if recall.is_exact:
-                make_exact(fresh, page)
-            elif (recalled := recalled_at(fresh, page)) is not None:
-                put_away(fresh, recalled)
-    return tuple(recall for recall in recalls if recall.at_tokens > end)
+def _repeat_steps(fresh: Context, steps: Sequence[Step], end: int) -> tuple[Step, ...]:
+    """Repeat the steps that came when the cache held at most `end` tokens; return the others."""
+    for step in steps:
+        if step.at_tokens <= end:
+            read_untriggered(fresh, step.at_tokens)
+            _repeat_step(fresh, step)
+    return tuple(step for step in steps if step.at_tokens > end)
+
+
+def _repeat_step(fresh: Context, step: Step) -> None:
+    """Refine a segment, recall a page, or put one away."""
+    if isinstance(step, RefinementRecord):
+        repeat_refinement(fresh, step)
+        return
+    page = Page(step.start, step.end)
+    if step.is_exact:
+        make_exact(fresh, page)
+    elif (recalled := recalled_at(fresh, page)) is not None:
+        put_away(fresh, recalled)
 
 
 def read_untriggered(fresh: Context, end: int) -> None:

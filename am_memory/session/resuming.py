@@ -109,7 +109,12 @@ def _corrupt(name: str, problem: str) -> CorruptSession:
 
 
 def _problem_of_text(saved: SavedSession, info: ModelInfo) -> str:
-    written = (token_ids for made in saved.records for token_ids in (*made.conversations, *(made.summary or ((),))))
+    written = (
+        token_ids
+        for made in saved.records
+        for conversations in (made.conversations, *(one.conversations for one in made.refinements))
+        for token_ids in (*conversations, *(made.summary or ()))
+    )
     if any(not 0 <= token_id < info.vocab_size for token_id in chain(saved.tokens, *written)):
         return f"it has token ids outside of the vocabulary of {info.vocab_size}"
     if saved.is_answering and not (saved.messages and isinstance(saved.messages[-1].get("content"), str)):
@@ -145,6 +150,8 @@ def _problem_of_records(saved: SavedSession) -> str:
         held = [*older, newest]
         if problem := _problem_of_recalls(made.recalls, held):
             return problem
+        if strange := [one for one in made.refinements if (one.start, one.end) not in held]:
+            return f"a refined segment of tokens {strange[0].start} to {strange[0].end}, where none is"
     there = [(segment.start, segment.end) for segment in saved.state.segments]
     if there != held:
         return f"its compactions leave segments {held}, and it has {there}"

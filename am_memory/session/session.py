@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from am_memory.errors import InvalidInput, is_whole, require_kind, require_whole
-from am_memory.events import CompactionReport, Span
+from am_memory.events import CompactionReport, SegmentRefined, Span
 from am_memory.kv_cache.slots import Segment
 from am_memory.policy import MemoryPolicy
 from am_memory.recall.paging import Page
-from am_memory.session import lookup, rebuild, recalling
+from am_memory.session import lookup, rebuild, recalling, refining
 from am_memory.session.appending import Content, checked_token_ids, encode, extend
 from am_memory.session.context import Context
 from am_memory.session.generation import Generation, Piece
@@ -100,6 +100,7 @@ class Session:
             num_segments=len(cache.segments),
             originals_bytes=context.off_device_bytes,
             recalled_tokens=sum(recalled.page.num_tokens for recalled in context.recalled),
+            num_refined=refining.num_refined(context),
         )
 
     def append(self, content: Content) -> int:
@@ -197,6 +198,31 @@ class Session:
             raise InvalidInput(f"fraction is {fraction!r}: it must be a number above 0, and at most 1")
         with self._shared.engine_lock, self._context.transaction():
             return self._context.compact(fraction)
+
+    def refine(self) -> list[SegmentRefined]:
+        """Give compact segments better slots, as many as they have; for a time when nobody waits.
+
+        Each segment is fitted again to its exact entries, with `MemoryPolicy.refine_queries`, if it was fitted to other
+        queries, or has shrunk by a quarter since then. Segments whose originals are not kept stay as they are, and so
+        do all of them on llama.cpp and on models with sliding windows. A compaction that runs in the background is
+        swapped in first.
+
+        Each segment is a step of its own: an interrupt keeps those that are done. `MemoryPolicy(refine="idle")` does
+        the same in a thread, while no session works.
+
+        Returns:
+            What was refined, in this order; those with the fewest slots for their tokens come first.
+
+        Raises:
+            CompactionFailed: out of memory, or a fit that is not finite.
+        """
+        refined: list[SegmentRefined] = []
+        while True:
+            with self._shared.engine_lock, self._context.transaction():
+                done = refining.refine_next(self._context)
+            if done is None:
+                return refined
+            refined.append(done)
 
     @property
     def segments(self) -> tuple[Segment, ...]:

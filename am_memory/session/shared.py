@@ -10,6 +10,7 @@ from am_memory.engines.base import Engine
 from am_memory.errors import InvalidInput, StorageError
 from am_memory.events import Listener
 from am_memory.recall.original_store import OriginalStore
+from am_memory.session.idle import IdleWorker
 from am_memory.storage.store import Store
 from am_memory.text.sampling import Sampling
 
@@ -28,7 +29,8 @@ class Shared:
         notify: called with every event.
         original_store: holds the exact entries of compacted tokens, within its bounds.
         sessions: the named sessions that are in memory.
-        engine_lock: held while the engine works. No code waits for the store while it holds this lock; only originals
+        idle_worker: refines the segments of these sessions while none of them works.
+        engine_lock: held while a session works. No code waits for the store while it holds this lock; only originals
             are read from a local folder.
         store_lock: held while a session is saved or deleted. It is never held together with `engine_lock`.
     """
@@ -41,6 +43,10 @@ class Shared:
     sessions: dict[str, Session] = field(default_factory=dict)
     engine_lock: RLock = field(default_factory=RLock)
     store_lock: RLock = field(default_factory=RLock)
+    idle_worker: IdleWorker = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.idle_worker = IdleWorker(self)
 
     def names(self) -> list[str]:
         """All named sessions, in memory and in the store."""
@@ -55,7 +61,12 @@ class Shared:
         """
         if session.name in self.names():
             raise InvalidInput(f"there is a session {session.name!r} already: choose another name, or delete it first")
-        self.sessions[session.name] = session
+        self.keep(session, session.name)
+
+    def keep(self, session: Session, name: str) -> None:
+        """Keep a session under a name, in place of the one that has it."""
+        self.sessions[name] = session
+        self.idle_worker.ask(name)
 
     def require_store(self) -> Store:
         """The store.

@@ -21,6 +21,7 @@ class Stats:
         exact_kv_bytes: memory that an uncompacted cache of the same conversation would take.
         num_compactions: compactions so far.
         num_segments: compact segments now.
+        num_refined: those of them that were refined since they were compacted.
         recalled_tokens: compacted tokens that are exact for the time being; not among `exact_tokens`.
         originals_bytes: memory of the exact entries of compacted tokens, on the host or on disk, where the policy
             keeps them, and of the keys by which they are searched, from the first search on.
@@ -35,6 +36,7 @@ class Stats:
     num_segments: int
     originals_bytes: int = 0
     recalled_tokens: int = 0
+    num_refined: int = 0
 
     def __str__(self) -> str:
         return (
@@ -57,6 +59,8 @@ def table_rows(stats: Stats) -> dict[str, str]:
         "cache": f"{mebibytes(stats.kv_bytes)} instead of {mebibytes(stats.exact_kv_bytes)}",
         "compactions": f"{stats.num_compactions:,}, {counted(stats.num_segments, 'segment')} now",
     }
+    if stats.num_refined:
+        rows["refined"] = counted(stats.num_refined, "segment")
     if stats.recalled_tokens:
         rows["recalled"] = counted(stats.recalled_tokens, "token")
     if stats.originals_bytes:

@@ -247,7 +247,7 @@ def _require_records(records: Sequence[CompactionRecord], num_tokens: int) -> No
             before <= made.at_tokens <= made.swapped_at <= num_tokens
             and made.lag_tokens >= 0
             and 0 <= made.live_start <= made.at_tokens
-            and all(0 <= recall.at_tokens <= num_tokens for recall in made.recalls)
+            and all(0 <= step.at_tokens <= num_tokens for step in made.steps)
             and len(made.plan.segments) > 0,
             f"a compaction at {made.at_tokens} of {num_tokens} tokens, after one at {before}",
         )

@@ -22,6 +22,7 @@ class SegmentView(BaseModel):
     Attributes:
         slots: mean over the heads.
         num_cuts: how often a compacted segment was shrunk later.
+        is_refined: a compacted segment was fitted again later.
     """
 
     kind: Literal["pinned", "compacted", "exact"]
@@ -29,6 +30,7 @@ class SegmentView(BaseModel):
     end: int
     slots: float
     num_cuts: int = 0
+    is_refined: bool = False
 
 
 class CompactionView(BaseModel):
@@ -117,10 +119,17 @@ def segments(saved: SavedSession) -> list[SegmentView]:
     end = full[0].start + full[0].length if full else 0
     num_pinned = min(state.num_pinned_slots or saved.num_pinned, end)
     views = [SegmentView(kind="pinned", start=0, end=num_pinned, slots=num_pinned)] if num_pinned else []
+    refined = {(one.start, one.end) for record in saved.records for one in record.refinements}
     for segment in state.segments:
-        slots, cuts = segment.num_slots / num_heads, _num_cuts(saved.records, segment.start)
         views.append(
-            SegmentView(kind="compacted", start=segment.start, end=segment.end, slots=round(slots, 2), num_cuts=cuts)
+            SegmentView(
+                kind="compacted",
+                start=segment.start,
+                end=segment.end,
+                slots=round(segment.num_slots / num_heads, 2),
+                num_cuts=_num_cuts(saved.records, segment.start),
+                is_refined=(segment.start, segment.end) in refined,
+            )
         )
     if (start := views[-1].end if views else 0) < end:
         views.append(SegmentView(kind="exact", start=start, end=end, slots=end - start))

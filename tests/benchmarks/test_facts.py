@@ -201,7 +201,7 @@ def test_every_row_answers_every_question_and_is_not_run_twice(
     out = tmp_path / "answers.json"
     args = argparse.Namespace(
         triggers=[512], rows=[facts.FULL, *facts.CHANGES, facts.TRUNCATED], policy=['{"keep_ratio": 0.3}'],
-        new_tokens=2, out=str(out), questions=questions,
+        new_tokens=2, out=str(out), questions=questions, refine=None,
     )  # fmt: skip
     memory = Memory(engine=engine, policy=PLAIN)
     run = facts.Run(memory, args)
@@ -221,6 +221,21 @@ def test_every_row_answers_every_question_and_is_not_run_twice(
     assert "left out" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("when", facts.REFINED)
+def test_with_refine_the_compacted_rows_are_refined(engine: TransformersEngine, when: str) -> None:
+    changes = json.dumps({"self_study_tokens": 8})
+    args = argparse.Namespace(
+        triggers=[512], rows=[facts.FULL], policy=[changes], new_tokens=2, out=None, questions=facts_files.PLACES,
+        refine=when,
+    )  # fmt: skip
+    run = facts.Run(Memory(engine=engine, policy=PLAIN), args)
+    run.run(SHORT, facts.rows_of(args))
+    assert [(answer.row, answer.seconds_to_refine > 0) for answer in run.answers] == [
+        (facts.FULL, False),
+        (f"{facts.OURS} {changes}, {facts.REFINED[when]}", True),
+    ]
+
+
 def first_row(summary: str) -> dict[str, str]:
     header, _, row, *_ = ([cell.strip() for cell in line.split("|")] for line in summary.splitlines())
     return dict(zip(header, row, strict=True))
@@ -232,7 +247,7 @@ def test_a_file_holds_the_answers_to_both_sets_and_to_older_runs(engine: Transfo
     def run(questions: str) -> list[facts.Answer]:
         args = argparse.Namespace(
             triggers=[512], rows=[facts.FULL, facts.OURS], policy=[], new_tokens=2, out=str(out),
-            questions=questions,
+            questions=questions, refine=None,
         )  # fmt: skip
         one = facts.Run(memory, args)
         one.run(SHORT, facts.rows_of(args))

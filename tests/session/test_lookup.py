@@ -117,6 +117,7 @@ def test_a_message_is_read_once(new_memory: NewMemory, engine: TransformersEngin
     counting.forward = forward
     session = told_session(new_memory(engine=counting))
     answer(session, 1)  # measures the search heads
+    session.compact()  # so that the answer has to make no room
     session.append(QUESTION)
     left, num_read[0] = len(session.tokens), 0
     answer(session, 1)

@@ -106,7 +106,12 @@ class TransformersEngine:
             window_tokens=window if max_tokens is None else min(window, max_tokens),
             max_tokens=max_tokens,
         )
-        self.capabilities = replace(CAPABILITIES, can_rotate_keys=not why_keys_stay, why_keys_stay=why_keys_stay)
+        self.capabilities = replace(
+            CAPABILITIES,
+            can_refine=not any(self._windows),
+            can_rotate_keys=not why_keys_stay,
+            why_keys_stay=why_keys_stay,
+        )
         if max_tokens is not None:
             refuse_too_long_answers(model, max_tokens)
         self.chunk_tokens = CPU_CHUNK_TOKENS if model.device.type == "cpu" else GPU_CHUNK_TOKENS

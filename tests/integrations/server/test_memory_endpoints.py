@@ -10,7 +10,10 @@ from typing import Any
 import httpx
 import pytest
 from am_memory_server.access import ANONYMOUS
+from inside import shared_of
 from serving import POLICY, NewServer, Server, until
+
+from am_memory.session import idle
 
 SESSIONS = "/v1/memory/sessions"
 LONG = "a prompt longer than the cache, which is compacted as it is read. " * 12
@@ -54,6 +57,28 @@ def test_a_view_counts_how_often_a_segment_was_shrunk(http: httpx.Client) -> Non
     assert cuts[-1] == 0
     assert cuts == sorted(cuts, reverse=True)
     assert cuts[0] > 0
+
+
+def test_an_idle_server_refines_the_segments_of_its_conversations(
+    new_server: NewServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next turn goes on from the refined ones."""
+    monkeypatch.setattr(idle, "IDLE_SECONDS", 0.05)
+    policy = POLICY.with_changes(refine="idle", self_study_tokens=4)
+    with new_server(policy=policy) as server, server.http() as http:
+        asked: list[dict[str, Any]] = [{"role": "user", "content": LONG}]
+        spoken = {"metadata": {"conversation_id": "tea"}, "temperature": 0}
+        answer = http.post("/v1/chat/completions", json={"messages": asked, **spoken}).json()
+
+        def refined() -> list[bool]:
+            view = http.get(f"{SESSIONS}/tea").json()
+            return [part["is_refined"] for part in view["segments"] if part["kind"] == "compacted"]
+
+        until(lambda: all(refined()))
+        asked += [answer["choices"][0]["message"], {"role": "user", "content": "And?"}]
+        http.post("/v1/chat/completions", json={"messages": asked, **spoken, "max_tokens": 1})
+        assert any(refined())
+        shared_of(server.service.memory).idle_worker.close()
 
 
 def test_compacting_now_makes_the_cache_smaller(http: httpx.Client) -> None:
