@@ -44,11 +44,8 @@ from am_memory.events import (
     PolicyChange,
     PolicyChanged,
     ReadProgress,
-<<<<<<< HEAD
     SearchHeadsProgress,
-=======
     SegmentRefined,
->>>>>>> refine
     SessionRebuilt,
     Span,
     SpanPutAway,

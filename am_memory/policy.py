@@ -144,21 +144,16 @@ class MemoryPolicy(_Settings):
             for it if necessary: the result depends on the tokens alone, not on timing. Must be below the smallest block
             that is compacted this way. Takes the memory of one more exact tail. Not on llama.cpp, nor with a RoPE that
             depends on the length of the text. 0: compact at the trigger, while decoding waits.
-<<<<<<< HEAD
-        ridge: strength that pulls the fitted values toward the original ones, as a fraction of the mean diagonal. A low
-            one serves questions, a high one serves a text that goes on. None: 0.5 where pages are recalled for
-            questions, else 0.001.
-=======
         refine: "idle": while no session works, a thread of the memory fits compact segments again, to
             `refine_queries`, and swaps the better slots in. It stops at once when a session works, and begins with the
             segment again later. "off": only `Session.refine` does so. Needs originals; not on llama.cpp, nor on models
             with sliding windows.
         refine_queries: queries that a refinement is fitted to, any of "repeat", "self_study" and "live" (queries of up
-            to 512 tokens behind the segment, which are read again). A segment that was
-            fitted to all of them is refined only after it has shrunk by a quarter.
-        ridge: strength that pulls the fitted values toward the original ones, as a fraction of the mean diagonal. With
-            0.5, plain continuation of long prose is nearer to the full cache, and questions recall less.
->>>>>>> refine
+            to 512 tokens behind the segment, which are read again). A segment that was fitted to all of them is refined
+            only after it has shrunk by a quarter.
+        ridge: strength that pulls the fitted values toward the original ones, as a fraction of the mean diagonal. A low
+            one serves questions, a high one serves a text that goes on. None: 0.5 where pages are recalled for
+            questions, else 0.001.
         chunk_tokens: tokens read in one forward pass, at most. None: as many as suit the device, `Engine.chunk_tokens`.
         experiments: settings for ablations and experiments.
 
@@ -184,16 +179,12 @@ class MemoryPolicy(_Settings):
     segment_dtype: Literal["model", "int8"] = "model"
     max_error: Annotated[float, Field(gt=0)] | None = None
     ahead_tokens: Annotated[int, Field(ge=0)] = 0
-<<<<<<< HEAD
-    ridge: Annotated[float, Field(ge=0)] | None = None
-=======
     refine: Literal["off", "idle"] = "off"
     refine_queries: Annotated[tuple[Literal["repeat", "self_study", "live"], ...], Field(min_length=1)] = (
         "repeat",
         "self_study",
     )
-    ridge: Annotated[float, Field(ge=0)] = 1e-3
->>>>>>> refine
+    ridge: Annotated[float, Field(ge=0)] | None = None
     chunk_tokens: Annotated[int, Field(gt=0)] | None = None
     experiments: Experiments = Experiments()
 
@@ -227,7 +218,6 @@ class MemoryPolicy(_Settings):
     def _selection_parameters(self, selection: KeySelection) -> str | dict[str, object]:
         return parameters(selection)
 
-<<<<<<< HEAD
     @field_validator("recall_tokens")
     @classmethod
     def _holds_a_page(cls, recall_tokens: int | None) -> int | None:
@@ -236,14 +226,13 @@ class MemoryPolicy(_Settings):
                 f"{recall_tokens} tokens hold no page: set it to {MIN_PAGE_TOKENS} or more, or to 0 to recall nothing"
             )
         return recall_tokens
-=======
+
     @field_validator("refine")
     @classmethod
     def _has_originals(cls, refine: str, info: ValidationInfo) -> str:
         if refine == "idle" and info.data.get("originals") == "drop":
             raise ValueError("refine 'idle' fits the originals again: leave originals at 'auto', or refine at 'off'")
         return refine
->>>>>>> refine
 
     @field_validator("experiments")
     @classmethod

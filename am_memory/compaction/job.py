@@ -17,7 +17,7 @@ from am_memory.budgets import Calibration
 from am_memory.compaction.compact import compact, failures, no_more_slots
 from am_memory.compaction.head_fits import HeadFits
 from am_memory.compaction.layerwise import compact_on_policy
-from am_memory.compaction.plan import Plan, can_recall, with_more_slots
+from am_memory.compaction.plan import Plan, with_more_slots, with_ridge
 from am_memory.compaction.record import CompactionRecord
 from am_memory.compaction.summary import replace_by_summary, write_summary
 from am_memory.engines.base import Engine, LayerwiseCache, SessionCache
@@ -27,9 +27,6 @@ from am_memory.policy import MemoryPolicy
 from am_memory.queries import LiveQueries, Passage, Progress, QuerySources
 from am_memory.recall.original_store import OriginalStore
 from am_memory.recall.originals import Original
-
-RIDGE_BESIDE_PAGES = 0.5
-"""`MemoryPolicy.ridge` by default, where pages are recalled."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +197,7 @@ class CompactionJob:
             passage.cache,
             plan,
             sources.sample(passage),
-            self._fit_policy,
+            with_ridge(self.policy, self.engine),
             sources.progress,
             more_slots=more_slots if self.replayed is None else no_more_slots,
             calibration=self.calibration,
@@ -213,16 +210,15 @@ class CompactionJob:
         scored_by = sources.sample(passage) if self.policy.head_budget != "uniform" else None
         repeat, progress = partial(sources.repeat_through, passage), sources.progress
         return compact_on_policy(
-            cache, plan, self.num_pinned, repeat, scored_by, self._fit_policy, progress, self.calibration
+            cache,
+            plan,
+            self.num_pinned,
+            repeat,
+            scored_by,
+            with_ridge(self.policy, self.engine),
+            progress,
+            self.calibration,
         )
-
-    @property
-    def _fit_policy(self) -> MemoryPolicy:
-        """The policy with the ridge that it leaves open: with recall, questions do not depend on the slots alone."""
-        recalls = can_recall(self.policy, self.engine.capabilities) and self.engine.info.max_tokens is None
-        if self.policy.ridge is None and recalls:
-            return self.policy.with_changes(ridge=RIDGE_BESIDE_PAGES)
-        return self.policy
 
     def _originals(self) -> tuple[Original, ...]:
         if self.originals == "drop":

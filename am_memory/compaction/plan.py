@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from am_memory.engines.base import Capabilities
+from am_memory.engines.base import Capabilities, Engine
 from am_memory.errors import BudgetTooSmall, CompactionFailed, InvalidPolicy
 from am_memory.kv_cache.slots import Segment, resized, tail_start
 from am_memory.policy import MemoryPolicy
@@ -22,6 +22,9 @@ BOUNDARY_SLACK = 0.25
 
 SMALL_RECALL_TOKENS = 256
 """Room for recalled pages at small triggers, that of five of them, as long as it is at most a quarter."""
+
+RIDGE_BESIDE_PAGES = 0.5
+"""`MemoryPolicy.ridge` by default, where pages are recalled."""
 
 LEAST_RECALL_TOKENS = 64
 """Less room than this holds no page."""
@@ -113,6 +116,12 @@ def originals_place(policy: MemoryPolicy, can: Capabilities) -> Literal["drop", 
 def can_recall(policy: MemoryPolicy, can: Capabilities) -> bool:
     """Whether a policy lets an engine recall pages by itself."""
     return policy.recall_tokens != 0 and originals_place(policy, can) != "drop"
+
+
+def with_ridge(policy: MemoryPolicy, engine: Engine) -> MemoryPolicy:
+    """The policy with the ridge that it leaves open: beside pages, questions do not depend on the slots alone."""
+    recalls = can_recall(policy, engine.capabilities) and engine.info.max_tokens is None
+    return policy.with_changes(ridge=RIDGE_BESIDE_PAGES) if policy.ridge is None and recalls else policy
 
 
 def recall_tokens(policy: MemoryPolicy, can: Capabilities, trigger_tokens: int, num_pinned: int) -> int:

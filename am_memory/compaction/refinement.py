@@ -20,7 +20,7 @@ from torch import Tensor
 from am_memory.budgets import Calibration
 from am_memory.compaction.compact import compact, failures
 from am_memory.compaction.head_fits import HeadFits
-from am_memory.compaction.plan import Plan
+from am_memory.compaction.plan import Plan, with_ridge
 from am_memory.compaction.scoring import ScoredHead
 from am_memory.engines.base import Engine, RefinableCache, SessionLayer, in_chunks
 from am_memory.errors import CompactionFailed
@@ -107,7 +107,7 @@ class Refinement:
                 cache,
                 Plan((segment,)),
                 sources.sample(passage),
-                self.policy,
+                with_ridge(self.policy, self.engine),
                 progress,
                 calibration=self.calibration,
                 is_shared=not self.engine.capabilities.has_ragged_heads,
