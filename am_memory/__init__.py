@@ -25,6 +25,7 @@ from am_memory.errors import (
     SessionDeleted,
     SessionNotFound,
     StorageError,
+    TextNotFound,
     UnsupportedModel,
     UnsupportedOperation,
 )
@@ -50,6 +51,8 @@ from am_memory.events import (
     Span,
     SpanPutAway,
     SpanRecalled,
+    TextMounted,
+    TextUnmounted,
     WindowExceeded,
 )
 
@@ -60,16 +63,20 @@ if TYPE_CHECKING:
     from am_memory.policy import Experiments, MemoryPolicy
     from am_memory.recall.paging import Page
     from am_memory.session.generation import Piece, TokenLogprob
+    from am_memory.session.mounts import Mount
     from am_memory.session.session import Session
     from am_memory.session.stats import Stats
+    from am_memory.storage.compact_text import CompactText
     from am_memory.storage.session_file import SavedSession
     from am_memory.text.sampling import Sampling
 else:
     _MODULES = {
+        "CompactText": "storage.compact_text",
         "Experiments": "policy",
         "KVCache": "kv_cache.cache",
         "Memory": "memory",
         "MemoryPolicy": "policy",
+        "Mount": "session.mounts",
         "Piece": "session.generation",
         "Sampling": "text.sampling",
         "SavedSession": "storage.session_file",
@@ -94,6 +101,7 @@ else:
 __all__ = [
     "AMMemoryError",
     "BudgetTooSmall",
+    "CompactText",
     "CompactionFailed",
     "CompactionFinished",
     "CompactionProgress",
@@ -115,6 +123,7 @@ __all__ = [
     "MemoryPolicy",
     "ModelMismatch",
     "ModelNotFound",
+    "Mount",
     "NewerFormat",
     "OlderFormat",
     "OriginUnknown",
@@ -142,6 +151,9 @@ __all__ = [
     "SpanRecalled",
     "Stats",
     "StorageError",
+    "TextMounted",
+    "TextNotFound",
+    "TextUnmounted",
     "TokenLogprob",
     "UnsupportedModel",
     "UnsupportedOperation",

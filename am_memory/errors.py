@@ -49,6 +49,10 @@ class SessionNotFound(AMMemoryError):
     """No session of that name, in memory or in the store."""
 
 
+class TextNotFound(AMMemoryError):
+    """No compact text of that name, in memory or in the store."""
+
+
 class StorageError(AMMemoryError):
     """A store cannot be reached, or a session cannot be saved or read: corrupt, of another format or model."""
 

@@ -244,6 +244,44 @@ class SpanPutAway:
 
 
 @dataclass(frozen=True)
+class TextMounted:
+    """A compact text stands beside the first `at_tokens` tokens of the conversation; the cache has `kv_tokens` now.
+
+    Attributes:
+        name: of the compact text.
+        num_tokens: tokens of the text.
+    """
+
+    session: str
+    name: str
+    at_tokens: int
+    num_tokens: int
+    kv_tokens: float
+
+    def __str__(self) -> str:
+        return (
+            f"session {self.session!r}: the text {self.name!r} of {self.num_tokens:,} tokens is mounted at token "
+            f"{self.at_tokens:,}; cache has {self.kv_tokens:.0f} tokens"
+        )
+
+
+@dataclass(frozen=True)
+class TextUnmounted:
+    """A mounted text is gone from the token `at_tokens` on; the cache has `kv_tokens` now."""
+
+    session: str
+    name: str
+    at_tokens: int
+    kv_tokens: float
+
+    def __str__(self) -> str:
+        return (
+            f"session {self.session!r}: the text {self.name!r} is unmounted at token {self.at_tokens:,}; cache has "
+            f"{self.kv_tokens:.0f} tokens"
+        )
+
+
+@dataclass(frozen=True)
 class OriginalsLost:
     """The exact entries of the tokens [start, end) are lost: they cannot be recalled. Nothing else changes."""
 
@@ -308,6 +346,8 @@ Event = (
     | MemoryConsulted
     | SpanRecalled
     | SpanPutAway
+    | TextMounted
+    | TextUnmounted
     | OriginalsLost
     | OriginalsDropped
     | OriginUnknown
@@ -347,10 +387,13 @@ def log(event: Event) -> None:
         case MemoryConsulted(session, at_tokens, spans, _):
             found = "; ".join(f"{span.start} to {span.end}" for span in spans)
             logger.info("session %r: at token %d these tokens were looked up: %s", session, at_tokens, found)
-        case SpanRecalled(session, start, end, kv_tokens):
+        case SpanRecalled(session, start, end, kv_tokens) | SpanPutAway(session, start, end, kv_tokens):
+            now = "exact" if isinstance(event, SpanRecalled) else "compact"
             logger.info(
-                "session %r: tokens %d to %d are exact again; cache has %.0f tokens", session, start, end, kv_tokens
+                "session %r: tokens %d to %d are %s again; cache has %.0f tokens", session, start, end, now, kv_tokens
             )
+        case TextMounted() | TextUnmounted():
+            logger.info("%s", event)
         case LittleKept(session, num_slots, num_tokens):
             logger.warning(
                 "session %r: %.0f slots per head stand for %d compacted tokens, less than 5 %%: raise "
@@ -371,10 +414,6 @@ def log(event: Event) -> None:
             logger.warning("session %r: the originals of tokens %d to %d are lost: %s", session, start, end, reason)
         case OriginalsDropped(session, start, end, reason):
             logger.info("session %r: the originals of tokens %d to %d are dropped: %s", session, start, end, reason)
-        case SpanPutAway(session, start, end, kv_tokens):
-            logger.info(
-                "session %r: tokens %d to %d are compact again; cache has %.0f tokens", session, start, end, kv_tokens
-            )
 
 
 def ignore(event: Event) -> None:

@@ -24,6 +24,7 @@ from am_memory.kv_cache.cache import KVCache, Snapshot
 from am_memory.policy import MemoryPolicy
 from am_memory.recall.original_store import OriginalStore
 from am_memory.session.chat_history import ChatHistory
+from am_memory.session.compact_texts import CompactTexts
 from am_memory.session.context import Context
 from am_memory.session.generate_hook import watched
 from am_memory.session.resuming import changes_of, check_content, check_origin, policy_of
@@ -31,6 +32,8 @@ from am_memory.session.saving import SavedCopy, rename, restored
 from am_memory.session.session import Session
 from am_memory.session.shared import Shared
 from am_memory.session.stats import html_table
+from am_memory.session.text_making import TextMaking
+from am_memory.storage.compact_text import CompactText
 from am_memory.storage.session_file import SavedSession
 from am_memory.storage.store import ANY, Store
 from am_memory.text.sampling import Sampling
@@ -95,7 +98,8 @@ class Memory:
         self.trust_messages = trust_messages
         self._listeners: list[Listener] = []
         originals = OriginalStore(originals_bytes, originals_disk_bytes)
-        self._shared = Shared(engine, self.sampling, self.store, self._notify, originals)
+        texts = CompactTexts(engine, self.store, originals)
+        self._shared = Shared(engine, self.sampling, self.store, self._notify, originals, texts)
         self._numbers = itertools.count(1)
         # An impossible policy fails here, and not in the first session.
         trigger_tokens = trigger_in_tokens(self.policy, engine.info.window_tokens)
@@ -329,6 +333,43 @@ class Memory:
         if session is not None:
             with self._shared.engine_lock:
                 session._context.cancel_background_compaction()
+
+    def compact_text(
+        self,
+        content: str | Sequence[int] | Sequence[Message] | Session,
+        name: str,
+        *,
+        policy: MemoryPolicy | None = None,
+        tools: Sequence[Message] = (),
+    ) -> CompactText:
+        """Read a text once, compact it whole, and keep it under a name; `Session.mount` mounts it in any session.
+
+        With a store it is saved there. Sessions that have mounted another text of that name keep that one.
+
+        Args:
+            content: text, token ids or chat messages. Text is a user's message where the model has a chat template. A
+                session: what it holds, with its exact tokens compacted; nothing is read again.
+            policy: how it is compacted; `keep_ratio` and `max_compact_tokens` set its size. None: the memory's.
+            tools: functions that the chat template tells the model of, in front of messages.
+
+        Raises:
+            InvalidInput: an empty text or name, or content of another kind.
+            UnsupportedOperation: the engine cannot mount texts.
+            CompactionFailed: out of memory, or a fit that is not finite.
+        """
+        return TextMaking.of(self._shared, name, content, policy or self.policy, tools).run()
+
+    def compact_texts(self) -> list[CompactText]:
+        """All compact texts, in the order of their names."""
+        return self._shared.texts.all()
+
+    def delete_compact_text(self, name: str) -> None:
+        """Delete a compact text, from memory and from the store. Sessions that have mounted it keep it.
+
+        Raises:
+            TextNotFound: there is none of that name.
+        """
+        self._shared.texts.delete(name)
 
     def cache(self) -> KVCache:
         """A cache for `model.generate(**inputs, cache=memory.cache())`, which compacts by itself.

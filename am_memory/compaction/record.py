@@ -37,6 +37,26 @@ class RecallRecord(NamedTuple):
     is_exact: bool
 
 
+class MountRecord(NamedTuple):
+    """A text was mounted or unmounted, or a page of it recalled or compacted again.
+
+    Attributes:
+        at_tokens: logical tokens that the cache held.
+        num_compactions: compactions that were swapped in before.
+        start, end: the negative positions that name the text's tokens, or the page's.
+        is_of_text: it is about the text, and not about a page of it.
+        is_there: it was mounted, or recalled; if it was that already, the text ends at `at_tokens` from now on, and the
+            page counts as recalled last.
+    """
+
+    at_tokens: int
+    num_compactions: int
+    start: int
+    end: int
+    is_of_text: bool
+    is_there: bool
+
+
 def as_policy(written: object) -> MemoryPolicy | None:
     """A policy from its JSON; None if it uses a key selection that is not built in."""
     try:

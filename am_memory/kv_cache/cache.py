@@ -48,20 +48,43 @@ class CacheState:
 
 
 def exchanged(state: Snapshot, tokens: tuple[int, int], new_slots: Sequence[Slots]) -> CacheState:
-    """The state in which other slots stand for some compacted tokens.
+    """The state in which other slots stand for some compacted tokens, or for those of a mounted text.
 
     Args:
         tokens: [start, end), of one segment, whose `num_slots` stays, whatever the number of new slots.
         new_slots: one `Slots` for each compactable layer.
     """
-    (start, end), slots_of_layer = tokens, iter(new_slots)
+    slots_of_layer = iter(new_slots)
+    layers = (
+        layer._replace(slots=_exchanged(layer.slots, tokens, next(slots_of_layer)))
+        if isinstance(layer, TailState)
+        else layer
+        for layer in state.layers
+    )
+    return CacheState(tuple(layers), state.segments, state.num_pinned_slots)
+
+
+def _exchanged(slots: Slots | None, tokens: tuple[int, int], new_slots: Slots) -> Slots:
+    """The slots of one layer after an exchange; None: it had no slots."""
+    if slots is None:
+        return new_slots
+    start, end = tokens
+    return Slots.concat([slots.where(slots.positions < start), new_slots, slots.where(slots.positions >= end)])
+
+
+def without_mounted(state: Snapshot, tokens: tuple[int, int] | None = None) -> CacheState:
+    """The state without the slots of one mounted text.
+
+    Args:
+        tokens: [start, end), the negative positions that name the text's tokens; None: of all mounted texts.
+    """
     layers: list[LayerState] = []
     for layer in state.layers:
-        if isinstance(layer, TailState):
-            assert layer.slots is not None
-            before = layer.slots.where(layer.slots.positions < start)
-            after = layer.slots.where(layer.slots.positions >= end)
-            layers.append(layer._replace(slots=Slots.concat([before, next(slots_of_layer), after])))
+        if isinstance(layer, TailState) and layer.slots is not None:
+            positions = layer.slots.positions
+            is_kept = positions >= 0 if tokens is None else (positions < tokens[0]) | (positions >= tokens[1])
+            slots = layer.slots if bool(is_kept.all()) else layer.slots.where(is_kept)
+            layers.append(layer._replace(slots=slots if state.segments or slots.num_slots else None))
         else:
             layers.append(layer)
     return CacheState(tuple(layers), state.segments, state.num_pinned_slots)

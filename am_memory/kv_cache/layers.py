@@ -184,7 +184,7 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self.slots is not None:
             kept = self.slots.cut(older)
             parts.append(kept.rotated(self.rotation, older, distances) if self.rotation else kept)
-        elif num_pinned:
+        if self.start == 0 and num_pinned:
             parts.append(Slots.exact(*self.exact_entries(0, num_pinned), start=0))
         key, value = self.exact_entries(newest.end, self.get_seq_length())
         tail = TailBuffer(key[None].clone(), value[None].clone())
@@ -216,7 +216,9 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     @property
     def num_heads(self) -> int:
-        return 0 if self.buffer is None else self.buffer.key.shape[1]
+        if self.buffer is not None:
+            return self.buffer.key.shape[1]
+        return 0 if self.slots is None else self.slots.num_heads  # of a text that is mounted before the first token
 
     def state(self) -> TailState:
         return TailState(self.slots, self.buffer, self.start, self.length)

@@ -19,6 +19,8 @@ from am_memory.kv_cache.rotation import Rotation
 
 PINNED_RANK = -1
 """The rank of a pinned entry, which no budget cuts."""
+MOUNTED_RANK = -2
+"""The rank of a mounted text's slots, which no budget cuts either. Their positions are negative: no token has them."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,10 @@ class Slots:
         key, value: (total_slots, head_dim), head after head; within a head in the order of the tokens. `Quantised` if
             segments are kept in int8; pinned and recalled entries in them keep the model's dtype.
         bias: (total_slots,), the log of the number of exact entries that a slot stands for; 0 for pinned entries.
-        positions: (total_slots,) int32 in host memory, the logical position at which a slot's key was written.
-        ranks: (total_slots,) int32 in host memory, the slot's rank in its segment when that was made, or
-            `PINNED_RANK`. Attention does not need it: cutting never waits for the device.
+        positions: (total_slots,) int32 in host memory, the logical position at which a slot's key was written; it names
+            the slot. Those of mounted texts are negative.
+        ranks: (total_slots,) int32 in host memory, the slot's rank in its segment when that was made, `PINNED_RANK` or
+            `MOUNTED_RANK`. Attention does not need it: cutting never waits for the device.
         cu_slots: the first slot of each head, and the end: num_key_value_heads + 1 numbers.
     """
 
@@ -160,6 +163,16 @@ class Slots:
         keep = (self.positions >= start) & (self.positions < end) & (self.ranks != PINNED_RANK)
         return self.where(keep)
 
+    def mounted(self, key: Rows, first: int) -> Slots:
+        """The same slots as those of a mounted text.
+
+        Args:
+            key: their keys, turned to where the text is mounted.
+            first: the negative position that names the text's first token; the slots count from 0.
+        """
+        ranks = torch.full_like(self.ranks, MOUNTED_RANK)
+        return replace(self, key=key, positions=self.positions + first, ranks=ranks)
+
     def without_derived(self) -> Slots:
         """The same tensors, without the cached properties: these are ready only in the stream that made them."""
         key, value = (replace(rows) if isinstance(rows, Quantised) else rows for rows in (self.key, self.value))
@@ -182,11 +195,11 @@ class Slots:
         if not segments:
             return self
         limits = self.ranks.new_tensor([segment.num_slots for segment in segments])
-        keep = self.ranks < limits[self._segment_indices(segments)]  # a pinned slot's rank is below any limit
+        keep = self.ranks < limits[self._segment_indices(segments)]  # ranks below 0 are below any limit
         return self if bool(keep.all()) else self.where(keep)
 
     def rotated(self, rotation: Rotation, segments: Sequence[Segment], distances: Sequence[int]) -> Slots:
-        """The slots with the keys of each segment rotated; pinned keys rotate with the oldest segment.
+        """The slots with the keys of each segment rotated; pinned keys rotate with the oldest one, mounted keys stay.
 
         Args:
             segments: all segments of the slots, in the order of their tokens.
@@ -195,11 +208,12 @@ class Slots:
         if not any(distances):
             return self
         distance = torch.tensor(distances)[self._segment_indices(segments)]
+        distance[self.positions < 0] = 0
         key = rotation.rotated(decoded(self.key), distance)
         return replace(self, key=self.key.recoded(key) if isinstance(self.key, Quantised) else key)
 
     def _segment_indices(self, segments: Sequence[Segment]) -> Tensor:
-        """The index of each slot's segment, (total_slots,); pinned slots count to the first segment."""
+        """The index of each slot's segment, (total_slots,); pinned and mounted slots count to the first segment."""
         starts = self.positions.new_tensor([segment.start for segment in segments])
         return (torch.searchsorted(starts, self.positions, right=True) - 1).clamp_min(0)
 

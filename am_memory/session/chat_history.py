@@ -115,6 +115,10 @@ class ChatHistory:
             last = {**{key: value for key, value in last.items() if key != "tool_calls"}, "content": text}
         return replace(self, messages=(*self.messages[:-1], last))
 
+    def opening(self, engine: Engine) -> list[int]:
+        """The tokens that the template writes before the content of the first message; empty if they are not found."""
+        return replace(self, messages=self.messages[:1])._header(engine) if self.messages else []
+
     def _header(self, engine: Engine) -> list[int]:
         """The tokens that the template writes before the content of the last message; empty if they cannot be found."""
         chat = self._chat(engine)

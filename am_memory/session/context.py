@@ -7,6 +7,7 @@ sampling.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -35,9 +36,7 @@ from am_memory.events import (
     CompactionProgress,
     CompactionReport,
     CompactionStarted,
-    GateMissed,
     Listener,
-    LittleKept,
     ReadProgress,
     WindowExceeded,
 )
@@ -49,14 +48,13 @@ from am_memory.recall.originals import Original
 from am_memory.recall.paging import Recalled, at_rest
 from am_memory.recall.search_index import index_bytes
 from am_memory.recall.search_queries import SearchQueries
-from am_memory.session import pages
+from am_memory.session import mounting, notices, pages
 from am_memory.session.chat_history import ChatHistory
 from am_memory.session.kept_queries import read_and_keep_queries
+from am_memory.session.mounts import NO_MOUNTS, Mounts
 from am_memory.session.transaction import Restorable, Transaction
+from am_memory.storage.compact_text import TextCache
 from am_memory.text.boundaries import best_boundary
-
-LITTLE_KEPT = 0.05
-"""Share of the compacted tokens below which a warning says how few slots are left."""
 
 
 @dataclass
@@ -72,10 +70,12 @@ class Context:
         history: the chat messages behind the tokens, kept here so that one step changes both or neither.
         originals: exact entries of compacted tokens, where the policy keeps them, in the order of the tokens.
         recalled: pages that are exact at the moment; the one recalled last stands at the end.
+        mounts: the compact texts that stand beside the tokens.
         background_compaction: a compaction that runs while tokens are read, if the policy has `ahead_tokens`.
         recent_queries: those of the search heads for the last tokens that were read, where the engine hands them out.
         live: the queries of the last tokens that were read, if the policy uses them.
         trigger_tokens: upper bound on the size of the cache.
+        awaited_text: the compact text for which room is made.
     """
 
     name: str
@@ -90,6 +90,7 @@ class Context:
     history: ChatHistory = field(default_factory=ChatHistory)
     originals: tuple[Original, ...] = ()
     recalled: tuple[Recalled, ...] = ()
+    mounts: Mounts = NO_MOUNTS
     background_compaction: BackgroundCompaction | None = None
     recent_queries: SearchQueries | None = None
 
@@ -97,8 +98,9 @@ class Context:
         require_capabilities(self.policy, self.engine.capabilities)
         self.trigger_tokens = trigger_in_tokens(self.policy, self.engine.info.window_tokens)
         self.originals_place = originals_place(self.policy, self.engine.capabilities)
-        self._recall_room = self._room_beside(self.num_pinned)
-        self._require_progress(self.num_pinned)
+        self.awaited_text: TextCache | None = None
+        self._recall_room = self._room_beside(self.num_fixed)
+        self.require_progress()
         self._calibration = calibration_for(self.policy.head_budget, self.engine.info)
         self.live = LiveQueries() if "live" in self.policy.reference_queries else None
         self.forget_after_cache()
@@ -113,25 +115,31 @@ class Context:
             raise InvalidInput(
                 f"cannot pin {num_tokens} tokens after {len(self.records)} compactions: pin before the first one"
             )
-        self._require_progress(num_tokens)
+        self.require_progress(num_tokens - self.num_pinned)
         self.num_pinned, self.background_compaction = num_tokens, None
 
-    def _require_progress(self, num_pinned: int) -> None:
-        _, room = self._room_beside(num_pinned)
-        require_progress(self.policy, self.trigger_tokens - room, num_pinned, room)
+    def require_progress(self, more_fixed: int = 0) -> None:
+        """Raise InvalidPolicy if the trigger leaves nothing to compact beside `num_fixed` and `more_fixed` tokens."""
+        num_fixed, room = self._room_beside(self.num_fixed + more_fixed)
+        require_progress(self.policy, self.trigger_tokens - room, num_fixed, room)
 
-    def _room_beside(self, num_pinned: int) -> tuple[int, int]:
-        """The number of pinned tokens, and the room for recalled pages beside them."""
+    @property
+    def num_fixed(self) -> int:
+        """Tokens and slots per KV head that no compaction makes fewer: those pinned, and those of mounted texts."""
+        return self.num_pinned + math.ceil(mounting.size(self))
+
+    def _room_beside(self, num_fixed: int) -> tuple[int, int]:
+        """The number of fixed tokens, and the room for recalled pages beside them."""
         if self.engine.info.max_tokens is not None:
-            return num_pinned, 0  # search heads are measured on a text that learned positions may not reach
+            return num_fixed, 0  # search heads are measured on a text that learned positions may not reach
         can = self.engine.capabilities
-        return num_pinned, recall_tokens(self.policy, can, self.trigger_tokens, num_pinned)
+        return num_fixed, recall_tokens(self.policy, can, self.trigger_tokens, num_fixed)
 
     @property
     def recall_tokens(self) -> int:
         """The part of the trigger that is kept free for recalled pages."""
-        if self._recall_room[0] != self.num_pinned:
-            self._recall_room = self._room_beside(self.num_pinned)
+        if self._recall_room[0] != self.num_fixed:
+            self._recall_room = self._room_beside(self.num_fixed)
         return self._recall_room[1]
 
     def transaction(self, *others: Restorable) -> Transaction:
@@ -187,6 +195,7 @@ class Context:
 
     def forward(self, token_ids: Sequence[int], num_logits: int = 0) -> Tensor:
         """Read tokens into the cache in one pass (see `Engine.forward`), and keep their queries if the policy does."""
+        token_ids = mounting.read_sinks(self, token_ids) if self.mounts.mounted else token_ids
         self.notify_beyond_window(len(token_ids))
         return read_and_keep_queries(self, token_ids, num_logits)
 
@@ -214,19 +223,24 @@ class Context:
     def tokens_at_rest(self) -> float:
         """Size of the cache without recalled pages: it does not depend on what was recalled."""
         extra_slots = sum(recalled.extra_slots for recalled in self.recalled)
-        return round(self.cache.kv_tokens - extra_slots / max(self.cache.num_heads, 1), 6)
+        return round(self.kv_tokens - extra_slots / max(self.cache.num_heads, 1), 6)
+
+    @property
+    def kv_tokens(self) -> float:
+        """Size of the cache, with the texts that are about to join it."""
+        return self.cache.kv_tokens + mounting.size_awaited(self)
 
     @property
     def room_tokens(self) -> int:
         """Tokens that can be read before a compaction is due, or recalled pages have to be put away."""
         is_ahead = self.background_compaction is None
         due_at = self.due_tokens - (self.policy.ahead_tokens if is_ahead else 0)
-        return int(min(due_at - self.tokens_at_rest, self.trigger_tokens - self.cache.kv_tokens))
+        return int(min(due_at - self.tokens_at_rest, self.trigger_tokens - self.kv_tokens))
 
     @property
     def most_at_once(self) -> int:
         """The most tokens for which `compact_if_due` is sure to make room."""
-        return most_at_once(self.policy, self.rest_tokens, self.num_pinned)
+        return most_at_once(self.policy, self.rest_tokens, self.num_fixed)
 
     def compact_if_due(self, at_once: int = 1) -> None:
         """Compact until `at_once` more tokens fit, or put away pages that were recalled beyond `recall_tokens`.
@@ -237,7 +251,7 @@ class Context:
         if self.background_compaction is not None:
             self.background_compaction.relay(self.progress)
         while self.room_tokens < at_once:
-            if self.recalled and self.trigger_tokens - self.cache.kv_tokens < at_once:
+            if self.recalled and self.trigger_tokens - self.kv_tokens < at_once:
                 pages.put_away(self, self.recalled[0])
             elif self.background_compaction is None and self.policy.ahead_tokens:
                 self.start_background_compaction()
@@ -274,6 +288,7 @@ class Context:
         else:
             planned = plan_compaction(self.policy, self.sizes, self.rest_tokens, fraction, self._boundary)
             report = self.swap_in(self.job(planned, self.cache).run(self.progress))
+        mounting.move_near(self)
         pages.bring_back_all(self, held)
         return report
 
@@ -317,23 +332,17 @@ class Context:
 
     def swap_in(self, result: CompactionResult) -> CompactionReport:
         """Replace the block by its slots. The cache may have grown since the compaction began."""
-        cache, record, segment = self.cache, result.record, result.record.plan.newest
-        kv_tokens, kv_bytes = cache.kv_tokens, cache.nbytes
-        kept_before = self.sizes.kept_share
-        with failures(segment):
+        cache, record = self.cache, result.record
+        kv_tokens, kv_bytes, kept_before = cache.kv_tokens, cache.nbytes, self.sizes.kept_share
+        with failures(record.plan.newest):
             state = cache.compacted(record.plan.segments, result.slots, self.num_pinned)
         cache.restore(state)
-        if self.sizes.kept_share < LITTLE_KEPT <= kept_before:
-            num_tokens = sum(segment.num_tokens for segment in cache.segments)
-            self.notify(LittleKept(self.name, self.sizes.compact_slots, num_tokens))
         self.background_compaction = None
         self.originals = (*self.originals, *result.originals)
         self.records.append(replace(record, lag_tokens=cache.num_tokens - record.at_tokens))
         report = result.report(self.name, kv_tokens, kv_bytes, cache)
         self.notify(CompactionFinished(self.name, report))
-        limit = self.policy.max_error
-        if limit is not None and result.held_out_error is not None and result.held_out_error > limit:
-            self.notify(GateMissed(self.name, segment.start, segment.end, result.held_out_error, limit))
+        notices.warn(self, result, kept_before)
         return report
 
     def progress(self, stage: str, done: int, total: int) -> None:

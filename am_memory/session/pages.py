@@ -10,11 +10,11 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from am_memory.compaction.record import RecallRecord
+from am_memory.compaction.record import MountRecord, RecallRecord
 from am_memory.errors import InvalidInput, OriginalLost
 from am_memory.events import SpanPutAway, SpanRecalled
 from am_memory.recall import paging
-from am_memory.recall.originals import between
+from am_memory.recall.originals import KeysAndValues, between
 from am_memory.recall.paging import Page, Recalled
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def bring_back(context: Context, page: Page) -> bool:
     """
     cache, recalled = context.cache, recalled_at(context, page)
     if recalled is None:
-        shift, entries = _shift(context, page), between(context.originals, page.start, page.end)
+        shift, entries = _of_mounted_text(context, page) if page.start < 0 else _of_tokens(context, page)
         if entries is None:
             return False
         layers = zip(cache.compactable, entries, strict=True)
@@ -104,14 +104,30 @@ def _growth(context: Context, page: Page) -> float:
 
 def record_recall(context: Context, page: Page, *, is_exact: bool) -> None:
     """Record that the tokens read from now on see a page exact, or compact."""
+    num_tokens, num_compactions = context.cache.num_tokens, len(context.records)
+    if page.start < 0:
+        record = MountRecord(num_tokens, num_compactions, *page, is_of_text=False, is_there=is_exact)
+        context.mounts = context.mounts.with_record(record)
+        return
     *before, last = context.records
-    recall = RecallRecord(context.cache.num_tokens, page.start, page.end, is_exact)
+    recall = RecallRecord(num_tokens, page.start, page.end, is_exact)
     context.records = [*before, replace(last, recalls=(*last.recalls, recall))]
 
 
-def _shift(context: Context, page: Page) -> int:
-    """The shift of the segment that holds a page."""
+def _of_tokens(context: Context, page: Page) -> tuple[int, list[KeysAndValues] | None]:
+    """By how many positions the keys of a page were rotated since they were written; and its original entries."""
     for segment in context.cache.segments:
         if page.is_within(segment.start, segment.end):
-            return segment.shift
+            return segment.shift, between(context.originals, page.start, page.end)
     raise InvalidInput(f"no segment holds the tokens {page.start} to {page.end}: there are {context.cache.segments}")
+
+
+def _of_mounted_text(context: Context, page: Page) -> tuple[int, list[KeysAndValues] | None]:
+    """The same for a page of a mounted text."""
+    for mounted in context.mounts.mounted:
+        named, distance = mounted.named, mounted.distance(context.policy.num_sinks)
+        for segment in named.segments:
+            if page.is_within(segment.start, segment.end):
+                start, end = page.start - named.offset, page.end - named.offset
+                return distance + segment.shift, between(named.text.originals, start, end)
+    raise InvalidInput(f"no mounted text holds the tokens that are named {page.start} to {page.end}")

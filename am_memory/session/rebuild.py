@@ -18,7 +18,9 @@ from am_memory.engines.base import in_chunks
 from am_memory.events import SessionRebuilt
 from am_memory.queries import LiveQueries
 from am_memory.recall.paging import Page
+from am_memory.session import mounting
 from am_memory.session.context import Context
+from am_memory.session.mounts import Mounts
 from am_memory.session.pages import bring_back, exact_pages, fit, put_away, put_away_all_but, recalled_at, record_recall
 from am_memory.session.recalling import make_exact, with_originals
 from am_memory.session.refining import repeat_refinement
@@ -38,6 +40,7 @@ def rewind(context: Context, num_tokens: int) -> None:
     context.records = [_without_later_recalls(*pair, num_cached).within(num_cached) for pair in pairs]
     context.tokens = context.tokens[:num_tokens]
     _restore_pages(context)
+    mounting.go_back(context, context.records[-1].swapped_at if context.records else 0)
     context.forget_after_cache()
 
 
@@ -51,9 +54,9 @@ def _without_later_recalls(
 
 def _restore_pages(context: Context) -> None:
     """Make exactly those pages exact that the records say, as far as they fit and their originals are there."""
-    recorded = context.records
+    recorded, of_texts = context.records, context.mounts.exact_pages
     wanted = exact_pages(recorded[-1].recalls) if recorded else []
-    put_away_all_but(context, wanted)
+    put_away_all_but(context, [*wanted, *of_texts])
     for page in wanted:
         if recalled_at(context, page) is None and fit(context, [page]):
             with_originals(context, partial(bring_back, context, page))
@@ -61,7 +64,8 @@ def _restore_pages(context: Context) -> None:
     for page in wanted:
         if recalled_at(context, page) is None:
             record_recall(context, page, is_exact=False)
-    context.recalled = tuple(sorted(context.recalled, key=lambda recalled: wanted.index(recalled.page)))
+    in_order = [*of_texts, *wanted]
+    context.recalled = tuple(sorted(context.recalled, key=lambda recalled: in_order.index(recalled.page)))
 
 
 def can_truncate(context: Context, num_tokens: int) -> bool:
@@ -101,7 +105,7 @@ def rebuild(context: Context, num_tokens: int, reason: str) -> None:
     context.cache.restore(fresh.cache.state())
     context.tokens, context.records, context.originals = fresh.tokens, fresh.records, fresh.originals
     context.recalled, context.background_compaction = fresh.recalled, fresh.background_compaction
-    context.recent_queries = fresh.recent_queries
+    context.recent_queries, context.mounts = fresh.recent_queries, fresh.mounts
     context.live = fresh.live if context.live is not None else None
 
 
@@ -129,6 +133,7 @@ def _rebuilt(context: Context, num_tokens: int, num_cached: int) -> Context:
             fresh.start_background_compaction()
         _repeat_steps(fresh, steps, num_cached)
         read_untriggered(fresh, num_cached)
+    fresh.mounts = fresh.mounts.finished()
     if context.originals_place == "drop":
         fresh.originals = ()
     context.original_store.adopt(fresh.originals)
@@ -147,6 +152,7 @@ def _unread(context: Context, num_tokens: int) -> Context:
         context.tokens[:num_tokens],
         num_pinned=context.num_pinned,
         history=context.history,
+        mounts=Mounts(context.mounts.texts, to_repeat=context.mounts.records),
     )
 
 
@@ -191,6 +197,13 @@ def _repeat_step(fresh: Context, step: Step) -> None:
 
 
 def read_untriggered(fresh: Context, end: int) -> None:
-    """Read the first `end` tokens into the cache, whatever the trigger says."""
+    """Read the first `end` tokens into the cache, whatever the trigger says, and repeat what was mounted meanwhile."""
+    while (record := fresh.mounts.due(len(fresh.records), end)) is not None:
+        _read(fresh, record.at_tokens)
+        mounting.repeat(fresh, record)
+    _read(fresh, end)
+
+
+def _read(fresh: Context, end: int) -> None:
     for chunk in in_chunks(fresh.tokens[fresh.cache.num_tokens : end], fresh.chunk_tokens):
         fresh.forward(chunk)

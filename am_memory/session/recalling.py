@@ -87,7 +87,8 @@ def resume_recall(context: Context, page: Page) -> None:
 
     Without its originals, or room for it, it stays compact.
     """
-    if not any(page.is_within(segment.start, segment.end) for segment in context.cache.segments):
+    is_held = any(page.is_within(segment.start, segment.end) for segment in context.cache.segments)
+    if not (is_held or context.mounts.has(page)):
         return
     if pages.fit(context, [page]):
         with suppress(InvalidInput):

@@ -14,9 +14,10 @@ from am_memory.events import PolicyChange
 from am_memory.kv_cache.cache import Snapshot
 from am_memory.kv_cache.int8 import Quantised, Rows
 from am_memory.kv_cache.layers import LayerState, SlidingState, TailState
-from am_memory.kv_cache.slots import PINNED_RANK
+from am_memory.kv_cache.slots import PINNED_RANK, Slots
 from am_memory.policy import MemoryPolicy
 from am_memory.recall.paging import Page
+from am_memory.storage.compact_text import TextCache
 from am_memory.storage.session_file import SavedSession
 
 
@@ -88,6 +89,8 @@ def check_content(name: str, saved: SavedSession, info: ModelInfo, like: Snapsho
         CorruptSession: the model cannot have made it; the message says why.
     """
     problem = _problem_of_text(saved, info) or _problem_of_layers(saved, like) or _problem_of_records(saved)
+    for _, text in saved.texts:
+        problem = problem or problem_of_mounted(text, info, like)
     for layer in saved.state.layers:
         problem = problem or _problem_of_slots(layer, saved.state)
     if problem:
@@ -139,6 +142,26 @@ def _problem_of_layers(saved: SavedSession, like: Snapshot) -> str:
     return ""
 
 
+def problem_of_mounted(text: TextCache, info: ModelInfo, like: Snapshot) -> str:
+    """Why this model cannot have made a compact text; "" if it can.
+
+    Args:
+        like: the state of a cache of this model that holds one token.
+    """
+    if any(not 0 <= token_id < info.vocab_size for token_id in text.tokens):
+        return f"{text.about.name!r} has token ids outside of the vocabulary of {info.vocab_size}"
+    layers = [_entries(layer) for layer in like.layers if isinstance(layer, TailState)]
+    kinds = [[(slots.num_heads,), _row_kind(slots.key), _row_kind(slots.value)] for slots in text.slots]
+    expected = [
+        [(entries[0].shape[1],), *(_row_kind(rows[0, 0]) for rows in entries)] for entries in map(_entries, layers)
+    ]
+    if kinds != expected:
+        return f"the slots of {text.about.name!r} are of layers {kinds}, and the model has {expected}"
+    if not all(bool(_is_finite(slots)) for slots in text.slots):
+        return f"{text.about.name!r} has slots whose bias or scale is no number"
+    return ""
+
+
 def _problem_of_records(saved: SavedSession) -> str:
     """Each compaction must begin where the one before ended, and the last must leave the segments that are there."""
     held: list[tuple[int, int]] = []
@@ -183,10 +206,13 @@ def _problem_of_slots(layer: LayerState, state: Snapshot) -> str:
         is_placed = is_placed | (slots.positions >= segment.start) & (slots.positions < segment.end)
     if not bool(is_placed.all()):
         return "it has slots of tokens that are in no segment"
+    return "" if _is_finite(slots) else "it has slots whose bias or scale is no number"
+
+
+def _is_finite(slots: Slots) -> bool:
+    """Whether biases and scales are numbers."""
     scales = [rows.scale for rows in (slots.key, slots.value) if isinstance(rows, Quantised)]
-    if not all(bool(numbers.isfinite().all()) for numbers in (slots.bias, *scales)):
-        return "it has slots whose bias or scale is no number"
-    return ""
+    return all(bool(numbers.isfinite().all()) for numbers in (slots.bias, *scales))
 
 
 def _entries(layer: LayerState) -> tuple[Tensor, ...]:

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING
 from am_memory.compaction.record import as_policy, with_policy
 from am_memory.errors import OriginalLost, SessionDeleted
 from am_memory.events import OriginalsLost
+from am_memory.kv_cache.cache import without_mounted
 from am_memory.policy import MemoryPolicy
 from am_memory.recall.paging import Page
+from am_memory.session import mounting
 from am_memory.session.chat_history import ChatHistory
 from am_memory.session.context import Context
+from am_memory.session.mounts import Mounts, NamedText
 from am_memory.session.pages import exact_pages, put_away, recalled_at
 from am_memory.session.rebuild import read_untriggered
 from am_memory.session.recalling import forget_lost_originals, resume_recall
@@ -90,9 +93,11 @@ def snapshot(session: Session) -> SavedSession:
         tools=context.history.tools,
         metadata=session.metadata,
         num_pinned=context.num_pinned,
-        state=context.state_at_rest,
+        state=without_mounted(context.state_at_rest),
         originals=context.originals,
         recalled=tuple(recalled.page for recalled in context.recalled),
+        texts=tuple((named.start, named.text.without_lost()) for named in context.mounts.texts),
+        mount_records=context.mounts.records,
     )
 
 
@@ -157,6 +162,7 @@ def restored(shared: Shared, name: str, saved: SavedSession, policy: MemoryPolic
     """
     cache = shared.engine.new_cache()
     load(name, saved, cache)
+    mounts = Mounts(tuple(NamedText(text, start) for start, text in saved.texts), saved.mount_records)
     is_same = saved.policy == policy.model_dump(mode="json")
     context = Context(
         name,
@@ -172,7 +178,9 @@ def restored(shared: Shared, name: str, saved: SavedSession, policy: MemoryPolic
             saved.messages, saved.message_starts, saved.is_answering, saved.tools, trusts_messages=trusts_messages
         ),
         originals=saved.originals,
+        mounts=mounts.resumed(cache.num_tokens),
     )
+    mounting.settle(context)
     for original, reason in saved.lost:
         shared.notify(OriginalsLost(name, original.start, original.end, reason))
     _resume_pages(context, saved, is_same=is_same)
@@ -193,12 +201,14 @@ def _resume_pages(context: Context, saved: SavedSession, *, is_same: bool) -> No
     later = recalls[len(earlier) :]
     if later:
         context.records[-1] = replace(context.records[-1], recalls=earlier)
-    if not later or not is_same or not context.policy.ahead_tokens:
+    of_texts = context.mounts
+    if not (later or of_texts.to_repeat) or not is_same or not context.policy.ahead_tokens:
+        context.mounts = of_texts.finished()
         for page in saved.recalled:
             resume_recall(context, page)
         return
     with context.transaction():
-        for page in exact_pages(earlier):
+        for page in (*exact_pages(earlier), *of_texts.exact_pages):
             resume_recall(context, page)
         context.start_background_compaction()
         for recall in later:
@@ -208,3 +218,5 @@ def _resume_pages(context: Context, saved: SavedSession, *, is_same: bool) -> No
                 resume_recall(context, page)
             elif (held := recalled_at(context, page)) is not None:
                 put_away(context, held)
+        for record in context.mounts.to_repeat[-1:]:
+            read_untriggered(context, record.at_tokens)

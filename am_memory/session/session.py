@@ -18,11 +18,13 @@ from am_memory.events import CompactionReport, SegmentRefined, Span
 from am_memory.kv_cache.slots import Segment
 from am_memory.policy import MemoryPolicy
 from am_memory.recall.paging import Page
-from am_memory.session import lookup, rebuild, recalling, refining
+from am_memory.session import lookup, mounting, rebuild, recalling, refining
 from am_memory.session.appending import Content, checked_token_ids, encode, extend
+from am_memory.session.compact_texts import require_mountable
 from am_memory.session.context import Context
 from am_memory.session.generation import Generation, Piece
 from am_memory.session.limits import require_positions, require_token_ids
+from am_memory.session.mounts import Mount
 from am_memory.session.saving import SavedCopy, pack, write
 from am_memory.session.shared import Shared
 from am_memory.session.stats import Stats, html_table, table_rows
@@ -282,6 +284,40 @@ class Session:
     def recalled(self) -> tuple[Page, ...]:
         """The pages that are exact for now, the last recalled at the end."""
         return tuple(recalled.page for recalled in self._context.recalled)
+
+    def mount(self, name: str) -> None:
+        """Let the model see a compact text from now on, beside what was said; `Memory.compact_text` makes it.
+
+        The text ends where the conversation stands now. Tokens and positions of the conversation do not change, and
+        several texts mounted at one point stand in parallel. A mounted text takes room below the trigger, which no
+        compaction frees; other tokens are compacted to make it. The session keeps the text, in its saved file as well.
+        In a new session the text is seen once the attention sinks are read.
+
+        Raises:
+            TextNotFound: there is no compact text of that name.
+            InvalidInput: a text of that name is mounted already.
+            PromptTooLong: it does not fit below the trigger.
+            UnsupportedOperation: the engine cannot mount texts.
+            StorageError: the text cannot be read, or another model has read it.
+        """
+        require_mountable(self.engine)
+        text = self._shared.texts.get(name)
+        with self._shared.engine_lock, self._context.transaction():
+            mounting.mount(self._context, text)
+
+    def unmount(self, name: str) -> None:
+        """Take a mounted text away: tokens read from now on do not see it.
+
+        Raises:
+            InvalidInput: no text of that name is mounted.
+        """
+        with self._shared.engine_lock, self._context.transaction():
+            mounting.unmount(self._context, name)
+
+    @property
+    def mounts(self) -> tuple[Mount, ...]:
+        """The compact texts that are mounted, in the order in which they were."""
+        return tuple(Mount(named.text.about, at_tokens) for named, at_tokens in self._context.mounts.mounted)
 
     def fork(self, name: str | None = None, *, policy: MemoryPolicy | None = None) -> Session:
         """A branch with the same content; the two share memory until they differ.

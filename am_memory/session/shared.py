@@ -10,6 +10,7 @@ from am_memory.engines.base import Engine
 from am_memory.errors import InvalidInput, StorageError
 from am_memory.events import Listener
 from am_memory.recall.original_store import OriginalStore
+from am_memory.session.compact_texts import CompactTexts
 from am_memory.session.idle import IdleWorker
 from am_memory.storage.store import Store
 from am_memory.text.sampling import Sampling
@@ -28,6 +29,7 @@ class Shared:
         store: where sessions are saved; None: nowhere.
         notify: called with every event.
         original_store: holds the exact entries of compacted tokens, within its bounds.
+        texts: the compact texts.
         sessions: the named sessions that are in memory.
         idle_worker: refines the segments of these sessions while none of them works.
         engine_lock: held while a session works. No code waits for the store while it holds this lock; only originals
@@ -40,6 +42,7 @@ class Shared:
     store: Store | None
     notify: Listener
     original_store: OriginalStore
+    texts: CompactTexts
     sessions: dict[str, Session] = field(default_factory=dict)
     engine_lock: RLock = field(default_factory=RLock)
     store_lock: RLock = field(default_factory=RLock)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from am_memory.recall.search_queries import SearchQueries
     from am_memory.session.chat_history import ChatHistory
     from am_memory.session.context import Context
+    from am_memory.session.mounts import Mounts
 
 
 class Restorable(Protocol):
@@ -49,6 +50,7 @@ class _Before:
     recent_queries: SearchQueries | None
     originals: tuple[Original, ...]
     recalled: tuple[Recalled, ...]
+    mounts: Mounts
     background_compaction: BackgroundCompaction | None
     others: tuple[Any, ...]
 
@@ -67,6 +69,7 @@ class _Before:
             recent_queries=context.recent_queries,
             originals=context.originals,
             recalled=context.recalled,
+            mounts=context.mounts,
             background_compaction=context.background_compaction,
             others=tuple(other.state() for other in others),
         )
@@ -78,7 +81,7 @@ class _Before:
         context.tokens, context.records, context.history = self.tokens, self.records, self.history
         context.num_pinned = self.num_pinned
         context.live, context.recent_queries = self.live, self.recent_queries
-        context.recalled = self.recalled
+        context.recalled, context.mounts = self.recalled, self.mounts
         # An original that turned out to be lost stays lost.
         context.originals = tuple(original for original in self.originals if original.lost is None)
         running = self.background_compaction

@@ -69,10 +69,10 @@ class Folder:
         with self.reaching("read"):
             return files.head_of(self.files, path)
 
-    def read(self, path: str) -> bytes:
-        """All bytes of a file."""
+    def read(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
+        """The bytes of a file, or those from `start` to `end`."""
         with self.reaching("read"):
-            data: bytes = self.files.cat_file(path)
+            data: bytes = self.files.cat_file(path, start=start, end=end)
             return data
 
     def write(self, path: str, data: bytes, check: files.Check = files.unchecked) -> None:

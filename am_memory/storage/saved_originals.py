@@ -10,9 +10,10 @@ from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Literal
+from typing import Annotated, Literal
 from weakref import WeakValueDictionary
 
+from pydantic import BaseModel, Field, NonNegativeInt
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -20,7 +21,6 @@ from am_memory.errors import OriginalLost, StorageError
 from am_memory.recall.original_store import OriginalStore
 from am_memory.recall.originals import KeysAndValues, Kinds, Original, Place, keys_of, kinds_of, unpacked
 from am_memory.storage.folder import Folder
-from am_memory.storage.session_file import SavedOriginal
 
 FOLDER, SUFFIX, DIGEST_CHARS = "originals", ".safetensors", 64
 
@@ -28,9 +28,18 @@ Held = Collection[tuple[str, str]]
 """(digest, mark) of the files that are there; the mark is empty for the entries themselves."""
 
 
-def mark_of(name: str) -> str:
-    """The mark of a session, which follows the digest of everything that the session needs."""
-    return f".{sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:24]}"
+class SavedOriginal(BaseModel, frozen=True, from_attributes=True):
+    """Names the exact entries of the tokens [start, end) by the digest of their file."""
+
+    start: NonNegativeInt
+    end: int
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def mark_of(name: str, *, is_text: bool = False) -> str:
+    """The mark of a session, or of a compact text, which follows the digest of everything that it needs."""
+    end = b"\xff" if is_text else b""  # no encoded name holds this byte
+    return f".{sha256(name.encode('utf-8', 'surrogatepass') + end).hexdigest()[:24]}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +146,18 @@ class SavedOriginals:
             for path in paths:
                 with suppress(FileNotFoundError):
                     self._folder.files.rm_file(path)
+
+    def load_all(
+        self, saved: Iterable[SavedOriginal], like: Sequence[KeysAndValues], original_store: OriginalStore, place: Place
+    ) -> tuple[tuple[Original, ...], list[tuple[SavedOriginal, str]]]:
+        """The originals that can be read; and the others, each with the reason. See `load`."""
+        found, lost = list[Original](), list[tuple[SavedOriginal, str]]()
+        for original in saved:
+            try:
+                found.append(self.load(original, like, original_store, place))
+            except OriginalLost as error:
+                lost.append((original, str(error)))
+        return tuple(found), lost
 
     def load(
         self, saved: SavedOriginal, like: Sequence[KeysAndValues], original_store: OriginalStore, place: Place

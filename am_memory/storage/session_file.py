@@ -4,6 +4,7 @@ metadata                 format, needs (the first version of this project that r
 session                  everything that is not a tensor, as JSON in bytes: safetensors limits its header to 100 MB
 tokens                   int64
 layers.3.key, .value     the exact tail without spare capacity, or the sliding window
+texts.0                  the file of a compact text that is, or was, mounted, in bytes
 layers.3.slots.key, ...  the fields of `Slots`, if the layer has any. Keys or values in int8 are stored as the fields
                          of `Quantised` instead: layers.3.slots.key.codes, ...
 """
@@ -11,43 +12,27 @@ layers.3.slots.key, ...  the fields of `Slots`, if the layer has any. Keys or va
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
-from typing import Annotated, Any
+from typing import Any
 
-import safetensors.torch
 import torch
-from pydantic import BaseModel, Field, NonNegativeInt
+from pydantic import BaseModel, NonNegativeInt
 from torch import Tensor
 
-from am_memory.compaction.record import CompactionRecord
+from am_memory.compaction.record import CompactionRecord, MountRecord
 from am_memory.engines.base import Message
-from am_memory.errors import NewerFormat, OlderFormat, StorageError
+from am_memory.errors import StorageError
 from am_memory.kv_cache.cache import CacheState, Snapshot
 from am_memory.kv_cache.layers import SlidingState
 from am_memory.kv_cache.slots import Segment, tail_start
 from am_memory.recall.originals import Original
 from am_memory.recall.paging import Page
 from am_memory.storage import files
+from am_memory.storage.compact_text import TextCache, packed_text, unpacked_text
+from am_memory.storage.saved_originals import SavedOriginal
 from am_memory.storage.session_layers import packed_layer, require, require_segments, unpacked_layer
-
-FORMAT, NEEDS = 3, "0.1.0"
-"""The format of a file, and the first version of this project that reads it. The metadata keep their form forever."""
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
-MAX_AXES, MAX_EMPTY_SIZE = 4, 2**24
-CHECKSUM_KEY, ZEROS = b'"sha256":"', b"0" * 64
-"""The checksum is computed over the whole file, with zeros in the place of the checksum itself."""
-
-
-class SavedOriginal(BaseModel, frozen=True, from_attributes=True):
-    """Names the exact entries of the tokens [start, end) by the digest of their file."""
-
-    start: NonNegativeInt
-    end: int
-    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+from am_memory.storage.tensor_file import pack_file, unpack_file, version_of
 
 
 @dataclass(frozen=True)
@@ -69,6 +54,8 @@ class SavedSession:
         state: the cache, with nothing recalled.
         originals: the exact entries of compacted tokens, where the policy keeps them.
         recalled: the pages that were exact for the time being.
+        texts: the compact texts that were mounted at some time, each with the negative position of its first token.
+        mount_records: what was done with these texts, in order.
         tokenizer_fingerprint: identifies the tokenizer of the tokens; "" if unknown.
         template_fingerprint: identifies the chat template of the messages; "" if there is none, or it is unknown.
         version: of the saved file, see `version_of`; "" for a session that was not loaded.
@@ -89,6 +76,8 @@ class SavedSession:
     metadata: dict[str, Any] = field(default_factory=dict)
     originals: tuple[Original, ...] = ()
     recalled: tuple[Page, ...] = ()
+    texts: tuple[tuple[int, TextCache], ...] = ()
+    mount_records: tuple[MountRecord, ...] = ()
     tokenizer_fingerprint: str = ""
     template_fingerprint: str = ""
     has_own_policy: bool = False
@@ -126,6 +115,8 @@ class SessionFields(BaseModel, from_attributes=True):
     metadata: dict[str, Any] = {}
     originals: tuple[SavedOriginal, ...] = ()
     recalled: tuple[Page, ...] = ()
+    text_starts: tuple[int, ...] = ()
+    mount_records: tuple[MountRecord, ...] = ()
     tokenizer_fingerprint: str = ""
     template_fingerprint: str = ""
     has_own_policy: bool = False
@@ -138,7 +129,9 @@ def packed(saved: SavedSession) -> bytes:
         StorageError: a message, a tool or the metadata holds something that JSON cannot.
     """
     try:
-        text = json.dumps(SessionFields.model_validate(saved).model_dump())
+        fields = SessionFields.model_validate(saved)
+        fields = fields.model_copy(update={"text_starts": tuple(start for start, _ in saved.texts)})
+        text = json.dumps(fields.model_dump())
     except (TypeError, ValueError, RecursionError) as error:
         raise StorageError(
             f"a message or the metadata cannot be saved: {error}; use only values that JSON can hold"
@@ -147,19 +140,13 @@ def packed(saved: SavedSession) -> bytes:
         "session": torch.frombuffer(bytearray(text, "ascii"), dtype=torch.uint8),
         "tokens": torch.tensor(saved.tokens, dtype=torch.int64),
     }
+    for index, (_, of_text) in enumerate(saved.texts):
+        tensors[f"texts.{index}"] = torch.frombuffer(bytearray(packed_text(of_text)), dtype=torch.uint8)
     for index, layer in enumerate(saved.state.layers):
         for part, tensor in packed_layer(layer).items():
             if tensor is not None:
-                tensors[f"layers.{index}.{part}"] = tensor.cpu().contiguous()
-    data = safetensors.torch.save(tensors, {"format": str(FORMAT), "needs": NEEDS, "sha256": ZEROS.decode()})
-    return data.replace(ZEROS, sha256(data).hexdigest().encode(), 1)
-
-
-def version_of(head: bytes) -> str:
-    """The checksum in the first bytes of a saved file, which identifies its version; "" if it is no such file."""
-    start = head.find(CHECKSUM_KEY) + len(CHECKSUM_KEY)
-    version = head[start : start + len(ZEROS)]
-    return version.decode() if start >= len(CHECKSUM_KEY) and re.fullmatch(rb"[0-9a-f]{64}", version) else ""
+                tensors[f"layers.{index}.{part}"] = tensor
+    return pack_file(tensors)
 
 
 def unpacked(data: bytes, device: torch.device) -> SavedSession:
@@ -179,24 +166,7 @@ def unpacked(data: bytes, device: torch.device) -> SavedSession:
 
 
 def _unpacked(data: bytes, device: torch.device) -> SavedSession:
-    header = _verified_header(data)
-    metadata = header.pop("__metadata__")
-    if int(metadata["format"]) > FORMAT:
-        raise NewerFormat(
-            f"format {metadata['format']}, and this version reads up to {FORMAT}: upgrade attention-matching-memory to "
-            f"{metadata['needs']} or newer"
-        )
-    if int(metadata["format"]) < FORMAT:
-        raise OlderFormat(
-            f"format {metadata['format']}, and this version reads format {FORMAT} only: open it with the version that "
-            "saved it, or delete it and give the conversation to a new session"
-        )
-    for name, entry in header.items():
-        _require_room(name, entry)
-    try:
-        tensors = safetensors.torch.load(data)
-    except safetensors.SafetensorError as error:
-        raise ValueError(str(error)) from error
+    tensors = unpack_file(data)
     text, ids = tensors.pop("session"), tensors.pop("tokens")
     require(
         text.dtype == torch.uint8 and ids.dtype == torch.int64 and ids.ndim == 1,
@@ -210,34 +180,12 @@ def _unpacked(data: bytes, device: torch.device) -> SavedSession:
     is_in_order = len(content.messages) == len(starts) - 2 and starts == sorted(starts)
     require(is_in_order, "the starts of its messages are missing, or not in order")
     require(all(isinstance(message.get("role"), str) for message in content.messages), "a message has no role")
+    texts = _texts(content.text_starts, tensors)
+    _require_mounts(content.mount_records, texts, len(tokens))
     cache = _cache(content.state, tensors, len(tokens), device)
-    held = {**dict(content), "tokens": tokens, "state": cache, "originals": (), "left_out": content.originals}
+    fields = {name: value for name, value in content if name != "text_starts"}
+    held = {**fields, "tokens": tokens, "state": cache, "originals": (), "left_out": content.originals, "texts": texts}
     return SavedSession(**held, version=version_of(data[: files.HEAD_BYTES]))
-
-
-def _verified_header(data: bytes) -> dict[str, Any]:
-    start = data.find(CHECKSUM_KEY) + len(CHECKSUM_KEY)
-    end = start + len(ZEROS)
-    digest = sha256(data[:start] + ZEROS)
-    digest.update(memoryview(data)[end:])
-    is_whole = data[start:end] == digest.hexdigest().encode()
-    require(is_whole, "its checksum does not match: it was cut off or altered")
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    require(
-        isinstance(header, dict) and isinstance(header["__metadata__"], dict), "its header is not a safetensors header"
-    )
-    return dict(header)
-
-
-def _require_room(name: str, entry: Any) -> None:
-    """Raise ValueError unless a tensor takes exactly the bytes that its shape and dtype need."""
-    shape, (begin, end) = entry["shape"], entry["data_offsets"]
-    is_shape = len(shape) <= MAX_AXES and all(type(size) is int and size >= 0 for size in shape)
-    require(
-        is_shape and math.prod(shape) * ITEM_BYTES[entry["dtype"]] == end - begin,
-        f"the bytes of {name} do not fit its shape",
-    )
-    require(0 not in shape or max(shape) <= MAX_EMPTY_SIZE, f"{name} is empty, but its shape is too large")
 
 
 def _require_records(records: Sequence[CompactionRecord], num_tokens: int) -> None:
@@ -253,6 +201,35 @@ def _require_records(records: Sequence[CompactionRecord], num_tokens: int) -> No
         )
         require_segments(made.plan.segments, made.at_tokens)
         before = made.swapped_at
+
+
+def _texts(starts: Sequence[int], tensors: dict[str, Tensor]) -> tuple[tuple[int, TextCache], ...]:
+    """Take the mounted texts out of the tensors; the ranges of their names must not overlap."""
+    texts = []
+    for index, start in enumerate(starts):
+        data = tensors.pop(f"texts.{index}")
+        require(data.dtype == torch.uint8, "a mounted text has another dtype")
+        texts.append((start, unpacked_text(bytes(data.numpy()))))
+    ranges = sorted((start, start + text.num_tokens) for start, text in texts)
+    ends = [*(start for start, _ in ranges[1:]), 0]
+    is_apart = all(end <= following for (_, end), following in zip(ranges, ends, strict=False))
+    require(is_apart, f"mounted texts named {ranges}")
+    return tuple(texts)
+
+
+def _require_mounts(records: Sequence[MountRecord], texts: Sequence[tuple[int, TextCache]], num_tokens: int) -> None:
+    """Each step is about one of the texts, or a part of one, and follows the step before."""
+    before = 0
+    for record in records:
+        ranges = [(start, start + text.num_tokens) for start, text in texts]
+        is_known = (record.start, record.end) in ranges if record.is_of_text else _is_within(record, ranges)
+        is_in_order = before <= record.at_tokens <= num_tokens and record.num_compactions >= 0
+        require(is_known and is_in_order, f"a text or page {record.start} to {record.end} at {record.at_tokens} tokens")
+        before = record.at_tokens
+
+
+def _is_within(record: MountRecord, ranges: Sequence[tuple[int, int]]) -> bool:
+    return any(start <= record.start < record.end <= end for start, end in ranges)
 
 
 def _cache(cache: CacheFields, tensors: dict[str, Tensor], num_tokens: int, device: torch.device) -> CacheState:

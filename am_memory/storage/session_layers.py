@@ -26,13 +26,19 @@ def packed_layer(layer: LayerState) -> dict[str, Tensor | None]:
         parts["key"] = layer.buffer.key[:, :, : layer.length]
         parts["value"] = layer.buffer.value[:, :, : layer.length]
     if layer.slots is not None:
-        for name, field in zip(SLOT_FIELDS, layer.slots.fields, strict=True):
-            if isinstance(field, Quantised):
-                parts.update({f"slots.{name}.{part}": getattr(field, part) for part in QUANTISED_FIELDS})
-            else:
-                parts[f"slots.{name}"] = field
-        parts["slots.cu_slots"] = torch.tensor(layer.slots.cu_slots)
+        parts.update(packed_slots(layer.slots))
     return parts
+
+
+def packed_slots(slots: Slots) -> dict[str, Tensor]:
+    """The tensors of slots by name."""
+    parts: dict[str, Tensor] = {}
+    for name, field in zip(SLOT_FIELDS, slots.fields, strict=True):
+        if isinstance(field, Quantised):
+            parts.update({f"slots.{name}.{part}": getattr(field, part) for part in QUANTISED_FIELDS})
+        else:
+            parts[f"slots.{name}"] = field
+    return {**parts, "slots.cu_slots": torch.tensor(slots.cu_slots)}
 
 
 def unpacked_layer(
@@ -58,11 +64,19 @@ def unpacked_layer(
         return SlidingState(key.to(device), value.to(device), window_tokens)
     has_slots = any(name.startswith("slots.") for name in parts)
     require(has_slots == bool(tail_start), f"a tail begins at {tail_start}, {'with' if has_slots else 'without'} slots")
-    slots = _slots(parts, key.shape[1], tail_start).to(device) if has_slots else None
+    slots = unpacked_slots(parts, key.shape[1], tail_start).to(device) if has_slots else None
     return TailState(slots, TailBuffer(key.to(device), value.to(device)), tail_start, key.shape[2])
 
 
-def _slots(parts: dict[str, Tensor], num_heads: int, tail_start: int) -> Slots:
+def unpacked_slots(parts: dict[str, Tensor], num_heads: int, num_tokens: int) -> Slots:
+    """The inverse of `packed_slots`.
+
+    Args:
+        num_tokens: all slots are of the first `num_tokens` tokens.
+
+    Raises:
+        KeyError, ValueError: the tensors cannot be those of slots.
+    """
     fields: dict[str, Any] = {name: _slot_field(parts, f"slots.{name}") for name in SLOT_FIELDS}
     cu_slots, positions, ranks, bias = parts["slots.cu_slots"], fields["positions"], fields["ranks"], fields["bias"]
     is_typed = (
@@ -76,8 +90,8 @@ def _slots(parts: dict[str, Tensor], num_heads: int, tail_start: int) -> Slots:
     bounds, sizes = cu_slots.tolist(), {len(field) for field in fields.values()}
     is_ascending = bounds == sorted(bounds) and len(bounds) == num_heads + 1 and bounds[0] == 0
     require(is_ascending and sizes == {bounds[-1]}, f"slots {bounds} in tensors of {sizes} rows")
-    is_placed = bool(((positions >= 0) & (positions < tail_start) & (ranks >= PINNED_RANK)).all())
-    require(is_placed, f"slots at positions outside the {tail_start} compacted tokens")
+    is_placed = bool(((positions >= 0) & (positions < num_tokens) & (ranks >= PINNED_RANK)).all())
+    require(is_placed, f"slots at positions outside the {num_tokens} compacted tokens")
     return Slots(**fields, cu_slots=tuple(bounds))
 
 

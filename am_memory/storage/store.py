@@ -7,10 +7,8 @@ save the same session, the second gets an error. Knows no model, and not what is
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from urllib.parse import unquote_to_bytes
 
 import torch
 
@@ -18,7 +16,6 @@ from am_memory.errors import (
     CorruptSession,
     NewerFormat,
     OlderFormat,
-    OriginalLost,
     SessionChanged,
     SessionDeleted,
     SessionNotFound,
@@ -28,13 +25,13 @@ from am_memory.kv_cache.layers import TailState
 from am_memory.recall.original_store import OriginalStore
 from am_memory.recall.originals import Place
 from am_memory.storage import files
+from am_memory.storage.file_names import NamedFiles
 from am_memory.storage.folder import Folder
 from am_memory.storage.saved_originals import SavedOriginals, mark_of
-from am_memory.storage.session_file import SavedSession, packed, unpacked, version_of
+from am_memory.storage.saved_texts import SavedTexts
+from am_memory.storage.session_file import SavedSession, packed, unpacked
+from am_memory.storage.tensor_file import version_of
 
-SUFFIX = ".safetensors"
-MAX_PART_CHARS = 200
-"""Longest part of a file's name; file systems take 255. A longer name is cut into folders."""
 logger = logging.getLogger("am_memory")
 
 ANY = "any"
@@ -49,6 +46,7 @@ class Store:
 
     Attributes:
         url: for messages, with any password hidden.
+        texts: the compact texts in it.
 
     Raises:
         StorageError: an unknown protocol, or one whose package is not installed.
@@ -56,7 +54,9 @@ class Store:
 
     def __init__(self, url: str) -> None:
         self._folder = Folder(url)
+        self._files = NamedFiles(self._folder, self._folder.root)
         self._originals = SavedOriginals(self._folder)
+        self.texts = SavedTexts(self._folder, self._originals)
         self._is_swept = False
         self.url = self._folder.url
 
@@ -92,7 +92,7 @@ class Store:
             StorageError: the store cannot be written to, or a message holds something that JSON cannot.
         """
         data = packed(saved) if data is None else data
-        version, path = version_of(data[: files.HEAD_BYTES]), self._path(name)
+        version, path = version_of(data[: files.HEAD_BYTES]), self._files.path(name)
 
         def check(head: bytes | None) -> None:
             found = None if head is None else version_of(head)
@@ -103,11 +103,12 @@ class Store:
         if not self._is_swept:
             self._sweep()
         held, mark = self._originals.held(), mark_of(name)
-        self._originals.write(saved.originals, mark, held)
+        originals = [*saved.originals, *(original for _, text in saved.texts for original in text.originals)]
+        self._originals.write(originals, mark, held)
         on_version(version)
         self._folder.write(path, data, check)
         try:
-            self._originals.unmark(mark, held, {original.digest for original in saved.originals})
+            self._originals.unmark(mark, held, {original.digest for original in originals})
         except StorageError as error:  # the session is saved; the next save tries again
             logger.warning("%s", error)
         return version
@@ -142,7 +143,7 @@ class Store:
             NewerFormat, OlderFormat: another version of this project wrote it.
             StorageError: the store cannot be read.
         """
-        where, path = f"session {name!r} in {self.url!r}", self._path(name)
+        where, path = f"session {name!r} in {self.url!r}", self._files.path(name)
         if not self.exists(name):
             raise SessionNotFound(f"no {where}; there are: {', '.join(self.names()) or 'none'}")
         data = self._folder.read(path)
@@ -165,69 +166,34 @@ class Store:
         Raises:
             StorageError: the store cannot be read.
         """
-        found, lost = [], list(saved.lost)
         like = [
             (layer.buffer.key[0], layer.buffer.value[0])
             for layer in saved.state.layers
             if isinstance(layer, TailState) and layer.buffer is not None
         ]
-        for original in saved.left_out:
-            try:
-                found.append(self._originals.load(original, like, original_store, place))
-            except OriginalLost as error:
-                lost.append((original, str(error)))
-        return replace(saved, originals=tuple(found), left_out=(), lost=tuple(lost))
+        found, lost = self._originals.load_all(saved.left_out, like, original_store, place)
+        texts = tuple((start, self.texts.with_originals(text, original_store)) for start, text in saved.texts)
+        return replace(saved, originals=found, left_out=(), lost=(*saved.lost, *lost), texts=texts)
 
     def exists(self, name: str) -> bool:
         """Whether a session of that name is saved; raises StorageError where that cannot be known."""
-        return self._folder.exists(self._path(name))
+        return self._folder.exists(self._files.path(name))
 
     def names(self) -> list[str]:
         """The names of all saved sessions, in order."""
-        with self._folder.reaching("list"):
-            texts = [text for text, _ in self._files(self._folder.root) if text.endswith(SUFFIX)]
-        names = [_name(text.removesuffix(SUFFIX)) for text in texts]
-        return sorted(name for name in names if name is not None)
+        return self._files.names()
 
     def delete(self, name: str) -> None:
         """Delete the session of that name if there is one, even if it cannot be read."""
-        self._folder.delete(self._path(name))
+        self._folder.delete(self._files.path(name))
         self._originals.unmark(mark_of(name), self._originals.held())
         self._sweep()
 
     def _sweep(self) -> None:
         """Delete the temporary files of killed processes: they hold text of conversations."""
         with self._folder.reaching("clean"):
-            for folder in (self._folder.root, self._originals.path):
-                for _, path in self._files(folder):
+            for folder in (self._files.root, self._originals.path, self.texts.path):
+                for _, path in self._files.files(folder):
                     if files.is_temporary(path):
                         files.delete_abandoned(self._folder.files, path)
         self._is_swept = True
-
-    def _path(self, name: str) -> str:
-        text = _encoded(name)
-        parts = [text[start : start + MAX_PART_CHARS] for start in range(0, len(text) or 1, MAX_PART_CHARS)]
-        return self._folder.path("/".join(parts)) + SUFFIX
-
-    def _files(self, folder: str, beginning: str = "") -> Iterator[tuple[str, str]]:
-        """Name and path of every file; a name that was cut into folders is whole again."""
-        for text, path, is_folder in self._folder.entries(folder):
-            if not is_folder:
-                yield beginning + text, path
-            elif len(text) == MAX_PART_CHARS:
-                yield from self._files(path, beginning + text)
-
-
-def _encoded(name: str) -> str:
-    """A name as the name of a file, percent-encoded; capitals too, as some file systems do not distinguish them."""
-    data = name.encode("utf-8", "surrogatepass")
-    return re.sub(rb"[^a-z0-9._-]", lambda found: b"%%%02x" % ord(found[0]), data).decode()
-
-
-def _name(encoded: str) -> str | None:
-    """The inverse of `_encoded`; None for a text that it cannot give."""
-    try:
-        name = unquote_to_bytes(encoded).decode("utf-8", "surrogatepass")
-    except UnicodeDecodeError:
-        return None
-    return name if _encoded(name) == encoded else None

@@ -27,7 +27,7 @@ from torch import Tensor
 from am_memory import Experiments, Memory, MemoryPolicy, Session
 from am_memory.engines.base import Engine
 from am_memory.errors import AMMemoryError, StorageError
-from am_memory.storage.session_file import CHECKSUM_KEY, ZEROS
+from am_memory.storage.tensor_file import CHECKSUM_KEY, ZEROS
 
 POLICY = MemoryPolicy(trigger_tokens=96, keep_ratio=0.25, pinned=3, keep_recent=8, chunk_tokens=32)
 POLICIES = {

@@ -20,8 +20,8 @@ from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import SessionChanged, SessionDeleted
 from am_memory.session.saving import rename
 from am_memory.storage import files
-from am_memory.storage.session_file import version_of
 from am_memory.storage.store import Store
+from am_memory.storage.tensor_file import version_of
 
 POLICY = MemoryPolicy(trigger_tokens=500, keep_ratio=0.25, pinned=3, keep_recent=4, chunk_tokens=64)
 ROOT = Path(__file__).parent.parent.parent

@@ -27,7 +27,7 @@ from am_memory.kv_cache.cache import CacheState
 from am_memory.kv_cache.int8 import Quantised, cat
 from am_memory.kv_cache.layers import CompactableLayer, SlidingState, TailBuffer, TailState
 from am_memory.kv_cache.slots import Segment, Slots
-from am_memory.storage import session_file
+from am_memory.storage import tensor_file
 from am_memory.storage.session_file import SavedSession
 from am_memory.storage.store import Store
 
@@ -458,8 +458,8 @@ def test_contents_that_contradict_each_other_are_refused(
 def bytes_of_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], bytes]:
     def save(number: int) -> bytes:
         with monkeypatch.context() as patch:
-            patch.setattr(session_file, "FORMAT", number)
-            patch.setattr(session_file, "NEEDS", "7.8.9")
+            patch.setattr(tensor_file, "FORMAT", number)
+            patch.setattr(tensor_file, "NEEDS", "7.8.9")
             Store(str(tmp_path)).save("alice", saved_session())
         return (tmp_path / "alice.safetensors").read_bytes()
 

@@ -1,0 +1,92 @@
+"""The compact texts of one memory, by name, in memory or in the store. Does not know how one is made."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from weakref import WeakValueDictionary
+
+from am_memory.engines.base import Engine
+from am_memory.errors import ModelMismatch, TextNotFound, UnsupportedOperation
+from am_memory.recall.original_store import OriginalStore
+from am_memory.storage.compact_text import CompactText, TextCache
+from am_memory.storage.store import Store
+
+
+def require_mountable(engine: Engine) -> None:
+    """Raise UnsupportedOperation if the engine cannot mount texts."""
+    can = engine.capabilities
+    if not can.can_exchange_slots:
+        raise UnsupportedOperation(
+            f"the engine of {engine.info.name} cannot mount compact texts: its caches take no slots from elsewhere; "
+            "use engine='transformers'"
+        )
+    if not can.can_rotate_keys:
+        raise UnsupportedOperation(
+            f"{engine.info.name} cannot mount compact texts, whose keys have to be rotated to where they are mounted: "
+            f"{can.why_keys_stay}; append the text instead"
+        )
+
+
+class CompactTexts:
+    """The compact texts of one memory, by name. Threads may share it.
+
+    Without a store it holds them all. With one, they are in the store, and it holds those that sessions use.
+    """
+
+    def __init__(self, engine: Engine, store: Store | None, original_store: OriginalStore) -> None:
+        self._engine, self._store, self._original_store = engine, store, original_store
+        self._held: MutableMapping[str, TextCache] = {} if store is None else WeakValueDictionary()
+
+    def add(self, text: TextCache) -> None:
+        """Keep a text under its name, in place of the one that has it; sessions that have mounted that one keep it."""
+        if self._store is not None:
+            text = self._store.texts.save(text)
+        self._held[text.about.name] = text
+
+    def get(self, name: str) -> TextCache:
+        """The text of that name. It may be read from the store, and needs no engine.
+
+        Raises:
+            TextNotFound: there is none.
+            ModelMismatch: another model, or another tokenizer, has read it.
+            StorageError: it cannot be read.
+        """
+        held = self._held.get(name)
+        if self._store is None and held is None:
+            raise TextNotFound(f"no compact text {name!r}; there are: {', '.join(map(repr, self._held)) or 'none'}")
+        if self._store is None or (held is not None and self._store.texts.version(name) == held.version):
+            assert held is not None
+            return held
+        text = self._store.texts.load(name, self._original_store)
+        require_origin(text, self._engine)
+        self._held[name] = text
+        return text
+
+    def all(self) -> list[CompactText]:
+        """All of them, in the order of their names."""
+        if self._store is not None:
+            return self._store.texts.all()
+        return [self._held[name].about for name in sorted(self._held)]
+
+    def delete(self, name: str) -> None:
+        """Delete a text; sessions that have mounted it keep it. Raises TextNotFound if there is none of that name."""
+        known = [text.name for text in self.all()]
+        if name not in known:
+            raise TextNotFound(f"no compact text {name!r}; there are: {', '.join(map(repr, known)) or 'none'}")
+        if self._store is not None:
+            self._store.texts.delete(name)
+        self._held.pop(name, None)
+
+
+def require_origin(text: TextCache, engine: Engine) -> None:
+    """Raise ModelMismatch if another model or tokenizer has read a text."""
+    info = engine.info
+    for what, before, now in (
+        ("model", text.fingerprint, info.fingerprint),
+        ("tokenizer", text.tokenizer_fingerprint, info.tokenizer_fingerprint),
+    ):
+        if before and now and before != now:
+            raise ModelMismatch(
+                f"the compact text {text.about.name!r} was read by {what} {before}, and {info.name} has {now}: load "
+                f"the {what} that read it, or compact the text again"
+            )

@@ -1,0 +1,28 @@
+"""Warnings about a compaction that was just swapped in: few slots are left, or its error is above the limit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from am_memory.events import GateMissed, LittleKept
+
+if TYPE_CHECKING:
+    from am_memory.compaction.job import CompactionResult
+    from am_memory.session.context import Context
+
+LITTLE_KEPT = 0.05
+"""Share of the compacted tokens below which a warning says how few slots are left."""
+
+
+def warn(context: Context, result: CompactionResult, kept_before: float) -> None:
+    """Emit the events that are due.
+
+    Args:
+        kept_before: compact slots per compacted token before the compaction.
+    """
+    sizes, segment, limit = context.sizes, result.record.plan.newest, context.policy.max_error
+    if sizes.kept_share < LITTLE_KEPT <= kept_before:
+        num_tokens = sum(held.num_tokens for held in sizes.segments)
+        context.notify(LittleKept(context.name, sizes.compact_slots, num_tokens))
+    if limit is not None and result.held_out_error is not None and result.held_out_error > limit:
+        context.notify(GateMissed(context.name, segment.start, segment.end, result.held_out_error, limit))
