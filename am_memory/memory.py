@@ -11,7 +11,7 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING
 
 from am_memory.compaction.plan import originals_place, recall_tokens, require_progress, trigger_in_tokens
@@ -20,7 +20,7 @@ from am_memory.engines.names import DtypeName, EngineName, as_dtype, require_eng
 from am_memory.errors import InvalidInput, InvalidPolicy, SessionNotFound, StorageError, require_kind
 from am_memory.events import CompactionFinished, Event, Listener, OriginUnknown, PolicyChanged, ignore, log
 from am_memory.formatting import counted
-from am_memory.kv_cache.cache import KVCache, Snapshot
+from am_memory.kv_cache.cache import KVCache
 from am_memory.policy import MemoryPolicy
 from am_memory.recall.original_store import OriginalStore
 from am_memory.session.chat_history import ChatHistory
@@ -98,7 +98,7 @@ class Memory:
         self.trust_messages = trust_messages
         self._listeners: list[Listener] = []
         originals = OriginalStore(originals_bytes, originals_disk_bytes)
-        texts = CompactTexts(engine, self.store, originals)
+        texts = CompactTexts(self.store, originals)
         self._shared = Shared(engine, self.sampling, self.store, self._notify, originals, texts)
         self._numbers = itertools.count(1)
         # An impossible policy fails here, and not in the first session.
@@ -256,7 +256,7 @@ class Memory:
     def _resumed(self, name: str, saved: SavedSession, policy: MemoryPolicy | None) -> Session:
         """A session that goes on where it was saved."""
         info = self.engine.info
-        check_content(name, saved, info, self._cache_of_one_token)
+        check_content(name, saved, info, self._shared.cache_of_one_token)
         try:
             own = policy or self._policy_of(name, saved)
             context = restored(self._shared, name, saved, own, trusts_messages=self.trust_messages)
@@ -274,13 +274,6 @@ class Memory:
         if policy is None and (changes := changes_of(saved, session.policy)):
             self._notify(PolicyChanged(name, changes))
         return session
-
-    @cached_property
-    def _cache_of_one_token(self) -> Snapshot:
-        """A cache of this model, to compare the layers of saved caches with."""
-        cache = self.engine.new_cache()
-        self.engine.forward(cache, [0])
-        return cache.state()
 
     def scratch(self, *, policy: MemoryPolicy | None = None, tools: Sequence[Message] = ()) -> Session:
         """A new session that the memory does not keep, unless `keep` is called.

@@ -6,7 +6,7 @@ from collections.abc import MutableMapping
 from weakref import WeakValueDictionary
 
 from am_memory.engines.base import Engine
-from am_memory.errors import ModelMismatch, TextNotFound, UnsupportedOperation
+from am_memory.errors import TextNotFound, UnsupportedOperation
 from am_memory.recall.original_store import OriginalStore
 from am_memory.storage.compact_text import CompactText, TextCache
 from am_memory.storage.store import Store
@@ -33,8 +33,8 @@ class CompactTexts:
     Without a store it holds them all. With one, they are in the store, and it holds those that sessions use.
     """
 
-    def __init__(self, engine: Engine, store: Store | None, original_store: OriginalStore) -> None:
-        self._engine, self._store, self._original_store = engine, store, original_store
+    def __init__(self, store: Store | None, original_store: OriginalStore) -> None:
+        self._store, self._original_store = store, original_store
         self._held: MutableMapping[str, TextCache] = {} if store is None else WeakValueDictionary()
 
     def add(self, text: TextCache) -> None:
@@ -44,11 +44,10 @@ class CompactTexts:
         self._held[text.about.name] = text
 
     def get(self, name: str) -> TextCache:
-        """The text of that name. It may be read from the store, and needs no engine.
+        """The text of that name. It may be read from the store, and needs no engine; `check_text` comes later.
 
         Raises:
             TextNotFound: there is none.
-            ModelMismatch: another model, or another tokenizer, has read it.
             StorageError: it cannot be read.
         """
         held = self._held.get(name)
@@ -58,7 +57,6 @@ class CompactTexts:
             assert held is not None
             return held
         text = self._store.texts.load(name, self._original_store)
-        require_origin(text, self._engine)
         self._held[name] = text
         return text
 
@@ -70,23 +68,9 @@ class CompactTexts:
 
     def delete(self, name: str) -> None:
         """Delete a text; sessions that have mounted it keep it. Raises TextNotFound if there is none of that name."""
-        known = [text.name for text in self.all()]
+        known = sorted(self._held) if self._store is None else self._store.texts.names()
         if name not in known:
             raise TextNotFound(f"no compact text {name!r}; there are: {', '.join(map(repr, known)) or 'none'}")
         if self._store is not None:
             self._store.texts.delete(name)
         self._held.pop(name, None)
-
-
-def require_origin(text: TextCache, engine: Engine) -> None:
-    """Raise ModelMismatch if another model or tokenizer has read a text."""
-    info = engine.info
-    for what, before, now in (
-        ("model", text.fingerprint, info.fingerprint),
-        ("tokenizer", text.tokenizer_fingerprint, info.tokenizer_fingerprint),
-    ):
-        if before and now and before != now:
-            raise ModelMismatch(
-                f"the compact text {text.about.name!r} was read by {what} {before}, and {info.name} has {now}: load "
-                f"the {what} that read it, or compact the text again"
-            )

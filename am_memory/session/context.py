@@ -197,7 +197,11 @@ class Context:
         """Read tokens into the cache in one pass (see `Engine.forward`), and keep their queries if the policy does."""
         token_ids = mounting.read_sinks(self, token_ids) if self.mounts.mounted else token_ids
         self.notify_beyond_window(len(token_ids))
-        return read_and_keep_queries(self, token_ids, num_logits)
+        is_before_sinks = mounting.is_before_sinks(self)
+        logits = read_and_keep_queries(self, token_ids, num_logits)
+        if is_before_sinks:
+            mounting.settle(self)
+        return logits
 
     def notify_beyond_window(self, num_tokens: int) -> None:
         """Emit `WindowExceeded` if the next `num_tokens` are the first beyond the model's context window."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from am_memory.compaction.plan import max_compact_tokens
 from am_memory.compaction.record import MountRecord
 from am_memory.engines.base import SessionLayer
 from am_memory.errors import InvalidInput, InvalidPolicy, OriginalLost, PromptTooLong
@@ -69,20 +70,20 @@ def size(context: Context) -> float:
 
 def size_awaited(context: Context) -> float:
     """The part of `size` that is not in the cache yet."""
-    return size(context) - (0.0 if _is_before_sinks(context) else context.mounts.size)
+    return size(context) - (0.0 if is_before_sinks(context) else context.mounts.size)
 
 
 def read_sinks(context: Context, token_ids: Sequence[int]) -> Sequence[int]:
-    """Read the attention sinks among the next tokens, if texts wait for them; return the other tokens."""
+    """Read the attention sinks among the next tokens, unless there are no others; return the other tokens."""
     num_sinks = context.policy.num_sinks - context.cache.num_tokens
-    if not 0 < num_sinks < len(token_ids):
-        return token_ids
-    context.forward(token_ids[:num_sinks])
-    settle(context)
-    return token_ids[num_sinks:]
+    if 0 < num_sinks < len(token_ids):
+        context.forward(token_ids[:num_sinks])
+        return token_ids[num_sinks:]
+    return token_ids
 
 
-def _is_before_sinks(context: Context) -> bool:
+def is_before_sinks(context: Context) -> bool:
+    """Whether attention sinks are still to be read; mounted texts join the cache behind them."""
     return context.cache.num_tokens < context.policy.num_sinks
 
 
@@ -124,7 +125,7 @@ def go_back(context: Context, last_swap: int) -> None:
     Args:
         last_swap: logical tokens in the cache when the last compaction was swapped in.
     """
-    before, is_waiting = context.mounts, _is_before_sinks(context)
+    before, is_waiting = context.mounts, is_before_sinks(context)
     after = before.without_later(context.cache.num_tokens, last_swap)
     if after.records == before.records and not is_waiting:
         return
@@ -148,11 +149,17 @@ def _make_room(context: Context, named: NamedText) -> None:
         context.require_progress()
         context.compact_if_due()
     except InvalidPolicy as error:
+        beside = [
+            f"{context.num_pinned} pinned tokens",
+            f"{context.policy.keep_recent} recent ones",
+            f"{context.mounts.size:.0f} slots of other mounted texts",
+            f"up to {max_compact_tokens(context.policy, context.rest_tokens)} of compacted tokens",
+            f"{context.recall_tokens} for recall",
+        ]
         raise PromptTooLong(
             f"{about.name!r} takes {about.num_slots:.0f} slots, and does not fit below the trigger of "
-            f"{context.trigger_tokens} beside {context.num_pinned} pinned tokens, {context.policy.keep_recent} recent "
-            f"ones and {context.mounts.size:.0f} slots of other mounted texts: compact the "
-            f"text to fewer slots (keep_ratio), unmount another one, or raise trigger_tokens ({error})"
+            f"{context.trigger_tokens} beside {', '.join(beside)}: compact the text to fewer slots (keep_ratio, "
+            "max_compact_tokens), unmount another one, or raise trigger_tokens"
         ) from error
     finally:
         context.awaited_text = None
@@ -160,7 +167,7 @@ def _make_room(context: Context, named: NamedText) -> None:
 
 def _insert(context: Context, mounted: Mounted) -> None:
     """Put the slots of a text into the cache, in place of those that are there."""
-    if _is_before_sinks(context):
+    if is_before_sinks(context):
         return
     named, cache = mounted.named, context.cache
     distance = mounted.distance(context.policy.num_sinks)

@@ -90,7 +90,7 @@ def check_content(name: str, saved: SavedSession, info: ModelInfo, like: Snapsho
     """
     problem = _problem_of_text(saved, info) or _problem_of_layers(saved, like) or _problem_of_records(saved)
     for _, text in saved.texts:
-        problem = problem or problem_of_mounted(text, info, like)
+        problem = problem or _problem_of_mounted(text, info, like)
     for layer in saved.state.layers:
         problem = problem or _problem_of_slots(layer, saved.state)
     if problem:
@@ -142,19 +142,35 @@ def _problem_of_layers(saved: SavedSession, like: Snapshot) -> str:
     return ""
 
 
-def problem_of_mounted(text: TextCache, info: ModelInfo, like: Snapshot) -> str:
-    """Why this model cannot have made a compact text; "" if it can.
+def check_text(text: TextCache, info: ModelInfo, like: Snapshot) -> None:
+    """Check that this model could have made a compact text. Its file may be forged, and claim anything.
 
     Args:
         like: the state of a cache of this model that holds one token.
+
+    Raises:
+        ModelMismatch: another model, or another tokenizer, has read it.
+        CorruptSession: the model cannot have made it; the message says why.
     """
+    for what, before, now in (
+        ("model", text.fingerprint, info.fingerprint),
+        ("tokenizer", text.tokenizer_fingerprint, info.tokenizer_fingerprint),
+    ):
+        if before and now and before != now:
+            raise ModelMismatch(
+                f"the compact text {text.about.name!r} was read by {what} {before}, and {info.name} has {now}: load "
+                f"the {what} that read it, or compact the text again"
+            )
+    if problem := _problem_of_mounted(text, info, like):
+        raise CorruptSession(f"{problem}; compact the text again, or delete it")
+
+
+def _problem_of_mounted(text: TextCache, info: ModelInfo, like: Snapshot) -> str:
     if any(not 0 <= token_id < info.vocab_size for token_id in text.tokens):
         return f"{text.about.name!r} has token ids outside of the vocabulary of {info.vocab_size}"
     layers = [_entries(layer) for layer in like.layers if isinstance(layer, TailState)]
     kinds = [[(slots.num_heads,), _row_kind(slots.key), _row_kind(slots.value)] for slots in text.slots]
-    expected = [
-        [(entries[0].shape[1],), *(_row_kind(rows[0, 0]) for rows in entries)] for entries in map(_entries, layers)
-    ]
+    expected = [[(entries[0].shape[1],), *(_row_kind(rows[0, 0]) for rows in entries)] for entries in layers]
     if kinds != expected:
         return f"the slots of {text.about.name!r} are of layers {kinds}, and the model has {expected}"
     if not all(bool(_is_finite(slots)) for slots in text.slots):

@@ -25,6 +25,7 @@ from am_memory.session.context import Context
 from am_memory.session.generation import Generation, Piece
 from am_memory.session.limits import require_positions, require_token_ids
 from am_memory.session.mounts import Mount
+from am_memory.session.resuming import check_text
 from am_memory.session.saving import SavedCopy, pack, write
 from am_memory.session.shared import Shared
 from am_memory.session.stats import Stats, html_table, table_rows
@@ -303,6 +304,7 @@ class Session:
         require_mountable(self.engine)
         text = self._shared.texts.get(name)
         with self._shared.engine_lock, self._context.transaction():
+            check_text(text, self.engine.info, self._shared.cache_of_one_token)
             mounting.mount(self._context, text)
 
     def unmount(self, name: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from threading import RLock
 from typing import TYPE_CHECKING
 
 from am_memory.engines.base import Engine
 from am_memory.errors import InvalidInput, StorageError
 from am_memory.events import Listener
+from am_memory.kv_cache.cache import Snapshot
 from am_memory.recall.original_store import OriginalStore
 from am_memory.session.compact_texts import CompactTexts
 from am_memory.session.idle import IdleWorker
@@ -50,6 +52,13 @@ class Shared:
 
     def __post_init__(self) -> None:
         self.idle_worker = IdleWorker(self)
+
+    @cached_property
+    def cache_of_one_token(self) -> Snapshot:
+        """A cache of this model, to compare the layers of saved caches with; whoever reads it holds `engine_lock`."""
+        cache = self.engine.new_cache()
+        self.engine.forward(cache, [0])
+        return cache.state()
 
     def names(self) -> list[str]:
         """All named sessions, in memory and in the store."""

@@ -59,7 +59,7 @@ class SavedTexts:
         """
         where, path = f"compact text {name!r} in {self._folder.url!r}", self._files.path(name)
         if not self._folder.exists(path):
-            raise TextNotFound(f"no {where}; there are: {', '.join(map(repr, self._files.names())) or 'none'}")
+            raise TextNotFound(f"no {where}; there are: {', '.join(map(repr, self.names())) or 'none'}")
         try:
             text = unpacked_text(self._folder.read(path))
         except (NewerFormat, OlderFormat) as error:
@@ -74,10 +74,14 @@ class SavedTexts:
         found, _ = self._originals.load_all(text.left_out, like, original_store, "host")
         return replace(text, originals=found, left_out=())
 
+    def names(self) -> list[str]:
+        """The names of all texts, in order; their files may be damaged."""
+        return self._files.names()
+
     def all(self) -> list[CompactText]:
         """All texts whose files can be read, in the order of their names. Only a small part of each file is read."""
         found = []
-        for name in self._files.names():
+        for name in self.names():
             with suppress(CorruptSession, ValueError, KeyError, TypeError):
                 found.append(self._about(self._files.path(name)))
         return found

@@ -1,0 +1,547 @@
+"""Compact texts mounted in sessions: exact where everything is kept, bounded, and undone as if they had never been."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from inside import cache_of, context_of, layers_of, rebuild
+from policies import plain_policy
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from am_memory import CompactionFinished, Memory, Sampling, Session
+from am_memory.engines.llama_cpp import LlamaCppEngine
+from am_memory.engines.transformers import TransformersEngine
+from am_memory.errors import (
+    CorruptSession,
+    InvalidInput,
+    ModelMismatch,
+    PromptTooLong,
+    TextNotFound,
+    UnsupportedOperation,
+)
+from am_memory.events import Event, TextMounted, TextUnmounted, ignore
+from am_memory.kv_cache.int8 import decoded
+from am_memory.storage.store import Store
+
+POLICY = plain_policy(trigger_tokens=160, keep_ratio=0.25, keep_recent=8, pinned=3, chunk_tokens=1)
+EVERYTHING = {"keep_ratio": 1.0, "trigger_tokens": 2000, "max_compact_tokens": 900}
+HANDBOOK = "The ferry leaves at noon, and the key is under the third stone from the left. "
+NewMemory = Callable[..., Memory]
+
+
+def some_tokens(count: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(256), k=count)
+
+
+@pytest.fixture
+def new_memory(engine: TransformersEngine, tmp_path: Path) -> NewMemory:
+    """Makes memories that share the model; those with `has_store` also share a store."""
+
+    def make(on_event: Callable[[Event], None] = ignore, *, has_store: bool = False, **changes: object) -> Memory:
+        policy = POLICY.model_copy(update=changes)
+        store = tmp_path / "store" if has_store else None
+        return Memory(engine, policy, sampling=Sampling(temperature=0), store=store, on_event=on_event)
+
+    return make
+
+
+def held(session: Session) -> list[Tensor]:
+    """Every entry of the cache, copied."""
+    tensors = []
+    for layer in layers_of(session):
+        tensors += [tensor.clone() for tensor in layer.exact_entries(layer.start, layer.get_seq_length())]
+        tensors += [] if layer.slots is None else [decoded(field).clone() for field in layer.slots.fields]
+    return tensors
+
+
+def assert_same(one: Sequence[Tensor], other: Sequence[Tensor]) -> None:
+    for mine, theirs in zip(one, other, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def assert_equals_its_rebuild(session: Session) -> None:
+    before = held(session)
+    mounts, recalled = session.mounts, session.recalled
+    rebuild(session)
+    assert_same(held(session), before)
+    assert (session.mounts, session.recalled) == (mounts, recalled)
+
+
+def turned(key: Tensor, distance: int) -> Tensor:
+    """Keys (..., head_dim) at `distance` positions later, as Llama's RoPE turns them."""
+    half = key.shape[-1] // 2
+    angle = distance * 10000.0 ** -(torch.arange(half, dtype=torch.float64) / half)
+    cos, sin = (torch.cat([each, each]).float() for each in (angle.cos(), angle.sin()))
+    rotated = torch.cat([-key[..., half:], key[..., :half]], dim=-1)
+    return key * cos + rotated * sin
+
+
+def entries_of(model: PreTrainedModel, token_ids: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of each layer, as stock transformers writes them."""
+    with torch.no_grad():
+        cache = model(torch.tensor([token_ids]), use_cache=True).past_key_values
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def logits_behind(
+    model: PreTrainedModel, entries: Sequence[tuple[Tensor, Tensor]], token_ids: Sequence[int], position: int
+) -> Tensor:
+    """What stock transformers predicts after each token, if these entries come before."""
+    cache = DynamicCache()
+    for index, (key, value) in enumerate(entries):
+        cache.update(key, value, index)
+    positions = torch.arange(position, position + len(token_ids))[None]
+    with torch.no_grad():
+        return model(torch.tensor([token_ids]), past_key_values=cache, position_ids=positions).logits[0]
+
+
+# What the model sees
+
+
+@pytest.mark.parametrize("num_tokens", [0, 30])
+def test_a_text_kept_whole_is_as_if_it_stood_there(
+    new_memory: NewMemory, stock_model: PreTrainedModel, num_tokens: int
+) -> None:
+    """Behind the tokens read before it, without its opening, and with its end where these tokens end."""
+    memory, text, before = new_memory(**EVERYTHING, pinned=0), some_tokens(50, 1), some_tokens(num_tokens + 1, 2)
+    memory.compact_text(text, "handbook")
+    session = memory.session("alice")
+    if num_tokens:
+        session.append(before)
+    session.mount("handbook")
+    if not num_tokens:
+        session.append(before)
+    continuation = some_tokens(12, 3)
+    found = session.logits(continuation)
+    opening = memory.tokenize("\n")
+    start, end = len(opening), len(opening) + len(text)
+    text_entries = [
+        (turned(key[:, :, start:], num_tokens - end), value[:, :, start:])
+        for key, value in entries_of(stock_model, [*opening, *text])
+    ]
+    entries = text_entries
+    if num_tokens:
+        own = entries_of(stock_model, before[:-1])
+        entries = [
+            (torch.cat([key, mine], dim=2), torch.cat([value, my_value], dim=2))
+            for (key, value), (mine, my_value) in zip(own, text_entries, strict=True)
+        ]
+    expected = logits_behind(stock_model, entries, [before[-1], *continuation[:-1]], num_tokens)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+
+
+def test_texts_mounted_at_one_point_have_no_order(new_memory: NewMemory) -> None:
+    memory = new_memory()
+    memory.compact_text(some_tokens(80, 1), "one")
+    memory.compact_text(some_tokens(90, 2), "other")
+    found = []
+    for names in (["one", "other"], ["other", "one"]):
+        session = memory.session()
+        session.append(some_tokens(20))
+        for name in names:
+            session.mount(name)
+        assert [mount.text.name for mount in session.mounts] == names
+        found.append(session.logits(some_tokens(10, 3)))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-4)
+
+
+def test_a_new_session_sees_a_text_behind_its_attention_sinks(new_memory: NewMemory) -> None:
+    memory = new_memory()
+    memory.compact_text(some_tokens(80, 1), "handbook")
+    late, early = memory.session("late"), memory.session("early")
+    late.append(some_tokens(4))  # the policy pins 3, and the last token is not read yet
+    late.mount("handbook")
+    late.append(some_tokens(60, 2))
+    early.mount("handbook")
+    early.append([*some_tokens(4), *some_tokens(60, 2)])
+    torch.testing.assert_close(early.logits([1, 2, 3]), late.logits([1, 2, 3]), rtol=0, atol=1e-5)
+    assert_equals_its_rebuild(early)
+
+
+def test_the_conversation_keeps_its_tokens_and_positions(new_memory: NewMemory) -> None:
+    memory = new_memory()
+    memory.compact_text(HANDBOOK, "handbook")
+    session, other = memory.session("alice"), memory.session("bob")
+    for each in (session, other):
+        each.append(some_tokens(40))
+    session.mount("handbook")
+    assert session.tokens == other.tokens
+    assert session.stats.kv_tokens == pytest.approx(other.stats.kv_tokens + session.mounts[0].text.num_slots)
+    assert session.mounts[0].at_tokens == 39  # the last token is read with what follows
+
+
+def test_messages_and_tools_become_a_text(new_memory: NewMemory) -> None:
+    memory = new_memory(trigger_tokens=400)
+    told = [{"role": "user", "content": HANDBOOK}, {"role": "assistant", "content": "I shall remember it."}]
+    text = memory.compact_text(told, "told")
+    assert text.preview.startswith("The ferry leaves at noon")
+    assert memory.compact_text(HANDBOOK, "said").num_tokens < text.num_tokens
+
+
+def test_a_long_text_is_compacted_in_several_segments(new_memory: NewMemory) -> None:
+    memory = new_memory()
+    text = memory.compact_text(some_tokens(600), "long")
+    assert (text.num_tokens, text.num_slots) == (600, pytest.approx(40, abs=1))  # a quarter of the trigger bounds it
+    session = memory.session("alice")
+    session.mount("long")
+    session.append(some_tokens(300, 1))
+    assert session.stats.kv_tokens <= 160
+
+
+def test_a_short_text_stays_exact(new_memory: NewMemory) -> None:
+    assert new_memory(keep_ratio=0.1).compact_text(some_tokens(9), "short").num_slots == 9
+
+
+def test_a_session_hands_on_what_it_remembers(new_memory: NewMemory) -> None:
+    """Nothing is read again: its slots go on to another session, and its exact tokens are compacted."""
+    events: list[Event] = []
+    memory = new_memory(events.append)
+    session = memory.session("alice")
+    session.append(some_tokens(300))
+    before, tokens = held(session), session.tokens
+    events.clear()
+    text = memory.compact_text(session, "alice's")
+    assert sum(isinstance(event, CompactionFinished) for event in events) == 1
+    assert text.num_tokens == len(tokens) - 3
+    assert_same(held(session), before)
+    assert session.tokens == tokens
+    other = memory.session("bob")
+    other.append(some_tokens(20, 1))
+    other.mount("alice's")
+    assert other.mounts[0].text == text
+
+
+# The bound
+
+
+def test_the_cache_stays_below_the_trigger(new_memory: NewMemory) -> None:
+    memory = new_memory()
+    memory.compact_text(some_tokens(150, 1), "one")
+    memory.compact_text(some_tokens(130, 2), "other")
+    session = memory.session("alice")
+    session.append(some_tokens(140))
+    for name in ("one", "other"):
+        session.mount(name)
+        assert session.stats.kv_tokens <= 160
+    for seed in range(20):
+        session.append(some_tokens(25, seed))
+        assert session.stats.kv_tokens <= 160
+    assert sum(mount.text.num_slots for mount in session.mounts) == pytest.approx(70, abs=1)
+    assert_equals_its_rebuild(session)
+
+
+def test_no_compaction_shrinks_a_mounted_text(new_memory: NewMemory) -> None:
+    memory = new_memory()
+    memory.compact_text(some_tokens(100, 1), "handbook")
+    session = memory.session("alice")
+    session.append(some_tokens(30))
+    session.mount("handbook")
+    before = [layer.slots for layer in layers_of(session)]
+    session.append(some_tokens(500, 2))
+    for slots, layer in zip(before, layers_of(session), strict=True):
+        now = layer.slots.where(layer.slots.positions < 0)
+        assert_same(now.fields, slots.fields)
+
+
+def test_a_text_that_does_not_fit_is_refused_before_anything_changes(new_memory: NewMemory) -> None:
+    memory = new_memory()
+    memory.compact_text(some_tokens(104, 1), "one")
+    memory.compact_text(some_tokens(104, 2), "two")
+    memory.compact_text(some_tokens(104, 3), "three")
+    session = memory.session("alice")
+    session.append(some_tokens(150))
+    session.mount("one")
+    session.mount("two")
+    before, stats = held(session), session.stats
+    with pytest.raises(PromptTooLong, match=r"'three' takes 26 slots.*160.*52 slots of other.*unmount another one"):
+        session.mount("three")
+    assert_same(held(session), before)
+    assert session.stats == stats
+    session.unmount("two")
+    session.mount("three")
+
+
+def test_a_text_moves_nearer_before_it_leaves_the_window(engine: TransformersEngine) -> None:
+    narrow = copy.copy(engine)
+    narrow.info = replace(engine.info, window_tokens=300)
+    memory = Memory(narrow, POLICY, sampling=Sampling(temperature=0))
+    memory.compact_text(some_tokens(80, 1), "handbook")
+    session = memory.session("alice")
+    session.append(some_tokens(30))
+    session.mount("handbook")
+    session.append(some_tokens(600, 2))
+    assert session.mounts[0].at_tokens > 300
+    assert_equals_its_rebuild(session)
+
+
+# Undone
+
+
+def test_an_unmounted_text_leaves_nothing(new_memory: NewMemory) -> None:
+    events: list[Event] = []
+    memory = new_memory(lambda event: events.append(event) if isinstance(event, TextMounted | TextUnmounted) else None)
+    memory.compact_text(some_tokens(80, 1), "handbook")
+    session = memory.session("alice")
+    session.append(some_tokens(60))
+    before = held(session)
+    session.mount("handbook")
+    assert len(held(session)) > len(before)
+    session.unmount("handbook")
+    assert_same(held(session), before)
+    assert session.mounts == ()
+    assert [type(event) for event in events] == [TextMounted, TextUnmounted]
+    assert "'handbook' of 80 tokens is mounted at token 59" in str(events[0])
+
+
+@pytest.mark.parametrize("length", [200, 420])
+def test_going_back_undoes_mounts_and_repeats_them(new_memory: NewMemory, length: int) -> None:
+    """Short, the tail is cut; long, compactions in between make it a rebuild."""
+    memory = new_memory(trigger_tokens=300, keep_recent=60)
+    memory.compact_text(some_tokens(80, 1), "one")
+    memory.compact_text(some_tokens(90, 2), "other")
+    session = memory.session("alice")
+    session.append(some_tokens(40))
+    session.mount("one")
+    session.append(some_tokens(30, 3))
+    session.mount("other")
+    session.append(some_tokens(30, 4))
+    session.unmount("one")
+    between = held(session)
+    session.append(some_tokens(length - 100, 5))
+    assert_equals_its_rebuild(session)
+
+    session.rewind(100)
+    assert [mount.text.name for mount in session.mounts] == ["other"]
+    assert_same(held(session), between)
+    session.rewind(90)
+    assert [mount.text.name for mount in session.mounts] == ["one", "other"]
+    assert_equals_its_rebuild(session)
+    session.rewind(60)
+    assert [mount.text.name for mount in session.mounts] == ["one"]
+    session.rewind(20)
+    assert session.mounts == ()
+    plain = memory.session("plain")
+    plain.append(some_tokens(40)[:20])
+    assert_same(held(session), held(plain))
+
+
+def test_a_branch_has_the_mounts_and_may_change_them(new_memory: NewMemory) -> None:
+    memory = new_memory()
+    memory.compact_text(some_tokens(80, 1), "handbook")
+    session = memory.session("alice")
+    session.append(some_tokens(60))
+    session.mount("handbook")
+    before, branch = held(session), session.fork()
+    assert branch.mounts == session.mounts
+    branch.unmount("handbook")
+    branch.append(some_tokens(200, 2))
+    assert_same(held(session), before)
+    assert len(session.mounts) == 1
+
+
+def test_a_step_that_fails_leaves_the_session_as_it_was(new_memory: NewMemory) -> None:
+    fails = False
+
+    def on_event(event: Event) -> None:
+        if fails and isinstance(event, TextMounted | TextUnmounted):
+            raise KeyboardInterrupt
+
+    memory = new_memory(on_event)
+    memory.compact_text(some_tokens(80, 1), "one")
+    memory.compact_text(some_tokens(80, 2), "other")
+    session = memory.session("alice")
+    session.append(some_tokens(130))
+    session.mount("one")
+    before, mounts, stats, fails = held(session), session.mounts, session.stats, True
+    for step in (lambda: session.mount("other"), lambda: session.unmount("one")):
+        with pytest.raises(KeyboardInterrupt):
+            step()
+        assert_same(held(session), before)
+        assert (session.mounts, session.stats) == (mounts, stats)
+
+
+# Saved
+
+
+def mounted_session(memory: Memory) -> Session:
+    memory.compact_text(some_tokens(120, 1), "one")
+    memory.compact_text(some_tokens(110, 2), "other")
+    session = memory.session("alice")
+    session.append(some_tokens(40))
+    session.mount("one")
+    session.append(some_tokens(120, 3))
+    session.mount("other")
+    session.unmount("one")
+    session.append(some_tokens(50, 4))
+    return session
+
+
+@pytest.mark.parametrize("segment_dtype", ["model", "int8"])
+def test_a_saved_session_keeps_its_texts(new_memory: NewMemory, segment_dtype: str) -> None:
+    """Also if they were deleted: their names are free for others."""
+    memory = new_memory(has_store=True, segment_dtype=segment_dtype)
+    session = mounted_session(memory)
+    session.save()
+    for name in ("one", "other"):
+        memory.delete_compact_text(name)
+    assert memory.compact_texts() == []
+    resumed = new_memory(has_store=True, segment_dtype=segment_dtype).session("alice")
+    assert resumed.mounts == session.mounts
+    assert_same(held(resumed), held(session))
+    for each in (session, resumed):
+        each.append(some_tokens(80, 5))
+    assert_same(held(resumed), held(session))
+    resumed.rewind(100)
+    assert [mount.text.name for mount in resumed.mounts] == ["one"]
+    assert_equals_its_rebuild(resumed)
+
+
+def test_a_text_is_there_for_other_programs(new_memory: NewMemory, tmp_path: Path) -> None:
+    memory = new_memory(has_store=True, originals="host")
+    text = memory.compact_text(some_tokens(120, 1), "Ö/ name")
+    memory.compact_text(HANDBOOK, "a handbook")
+    other = new_memory(has_store=True, originals="host")
+    assert other.compact_texts() == [memory.compact_texts()[0], text]
+    assert Store(str(tmp_path / "store")).names() == []
+    first, second = memory.session(), other.session()
+    for session in (first, second):
+        session.append(some_tokens(30))
+        session.mount("Ö/ name")
+    assert_same(held(first), held(second))
+
+
+def test_a_text_takes_the_place_of_the_one_of_its_name(new_memory: NewMemory) -> None:
+    memory, other = new_memory(has_store=True), new_memory(has_store=True)
+    memory.compact_text(some_tokens(120, 1), "handbook")
+    old = memory.session("old")
+    old.mount("handbook")
+    other.compact_text(some_tokens(80, 2), "handbook")
+    new = memory.session("new")
+    new.mount("handbook")
+    assert [session.mounts[0].text.num_tokens for session in (old, new)] == [120, 80]
+
+
+def test_originals_of_texts_end_with_the_last_that_needs_them(new_memory: NewMemory, tmp_path: Path) -> None:
+    memory, folder = new_memory(has_store=True, originals="host"), tmp_path / "store" / "originals"
+    memory.compact_text(some_tokens(120, 1), "handbook")
+    session = memory.session("handbook")  # under the same name as the text
+    session.mount("handbook")
+    session.append(some_tokens(20))
+    session.save()
+    memory.delete_compact_text("handbook")
+    assert list(folder.iterdir())
+    memory.delete("handbook")
+    assert not list(folder.iterdir())
+
+
+def test_a_damaged_text_is_refused_and_can_be_deleted(new_memory: NewMemory, tmp_path: Path) -> None:
+    memory = new_memory(has_store=True)
+    memory.compact_text(some_tokens(80, 1), "handbook")
+    (file,) = (tmp_path / "store" / "texts").iterdir()
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(CorruptSession, match="compact text 'handbook'"):
+        memory.session("alice").mount("handbook")
+    memory.delete_compact_text("handbook")
+    assert memory.compact_texts() == []
+
+
+def test_another_models_text_is_refused_by_name(
+    new_memory: NewMemory, engine: TransformersEngine, tmp_path: Path
+) -> None:
+    memory = new_memory(has_store=True)
+    memory.compact_text(some_tokens(80, 1), "handbook")
+    other = copy.copy(engine)
+    other.info = replace(engine.info, fingerprint="another")
+    with pytest.raises(ModelMismatch, match="'handbook' was read by model"):
+        Memory(other, POLICY, store=tmp_path / "store").session("alice").mount("handbook")
+
+
+# Other settings and engines
+
+
+def test_texts_and_background_compactions(new_memory: NewMemory) -> None:
+    memory = new_memory(ahead_tokens=16)
+    memory.compact_text(some_tokens(80, 1), "handbook")
+    session = memory.session("alice")
+    for seed in range(12):
+        session.append(some_tokens(17, seed))
+        if seed % 4 == 2:
+            session.mount("handbook")
+        if seed % 4 == 3:
+            session.unmount("handbook")
+        assert session.stats.kv_tokens <= 160
+    assert_equals_its_rebuild(session)
+    session.rewind(180)
+    assert_equals_its_rebuild(session)
+
+
+def test_texts_in_int8(new_memory: NewMemory) -> None:
+    memory = new_memory(segment_dtype="int8")
+    memory.compact_text(some_tokens(120, 1), "handbook")
+    session = memory.session("alice")
+    session.append(some_tokens(40))
+    before = held(session)
+    session.mount("handbook")
+    session.append(some_tokens(300, 2))
+    assert_equals_its_rebuild(session)
+    session.rewind(40)
+    session.mount("handbook") if not session.mounts else None
+    session.unmount("handbook")
+    assert_same(held(session), before)
+
+
+def test_a_model_with_sliding_windows_sees_a_text_in_its_other_layers(
+    new_sliding_model: Callable[[], PreTrainedModel], byte_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    memory = Memory(TransformersEngine(new_sliding_model(), byte_tokenizer), POLICY, sampling=Sampling(temperature=0))
+    memory.compact_text(some_tokens(80, 1), "handbook")
+    session = memory.session("alice")
+    session.append(some_tokens(40))
+    before = session.logits([1, 2])
+    session.mount("handbook")
+    assert not torch.equal(session.logits([1, 2]), before)
+    session.append(some_tokens(300, 2))
+    assert_equals_its_rebuild(session)
+
+
+def test_an_engine_that_cannot_take_slots_says_so(llama: LlamaCppEngine) -> None:
+    memory = Memory(llama, plain_policy(trigger_tokens=160))
+    with pytest.raises(UnsupportedOperation, match="cannot mount compact texts"):
+        memory.compact_text(HANDBOOK, "handbook")
+
+
+def test_a_model_whose_keys_cannot_be_rotated_says_why(engine: TransformersEngine) -> None:
+    fixed = copy.copy(engine)
+    fixed.capabilities = replace(engine.capabilities, can_rotate_keys=False, why_keys_stay="it has a table")
+    with pytest.raises(UnsupportedOperation, match=r"it has a table; append the text instead"):
+        Memory(fixed, POLICY).session("alice").mount("handbook")
+
+
+def test_wrong_names_and_texts_are_refused(new_memory: NewMemory) -> None:
+    memory = new_memory()
+    memory.compact_text(HANDBOOK, "handbook")
+    session = memory.session("alice")
+    session.append("Hello")
+    session.mount("handbook")
+    with pytest.raises(InvalidInput, match="mounted in session 'alice' already"):
+        session.mount("handbook")
+    with pytest.raises(TextNotFound, match="no compact text 'manual'; there are: 'handbook'"):
+        session.mount("manual")
+    with pytest.raises(InvalidInput, match="'manual' is not mounted in session 'alice'; there are: 'handbook'"):
+        session.unmount("manual")
+    with pytest.raises(TextNotFound, match="'manual'"):
+        memory.delete_compact_text("manual")
+    for content in ("", [], [300]):
+        with pytest.raises(InvalidInput):
+            memory.compact_text(content, "text")
+    with pytest.raises(InvalidInput, match="no name"):
+        memory.compact_text(HANDBOOK, "")
+    assert context_of(session).awaited_text is None
+    assert cache_of(session).num_tokens == len(session.tokens) - 1
