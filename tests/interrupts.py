@@ -108,6 +108,7 @@ class Scene:
             context.cache.is_whole,
             session.segments,
             session.recalled,
+            session.mounts,
             (
                 context.num_pinned,
                 context.trigger_tokens,
@@ -154,6 +155,13 @@ STEPS = {
         lambda scene: scene.session.compact(1.0), lambda scene: scene.session.recall(scene.session.segments[0])
     ),
     "refine": Step(lambda scene: scene.session.refine(), changes=(("self_study_tokens", 4),)),
+    "mount": Step(
+        lambda scene: scene.session.mount("owls"), lambda scene: scene.memory.compact_text("Owls are awake.", "owls")
+    ),
+    "unmount": Step(
+        lambda scene: scene.session.unmount("owls"),
+        lambda scene: (scene.memory.compact_text("Owls are awake.", "owls"), scene.session.mount("owls")),
+    ),
     "fork": Step(lambda scene: scene.session.fork("branch")),
     "keep": Step(lambda scene: scene.memory.keep(scene.session.fork(), "kept")),
     "save": Step(lambda scene: scene.session.save()),
@@ -172,7 +180,8 @@ def scenes(engine: Engine, step: Step, folder: Path) -> Callable[[], Scene]:
     def new_memory() -> Memory:
         return Memory(engine, policy, sampling=Sampling(temperature=0), store=folder / str(next(numbers)))
 
-    origin = Scene(new_memory(), new_memory().session("alice"), regex(engine, "[a-z]{30}"))
+    first_memory = new_memory()
+    origin = Scene(first_memory, first_memory.session("alice"), regex(engine, "[a-z]{30}"))
     origin.session.append(said("I am Ada. Tell me about owls, and about bread, and about the sea."))
     list(origin.session.generate(2))
     origin.session.append(said("And about tea?"))
@@ -182,6 +191,8 @@ def scenes(engine: Engine, step: Step, folder: Path) -> Callable[[], Scene]:
         memory = new_memory()
         session = Session(shared_of(memory), context_of(origin.session).fork("alice"))
         shared_of(memory).add(session)
+        for text in origin.memory.compact_texts():
+            shared_of(memory).texts.add(shared_of(origin.memory).texts.get(text.name))
         return Scene(memory, session, regex(engine, "[a-z]{30}"))
 
     return new_scene

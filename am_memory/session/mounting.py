@@ -39,9 +39,9 @@ def mount(context: Context, text: TextCache) -> None:
     if context.mounts.mounted_as(text.about.name) is not None:
         raise InvalidInput(f"{text.about.name!r} is mounted in session {context.name!r} already: unmount it first")
     context.read_all()
-    context.background_compaction = None  # it does not see the text
     named = context.mounts.named(text)
     _make_room(context, named)
+    context.background_compaction = None  # it does not see the text; a new one starts when it is due
     context.mounts = context.mounts.with_record(_record(context, named, is_there=True), named)
     _insert(context, context.mounts.mounted[-1])
     about = text.about

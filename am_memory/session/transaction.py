@@ -79,7 +79,7 @@ class _Before:
         context.cache.restore(self.cache)
         del self.tokens[self.num_tokens :], self.records[self.num_compactions :]
         context.tokens, context.records, context.history = self.tokens, self.records, self.history
-        context.num_pinned = self.num_pinned
+        context.num_pinned, context.awaited_text = self.num_pinned, None
         context.live, context.recent_queries = self.live, self.recent_queries
         context.recalled, context.mounts = self.recalled, self.mounts
         # An original that turned out to be lost stays lost.
