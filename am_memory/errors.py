@@ -50,7 +50,16 @@ class SessionNotFound(AMMemoryError):
 
 
 class TextNotFound(AMMemoryError):
-    """No compact text of that name, in memory or in the store."""
+    """No compact text of that name, in memory or in the store.
+
+    Args:
+        name: the name.
+        known: the names that there are.
+    """
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        super().__init__(f"no compact text {name!r}; there are: {', '.join(map(repr, known)) or 'none'}")
+        self.name = name
 
 
 class StorageError(AMMemoryError):

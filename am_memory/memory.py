@@ -33,7 +33,7 @@ from am_memory.session.session import Session
 from am_memory.session.shared import Shared
 from am_memory.session.stats import html_table
 from am_memory.session.text_making import TextMaking
-from am_memory.storage.compact_text import CompactText
+from am_memory.storage.compact_text import CompactText, TextCache
 from am_memory.storage.session_file import SavedSession
 from am_memory.storage.store import ANY, Store
 from am_memory.text.sampling import Sampling
@@ -185,10 +185,10 @@ class Memory:
         return f"Memory({self.engine.info.name!r}, {counted(len(self._shared.sessions), 'session')})"
 
     def _repr_html_(self) -> str:
-        rows = {name: str(session.stats) for name, session in self._shared.sessions.items()}
-        shown = dict(itertools.islice(rows.items(), SHOWN_SESSIONS))
-        if len(rows) > len(shown):
-            shown["..."] = f"{len(rows) - len(shown):,} more"
+        sessions = self._shared.sessions
+        shown = {name: str(session.stats) for name, session in itertools.islice(sessions.items(), SHOWN_SESSIONS)}
+        if len(sessions) > len(shown):
+            shown["..."] = f"{len(sessions) - len(shown):,} more"
         return html_table(f"Memory of {self.engine.info.name}", shown)
 
     def session(
@@ -350,7 +350,16 @@ class Memory:
             UnsupportedOperation: the engine cannot mount texts.
             CompactionFailed: out of memory, or a fit that is not finite.
         """
-        return TextMaking.of(self._shared, name, content, policy or self.policy, tools).run()
+        return TextMaking.of(self.scratch(policy=policy), name, content, tools).run()
+
+    def text(self, name: str) -> TextCache:
+        """The compact text of that name, for `Session.mount`. It needs no engine, so another thread may read it.
+
+        Raises:
+            TextNotFound: there is none.
+            StorageError: it cannot be read.
+        """
+        return self._shared.texts.get(name)
 
     def compact_texts(self) -> list[CompactText]:
         """All compact texts, in the order of their names."""
@@ -367,11 +376,10 @@ class Memory:
     def cache(self) -> KVCache:
         """A cache for `model.generate(**inputs, cache=memory.cache())`, which compacts by itself.
 
-        It takes one sequence of text at a time, without padding; `model` is `engine.model`, or what peft has wrapped
-        around it. A prompt longer than the trigger is read in pieces and compacted on the way; the logits of every
-        token that were asked for are still returned. Results that need one single pass (a loss, hidden states, the
-        logits of several candidates) are refused before anything is read, if that pass does not fit. Nothing is
-        recalled there: only a session knows what was said.
+        It takes one sequence at a time, without padding; `model` is `engine.model`, or what peft has wrapped around it.
+        A prompt longer than the trigger is read in pieces; the logits of every token that were asked for are still
+        returned. Results that need one single pass (a loss, hidden states, the logits of several candidates) are
+        refused if that pass does not fit. Nothing is recalled there: only a session knows what was said.
         """
         policy = self.policy.with_changes(originals="drop", recall_tokens=0, refine="off")
         return watched(self._new_context("generate()", policy, ChatHistory()))

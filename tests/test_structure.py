@@ -33,7 +33,7 @@ SERVER_ORDER = (
     *("fair_queue", "jobs", "scheduler"),
     *("errors", "access", "connections", "sse", "requests"),
     *("service", "memory_view", "updates", "chat_job"),
-    *("chat_completions", "completions", "memory_endpoints"),
+    *("chat_completions", "completions", "memory_endpoints", "text_endpoints"),
     *("affinity", "broadcast", "app", "serve", "ray_serve"),
 )
 MOST_FILES, MOST_PACKAGES = 7, 12

@@ -85,6 +85,7 @@ class ChatAnswer:
     Raises:
         InvalidInput: the messages, the tools, `tool_choice` or a schema cannot be used.
         UnsupportedOperation: the engine's tokenizer cannot be constrained.
+        TextNotFound: there is no compact text of a name in `mounts`.
     """
 
     def __init__(self, threads: Threads, request: ChatRequest, call: PendingCall | None = None) -> None:
@@ -100,7 +101,8 @@ class ChatAnswer:
         self._num_compactions_before: int | None = None
         self._threads = threads
         policy = request.policy or threads.memory.policy
-        self._prompt = Prompt.of(engine, request.messages, request.tools, policy, request.owner)
+        texts = [threads.memory.text(name) for name in request.mounts]
+        self._prompt = Prompt.of(engine, request.messages, request.tools, policy, request.owner, texts)
         self._saved = threads.find(self._prompt, call or threads.register_call(request.thread))
         self._turn: ChatTurn | None = None
         self._calls: ToolCallStream | None = None

@@ -32,6 +32,7 @@ class ChatRequest:
         thread: the name under which the conversation is saved, evicted and deleted, and which its events carry.
         owner: two owners share no cache, even for the same messages.
         policy: None: the memory's.
+        mounts: names of compact texts that the conversation begins with. With other ones, it is another conversation.
     """
 
     messages: Sequence[Message]
@@ -46,6 +47,7 @@ class ChatRequest:
     thread: str = "default"
     owner: str = ""
     policy: MemoryPolicy | None = None
+    mounts: Sequence[str] = ()
 
     @property
     def forces_call(self) -> bool:

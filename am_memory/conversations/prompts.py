@@ -19,6 +19,7 @@ from am_memory.engines.base import Engine, Message, Tool
 from am_memory.errors import InvalidInput
 from am_memory.policy import MemoryPolicy
 from am_memory.session.chat_history import require_messages
+from am_memory.storage.compact_text import TextCache
 
 SHORT_CHARS = 16_384
 """A prompt up to this long is rendered and encoded in some milliseconds."""
@@ -30,7 +31,7 @@ INDEX = "am_memory.index"
 class Prompt:
     """The messages and tools of one call, as far as they are known without a device.
 
-    Entry 0 of `keys` and `num_prepared` stands for policy, tools and owner; entry n for the first n messages.
+    Entry 0 of `keys` and `num_prepared` stands for policy, tools, owner and mounted texts; entry n for n messages.
 
     Attributes:
         keys: digests; each covers everything before it, so equal keys mean equal beginnings.
@@ -39,6 +40,7 @@ class Prompt:
             that the conversation cannot be cut there.
         tools: for the chat template; empty where the prepared messages describe the tools.
         is_short: rendering and encoding it takes no longer than a step on the device.
+        texts: compact texts that are mounted before the first message.
     """
 
     policy: MemoryPolicy
@@ -47,10 +49,17 @@ class Prompt:
     num_prepared: tuple[int | None, ...]
     tools: tuple[Tool, ...]
     is_short: bool
+    texts: tuple[TextCache, ...] = ()
 
     @classmethod
     def of(
-        cls, engine: Engine, messages: Sequence[Message], tools: Sequence[Tool], policy: MemoryPolicy, owner: str = ""
+        cls,
+        engine: Engine,
+        messages: Sequence[Message],
+        tools: Sequence[Tool],
+        policy: MemoryPolicy,
+        owner: str = "",
+        texts: Sequence[TextCache] = (),
     ) -> Prompt:
         """Prepare the messages and tools of one call.
 
@@ -59,6 +68,7 @@ class Prompt:
             tools: functions that the model may call, as OpenAI's API has them.
             policy: conversations under different policies share no cache.
             owner: conversations of different owners share no cache, and no answer's time reveals another owner's.
+            texts: conversations with different mounted texts share no cache. Their order does not count.
 
         Raises:
             InvalidInput: no messages, or messages that no chat template takes.
@@ -69,7 +79,9 @@ class Prompt:
         numbered = [{**message, INDEX: index} for index, message in enumerate(messages)]
         prepared, template_tools = prepare(engine, numbered, tools)
         indices = [message.pop(INDEX, None) for message in prepared]
+        texts = sorted({text.uid: text for text in texts}.values(), key=lambda text: text.uid)
         setting = [policy.model_dump(mode="json"), *map(without_strict, tools), *([{"owner": owner}] if owner else [])]
+        setting += [{"mounts": [text.uid for text in texts]}] if texts else []
         keys = itertools.accumulate(map(message_key, messages), chained_key, initial=digest(setting))
         return cls(
             policy,
@@ -78,6 +90,7 @@ class Prompt:
             _num_prepared(indices, len(messages)),
             tuple(template_tools or ()),
             sum(len(repr(item)) for item in (*prepared, *(template_tools or ()))) <= SHORT_CHARS,
+            tuple(texts),
         )
 
     @cached_property

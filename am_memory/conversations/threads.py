@@ -28,6 +28,7 @@ from am_memory.memory import Memory
 from am_memory.policy import MemoryPolicy
 from am_memory.session.saving import Packed, pack, rename, saved_copy, write
 from am_memory.session.session import Session
+from am_memory.storage.compact_text import CompactText
 from am_memory.text.chat_template import RenderedChat
 
 MAX_BYTES = 4 * 2**30
@@ -108,6 +109,8 @@ class Threads:
         ends: tuple[int | None, ...]
         if branch is None:
             session, ends = self.memory.scratch(policy=prompt.policy, tools=prompt.tools), (0,)
+            for text in prompt.texts:
+                session.mount(text)
         else:
             session, ends = branch.session.fork(policy=prompt.policy), branch.ends[:count]
             session.rewind(branch.end_of(count))
@@ -265,6 +268,17 @@ class Threads:
         for name in names:
             self._forget(name)
         return bool(names or calls)
+
+    def compact_text(self, thread: str, name: str) -> CompactText:
+        """Make a compact text of all that a thread remembers, to hand it to another one; see `Memory.compact_text`.
+
+        Raises:
+            InvalidInput: there is no such thread.
+        """
+        branches = self.open(thread)
+        if not branches:
+            raise InvalidInput(f"there is no thread {thread!r}; there are: {', '.join(self.names()) or 'none'}")
+        return self.memory.compact_text(branches[-1].session, name)
 
     def prune(self, thread: str, *, keep: int = 1) -> int:
         """Delete a thread's branches but the `keep` used last; returns how many were deleted.

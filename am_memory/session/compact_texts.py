@@ -52,7 +52,7 @@ class CompactTexts:
         """
         held = self._held.get(name)
         if self._store is None and held is None:
-            raise TextNotFound(f"no compact text {name!r}; there are: {', '.join(map(repr, self._held)) or 'none'}")
+            raise TextNotFound(name, self._held)
         if self._store is None or (held is not None and self._store.texts.version(name) == held.version):
             assert held is not None
             return held
@@ -70,7 +70,7 @@ class CompactTexts:
         """Delete a text; sessions that have mounted it keep it. Raises TextNotFound if there is none of that name."""
         known = sorted(self._held) if self._store is None else self._store.texts.names()
         if name not in known:
-            raise TextNotFound(f"no compact text {name!r}; there are: {', '.join(map(repr, known)) or 'none'}")
+            raise TextNotFound(name, known)
         if self._store is not None:
             self._store.texts.delete(name)
         self._held.pop(name, None)

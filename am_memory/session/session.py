@@ -29,6 +29,7 @@ from am_memory.session.resuming import check_text
 from am_memory.session.saving import SavedCopy, pack, write
 from am_memory.session.shared import Shared
 from am_memory.session.stats import Stats, html_table, table_rows
+from am_memory.storage.compact_text import TextCache
 from am_memory.text.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -286,13 +287,16 @@ class Session:
         """The pages that are exact for now, the last recalled at the end."""
         return tuple(recalled.page for recalled in self._context.recalled)
 
-    def mount(self, name: str) -> None:
+    def mount(self, text: str | TextCache) -> None:
         """Let the model see a compact text from now on, beside what was said; `Memory.compact_text` makes it.
 
         The text ends where the conversation stands now. Tokens and positions of the conversation do not change, and
         several texts mounted at one point stand in parallel. A mounted text takes room below the trigger, which no
         compaction frees; other tokens are compacted to make it. The session keeps the text, in its saved file as well.
         In a new session the text is seen once the attention sinks are read.
+
+        Args:
+            text: its name, or what `Memory.text` has read already.
 
         Raises:
             TextNotFound: there is no compact text of that name.
@@ -302,7 +306,8 @@ class Session:
             StorageError: the text cannot be read, or another model has read it.
         """
         require_mountable(self.engine)
-        text = self._shared.texts.get(name)
+        text = self._shared.texts.get(text) if isinstance(text, str) else text
+        require_kind(TextCache, text=text)
         with self._shared.engine_lock, self._context.transaction():
             check_text(text, self.engine.info, self._shared.cache_of_one_token)
             mounting.mount(self._context, text)

@@ -29,7 +29,7 @@ PREVIEW_TOKENS, PREVIEW_CHARS = 64, 160
 
 @dataclass
 class TextMaking:
-    """A compact text while it is made: `read` until nothing is left, then `finish`. Others may use the engine between.
+    """A compact text in the making: `read` until nothing is left, `compact`, `keep`. Others may use the engine between.
 
     Attributes:
         context: a context of its own, with the tokens of the text; the last one ends it, and is never read.
@@ -44,20 +44,24 @@ class TextMaking:
     @classmethod
     def of(
         cls,
-        shared: Shared,
+        scratch: Session,
         name: str,
         content: str | Sequence[int] | Sequence[Message] | Session,
-        policy: MemoryPolicy,
         tools: Sequence[Message] = (),
     ) -> TextMaking:
-        """Begin to make a text; see `Memory.compact_text`."""
+        """Begin to make a text; see `Memory.compact_text`.
+
+        Args:
+            scratch: a new session of the memory, under the policy for the text; it stays empty.
+        """
+        shared = scratch._shared
         require_mountable(shared.engine)
         if not isinstance(name, str) or not name:
             raise InvalidInput(f"{name!r} is no name for a compact text: give some characters")
         if isinstance(content, Session):
             return cls._of_session(shared, name, content)
         history, plain = _messages(shared.engine, content, tools)
-        context = _new_context(shared, name, policy, history)
+        context = _new_context(shared, name, scratch.policy, history)
         opening, token_ids = _tokens(shared.engine, history, plain)
         if not token_ids:
             raise InvalidInput(f"empty text {content!r}: give at least one token")
@@ -81,7 +85,7 @@ class TextMaking:
         """Read all of it, compact it as a whole, and keep it."""
         while self.read():
             pass
-        return self.finish()
+        return self.keep(self.compact())
 
     def read(self) -> int:
         """Read one chunk, and compact on the way; returns the number of tokens still to be read."""
@@ -90,10 +94,13 @@ class TextMaking:
             context.read(min(context.num_readable, context.cache.num_tokens + context.chunk_tokens))
             return context.num_readable - context.cache.num_tokens
 
-    def finish(self) -> CompactText:
-        """Compact the text as a whole, and keep it."""
+    def compact(self) -> TextCache:
+        """Compact the text as a whole, once it is read."""
         with self.shared.engine_lock:
-            text = finished(self.context, self.name, self.start)
+            return finished(self.context, self.name, self.start)
+
+    def keep(self, text: TextCache) -> CompactText:
+        """Keep the text under its name. This waits for the store, and needs no engine."""
         self.shared.texts.add(text)
         return text.about
 

@@ -59,7 +59,7 @@ class SavedTexts:
         """
         where, path = f"compact text {name!r} in {self._folder.url!r}", self._files.path(name)
         if not self._folder.exists(path):
-            raise TextNotFound(f"no {where}; there are: {', '.join(map(repr, self.names())) or 'none'}")
+            raise TextNotFound(name, self.names())
         try:
             text = unpacked_text(self._folder.read(path))
         except (NewerFormat, OlderFormat) as error:

@@ -15,7 +15,7 @@ from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 
 from am_memory.memory import Memory
-from am_memory_server import chat_completions, completions, errors, memory_endpoints, metrics
+from am_memory_server import chat_completions, completions, errors, memory_endpoints, metrics, text_endpoints
 from am_memory_server.access import Gate, Operator, Owner
 from am_memory_server.requests import require_model
 from am_memory_server.response_schemas import ErrorResponse, ModelCard, ModelList
@@ -71,7 +71,7 @@ def create_app(memory: Memory, settings: ServerSettings | None = None) -> FastAP
     )
     app.state.service = service
     errors.install(app)
-    for router in (chat_completions.router, completions.router, memory_endpoints.router):
+    for router in (chat_completions.router, completions.router, memory_endpoints.router, text_endpoints.router):
         app.include_router(router)
     _add_status(app, service)
     _add_page(app)

@@ -20,7 +20,7 @@ from am_memory_server.chat_job import chat_job
 from am_memory_server.jobs import TurnKey
 from am_memory_server.json_bodies import JSONRoute
 from am_memory_server.request_schemas import ChatCompletionRequest, MessageToolCall
-from am_memory_server.requests import conversation_of, max_tokens_of, require_model, sampling_of, thread_of
+from am_memory_server.requests import conversation_of, max_tokens_of, require_model, sampling_of, text_of, thread_of
 from am_memory_server.response_schemas import (
     LOWEST_LOGPROB,
     AnswerMemory,
@@ -70,6 +70,7 @@ def _chat_request(service: Service, body: ChatCompletionRequest, key: TurnKey) -
         text_of_invalid_calls=True,
         thread=thread_of(key),
         owner=key[0],
+        mounts=[text_of(key[0], id) for id in body.mounts],
     )
 
 

@@ -18,6 +18,7 @@ from am_memory.errors import (
     InvalidInput,
     PromptTooLong,
     SessionNotFound,
+    TextNotFound,
     UnsupportedOperation,
 )
 from am_memory.formatting import shortened
@@ -76,6 +77,11 @@ def _as_shown(text: str) -> str:
     return shortened(text.encode("utf-8", "replace").decode(), MAX_CHARS)
 
 
+def unknown_text(id: str) -> ApiError:
+    """The error for a compact text that is not there, or is another key's."""
+    return ApiError(404, f"there is no compact text {id!r}: GET /v1/memory/texts lists them", code="text_not_found")
+
+
 def as_api_error(error: Exception) -> ApiError:
     """Any error as one for the client. An internal error is logged, and its message is not sent."""
     message = str(error)
@@ -92,6 +98,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(400, message, code="context_length_exceeded", param="messages")
         case SessionNotFound():
             return ApiError(404, message, code="session_not_found")
+        case TextNotFound():
+            return unknown_text(error.name.partition("/")[2])  # behind the owner
         case InvalidInput() | UnsupportedOperation():
             return ApiError(400, message)
         case BudgetTooSmall():

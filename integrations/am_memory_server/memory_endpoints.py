@@ -80,11 +80,11 @@ class Conversations:
         return [_entry(name.removeprefix(prefix), branches[name]) for name in names]
 
     def view(self, id: str) -> Steps[MemoryView]:
-        newest, count = yield from self._newest(id)
+        newest, count = yield from self.newest(id)
         return memory_view(id, newest.session, count)
 
     def compact(self, id: str, fraction: float | None) -> Steps[CompactionView]:
-        session = (yield from self._newest(id))[0].session
+        session = (yield from self.newest(id))[0].session
         log = CompactionLog()
         with self.service.listening(log.on_event):
             try:
@@ -99,7 +99,7 @@ class Conversations:
 
     def fork(self, id: str, new_id: str) -> Steps[MemoryView]:
         thread, new = (thread_of((self.owner, name)) for name in (id, checked_name(new_id, "id")))
-        yield from self._newest(id)
+        yield from self.newest(id)
         if new in (yield from on_host(self.threads.names)):
             raise ApiError(409, f"there is a session {new_id!r} already: choose another id", code="session_exists")
         try:
@@ -115,7 +115,7 @@ class Conversations:
             raise _unknown(id)
         return Deleted(id=id)
 
-    def _newest(self, id: str) -> Steps[tuple[Branch, int]]:
+    def newest(self, id: str) -> Steps[tuple[Branch, int]]:
         """The branch that was used last, and the number of branches."""
         thread = thread_of((self.owner, id))
         saved = yield from on_host(lambda: self.threads.load(thread))

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from am_memory.compaction.record import CompactionRecord
 from am_memory.kv_cache.layers import LayerState, TailState
+from am_memory.session.mounts import Mount
 from am_memory.session.saving import snapshot
 from am_memory.session.session import Session
 from am_memory.session.stats import Stats
@@ -59,6 +60,16 @@ class PageView(BaseModel):
     end: int
 
 
+class MountView(BaseModel):
+    """A compact text that stands beside the first `at_tokens` tokens; `num_slots` is the mean over the heads."""
+
+    id: str
+    num_tokens: int
+    num_slots: float
+    num_bytes: int
+    at_tokens: int
+
+
 class LayerView(BaseModel):
     """One layer, with the compact slots and the bytes of each KV head. A sliding-window layer has no slots.
 
@@ -77,7 +88,8 @@ class MemoryView(BaseModel):
     """The memory of one conversation: of its branch that was used last.
 
     Attributes:
-        segments, layers: as they are without recalled pages.
+        segments, layers: as they are without recalled pages and mounted texts.
+        mounts: the compact texts that are mounted. `stats` count them.
         recalled: the pages that are exact for the time being, in the order of their tokens. `stats` count them.
     """
 
@@ -90,6 +102,7 @@ class MemoryView(BaseModel):
     stats: Stats
     segments: list[SegmentView]
     recalled: list[PageView]
+    mounts: list[MountView]
     compactions: list[CompactionView]
     layers: list[LayerView]
 
@@ -106,6 +119,7 @@ def memory_view(id: str, session: Session, num_branches: int) -> MemoryView:
         stats=session.stats,
         segments=segments(saved),
         recalled=recalled_pages(session),
+        mounts=[_mount(mount) for mount in session.mounts],
         compactions=[CompactionView.model_validate(report) for report in compaction_reports(session)],
         layers=[_layer(index, layer, saved) for index, layer in enumerate(saved.state.layers)],
     )
@@ -139,6 +153,17 @@ def segments(saved: SavedSession) -> list[SegmentView]:
 def recalled_pages(session: Session) -> list[PageView]:
     """The compacted pages that are exact now, in the order of their tokens."""
     return [PageView(start=page.start, end=page.end) for page in sorted(session.recalled)]
+
+
+def _mount(mount: Mount) -> MountView:
+    about = mount.text
+    return MountView(
+        id=about.name.partition("/")[2],  # behind the owner
+        num_tokens=about.num_tokens,
+        num_slots=round(about.num_slots, 2),
+        num_bytes=about.num_bytes,
+        at_tokens=mount.at_tokens,
+    )
 
 
 def _num_cuts(records: tuple[CompactionRecord, ...], start: int) -> int:

@@ -22,6 +22,7 @@ from am_memory.text.sampling import MAX_STOP_CHARS, MAX_STOPS
 CONVERSATION_KEYS = ("conversation_id", "thread_id", "session_id", "chat_id")
 """Keys of `metadata` that name the conversation; the first one found counts."""
 MAX_MESSAGES = 20_000
+MAX_MOUNTS = 32
 MAX_NAMES = 100
 """Names in one object of a request."""
 MAX_NAME_CHARS = 100
@@ -261,7 +262,10 @@ class _Sampled(StrictBody):
 
 
 class ChatCompletionRequest(_Sampled):
-    """The body of `POST /v1/chat/completions`."""
+    """The body of `POST /v1/chat/completions`.
+
+    `mounts` is an extension: ids of compact texts that the conversation begins with.
+    """
 
     messages: Annotated[
         list[ChatMessage], Field(min_length=1, fail_fast=True, max_length=MAX_MESSAGES), BeforeValidator(_not_too_many)
@@ -275,6 +279,7 @@ class ChatCompletionRequest(_Sampled):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     metadata: Annotated[dict[str, str], BeforeValidator(_few)] | None = None
+    mounts: Annotated[list[str], Field(max_length=MAX_MOUNTS)] = []  # an extension
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
     # Accepted and ignored: they concern OpenAI's own service.
     prompt_cache_key: str | None = None

@@ -65,6 +65,11 @@ def thread_of(key: TurnKey) -> str:
     return "/".join(key)
 
 
+def text_of(owner: str, id: str) -> str:
+    """The name of an owner's compact text in the memory."""
+    return f"{owner}/{id}"
+
+
 def max_tokens_of(settings: ServerSettings, *limits: int | None) -> int:
     """The longest answer, in tokens: the first limit that a request sets, else the server's default.
 

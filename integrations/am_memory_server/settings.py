@@ -55,6 +55,7 @@ class ServerSettings(Settings):
         max_queued: waiting requests of one key, of any kind.
         max_sessions: conversations kept in memory; each branch counts.
         max_session_bytes: size of their caches.
+        max_texts: compact texts of one key.
         shutdown_seconds: time for running answers to finish when the server stops.
 
     Raises:
@@ -80,6 +81,7 @@ class ServerSettings(Settings):
     max_queued: PositiveInt = 64
     max_sessions: Annotated[int, Field(ge=2)] = 64
     max_session_bytes: Annotated[int, Field(ge=2)] = 4096 * MEBIBYTE
+    max_texts: PositiveInt = 100
     shutdown_seconds: Annotated[float, Field(ge=0)] = 30.0
 
     def _check(self) -> None:
