@@ -15,7 +15,7 @@ from am_memory.errors import InvalidInput, require_flags, require_whole, unknown
 ARGUMENTS = frozenset(
     {
         *("model", "memory_policy", "tools", "tool_choice", "parallel_tool_calls", "strict", "max_tokens"),
-        *("response_format", *Sampling.model_fields),
+        *("response_format", "mounts", *Sampling.model_fields),
     }
 )
 """Arguments that a call takes."""
@@ -32,6 +32,7 @@ class CallOptions:
         tools: as OpenAI's API has them.
         tool_choice: as `ChatRequest` has it.
         response_format: as OpenAI's API has it.
+        mounts: names of compact texts that the conversation begins with.
     """
 
     policy: MemoryPolicy
@@ -42,6 +43,7 @@ class CallOptions:
     parallel_calls: bool | None = None
     response_format: Any = None
     model: str | None = None
+    mounts: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, given: Mapping[str, Any], *, policy: MemoryPolicy, sampling: Sampling, max_tokens: int) -> CallOptions:
@@ -68,6 +70,7 @@ class CallOptions:
             parallel_calls=given.get("parallel_tool_calls"),
             response_format=given.get("response_format"),
             model=given.get("model"),
+            mounts=tuple(given.get("mounts") or ()),
         )
 
     def request(self, messages: list[dict[str, Any]], thread: str) -> ChatRequest:
@@ -82,6 +85,7 @@ class CallOptions:
             parallel_calls=self.parallel_calls,
             thread=thread,
             policy=self.policy,
+            mounts=self.mounts,
         )
 
 
@@ -93,6 +97,9 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     require_policy(memory_policy=given.get("memory_policy"))
     if (max_tokens := given.get("max_tokens")) is not None:
         require_whole(1, max_tokens=max_tokens)
+    mounts = given.get("mounts") or ()
+    if isinstance(mounts, str) or not all(isinstance(name, str) for name in mounts):
+        raise InvalidInput(f"mounts is {mounts!r}: give a list of names of compact texts")
 
 
 def require_policy(**policies: object) -> None:

@@ -57,8 +57,8 @@ class ChatAMMemory(ThreadedChatModel):
         store: a folder or fsspec URL where threads are saved, so that they survive the process.
         max_bytes: of all cached conversations together; None: 4 GiB.
         temperature, top_p, top_k, min_p, repetition_penalty, seed: sampling; None: as the model's own settings say.
-        max_tokens: the longest answer.
-        stop: texts that end an answer.
+        max_tokens, stop: the longest answer, and texts that end one.
+        mounts: names of compact texts (`Memory.compact_text`) that conversations begin with; a call may name others.
         timeout: seconds for an answer; None: no limit.
         max_retries: how often a failed compaction is tried again while the prompt is read.
         streaming: whether `invoke` streams to callback handlers; None: LangChain decides.
@@ -98,6 +98,7 @@ class ChatAMMemory(ThreadedChatModel):
     seed: int | None = None
     max_tokens: int = Field(default=512, gt=0)
     stop: list[str] | None = Field(default=None, validation_alias="stop_sequences")
+    mounts: list[str] = Field(default_factory=list)
     timeout: float | None = Field(default=None, gt=0)
     max_retries: int = Field(default=2, ge=0)
     streaming: bool | None = None
@@ -321,7 +322,7 @@ class ChatAMMemory(ThreadedChatModel):
 
     def _options(self, kwargs: dict[str, Any], stop: list[str] | None) -> CallOptions:
         """The options of a call: its arguments, over `model_kwargs`, over the fields, over the model's sampling."""
-        given = {**self.model_kwargs, **kwargs}
+        given = {"mounts": self.mounts, **self.model_kwargs, **kwargs}
         check_arguments(given)
         if stop not in (None, []):
             given["stop"] = stop
@@ -332,11 +333,7 @@ class ChatAMMemory(ThreadedChatModel):
     # Tools and structured output
 
     def bind(self, **kwargs: Any) -> Any:  # LangChain's type of it has a private name
-        """The model with default arguments for every call.
-
-        Raises:
-            InvalidInput: an argument that no call takes, or a value of the wrong type.
-        """
+        """The model with default arguments for every call; raises InvalidInput for those that no call takes."""
         check_arguments(kwargs)
         return super().bind(**kwargs)
 

@@ -730,3 +730,29 @@ def test_what_a_model_is_loaded_with_is_what_was_set(
     ChatAMMemory(model="mine", policy=ROOMY, compile=True, **settings).invoke("hello", max_tokens=1)
     left = {"trust_messages": False, "window_tokens": None, "trust_remote_code": False}
     assert loaded == {"source": "mine", "policy": ROOMY, "compile": True, **left, **settings}
+
+
+# Compact texts
+
+
+def test_a_conversation_begins_with_the_texts_that_are_mounted(new_model: NewModel) -> None:
+    model = new_model()
+    text = model.memory.compact_text("The ferry leaves at noon, and the key is under the third stone.", "handbook")
+    plain, mounted = (model.invoke("hello there", mounts=mounts) for mounts in ([], ["handbook"]))
+    sizes = [answer.response_metadata["am_memory"]["kv_tokens"] for answer in (plain, mounted)]
+    assert sizes[1] - sizes[0] == pytest.approx(text.num_slots, abs=1)
+    again = ChatAMMemory(model=model.memory, mounts=["handbook"], max_tokens=6, temperature=0).invoke("hello there")
+    assert again.text == mounted.text
+    with pytest.raises(InvalidInput, match="mounts is 'handbook': give a list"):
+        model.bind(mounts="handbook")
+
+
+def test_a_thread_is_handed_to_another_agent(new_model: NewModel) -> None:
+    reader = new_model(TIGHT)
+    reader.invoke("a long letter about ships and towns, with a great many words in it. " * 6, CONFIG)
+    text = reader.threads().compact_text("mine", "the letter")
+    assert text.num_tokens > 160 > text.num_slots
+    answer = ChatAMMemory(model=reader.memory, max_tokens=2).invoke("What was it about?", mounts=["the letter"])
+    assert answer.response_metadata["am_memory"]["kv_tokens"] > text.num_slots
+    with pytest.raises(InvalidInput, match="there is no thread 'nobody'"):
+        reader.threads().compact_text("nobody", "x")
