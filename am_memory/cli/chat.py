@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from am_memory.session.session import Session
     from am_memory.text.sampling import Sampling
 
-COMMANDS = "/compact, /stats, /fork NAME, /save, /quit"
+COMMANDS = "/compact, /stats, /mount TEXT, /unmount TEXT, /fork NAME, /save, /quit"
 SHOWN_MESSAGES = 6
 """Messages of a saved conversation that are shown when it continues."""
 
@@ -38,7 +38,7 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy decoding.")] = 0.7,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
 ) -> None:
-    """Chat in the terminal, without an end. /compact, /stats, /fork NAME, /save, /quit."""
+    """Chat in the terminal, without an end. /compact, /stats, /mount TEXT, /unmount TEXT, /fork NAME, /save, /quit."""
     from am_memory.text.sampling import Sampling
 
     console = Console(highlight=False)
@@ -146,6 +146,12 @@ class Chat:
                     self.session.compact()
             case ["/stats"]:
                 self.console.print(stats_table(self.session))
+            case ["/mount", name]:
+                with self.bars.showing():
+                    self.session.mount(name)
+                self.console.print(f"[dim]{escape(str(self.session.mounts[-1].text))}[/]")
+            case ["/unmount", name]:
+                self.session.unmount(name)
             case ["/fork", name]:
                 self.save()
                 self.session = self.session.fork(name)

@@ -175,6 +175,8 @@ def stats_table(session: Session) -> Table:
     table.add_row("compact segments", f"{stats.num_segments}")
     if stats.num_refined:
         table.add_row("refined segments", f"{stats.num_refined}")
+    for mount in session.mounts:
+        table.add_row("mounted", escape(str(mount.text)))
     if stats.recalled_tokens:
         table.add_row("compacted, but exact now", counted(stats.recalled_tokens, "token"))
     return table

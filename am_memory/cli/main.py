@@ -12,6 +12,7 @@ from am_memory.cli.demo import demo
 from am_memory.cli.display import show_error
 from am_memory.cli.saved import delete, inspect
 from am_memory.cli.serve import serve
+from am_memory.cli.texts import texts
 from am_memory.errors import AMMemoryError
 
 
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 for command in (demo, chat, serve, calibrate, inspect, delete):
     app.command()(command)
+app.add_typer(texts, name="text")
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ def inspect(
     store: StoreURL = None,
 ) -> None:
     """Show what a saved session holds: segments, slots of every layer and head, bytes."""
+    from am_memory.session.mounts import Mounts, NamedText
     from am_memory.storage.store import Store
 
     console, folder = Console(highlight=False), Store(store or default_store())
@@ -39,6 +40,10 @@ def inspect(
         f"[bold]{escape(session)}[/]: {len(saved.tokens):,} tokens, {len(saved.messages)} messages, "
         f"{len(saved.records)} compactions, {mebibytes(num_bytes)} of cache, model {saved.fingerprint}"
     )
+    if saved.mount_records:
+        mounts = Mounts(tuple(NamedText(text, start) for start, text in saved.texts), saved.mount_records)
+        for named, at_tokens in mounts.mounted:
+            console.print(f"mounted at token {at_tokens:,}: {escape(str(named.text.about))}")
     console.print(segments_table(saved))
     console.print(layers_table(saved))
 

@@ -105,6 +105,7 @@ class Session:
             originals_bytes=context.off_device_bytes,
             recalled_tokens=sum(recalled.page.num_tokens for recalled in context.recalled),
             num_refined=refining.num_refined(context),
+            mounted_slots=context.mounts.size,
         )
 
     def append(self, content: Content) -> int:

@@ -23,6 +23,7 @@ class Stats:
         num_segments: compact segments now.
         num_refined: those of them that were refined since they were compacted.
         recalled_tokens: compacted tokens that are exact for the time being; not among `exact_tokens`.
+        mounted_slots: slots per KV head of the mounted texts; part of `kv_tokens`.
         originals_bytes: memory of the exact entries of compacted tokens, on the host or on disk, where the policy
             keeps them, and of the keys by which they are searched, from the first search on.
     """
@@ -37,6 +38,7 @@ class Stats:
     originals_bytes: int = 0
     recalled_tokens: int = 0
     num_refined: int = 0
+    mounted_slots: float = 0.0
 
     def __str__(self) -> str:
         return (
@@ -61,6 +63,8 @@ def table_rows(stats: Stats) -> dict[str, str]:
     }
     if stats.num_refined:
         rows["refined"] = counted(stats.num_refined, "segment")
+    if stats.mounted_slots:
+        rows["mounted"] = f"{stats.mounted_slots:,.0f} slots"
     if stats.recalled_tokens:
         rows["recalled"] = counted(stats.recalled_tokens, "token")
     if stats.originals_bytes:

@@ -403,3 +403,22 @@ def test_the_pinned_tokens_can_be_chosen(
     assert f"pinned={70 if pinned == '70' else repr(pinned)}" in run(command, "--pinned", pinned).output
     assert "pinned" in run(command, "--pinned", "everything").output
     assert run(command, "--pinned", "everything").exit_code == 1
+
+
+# Compact texts
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_file_becomes_a_text_that_chats_can_mount(run: CommandLine, tmp_path: Path, store: Store) -> None:
+    file = tmp_path / "handbook.txt"
+    file.write_text("The ferry leaves at noon, and the key is under the third stone from the left. ")
+    assert "'handbook': 80 tokens in 8 slots" in run("text", "compact", str(file)).output
+    assert "The ferry leaves" in run("text", "list").output
+    typed = "Hello.\n/mount handbook\n/stats\n/mount manual\n/unmount handbook\n/mount handbook\n"
+    result = run(*CHAT, typed=typed)
+    assert result.output.count("'handbook': 80 tokens in 8 slots") == 3
+    assert "TextNotFound: no compact text 'manual'" in result.output
+    assert "mounted at token" in run("inspect", "default").output
+    assert "deleted handbook" in run("text", "delete", "handbook").output
+    assert run("text", "delete", "handbook").exit_code == 1
+    assert "no compact texts" in run("text", "list").output
