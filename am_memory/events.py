@@ -194,17 +194,19 @@ class SessionRebuilt:
 
 @dataclass(frozen=True)
 class Span:
-    """The tokens [start, end) of a conversation.
+    """The tokens [start, end) of a conversation, or of a mounted text.
 
     Attributes:
         score: how much more attention they get from the search text than usual, in nats.
         text: their text.
+        mount: the name of the mounted text, whose tokens count from 0; None: they are of the conversation.
     """
 
     start: int
     end: int
     score: float
     text: str
+    mount: str | None = None
 
 
 @dataclass(frozen=True)

@@ -118,13 +118,13 @@ class Chat:
     def take_turn(self, line: str) -> None:
         """Append a message and stream the answer; an interrupt before the first token takes the message back."""
         num_tokens, is_answered = len(self.session.tokens), False
-        shown = set[tuple[int, int]]()
+        shown = set[tuple[str | None, int, int]]()
         try:
             with self.bars.showing():
                 self.session.append([{"role": "user", "content": line}])
             for piece in self.session.generate(self.max_new_tokens, self.sampling):
-                found = [span for span in piece.looked_up if (span.start, span.end) not in shown]
-                shown |= {(span.start, span.end) for span in found}
+                found = [span for span in piece.looked_up if (span.mount, span.start, span.end) not in shown]
+                shown |= {(span.mount, span.start, span.end) for span in found}
                 if found and is_answered:
                     self.console.print(mark_lookup(found), end="", soft_wrap=True)
                 elif found:

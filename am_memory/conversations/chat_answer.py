@@ -96,7 +96,7 @@ class ChatAnswer:
         self.tool_calls: list[ToolCall] = []
         self.finish_reason: ChatFinishReason | None = None
         self.num_tokens = 0
-        self._looked_up: dict[tuple[int, int], Span] = {}
+        self._looked_up: dict[tuple[str | None, int, int], Span] = {}
         self._sampling = request.sampling or threads.memory.sampling
         self._num_compactions_before: int | None = None
         self._threads = threads
@@ -142,7 +142,7 @@ class ChatAnswer:
 
     def _look_up(self, piece: Piece) -> tuple[Span, ...]:
         spans = tuple(as_shown(span) for span in piece.looked_up)
-        self._looked_up |= {(span.start, span.end): span for span in spans}
+        self._looked_up |= {(span.mount, span.start, span.end): span for span in spans}
         return spans
 
     def _push(self, piece: Piece) -> Iterator[Part]:

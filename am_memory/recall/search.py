@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,10 +37,36 @@ BOUNDARY_TOKENS = 4
 """How far a page's ends may move to a boundary of the text."""
 
 
+class SearchedText(NamedTuple):
+    """A mounted text, as a search sees it: its spans stand behind those of the conversation.
+
+    Attributes:
+        segments, originals: of its tokens, at the positions at which these were read.
+        distance: by how many positions its keys are rotated, beside the shift of each segment.
+        num_spans_before: from a span by these positions to its place among all spans.
+        num_spans: how many there are.
+    """
+
+    segments: Sequence[Segment]
+    originals: Sequence[Original]
+    distance: int
+    num_spans_before: int
+    num_spans: int
+
+    def spans(self, start: int, end: int) -> slice:
+        """The places of the spans with the tokens [start, end)."""
+        return slice(start // SPAN_TOKENS + self.num_spans_before, -(-end // SPAN_TOKENS) + self.num_spans_before)
+
+
 def span_scores(
-    engine: Engine, cache: SessionCache, originals: Sequence[Original], queries: Tensor, num_tokens: int
+    engine: Engine,
+    cache: SessionCache,
+    originals: Sequence[Original],
+    queries: Tensor,
+    num_tokens: int,
+    texts: Sequence[SearchedText] = (),
 ) -> Tensor:
-    """The score of each span of the first `num_tokens` tokens.
+    """The score of each span of the first `num_tokens` tokens, and of the mounted texts.
 
     In a long history a first look, at means of neighbouring keys, chooses the spans that are compared exactly.
 
@@ -47,15 +74,17 @@ def span_scores(
         cache: holds these tokens.
         originals: tokens that have one are found by it, others by their slots.
         queries: (num_search_heads, num_queries, head_dim) float32 on the CPU, of the text.
+        texts: the mounted texts.
 
     Returns:
-        (ceil(num_tokens / SPAN_TOKENS),) float32, in nats. `MIN_SCORE` for spans that the first look left out; -inf for
-        spans without a compacted token.
+        (ceil(num_tokens / SPAN_TOKENS) + spans of the texts,) float32, in nats. `MIN_SCORE` for spans that the first
+        look left out; -inf for spans without a compacted token.
 
     Raises:
         OriginalLost: an original turned out to be lost.
     """
-    search = _Search(cache, originals, search_heads(engine, cache), num_tokens, engine.capabilities.can_rotate_keys)
+    can_rotate = engine.capabilities.can_rotate_keys
+    search = _Search(cache, originals, search_heads(engine, cache), num_tokens, can_rotate, texts)
     heads = [search.head(index, query) for index, query in enumerate(queries)]
     scores = search.scores(heads)
     if not search.is_rough:
@@ -91,12 +120,18 @@ class _Search:
         found: SearchHeads,
         num_tokens: int,
         can_rotate: bool,
+        texts: Sequence[SearchedText],
     ) -> None:
         self.cache, self.originals, self.found, self.num_tokens = cache, originals, found, num_tokens
-        self.can_rotate, self.num_spans = can_rotate, -(-num_tokens // SPAN_TOKENS)
+        self.can_rotate, self.texts, self.num_spans_of_tokens = can_rotate, texts, -(-num_tokens // SPAN_TOKENS)
+        self.num_spans = self.num_spans_of_tokens + sum(text.num_spans for text in texts)
         self.is_rough = self.num_spans > EXACT_SPANS
         placed = runs(found, originals, cache.segments)
-        self.runs = [(run.until(num_tokens), shift) for run, shift in placed if run.start < num_tokens]
+        of_tokens = [(run.until(num_tokens), shift) for run, shift in placed if run.start < num_tokens]
+        self.runs = [(run, shift, run.where) for run, shift in of_tokens]
+        for text in texts:
+            for run, shift in runs(found, text.originals, text.segments):
+                self.runs.append((run, shift + text.distance, text.spans(run.start, run.end)))
 
     def scores(self, heads: Sequence[_Head]) -> Tensor:
         """(num_spans,): mean over the heads, of the passage for which it is highest; -inf without a compacted token."""
@@ -109,6 +144,10 @@ class _Search:
         is_compact = torch.zeros(self.num_spans, dtype=torch.bool)
         for segment in self.cache.segments:
             is_compact[segment.start // SPAN_TOKENS : (segment.end - 1) // SPAN_TOKENS + 1] = True
+        is_compact[self.num_spans_of_tokens :] = False
+        for text in self.texts:
+            for segment in text.segments:
+                is_compact[text.spans(segment.start, segment.end)] = True
         return torch.stack(lifts).mean(dim=0).amax(dim=0).masked_fill(~is_compact, -torch.inf)
 
     def head(self, index: int, query: Tensor) -> _Head:
@@ -117,11 +156,11 @@ class _Search:
         query = query * (layer.scaling or 0.0)
         usual_query = self._usual(index, self.num_tokens)
         asked, usual = list[Masses](), list[Masses]()
-        for run, shift in self.runs:
+        for run, shift, where in self.runs:
             known = self._usual_of(index, run, shift)
-            usual.append(known.masses)
+            usual.append(known.masses._replace(where=where))
             spans = run.rough(kv_head) if self.is_rough else run.spans[kv_head]
-            masses = spans.masses(layer.rotated(query[None], -shift)[0], run.where)
+            masses = spans.masses(layer.rotated(query[None], -shift)[0], where)
             asked.append(masses._replace(scale=masses.scale + (known.rough_loss or 0.0)) if self.is_rough else masses)
         asked += self._on_others(index, query)
         usual += self._on_others(index, usual_query)
@@ -134,9 +173,9 @@ class _Search:
         Args:
             chosen: rising indices of spans.
         """
-        for number, (run, shift) in enumerate(self.runs):
-            mine = chosen[(chosen >= run.where.start) & (chosen < run.where.stop)]
-            local = mine - run.where.start
+        for number, (run, shift, where) in enumerate(self.runs):
+            mine = chosen[(chosen >= where.start) & (chosen < where.stop)]
+            local = mine - where.start
             spans = [of_head.at(local) for of_head in run.spans] if len(mine) else []
             for index, head in enumerate(heads if spans else ()):
                 head.asked[number].sums[:, local] = 0
@@ -176,19 +215,19 @@ class _Search:
         if layer.slots is not None:
             slots = layer.slots.head(head)
             positions = slots.positions.long()
-            is_found = self._is_without_original[positions.clamp_max(end - 1)]
+            is_found = self._is_without_original[positions.clamp(0, max(end - 1, 0))]
             slots = slots.where(is_found & (positions >= self.cache.num_pinned_slots) & (positions < end))
             if len(slots.positions):
                 key, bias = decoded(slots.key).cpu(), slots.bias.float().cpu()
                 yield masses_of_slots(query, key, bias, slots.positions.long().cpu())
         if start < end:
             spans = Spans.of(layer.exact_entries(start, end)[0][head].cpu(), start)
-            yield spans.masses(query, slice(start // SPAN_TOKENS, self.num_spans))
+            yield spans.masses(query, slice(start // SPAN_TOKENS, self.num_spans_of_tokens))
 
     @cached_property
     def _is_without_original(self) -> Tensor:
         """(num_tokens,) bool."""
-        is_without = torch.ones(self.num_tokens, dtype=torch.bool)
+        is_without = torch.ones(max(self.num_tokens, 1), dtype=torch.bool)
         for start, end in kept_spans(self.originals):
             is_without[start:end] = False
         return is_without

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor, cat
+from torch import Tensor
 
 from am_memory.budgets import calibration_for
 from am_memory.compaction.background import BackgroundCompaction
@@ -29,7 +29,7 @@ from am_memory.compaction.plan import (
 )
 from am_memory.compaction.record import CompactionRecord, with_policy
 from am_memory.compaction.requirements import require_capabilities
-from am_memory.engines.base import Engine, SessionCache, in_chunks
+from am_memory.engines.base import Engine, SessionCache
 from am_memory.errors import InvalidInput
 from am_memory.events import (
     CompactionFinished,
@@ -42,7 +42,7 @@ from am_memory.events import (
 )
 from am_memory.kv_cache.cache import Snapshot
 from am_memory.policy import SINK_TOKENS, MemoryPolicy
-from am_memory.queries import LiveQueries, scratch
+from am_memory.queries import LiveQueries
 from am_memory.recall.original_store import OriginalStore
 from am_memory.recall.originals import Original
 from am_memory.recall.paging import Recalled, at_rest
@@ -182,26 +182,11 @@ class Context:
         self.compact_if_due()
         return self.forward(self.tokens[-1:], num_logits=1)[0]
 
-    def scratch_logits(self, token_ids: Sequence[int]) -> Tensor:
-        """Logits at each of `token_ids`, (len(token_ids), vocab_size) float32; they do not become part of the context.
-
-        Row i is the prediction of token i, from the context and the tokens before it.
-        """
-        self.read_all()
-        ids = [self.tokens[-1], *token_ids[:-1]]
-        with scratch(self.cache):
-            chunks = in_chunks(ids, self.chunk_tokens)
-            return cat([self.engine.forward(self.cache, chunk, num_logits=len(chunk)) for chunk in chunks])
-
     def forward(self, token_ids: Sequence[int], num_logits: int = 0) -> Tensor:
         """Read tokens into the cache in one pass (see `Engine.forward`), and keep their queries if the policy does."""
         token_ids = mounting.read_sinks(self, token_ids) if self.mounts.mounted else token_ids
         self.notify_beyond_window(len(token_ids))
-        is_before_sinks = mounting.is_before_sinks(self)
-        logits = read_and_keep_queries(self, token_ids, num_logits)
-        if is_before_sinks:
-            mounting.settle(self)
-        return logits
+        return read_and_keep_queries(self, token_ids, num_logits)
 
     def notify_beyond_window(self, num_tokens: int) -> None:
         """Emit `WindowExceeded` if the next `num_tokens` are the first beyond the model's context window."""
@@ -264,7 +249,7 @@ class Context:
 
     def make_room_to_recall(self) -> None:
         """Compact until pages of `recall_tokens` and one more token fit; nothing if nothing can be recalled."""
-        while self.cache.segments and self.tokens_at_rest + 1 > self.rest_tokens:
+        while (self.cache.segments or self.mounts.mounted) and self.tokens_at_rest + 1 > self.rest_tokens:
             self.compact()
 
     def start_background_compaction(self) -> None:

@@ -9,13 +9,17 @@ from torch import Tensor
 
 from am_memory.recall.search_heads import ready_search_heads
 from am_memory.recall.search_queries import HeadSink, SearchQueries
+from am_memory.session import mounting
 
 if TYPE_CHECKING:
     from am_memory.session.context import Context
 
 
 def read_and_keep_queries(context: Context, token_ids: Sequence[int], num_logits: int) -> Tensor:
-    """Read tokens in one pass (see `Engine.forward`); keep the live queries and those of the search heads."""
+    """Read tokens in one pass (see `Engine.forward`); keep the live queries and those of the search heads.
+
+    Mounted texts that wait for the attention sinks join the cache behind these.
+    """
     live, sink, start = context.live, _search_sink(context, len(token_ids)), context.cache.num_tokens
 
     def on_query(index: int, query: Tensor, log_mass: Tensor) -> None:
@@ -28,6 +32,8 @@ def read_and_keep_queries(context: Context, token_ids: Sequence[int], num_logits
     logits = context.engine.forward(
         context.cache, token_ids, num_logits=num_logits, on_query=on_query if is_kept else None
     )
+    if start < context.policy.num_sinks:
+        mounting.settle(context)
     if sink is not None:
         read, before = SearchQueries(start, sink.queries), context.recent_queries
         context.recent_queries = read if before is None else before.then(read)

@@ -14,13 +14,13 @@ from torch import Tensor
 from am_memory.errors import PromptTooLong, UnsupportedOperation
 from am_memory.events import MemoryConsulted, SearchHeadsProgress, Span
 from am_memory.queries import as_turn, message_token_positions, scratch
-from am_memory.recall.originals import are_kept, kept_spans
 from am_memory.recall.paging import Page
-from am_memory.recall.search import best_pages, page_score, span_scores
-from am_memory.recall.search_heads import SPAN_TOKENS, SearchHead, search_heads
+from am_memory.recall.search import best_pages, span_scores
+from am_memory.recall.search_heads import SearchHead, search_heads
 from am_memory.recall.search_queries import MESSAGE_TOKENS, read_on_scratch
 from am_memory.session.context import Context
 from am_memory.session.recalling import recall_pages, with_originals
+from am_memory.session.search_space import SearchSpace, can_search
 
 WRITING_TOKENS = 64
 """The model's own text is looked up each time that it has grown by so many tokens."""
@@ -40,7 +40,10 @@ def recall_while_writing(context: Context) -> tuple[Span, ...]:
 
 def can_look(context: Context) -> bool:
     """Whether there is anything that may be recalled by itself."""
-    return context.recall_tokens > 0 and bool(context.originals) and bool(context.cache.segments)
+    return context.recall_tokens > 0 and (
+        (bool(context.originals) and bool(context.cache.segments))
+        or any(can_search(mounted.named) for mounted in context.mounts.mounted)
+    )
 
 
 def search(context: Context, text: str, top: int) -> list[Span]:
@@ -58,14 +61,10 @@ def search(context: Context, text: str, top: int) -> list[Span]:
             f"tokens, and the text is read behind the conversation's {cache.num_tokens:,}, but {error}"
         ) from error
     queries = read.at(message_token_positions(context.engine, token_ids, cache.num_tokens, len(token_ids)))
-    scores = _scores(context, queries, cache.num_tokens)
-    pages = best_pages(context.engine, context.tokens, cache.segments, scores, max_pages=top)
-    return sorted((_span(context, page, scores) for page in pages), key=lambda span: -span.score)[:top]
-
-
-def _span(context: Context, page: Page, scores: Tensor) -> Span:
-    text = context.engine.decode(context.tokens[page.start : page.end])
-    return Span(page.start, page.end, page_score(scores, page), text)
+    space = SearchSpace.of(context, cache.num_tokens)
+    scores = _scores(context, queries, cache.num_tokens, space)
+    pages = best_pages(context.engine, space.token_ids, space.segments, scores, max_pages=top)
+    return sorted((space.span(context, page, scores) for page in pages), key=lambda span: -span.score)[:top]
 
 
 def _look(context: Context, start: int) -> tuple[Span, ...]:
@@ -75,23 +74,24 @@ def _look(context: Context, start: int) -> tuple[Span, ...]:
     context.read_all()
     context.make_room_to_recall()
     cache = context.cache
-    if start <= cache.segments[0].start:
+    space = SearchSpace.of(context, start)
+    if not space.parts and start <= cache.segments[0].start:
         return ()  # nothing compacted stands before these tokens
-    scores = _scores(context, _queries(context, start), start)
+    scores = _scores(context, _queries(context, start), start, space)
     max_tokens = min(context.recall_tokens, int(context.trigger_tokens - context.tokens_at_rest) - 1)
     found = best_pages(
         context.engine,
-        context.tokens,
-        cache.segments,
-        scores.masked_fill(~_has_originals(context, len(scores)), -torch.inf),
+        space.token_ids,
+        space.segments,
+        scores.masked_fill(~space.kept(len(scores)), -torch.inf),
         least_score=LEAST_SCORE,
         max_tokens=max_tokens,
     )
-    found = [page for page in found if are_kept(context.originals, page.start, page.end)]
-    if not all(_is_exact(context, page) for page in found):
-        recall_pages(context, found, max_tokens)
+    found = [page for page in found if space.are_kept(page)]
+    if not all(_is_exact(context, space.named(page)) for page in found):
+        recall_pages(context, sorted(map(space.named, found)), max_tokens)
     context.original_store.adopt(())  # the keys that are compared take room as well
-    spans = tuple(_span(context, page, scores) for page in found if _is_exact(context, page))
+    spans = tuple(space.span(context, page, scores) for page in found if _is_exact(context, space.named(page)))
     if spans:
         context.notify(MemoryConsulted(context.name, len(context.tokens), spans, cache.kv_tokens))
     return spans
@@ -131,19 +131,12 @@ def _heads(context: Context) -> Sequence[SearchHead]:
     return search_heads(context.engine, context.cache, on_progress).heads
 
 
-def _scores(context: Context, queries: Tensor, num_tokens: int) -> Tensor:
-    """The score of each span of the first `num_tokens` tokens."""
+def _scores(context: Context, queries: Tensor, num_tokens: int, space: SearchSpace) -> Tensor:
+    """The score of each span of the first `num_tokens` tokens, and of the mounted texts."""
+    engine, cache = context.engine, context.cache
     return with_originals(
-        context, lambda: span_scores(context.engine, context.cache, context.originals, queries, num_tokens)
+        context, lambda: span_scores(engine, cache, context.originals, queries, num_tokens, space.texts)
     )
-
-
-def _has_originals(context: Context, num_spans: int) -> Tensor:
-    """(num_spans,) bool: whether any token of a span has an original."""
-    is_there = torch.zeros(num_spans, dtype=torch.bool)
-    for start, end in kept_spans(context.originals):
-        is_there[start // SPAN_TOKENS : -(-end // SPAN_TOKENS)] = True
-    return is_there
 
 
 def _last_words(context: Context) -> int:

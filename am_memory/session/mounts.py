@@ -6,6 +6,7 @@ range for each text. Several texts mounted at one point stand in parallel. Knows
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -52,10 +53,12 @@ class Mount(NamedTuple):
     Attributes:
         text: what it is.
         at_tokens: tokens of the conversation that came before it.
+        recalled: its pages that are exact for now; its tokens count from 0.
     """
 
     text: CompactText
     at_tokens: int
+    recalled: tuple[Page, ...] = ()
 
 
 class Mounted(NamedTuple):
@@ -100,7 +103,8 @@ class Mounts:
 
     def with_record(self, record: MountRecord, named: NamedText | None = None) -> Mounts:
         """With one more step, and its text if that is new."""
-        texts = self.texts if named is None or named in self.texts else (*self.texts, named)
+        is_known = named is None or any(known.start == named.start for known in self.texts)
+        texts = self.texts if is_known or named is None else (*self.texts, named)
         return replace(self, texts=texts, records=(*self.records, record))
 
     def due(self, num_compactions: int, end: int) -> MountRecord | None:
@@ -165,18 +169,33 @@ class Mounts:
         """The mounted text of that name."""
         return next((mounted for mounted in self.mounted if mounted.named.name == name), None)
 
+    def without_lost(self) -> Mounts:
+        """Without originals that turned out to be lost."""
+        texts = tuple(replace(named, text=named.text.without_lost()) for named in self.texts)
+        return replace(self, texts=texts)
+
     @cached_property
     def size(self) -> float:
         """Slots per KV head of all mounted texts."""
         return sum(mounted.named.text.about.num_slots for mounted in self.mounted)
 
+    def shown(self, recalled: Sequence[Page]) -> tuple[Mount, ...]:
+        """The mounted texts for people.
+
+        Args:
+            recalled: all pages that are exact.
+        """
+        found = []
+        for named, at_tokens in self.mounted:
+            pages = [page for page in recalled if page.is_within(named.start, named.end)]
+            moved = tuple(Page(page.start - named.start, page.end - named.start) for page in pages)
+            found.append(Mount(named.text.about, at_tokens, moved))
+        return tuple(found)
+
     def has(self, page: Page) -> bool:
         """Whether a page is of a segment of a mounted text."""
-        return any(
-            segment.start <= page.start < page.end <= segment.end
-            for mounted in self.mounted
-            for segment in mounted.named.segments
-        )
+        segments = (segment for mounted in self.mounted for segment in mounted.named.segments)
+        return any(page.is_within(segment.start, segment.end) for segment in segments)
 
 
 NO_MOUNTS = Mounts()

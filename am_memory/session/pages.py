@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from am_memory.compaction.record import MountRecord, RecallRecord
 from am_memory.errors import InvalidInput, OriginalLost
 from am_memory.events import SpanPutAway, SpanRecalled
-from am_memory.recall import paging
+from am_memory.recall import originals, paging
 from am_memory.recall.originals import KeysAndValues, between
 from am_memory.recall.paging import Page, Recalled
 
@@ -49,6 +49,14 @@ def bring_back_all(context: Context, held: Sequence[Page]) -> None:
         if fit(context, [page]):
             with suppress(OriginalLost):
                 bring_back(context, page)
+
+
+def are_kept(context: Context, page: Page) -> bool:
+    """Whether the originals of a page's tokens are there, as far as is known without reading them."""
+    if page.start >= 0:
+        return originals.are_kept(context.originals, page.start, page.end)
+    named = context.mounts.holding(page.start)
+    return originals.are_kept(named.text.originals, page.start - named.offset, page.end - named.offset)
 
 
 def put_away(context: Context, recalled: Recalled) -> None:

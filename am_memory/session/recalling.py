@@ -10,14 +10,47 @@ from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
-from am_memory.errors import BudgetTooSmall, CompactionFailed, InvalidInput, OriginalLost, PromptTooLong
-from am_memory.events import OriginalsDropped, OriginalsLost
-from am_memory.recall.originals import are_kept
+from am_memory.errors import BudgetTooSmall, CompactionFailed, InvalidInput, OriginalLost, PromptTooLong, is_whole
+from am_memory.events import OriginalsDropped, OriginalsLost, Span
+from am_memory.kv_cache.slots import Segment
 from am_memory.recall.paging import Page, joined
 from am_memory.session import pages
 from am_memory.session.context import Context
 
 T = TypeVar("T")
+
+
+def ends_of(span: object) -> tuple[int, int]:
+    """The first token of a span, and the one after its last; raises InvalidInput for what is no span."""
+    ends = (span.start, span.end) if isinstance(span, Page | Segment | Span) else span
+    if not (isinstance(ends, tuple) and len(ends) == 2 and all(map(is_whole, ends))):
+        raise InvalidInput(
+            f"{span!r} is not a span: give one of `segments`, a result of `search`, or (start, end) in tokens"
+        )
+    return ends
+
+
+def recall_of_tokens(context: Context, start: int, end: int) -> list[Page]:
+    """`recall`, for tokens of the conversation; raises InvalidInput for others."""
+    if not 0 <= start < end <= len(context.tokens):
+        raise InvalidInput(
+            f"there is nothing to recall between tokens {start} and {end}: give a span within the "
+            f"{len(context.tokens)} tokens of the session"
+        )
+    return recall(context, start, end)
+
+
+def recall_of_text(context: Context, name: str, start: int, end: int) -> list[Page]:
+    """`recall`, for tokens of a mounted text, which count from 0; raises InvalidInput for others."""
+    mounted = context.mounts.mounted_as(name)
+    if mounted is None or not 0 <= start < end <= mounted.named.text.num_tokens:
+        raise InvalidInput(
+            f"there is nothing to recall between tokens {start} and {end} of the text {name!r}: mount it, and give a "
+            "span within it"
+        )
+    first = mounted.named.start
+    found = recall(context, first + start, first + end)
+    return [Page(page.start - first, page.end - first) for page in found]
 
 
 def recall(context: Context, start: int, end: int) -> list[Page]:
@@ -38,7 +71,7 @@ def recall(context: Context, start: int, end: int) -> list[Page]:
         wanted = [page for page in around if page.start < end and page.end > start]
         missing = [page for page in wanted if page not in held]
         for page in missing:  # before any room is made for it
-            if not are_kept(context.originals, page.start, page.end):
+            if not pages.are_kept(context, page):
                 raise _not_kept(page)
         if pages.fit(context, missing):
             break
@@ -103,6 +136,12 @@ def forget_lost_originals(context: Context) -> None:
         context.originals = tuple(other for other in context.originals if other is not original)
         event = OriginalsDropped if original.is_dropped else OriginalsLost
         context.notify(event(context.name, original.start, original.end, original.lost or ""))
+    for named in context.mounts.texts:
+        for original in [original for original in named.text.originals if original.lost is not None]:
+            context.mounts = context.mounts.without_lost()
+            start, end = original.start - named.text.start, original.end - named.text.start
+            reason = f"of the mounted text {named.name!r}: {original.lost}"
+            context.notify(OriginalsLost(context.name, start, end, reason))
 
 
 def with_originals(context: Context, use: Callable[[], T]) -> T:
@@ -115,7 +154,8 @@ def with_originals(context: Context, use: Callable[[], T]) -> T:
 
 def _compact_pages(context: Context, start: int, end: int) -> list[Page]:
     """The compacted tokens among [start, end), one page for each segment."""
-    segments = [segment for segment in context.cache.segments if segment.start < end and segment.end > start]
+    of_texts = (segment for mounted in context.mounts.mounted for segment in mounted.named.segments)
+    segments = [one for one in (*of_texts, *context.cache.segments) if one.start < end and one.end > start]
     return [Page(max(segment.start, start), min(segment.end, end)) for segment in segments]
 
 
@@ -134,7 +174,7 @@ def _compact_to_recall(context: Context, wanted: Sequence[Page]) -> None:
         f"the {num_tokens} tokens to recall do not fit below the trigger of {context.trigger_tokens} beside what else "
         "is held: recall a shorter span, or raise trigger_tokens"
     )
-    if context.num_pinned + num_tokens + context.policy.keep_recent >= context.trigger_tokens:
+    if context.num_fixed + num_tokens + context.policy.keep_recent >= context.trigger_tokens:
         raise too_long
     try:
         context.compact()

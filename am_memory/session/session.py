@@ -11,12 +11,14 @@ from collections.abc import Iterator, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, cat
 
+from am_memory.engines.base import in_chunks
 from am_memory.errors import InvalidInput, is_whole, require_kind, require_whole
 from am_memory.events import CompactionReport, SegmentRefined, Span
 from am_memory.kv_cache.slots import Segment
 from am_memory.policy import MemoryPolicy
+from am_memory.queries import scratch
 from am_memory.recall.paging import Page
 from am_memory.session import lookup, mounting, rebuild, recalling, refining
 from am_memory.session.appending import Content, checked_token_ids, encode, extend
@@ -183,7 +185,7 @@ class Session:
         with self._shared.engine_lock, self._context.transaction():
             require_token_ids(self.engine.info, token_ids)
             require_positions(self.engine.info, len(self._context.tokens) + len(token_ids) - 1)
-            return self._context.scratch_logits(token_ids)
+            return scratch_logits(self._context, token_ids)
 
     def compact(self, fraction: float | None = None) -> CompactionReport:
         """Compact now, whether or not the trigger is reached.
@@ -274,19 +276,16 @@ class Session:
                 lost.
             PromptTooLong: it does not fit below the trigger.
         """
-        start, end = _ends(span)
-        if not 0 <= start < end <= len(self._context.tokens):
-            raise InvalidInput(
-                f"there is nothing to recall between tokens {start} and {end}: give a span within the "
-                f"{len(self._context.tokens)} tokens of the session"
-            )
+        start, end = recalling.ends_of(span)
         with self._shared.engine_lock, self._context.transaction():
-            return recalling.recall(self._context, start, end)
+            if isinstance(span, Span) and span.mount is not None:
+                return recalling.recall_of_text(self._context, span.mount, start, end)
+            return recalling.recall_of_tokens(self._context, start, end)
 
     @property
     def recalled(self) -> tuple[Page, ...]:
-        """The pages that are exact for now, the last recalled at the end."""
-        return tuple(recalled.page for recalled in self._context.recalled)
+        """The pages of the conversation that are exact for now, the last recalled at the end."""
+        return tuple(held.page for held in self._context.recalled if held.page.start >= 0)
 
     def mount(self, text: str | TextCache) -> None:
         """Let the model see a compact text from now on, beside what was said; `Memory.compact_text` makes it.
@@ -325,7 +324,7 @@ class Session:
     @property
     def mounts(self) -> tuple[Mount, ...]:
         """The compact texts that are mounted, in the order in which they were."""
-        return tuple(Mount(named.text.about, at_tokens) for named, at_tokens in self._context.mounts.mounted)
+        return self._context.mounts.shown([held.page for held in self._context.recalled])
 
     def fork(self, name: str | None = None, *, policy: MemoryPolicy | None = None) -> Session:
         """A branch with the same content; the two share memory until they differ.
@@ -398,11 +397,10 @@ class Session:
             raise InvalidInput(f"session {self.name!r} is empty: append something before asking what follows")
 
 
-def _ends(span: object) -> tuple[int, int]:
-    """The first token of a span, and the one after its last."""
-    ends = (span.start, span.end) if isinstance(span, Page | Segment | Span) else span
-    if not (isinstance(ends, tuple) and len(ends) == 2 and all(map(is_whole, ends))):
-        raise InvalidInput(
-            f"{span!r} is not a span: give one of `segments`, a result of `search`, or (start, end) in tokens"
-        )
-    return ends
+def scratch_logits(context: Context, token_ids: Sequence[int]) -> Tensor:
+    """Logits at each of `token_ids`, (len(token_ids), vocab_size) float32; they do not become part of the context."""
+    context.read_all()
+    ids = [context.tokens[-1], *token_ids[:-1]]
+    with scratch(context.cache):
+        chunks = in_chunks(ids, context.chunk_tokens)
+        return cat([context.engine.forward(context.cache, chunk, num_logits=len(chunk)) for chunk in chunks])

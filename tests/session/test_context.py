@@ -42,6 +42,7 @@ from am_memory.queries import Passage, QuerySources, ReferenceQueries, StudyConv
 from am_memory.recall.original_store import OriginalStore
 from am_memory.session.context import Context
 from am_memory.session.rebuild import rewind
+from am_memory.session.session import scratch_logits
 
 POLICY = plain_policy(trigger_tokens=64, keep_ratio=0.25, keep_recent=6, pinned=3, chunk_tokens=16)
 LIVE = ("live",)
@@ -251,10 +252,10 @@ def test_scratch_logits_leave_everything_as_it_was(new_context: NewContext) -> N
     context = new_context()
     read(context, some_tokens(100))
     before = snapshot(context)
-    first = context.scratch_logits(some_tokens(70, seed=2))
+    first = scratch_logits(context, some_tokens(70, seed=2))
     assert first.shape == (70, 260)
     assert snapshot(context) == before
-    torch.testing.assert_close(context.scratch_logits(some_tokens(70, seed=2)), first, rtol=0, atol=0)
+    torch.testing.assert_close(scratch_logits(context, some_tokens(70, seed=2)), first, rtol=0, atol=0)
 
 
 # Queries
@@ -354,7 +355,7 @@ def test_live_queries_are_those_that_passed(new_context: NewContext) -> None:
     in_pieces, at_once = new_context(reference_queries=LIVE), new_context(reference_queries=LIVE, chunk_tokens=512)
     tokens = some_tokens(60)
     read(in_pieces, tokens[:40])
-    in_pieces.scratch_logits(some_tokens(9))
+    scratch_logits(in_pieces, some_tokens(9))
     read(in_pieces, tokens[40:])
     read(at_once, tokens)
     for one, other in zip(*(sampled(each) for each in (in_pieces, at_once)), strict=True):
