@@ -26,11 +26,15 @@ from am_memory.errors import (
     TextNotFound,
     UnsupportedOperation,
 )
-from am_memory.events import Event, TextMounted, TextUnmounted, ignore
+from am_memory.events import Event, MemoryConsulted, OriginalsLost, Span, TextMounted, TextUnmounted, ignore
 from am_memory.kv_cache.int8 import decoded
+from am_memory.recall import search
+from am_memory.recall.originals import Loss
+from am_memory.recall.paging import Page
+from am_memory.session import lookup, pages
 from am_memory.storage.store import Store
 
-POLICY = plain_policy(trigger_tokens=160, keep_ratio=0.25, keep_recent=8, pinned=3, chunk_tokens=1)
+POLICY = plain_policy(trigger_tokens=160, keep_ratio=0.25, keep_recent=8, pinned=3, chunk_tokens=16)
 EVERYTHING = {"keep_ratio": 1.0, "trigger_tokens": 2000, "max_compact_tokens": 900}
 HANDBOOK = "The ferry leaves at noon, and the key is under the third stone from the left. "
 NewMemory = Callable[..., Memory]
@@ -153,7 +157,7 @@ def test_texts_mounted_at_one_point_have_no_order(new_memory: NewMemory) -> None
 
 
 def test_a_new_session_sees_a_text_behind_its_attention_sinks(new_memory: NewMemory) -> None:
-    memory = new_memory()
+    memory = new_memory(chunk_tokens=1)
     memory.compact_text(some_tokens(80, 1), "handbook")
     late, early = memory.session("late"), memory.session("early")
     late.append(some_tokens(4))  # the policy pins 3, and the last token is not read yet
@@ -222,7 +226,7 @@ def test_a_session_hands_on_what_it_remembers(new_memory: NewMemory) -> None:
 
 
 def test_the_cache_stays_below_the_trigger(new_memory: NewMemory) -> None:
-    memory = new_memory()
+    memory = new_memory(chunk_tokens=1)
     memory.compact_text(some_tokens(150, 1), "one")
     memory.compact_text(some_tokens(130, 2), "other")
     session = memory.session("alice")
@@ -271,7 +275,7 @@ def test_a_text_that_does_not_fit_is_refused_before_anything_changes(new_memory:
 def test_a_text_moves_nearer_before_it_leaves_the_window(engine: TransformersEngine) -> None:
     narrow = copy.copy(engine)
     narrow.info = replace(engine.info, window_tokens=300)
-    memory = Memory(narrow, POLICY, sampling=Sampling(temperature=0))
+    memory = Memory(narrow, POLICY.with_changes(chunk_tokens=1), sampling=Sampling(temperature=0))
     memory.compact_text(some_tokens(80, 1), "handbook")
     session = memory.session("alice")
     session.append(some_tokens(30))
@@ -303,7 +307,7 @@ def test_an_unmounted_text_leaves_nothing(new_memory: NewMemory) -> None:
 @pytest.mark.parametrize("length", [200, 420])
 def test_going_back_undoes_mounts_and_repeats_them(new_memory: NewMemory, length: int) -> None:
     """Short, the tail is cut; long, compactions in between make it a rebuild."""
-    memory = new_memory(trigger_tokens=300, keep_recent=60)
+    memory = new_memory(trigger_tokens=300, keep_recent=60, chunk_tokens=1)
     memory.compact_text(some_tokens(80, 1), "one")
     memory.compact_text(some_tokens(90, 2), "other")
     session = memory.session("alice")
@@ -386,13 +390,13 @@ def mounted_session(memory: Memory) -> Session:
 @pytest.mark.parametrize("segment_dtype", ["model", "int8"])
 def test_a_saved_session_keeps_its_texts(new_memory: NewMemory, segment_dtype: str) -> None:
     """Also if they were deleted: their names are free for others."""
-    memory = new_memory(has_store=True, segment_dtype=segment_dtype)
+    memory = new_memory(has_store=True, segment_dtype=segment_dtype, chunk_tokens=1)
     session = mounted_session(memory)
     session.save()
     for name in ("one", "other"):
         memory.delete_compact_text(name)
     assert memory.compact_texts() == []
-    resumed = new_memory(has_store=True, segment_dtype=segment_dtype).session("alice")
+    resumed = new_memory(has_store=True, segment_dtype=segment_dtype, chunk_tokens=1).session("alice")
     assert resumed.mounts == session.mounts
     assert_same(held(resumed), held(session))
     for each in (session, resumed):
@@ -467,7 +471,7 @@ def test_another_models_text_is_refused_by_name(
 
 
 def test_texts_and_background_compactions(new_memory: NewMemory) -> None:
-    memory = new_memory(ahead_tokens=16)
+    memory = new_memory(ahead_tokens=16, chunk_tokens=1)
     memory.compact_text(some_tokens(80, 1), "handbook")
     session = memory.session("alice")
     for seed in range(12):
@@ -483,7 +487,7 @@ def test_texts_and_background_compactions(new_memory: NewMemory) -> None:
 
 
 def test_texts_in_int8(new_memory: NewMemory) -> None:
-    memory = new_memory(segment_dtype="int8")
+    memory = new_memory(segment_dtype="int8", chunk_tokens=1)
     memory.compact_text(some_tokens(120, 1), "handbook")
     session = memory.session("alice")
     session.append(some_tokens(40))
@@ -500,7 +504,11 @@ def test_texts_in_int8(new_memory: NewMemory) -> None:
 def test_a_model_with_sliding_windows_sees_a_text_in_its_other_layers(
     new_sliding_model: Callable[[], PreTrainedModel], byte_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    memory = Memory(TransformersEngine(new_sliding_model(), byte_tokenizer), POLICY, sampling=Sampling(temperature=0))
+    memory = Memory(
+        TransformersEngine(new_sliding_model(), byte_tokenizer),
+        POLICY.with_changes(chunk_tokens=1),
+        sampling=Sampling(temperature=0),
+    )
     memory.compact_text(some_tokens(80, 1), "handbook")
     session = memory.session("alice")
     session.append(some_tokens(40))
@@ -545,3 +553,153 @@ def test_wrong_names_and_texts_are_refused(new_memory: NewMemory) -> None:
         memory.compact_text(HANDBOOK, "")
     assert context_of(session).awaited_text is None
     assert cache_of(session).num_tokens == len(session.tokens) - 1
+
+
+# Pages
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model looks for nothing: what it attends to most is recalled however little that is."""
+    monkeypatch.setattr(lookup, "LEAST_SCORE", -1e20)
+
+
+PAGES = {"originals": "host", "trigger_tokens": 256, "recall_tokens": 64}
+
+
+def test_a_page_of_a_text_holds_what_was_read(new_memory: NewMemory, engine: TransformersEngine) -> None:
+    """By hand: its exact entries, turned to where the text is mounted, take the place of its slots."""
+    memory, token_ids = new_memory(**PAGES), some_tokens(120, 1)
+    memory.compact_text(token_ids, "handbook")
+    session = memory.session("alice")
+    session.append(some_tokens(30))
+    session.mount("handbook")
+    before = held(session)
+    assert session.recall(Span(40, 60, 0.0, "", "handbook")) == [Page(40, 60)]
+    assert session.mounts[0].recalled == (Page(40, 60),)
+    assert session.recalled == ()
+    cache = engine.new_cache()
+    engine.forward(cache, [*memory.tokenize("\n"), *token_ids])
+    for mine, whole in zip(layers_of(session), cache.compactable, strict=True):
+        key, value = whole.exact_entries(41, 61)
+        for head in range(mine.num_heads):
+            slots = mine.slots.head(head)
+            exact = slots.where((slots.bias == 0) & (slots.positions < 0))
+            torch.testing.assert_close(exact.key[-20:], turned(key[head], 29 - 121), rtol=0, atol=1e-4)
+            torch.testing.assert_close(exact.value[-20:], value[head], rtol=0, atol=1e-4)
+    context = context_of(session)
+    pages.put_away(context, context.recalled[0])
+    assert_same(held(session), before)
+    with pytest.raises(InvalidInput, match="of the text 'handbook'"):
+        session.recall(Span(100, 140, 0.0, "", "handbook"))
+
+
+@pytest.mark.parametrize("ahead_tokens", [0, 16])
+def test_lookups_cover_mounted_texts(new_memory: NewMemory, eager: None, ahead_tokens: int) -> None:
+    events: list[Event] = []
+    memory = new_memory(events.append, **PAGES, has_store=True, chunk_tokens=1, ahead_tokens=ahead_tokens)
+    memory.compact_text(some_tokens(120, 1), "handbook")
+    session = memory.session("alice")
+    session.mount("handbook")
+    session.append([{"role": "user", "content": "When does the ferry leave?"}])
+    pieces = list(session.generate(6))
+    spans = pieces[0].looked_up
+    assert spans
+    assert all(span.mount == "handbook" and 0 <= span.start < span.end <= 120 for span in spans)
+    assert spans[0].text == memory.engine.decode(some_tokens(120, 1)[spans[0].start : spans[0].end])
+    assert [Page(span.start, span.end) for span in spans] == sorted(session.mounts[0].recalled)
+    assert any(isinstance(event, MemoryConsulted) for event in events)
+    for seed in range(4):
+        session.append([{"role": "user", "content": bytes(97 + t % 26 for t in some_tokens(60, seed)).decode()}])
+        list(session.generate(3))
+        assert session.stats.kv_tokens <= 256
+    assert_equals_its_rebuild(session)
+
+    session.save()
+    resumed = new_memory(**PAGES, has_store=True, chunk_tokens=1, ahead_tokens=ahead_tokens).session("alice")
+    assert resumed.mounts == session.mounts
+    for each in (session, resumed):
+        each.append([{"role": "user", "content": "And when does it come back?"}])
+    assert [piece.text for piece in session.generate(4)] == [piece.text for piece in resumed.generate(4)]
+    session.rewind(60)
+    assert_equals_its_rebuild(session)
+    session.unmount("handbook")
+    assert session.mounts == ()
+
+
+def test_a_search_finds_places_in_texts_and_conversation(new_memory: NewMemory) -> None:
+    memory = new_memory(**PAGES)
+    memory.compact_text(some_tokens(120, 1), "one")
+    memory.compact_text(some_tokens(100, 2), "other")
+    session = memory.session("alice")
+    session.append(some_tokens(200))
+    session.mount("one")
+    session.mount("other")
+    session.compact(0.9)
+    before = held(session)
+    found = session.search("What is it about?", top=30)
+    assert {span.mount for span in found} == {None, "one", "other"}
+    texts = {None: list(session.tokens), "one": some_tokens(120, 1), "other": some_tokens(100, 2)}
+    for span in found:
+        assert span.text == memory.engine.decode(texts[span.mount][span.start : span.end])
+    assert_same(held(session), before)
+
+
+def test_originals_of_a_text_that_are_lost_are_reported_once(new_memory: NewMemory, eager: None) -> None:
+    events: list[Event] = []
+    memory = new_memory(events.append, **PAGES)
+    memory.compact_text(some_tokens(120, 1), "handbook")
+    session = memory.session("alice")
+    session.mount("handbook")
+    session.append([{"role": "user", "content": "When does the ferry leave?"}])
+    for original in context_of(session).mounts.texts[0].text.originals:
+        original.replace(Loss("a test"))
+    list(session.generate(2))
+    lost = [event for event in events if isinstance(event, OriginalsLost)]
+    assert [event.reason for event in lost] == ["of the mounted text 'handbook': a test"]
+    assert session.mounts[0].recalled == ()
+
+
+def test_a_long_text_and_a_rough_first_look(
+    new_memory: NewMemory, eager: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search chooses spans of a text in a first look as it does those of a conversation."""
+    memory = new_memory(**PAGES)
+    memory.compact_text(some_tokens(500, 1), "handbook")
+    session = memory.session("alice")
+    session.append(some_tokens(60))
+    session.mount("handbook")
+    exact = session.search("What is it about?", top=3)
+    monkeypatch.setattr(search, "EXACT_SPANS", 8)
+    monkeypatch.setattr(search, "EXACT_SHARE", 1.0)
+    rough = session.search("What is it about?", top=3)
+    assert [(span.mount, span.start) for span in rough] == [(span.mount, span.start) for span in exact]
+
+
+@pytest.mark.model
+def test_the_demo_model_answers_from_a_mounted_text(
+    demo: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> None:
+    """The right number is likelier by far than without the text, and likelier still with its page."""
+    text = (
+        "The observatory stands on the hill above the town. Its key hangs behind the bar of the inn. In winter the road "
+        "is closed, and visitors walk up along the brook, which takes twenty minutes. The code of the cash box in the "
+        "hall is 7351, and nobody but the warden may know it. On clear nights one sees the great nebula, and the "
+        "children push the dome round by hand, because the motor gave up years ago. The library is open on Mondays."
+    )
+    memory = Memory(TransformersEngine(*demo), sampling=Sampling(temperature=0))
+    memory.compact_text(text, "guide")
+    likely = []
+    for is_mounted in (False, True):
+        session = memory.scratch()
+        if is_mounted:
+            session.mount("guide")
+        session.append([{"role": "user", "content": "What is the code of the cash box in the hall?"}])
+        pieces = list(session.generate(1))
+        session.rewind(len(session.tokens) - 1)
+        if is_mounted:
+            assert any("7351" in span.text for span in pieces[0].looked_up)
+        opening, answer = memory.tokenize("The code of the cash box is"), memory.tokenize(" 7351")
+        logits = session.logits([*opening, *answer])[len(opening) :].log_softmax(-1)
+        likely.append(float(logits[torch.arange(len(answer)), torch.tensor(answer)].sum()))
+    assert likely[1] > likely[0] + 5
