@@ -7,6 +7,7 @@ Its own entries stay as they are: reading it once more beside the exact pages ga
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -140,7 +141,10 @@ def _scores(context: Context, queries: Tensor, num_tokens: int, space: SearchSpa
 
 
 def _last_words(context: Context) -> int:
-    """Where the messages since the model's last answer begin; without messages, 0."""
+    """Where the messages since the model's last answer, or since the system prompt, begin; without messages, 0."""
     history = context.history
     behind = zip(history.messages, history.starts[1:], strict=False)
-    return max((end for message, end in behind if message["role"] == "assistant"), default=0)
+    answered = max((end for message, end in behind if message["role"] == "assistant"), default=0)
+    roles = (message["role"] for message in history.messages)
+    num_system = sum(1 for _ in takewhile(lambda role: role in ("system", "developer"), roles))
+    return max(answered, *history.starts[num_system : num_system + 1], 0)

@@ -171,6 +171,8 @@ def _problem_of_mounted(text: TextCache, info: ModelInfo, like: Snapshot) -> str
     layers = [_entries(layer) for layer in like.layers if isinstance(layer, TailState)]
     kinds = [[(slots.num_heads,), _row_kind(slots.key), _row_kind(slots.value)] for slots in text.slots]
     expected = [[(entries[0].shape[1],), *(_row_kind(rows[0, 0]) for rows in entries)] for entries in layers]
+    if text.about.num_slots != text.mean_slots:
+        return f"{text.about.name!r} has {text.mean_slots} slots, and claims {text.about.num_slots}"
     if kinds != expected:
         return f"the slots of {text.about.name!r} are of layers {kinds}, and the model has {expected}"
     if not all(bool(_is_finite(slots)) for slots in text.slots):

@@ -72,6 +72,8 @@ class TextMaking:
 
     @classmethod
     def _of_session(cls, shared: Shared, name: str, session: Session) -> TextMaking:
+        if session._shared is not shared:
+            raise InvalidInput(f"session {session.name!r} belongs to another memory: give its messages, or its tokens")
         with shared.engine_lock:
             context = session._context.fork(name)
             context.background_compaction = None

@@ -80,6 +80,11 @@ class TextCache:
     def num_tokens(self) -> int:
         return self.end - self.start
 
+    @property
+    def mean_slots(self) -> float:
+        """Slots, mean over KV heads."""
+        return sum(slots.num_slots for slots in self.slots) / max(sum(slots.num_heads for slots in self.slots), 1)
+
     def without_lost(self) -> TextCache:
         """The same text without the originals that turned out to be lost."""
         kept = tuple(original for original in self.originals if original.lost is None)
