@@ -20,7 +20,6 @@ from am_memory.compaction.job import CompactionJob, CompactionResult
 from am_memory.compaction.plan import (
     CacheSizes,
     Plan,
-    most_at_once,
     originals_place,
     plan_compaction,
     recall_tokens,
@@ -174,11 +173,11 @@ class Context:
         """Read everything. Logits of the next token, (vocab_size,) float32.
 
         Args:
-            keeps_room: make room for recalled pages first, see `make_room_to_recall`.
+            keeps_room: make room for recalled pages first, see `pages.make_room`.
         """
         self.read_all()
         if keeps_room:
-            self.make_room_to_recall()
+            pages.make_room(self)
         self.compact_if_due()
         return self.forward(self.tokens[-1:], num_logits=1)[0]
 
@@ -226,16 +225,11 @@ class Context:
         due_at = self.due_tokens - (self.policy.ahead_tokens if is_ahead else 0)
         return int(min(due_at - self.tokens_at_rest, self.trigger_tokens - self.kv_tokens))
 
-    @property
-    def most_at_once(self) -> int:
-        """The most tokens for which `compact_if_due` is sure to make room."""
-        return most_at_once(self.policy, self.rest_tokens, self.num_fixed)
-
     def compact_if_due(self, at_once: int = 1) -> None:
         """Compact until `at_once` more tokens fit, or put away pages that were recalled beyond `recall_tokens`.
 
         Args:
-            at_once: no more than `most_at_once`.
+            at_once: no more than `plan.most_at_once`.
         """
         if self.background_compaction is not None:
             self.background_compaction.relay(self.progress)
@@ -246,11 +240,6 @@ class Context:
                 self.start_background_compaction()
             else:
                 self.compact()
-
-    def make_room_to_recall(self) -> None:
-        """Compact until pages of `recall_tokens` and one more token fit; nothing if nothing can be recalled."""
-        while (self.cache.segments or self.mounts.mounted) and self.tokens_at_rest + 1 > self.rest_tokens:
-            self.compact()
 
     def start_background_compaction(self) -> None:
         """Start a compaction in the background, to be swapped in at the trigger."""

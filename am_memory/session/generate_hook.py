@@ -13,6 +13,7 @@ from typing import cast
 
 from torch import Tensor
 
+from am_memory.compaction.plan import most_at_once
 from am_memory.errors import UnsupportedOperation
 from am_memory.events import ReadProgress
 from am_memory.kv_cache.cache import KVCache
@@ -108,7 +109,7 @@ class _Watch:
         """Raise UnsupportedOperation if `at_once` tokens do not fit and no compaction is sure to make room for them."""
         if self.cache.kv_tokens + num_tokens <= self.context.due_tokens - self.context.policy.ahead_tokens:
             return
-        most = self.context.most_at_once
+        most = most_at_once(self.context.policy, self.context.rest_tokens, self.context.num_fixed)
         if at_once <= most:
             return
         if what_for:

@@ -19,6 +19,7 @@ from am_memory.recall.paging import Page
 from am_memory.recall.search import best_pages, span_scores
 from am_memory.recall.search_heads import SearchHead, search_heads
 from am_memory.recall.search_queries import MESSAGE_TOKENS, read_on_scratch
+from am_memory.session import pages
 from am_memory.session.context import Context
 from am_memory.session.recalling import recall_pages, with_originals
 from am_memory.session.search_space import SearchSpace, can_search
@@ -73,7 +74,7 @@ def _look(context: Context, start: int) -> tuple[Span, ...]:
     if not can_look(context):
         return ()
     context.read_all()
-    context.make_room_to_recall()
+    pages.make_room(context)
     cache = context.cache
     space = SearchSpace.of(context, start)
     if not space.parts and start <= cache.segments[0].start:

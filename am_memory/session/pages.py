@@ -110,6 +110,12 @@ def _growth(context: Context, page: Page) -> float:
     return page.num_tokens - num_slots / max(context.cache.num_heads, 1)
 
 
+def make_room(context: Context) -> None:
+    """Compact until pages of `recall_tokens` and one more token fit; nothing if nothing can be recalled."""
+    while (context.cache.segments or context.mounts.mounted) and context.tokens_at_rest + 1 > context.rest_tokens:
+        context.compact()
+
+
 def record_recall(context: Context, page: Page, *, is_exact: bool) -> None:
     """Record that the tokens read from now on see a page exact, or compact."""
     num_tokens, num_compactions = context.cache.num_tokens, len(context.records)

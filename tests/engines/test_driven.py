@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Experiments, Memory
+from am_memory.compaction.plan import most_at_once
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import UnsupportedOperation
 from am_memory.kv_cache.cache import KVCache
@@ -235,7 +236,8 @@ def test_room_for_as_many_as_are_sure_to_fit_can_be_made_at_any_time(
 ) -> None:
     policy = POLICY.model_copy(update=changes)
     memory = Memory(engine, policy)
-    most = context_of(memory.scratch()).most_at_once
+    context = context_of(memory.scratch())
+    most = most_at_once(context.policy, context.rest_tokens, context.num_fixed)
     assert most > 3
     for start in range(40, 64, 3):
         session = memory.scratch()
