@@ -18,7 +18,8 @@ from am_memory.compaction.plan import originals_place, recall_tokens, require_pr
 from am_memory.engines.base import Engine, Message
 from am_memory.engines.names import DtypeName, EngineName, as_dtype, require_engine_name
 from am_memory.errors import InvalidInput, InvalidPolicy, SessionNotFound, StorageError, require_kind
-from am_memory.events import CompactionFinished, Event, Listener, OriginUnknown, PolicyChanged, ignore, log
+from am_memory.event_log import log
+from am_memory.events import CompactionFinished, Event, Listener, OriginUnknown, PolicyChanged, ignore
 from am_memory.formatting import counted
 from am_memory.kv_cache.cache import KVCache
 from am_memory.policy import MemoryPolicy
@@ -356,8 +357,7 @@ class Memory:
         """The compact text of that name, for `Session.mount`. It needs no engine, so another thread may read it.
 
         Raises:
-            TextNotFound: there is none.
-            StorageError: it cannot be read.
+            TextNotFound, StorageError: there is none, or it cannot be read.
         """
         return self._shared.texts.get(name)
 
@@ -366,11 +366,7 @@ class Memory:
         return self._shared.texts.all()
 
     def delete_compact_text(self, name: str) -> None:
-        """Delete a compact text, from memory and from the store. Sessions that have mounted it keep it.
-
-        Raises:
-            TextNotFound: there is none of that name.
-        """
+        """Delete a compact text; sessions that have mounted it keep it. Raises TextNotFound if there is none."""
         self._shared.texts.delete(name)
 
     def cache(self) -> KVCache:

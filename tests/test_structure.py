@@ -15,7 +15,7 @@ INTEGRATIONS = ROOT / "integrations"
 
 # A part of am_memory imports those before it and no other, for types or inside functions neither.
 ORDER = (
-    *("formatting", "errors", "events"),
+    *("formatting", "errors", "events", "event_log"),
     *("solver", "kv_cache"),
     "engines",
     *("policy", "budgets"),

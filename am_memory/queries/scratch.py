@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from torch import Tensor
 
-from am_memory.engines.base import Engine, SessionCache, SessionLayer
+from am_memory.engines.base import Engine, SessionCache, SessionLayer, in_chunks
 
 Passes = list[tuple[Tensor, Tensor]]
 """One pair (query, log_mass) for each forward pass, as `OnQuery` gets them from one layer."""
@@ -48,6 +49,18 @@ class scratch:
         for layer, kept in zip(self._cache.compactable, self._kept, strict=True):
             for entries, before in zip(self._entries(layer), kept, strict=True):
                 entries.copy_(before)
+
+
+def logits_on_scratch(engine: Engine, cache: SessionCache, token_ids: Sequence[int], chunk_tokens: int) -> Tensor:
+    """Read tokens behind what the cache holds, and take the logits of each, (len(token_ids), vocab_size) float32.
+
+    Args:
+        cache: restored afterwards, whatever happens.
+        chunk_tokens: tokens in one forward pass.
+    """
+    with scratch(cache):
+        chunks = in_chunks(token_ids, chunk_tokens)
+        return torch.cat([engine.forward(cache, chunk, num_logits=len(chunk)) for chunk in chunks])
 
 
 def queries_on_scratch(

@@ -11,14 +11,13 @@ from collections.abc import Iterator, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, cat
+from torch import Tensor
 
-from am_memory.engines.base import in_chunks
 from am_memory.errors import InvalidInput, is_whole, require_kind, require_whole
 from am_memory.events import CompactionReport, SegmentRefined, Span
 from am_memory.kv_cache.slots import Segment
 from am_memory.policy import MemoryPolicy
-from am_memory.queries import scratch
+from am_memory.queries import logits_on_scratch
 from am_memory.recall.paging import Page
 from am_memory.session import lookup, mounting, rebuild, recalling, refining
 from am_memory.session.appending import Content, checked_token_ids, encode, extend
@@ -185,7 +184,10 @@ class Session:
         with self._shared.engine_lock, self._context.transaction():
             require_token_ids(self.engine.info, token_ids)
             require_positions(self.engine.info, len(self._context.tokens) + len(token_ids) - 1)
-            return scratch_logits(self._context, token_ids)
+            context = self._context
+            context.read_all()
+            ids = [context.tokens[-1], *token_ids[:-1]]
+            return logits_on_scratch(self.engine, context.cache, ids, context.chunk_tokens)
 
     def compact(self, fraction: float | None = None) -> CompactionReport:
         """Compact now, whether or not the trigger is reached.
@@ -395,12 +397,3 @@ class Session:
     def _require_tokens(self) -> None:
         if not self._context.tokens:
             raise InvalidInput(f"session {self.name!r} is empty: append something before asking what follows")
-
-
-def scratch_logits(context: Context, token_ids: Sequence[int]) -> Tensor:
-    """Logits at each of `token_ids`, (len(token_ids), vocab_size) float32; they do not become part of the context."""
-    context.read_all()
-    ids = [context.tokens[-1], *token_ids[:-1]]
-    with scratch(context.cache):
-        chunks = in_chunks(ids, context.chunk_tokens)
-        return cat([context.engine.forward(context.cache, chunk, num_logits=len(chunk)) for chunk in chunks])

@@ -38,11 +38,10 @@ from am_memory.events import (
     ignore,
 )
 from am_memory.kv_cache.slots import PINNED_RANK
-from am_memory.queries import Passage, QuerySources, ReferenceQueries, StudyConversations
+from am_memory.queries import Passage, QuerySources, ReferenceQueries, StudyConversations, logits_on_scratch
 from am_memory.recall.original_store import OriginalStore
 from am_memory.session.context import Context
 from am_memory.session.rebuild import rewind
-from am_memory.session.session import scratch_logits
 
 POLICY = plain_policy(trigger_tokens=64, keep_ratio=0.25, keep_recent=6, pinned=3, chunk_tokens=16)
 LIVE = ("live",)
@@ -51,6 +50,13 @@ STUDY = {"reference_queries": ("repeat", "self_study"), "self_study_tokens": 8}
 PACKAGE = str(Path(am_memory.__file__).parent)
 
 NewContext = Callable[..., Context]
+
+
+def scratch_logits(context: Context, token_ids: list[int]) -> torch.Tensor:
+    """The model's predictions at each token, which does not become part of the context."""
+    context.read_all()
+    ids = [context.tokens[-1], *token_ids[:-1]]
+    return logits_on_scratch(context.engine, context.cache, ids, context.chunk_tokens)
 
 
 @pytest.fixture
