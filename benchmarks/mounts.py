@@ -88,10 +88,11 @@ def names_one(text: str, accepted: Sequence[str]) -> bool:
 class Documents:
     """The documents, their questions, and sessions that have them in one way or another."""
 
-    def __init__(self, memory: Memory, trigger: int) -> None:
+    def __init__(self, memory: Memory, trigger: int, limit: int) -> None:
         content = json.loads((FOLDER / "questions.json").read_text(encoding="utf-8"))
         self.memory, self.trigger = memory, trigger
-        self.questions: dict[str, list[tuple[str, list[str]]]] = content["documents"]
+        asked: dict[str, list[tuple[str, list[str]]]] = content["documents"]
+        self.questions = {name: questions[:limit] for name, questions in asked.items()}
         self.contradictions: list[tuple[str, dict[str, list[str]]]] = content["contradictions"]
         self.texts = {name: (FOLDER / f"{name}.txt").read_text(encoding="utf-8") for name in self.questions}
 
@@ -164,10 +165,11 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=24, help="of an answer at most")
     rows = [NOTHING, MOUNTED, RECALLED, FULL, COMPACTED]
     parser.add_argument("--rows", nargs="+", choices=rows, default=rows)
+    parser.add_argument("--limit", type=int, default=6, help="questions of each document")
     parser.add_argument("--out", help="write the answers as JSON")
     args = parser.parse_args()
     memory = Memory.from_pretrained(args.model, engine=args.engine, policy=PLAIN)
-    documents = Documents(memory, args.trigger)
+    documents = Documents(memory, args.trigger, args.limit)
     if {MOUNTED, RECALLED} & {*args.rows}:
         seconds, _ = seconds_of(documents.make)
         print(f"made in {seconds:.0f} s", flush=True)

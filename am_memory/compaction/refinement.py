@@ -64,7 +64,7 @@ class Refinement:
 
     Attributes:
         policy: as `refining` returns it.
-        state: of the conversation's cache, with nothing recalled.
+        state: of the conversation's cache, with nothing recalled and nothing mounted.
         segment: one of the state's.
         tokens: of the conversation, to the end of the segment.
         later_tokens: the first ones behind it, as far as its compaction had seen them. The model repeats the segment

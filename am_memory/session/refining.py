@@ -14,6 +14,7 @@ from am_memory.budgets import calibration_for
 from am_memory.compaction.record import RefinementRecord
 from am_memory.compaction.refinement import Refinement, RefinementResult, refining
 from am_memory.events import SegmentRefined
+from am_memory.kv_cache.cache import without_mounted
 from am_memory.kv_cache.int8 import decoded
 from am_memory.kv_cache.slots import Segment
 from am_memory.recall.originals import are_kept
@@ -110,7 +111,7 @@ def plan_refinement(context: Context, segment: Segment, record: RefinementRecord
     return Refinement(
         engine=context.engine,
         policy=policy,
-        state=at_rest(context.cache.state(), context.recalled),
+        state=without_mounted(at_rest(context.cache.state(), context.recalled)),
         segment=segment,
         tokens=context.tokens[: segment.end],
         later_tokens=context.tokens[segment.end : min(_seen_until(context, segment), segment.end + MOST_LATER_TOKENS)],

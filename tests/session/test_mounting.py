@@ -555,6 +555,25 @@ def test_wrong_names_and_texts_are_refused(new_memory: NewMemory) -> None:
     assert cache_of(session).num_tokens == len(session.tokens) - 1
 
 
+def test_a_refinement_does_not_see_mounted_texts(new_memory: NewMemory) -> None:
+    """So it is the same before and after a text is mounted at its place, and a rebuild need not know which came first."""
+    memory = new_memory(originals="host", recall_tokens=0, chunk_tokens=1, self_study_tokens=4, trigger_tokens=256)
+    memory.compact_text(some_tokens(80, 1), "handbook")
+    session = memory.session("alice")
+    session.append(some_tokens(140))
+    session.compact(0.6)
+    session.mount("handbook")
+    session.refine()
+    assert session.stats.num_refined == 1
+    session.append(some_tokens(20, 2))
+    assert_equals_its_rebuild(session)
+    other = session.fork()
+    other.rewind(140)
+    other.unmount("handbook")
+    other.mount("handbook")
+    assert_equals_its_rebuild(other)
+
+
 # Pages
 
 
