@@ -23,6 +23,7 @@ from torch import Tensor
 
 from am_memory import AMMemoryError, Experiments, Memory, MemoryPolicy, Sampling, Session
 from am_memory.engines.base import Engine
+from am_memory.events import Span
 from am_memory.kv_cache.int8 import Quantised, decoded
 from am_memory.kv_cache.layers import SlidingState, TailState
 from am_memory.session.appending import add, encode, read
@@ -30,6 +31,7 @@ from am_memory.session.context import Context
 from am_memory.session.rebuild import rebuild
 
 POLICY = plain_policy(trigger_tokens=128, keep_ratio=0.25, keep_recent=6, pinned=3, chunk_tokens=1, self_study_tokens=8)
+TEXT_POLICY = plain_policy(trigger_tokens=128, keep_ratio=0.2, keep_recent=6, originals="host")
 ROOM_BYTES = 40_000
 """Host memory, and room on disk, for originals: a few are dropped now and then."""
 POLICIES: dict[str, dict[str, object]] = {
@@ -65,6 +67,9 @@ KINDS = {
     "compact": 2,
     "recall": 3,
     "refine": 1,
+    "mount": 2,
+    "unmount": 1,
+    "recall in a text": 2,
     "save": 2,
     "logits": 1,
 }
@@ -79,7 +84,8 @@ def differences(one: Context, other: Context, atol: float = 0) -> list[str]:
             "records": lambda context: context.records,
             "segments": lambda context: context.cache.segments,
             "tokens read": lambda context: context.cache.num_tokens,
-            "recalled": lambda context: [each.page for each in context.recalled],
+            "recalled": lambda context: sorted(each.page for each in context.recalled),
+            "mounted": lambda context: [(each.named.start, each.at_tokens) for each in context.mounts.mounted],
             "under way": lambda context: context.background_compaction and context.background_compaction.at_tokens,
         }.items()
         if of(one) != of(other)
@@ -188,6 +194,24 @@ class Driver:
 
     def refine(self) -> None:
         self.session.refine()
+
+    def mount(self) -> None:
+        """A text that there is, or a new one."""
+        name, num_tokens = self.random.choice(["one", "other"]), self.random.randint(10, 60)
+        memory = Memory(self.engine, TEXT_POLICY, store=self.folder)
+        if name not in [text.name for text in memory.compact_texts()] or not self.random.randrange(4):
+            memory.compact_text([self.random.randrange(256) for _ in range(num_tokens)], name)
+        self.session.mount(name)
+
+    def unmount(self) -> None:
+        if self.session.mounts:
+            self.session.unmount(self.random.choice(self.session.mounts).text.name)
+
+    def recall_in_a_text(self) -> None:
+        for mount in self.session.mounts[:1]:
+            start = self.random.randrange(mount.text.num_tokens)
+            end = self.random.randint(start + 1, mount.text.num_tokens)
+            self.session.recall(Span(start, end, 0.0, "", mount.text.name))
 
     def save(self) -> None:
         self.session.save()
