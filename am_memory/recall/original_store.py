@@ -19,7 +19,7 @@ from pathlib import Path
 from threading import Lock
 from weakref import WeakSet
 
-from am_memory.errors import require_whole
+from am_memory.errors import OriginalLost, require_whole
 from am_memory.formatting import mebibytes
 from am_memory.recall.originals import (
     DiskEntries,
@@ -99,6 +99,15 @@ class OriginalStore:
             self._originals.update(originals)
             for place in ("host", "disk"):
                 self._make_room(place, 0)
+
+    def take_out(self, original: Original) -> None:
+        """Copy an original that is in a saved folder only, before it is deleted there."""
+        if original.place == "store":
+            with suppress(OriginalLost):
+                layers = original.layers()
+                with self._lock:
+                    original.replace(self._kept(layers, "host"))
+                    self._originals.add(original)
 
     def add(self, start: int, end: int, entries: Sequence[KeysAndValues], place: Place) -> Original:
         """Copy the exact entries of the tokens [start, end) as one original; see `keep`."""

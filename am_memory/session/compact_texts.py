@@ -39,6 +39,7 @@ class CompactTexts:
 
     def add(self, text: TextCache) -> None:
         """Keep a text under its name, in place of the one that has it; sessions that have mounted that one keep it."""
+        self._take_out(text.about.name)
         if self._store is not None:
             text = self._store.texts.save(text)
         self._held[text.about.name] = text
@@ -71,6 +72,13 @@ class CompactTexts:
         known = sorted(self._held) if self._store is None else self._store.texts.names()
         if name not in known:
             raise TextNotFound(name, known)
+        self._take_out(name)
         if self._store is not None:
             self._store.texts.delete(name)
         self._held.pop(name, None)
+
+    def _take_out(self, name: str) -> None:
+        """Keep the originals of a text that goes, for the sessions of this memory that have mounted it."""
+        held = self._held.get(name)
+        for original in () if held is None else held.originals:
+            self._original_store.take_out(original)

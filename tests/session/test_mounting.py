@@ -445,6 +445,20 @@ def test_originals_of_texts_end_with_the_last_that_needs_them(new_memory: NewMem
     assert not list(folder.iterdir())
 
 
+def test_a_text_that_is_deleted_keeps_its_pages_where_it_is_mounted(new_memory: NewMemory) -> None:
+    memory = new_memory(has_store=True, originals="host", trigger_tokens=256)
+    memory.compact_text(some_tokens(120, 1), "handbook")
+    session = memory.session("alice")
+    session.append(some_tokens(20))
+    session.mount("handbook")
+    memory.delete_compact_text("handbook")
+    assert session.recall(Span(10, 40, 0.0, "", "handbook")) == [Page(10, 40)]
+    session.save()
+    resumed = new_memory(has_store=True, originals="host", trigger_tokens=256).session("alice")
+    assert resumed.mounts == session.mounts
+    assert resumed.recall(Span(50, 70, 0.0, "", "handbook")) == [Page(50, 70)]
+
+
 def test_a_damaged_text_is_refused_and_can_be_deleted(new_memory: NewMemory, tmp_path: Path) -> None:
     memory = new_memory(has_store=True)
     memory.compact_text(some_tokens(80, 1), "handbook")
