@@ -249,7 +249,7 @@ class Memory:
         saved = store.load(name, device=self.engine.info.device)
         check_origin(name, saved, self.engine.info)
         place = originals_place(policy or self._policy_of(name, saved), self.engine.capabilities)
-        return saved if place == "drop" else store.with_originals(saved, self._shared.original_store, place)
+        return store.with_originals(saved, self._shared.original_store, place)
 
     def _policy_of(self, name: str, saved: SavedSession) -> MemoryPolicy:
         return policy_of(name, saved, self.policy, is_default=self.prefers_saved_policy)

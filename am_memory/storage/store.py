@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
@@ -156,12 +157,14 @@ class Store:
                 f"{where} cannot be read: {error}; restore {path} from a copy, or delete it"
             ) from error
 
-    def with_originals(self, saved: SavedSession, original_store: OriginalStore, place: Place) -> SavedSession:
+    def with_originals(
+        self, saved: SavedSession, original_store: OriginalStore, place: Place | Literal["drop"]
+    ) -> SavedSession:
         """A loaded session with its originals; those that cannot be read are listed in `lost`.
 
         Args:
             original_store: makes the originals.
-            place: where they go.
+            place: where they go; "drop": only those of mounted texts are loaded.
 
         Raises:
             StorageError: the store cannot be read.
@@ -171,8 +174,10 @@ class Store:
             for layer in saved.state.layers
             if isinstance(layer, TailState) and layer.buffer is not None
         ]
-        found, lost = self._originals.load_all(saved.left_out, like, original_store, place)
         texts = tuple((start, self.texts.with_originals(text, original_store)) for start, text in saved.texts)
+        if place == "drop":
+            return replace(saved, texts=texts)
+        found, lost = self._originals.load_all(saved.left_out, like, original_store, place)
         return replace(saved, originals=found, left_out=(), lost=(*saved.lost, *lost), texts=texts)
 
     def exists(self, name: str) -> bool:
