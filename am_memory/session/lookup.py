@@ -19,7 +19,7 @@ from am_memory.recall.paging import Page
 from am_memory.recall.search import best_pages, span_scores
 from am_memory.recall.search_heads import SearchHead, search_heads
 from am_memory.recall.search_queries import MESSAGE_TOKENS, read_on_scratch
-from am_memory.session import pages
+from am_memory.session import mounting, pages
 from am_memory.session.context import Context
 from am_memory.session.recalling import recall_pages, with_originals
 from am_memory.session.search_space import SearchSpace, can_search
@@ -42,10 +42,10 @@ def recall_while_writing(context: Context) -> tuple[Span, ...]:
 
 def can_look(context: Context) -> bool:
     """Whether there is anything that may be recalled by itself."""
-    return context.recall_tokens > 0 and (
-        (bool(context.originals) and bool(context.cache.segments))
-        or any(can_search(mounted.named) for mounted in context.mounts.mounted)
-    )
+    if not context.recall_tokens or mounting.is_before_sinks(context):
+        return False
+    of_texts = any(can_search(mounted.named) for mounted in context.mounts.mounted)
+    return of_texts or (bool(context.originals) and bool(context.cache.segments))
 
 
 def search(context: Context, text: str, top: int) -> list[Span]:
@@ -71,9 +71,9 @@ def search(context: Context, text: str, top: int) -> list[Span]:
 
 def _look(context: Context, start: int) -> tuple[Span, ...]:
     """Recall what the tokens from `start` on look for; returns the spans of the event `MemoryConsulted`."""
+    context.read_all()
     if not can_look(context):
         return ()
-    context.read_all()
     pages.make_room(context)
     cache = context.cache
     space = SearchSpace.of(context, start)

@@ -660,6 +660,19 @@ def test_lookups_cover_mounted_texts(new_memory: NewMemory, eager: None, ahead_t
     assert session.mounts == ()
 
 
+def test_before_the_attention_sinks_are_read_no_page_comes_back(new_memory: NewMemory, eager: None) -> None:
+    """It raised an error of zip: the text was not in the cache yet."""
+    memory = new_memory(**PAGES, chunk_tokens=1)
+    memory.compact_text(some_tokens(120, 1), "handbook")
+    session = memory.session("alice")
+    session.mount("handbook")
+    session.append([1, 2])
+    with pytest.raises(InvalidInput, match="is seen once 3 tokens are read, and there are 1"):
+        session.recall(Span(10, 20, 0.0, "", "handbook"))
+    list(session.generate(8))
+    assert_equals_its_rebuild(session)
+
+
 def test_a_search_finds_places_in_texts_and_conversation(new_memory: NewMemory) -> None:
     memory = new_memory(**PAGES)
     memory.compact_text(some_tokens(120, 1), "one")
