@@ -6,7 +6,7 @@ Does not know what is searched for, nor which of the tokens count.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,10 +35,9 @@ class HeadSink:
             if head.layer == index:
                 self._queries[head] = query[head.head, head.group].clone()
 
-    @property
-    def queries(self) -> Tensor:
-        """Those of the last pass: (num_search_heads, num_tokens, head_dim)."""
-        return torch.stack([self._queries[head] for head in self._heads])
+    def taken(self, start: int) -> SearchQueries:
+        """The queries of the last pass, whose first token stood at logical position `start`."""
+        return SearchQueries(tuple(self._heads), start, torch.stack([self._queries[head] for head in self._heads]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,10 +45,12 @@ class SearchQueries:
     """The queries of the search heads for consecutive tokens.
 
     Attributes:
+        heads: the search heads.
         start: the logical position of the first token.
         queries: (num_search_heads, num_tokens, head_dim), after RoPE, on the model's device.
     """
 
+    heads: tuple[SearchHead, ...]
     start: int
     queries: Tensor
 
@@ -60,14 +61,14 @@ class SearchQueries:
     def then(self, later: SearchQueries) -> SearchQueries:
         """These and those of the tokens right behind, the last `MESSAGE_TOKENS`; the later ones alone after a gap."""
         both = later
-        if later.start == self.end:
-            both = SearchQueries(self.start, torch.cat([self.queries, later.queries], dim=1))
+        if later.start == self.end and later.heads == self.heads:
+            both = replace(self, queries=torch.cat([self.queries, later.queries], dim=1))
         first = max(both.end - MESSAGE_TOKENS, both.start)
-        return SearchQueries(first, both.queries[:, first - both.start :])
+        return replace(both, start=first, queries=both.queries[:, first - both.start :])
 
     def until(self, end: int) -> SearchQueries | None:
         """Those of the tokens before `end`; None if there are none."""
-        return SearchQueries(self.start, self.queries[:, : end - self.start]) if end > self.start else None
+        return replace(self, queries=self.queries[:, : end - self.start]) if end > self.start else None
 
     def at(self, positions: Sequence[int]) -> Tensor:
         """Those of some of the tokens: (num_search_heads, len(positions), head_dim) float32 on the CPU."""
@@ -83,9 +84,9 @@ def read_on_scratch(
         cache: restored afterwards.
         token_ids: those to read.
     """
-    sink, passes = HeadSink(heads), list[Tensor]()
+    sink, passes, start = HeadSink(heads), list[Tensor](), cache.num_tokens
     with scratch(cache):
         for chunk in in_chunks(token_ids, chunk_tokens):
             engine.forward(cache, chunk, on_query=sink)
-            passes.append(sink.queries)
-    return SearchQueries(cache.num_tokens, torch.cat(passes, dim=1))
+            passes.append(sink.taken(start).queries)
+    return SearchQueries(tuple(heads), start, torch.cat(passes, dim=1))

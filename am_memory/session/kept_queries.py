@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from am_memory.recall.search_heads import ready_search_heads
-from am_memory.recall.search_queries import HeadSink, SearchQueries
+from am_memory.recall.search_queries import HeadSink
 from am_memory.session import mounting
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def read_and_keep_queries(context: Context, token_ids: Sequence[int], num_logits
     if start < context.policy.num_sinks:
         mounting.settle(context)
     if sink is not None:
-        read, before = SearchQueries(start, sink.queries), context.recent_queries
+        read, before = sink.taken(start), context.recent_queries
         context.recent_queries = read if before is None else before.then(read)
     return logits
 

@@ -74,12 +74,13 @@ def _look(context: Context, start: int) -> tuple[Span, ...]:
     context.read_all()
     if not can_look(context):
         return ()
+    queries = _queries(context, start)  # before a compaction: as the tokens were read
     pages.make_room(context)
     cache = context.cache
     space = SearchSpace.of(context, start)
     if not space.parts and start <= cache.segments[0].start:
         return ()  # nothing compacted stands before these tokens
-    scores = _scores(context, _queries(context, start), start, space)
+    scores = _scores(context, queries, start, space)
     max_tokens = min(context.recall_tokens, int(context.trigger_tokens - context.tokens_at_rest) - 1)
     found = best_pages(
         context.engine,
@@ -106,15 +107,14 @@ def _is_exact(context: Context, page: Page) -> bool:
 def _queries(context: Context, start: int) -> Tensor:
     """The queries of the messages' tokens from `start` on, (num_search_heads, num_queries, head_dim) float32.
 
-    They were kept when the tokens were read, unless the engine hands out no queries then, or the session was resumed.
-    Then the tokens are read once more on scratch. Where the cache cannot go back, they are read as if they were said
-    again, which finds less.
+    They were kept when the tokens were read, unless the engine hands out no queries then. In that case the tokens are
+    read once more on scratch. Where the cache cannot go back, they are read as if they were said again, which finds
+    less.
     """
     engine, cache, token_ids = context.engine, context.cache, context.tokens[: context.num_readable]
-    kept = context.recent_queries
-    if kept is not None and kept.start <= start and kept.end == len(token_ids):
+    kept, heads, chunk_tokens = context.recent_queries, _heads(context), context.chunk_tokens
+    if kept is not None and kept.heads == tuple(heads) and kept.start <= start and kept.end == len(token_ids):
         return kept.at(message_token_positions(engine, token_ids, start, len(token_ids)))
-    heads, chunk_tokens = _heads(context), context.chunk_tokens
     if start < cache.tail_start or not cache.is_croppable:
         token_ids, start = [*token_ids, *token_ids[start:]], len(token_ids)
         read = read_on_scratch(engine, cache, heads, token_ids[start:], chunk_tokens)

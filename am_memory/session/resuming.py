@@ -89,6 +89,7 @@ def check_content(name: str, saved: SavedSession, info: ModelInfo, like: Snapsho
         CorruptSession: the model cannot have made it; the message says why.
     """
     problem = _problem_of_text(saved, info) or _problem_of_layers(saved, like) or _problem_of_records(saved)
+    problem = problem or _problem_of_queries(saved, like)
     for _, text in saved.texts:
         problem = problem or _problem_of_mounted(text, info, like)
     for layer in saved.state.layers:
@@ -122,6 +123,16 @@ def _problem_of_text(saved: SavedSession, info: ModelInfo) -> str:
         return f"it has token ids outside of the vocabulary of {info.vocab_size}"
     if saved.is_answering and not (saved.messages and isinstance(saved.messages[-1].get("content"), str)):
         return "it is in the midst of an answer, and has none"
+    return ""
+
+
+def _problem_of_queries(saved: SavedSession, like: Snapshot) -> str:
+    if (kept := saved.search_queries) is None:
+        return ""
+    widths = [_entries(layer)[0].shape[3] for layer in like.layers if isinstance(layer, TailState)]
+    for head in kept.heads:
+        if not 0 <= head.layer < len(widths) or widths[head.layer] != kept.queries.shape[2]:
+            return f"it has queries of {kept.queries.shape[2]} channels, of layer {head.layer}"
     return ""
 
 

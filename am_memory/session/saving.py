@@ -96,6 +96,7 @@ def snapshot(session: Session) -> SavedSession:
         state=without_mounted(context.state_at_rest),
         originals=context.originals,
         recalled=tuple(recalled.page for recalled in context.recalled),
+        search_queries=context.recent_queries,
         texts=tuple((named.start, named.text.without_lost()) for named in context.mounts.texts),
         mount_records=context.mounts.records,
     )
@@ -181,6 +182,7 @@ def restored(shared: Shared, name: str, saved: SavedSession, policy: MemoryPolic
         mounts=mounts.resumed(cache.num_tokens),
     )
     mounting.settle(context)
+    context.recent_queries = saved.search_queries and saved.search_queries.until(cache.num_tokens)
     for original, reason in saved.lost:
         shared.notify(OriginalsLost(name, original.start, original.end, reason))
     _resume_pages(context, saved, is_same=is_same)

@@ -3,6 +3,7 @@
 metadata                 format, needs (the first version of this project that reads it), sha256
 session                  everything that is not a tensor, as JSON in bytes: safetensors limits its header to 100 MB
 tokens                   int64
+search_queries           the last queries of the search heads, if they are kept
 layers.3.key, .value     the exact tail without spare capacity, or the sliding window
 texts.0                  the file of a compact text that is, or was, mounted, in bytes
 layers.3.slots.key, ...  the fields of `Slots`, if the layer has any. Keys or values in int8 are stored as the fields
@@ -28,6 +29,8 @@ from am_memory.kv_cache.layers import SlidingState
 from am_memory.kv_cache.slots import Segment, tail_start
 from am_memory.recall.originals import Original
 from am_memory.recall.paging import Page
+from am_memory.recall.search_heads import SearchHead
+from am_memory.recall.search_queries import SearchQueries
 from am_memory.storage import files
 from am_memory.storage.compact_text import TextCache, packed_text, unpacked_text
 from am_memory.storage.saved_originals import SavedOriginal
@@ -54,6 +57,7 @@ class SavedSession:
         state: the cache, with nothing recalled.
         originals: the exact entries of compacted tokens, where the policy keeps them.
         recalled: the pages that were exact for the time being.
+        search_queries: of the last tokens in the cache, kept for the next lookup.
         texts: the compact texts that were mounted at some time, each with the negative position of its first token.
         mount_records: what was done with these texts, in order.
         tokenizer_fingerprint: identifies the tokenizer of the tokens; "" if unknown.
@@ -76,6 +80,7 @@ class SavedSession:
     metadata: dict[str, Any] = field(default_factory=dict)
     originals: tuple[Original, ...] = ()
     recalled: tuple[Page, ...] = ()
+    search_queries: SearchQueries | None = None
     texts: tuple[tuple[int, TextCache], ...] = ()
     mount_records: tuple[MountRecord, ...] = ()
     tokenizer_fingerprint: str = ""
@@ -115,6 +120,8 @@ class SessionFields(BaseModel, from_attributes=True):
     metadata: dict[str, Any] = {}
     originals: tuple[SavedOriginal, ...] = ()
     recalled: tuple[Page, ...] = ()
+    search_heads: tuple[SearchHead, ...] = ()
+    search_start: NonNegativeInt = 0
     text_starts: tuple[int, ...] = ()
     mount_records: tuple[MountRecord, ...] = ()
     tokenizer_fingerprint: str = ""
@@ -130,7 +137,10 @@ def packed(saved: SavedSession) -> bytes:
     """
     try:
         fields = SessionFields.model_validate(saved)
-        fields = fields.model_copy(update={"text_starts": tuple(start for start, _ in saved.texts)})
+        apart: dict[str, object] = {"text_starts": tuple(start for start, _ in saved.texts)}
+        if saved.search_queries is not None:
+            apart |= {"search_heads": saved.search_queries.heads, "search_start": saved.search_queries.start}
+        fields = fields.model_copy(update=apart)
         text = json.dumps(fields.model_dump())
     except (TypeError, ValueError, RecursionError) as error:
         raise StorageError(
@@ -140,6 +150,8 @@ def packed(saved: SavedSession) -> bytes:
         "session": torch.frombuffer(bytearray(text, "ascii"), dtype=torch.uint8),
         "tokens": torch.tensor(saved.tokens, dtype=torch.int64),
     }
+    if saved.search_queries is not None:
+        tensors["search_queries"] = saved.search_queries.queries
     for index, (_, of_text) in enumerate(saved.texts):
         tensors[f"texts.{index}"] = torch.frombuffer(bytearray(packed_text(of_text)), dtype=torch.uint8)
     for index, layer in enumerate(saved.state.layers):
@@ -182,9 +194,11 @@ def _unpacked(data: bytes, device: torch.device) -> SavedSession:
     require(all(isinstance(message.get("role"), str) for message in content.messages), "a message has no role")
     texts = _texts(content.text_starts, tensors)
     _require_mounts(content.mount_records, texts, len(tokens))
+    queries = _search_queries(content, tensors, len(tokens), device)
     cache = _cache(content.state, tensors, len(tokens), device)
-    fields = {name: value for name, value in content if name != "text_starts"}
+    fields = {name: value for name, value in content if name not in ("text_starts", "search_heads", "search_start")}
     held = {**fields, "tokens": tokens, "state": cache, "originals": (), "left_out": content.originals, "texts": texts}
+    held["search_queries"] = queries
     return SavedSession(**held, version=version_of(data[: files.HEAD_BYTES]))
 
 
@@ -201,6 +215,20 @@ def _require_records(records: Sequence[CompactionRecord], num_tokens: int) -> No
         )
         require_segments(made.plan.segments, made.at_tokens)
         before = made.swapped_at
+
+
+def _search_queries(
+    content: SessionFields, tensors: dict[str, Tensor], num_tokens: int, device: torch.device
+) -> SearchQueries | None:
+    """Take the kept queries out of the tensors."""
+    if not content.search_heads:
+        return None
+    queries = tensors.pop("search_queries")
+    is_typed = queries.is_floating_point() and queries.ndim == 3 and len(queries) == len(content.search_heads)
+    require(is_typed and bool(queries.isfinite().all()), f"kept queries {queries.dtype} {tuple(queries.shape)}")
+    end = content.search_start + queries.shape[1]
+    require(end <= num_tokens, f"kept queries of tokens up to {end} of {num_tokens}")
+    return SearchQueries(content.search_heads, content.search_start, queries.to(device))
 
 
 def _texts(starts: Sequence[int], tensors: dict[str, Tensor]) -> tuple[tuple[int, TextCache], ...]:

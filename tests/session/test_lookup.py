@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ def test_a_message_is_read_once(new_memory: NewMemory, engine: TransformersEngin
     counting.forward = forward
     session = told_session(new_memory(engine=counting))
     answer(session, 1)  # measures the search heads
-    session.compact()  # so that the answer has to make no room
+    session.compact(0.9)  # so that the answer has to make no room
     session.append(QUESTION)
     left, num_read[0] = len(session.tokens), 0
     answer(session, 1)
@@ -228,13 +228,24 @@ def test_a_model_without_a_chat_template_looks_up_too(
 # What a look changes, and what it does not
 
 
+def write(session: Session, token_ids: Sequence[int]) -> None:
+    """An answer of given tokens, with the lookups that an answer has."""
+    context = context_of(session)
+    lookup.recall_for_answer(context)
+    for number, token_id in enumerate(token_ids):
+        context.next_logits(keeps_room=True)
+        context.tokens.append(token_id)
+        if number % lookup.WRITING_TOKENS == 1:
+            lookup.recall_while_writing(context)
+
+
 def test_recalls_change_nothing_about_when_compactions_come(new_memory: NewMemory) -> None:
     plans: list[list[tuple[int, int, Plan]]] = []
     for least_score in (lookup.LEAST_SCORE, math.inf):  # the second one recalls nothing
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(lookup, "LEAST_SCORE", least_score)
-            session = told_session(new_memory())
-            answer(session, 150)
+            session = told_session(new_memory(), name=f"least-{least_score}")
+            write(session, some_tokens(150, seed=8))
             session.append(some_tokens(100, seed=9))
         assert any(record.recalls for record in records_of(session)) == (least_score < math.inf)
         plans.append([(made.at_tokens, made.lag_tokens, made.plan) for made in records_of(session)])
