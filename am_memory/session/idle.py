@@ -137,7 +137,8 @@ class IdleWorker:
                 return
         try:
             with context.transaction():
-                if refining.is_current(context, planned):
+                # one in the background began before the new slots: it is swapped in first, and then this begins again
+                if context.background_compaction is None and refining.is_current(context, planned):
                     refining.swap_in(context, planned, result)
         finally:
             self._engine_lock.release()
