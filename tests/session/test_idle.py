@@ -21,6 +21,7 @@ from am_memory import Memory, Sampling, Session
 from am_memory.compaction.refinement import Refinement, RefinementResult
 from am_memory.conversations.threads import Threads
 from am_memory.engines.transformers import TransformersEngine
+from am_memory.events import Event, SegmentRefined
 from am_memory.session import idle, refining
 from am_memory.session.context import Context
 from am_memory.session.rebuild import rebuild
@@ -224,6 +225,32 @@ def test_a_compaction_that_began_meanwhile_in_the_background_is_swapped_in_first
         wait_until(lambda: bool(runs))
     wait_until(lambda: is_refined(session))
     assert all(swapped)
+
+
+def test_a_listener_may_wait_for_whoever_works_with_the_memory(engine: TransformersEngine) -> None:
+    """An application's own lock around its sessions, which its listener takes as well."""
+    lock, is_told = threading.RLock(), threading.Event()
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, SegmentRefined):
+            is_told.set()
+        with lock:
+            pass
+
+    memory = Memory(engine, POLICY, on_event=on_event)
+    session = memory.session("alice")
+    session.append(some_tokens(180))
+
+    def work() -> None:
+        with lock:
+            assert is_told.wait(PATIENCE_SECONDS)
+            session.append(some_tokens(3))
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    worker.join(PATIENCE_SECONDS)
+    assert not worker.is_alive()
+    shared_of(memory).idle_worker.close()
 
 
 def test_nothing_runs_where_no_policy_asks_for_it(engine: TransformersEngine) -> None:
