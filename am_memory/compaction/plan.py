@@ -27,7 +27,7 @@ RIDGE_BESIDE_PAGES = 0.5
 """`MemoryPolicy.ridge` by default, where pages are recalled."""
 
 LEAST_RECALL_TOKENS = 64
-"""Less room than this holds no page."""
+"""By default, less room than this is none; a policy may ask for less."""
 
 Boundary = Callable[[int, int], int]
 """Called with (earliest, latest), both included; returns the position at which a block should end."""
@@ -97,13 +97,17 @@ def trigger_in_tokens(policy: MemoryPolicy, window_tokens: int) -> int:
     Raises:
         InvalidPolicy: the trigger is above the window.
     """
-    trigger = policy.trigger_tokens
-    tokens = trigger if isinstance(trigger, int) else int(trigger * window_tokens)
+    tokens = _trigger(policy, window_tokens)
     if tokens > window_tokens:
         raise InvalidPolicy(
             f"trigger_tokens {tokens} is above the model's window of {window_tokens}: set it to {window_tokens} or less"
         )
     return tokens
+
+
+def _trigger(policy: MemoryPolicy, window_tokens: int) -> int:
+    trigger = policy.trigger_tokens
+    return trigger if isinstance(trigger, int) else int(trigger * window_tokens)
 
 
 def originals_place(policy: MemoryPolicy, can: Capabilities) -> Literal["drop", "host", "disk"]:
@@ -119,9 +123,17 @@ def can_recall(policy: MemoryPolicy, can: Capabilities) -> bool:
 
 
 def with_ridge(policy: MemoryPolicy, engine: Engine) -> MemoryPolicy:
-    """The policy with the ridge that it leaves open: beside pages, questions do not depend on the slots alone."""
-    recalls = can_recall(policy, engine.capabilities) and engine.info.max_tokens is None
-    return policy.with_changes(ridge=RIDGE_BESIDE_PAGES) if policy.ridge is None and recalls else policy
+    """The policy with the ridge that it leaves open: beside pages, questions do not depend on the slots alone.
+
+    It follows from the policy and the model alone, so that a compaction can be repeated: what a context pins, or
+    mounts, does not count.
+    """
+    info = engine.info
+    if policy.ridge is not None or info.max_tokens is not None:
+        return policy
+    trigger_tokens = _trigger(policy, info.window_tokens)
+    room = recall_tokens(policy, engine.capabilities, trigger_tokens, policy.num_sinks)
+    return policy.with_changes(ridge=RIDGE_BESIDE_PAGES) if room else policy
 
 
 def recall_tokens(policy: MemoryPolicy, can: Capabilities, trigger_tokens: int, num_pinned: int) -> int:

@@ -69,12 +69,12 @@ class SearchHeads:
         return list(dict.fromkeys((layer, head) for layer, head, _ in self.heads))
 
     def suits(self, cache: SessionCache) -> bool:
-        """Whether a cache has these heads; it must hold an exact token."""
-        layers, last = cache.compactable, cache.num_tokens
+        """Whether a cache has these heads; it must hold a token, be it exact or compact."""
+        layers, end = cache.compactable, cache.num_tokens
         for layer, head, group in self.heads:
             if not 0 <= layer < len(layers) or group < 0:
                 return False
-            num_heads, _, head_dim = layers[layer].exact_entries(last - 1, last)[0].shape
+            num_heads, _, head_dim = layers[layer].exact_entries(end, end)[0].shape
             if not 0 <= head < num_heads or head_dim != self.usual.shape[2]:
                 return False
         return True

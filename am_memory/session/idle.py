@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import Event, Lock, Thread, current_thread
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ from am_memory.session import refining
 from am_memory.session.recalling import forget_lost_originals
 
 if TYPE_CHECKING:
+    from am_memory import events
     from am_memory.session.context import Context
     from am_memory.session.shared import Shared
 
@@ -113,7 +116,7 @@ class IdleWorker:
     def _refine(self, context: Context) -> bool:
         """Refine a segment of one session; False if none can be refined."""
         try:
-            with self._engine_lock, context.transaction():
+            with self._step(context):
                 if (running := context.background_compaction) is not None:
                     if running.is_done:
                         context.compact()
@@ -132,12 +135,28 @@ class IdleWorker:
 
     def _run_and_swap_in(self, context: Context, planned: Refinement) -> None:
         result = planned.run(self._give_up_if_seen)
-        while not self._engine_lock.acquire(timeout=IDLE_SECONDS / LOOKS):  # a step has begun just now
+        with self._step(context):
+            # one in the background began before the new slots: it is swapped in first, and then this begins again
+            if context.background_compaction is None and refining.is_current(context, planned):
+                refining.swap_in(context, planned, result)
+
+    @contextmanager
+    def _step(self, context: Context) -> Iterator[None]:
+        """A step on a context, under the engine's lock.
+
+        Its events are emitted when the lock is free again: a listener may wait for a thread that waits for the lock.
+        """
+        while not self._engine_lock.acquire(timeout=IDLE_SECONDS / LOOKS):  # a session has begun to work just now
             if self._is_closing.is_set():
-                return
+                raise _StepSeenError
+        emitted: list[events.Event] = []
+        notify = context.notify
+        context.notify = emitted.append
         try:
             with context.transaction():
-                if refining.is_current(context, planned):
-                    refining.swap_in(context, planned, result)
+                yield
         finally:
+            context.notify = notify
             self._engine_lock.release()
+            for event in emitted:
+                notify(event)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
@@ -20,7 +21,9 @@ from am_memory.compaction.plan import (
     require_progress,
     shrink,
     trigger_in_tokens,
+    with_ridge,
 )
+from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import BudgetTooSmall, CompactionFailed, InvalidPolicy
 from am_memory.kv_cache.slots import Segment, tail_start
 
@@ -323,3 +326,24 @@ def test_a_bound_below_the_floor_of_a_head_is_refused() -> None:
     policy = MemoryPolicy(trigger_tokens=256, max_compact_tokens=2, experiments=Experiments(min_slots=4))
     with pytest.raises(BudgetTooSmall, match=r"max_compact_tokens 2 .* at least 4 .*: raise max_compact_tokens to 4"):
         checked_trigger_tokens(policy, 4096, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "ridge"),
+    [
+        ({}, 0.5),
+        ({"recall_tokens": 0}, None),
+        ({"originals": "drop"}, None),
+        ({"trigger_tokens": 128}, None),
+        ({"trigger_tokens": 128, "recall_tokens": 16}, 0.5),
+        ({"trigger_tokens": 128, "ridge": 0.1}, 0.1),
+        ({"trigger_tokens": 100_000}, 0.5),
+    ],
+    ids=["room", "none asked for", "no originals", "too small for room", "a little room", "given", "above the window"],
+)
+def test_values_stay_near_the_originals_where_there_is_room_for_pages(
+    engine: TransformersEngine, changes: dict[str, Any], ridge: float | None
+) -> None:
+    """Whatever a policy asks for, without room no page answers a question, and the slots alone do."""
+    policy = MemoryPolicy(**{"trigger_tokens": 1024, **changes})
+    assert with_ridge(policy, engine).ridge == ridge

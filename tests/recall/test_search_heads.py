@@ -7,11 +7,15 @@ import json
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from inside import cache_of
+from policies import plain_policy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from am_memory import Memory
 from am_memory.engines.model_files import cache_folder
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.recall import search_heads as module
@@ -40,7 +44,7 @@ def num_measured(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     return made
 
 
-def another(engine: TransformersEngine, fingerprint: str = "a model") -> TransformersEngine:
+def another(engine: Any, fingerprint: str = "a model") -> Any:
     """The engine in another process, as it were."""
     twin = copy.copy(engine)
     twin.info = replace(engine.info, fingerprint=fingerprint)
@@ -95,6 +99,26 @@ def test_what_was_measured_is_read_from_its_file(
     search_heads(another(engine, "another model"))
     assert len(num_measured) == 2
     assert len([*(folder / "search_heads").iterdir()]) == 2
+
+
+@pytest.mark.parametrize("name", ["engine", "llama"])
+def test_a_file_is_checked_against_a_cache_without_an_exact_token(
+    request: pytest.FixtureRequest, folder: Path, num_measured: list[None], name: str
+) -> None:
+    """The first lookup of a process may come right after everything was compacted."""
+    engine = another(request.getfixturevalue(name))
+    search_heads(engine)
+    session = Memory(another(engine), plain_policy(trigger_tokens=512, keep_ratio=0.5)).session()
+    session.append("The owl of the mill sleeps all day. " * 4)
+    session.compact(1.0)
+    cache = cache_of(session)
+    assert cache.tail_start == cache.num_tokens
+    found = search_heads(another(engine), cache)
+    assert found.suits(cache)
+    assert len(num_measured) == 1
+    assert not replace(found, usual=torch.ones(2, 3, 8)).suits(cache)
+    assert not replace(found, heads=(module.SearchHead(1, 2, 0),)).suits(cache)
+    session.search("Where is the owl?")
 
 
 @pytest.mark.parametrize("damage", [b"", b"owl", None], ids=["empty", "no safetensors", "another model's"])

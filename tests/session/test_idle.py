@@ -21,7 +21,9 @@ from am_memory import Memory, Sampling, Session
 from am_memory.compaction.refinement import Refinement, RefinementResult
 from am_memory.conversations.threads import Threads
 from am_memory.engines.transformers import TransformersEngine
-from am_memory.session import idle
+from am_memory.events import Event, SegmentRefined
+from am_memory.session import idle, refining
+from am_memory.session.context import Context
 from am_memory.session.rebuild import rebuild
 
 POLICY = plain_policy(
@@ -190,6 +192,65 @@ def test_a_compaction_in_the_background_is_swapped_in_once_it_is_made(memory: Me
     session.append(some_tokens(121))
     wait_until(lambda: is_refined(session))
     assert pending_of(session) is None
+
+
+def test_a_compaction_that_began_meanwhile_in_the_background_is_swapped_in_first(
+    memory: Memory, runs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session is saved as it was when that compaction began: new slots that came later must not be in it."""
+    session = memory.session("alice", policy=POLICY.with_changes(ahead_tokens=20))
+    begun, go_on = threading.Event(), threading.Event()
+
+    def held_up(worker: idle.IdleWorker, stage: str, done: int, total: int) -> None:
+        begun.set()
+        go_on.wait()
+
+    monkeypatch.setattr(idle.IdleWorker, "_give_up_if_seen", held_up)
+    with shared_of(memory).engine_lock:
+        session.append(some_tokens(106))
+        session.compact()
+    assert begun.wait(PATIENCE_SECONDS)
+    with shared_of(memory).engine_lock:
+        session.append(some_tokens(50, seed=1)[: int(context_of(session).room_tokens) + 4])
+        assert pending_of(session) is not None
+        swapped: list[bool] = []
+        swap_in = refining.swap_in
+
+        def noted(context: Context, planned: Refinement, result: RefinementResult) -> object:
+            swapped.append(context.background_compaction is None)
+            return swap_in(context, planned, result)
+
+        monkeypatch.setattr(refining, "swap_in", noted)
+        go_on.set()
+        wait_until(lambda: bool(runs))
+    wait_until(lambda: is_refined(session))
+    assert all(swapped)
+
+
+def test_a_listener_may_wait_for_whoever_works_with_the_memory(engine: TransformersEngine) -> None:
+    """An application's own lock around its sessions, which its listener takes as well."""
+    lock, is_told = threading.RLock(), threading.Event()
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, SegmentRefined):
+            is_told.set()
+        with lock:
+            pass
+
+    memory = Memory(engine, POLICY, on_event=on_event)
+    session = memory.session("alice")
+    session.append(some_tokens(180))
+
+    def work() -> None:
+        with lock:
+            assert is_told.wait(PATIENCE_SECONDS)
+            session.append(some_tokens(3))
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    worker.join(PATIENCE_SECONDS)
+    assert not worker.is_alive()
+    shared_of(memory).idle_worker.close()
 
 
 def test_nothing_runs_where_no_policy_asks_for_it(engine: TransformersEngine) -> None:
