@@ -136,6 +136,9 @@ def _heads(context: Context) -> Sequence[SearchHead]:
 def _scores(context: Context, queries: Tensor, num_tokens: int, space: SearchSpace) -> Tensor:
     """The score of each span of the first `num_tokens` tokens, and of the mounted texts."""
     engine, cache = context.engine, context.cache
+    if any(layer.scaling is None for layer in cache.compactable):  # loaded, and nothing was read since
+        with scratch(cache):
+            engine.forward(cache, context.tokens[-1:])
     return with_originals(
         context, lambda: span_scores(engine, cache, context.originals, queries, num_tokens, space.texts)
     )
