@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from am_memory.session.mounts import Mount
     from am_memory.session.session import Session
     from am_memory.session.stats import Stats
-    from am_memory.storage.compact_text import CompactText
+    from am_memory.storage.compact_text import CompactText, TextCache
     from am_memory.storage.session_file import SavedSession
     from am_memory.text.sampling import Sampling
 else:
@@ -84,6 +84,7 @@ else:
         "Session": "session.session",
         "Page": "recall.paging",
         "Stats": "session.stats",
+        "TextCache": "storage.compact_text",
         "TokenLogprob": "session.generation",
     }
     """Modules that import torch, by the public names in them; each is loaded when a name is first used."""
@@ -151,6 +152,7 @@ __all__ = [
     "SpanRecalled",
     "Stats",
     "StorageError",
+    "TextCache",
     "TextMounted",
     "TextNotFound",
     "TextUnmounted",

@@ -16,6 +16,7 @@ SAYS = {
     "langchain_agent.py": "tokens of the agent's conversation in",
     "research_loop.py": "read through a cache of 768",
     "message_history.py": "my name is Bob",
+    "hand_over.py": "with ['the letters']",
 }
 ARGUMENTS = {"langchain_agent.py": ["--turns", "5"], "research_loop.py": ["--pages", "4"]}
 

@@ -96,9 +96,11 @@ class Generation:
         for number in range(1, self.max_new_tokens + 1):
             with self.shared.engine_lock, self.context.transaction(*constraints):
                 if number == 1:
+                    looked_up = recall_for_answer(self.context)  # so that a second answer finds the room made already
                     self._open_answer()
                 self._require_unchanged()
-                looked_up = self._look_back(number)
+                if number > 1:
+                    looked_up = self._look_back(number)
                 piece = replace(self._next_piece(number), looked_up=looked_up)
             yield piece
             if piece.finish_reason is not None:
@@ -115,9 +117,7 @@ class Generation:
         self.max_new_tokens = limit_new_tokens(context.engine.info, len(context.tokens), self.max_new_tokens)
 
     def _look_back(self, number: int) -> tuple[Span, ...]:
-        """Recall what the last message asks for, and now and then what the answer itself looks for."""
-        if number == 1:
-            return recall_for_answer(self.context)
+        """Recall, now and then, what the answer itself looks for."""
         return recall_while_writing(self.context) if number % WRITING_TOKENS == 1 else ()
 
     def _require_unchanged(self) -> None:

@@ -107,9 +107,9 @@ class IdleWorker:
         """Refine the segment that is next in line; False if there is none."""
         for name in reversed([*self._names]):
             session = shared.sessions.get(name)
-            if session is None or session.policy.refine != "idle" or not self._refine(session._context):
-                self._names.pop(name, None)
-            else:
+            self._names.pop(name, None)  # before it is refined: a step meanwhile puts it in line again
+            if session is not None and session.policy.refine == "idle" and self._refine(session._context):
+                self._names.setdefault(name)
                 return True
         return False
 

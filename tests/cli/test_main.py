@@ -192,7 +192,7 @@ def test_the_commands_of_a_chat_do_what_they_say(run: CommandLine, store: Store)
     assert "compacted tokens" in result.output
     assert re.search(r"compactions +1", result.output)
     assert "now in branch" in result.output
-    assert result.output.count("/compact, /stats, /fork NAME, /save, /quit") == 2
+    assert result.output.count("/compact, /stats, /mount TEXT, /unmount TEXT, /fork NAME, /save, /quit") == 2
     assert store.names() == ["branch", "default"]
     default, branch = store.load("default"), store.load("branch")
     assert branch.tokens[: len(default.tokens)] == default.tokens

@@ -452,7 +452,7 @@ def test_beginning_too_early_is_refused_with_what_is_possible(
 ) -> None:
     with pytest.raises(
         InvalidPolicy,
-        match=rf"ahead_tokens {ahead_tokens} must be below the {block} tokens .*trigger of 96: lower it to {possible},",
+        match=rf"ahead_tokens {ahead_tokens} must be below the {block} tokens .*trigger of 96, .*: lower it to {possible},",
     ):
         new_context(ahead_tokens=ahead_tokens)
     new_context(ahead_tokens=possible)

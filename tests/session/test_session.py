@@ -794,7 +794,7 @@ def test_a_generation_that_fails_midway_keeps_the_tokens_given_out(
     said = next(pieces).text + next(pieces).text
     before = state(session)
     with monkeypatch.context() as patch:
-        patch.setattr(context_of(session), "next_logits", lambda: (_ for _ in ()).throw(Boom()))
+        patch.setattr(context_of(session), "next_logits", lambda **_: (_ for _ in ()).throw(Boom()))
         with pytest.raises(Boom):
             next(pieces)
     assert state(session) == before
