@@ -17,6 +17,7 @@ from am_memory.session.appending import ends_turn
 from am_memory.session.context import Context
 from am_memory.session.limits import limit_new_tokens
 from am_memory.session.lookup import WRITING_TOKENS, recall_for_answer, recall_while_writing
+from am_memory.session.pages import make_room
 from am_memory.session.shared import Shared
 from am_memory.text.sampling import Sampler, Sampling
 from am_memory.text.text_stream import TextStream
@@ -96,7 +97,7 @@ class Generation:
         for number in range(1, self.max_new_tokens + 1):
             with self.shared.engine_lock, self.context.transaction(*constraints):
                 if number == 1:
-                    looked_up = recall_for_answer(self.context)  # so that a second answer finds the room made already
+                    looked_up = recall_for_answer(self.context)
                     self._open_answer()
                 self._require_unchanged()
                 if number > 1:
@@ -109,9 +110,11 @@ class Generation:
     def _open_answer(self) -> None:
         """Add the tokens with which the chat template opens the model's answer."""
         context = self.context
-        context.history, opening = context.history.with_answer_begun(
+        history, opening = context.history.with_answer_begun(
             context.engine, len(context.tokens), ends_turn=ends_turn(context)
         )
+        make_room(context, len(opening) + 1)  # before they are there: who asks again goes back to here
+        context.history = history
         context.tokens.extend(opening)
         self._tokens, self._num_expected = context.tokens, len(context.tokens)
         self.max_new_tokens = limit_new_tokens(context.engine.info, len(context.tokens), self.max_new_tokens)

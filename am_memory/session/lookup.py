@@ -31,10 +31,8 @@ LEAST_SCORE = 1.0
 
 
 def recall_for_answer(context: Context) -> tuple[Span, ...]:
-    """Make room, and recall what the messages since the model's last answer ask for; returns what was found."""
-    found = _look(context, max(_last_words(context), context.num_readable - MESSAGE_TOKENS))
-    pages.make_room(context)
-    return found
+    """Recall what the messages since the model's last answer ask for; returns what was found."""
+    return _look(context, max(_last_words(context), context.num_readable - MESSAGE_TOKENS))
 
 
 def recall_while_writing(context: Context) -> tuple[Span, ...]:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from am_memory.compaction.plan import most_at_once
 from am_memory.compaction.record import MountRecord, RecallRecord
 from am_memory.errors import InvalidInput, OriginalLost
 from am_memory.events import SpanPutAway, SpanRecalled
@@ -110,9 +111,16 @@ def _growth(context: Context, page: Page) -> float:
     return page.num_tokens - num_slots / max(context.cache.num_heads, 1)
 
 
-def make_room(context: Context) -> None:
-    """Compact until pages of `recall_tokens` and one more token fit; nothing if nothing can be recalled."""
-    while (context.cache.segments or context.mounts.mounted) and context.tokens_at_rest + 1 > context.rest_tokens:
+def make_room(context: Context, num_tokens: int = 1) -> None:
+    """Compact until pages of `recall_tokens` and some more tokens fit; nothing if nothing can be recalled.
+
+    Args:
+        num_tokens: of the tokens that come next; as many of them as a compaction can always make room for.
+    """
+    can_recall = bool(context.cache.segments or context.mounts.mounted)
+    if can_recall and num_tokens > 1:
+        num_tokens = min(num_tokens, most_at_once(context.policy, context.rest_tokens, context.num_fixed))
+    while can_recall and context.tokens_at_rest + num_tokens > context.rest_tokens:
         context.compact()
 
 
