@@ -103,9 +103,9 @@ class MemoryPolicy(_Settings):
         keep_ratio: slots kept for each compacted token, mean over heads.
         max_compact_tokens: upper bound on the slots of all segments together, mean over heads. When a new segment would
             exceed it, the segments with the most slots per token shrink to an equal level. None: half of what one
-            compaction covers, so with compact_fraction 0.5 a quarter of the trigger. With the defaults, a chat reaches
-            the bound at a length of about 2.5 triggers. From there on the bound alone decides how much is kept, and
-            keep_ratio no longer matters.
+            compaction covers, so with compact_fraction 0.5 a quarter of the trigger, less the room for recalled pages.
+            With the defaults, a chat reaches the bound at a length of about 2.5 triggers. From there on the bound alone
+            decides how much is kept, and keep_ratio no longer matters.
         pinned: tokens at the start of the context that are never compacted: "sinks" (the first 4), "system" (the system
             prompt; the sinks if there is none), "first_message" (the system prompt and the first message), or a number
             of tokens.

@@ -92,7 +92,7 @@ class CompactionJob:
         tokens: of the conversation, at least to the end of the block.
         start: where the block's exact tokens begin; they end with the plan's newest segment.
         num_pinned: tokens at the start that stay exact.
-        trigger_tokens: the physical size that fires a compaction.
+        trigger_tokens: the trigger without the room for recalled pages.
         originals: where the exact entries of the block are kept.
         original_store: makes these originals.
         weights: how much each of the block's tokens counts when it is repeated; None: all alike.

@@ -262,7 +262,7 @@ def plan_compaction(
     """Plan the next compaction.
 
     Args:
-        trigger_tokens: the physical size that fires a compaction, in tokens.
+        trigger_tokens: the trigger without the room for recalled pages, in tokens.
         fraction: the part of the cache to compact, oldest first, without the pinned tokens. None: the policy's
             fraction; the recent tokens are then spared, and the block ends at a boundary of the text.
         boundary: returns where the block should end.
@@ -309,7 +309,7 @@ def shift_into_window(segments: Sequence[Segment], sizes: CacheSizes, trigger_to
 
     Args:
         segments: after the compaction, the new one last; the new one is never moved.
-        trigger_tokens: the physical size that fires a compaction, in tokens.
+        trigger_tokens: the trigger without the room for recalled pages, in tokens.
     """
     window, newest = sizes.window_tokens, segments[-1]
     if window is None:

@@ -73,7 +73,7 @@ class Session:
 
     @property
     def trigger_tokens(self) -> int:
-        """The size, in tokens and slots, at which a compaction is made."""
+        """The size, in tokens and slots, that the cache never exceeds: a compaction is made before it would."""
         return self._context.trigger_tokens
 
     @property
