@@ -112,12 +112,14 @@ def _growth(context: Context, page: Page) -> float:
 
 
 def make_room(context: Context, num_tokens: int = 1) -> None:
-    """Compact until pages of `recall_tokens` and some more tokens fit; nothing if nothing can be recalled.
+    """Compact until pages of `recall_tokens` and some more tokens fit.
+
+    Nothing happens where nothing can be recalled: when compactions come then depends on the tokens alone.
 
     Args:
         num_tokens: of the tokens that come next; as many of them as a compaction can always make room for.
     """
-    can_recall = bool(context.cache.segments or context.mounts.mounted)
+    can_recall = context.recall_tokens > 0 and bool(context.cache.segments or context.mounts.mounted)
     if can_recall and num_tokens > 1:
         num_tokens = min(num_tokens, most_at_once(context.policy, context.rest_tokens, context.num_fixed))
     while can_recall and context.tokens_at_rest + num_tokens > context.rest_tokens:
