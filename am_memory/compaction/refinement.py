@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import cast
 
@@ -25,12 +25,12 @@ from am_memory.compaction.scoring import ScoredHead
 from am_memory.engines.base import Engine, RefinableCache, SessionLayer, in_chunks
 from am_memory.errors import CompactionFailed
 from am_memory.kv_cache.cache import Snapshot
-from am_memory.kv_cache.int8 import Quantised, decoded
+from am_memory.kv_cache.int8 import decoded
 from am_memory.kv_cache.slots import Segment, Slots
 from am_memory.policy import MemoryPolicy
 from am_memory.queries import LiveQueries, Passage, Progress, QuerySources, StudyConversations
 from am_memory.recall.originals import Original, between
-from am_memory.recall.paging import slots_of
+from am_memory.recall.paging import slots_of, turned
 from am_memory.solver import Fit, output_error
 
 
@@ -114,7 +114,7 @@ class Refinement:
             )
             layers = cache.compactable
             made = fits.slots_by_layer(self.policy)
-            slots = [_turned(new, layer, segment.shift) for new, layer in zip(made, layers, strict=True)]
+            slots = [turned(new, layer, segment.shift) for new, layer in zip(made, layers, strict=True)]
             before = self._error_before(fits, layers)
         return RefinementResult(slots, conversations, before, fits.output_error, time.perf_counter() - started)
 
@@ -146,7 +146,7 @@ class Refinement:
         """The output error of the slots that the segment has had so far, on the same queries as the new ones."""
         held, errors = slots_of(self.state), list[Tensor]()
         for layer, slots, (_, heads) in zip(layers, held, groupby(fits.slots, lambda head: head.layer), strict=True):
-            mine = _turned(slots.within(self.segment.start, self.segment.end), layer, -self.segment.shift)
+            mine = turned(slots.within(self.segment.start, self.segment.end), layer, -self.segment.shift)
             errors += [_error(head, mine.head(index)) for index, head in enumerate(heads)]
         return float(torch.cat(errors).square().mean().sqrt())
 
@@ -158,11 +158,3 @@ def _error(head: ScoredHead, slots: Slots) -> Tensor:
     key, value, bias = (rows[None].float() for rows in (decoded(slots.key), decoded(slots.value), slots.bias))
     unknown = key.new_zeros(1)
     return output_error(head.block, Fit(key, bias, value, unknown, unknown), head.exact)
-
-
-def _turned(slots: Slots, layer: SessionLayer, distance: int) -> Slots:
-    """The slots with their keys rotated by a distance in positions."""
-    if not distance:
-        return slots
-    key = layer.rotated(decoded(slots.key)[None], distance)[0]
-    return replace(slots, key=slots.key.recoded(key) if isinstance(slots.key, Quantised) else key)

@@ -163,15 +163,18 @@ class Slots:
         keep = (self.positions >= start) & (self.positions < end) & (self.ranks != PINNED_RANK)
         return self.where(keep)
 
-    def mounted(self, key: Rows, first: int) -> Slots:
+    def mounted(self, first: int) -> Slots:
         """The same slots as those of a mounted text.
 
         Args:
-            key: their keys, turned to where the text is mounted.
             first: the negative position that names the text's first token; the slots count from 0.
         """
         ranks = torch.full_like(self.ranks, MOUNTED_RANK)
-        return replace(self, key=key, positions=self.positions + first, ranks=ranks)
+        return replace(self, positions=self.positions + first, ranks=ranks)
+
+    def with_key(self, key: Tensor) -> Slots:
+        """The same slots with other keys, (total_slots, head_dim), in int8 where the keys were."""
+        return replace(self, key=self.key.recoded(key) if isinstance(self.key, Quantised) else key)
 
     def without_derived(self) -> Slots:
         """The same tensors, without the cached properties: these are ready only in the stream that made them."""
@@ -209,8 +212,7 @@ class Slots:
             return self
         distance = torch.tensor(distances)[self._segment_indices(segments)]
         distance[self.positions < 0] = 0
-        key = rotation.rotated(decoded(self.key), distance)
-        return replace(self, key=self.key.recoded(key) if isinstance(self.key, Quantised) else key)
+        return self.with_key(rotation.rotated(decoded(self.key), distance))
 
     def _segment_indices(self, segments: Sequence[Segment]) -> Tensor:
         """The index of each slot's segment, (total_slots,); pinned and mounted slots count to the first segment."""

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
 
+from am_memory.engines.base import SessionLayer
 from am_memory.kv_cache.cache import CacheState, Snapshot, exchanged
+from am_memory.kv_cache.int8 import decoded
 from am_memory.kv_cache.layers import TailState
 from am_memory.kv_cache.slots import Slots
 from am_memory.recall.originals import KeysAndValues
@@ -111,3 +113,8 @@ def with_new_slots(
 def slots_of(state: Snapshot) -> list[Slots]:
     """The slots of each compactable layer, once something has been compacted."""
     return [layer.slots for layer in state.layers if isinstance(layer, TailState) and layer.slots is not None]
+
+
+def turned(slots: Slots, layer: SessionLayer, distance: int) -> Slots:
+    """The slots with their keys rotated by a distance in positions."""
+    return slots.with_key(layer.rotated(decoded(slots.key)[None], distance)[0]) if distance else slots

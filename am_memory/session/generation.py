@@ -99,8 +99,8 @@ class Generation:
                 if number == 1:
                     looked_up = recall_for_answer(self.context)
                     self._open_answer()
-                self._require_unchanged()
-                if number > 1:
+                else:
+                    self._require_unchanged()
                     looked_up = self._look_back(number)
                 piece = replace(self._next_piece(number), looked_up=looked_up)
             yield piece

@@ -12,13 +12,10 @@ from typing import TYPE_CHECKING
 
 from am_memory.compaction.plan import max_compact_tokens
 from am_memory.compaction.record import MountRecord
-from am_memory.engines.base import SessionLayer
 from am_memory.errors import InvalidInput, InvalidPolicy, OriginalLost, PromptTooLong
 from am_memory.events import TextMounted, TextUnmounted
 from am_memory.kv_cache.cache import exchanged, without_mounted
-from am_memory.kv_cache.int8 import Quantised, decoded
-from am_memory.kv_cache.slots import Slots
-from am_memory.recall.paging import Page
+from am_memory.recall.paging import Page, turned
 from am_memory.session import pages
 from am_memory.session.mounts import Mounted, NamedText
 
@@ -171,17 +168,11 @@ def _insert(context: Context, mounted: Mounted) -> None:
         return
     named, cache = mounted.named, context.cache
     distance = mounted.distance(context.policy.num_sinks)
-    turned = [
-        _turned(slots.to(context.engine.info.device), layer, distance, named.offset)
+    nearer = [
+        turned(slots.to(context.engine.info.device), layer, distance).mounted(named.offset)
         for layer, slots in zip(cache.compactable, named.text.slots, strict=True)
     ]
-    cache.restore(exchanged(cache.state(), (named.start, named.end), turned))
-
-
-def _turned(slots: Slots, layer: SessionLayer, distance: int, offset: int) -> Slots:
-    """A text's slots of one layer, `distance` positions later and under their names."""
-    key = layer.rotated(decoded(slots.key)[None], distance)[0]
-    return slots.mounted(slots.key.recoded(key) if isinstance(slots.key, Quantised) else key, offset)
+    cache.restore(exchanged(cache.state(), (named.start, named.end), nearer))
 
 
 def _remove(context: Context, named: NamedText) -> None:
