@@ -37,8 +37,15 @@ def compiled(new_tiny_model: NewModel, byte_tokenizer: PreTrainedTokenizerBase) 
 
 @pytest.fixture
 def no_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.compile traces and guards, and runs what it traced as it is, which takes no compiler and little time."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    """torch.compile traces and guards, and runs what it traced as it is, which takes no compiler and little time.
+
+    A new function for each test: torch reuses the graphs of another test's model only for the same backend.
+    """
+
+    def run_as_traced(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=run_as_traced))
 
 
 @contextmanager
