@@ -40,9 +40,11 @@ class CompactionStarted:
 
 @dataclass(frozen=True)
 class CompactionProgress:
-    """A stage of a compaction or a refinement progressed: "summary", "self_study", "repeat", "score" or "fit".
+    """A stage of a compaction or a refinement progressed.
 
-    A refinement begins with "read": it reads again what stood behind the segment.
+    Stages: "summary", "self_study", "predict", "repeat", "score" and "fit". A refinement begins with "read": it reads
+    again what stood behind the segment. The first compaction of a model has "measure": the model reads and repeats
+    1,800 tokens.
     """
 
     session: str

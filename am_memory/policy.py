@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+QuerySource = Literal["predicted", "repeat", "self_study", "live"]
+"""Where reference queries come from: `am_memory.queries`, a file each."""
+
 MIN_PAGE_TOKENS = 16
 """Tokens of the smallest page that recall brings back."""
 
@@ -110,9 +113,11 @@ class MemoryPolicy(_Settings):
             prompt; the sinks if there is none), "first_message" (the system prompt and the first message), or a number
             of tokens.
         keep_recent: number of newest tokens that stay exact when the trigger fires.
-        reference_queries: queries that a compaction is fitted to, any of "repeat" (the model reads the block again),
-            "self_study" (the model answers questions about the context, in one forward pass per token of the longest
-            answer) and "live" (queries of the tokens read since the block, rotated to later positions; no extra pass).
+        reference_queries: queries that a compaction is fitted to, any of "predicted" (those with which the model would
+            repeat the block, by linear maps from the block's keys; no extra pass), "repeat" (the model reads the block
+            again), "self_study" (the model answers questions about the context, in one forward pass per token of the
+            longest answer) and "live" (queries of the tokens read since the block, rotated to later positions; no extra
+            pass). On engines and models whose keys cannot be rotated, "predicted" is "repeat".
         self_study_tokens: upper bound on the tokens of all self-study answers together.
         tool_result_weight: weight of tool results relative to all other messages, in the scores and in the fits.
             Below 1, they leave more slots to what users and the model wrote.
@@ -148,8 +153,8 @@ class MemoryPolicy(_Settings):
             `refine_queries`, and swaps the better slots in. It stops at once when a session works, and begins with the
             segment again later. "off": only `Session.refine` does so. Needs originals; not on llama.cpp, nor on models
             with sliding windows.
-        refine_queries: queries that a refinement is fitted to, any of "repeat", "self_study" and "live" (queries of up
-            to 512 tokens behind the segment, which are read again). A segment that was fitted to all of them is refined
+        refine_queries: queries that a refinement is fitted to, as in `reference_queries`; "live" are queries of up to
+            512 tokens behind the segment, which are read again). A segment that was fitted to all of them is refined
             only after it has shrunk by a quarter.
         ridge: strength that pulls the fitted values toward the original ones, as a fraction of the mean diagonal. A low
             one serves questions, a high one serves a text that goes on. None: 0.5 where pages are recalled for
@@ -167,7 +172,7 @@ class MemoryPolicy(_Settings):
     max_compact_tokens: Annotated[int, Field(gt=0)] | None = None
     pinned: Literal["sinks", "system", "first_message"] | Annotated[int, Field(ge=0)] = "system"
     keep_recent: Annotated[int, Field(ge=0)] = 64
-    reference_queries: Annotated[tuple[Literal["repeat", "self_study", "live"], ...], Field(min_length=1)] = ("repeat",)
+    reference_queries: Annotated[tuple[QuerySource, ...], Field(min_length=1)] = ("predicted",)
     self_study_tokens: Annotated[int, Field(gt=0)] = 512
     tool_result_weight: Annotated[float, Field(gt=0, le=1)] = 1.0
     key_selection: Any = HighestAttention()
@@ -180,7 +185,7 @@ class MemoryPolicy(_Settings):
     max_error: Annotated[float, Field(gt=0)] | None = None
     ahead_tokens: Annotated[int, Field(ge=0)] = 0
     refine: Literal["off", "idle"] = "off"
-    refine_queries: Annotated[tuple[Literal["repeat", "self_study", "live"], ...], Field(min_length=1)] = (
+    refine_queries: Annotated[tuple[QuerySource, ...], Field(min_length=1)] = (
         "repeat",
         "self_study",
     )
@@ -237,7 +242,7 @@ class MemoryPolicy(_Settings):
     @field_validator("experiments")
     @classmethod
     def _agrees_with_other_fields(cls, experiments: Experiments, info: ValidationInfo) -> Experiments:
-        sources, max_error = info.data.get("reference_queries", ("repeat",)), info.data.get("max_error")
+        sources, max_error = info.data.get("reference_queries", ("predicted",)), info.data.get("max_error")
         if experiments.on_policy and sources != ("repeat",):
             raise ValueError('on_policy takes its queries from the repeat pass: set reference_queries to ("repeat",)')
         if experiments.on_policy and max_error is not None:

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 STAGES = {
     "read": "  reading what came behind the block",
+    "measure": "  measuring how the model repeats a text (once for each model)",
+    "predict": "  predicting how it would repeat the block",
     "repeat": "  repeating the block",
     "self_study": "  generating self-study answers",
     "summary": "  summarizing the block",

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from am_memory.budgets import Calibration, head_ranks
 from am_memory.engines.base import SessionLayer
-from am_memory.kv_cache.int8 import decoded
 from am_memory.kv_cache.slots import Segment, Slots
 from am_memory.policy import MemoryPolicy
 from am_memory.queries import ReferenceQueries
@@ -49,17 +48,12 @@ class LayerEntries:
     def _behind(self, slots: Slots | None, segment: Segment) -> LayerEntries:
         """These entries with the segment's slots before them, padded to the head that has the most."""
         assert slots is not None
-        heads = [slots.head(head).within(segment.start, segment.end) for head in range(slots.num_heads)]
-
-        def pad(pieces: list[Tensor], fill: float) -> Tensor:
-            padded = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True, padding_value=fill)
-            return padded.to(pieces[0].dtype)
-
+        key, value, bias, positions = slots.within(segment.start, segment.end).padded()
         return LayerEntries(
-            torch.cat([pad([decoded(head.key) for head in heads], 0), self.key], dim=1),
-            torch.cat([pad([decoded(head.value) for head in heads], 0), self.value], dim=1),
-            torch.cat([pad([head.bias for head in heads], -torch.inf), self.key.new_zeros(self.key.shape[:2])], dim=1),
-            torch.cat([pad([head.positions for head in heads], 0), self.positions], dim=1),
+            torch.cat([key, self.key], dim=1),
+            torch.cat([value, self.value], dim=1),
+            torch.cat([bias, self.key.new_zeros(self.key.shape[:2])], dim=1),
+            torch.cat([positions, self.positions], dim=1),
         )
 
 

@@ -142,12 +142,13 @@ class SessionLayer(Protocol):
         """Exact keys and values at the logical positions [start, end): (num_heads, end - start, head_dim) each."""
         ...
 
-    def rotated(self, key: Tensor, distance: int) -> Tensor:
+    def rotated(self, key: Tensor, distance: int | Tensor) -> Tensor:
         """Keys rotated to later positions.
 
         Args:
             key: (num_heads, num_keys, head_dim), after RoPE.
-            distance: in positions; always 0 if the engine cannot rotate keys.
+            distance: in positions, one for all keys or (num_keys,) int64 in host memory; below 0, to earlier positions.
+                Always 0 if the engine cannot rotate keys.
         """
         ...
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from torch import Tensor, tensor
+from torch import Tensor, as_tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from am_memory.errors import UnsupportedOperation
@@ -207,12 +207,12 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         buffer = TailBuffer(*(entries[None].to(self.buffer.key.device) for entries in (key, value)))
         return TailState(slots if segment.start else None, buffer, segment.start, segment.num_tokens)
 
-    def rotated(self, key: Tensor, distance: int) -> Tensor:
-        """Keys, (num_key_value_heads, num_keys, head_dim), rotated to `distance` positions later."""
-        if not distance:
+    def rotated(self, key: Tensor, distance: int | Tensor) -> Tensor:
+        """Keys rotated to later positions; see `am_memory.engines.base.SessionLayer.rotated`."""
+        if isinstance(distance, int) and not distance:
             return key
         assert self.rotation is not None
-        return self.rotation.rotated(key, tensor(distance))
+        return self.rotation.rotated(key, as_tensor(distance))
 
     @property
     def num_heads(self) -> int:

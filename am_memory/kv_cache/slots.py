@@ -158,6 +158,26 @@ class Slots:
             return self
         return replace(self, key=decoded(self.key), value=decoded(self.value))
 
+    def padded(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Keys, values, biases and positions of all heads, each as long as the longest one.
+
+        Returns:
+            key, value: (num_heads, longest, head_dim), in the model's dtype.
+            bias: (num_heads, longest); -inf marks padding.
+            positions: (num_heads, longest) int32 in host memory.
+        """
+        heads = [self.head(index) for index in range(self.num_heads)]
+
+        def pad(pieces: list[Tensor], fill: float) -> Tensor:
+            return torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True, padding_value=fill).to(pieces[0].dtype)
+
+        return (
+            pad([decoded(head.key) for head in heads], 0),
+            pad([decoded(head.value) for head in heads], 0),
+            pad([head.bias for head in heads], -torch.inf),
+            pad([head.positions for head in heads], 0),
+        )
+
     def within(self, start: int, end: int) -> Slots:
         """The slots of the tokens at [start, end), without pinned ones."""
         keep = (self.positions >= start) & (self.positions < end) & (self.ranks != PINNED_RANK)

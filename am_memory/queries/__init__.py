@@ -4,7 +4,7 @@ from am_memory.queries.live import LiveQueries
 from am_memory.queries.message_tokens import message_token_positions
 from am_memory.queries.reference import ReferenceQueries
 from am_memory.queries.repeat_prefill import OnLayer, as_turn, repeat_queries
-from am_memory.queries.scratch import logits_on_scratch, queries_on_scratch, scratch
+from am_memory.queries.scratch import logits_on_scratch, queries_on_scratch, require_scaling, scratch
 from am_memory.queries.self_study import StudyConversations, greedy_answer, self_study, self_study_queries
 from am_memory.queries.sources import Passage, Progress, QuerySources
 
@@ -22,6 +22,7 @@ __all__ = [
     "message_token_positions",
     "queries_on_scratch",
     "repeat_queries",
+    "require_scaling",
     "scratch",
     "self_study",
     "self_study_queries",

@@ -51,6 +51,18 @@ class scratch:
                 entries.copy_(before)
 
 
+def require_scaling(engine: Engine, cache: SessionCache, token_id: int) -> None:
+    """See to it that the layers know the scale of their softmax, which a cache that was just loaded does not.
+
+    Args:
+        cache: restored afterwards, whatever happens.
+        token_id: read on scratch if necessary; any token will do.
+    """
+    if any(layer.scaling is None for layer in cache.compactable):
+        with scratch(cache):
+            engine.forward(cache, [token_id])
+
+
 def logits_on_scratch(engine: Engine, cache: SessionCache, token_ids: Sequence[int], chunk_tokens: int) -> Tensor:
     """Read tokens behind what the cache holds, and take the logits of each, (len(token_ids), vocab_size) float32.
 

@@ -12,8 +12,11 @@ from am_memory.errors import CompactionFailed
 from am_memory.policy import MemoryPolicy
 from am_memory.queries.live import LiveQueries, from_further_away
 from am_memory.queries.message_tokens import message_token_positions
+from am_memory.queries.predicted import predicted_queries
+from am_memory.queries.query_maps import query_maps
 from am_memory.queries.reference import ReferenceQueries
-from am_memory.queries.repeat_prefill import OnLayer, repeat_queries, repeat_through
+from am_memory.queries.repeat_prefill import OnLayer, repeat_queries, repeat_request, repeat_through
+from am_memory.queries.scratch import require_scaling
 from am_memory.queries.self_study import StudyConversations, self_study, self_study_queries
 
 Progress = Callable[[str, int, int], None]
@@ -40,9 +43,14 @@ class Passage(NamedTuple):
 
     def message_tokens(self, engine: Engine) -> tuple[list[int], list[float] | None]:
         """The tokens of the passage that are repeated, and how much each of them counts."""
+        positions, weights = self.message_positions(engine)
+        return [self.token_ids[position] for position in positions], weights
+
+    def message_positions(self, engine: Engine) -> tuple[list[int], list[float] | None]:
+        """Where these tokens stand, and how much each of them counts."""
         positions = message_token_positions(engine, self.token_ids, self.start, self.end)
         weights = None if self.weights is None else [self.weights[position - self.start] for position in positions]
-        return [self.token_ids[position] for position in positions], weights
+        return positions, weights
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,10 @@ class QuerySources:
             CompactionFailed: the policy uses live queries alone, and no token was read after the passage.
         """
         samples, cache, chunk_tokens = [], passage.cache, self.chunk_tokens
-        if "repeat" in self.policy.reference_queries:
+        named, can_predict = self.policy.reference_queries, self.engine.capabilities.can_rotate_keys
+        if "predicted" in named and can_predict:
+            samples.append(self._predicted_queries(passage))
+        if "repeat" in named or ("predicted" in named and not can_predict):
             token_ids, weights = passage.message_tokens(self.engine)
             samples.append(
                 repeat_queries(
@@ -104,9 +115,22 @@ class QuerySources:
         if not samples:
             raise CompactionFailed(
                 f"no query has passed since token {passage.end}, and reference_queries is live alone: read more first, "
-                'compact a smaller fraction, or add "repeat"'
+                'compact a smaller fraction, or add "predicted"'
             )
         return [ReferenceQueries.union(layer) for layer in zip(*samples, strict=True)]
+
+    def _predicted_queries(self, passage: Passage) -> list[ReferenceQueries]:
+        """The queries of a repeat, without one."""
+        require_scaling(self.engine, passage.cache, passage.token_ids[passage.end - 1])
+        positions, weights = passage.message_positions(self.engine)
+        return predicted_queries(
+            query_maps(self.engine, passage.cache, self.stage("measure")),
+            passage.cache,
+            positions,
+            num_before=len(repeat_request(self.engine)),
+            on_progress=self.stage("predict"),
+            weights=weights,
+        )
 
     def _study_queries(self, passage: Passage) -> list[ReferenceQueries]:
         """The queries of self-study; its progress is full, and is reported again with each pass."""

@@ -2,33 +2,26 @@
 
 Most heads attend to the same places whatever they read, or to the next word of a text that they copy. A few find the
 answer to a question. They are measured once for each model, on a chat of our own with known answers
-(`search_trial.json`), and work in other conversations as well (docs/recall.md). Does not know how they are used.
+(`am_memory.queries.trial`), and work in other conversations as well (docs/recall.md). Does not know how they are used.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from hashlib import sha256
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from am_memory.engines.base import Engine, SessionCache, in_chunks
-from am_memory.engines.model_files import cache_folder
-from am_memory.queries import as_turn, queries_on_scratch
-from am_memory.queries.message_tokens import message_token_positions
-from am_memory.text.chat_template import RenderedChat
+from am_memory.queries import as_turn, message_token_positions, queries_on_scratch
+from am_memory.queries.measured_files import MeasuredFile, MeasuredFiles
+from am_memory.queries.trial import digest, trial
 
 NUM_HEADS = 4
 """Search heads of a model: two find less, eight find no more (docs/log.md)."""
@@ -111,7 +104,7 @@ def search_heads(
     found = ready_search_heads(engine, cache)
     if found is None:
         found = _ready[engine] = measure(engine, on_progress)
-        _remember(engine.info.fingerprint, found)
+        files().keep(engine.info.fingerprint, as_file(found))
     return found
 
 
@@ -121,12 +114,13 @@ def measure(engine: Engine, on_progress: Callable[[int, int], None] = lambda don
     Args:
         on_progress: see `search_heads`.
     """
-    trial, cache, chunk_tokens = _trial(), engine.new_cache(), engine.chunk_tokens
-    token_ids, places = trial.encoded(engine)
+    asked_of, cache, chunk_tokens = trial(), engine.new_cache(), engine.chunk_tokens
+    token_ids = asked_of.encoded(engine)
+    places = asked_of.places(engine, token_ids)
     for chunk in in_chunks(token_ids, chunk_tokens):
         engine.forward(cache, chunk)
 
-    num_texts = 1 + len(trial.ordinary) + len(trial.questions)
+    num_texts = 1 + len(asked_of.ordinary) + len(asked_of.questions)
     on_progress(1, num_texts)
 
     def queries(number: int, text: str) -> list[Tensor]:
@@ -143,9 +137,9 @@ def measure(engine: Engine, on_progress: Callable[[int, int], None] = lambda don
         return torch.cat([_span_shares(query, layer.exact_entries(0, len(token_ids))[0], layer.scaling or 0)
                           for query, layer in layers])  # fmt: skip
 
-    ordinary = [queries(number, text) for number, text in enumerate(trial.ordinary, start=2)]
+    ordinary = [queries(number, text) for number, text in enumerate(asked_of.ordinary, start=2)]
     usual = torch.stack([shares(text) for text in ordinary]).mean(dim=0)
-    asked = enumerate(zip(trial.questions, places, strict=True), start=2 + len(ordinary))
+    asked = enumerate(zip(asked_of.questions, places, strict=True), start=2 + len(ordinary))
     found = [
         _log_share_of_answer(lift(shares(queries(number, question)), usual), place)
         for number, ((question, _), place) in asked
@@ -188,106 +182,26 @@ def _log_share_of_answer(lifts: Tensor, place: tuple[int, int]) -> Tensor:
     return lifts[:, max(first - 1, 0) : last + 2].amax(dim=1) - lifts.logsumexp(dim=1)
 
 
-class _Trial(NamedTuple):
-    """A chat, questions about it with the words of their answers, and texts that ask for nothing in it."""
-
-    chat: list[str]
-    questions: list[tuple[str, str]]
-    ordinary: list[str]
-
-    def encoded(self, engine: Engine) -> tuple[list[int], list[tuple[int, int]]]:
-        """The tokens of the chat, and the tokens [start, end) of each question's answer."""
-        if engine.has_chat_template:
-            roles = ("user", "assistant")
-            chat = RenderedChat(
-                engine, [{"role": roles[index % 2], "content": text} for index, text in enumerate(self.chat)]
-            )
-            text, encode = chat.write(chat.messages), chat.encode
-        else:
-            text, encode = "\n\n".join(self.chat), engine.encode
-        token_ids = encode(text)
-        texts = [engine.decode([token_id]) for token_id in token_ids]
-        return token_ids, [_place(texts, answer) for _, answer in self.questions]
-
-
-def _place(texts: Sequence[str], answer: str) -> tuple[int, int]:
-    """The tokens that write an answer; white space does not count, since tokenizers differ in it."""
-    wanted, written, ends = "".join(answer.split()), "", list[int]()
-    for text in texts:
-        written += "".join(text.split())
-        ends.append(len(written))
-    begin = written.find(wanted)
-    if begin < 0:  # a vocabulary that cannot spell it
-        return 0, 1
-    end = begin + len(wanted)
-    return next(i for i, e in enumerate(ends) if e > begin), next(i for i, e in enumerate(ends) if e >= end) + 1
-
-
-def _trial_text() -> str:
-    return (resources.files(__package__) / "search_trial.json").read_text(encoding="utf-8")
-
-
 @cache
-def _trial_digest() -> str:
-    """What was measured: another trial, or spans of another length, may find other heads."""
-    return sha256(f"{SPAN_TOKENS} {NUM_HEADS} {_trial_text()}".encode()).hexdigest()
-
-
-@cache
-def _trial() -> _Trial:
-    content = json.loads(_trial_text())
-    return _Trial(content["chat"], [tuple(pair) for pair in content["questions"]], content["ordinary"])
-
-
-def _shipped_file(fingerprint: str) -> Path:
-    return Path(str(resources.files(__package__))) / "measured" / _file_name(fingerprint)
-
-
-def _kept_file(fingerprint: str) -> Path | None:
-    """Where the search heads of a model are kept on this machine; None: the user has no home."""
-    try:
-        return cache_folder() / "search_heads" / _file_name(fingerprint)
-    except RuntimeError:
-        return None
-
-
-def _file_name(fingerprint: str) -> str:
-    return f"{sha256(fingerprint.encode()).hexdigest()[:16]}.safetensors"
+def files() -> MeasuredFiles:
+    """The files of search heads. Another trial, or spans of another length, may find other heads."""
+    measured_with = digest(SPAN_TOKENS, NUM_HEADS, trial().chat, trial().questions, trial().ordinary)
+    return MeasuredFiles("search_heads", measured_with, Path(str(resources.files(__package__))) / "measured")
 
 
 def _known(fingerprint: str) -> SearchHeads | None:
-    """The search heads of a model from a file; a damaged one, or one of another trial, counts for nothing."""
-    for file in (_shipped_file(fingerprint), _kept_file(fingerprint)):
-        if file is None:
-            continue
+    """The search heads of a model from a file; one that makes no sense counts for nothing."""
+    for tensors, notes in files().found(fingerprint):
         try:
-            with safe_open(file, framework="pt") as content:
-                metadata, heads = content.metadata(), content.get_tensor("heads").tolist()
-                usual = content.get_tensor("usual").float()
-                is_ours = (metadata["fingerprint"], metadata["trial"]) == (fingerprint, _trial_digest())
-                if is_ours and usual.dim() == 3 and len(usual) == len(heads) and bool(usual.isfinite().all()):
-                    return SearchHeads(tuple(SearchHead(*row) for row in heads), usual, int(metadata["position"]))
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+            heads, usual, position = tensors["heads"].tolist(), tensors["usual"].float(), int(notes["position"])
+            if usual.dim() == 3 and len(usual) == len(heads) and bool(usual.isfinite().all()):
+                return SearchHeads(tuple(SearchHead(*row) for row in heads), usual, position)
+        except (KeyError, ValueError, TypeError):
             continue
     return None
 
 
-def _remember(fingerprint: str, found: SearchHeads) -> None:
-    """Write search heads to the user's folder for caches; without a folder that can be written to, do nothing."""
-    file = _kept_file(fingerprint)
-    if file is None:
-        return
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
-        temporary.write_bytes(packed(fingerprint, found))
-        os.replace(temporary, file)
-    except OSError:
-        return
-
-
-def packed(fingerprint: str, found: SearchHeads) -> bytes:
-    """The bytes of a file of search heads."""
+def as_file(found: SearchHeads) -> MeasuredFile:
+    """Search heads as their file has them."""
     tensors = {"heads": torch.tensor(found.heads), "usual": found.usual.half().contiguous()}
-    metadata = {"fingerprint": fingerprint, "trial": _trial_digest(), "position": str(found.position)}
-    return safetensors.torch.save(tensors, metadata)
+    return MeasuredFile(tensors, {"position": str(found.position)})

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from am_memory.errors import PromptTooLong, UnsupportedOperation
 from am_memory.events import MemoryConsulted, SearchHeadsProgress, Span
-from am_memory.queries import as_turn, message_token_positions, scratch
+from am_memory.queries import as_turn, message_token_positions, require_scaling, scratch
 from am_memory.recall.paging import Page
 from am_memory.recall.search import best_pages, span_scores
 from am_memory.recall.search_heads import SearchHead, search_heads
@@ -136,9 +136,7 @@ def _heads(context: Context) -> Sequence[SearchHead]:
 def _scores(context: Context, queries: Tensor, num_tokens: int, space: SearchSpace) -> Tensor:
     """The score of each span of the first `num_tokens` tokens, and of the mounted texts."""
     engine, cache = context.engine, context.cache
-    if any(layer.scaling is None for layer in cache.compactable):  # loaded, and nothing was read since
-        with scratch(cache):
-            engine.forward(cache, context.tokens[-1:])
+    require_scaling(engine, cache, context.tokens[-1])
     return with_originals(
         context, lambda: span_scores(engine, cache, context.originals, queries, num_tokens, space.texts)
     )

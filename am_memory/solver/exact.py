@@ -59,6 +59,14 @@ def exact_attention(block: Block) -> ExactAttention:
     return ExactAttention(rms_scores(energy, block), max_logit, log_mass, output, fit_weights(share, block.num_keys))
 
 
+def log_mass(block: Block) -> Tensor:
+    """The log of each query's attention mass on the block, (B, num_queries) float32; the values do not matter."""
+    mass = block.query.new_empty(block.query.shape[:2], dtype=torch.float32)
+    for rows, _, total, top in unnormalised_weights(block):
+        mass[:, rows] = (top + total.log2()) / LOG2_E
+    return mass
+
+
 def _by_chunks(block: Block) -> tuple[Tensor, ...]:
     """Largest logits, log masses, outputs and shares of the queries, and the energies of the keys.
 

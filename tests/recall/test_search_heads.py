@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from am_memory import Memory
 from am_memory.engines.model_files import cache_folder
 from am_memory.engines.transformers import TransformersEngine
+from am_memory.queries.trial import trial
 from am_memory.recall import search_heads as module
 from am_memory.recall.search_heads import NUM_HEADS, SearchHeads, measure, ready_search_heads, search_heads
-
-TRIAL = json.loads((resources.files("am_memory.recall") / "search_trial.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -51,18 +48,6 @@ def another(engine: Any, fingerprint: str = "a model") -> Any:
     return twin
 
 
-def test_the_trial_has_each_answer_once() -> None:
-    chat = "\n\n".join(TRIAL["chat"])
-    assert {answer: chat.count(answer) for _, answer in TRIAL["questions"]} == {a: 1 for _, a in TRIAL["questions"]}
-    assert len({question for question, _ in TRIAL["questions"]}) == len(TRIAL["questions"])
-
-
-def test_the_trial_finds_where_its_answers_stand(engine: TransformersEngine) -> None:
-    token_ids, places = module._trial().encoded(engine)
-    written = [engine.decode(token_ids[start:end]) for start, end in places]
-    assert written == [answer for _, answer in TRIAL["questions"]]
-
-
 def test_as_many_heads_are_found_and_the_same_ones_each_time(engine: TransformersEngine) -> None:
     found, again = measure(engine), measure(engine)
     assert len(set(found.heads)) == NUM_HEADS
@@ -76,7 +61,7 @@ def test_a_measurement_says_how_far_it_is(engine: TransformersEngine) -> None:
     """It takes half a minute on a slow machine, in which the engine answered nobody and nothing was said."""
     steps: list[tuple[int, int]] = []
     measure(engine, lambda done, total: steps.append((done, total)))
-    num_texts = 1 + len(TRIAL["ordinary"]) + len(TRIAL["questions"])
+    num_texts = 1 + len(trial().ordinary) + len(trial().questions)
     assert steps == [(number, num_texts) for number in range(1, num_texts + 1)]
 
 
@@ -127,7 +112,7 @@ def test_a_damaged_file_is_measured_again(
 ) -> None:
     found = search_heads(another(engine))
     (file,) = (folder / "search_heads").iterdir()
-    file.write_bytes(module.packed("another model", found) if damage is None else damage)
+    file.write_bytes(module.files().packed("another model", module.as_file(found)) if damage is None else damage)
     again = search_heads(another(engine))
     assert len(num_measured) == 2
     assert again.heads == found.heads

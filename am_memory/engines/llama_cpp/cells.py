@@ -135,8 +135,10 @@ class CellLayer:
         first = content.base_cells - content.tail_start
         return self._entries(slice(first + start, first + end))
 
-    def rotated(self, key: Tensor, distance: int) -> Tensor:
-        """Keys, (num_heads, num_keys, head_dim), rotated to `distance` positions later."""
+    def rotated(self, key: Tensor, distance: int | Tensor) -> Tensor:
+        """Keys rotated to later positions; see `am_memory.engines.base.SessionLayer.rotated`."""
+        if isinstance(distance, Tensor):
+            return self.shape.rotation.rotated(key, distance)
         return key @ self.shape.rotation.by(distance).mT.to(key.dtype) if distance else key
 
     @property

@@ -49,6 +49,23 @@ class MeasuredRotation:
                 turn = step @ turn
         return turn.float()
 
+    def rotated(self, key: Tensor, distance: Tensor) -> Tensor:
+        """Keys at later positions, each at its own distance.
+
+        Args:
+            key: (num_heads, num_keys, head_dim).
+            distance: (num_keys,) int64 in host memory, in positions.
+        """
+        times = distance.div(LADDER[-1], rounding_mode="floor")
+        turned = key.float()
+        for count in set(times.tolist()) - {0}:
+            turn = self.by(count * LADDER[-1])
+            turned = torch.where((times == count)[:, None], turned @ turn.mT, turned)
+        rest = distance - times * LADDER[-1]
+        for exponent, step in enumerate(self.steps[:-1]):
+            turned = torch.where((rest >> exponent & 1).bool()[:, None], turned @ step.mT, turned)
+        return turned.to(key.dtype)
+
     @cached_property
     def later(self) -> Tensor:
         """The rotations to each of `DISTANCES`, (len(DISTANCES), head_dim, head_dim) float32."""

@@ -1,0 +1,27 @@
+"""The attention mass of queries on all that a layer holds, slots and exact tokens together."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from am_memory.engines.base import SessionLayer
+from am_memory.solver import Block, log_mass
+
+
+def total_log_mass(layer: SessionLayer, num_tokens: int, query: Tensor) -> Tensor:
+    """The log of the sum of exp(logit) over all keys of a layer, (num_key_value_heads, num_queries) float32.
+
+    Args:
+        layer: a forward pass has told it its scaling.
+        num_tokens: of the cache.
+        query: (num_key_value_heads, num_queries, head_dim), after RoPE, of tokens behind all that the layer holds.
+    """
+    key, _ = layer.exact_entries(layer.start, num_tokens)
+    bias = None
+    if layer.slots is not None:
+        slot_key, _, slot_bias, _ = layer.slots.padded()
+        bias = torch.cat([slot_bias, key.new_zeros(key.shape[:2])], dim=1)
+        key = torch.cat([slot_key, key], dim=1)
+    assert layer.scaling is not None
+    return log_mass(Block(query, key, key, layer.scaling, key_bias=bias))
