@@ -74,9 +74,9 @@ class Experiments(_Settings):
         recompaction: "segments" (each token is compacted once, from its exact entry) or "refit" (each compaction covers
             the oldest part of the cache, compact slots included, as in the online AIME runs of arXiv:2602.16284).
         on_policy: fit each layer to queries that have passed through the compacted layers below. The model repeats the
-            block in one pass, however long it is, and each layer is compacted when the pass reaches it. A head budget
-            other than "uniform" needs one more pass, for the scores of all layers. Works only with
-            reference_queries=("repeat",), without max_error, and not on llama.cpp.
+            block in one pass, however long it is, and each layer is compacted when the pass reaches it. The budgets of
+            the heads come from reference_queries, which must be ("predicted",) or ("repeat",); the latter takes one
+            more pass. Not with max_error, and not on llama.cpp.
         summary_tokens: before each compaction, the model writes a summary of the block, of at most this many tokens, in
             one forward pass per token. The summary is then compacted instead of the block, to the number of slots that
             the block would get; a summary that needs no more slots than that stays whole. If the model writes nothing,
@@ -243,8 +243,10 @@ class MemoryPolicy(_Settings):
     @classmethod
     def _agrees_with_other_fields(cls, experiments: Experiments, info: ValidationInfo) -> Experiments:
         sources, max_error = info.data.get("reference_queries", ("predicted",)), info.data.get("max_error")
-        if experiments.on_policy and sources != ("repeat",):
-            raise ValueError('on_policy takes its queries from the repeat pass: set reference_queries to ("repeat",)')
+        if experiments.on_policy and sources not in (("predicted",), ("repeat",)):
+            raise ValueError(
+                'on_policy takes its queries from a repeat of the block: leave reference_queries at ("predicted",)'
+            )
         if experiments.on_policy and max_error is not None:
             raise ValueError("max_error may fit a layer twice, and on_policy fits it once: leave one of them out")
         if experiments.summary_tokens is not None and max_error is not None:

@@ -26,6 +26,7 @@ from am_memory import Experiments, Memory, MemoryPolicy, Session
 DEFAULT = "default"
 SCHEMES: dict[str, dict[str, object]] = {
     DEFAULT: {},
+    "queries: repeat": {"reference_queries": ("repeat",)},
     "queries: live": {"reference_queries": ("live",)},
     "queries: repeat and live": {"reference_queries": ("repeat", "live")},
     "on-policy": {"experiments": Experiments(on_policy=True)},

@@ -42,6 +42,7 @@ ONCE = {
 }
 ON_REQUEST = {
     "AM, OMP": {"key_selection": OMP.fast()},
+    "AM, repeat": {"reference_queries": ("repeat",)},
     "AM, self-study": {"reference_queries": ("self_study",)},
     "AM, repeat and self-study": {"reference_queries": ("repeat", "self_study")},
     "AM of a summary": {"experiments": Experiments(summary_tokens=256)},

@@ -62,7 +62,11 @@ class LargestAttention:
 
 EVICTION = Experiments(fit="nothing")
 SNAPKV: dict[str, object] = {"experiments": EVICTION, "head_budget": "uniform", "reference_queries": ("live",)}
-KVZIP: dict[str, object] = {"experiments": EVICTION, "key_selection": LargestAttention()}
+KVZIP: dict[str, object] = {
+    "experiments": EVICTION,
+    "key_selection": LargestAttention(),
+    "reference_queries": ("repeat",),
+}
 
 
 @dataclass(frozen=True)
