@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib import resources
+from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -103,7 +105,7 @@ _ready: WeakKeyDictionary[Engine, list[QueryMap]] = WeakKeyDictionary()
 def query_maps(
     engine: Engine, cache: SessionCache, on_progress: OnProgress = lambda done, total: None
 ) -> list[QueryMap]:
-    """The maps of an engine's model, one for each compactable layer: from a file of this machine, or measured now.
+    """The maps of an engine's model, one for each compactable layer: shipped, kept on this machine, or measured now.
 
     A measurement reads about 1,800 tokens twice, and is written to the user's folder for caches if that is possible.
 
@@ -116,7 +118,7 @@ def query_maps(
         found = _known(fingerprint, cache)
         if found is None:
             found = measure(engine, on_progress)
-            _files().keep(fingerprint, _as_file(found))
+            files().keep(fingerprint, as_file(found))
         _ready[engine] = found
     return _ready[engine]
 
@@ -220,13 +222,15 @@ def _fitted(repeats: Sequence[LayerRepeat]) -> QueryMap:
 
 
 @cache
-def _files() -> MeasuredFiles:
-    return MeasuredFiles("query_maps", digest(RIDGE, trial().chat, trial().passages))
+def files() -> MeasuredFiles:
+    """The files of query maps."""
+    measured_with = digest(RIDGE, MOST_TOKENS, trial().chat, trial().passages)
+    return MeasuredFiles("query_maps", measured_with, Path(str(resources.files(__package__))) / "measured")
 
 
 def _known(fingerprint: str, cache: SessionCache) -> list[QueryMap] | None:
     """The maps of a model from a file; one that makes no sense counts for nothing."""
-    for tensors, _ in _files().found(fingerprint):
+    for tensors, _ in files().found(fingerprint):
         try:
             pairs = [(tensors[f"weight.{i}"], tensors[f"log_mass.{i}"]) for i in range(len(tensors) // 2)]
         except KeyError:
@@ -237,6 +241,7 @@ def _known(fingerprint: str, cache: SessionCache) -> list[QueryMap] | None:
     return None
 
 
-def _as_file(maps: Sequence[QueryMap]) -> MeasuredFile:
+def as_file(maps: Sequence[QueryMap]) -> MeasuredFile:
+    """Query maps as their file has them."""
     tensors = {f"weight.{i}": one.weight.contiguous() for i, one in enumerate(maps)}
     return MeasuredFile(tensors | {f"log_mass.{i}": one.log_mass for i, one in enumerate(maps)}, {})

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from inside import cache_of
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -174,7 +175,7 @@ def test_a_damaged_file_is_measured_again(
         "too few layers": maps[:2],
     }
     content = forged.get(damage)
-    file.write_bytes(b"" if content is None else module._files().packed("a model", module._as_file(content)))
+    file.write_bytes(b"" if content is None else module.files().packed("a model", module.as_file(content)))
     assert len(query_maps(another(engine), read(engine))) == 3
     assert len(num_measured) == 2
 
@@ -202,6 +203,13 @@ def test_a_session_that_was_just_resumed_can_be_compacted(engine: TransformersEn
     session.save()
     resumed = Memory(engine, MemoryPolicy(trigger_tokens=512), store=tmp_path).session("chat")
     assert resumed.compact(0.5).output_error == pytest.approx(session.compact(0.5).output_error, rel=1e-3)
+
+
+def test_those_of_the_demo_model_are_shipped() -> None:
+    """And were measured on the trial as it is: others would not count."""
+    (file,) = module.files().shipped.iterdir()
+    with safe_open(file, framework="pt") as content:
+        assert [*module.files().found(content.metadata()["fingerprint"])]
 
 
 @pytest.mark.model
