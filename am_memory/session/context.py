@@ -45,13 +45,12 @@ from am_memory.queries import LiveQueries
 from am_memory.recall.original_store import OriginalStore
 from am_memory.recall.originals import Original
 from am_memory.recall.paging import Recalled, at_rest
-from am_memory.recall.search_index import index_bytes
 from am_memory.recall.search_queries import SearchQueries
 from am_memory.session import mounting, notices, pages
 from am_memory.session.chat_history import ChatHistory
 from am_memory.session.kept_queries import read_and_keep_queries
 from am_memory.session.mounts import NO_MOUNTS, Mounts
-from am_memory.session.transaction import Restorable, Transaction
+from am_memory.session.transaction import Before, Restorable, Transaction
 from am_memory.storage.compact_text import TextCache
 from am_memory.text.boundaries import best_boundary
 
@@ -75,6 +74,8 @@ class Context:
         live: the queries of the last tokens that were read, if the policy uses them.
         trigger_tokens: upper bound on the size of the cache.
         awaited_text: the compact text for which room is made.
+        before_step: the context before the step that runs now; None: no step runs.
+        num_steps: steps so far. A thread that finds both as they were has seen no half of a step.
     """
 
     name: str
@@ -98,6 +99,8 @@ class Context:
         self.trigger_tokens = trigger_in_tokens(self.policy, self.engine.info.window_tokens)
         self.originals_place = originals_place(self.policy, self.engine.capabilities)
         self.awaited_text: TextCache | None = None
+        self.before_step: Before | None = None
+        self.num_steps = 0
         self._recall_room = self._room_beside(self.num_fixed)
         self.require_progress()
         self._calibration = calibration_for(self.policy.head_budget, self.engine.info)
@@ -362,12 +365,6 @@ class Context:
         """
         state = at_rest(self.cache.state(), self.recalled) if self.recalled else self.cache.state()
         return state if self.background_compaction is None else self.background_compaction.began_from(state)
-
-    @property
-    def off_device_bytes(self) -> int:
-        """Bytes of the originals, their search keys, and the slots of recalled pages, in host memory or on disk."""
-        held = sum(original.nbytes for original in self.originals) + sum(recalled.nbytes for recalled in self.recalled)
-        return held + index_bytes(self.originals)
 
     def forget_after_cache(self) -> None:
         """Drop kept queries and a background compaction that are of tokens behind the cache's end."""

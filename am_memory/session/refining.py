@@ -57,12 +57,6 @@ def next_segment(context: Context) -> Segment | None:
     return max(left, key=lambda segment: (segment.num_tokens / segment.num_slots, segment.start), default=None)
 
 
-def num_refined(context: Context) -> int:
-    """The number of segments that were refined since they were compacted."""
-    refined = {(one.start, one.end) for record in context.records for one in record.refinements}
-    return sum(_ends(segment) in refined for segment in context.cache.segments)
-
-
 def _can_gain(context: Context, segment: Segment) -> bool:
     """Whether a segment can be fitted again, to other queries, or to a smaller number of slots, than it was."""
     if not context.engine.capabilities.can_refine or not are_kept(context.originals, segment.start, segment.end):

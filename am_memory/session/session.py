@@ -29,7 +29,7 @@ from am_memory.session.mounts import Mount
 from am_memory.session.resuming import check_text
 from am_memory.session.saving import SavedCopy, pack, write
 from am_memory.session.shared import Shared
-from am_memory.session.stats import Stats, html_table, table_rows
+from am_memory.session.stats import Stats, html_table, stats_of, table_rows
 from am_memory.storage.compact_text import TextCache
 from am_memory.text.sampling import Sampling
 
@@ -93,21 +93,8 @@ class Session:
 
     @property
     def stats(self) -> Stats:
-        """How large it is now."""
-        context, cache = self._context, self._context.cache
-        return Stats(
-            logical_tokens=len(context.tokens),
-            kv_tokens=cache.kv_tokens,
-            exact_tokens=cache.num_exact_tokens,
-            kv_bytes=cache.nbytes,
-            exact_kv_bytes=cache.exact_nbytes,
-            num_compactions=len(context.records),
-            num_segments=len(cache.segments),
-            originals_bytes=context.off_device_bytes,
-            recalled_tokens=sum(recalled.page.num_tokens for recalled in context.recalled),
-            num_refined=refining.num_refined(context),
-            mounted_slots=context.mounts.size,
-        )
+        """How large it is now; while another thread works on it, how large it was before that step."""
+        return stats_of(self._context)
 
     def append(self, content: Content) -> int:
         """Add to the conversation and read it, compacting whenever the trigger is reached.

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import TYPE_CHECKING
 
 from am_memory.formatting import counted, mebibytes
+from am_memory.recall.search_index import index_bytes
+
+if TYPE_CHECKING:
+    from am_memory.compaction.record import CompactionRecord
+    from am_memory.engines.base import SessionCache
+    from am_memory.session.context import Context
+    from am_memory.session.transaction import Before
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,6 +59,39 @@ class Stats:
 
     def _repr_html_(self) -> str:
         return html_table("Stats", table_rows(self))
+
+
+def stats_of(context: Context) -> Stats:
+    """The size of a context as the last finished step left it, whatever other threads do meanwhile."""
+    while True:
+        num_steps, before = context.num_steps, context.before_step
+        if before is not None:
+            cache = context.engine.new_cache()
+            cache.restore(before.cache)
+            return _measured(before, cache, before.num_tokens, before.records[: before.num_compactions])
+        found = _measured(context, context.cache, len(context.tokens), context.records)
+        if context.before_step is None and context.num_steps == num_steps:
+            return found
+
+
+def _measured(
+    held: Context | Before, cache: SessionCache, num_tokens: int, records: Sequence[CompactionRecord]
+) -> Stats:
+    pages, refined = held.recalled, {(one.start, one.end) for record in records for one in record.refinements}
+    off_device = sum(original.nbytes for original in held.originals) + index_bytes(held.originals)
+    return Stats(
+        logical_tokens=num_tokens,
+        kv_tokens=cache.kv_tokens,
+        exact_tokens=cache.num_exact_tokens,
+        kv_bytes=cache.nbytes,
+        exact_kv_bytes=cache.exact_nbytes,
+        num_compactions=len(records),
+        num_segments=len(cache.segments),
+        originals_bytes=off_device + sum(recalled.nbytes for recalled in pages),
+        recalled_tokens=sum(recalled.page.num_tokens for recalled in pages),
+        num_refined=sum((segment.start, segment.end) in refined for segment in cache.segments),
+        mounted_slots=held.mounts.size,
+    )
 
 
 def table_rows(stats: Stats) -> dict[str, str]:

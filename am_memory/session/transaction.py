@@ -36,8 +36,11 @@ class Restorable(Protocol):
 
 
 @dataclass(frozen=True)
-class _Before:
-    """A context before a step. Within a step its two lists are only extended, or replaced by others."""
+class Before:
+    """A context before a step. Within a step its two lists are only extended, or replaced by others.
+
+    It stands in `Context.before_step` while the step runs, for other threads that look at the context.
+    """
 
     cache: Snapshot
     tokens: list[int]
@@ -55,7 +58,7 @@ class _Before:
     others: tuple[Any, ...]
 
     @classmethod
-    def of(cls, context: Context, others: tuple[Restorable, ...]) -> _Before:
+    def of(cls, context: Context, others: tuple[Restorable, ...]) -> Before:
         """Remember how the context and the other objects are now."""
         return cls(
             cache=context.cache.state(),
@@ -105,7 +108,9 @@ class Transaction:
         self._context, self._others = context, others
 
     def __enter__(self) -> None:
-        self._before = _Before.of(self._context, self._others)
+        self._before = Before.of(self._context, self._others)
+        self._outer = self._context.before_step
+        self._context.before_step = self._outer or self._before
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -117,5 +122,6 @@ class Transaction:
                 self._before.put_back(context, self._others)
             finally:  # once more, in case an interrupt stopped the first time
                 self._before.put_back(context, self._others)
+        context.before_step, context.num_steps = self._outer, context.num_steps + 1
         if abandoned is not None and abandoned is not context.background_compaction:
             abandoned.stop()

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from threading import Thread
+
+from driven import some_tokens
+from policies import plain_policy
+
 from am_memory import Memory, MemoryPolicy, Stats
 from am_memory.engines.transformers import TransformersEngine
+from am_memory.events import CompactionFinished, CompactionStarted, Event
 from am_memory.formatting import counted
 from am_memory.session.stats import html_table
 
@@ -35,6 +41,27 @@ def test_a_memory_and_a_session_say_what_they_hold(engine: TransformersEngine) -
     session.append([1, 2, 3])
     assert repr(session) == "Session('alice', 3 tokens in 2 slots, 0 compactions)"
     assert repr(memory) == f"Memory({engine.info.name!r}, 1 session)"
+
+
+def test_a_step_that_is_not_over_does_not_show(engine: TransformersEngine) -> None:
+    """Another thread saw the slots of some layers and the exact entries of others, or a segment without its record."""
+    seen: list[Stats] = []
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, CompactionStarted | CompactionFinished):
+            thread = Thread(target=lambda: seen.append(session.stats))
+            thread.start()
+            thread.join()
+
+    memory = Memory(engine, plain_policy(trigger_tokens=96, keep_ratio=0.25, keep_recent=4), on_event=on_event)
+    session = memory.session("alice")
+    for seed in range(3):
+        before = session.stats
+        session.append(some_tokens(70, seed))
+        assert session.stats != before
+        assert seen == [before] * len(seen)
+        assert bool(seen) == bool(seed)
+        seen.clear()
 
 
 def test_a_notebook_gets_a_table(engine: TransformersEngine) -> None:
