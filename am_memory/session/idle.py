@@ -21,6 +21,7 @@ from am_memory.session.recalling import forget_lost_originals
 
 if TYPE_CHECKING:
     from am_memory import events
+    from am_memory.events import Listener
     from am_memory.session.context import Context
     from am_memory.session.shared import Shared
 
@@ -159,4 +160,12 @@ class IdleWorker:
             context.notify = notify
             self._engine_lock.release()
             for event in emitted:
-                notify(event)
+                _notify_or_warn(notify, event)
+
+
+def _notify_or_warn(notify: Listener, event: events.Event) -> None:
+    """Call a listener. What it raises has no caller to go to, so it is logged, and the worker goes on."""
+    try:
+        notify(event)
+    except Exception:
+        logger.exception("a listener failed on %r, in the thread that refines while no session works", event)

@@ -84,6 +84,28 @@ def is_refined(session: Session) -> bool:
 
 def workers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "am-memory-idle"]
+def test_a_listener_that_fails_does_not_end_the_worker(
+    engine: TransformersEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The thread ended with its error, and until the next compaction nothing was refined."""
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, SegmentRefined):
+            raise ValueError("a bar that is closed")
+
+    memory = Memory(engine, POLICY, on_event=on_event)
+    before = workers()
+    session = memory.session("alice")
+    session.append(some_tokens(180))
+    (worker,) = [thread for thread in workers() if thread not in before]
+    wait_until(lambda: is_refined(session))
+    assert session.stats.num_refined > 1
+    assert worker.is_alive()
+    assert "a bar that is closed" in caplog.text
+    assert "a listener failed on SegmentRefined(session='alice'" in caplog.text
+    shared_of(memory).idle_worker.close()
+
+
 
 
 def test_a_session_is_refined_while_nobody_waits(memory: Memory) -> None:
