@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from am_memory.compaction.plan import originals_place, recall_tokens, require_progress, trigger_in_tokens
+from am_memory.compaction.plan import originals_place
 from am_memory.engines.base import Engine, Message
 from am_memory.engines.names import DtypeName, EngineName, as_dtype, require_engine_name
 from am_memory.errors import InvalidInput, InvalidPolicy, SessionNotFound, StorageError, require_kind
@@ -28,6 +28,7 @@ from am_memory.session.chat_history import ChatHistory
 from am_memory.session.compact_texts import CompactTexts
 from am_memory.session.context import Context
 from am_memory.session.generate_hook import watched
+from am_memory.session.limits import require_possible
 from am_memory.session.resuming import changes_of, check_content, check_origin, policy_of
 from am_memory.session.saving import SavedCopy, rename, restored
 from am_memory.session.session import Session
@@ -102,10 +103,7 @@ class Memory:
         texts = CompactTexts(self.store, originals)
         self._shared = Shared(engine, self.sampling, self.store, self._notify, originals, texts)
         self._numbers = itertools.count(1)
-        # An impossible policy fails here, and not in the first session.
-        trigger_tokens = trigger_in_tokens(self.policy, engine.info.window_tokens)
-        room = recall_tokens(self.policy, engine.capabilities, trigger_tokens, self.policy.num_sinks)
-        require_progress(self.policy, trigger_tokens - room, self.policy.num_sinks, room)
+        require_possible(self.policy, engine)
 
     @classmethod
     def from_pretrained(  # noqa: PLR0913

@@ -22,7 +22,6 @@ from am_memory.compaction.plan import (
     Plan,
     originals_place,
     plan_compaction,
-    recall_tokens,
     require_progress,
     trigger_in_tokens,
 )
@@ -49,6 +48,7 @@ from am_memory.recall.search_queries import SearchQueries
 from am_memory.session import mounting, notices, pages
 from am_memory.session.chat_history import ChatHistory
 from am_memory.session.kept_queries import read_and_keep_queries
+from am_memory.session.limits import recall_room
 from am_memory.session.mounts import NO_MOUNTS, Mounts
 from am_memory.session.transaction import Before, Restorable, Transaction
 from am_memory.storage.compact_text import TextCache
@@ -132,10 +132,7 @@ class Context:
 
     def _room_beside(self, num_fixed: int) -> tuple[int, int]:
         """The number of fixed tokens, and the room for recalled pages beside them."""
-        if self.engine.info.max_tokens is not None:
-            return num_fixed, 0  # search heads are measured on a text that learned positions may not reach
-        can = self.engine.capabilities
-        return num_fixed, recall_tokens(self.policy, can, self.trigger_tokens, num_fixed)
+        return num_fixed, recall_room(self.policy, self.engine, self.trigger_tokens, num_fixed)
 
     @property
     def recall_tokens(self) -> int:

@@ -1,11 +1,33 @@
-"""The limits of a model: its vocabulary, and the positions that it has. Knows no session."""
+"""The limits of a model: its vocabulary, its positions, and the policies that it can follow. Knows no session."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from am_memory.engines.base import ModelInfo
+from am_memory.compaction.plan import recall_tokens, require_progress, trigger_in_tokens
+from am_memory.compaction.requirements import require_capabilities
+from am_memory.engines.base import Engine, ModelInfo
 from am_memory.errors import InvalidInput, PromptTooLong
+from am_memory.policy import MemoryPolicy
+
+
+def require_possible(policy: MemoryPolicy, engine: Engine) -> None:
+    """Raise InvalidPolicy for a policy that no session of an engine can follow."""
+    require_capabilities(policy, engine.capabilities)
+    trigger_tokens = trigger_in_tokens(policy, engine.info.window_tokens)
+    room = recall_room(policy, engine, trigger_tokens, policy.num_sinks)
+    require_progress(policy, trigger_tokens - room, policy.num_sinks, room)
+
+
+def recall_room(policy: MemoryPolicy, engine: Engine, trigger_tokens: int, num_fixed: int) -> int:
+    """The room below the trigger that is kept free for recalled pages, in tokens.
+
+    Args:
+        num_fixed: tokens and slots per KV head that no compaction makes fewer.
+    """
+    if engine.info.max_tokens is not None:
+        return 0  # search heads are measured on a text that learned positions may not reach
+    return recall_tokens(policy, engine.capabilities, trigger_tokens, num_fixed)
 
 
 def require_token_ids(info: ModelInfo, token_ids: Sequence[int]) -> None:

@@ -459,9 +459,8 @@ def test_beginning_too_early_is_refused_with_what_is_possible(
 
 
 def test_llama_cpp_is_refused(llama: LlamaCppEngine) -> None:
-    memory = Memory(llama, POLICY.model_copy(update={"head_budget": "auto"}))
     with pytest.raises(InvalidPolicy, match="ahead_tokens 12 needs an engine that reads into two caches at once"):
-        memory.session("alice")
+        Memory(llama, POLICY.model_copy(update={"head_budget": "auto"}))
 
 
 @pytest.mark.gpu

@@ -61,6 +61,12 @@ def test_the_last_position_is_read_and_no_token_after_it(bounded: tuple[Transfor
     assert cache.num_tokens == most
 
 
+def test_without_recall_its_room_is_not_asked_for(bounded: tuple[TransformersEngine, int]) -> None:
+    """Sessions recall nothing there, but the memory refused a policy whose room for pages left too little."""
+    policy = MemoryPolicy(trigger_tokens=40, keep_ratio=0.25, keep_recent=4, pinned=3, recall_tokens=32)
+    Memory(bounded[0], policy).session()
+
+
 def test_a_session_refuses_what_it_has_no_positions_for_before_it_reads(
     bounded: tuple[TransformersEngine, int],
 ) -> None:

@@ -364,7 +364,7 @@ def test_sliding_windows_and_llama_cpp_refine_nothing(
         assert session.segments
         assert session.refine() == []
         with pytest.raises(InvalidPolicy, match="leave it at 'off'"):
-            Memory(engine, policy).session(policy=policy.with_changes(refine="idle"))
+            Memory(engine, policy.with_changes(refine="idle"))
 
 
 @pytest.mark.parametrize(

@@ -199,9 +199,9 @@ def test_heads_without_a_constant_direction_are_reported(
 
 
 def test_heads_cannot_differ_in_their_slots(llama: LlamaCppEngine) -> None:
-    memory = Memory(llama, MemoryPolicy(trigger_tokens=120, keep_ratio=0.25, keep_recent=8, head_budget="adaptive"))
+    policy = MemoryPolicy(trigger_tokens=120, keep_ratio=0.25, keep_recent=8, head_budget="adaptive")
     with pytest.raises(InvalidPolicy, match="head_budget 'adaptive' needs a cache whose heads can differ"):
-        memory.session()
+        Memory(llama, policy)
 
 
 def test_generate_of_transformers_is_refused(memory: Memory) -> None:
