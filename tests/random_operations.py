@@ -85,7 +85,7 @@ def differences(one: Context, other: Context, atol: float = 0) -> list[str]:
             "segments": lambda context: context.cache.segments,
             "tokens read": lambda context: context.cache.num_tokens,
             "recalled": lambda context: sorted(each.page for each in context.recalled),
-            "mounted": lambda context: [(each.named.start, each.at_tokens) for each in context.mounts.mounted],
+            "mounted": lambda context: [each.record for each in context.mounts.mounted],
             "under way": lambda context: context.background_compaction and context.background_compaction.at_tokens,
         }.items()
         if of(one) != of(other)

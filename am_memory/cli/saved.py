@@ -42,8 +42,8 @@ def inspect(
     )
     if saved.mount_records:
         mounts = Mounts(tuple(NamedText(text, start) for start, text in saved.texts), saved.mount_records)
-        for named, at_tokens in mounts.mounted:
-            console.print(f"mounted at token {at_tokens:,}: {escape(str(named.text.about))}")
+        for named, record in mounts.mounted:
+            console.print(f"mounted at token {record.at_tokens:,}: {escape(str(named.text.about))}")
     console.print(segments_table(saved))
     console.print(layers_table(saved))
 

@@ -45,8 +45,9 @@ class MountRecord(NamedTuple):
         num_compactions: compactions that were swapped in before.
         start, end: the negative positions that name the text's tokens, or the page's.
         is_of_text: it is about the text, and not about a page of it.
-        is_there: it was mounted, or recalled; if it was that already, the text ends at `at_tokens` from now on, and the
+        is_there: it was mounted, or recalled; if it was that already, the text ends at `seen_from` from now on, and the
             page counts as recalled last.
+        seen_from: tokens that a mounted text ends behind, and that do not see it: at least the attention sinks.
     """
 
     at_tokens: int
@@ -55,6 +56,7 @@ class MountRecord(NamedTuple):
     end: int
     is_of_text: bool
     is_there: bool
+    seen_from: int = 0
 
 
 def as_policy(written: object) -> MemoryPolicy | None:

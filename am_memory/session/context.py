@@ -183,7 +183,7 @@ class Context:
 
     def forward(self, token_ids: Sequence[int], num_logits: int = 0) -> Tensor:
         """Read tokens into the cache in one pass (see `Engine.forward`), and keep their queries if the policy does."""
-        token_ids = mounting.read_sinks(self, token_ids) if self.mounts.mounted else token_ids
+        token_ids = mounting.read_waiting(self, token_ids)
         self.notify_beyond_window(len(token_ids))
         return read_and_keep_queries(self, token_ids, num_logits)
 

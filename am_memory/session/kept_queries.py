@@ -32,8 +32,7 @@ def read_and_keep_queries(context: Context, token_ids: Sequence[int], num_logits
     logits = context.engine.forward(
         context.cache, token_ids, num_logits=num_logits, on_query=on_query if is_kept else None
     )
-    if start < context.policy.num_sinks:
-        mounting.settle(context)
+    mounting.settle(context, context.mounts.waiting(start))
     if sink is not None:
         read, before = sink.taken(start), context.recent_queries
         context.recent_queries = read if before is None else before.then(read)

@@ -19,7 +19,7 @@ from am_memory.recall.paging import Page
 from am_memory.recall.search import best_pages, span_scores
 from am_memory.recall.search_heads import SearchHead, search_heads
 from am_memory.recall.search_queries import MESSAGE_TOKENS, read_on_scratch
-from am_memory.session import mounting, pages
+from am_memory.session import pages
 from am_memory.session.context import Context
 from am_memory.session.recalling import recall_pages, with_originals
 from am_memory.session.search_space import SearchSpace, can_search
@@ -42,7 +42,7 @@ def recall_while_writing(context: Context) -> tuple[Span, ...]:
 
 def can_look(context: Context) -> bool:
     """Whether there is anything that may be recalled by itself."""
-    if not context.recall_tokens or mounting.is_before_sinks(context):
+    if not context.recall_tokens or context.mounts.waiting(context.cache.num_tokens):
         return False
     of_texts = any(can_search(mounted.named) for mounted in context.mounts.mounted)
     return of_texts or (bool(context.originals) and bool(context.cache.segments))

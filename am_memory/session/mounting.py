@@ -6,7 +6,7 @@ positions do not change. Does not know where texts come from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -62,41 +62,42 @@ def unmount(context: Context, name: str) -> None:
 
 def size(context: Context) -> float:
     """Slots per KV head that mounted texts take, and the text for which room is made."""
-    return context.mounts.size + (context.awaited_text.about.num_slots if context.awaited_text else 0.0)
+    return context.mounts.size + _size_of_awaited_text(context)
 
 
 def size_awaited(context: Context) -> float:
     """The part of `size` that is not in the cache yet."""
-    return size(context) - (0.0 if is_before_sinks(context) else context.mounts.size)
+    waiting = context.mounts.waiting(context.cache.num_tokens)
+    return sum(mounted.num_slots for mounted in waiting) + _size_of_awaited_text(context)
 
 
-def read_sinks(context: Context, token_ids: Sequence[int]) -> Sequence[int]:
-    """Read the attention sinks among the next tokens, unless there are no others; return the other tokens."""
-    num_sinks = context.policy.num_sinks - context.cache.num_tokens
-    if 0 < num_sinks < len(token_ids):
-        context.forward(token_ids[:num_sinks])
-        return token_ids[num_sinks:]
-    return token_ids
+def _size_of_awaited_text(context: Context) -> float:
+    return context.awaited_text.about.num_slots if context.awaited_text else 0.0
 
 
-def is_before_sinks(context: Context) -> bool:
-    """Whether attention sinks are still to be read; mounted texts join the cache behind them."""
-    return context.cache.num_tokens < context.policy.num_sinks
+def read_waiting(context: Context, token_ids: Sequence[int]) -> Sequence[int]:
+    """Read those of the next tokens that do not see a mounted text yet, if others see it; return the others."""
+    num_tokens = context.cache.num_tokens
+    seen_from = min((text.record.seen_from for text in context.mounts.waiting(num_tokens)), default=num_tokens)
+    if not num_tokens < seen_from < num_tokens + len(token_ids):
+        return token_ids
+    context.forward(token_ids[: seen_from - num_tokens])
+    return read_waiting(context, token_ids[seen_from - num_tokens :])
 
 
-def settle(context: Context) -> None:
-    """Insert the texts that were mounted before the attention sinks were read."""
-    for mounted in context.mounts.mounted:
+def settle(context: Context, texts: Iterable[Mounted]) -> None:
+    """Insert mounted texts, as far as the tokens are read that do not see them."""
+    for mounted in texts:
         _insert(context, mounted)
 
 
 def move_near(context: Context) -> None:
     """Let mounted texts end where the context stands, if they would leave the context window before long."""
     num_tokens, window = context.cache.num_tokens, context.engine.info.window_tokens
-    for named, at_tokens in context.mounts.mounted:
-        if num_tokens + context.trigger_tokens - (at_tokens - named.text.num_tokens) > window:
+    for named, record in context.mounts.mounted:
+        if num_tokens + context.trigger_tokens - (record.seen_from - named.text.num_tokens) > window:
             context.mounts = context.mounts.with_record(_record(context, named, is_there=True))
-            _insert(context, Mounted(named, num_tokens))
+            _insert(context, context.mounts.mounted[-1])
 
 
 def repeat(context: Context, record: MountRecord) -> None:
@@ -104,7 +105,7 @@ def repeat(context: Context, record: MountRecord) -> None:
     mounts = context.mounts
     if record.is_of_text and record.is_there:
         context.mounts = mounts.repeated(record)
-        _insert(context, Mounted(mounts.holding(record.start), record.at_tokens))
+        _insert(context, context.mounts.mounted[-1])
         return
     if record.is_of_text:
         _remove(context, mounts.holding(record.start))
@@ -122,15 +123,15 @@ def go_back(context: Context, last_swap: int) -> None:
     Args:
         last_swap: logical tokens in the cache when the last compaction was swapped in.
     """
-    before, is_waiting = context.mounts, is_before_sinks(context)
-    after = before.without_later(context.cache.num_tokens, last_swap)
-    if after.records == before.records and not is_waiting:
+    before, num_tokens = context.mounts, context.cache.num_tokens
+    after = before.without_later(num_tokens, last_swap)
+    if after.records == before.records and not after.waiting(num_tokens):
         return
     for mounted in before.mounted:
         _put_pages_away(context, mounted.named)
         _remove(context, mounted.named)
     context.mounts = after
-    settle(context)
+    settle(context, after.mounted)
     for page in after.exact_pages:
         if pages.fit(context, [page]):
             with suppress(OriginalLost):
@@ -164,12 +165,11 @@ def _make_room(context: Context, named: NamedText) -> None:
 
 def _insert(context: Context, mounted: Mounted) -> None:
     """Put the slots of a text into the cache, in place of those that are there."""
-    if is_before_sinks(context):
-        return
     named, cache = mounted.named, context.cache
-    distance = mounted.distance(context.policy.num_sinks)
+    if cache.num_tokens < mounted.record.seen_from:
+        return
     nearer = [
-        turned(slots.to(context.engine.info.device), layer, distance).mounted(named.offset)
+        turned(slots.to(context.engine.info.device), layer, mounted.distance).mounted(named.offset)
         for layer, slots in zip(cache.compactable, named.text.slots, strict=True)
     ]
     cache.restore(exchanged(cache.state(), (named.start, named.end), nearer))
@@ -187,4 +187,12 @@ def _put_pages_away(context: Context, named: NamedText) -> None:
 
 def _record(context: Context, named: NamedText, *, is_there: bool) -> MountRecord:
     num_tokens, num_compactions = context.cache.num_tokens, len(context.records)
-    return MountRecord(num_tokens, num_compactions, named.start, named.end, is_of_text=True, is_there=is_there)
+    return MountRecord(
+        num_tokens,
+        num_compactions,
+        named.start,
+        named.end,
+        is_of_text=True,
+        is_there=is_there,
+        seen_from=max(num_tokens, context.policy.num_sinks),
+    )

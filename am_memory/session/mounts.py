@@ -62,18 +62,20 @@ class Mount(NamedTuple):
 
 
 class Mounted(NamedTuple):
-    """A text that is mounted.
-
-    Attributes:
-        at_tokens: tokens that the context had read.
-    """
+    """A text that is mounted, and when that was done."""
 
     named: NamedText
-    at_tokens: int
+    record: MountRecord
 
-    def distance(self, num_sinks: int) -> int:
-        """By how many positions its keys are rotated, so that it ends where it was mounted, and behind the sinks."""
-        return max(self.at_tokens, num_sinks) - self.named.text.end
+    @property
+    def distance(self) -> int:
+        """By how many positions its keys are rotated, so that it ends where it is seen from."""
+        return self.record.seen_from - self.named.text.end
+
+    @property
+    def num_slots(self) -> float:
+        """Slots per KV head."""
+        return self.named.text.about.num_slots
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class Mounts:
             if record.is_of_text:
                 found.pop(record.start, None)
                 if record.is_there:
-                    found[record.start] = Mounted(self.holding(record.start), record.at_tokens)
+                    found[record.start] = Mounted(self.holding(record.start), record)
         return tuple(found.values())
 
     @cached_property
@@ -177,7 +179,11 @@ class Mounts:
     @cached_property
     def size(self) -> float:
         """Slots per KV head of all mounted texts."""
-        return sum(mounted.named.text.about.num_slots for mounted in self.mounted)
+        return sum(mounted.num_slots for mounted in self.mounted)
+
+    def waiting(self, num_tokens: int) -> list[Mounted]:
+        """The mounted texts that are not in the cache yet, because it holds only `num_tokens` tokens."""
+        return [mounted for mounted in self.mounted if num_tokens < mounted.record.seen_from]
 
     def shown(self, recalled: Sequence[Page]) -> tuple[Mount, ...]:
         """The mounted texts for people.
@@ -186,10 +192,10 @@ class Mounts:
             recalled: all pages that are exact.
         """
         found = []
-        for named, at_tokens in self.mounted:
+        for named, record in self.mounted:
             pages = [page for page in recalled if page.is_within(named.start, named.end)]
             moved = tuple(Page(page.start - named.start, page.end - named.start) for page in pages)
-            found.append(Mount(named.text.about, at_tokens, moved))
+            found.append(Mount(named.text.about, record.at_tokens, moved))
         return tuple(found)
 
     def has(self, page: Page) -> bool:

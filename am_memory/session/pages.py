@@ -149,7 +149,7 @@ def _of_tokens(context: Context, page: Page) -> tuple[int, list[KeysAndValues] |
 def _of_mounted_text(context: Context, page: Page) -> tuple[int, list[KeysAndValues] | None]:
     """The same for a page of a mounted text."""
     for mounted in context.mounts.mounted:
-        named, distance = mounted.named, mounted.distance(context.policy.num_sinks)
+        named, distance = mounted.named, mounted.distance
         for segment in named.segments:
             if page.is_within(segment.start, segment.end):
                 start, end = page.start - named.offset, page.end - named.offset

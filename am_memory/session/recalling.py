@@ -14,7 +14,7 @@ from am_memory.errors import BudgetTooSmall, CompactionFailed, InvalidInput, Ori
 from am_memory.events import OriginalsDropped, OriginalsLost, Span
 from am_memory.kv_cache.slots import Segment
 from am_memory.recall.paging import Page, joined
-from am_memory.session import mounting, pages
+from am_memory.session import pages
 from am_memory.session.context import Context
 
 T = TypeVar("T")
@@ -49,9 +49,9 @@ def recall_of_text(context: Context, name: str, start: int, end: int) -> list[Pa
             "span within it"
         )
     context.read_all()
-    if mounting.is_before_sinks(context):
+    if context.cache.num_tokens < mounted.record.seen_from:
         raise InvalidInput(
-            f"the text {name!r} is seen once {context.policy.num_sinks} tokens are read, and there are "
+            f"the text {name!r} is seen once {mounted.record.seen_from} tokens are read, and there are "
             f"{context.cache.num_tokens}: append more first"
         )
     first = mounted.named.start

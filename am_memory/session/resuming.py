@@ -121,6 +121,8 @@ def _problem_of_text(saved: SavedSession, info: ModelInfo) -> str:
     )
     if any(not 0 <= token_id < info.vocab_size for token_id in chain(saved.tokens, *written)):
         return f"it has token ids outside of the vocabulary of {info.vocab_size}"
+    if strange := [one for one in saved.mount_records if one.seen_from > max(one.at_tokens, info.window_tokens)]:
+        return f"it has a text that is seen from token {strange[0].seen_from}, behind a window of {info.window_tokens}"
     if saved.is_answering and not (saved.messages and isinstance(saved.messages[-1].get("content"), str)):
         return "it is in the midst of an answer, and has none"
     return ""

@@ -181,7 +181,7 @@ def restored(shared: Shared, name: str, saved: SavedSession, policy: MemoryPolic
         originals=saved.originals,
         mounts=mounts.resumed(cache.num_tokens),
     )
-    mounting.settle(context)
+    mounting.settle(context, context.mounts.mounted)
     context.recent_queries = saved.search_queries and saved.search_queries.until(cache.num_tokens)
     for original, reason in saved.lost:
         shared.notify(OriginalsLost(name, original.start, original.end, reason))

@@ -59,7 +59,7 @@ class SearchSpace:
         if not mounted:
             return plain
         token_ids, segments = padded(context.tokens[:num_places]), [*plain.segments]
-        for named, distance in ((one.named, one.distance(context.policy.num_sinks)) for one in mounted):
+        for named, distance in ((one.named, one.distance) for one in mounted):
             text, first = named.text, named.text.start // SPAN_TOKENS
             count = -(-text.end // SPAN_TOKENS) - first
             before = len(token_ids) // SPAN_TOKENS - first

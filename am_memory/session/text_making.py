@@ -77,7 +77,7 @@ class TextMaking:
         with shared.engine_lock:
             context = session._context.fork(name)
             context.background_compaction = None
-        start = context.policy.num_sinks
+        start = min(context.policy.num_sinks, context.num_pinned)  # a fork under another policy may have pinned fewer
         if len(context.tokens) <= start:
             raise InvalidInput(f"session {session.name!r} has {len(context.tokens)} tokens: append more first")
         context.tokens.append(context.tokens[-1])

@@ -252,6 +252,7 @@ def _require_mounts(records: Sequence[MountRecord], texts: Sequence[tuple[int, T
         ranges = [(start, start + text.num_tokens) for start, text in texts]
         is_known = (record.start, record.end) in ranges if record.is_of_text else _is_within(record, ranges)
         is_in_order = before <= record.at_tokens <= num_tokens and record.num_compactions >= 0
+        is_in_order = is_in_order and (record.seen_from >= record.at_tokens or not record.is_of_text)
         require(is_known and is_in_order, f"a text or page {record.start} to {record.end} at {record.at_tokens} tokens")
         before = record.at_tokens
 

@@ -350,6 +350,41 @@ def test_a_branch_has_the_mounts_and_may_change_them(new_memory: NewMemory) -> N
     assert len(session.mounts) == 1
 
 
+@pytest.mark.parametrize("pinned", [0, 20])
+def test_a_branch_that_pins_otherwise_sees_its_texts_where_they_were(new_memory: NewMemory, pinned: int) -> None:
+    """The attention sinks of its policy decided where texts stand, also those that were mounted under another one."""
+    memory = new_memory(chunk_tokens=1, originals="host", trigger_tokens=256)
+    memory.compact_text(some_tokens(80, 1), "one")
+    memory.compact_text(some_tokens(80, 2), "other")
+    session = memory.session("alice")
+    session.mount("one")
+    session.append(some_tokens(10))
+    branch = session.fork("branch", policy=session.policy.with_changes(pinned=pinned))
+    assert branch.stats == session.stats
+    branch.recall(Span(10, 30, 0.0, "", "one"))
+    session.recall(Span(10, 30, 0.0, "", "one"))
+    assert_same(held(branch), held(session))
+    branch.mount("other")
+    branch.append(some_tokens(30, 3))
+    assert_equals_its_rebuild(branch)
+    for each in (session, branch):
+        each.rewind(6)
+    assert_same(held(branch), held(session))
+
+
+def test_what_a_branch_hands_on_begins_with_what_is_compacted(new_memory: NewMemory) -> None:
+    """It pinned more than was pinned at the first compaction: a search of the text ended in a bare StopIteration."""
+    memory = new_memory(pinned=0, originals="host")
+    session = memory.session("alice")
+    session.append(some_tokens(200))
+    branch = session.fork("branch", policy=session.policy.with_changes(pinned=64))
+    assert memory.compact_text(branch, "told").num_tokens == 200
+    other = memory.session("bob")
+    other.append(some_tokens(20, 1))
+    other.mount("told")
+    assert other.search("What is it about?")[0].mount == "told"
+
+
 def test_a_step_that_fails_leaves_the_session_as_it_was(new_memory: NewMemory) -> None:
     fails = False
 
