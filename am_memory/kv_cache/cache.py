@@ -56,7 +56,7 @@ def exchanged(state: Snapshot, tokens: tuple[int, int], new_slots: Sequence[Slot
     """
     slots_of_layer = iter(new_slots)
     layers = (
-        layer._replace(slots=_exchanged(layer.slots, tokens, next(slots_of_layer)))
+        layer._replace(slots=_unless_empty(_exchanged(layer.slots, tokens, next(slots_of_layer)), state.segments))
         if isinstance(layer, TailState)
         else layer
         for layer in state.layers
@@ -72,6 +72,11 @@ def _exchanged(slots: Slots | None, tokens: tuple[int, int], new_slots: Slots) -
     return Slots.concat([slots.where(slots.positions < start), new_slots, slots.where(slots.positions >= end)])
 
 
+def _unless_empty(slots: Slots, segments: Sequence[Segment]) -> Slots | None:
+    """The slots of a layer; None without any, as in a layer of which nothing was compacted."""
+    return slots if segments or slots.num_slots else None
+
+
 def without_mounted(state: Snapshot, tokens: tuple[int, int] | None = None) -> CacheState:
     """The state without the slots of one mounted text.
 
@@ -84,7 +89,7 @@ def without_mounted(state: Snapshot, tokens: tuple[int, int] | None = None) -> C
             positions = layer.slots.positions
             is_kept = positions >= 0 if tokens is None else (positions < tokens[0]) | (positions >= tokens[1])
             slots = layer.slots if bool(is_kept.all()) else layer.slots.where(is_kept)
-            layers.append(layer._replace(slots=slots if state.segments or slots.num_slots else None))
+            layers.append(layer._replace(slots=_unless_empty(slots, state.segments)))
         else:
             layers.append(layer)
     return CacheState(tuple(layers), state.segments, state.num_pinned_slots)

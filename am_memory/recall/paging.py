@@ -75,9 +75,12 @@ def brought_back(state: Snapshot, page: Page, entries: Sequence[KeysAndValues]) 
         entries: keys and values of the page's tokens in each compactable layer.
     """
     compact, exact = [], []
-    for slots, (key, value) in zip(slots_of(state), entries, strict=True):
-        compact.append(slots.within(page.start, page.end).to("cpu"))
-        exact.append(Slots.recalled(key, value, page.start).to(slots.bias.device))
+    tails = (layer for layer in state.layers if isinstance(layer, TailState))
+    for (slots, buffer, _, _), (key, value) in zip(tails, entries, strict=True):
+        assert buffer is not None
+        exact.append(Slots.recalled(key, value, page.start).to(buffer.key.device))
+        none = Slots.recalled(key[:, :0], value[:, :0], page.start)  # of a text that was compacted to no slots
+        compact.append(none if slots is None else slots.within(page.start, page.end).to("cpu"))
     return exchanged(state, page, exact), Recalled(page, tuple(compact))
 
 

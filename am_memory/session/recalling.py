@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -121,19 +122,26 @@ def make_exact(context: Context, page: Page) -> None:
         raise _not_kept(page)
 
 
-def resume_recall(context: Context, page: Page) -> None:
+def resume_recall(context: Context, page: Page, *, is_recorded: bool) -> None:
     """Make a page exact that was exact when the session was saved.
 
     Without its originals, or room for it, it stays compact.
+
+    Args:
+        is_recorded: the records say that it is exact, so that nothing is added to them.
     """
     is_held = any(page.is_within(segment.start, segment.end) for segment in context.cache.segments)
     if not (is_held or context.mounts.has(page)):
         return
     if pages.fit(context, [page]):
+        before, steps = context.records, context.mounts.records
         with suppress(InvalidInput):
             make_exact(context, page)
+            if is_recorded:
+                context.records, context.mounts = before, replace(context.mounts, records=steps)
             return
-    pages.record_recall(context, page, is_exact=False)
+    if is_recorded:
+        pages.record_recall(context, page, is_exact=False)
 
 
 def forget_lost_originals(context: Context) -> None:

@@ -206,18 +206,19 @@ def _resume_pages(context: Context, saved: SavedSession, *, is_same: bool) -> No
     of_texts = context.mounts
     if not (later or of_texts.to_repeat) or not is_same or not context.policy.ahead_tokens:
         context.mounts = of_texts.finished()
+        recorded = [*exact_pages(earlier), *context.mounts.exact_pages]
         for page in saved.recalled:
-            resume_recall(context, page)
+            resume_recall(context, page, is_recorded=page in recorded)
         return
     with context.transaction():
         for page in (*exact_pages(earlier), *of_texts.exact_pages):
-            resume_recall(context, page)
+            resume_recall(context, page, is_recorded=True)
         context.start_background_compaction()
         for recall in later:
             read_untriggered(context, recall.at_tokens)
             page = Page(recall.start, recall.end)
             if recall.is_exact:
-                resume_recall(context, page)
+                resume_recall(context, page, is_recorded=False)
             elif (held := recalled_at(context, page)) is not None:
                 put_away(context, held)
         for record in context.mounts.to_repeat[-1:]:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from inside import cache_of, context_of, layers_of, rebuild
+from inside import cache_of, context_of, layers_of, rebuild, records_of
 from policies import plain_policy
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from am_memory import CompactionFinished, Memory, Sampling, Session
+from am_memory import CompactionFinished, Experiments, Memory, Sampling, Session
 from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import (
@@ -693,6 +693,46 @@ def test_lookups_cover_mounted_texts(new_memory: NewMemory, eager: None, ahead_t
     assert_equals_its_rebuild(session)
     session.unmount("handbook")
     assert session.mounts == ()
+
+def test_a_page_of_a_text_without_any_slot_comes_and_goes(new_memory: NewMemory) -> None:
+    """The layers have no slots at all then: it raised an error of zip."""
+    memory = new_memory(**PAGES, experiments=Experiments(fit="no_slots"))
+    memory.compact_text(some_tokens(120, 1), "handbook")
+    memory.compact_text(some_tokens(100, 2), "other")
+    session = memory.session("alice")
+    session.append(some_tokens(30))
+    session.mount("handbook")
+    session.mount("other")
+    session.unmount("other")
+    before = held(session)
+    assert session.recall(Span(40, 60, 0.0, "", "handbook")) == [Page(40, 60)]
+    session.unmount("handbook")
+    assert_same(held(session), before)
+
+
+@pytest.mark.parametrize("ahead_tokens", [0, 12])
+def test_saving_and_resuming_adds_nothing_to_the_records(new_memory: NewMemory, ahead_tokens: int) -> None:
+    """Each time, every exact page was recorded once more."""
+    changes = {**PAGES, "has_store": True, "ahead_tokens": ahead_tokens}
+    memory = new_memory(**changes)
+    memory.compact_text(some_tokens(120, 1), "handbook")
+    session = memory.session("alice")
+    session.append(some_tokens(40))
+    session.mount("handbook")
+    session.append(some_tokens(150, 2))
+    session.compact(0.6)
+    session.recall(Span(40, 60, 0.0, "", "handbook"))
+    session.recall((10, 30))
+    records, mounts = records_of(session), context_of(session).mounts.records
+    for _ in range(3):
+        session.save()
+        session = new_memory(**changes).session("alice")
+        assert session.recalled == (Page(10, 30),)
+        assert session.mounts[0].recalled == (Page(40, 60),)
+    assert (records_of(session), context_of(session).mounts.records) == (records, mounts)
+    session.append(some_tokens(20, 3))
+    session.recall((10, 30))
+
 
 
 def test_before_the_attention_sinks_are_read_no_page_comes_back(new_memory: NewMemory, eager: None) -> None:
