@@ -51,8 +51,10 @@ def shares_of(parts: Sequence[Masses], weights: Tensor, num_spans: int) -> Tenso
         parts: two parts may hold keys of the same span.
         weights: (num_means, num_queries), the weight of each query in each mean.
     """
-    total = torch.stack([part.log_total for part in parts]).logsumexp(dim=0)
     shares = torch.zeros(len(weights), num_spans)
+    if not parts:
+        return shares
+    total = torch.stack([part.log_total for part in parts]).logsumexp(dim=0)
     for part in parts:
         shares[:, part.where] += (weights * (part.scale - total).exp().T) @ part.sums.float()
     return shares

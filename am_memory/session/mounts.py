@@ -98,7 +98,7 @@ class Mounts:
         Ranges begin at multiples of `SPAN_TOKENS`, so that no span of a search holds tokens of two texts.
         """
         for known in self.texts:
-            if known.text.uid == text.uid:
+            if (known.text.uid, known.name) == (text.uid, text.about.name):
                 return known
         lowest = min((known.start for known in self.texts), default=0)
         return NamedText(text, (lowest - text.num_tokens) // SPAN_TOKENS * SPAN_TOKENS)

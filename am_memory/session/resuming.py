@@ -188,7 +188,9 @@ def _problem_of_mounted(text: TextCache, info: ModelInfo, like: Snapshot) -> str
         return f"{text.about.name!r} has {text.mean_slots} slots, and claims {text.about.num_slots}"
     if kinds != expected:
         return f"the slots of {text.about.name!r} are of layers {kinds}, and the model has {expected}"
-    if not all(bool(_is_finite(slots)) for slots in text.slots):
+    if any(slots.bias.dtype != _row_kind(slots.key)[0] for slots in text.slots):
+        return f"{text.about.name!r} has biases of another type than its keys"
+    if not all(_is_finite(slots) for slots in text.slots):
         return f"{text.about.name!r} has slots whose bias or scale is no number"
     return ""
 

@@ -18,7 +18,7 @@ from am_memory.kv_cache.slots import Segment, Slots
 from am_memory.recall.originals import Original
 from am_memory.storage import files
 from am_memory.storage.saved_originals import SavedOriginal
-from am_memory.storage.session_layers import packed_slots, require, require_segments, unpacked_slots
+from am_memory.storage.session_layers import packed_slots, parts_of_layers, require, require_segments, unpacked_slots
 from am_memory.storage.tensor_file import pack_file, unpack_file, version_of
 
 
@@ -125,6 +125,13 @@ def unpacked_text(data: bytes) -> TextCache:
         NewerFormat, OlderFormat: another version of this project wrote it.
         KeyError, TypeError, ValueError: it is not a compact text.
     """
+    try:
+        return _unpacked(data)
+    except RecursionError as error:
+        raise ValueError("its JSON is nested too deeply") from error
+
+
+def _unpacked(data: bytes) -> TextCache:
     tensors = unpack_file(data)
     content, ids = tensors.pop("text"), tensors.pop("tokens")
     require(
@@ -134,13 +141,11 @@ def unpacked_text(data: bytes) -> TextCache:
     tokens = tuple(ids.tolist())
     require(fields.start < len(tokens), f"a text from token {fields.start} of {len(tokens)}")
     require_segments(fields.segments, len(tokens))
-    parts: list[dict[str, torch.Tensor]] = [{} for _ in fields.num_heads]
-    for name, tensor in tensors.items():
-        _, index, part = name.split(".", 2)
-        parts[int(index)][part] = tensor
+    parts = parts_of_layers(tensors, len(fields.num_heads))
     layers = zip(parts, fields.num_heads, strict=True)
     slots = tuple(unpacked_slots(of_layer, num_heads, len(tokens)) for of_layer, num_heads in layers)
-    require(all(bool((each.positions >= fields.start).all()) for each in slots), "it has slots of its opening")
+    firsts = [*(int(each.positions.min()) for each in slots if each.num_slots), *(one.start for one in fields.segments)]
+    require(min(firsts, default=fields.start) >= fields.start, "it has slots or segments of its opening")
     return TextCache(
         fields.about,
         fields.uid,

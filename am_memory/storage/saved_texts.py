@@ -16,6 +16,7 @@ from am_memory.storage.compact_text import CompactText, TextCache, TextFields, p
 from am_memory.storage.file_names import NamedFiles
 from am_memory.storage.folder import Folder
 from am_memory.storage.saved_originals import SavedOriginals, mark_of
+from am_memory.storage.session_layers import require
 from am_memory.storage.tensor_file import version_of
 
 FOLDER = "texts"
@@ -66,7 +67,7 @@ class SavedTexts:
             raise type(error)(f"{where} has {error}") from error
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptSession(f"{where} cannot be read: {error}; compact the text again, or delete it") from error
-        return self.with_originals(text, original_store)
+        return self.with_originals(replace(text, about=_named(text.about, name)), original_store)
 
     def with_originals(self, text: TextCache, original_store: OriginalStore) -> TextCache:
         """A loaded text with its originals, without those that cannot be read: their tokens have no pages."""
@@ -82,20 +83,29 @@ class SavedTexts:
         """All texts whose files can be read, in the order of their names. Only a small part of each file is read."""
         found = []
         for name in self.names():
-            with suppress(CorruptSession, ValueError, KeyError, TypeError):
-                found.append(self._about(self._files.path(name)))
+            damaged = KeyError, TypeError, ValueError, RecursionError
+            with self._folder.reaching("read"), suppress(FileNotFoundError, *damaged):  # deleted meanwhile, or damaged
+                found.append(_named(self._about(self._files.path(name)), name))
         return found
 
     def _about(self, path: str) -> CompactText:
-        size = int.from_bytes(self._folder.read(path, 0, 8), "little")
-        begin, end = json.loads(self._folder.read(path, 8, 8 + size))["text"]["data_offsets"]
-        content = json.loads(self._folder.read(path, 8 + size + begin, 8 + size + end))
-        return TextFields.model_validate(content).about
+        files = self._folder.files
+        num_bytes, begin = files.size(path), 8
+        end = begin + int.from_bytes(files.cat_file(path, start=0, end=begin), "little")
+        require(end <= num_bytes, "its header is longer than the file")
+        first, last = json.loads(files.cat_file(path, start=begin, end=end))["text"]["data_offsets"]
+        require(0 <= first <= last <= num_bytes - end, "its text lies outside the file")
+        return TextFields.model_validate(json.loads(files.cat_file(path, start=end + first, end=end + last))).about
 
     def delete(self, name: str) -> None:
         """Delete the text of that name if there is one, even if it cannot be read."""
         self._folder.delete(self._files.path(name))
         self._originals.unmark(mark_of(name, is_text=True), self._originals.held())
+
+
+def _named(text: CompactText, name: str) -> CompactText:
+    """The text under the name of its file: a copied or forged file may hold another one."""
+    return text.model_copy(update={"name": name})
 
 
 def _like(slots: Slots) -> KeysAndValues:

@@ -34,7 +34,7 @@ from am_memory.recall.search_queries import SearchQueries
 from am_memory.storage import files
 from am_memory.storage.compact_text import TextCache, packed_text, unpacked_text
 from am_memory.storage.saved_originals import SavedOriginal
-from am_memory.storage.session_layers import packed_layer, require, require_segments, unpacked_layer
+from am_memory.storage.session_layers import packed_layer, parts_of_layers, require, require_segments, unpacked_layer
 from am_memory.storage.tensor_file import pack_file, unpack_file, version_of
 
 
@@ -262,13 +262,10 @@ def _is_within(record: MountRecord, ranges: Sequence[tuple[int, int]]) -> bool:
 
 
 def _cache(cache: CacheFields, tensors: dict[str, Tensor], num_tokens: int, device: torch.device) -> CacheState:
-    parts: dict[int, dict[str, Tensor]] = {index: {} for index in range(len(cache.layers))}
-    for name, tensor in tensors.items():
-        _, index, part = name.split(".", 2)
-        parts[int(index)][part] = tensor
-    start = tail_start(cache.segments)
+    parts, start = parts_of_layers(tensors, len(cache.layers)), tail_start(cache.segments)
     layers = tuple(
-        unpacked_layer(parts[index], layer.num_tokens, start, device) for index, layer in enumerate(cache.layers)
+        unpacked_layer(of_layer, layer.num_tokens, start, device)
+        for of_layer, layer in zip(parts, cache.layers, strict=True)
     )
     ends = {state.num_tokens if isinstance(state, SlidingState) else state.start + state.length for state in layers}
     # The last token is left to be read with what follows it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -39,6 +39,20 @@ def packed_slots(slots: Slots) -> dict[str, Tensor]:
         else:
             parts[f"slots.{name}"] = field
     return {**parts, "slots.cu_slots": torch.tensor(slots.cu_slots)}
+
+
+def parts_of_layers(tensors: Mapping[str, Tensor], num_layers: int) -> list[dict[str, Tensor]]:
+    """The tensors of each layer by the rest of their names: "layers.3.slots.key" is the part "slots.key" of layer 3.
+
+    Raises:
+        ValueError: a name is of another form, or of another layer.
+    """
+    parts: list[dict[str, Tensor]] = [{} for _ in range(num_layers)]
+    for name, tensor in tensors.items():
+        _, index, part = name.split(".", 2)
+        require(0 <= int(index) < num_layers, f"{name} is of none of its {num_layers} layers")
+        parts[int(index)][part] = tensor
+    return parts
 
 
 def unpacked_layer(

@@ -54,22 +54,27 @@ def as_it_is(header: dict[str, Any]) -> None:
 
 @dataclass
 class File:
-    """A session file in parts."""
+    """A session file in parts, or the file of a compact text.
+
+    Attributes:
+        part: under which its JSON stands, "session" or "text".
+    """
 
     header: dict[str, Any]
     content: Any
     tensors: dict[str, Tensor]
+    part: str = "session"
 
     @classmethod
-    def of(cls, data: bytes) -> File:
+    def of(cls, data: bytes, part: str = "session") -> File:
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        return cls(header["__metadata__"], json.loads(bytes(tensors.pop("session").numpy())), tensors)
+        return cls(header["__metadata__"], json.loads(bytes(tensors.pop(part).numpy())), tensors, part)
 
     def sealed(self, forge_header: ForgeHeader = as_it_is) -> bytes:
         """The whole file, with its checksum."""
         text = json.dumps(self.content).encode()
-        tensors = {"session": torch.frombuffer(bytearray(text), dtype=torch.uint8), **self.tensors}
+        tensors = {self.part: torch.frombuffer(bytearray(text), dtype=torch.uint8), **self.tensors}
         data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
         size = 8 + int.from_bytes(data[:8], "little")
         header = {"__metadata__": {**self.header, "sha256": ZEROS.decode()}, **json.loads(data[8:size])}
@@ -170,9 +175,9 @@ def forge_entry(chance: random.Random) -> ForgeHeader:
     return forge
 
 
-def forged(chance: random.Random, data: bytes) -> bytes:
+def forged(chance: random.Random, data: bytes, part: str = "session") -> bytes:
     """Another file with one to three changes, and a checksum that is right."""
-    file = File.of(data)
+    file = File.of(data, part)
     entry = as_it_is
     for _ in range(chance.choice([1, 1, 1, 2, 3])):
         kind = chance.random()

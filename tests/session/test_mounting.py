@@ -494,6 +494,31 @@ def test_a_text_that_is_deleted_keeps_its_pages_where_it_is_mounted(new_memory: 
     assert resumed.recall(Span(50, 70, 0.0, "", "handbook")) == [Page(50, 70)]
 
 
+def test_a_copied_file_is_a_text_of_its_own_name(new_memory: NewMemory, tmp_path: Path) -> None:
+    """It was listed under the name of the first, and took its place where both were mounted."""
+    memory = new_memory(has_store=True)
+    memory.compact_text(some_tokens(80, 1), "one")
+    (file,) = (tmp_path / "store" / "texts").iterdir()
+    file.with_name("two.safetensors").write_bytes(file.read_bytes())
+    assert [text.name for text in memory.compact_texts()] == ["one", "two"]
+    session = memory.session("alice")
+    session.append(some_tokens(20))
+    for name in ("one", "two"):
+        session.mount(name)
+    assert [mount.text.name for mount in session.mounts] == ["one", "two"]
+    session.unmount("one")
+    assert [mount.text.name for mount in session.mounts] == ["two"]
+
+
+@pytest.mark.parametrize("num_bytes", [2**40, 2**63, 100])
+def test_a_list_leaves_out_files_that_are_no_texts(new_memory: NewMemory, tmp_path: Path, num_bytes: int) -> None:
+    """The length of a header was believed: reading so many bytes failed, and nobody could list the others."""
+    memory = new_memory(has_store=True)
+    text = memory.compact_text(some_tokens(80, 1), "one")
+    (tmp_path / "store" / "texts" / "two.safetensors").write_bytes(num_bytes.to_bytes(8, "little") + b"[" * 2000)
+    assert memory.compact_texts() == [text]
+
+
 def test_a_damaged_text_is_refused_and_can_be_deleted(new_memory: NewMemory, tmp_path: Path) -> None:
     memory = new_memory(has_store=True)
     memory.compact_text(some_tokens(80, 1), "handbook")
