@@ -281,6 +281,7 @@ class Memory:
             policy: None: the memory's.
             tools: functions that the chat template tells the model of, in the form of OpenAI's API.
         """
+        require_kind(MemoryPolicy, policy=policy)
         return self._new("scratch", policy, tools)
 
     def keep(self, session: Session, name: str, *, overwrite: bool = False) -> None:

@@ -136,17 +136,29 @@ def _tokens_of(context: Context, content: Content) -> tuple[ChatHistory, list[in
     history, num_tokens = context.history, len(context.tokens)
     if isinstance(content, str):
         return history, context.engine.encode(content, add_special=not num_tokens) if content else []
+    token_ids, messages = ids_or_messages(content)
+    if not messages:
+        return history, token_ids
+    return history.with_messages(context.engine, messages, num_tokens, ends_turn=ends_turn(context))
+
+
+def ids_or_messages(content: Sequence[int] | Sequence[Message]) -> tuple[list[int], Sequence[Message]]:
+    """Content that is no text, as token ids or as chat messages; one of the two is empty.
+
+    Raises:
+        InvalidInput: it is neither, or both are mixed, or a message holds a part that is not text.
+    """
     if not isinstance(content, Sequence):
         raise InvalidInput(
-            f"{type(content).__name__} cannot be appended: give text, or a list of token ids or chat messages"
+            f"{type(content).__name__} cannot be read: give text, or a list of token ids or chat messages"
         )
     if all(isinstance(item, int) for item in content):
-        return history, checked_token_ids(content)
+        return checked_token_ids(content), ()
     if any(isinstance(item, int) for item in content):
         raise InvalidInput("token ids and messages are mixed: append them one after the other")
     messages: Sequence[Message] = content  # type: ignore[assignment]
     _require_text(messages)
-    return history.with_messages(context.engine, messages, num_tokens, ends_turn=ends_turn(context))
+    return [], messages
 
 
 def _require_text(messages: Sequence[Message]) -> None:

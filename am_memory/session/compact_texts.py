@@ -6,7 +6,7 @@ from collections.abc import MutableMapping
 from weakref import WeakValueDictionary
 
 from am_memory.engines.base import Engine
-from am_memory.errors import TextNotFound, UnsupportedOperation
+from am_memory.errors import InvalidInput, TextNotFound, UnsupportedOperation
 from am_memory.recall.original_store import OriginalStore
 from am_memory.storage.compact_text import CompactText, TextCache
 from am_memory.storage.store import Store
@@ -25,6 +25,11 @@ def require_mountable(engine: Engine) -> None:
             f"{engine.info.name} cannot mount compact texts, whose keys have to be rotated to where they are mounted: "
             f"{can.why_keys_stay}; append the text instead"
         )
+
+
+def _require_name(name: object) -> None:
+    if not isinstance(name, str):
+        raise InvalidInput(f"{name!r} is no name of a compact text: give a str")
 
 
 class CompactTexts:
@@ -48,9 +53,11 @@ class CompactTexts:
         """The text of that name. It may be read from the store, and needs no engine; `check_text` comes later.
 
         Raises:
+            InvalidInput: the name is not a str.
             TextNotFound: there is none.
             StorageError: it cannot be read.
         """
+        _require_name(name)
         held = self._held.get(name)
         if self._store is None and held is None:
             raise TextNotFound(name, self._held)
@@ -65,10 +72,11 @@ class CompactTexts:
         """All of them, in the order of their names."""
         if self._store is not None:
             return self._store.texts.all()
-        return [self._held[name].about for name in sorted(self._held)]
+        return sorted((text.about for text in [*self._held.values()]), key=lambda text: text.name)
 
     def delete(self, name: str) -> None:
         """Delete a text; sessions that have mounted it keep it. Raises TextNotFound if there is none of that name."""
+        _require_name(name)
         known = sorted(self._held) if self._store is None else self._store.texts.names()
         if name not in known:
             raise TextNotFound(name, known)

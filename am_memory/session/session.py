@@ -295,7 +295,7 @@ class Session:
             StorageError: the text cannot be read, or another model has read it.
         """
         require_mountable(self.engine)
-        text = self._shared.texts.get(text) if isinstance(text, str) else text
+        text = self._shared.texts.get(text) if isinstance(text, str | None) else text
         require_kind(TextCache, text=text)
         with self._shared.engine_lock, self._context.transaction():
             check_text(text, self.engine.info, self._shared.cache_of_one_token)

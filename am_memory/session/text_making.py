@@ -16,6 +16,7 @@ from am_memory.errors import BudgetTooSmall, InvalidInput
 from am_memory.kv_cache.slots import Slots
 from am_memory.policy import MemoryPolicy
 from am_memory.session import pages
+from am_memory.session.appending import ids_or_messages
 from am_memory.session.chat_history import ChatHistory, require_messages
 from am_memory.session.compact_texts import require_mountable
 from am_memory.session.context import Context
@@ -125,10 +126,9 @@ def _messages(
         if not (content and engine.has_chat_template):
             return history, content
         content = [{"role": "user", "content": content}]
-    token_ids = [item for item in content if isinstance(item, int)]
-    if len(token_ids) == len(content):
+    token_ids, messages = ids_or_messages(content)
+    if not messages:
         return history, token_ids
-    messages: Sequence[Message] = content  # type: ignore[assignment]
     require_messages(engine, messages)
     return replace(history, messages=tuple(dict(message) for message in messages)), ""
 

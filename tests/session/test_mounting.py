@@ -620,9 +620,16 @@ def test_wrong_names_and_texts_are_refused(new_memory: NewMemory) -> None:
         session.unmount("manual")
     with pytest.raises(TextNotFound, match="'manual'"):
         memory.delete_compact_text("manual")
-    for content in ("", [], [300]):
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+    for content in ("", [], [300], None, 5, [True], [1, {"role": "user", "content": "Hello"}], image):
         with pytest.raises(InvalidInput):
             memory.compact_text(content, "text")
+    for name in (5, None, b"handbook"):
+        for call in (session.mount, memory.text, memory.delete_compact_text):
+            with pytest.raises(InvalidInput, match="is no name of a compact text|give a TextCache"):
+                call(name)
+    with pytest.raises(InvalidInput, match="policy is 5: give a MemoryPolicy"):
+        memory.compact_text(HANDBOOK, "text", policy=5)
     with pytest.raises(InvalidInput, match="no name"):
         memory.compact_text(HANDBOOK, "")
     assert context_of(session).awaited_text is None
@@ -687,38 +694,6 @@ def test_a_page_of_a_text_holds_what_was_read(new_memory: NewMemory, engine: Tra
         session.recall(Span(100, 140, 0.0, "", "handbook"))
 
 
-@pytest.mark.parametrize("ahead_tokens", [0, 16])
-def test_lookups_cover_mounted_texts(new_memory: NewMemory, eager: None, ahead_tokens: int) -> None:
-    events: list[Event] = []
-    memory = new_memory(events.append, **PAGES, has_store=True, chunk_tokens=1, ahead_tokens=ahead_tokens)
-    memory.compact_text(some_tokens(120, 1), "handbook")
-    session = memory.session("alice")
-    session.mount("handbook")
-    session.append([{"role": "user", "content": "When does the ferry leave?"}])
-    pieces = list(session.generate(6))
-    spans = pieces[0].looked_up
-    assert spans
-    assert all(span.mount == "handbook" and 0 <= span.start < span.end <= 120 for span in spans)
-    assert spans[0].text == memory.engine.decode(some_tokens(120, 1)[spans[0].start : spans[0].end])
-    assert [Page(span.start, span.end) for span in spans] == sorted(session.mounts[0].recalled)
-    assert any(isinstance(event, MemoryConsulted) for event in events)
-    for seed in range(4):
-        session.append([{"role": "user", "content": bytes(97 + t % 26 for t in some_tokens(60, seed)).decode()}])
-        list(session.generate(3))
-        assert session.stats.kv_tokens <= 256
-    assert_equals_its_rebuild(session)
-
-    session.save()
-    resumed = new_memory(**PAGES, has_store=True, chunk_tokens=1, ahead_tokens=ahead_tokens).session("alice")
-    assert resumed.mounts == session.mounts
-    for each in (session, resumed):
-        each.append([{"role": "user", "content": "And when does it come back?"}])
-    assert [piece.text for piece in session.generate(4)] == [piece.text for piece in resumed.generate(4)]
-    session.rewind(60)
-    assert_equals_its_rebuild(session)
-    session.unmount("handbook")
-    assert session.mounts == ()
-
 def test_a_page_of_a_text_without_any_slot_comes_and_goes(new_memory: NewMemory) -> None:
     """The layers have no slots at all then: it raised an error of zip."""
     memory = new_memory(**PAGES, experiments=Experiments(fit="no_slots"))
@@ -758,6 +733,38 @@ def test_saving_and_resuming_adds_nothing_to_the_records(new_memory: NewMemory, 
     session.append(some_tokens(20, 3))
     session.recall((10, 30))
 
+
+@pytest.mark.parametrize("ahead_tokens", [0, 16])
+def test_lookups_cover_mounted_texts(new_memory: NewMemory, eager: None, ahead_tokens: int) -> None:
+    events: list[Event] = []
+    memory = new_memory(events.append, **PAGES, has_store=True, chunk_tokens=1, ahead_tokens=ahead_tokens)
+    memory.compact_text(some_tokens(120, 1), "handbook")
+    session = memory.session("alice")
+    session.mount("handbook")
+    session.append([{"role": "user", "content": "When does the ferry leave?"}])
+    pieces = list(session.generate(6))
+    spans = pieces[0].looked_up
+    assert spans
+    assert all(span.mount == "handbook" and 0 <= span.start < span.end <= 120 for span in spans)
+    assert spans[0].text == memory.engine.decode(some_tokens(120, 1)[spans[0].start : spans[0].end])
+    assert [Page(span.start, span.end) for span in spans] == sorted(session.mounts[0].recalled)
+    assert any(isinstance(event, MemoryConsulted) for event in events)
+    for seed in range(4):
+        session.append([{"role": "user", "content": bytes(97 + t % 26 for t in some_tokens(60, seed)).decode()}])
+        list(session.generate(3))
+        assert session.stats.kv_tokens <= 256
+    assert_equals_its_rebuild(session)
+
+    session.save()
+    resumed = new_memory(**PAGES, has_store=True, chunk_tokens=1, ahead_tokens=ahead_tokens).session("alice")
+    assert resumed.mounts == session.mounts
+    for each in (session, resumed):
+        each.append([{"role": "user", "content": "And when does it come back?"}])
+    assert [piece.text for piece in session.generate(4)] == [piece.text for piece in resumed.generate(4)]
+    session.rewind(60)
+    assert_equals_its_rebuild(session)
+    session.unmount("handbook")
+    assert session.mounts == ()
 
 
 def test_before_the_attention_sinks_are_read_no_page_comes_back(new_memory: NewMemory, eager: None) -> None:
