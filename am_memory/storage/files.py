@@ -9,6 +9,7 @@ have no locks: the present file is read just before the rename, and a writer in 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -80,9 +81,16 @@ def head_of(files: Any, path: str) -> bytes | None:
     files.invalidate_cache()
     try:
         head: bytes = files.cat_file(path, start=0, end=HEAD_BYTES)
-    except FileNotFoundError:
-        return None
+    except OSError as error:
+        if is_missing(error):
+            return None
+        raise
     return head
+
+
+def is_missing(error: OSError) -> bool:
+    """Whether an error says that there is no such file; the file system has none of a path that is too long for it."""
+    return isinstance(error, FileNotFoundError) or error.errno == errno.ENAMETOOLONG
 
 
 def is_temporary(path: str) -> bool:

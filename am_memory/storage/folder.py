@@ -60,8 +60,10 @@ class Folder:
             self.files.invalidate_cache()
             try:
                 self.files.info(path)
-            except FileNotFoundError:
-                return False
+            except OSError as error:
+                if files.is_missing(error):
+                    return False
+                raise
             return True
 
     def head(self, path: str) -> bytes | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,8 @@ RETRY_SECONDS = 2
 MAX_CHARS = 1000
 """Length of an error message: it may quote the request, which is long."""
 MAX_PROBLEMS = 5
+OWNER = re.compile(r"'(?:[0-9a-f]{16}|anonymous)/")
+"""An owner before the name of a conversation or a text: the digest of a key, which is no client's business."""
 
 
 class ApiError(Exception):
@@ -84,7 +87,7 @@ def unknown_text(id: str) -> ApiError:
 
 def as_api_error(error: Exception) -> ApiError:
     """Any error as one for the client. An internal error is logged, and its message is not sent."""
-    message = str(error)
+    message = OWNER.sub("'", str(error))
     match error:
         case ApiError():
             return error

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from serving import NewServer, Server
+from am_memory_server.access import ANONYMOUS
+from serving import NewServer, say
 
 TEXTS = "/v1/memory/texts"
 ALICE, BOB = "key-of-alice", "key-of-bob"
@@ -78,6 +79,24 @@ def test_messages_with_tools_and_conversations_become_texts(http: httpx.Client) 
     say(http, HANDBOOK)
     text = http.post(TEXTS, json={"id": "heard", "session": "tea", "keep_ratio": 0.5}).json()
     assert text["num_tokens"] > len(HANDBOOK)
+def test_names_are_shown_without_the_key_they_belong_to(http: httpx.Client) -> None:
+    """An error named the digest of the key, which an application passes on to whoever chats with it."""
+    for id in ("one", "two", "three", "four"):
+        http.post(TEXTS, json={"id": id, "text": HANDBOOK * 4, "keep_ratio": 1})
+    answer = say(http, "hello", mounts=["one", "two", "three", "four"])
+    assert answer.status_code == 400
+    message = answer.json()["error"]["message"]
+    assert re.search(r"'(one|two|three|four)' takes \d+ slots, and does not fit", message)
+    assert ANONYMOUS not in message
+
+
+def test_a_name_too_long_for_a_file_is_no_text(http: httpx.Client) -> None:
+    """It was a failure of the store, which the log told with the whole name."""
+    long = "x" * 5000
+    assert http.get(f"{TEXTS}/{long}").json()["error"]["code"] == "text_not_found"
+    assert say(http, "hello", mounts=[long]).json()["error"]["code"] == "text_not_found"
+
+
     answer = say(http, "hello", mounts=["heard", "told"], metadata={"conversation_id": "other"})
     assert answer.status_code == 200
 
