@@ -109,12 +109,14 @@ class Threads:
         ends: tuple[int | None, ...]
         if branch is None:
             session, ends = self.memory.scratch(policy=prompt.policy, tools=prompt.tools), (0,)
+        else:
+            session, ends = branch.session.fork(policy=prompt.policy), branch.ends[:count]
+        rename(session, saved.call.thread)  # before it emits events
+        if branch is None:
             for text in prompt.texts:
                 session.mount(text)
         else:
-            session, ends = branch.session.fork(policy=prompt.policy), branch.ends[:count]
             session.rewind(branch.end_of(count))
-        rename(session, saved.call.thread)
         num_prepared = prompt.num_prepared[len(ends) - 1]
         assert num_prepared is not None, "both can be cut here"
         return ChatTurn(

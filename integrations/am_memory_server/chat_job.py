@@ -9,6 +9,7 @@ from am_memory.conversations.chat import HostWork, PromptProgress, answer_chat
 from am_memory.conversations.chat_answer import ChatAnswer, Delta
 from am_memory.events import Event
 from am_memory_server.jobs import Job, Publish, Steps, TurnKey, on_host
+from am_memory_server.requests import thread_of
 from am_memory_server.service import CompactionLog, Service
 from am_memory_server.updates import (
     Finished,
@@ -29,7 +30,7 @@ def chat_job(service: Service, key: TurnKey) -> Job:
     arrived = time.monotonic()
 
     def start(publish: Publish, answer: ChatAnswer) -> Steps[None]:
-        return _ChatRun(service, key[1], arrived, publish, answer).steps()
+        return _ChatRun(service, key, arrived, publish, answer).steps()
 
     return start
 
@@ -37,12 +38,10 @@ def chat_job(service: Service, key: TurnKey) -> Job:
 class _ChatRun:
     """One answer that is being generated."""
 
-    def __init__(
-        self, service: Service, conversation: str, arrived: float, publish: Publish, answer: ChatAnswer
-    ) -> None:
-        self.service, self.conversation, self.arrived = service, conversation, arrived
+    def __init__(self, service: Service, key: TurnKey, arrived: float, publish: Publish, answer: ChatAnswer) -> None:
+        self.service, self.conversation, self.arrived = service, key[1], arrived
         self.publish, self.answer = publish, answer
-        self.compactions = CompactionLog()
+        self.compactions = CompactionLog(thread_of(key))
         self.is_started = False
         self.num_deltas = 0
 
@@ -66,8 +65,9 @@ class _ChatRun:
             self._count(is_complete)
 
     def _on_event(self, event: Event) -> None:
+        """A listener of the memory; an idle worker may emit the events of other conversations meanwhile."""
         self.compactions.on_event(event)
-        if (update := event_update(event)) is not None:
+        if event.session == self.compactions.session and (update := event_update(event)) is not None:
             self.publish(update)
 
     def _publish_step(self, step: PromptProgress | Delta) -> None:

@@ -85,7 +85,7 @@ class Conversations:
 
     def compact(self, id: str, fraction: float | None) -> Steps[CompactionView]:
         session = (yield from self.newest(id))[0].session
-        log = CompactionLog()
+        log = CompactionLog(session.name)
         with self.service.listening(log.on_event):
             try:
                 report = session.compact(fraction)

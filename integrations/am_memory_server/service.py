@@ -87,14 +87,19 @@ class Service:
 
 
 class CompactionLog:
-    """Collects the compaction reports of one conversation, and writes them into the metadata of its session."""
+    """Collects the compaction reports of one conversation, and writes them into the metadata of its session.
 
-    def __init__(self) -> None:
+    Args:
+        session: the name that the conversation's events carry.
+    """
+
+    def __init__(self, session: str) -> None:
+        self.session = session
         self.unwritten: list[dict[str, Any]] = []
 
     def on_event(self, event: Event) -> None:
         """A listener of the memory."""
-        if isinstance(event, CompactionFinished):
+        if isinstance(event, CompactionFinished) and event.session == self.session:
             self.unwritten.append(report_dict(event.report))
 
     def write(self, session: Session) -> None:

@@ -13,6 +13,7 @@ import pytest
 from am_memory_server.access import ANONYMOUS
 from inside import shared_of
 from serving import POLICY, NewServer, Server, until
+from am_memory.events import CompactionFinished, CompactionReport, CompactionStarted, Event
 
 from am_memory.session import idle
 
@@ -64,6 +65,24 @@ def test_an_idle_server_refines_the_segments_of_its_conversations(
     new_server: NewServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next turn goes on from the refined ones."""
+def test_a_stream_shows_no_other_conversations_events(new_server: NewServer) -> None:
+    """The idle worker compacts and refines other conversations meanwhile: their reports went to whoever was answered."""
+    other = CompactionReport("anonymous/coffee", 987654, 987659, *[0.0] * 10)
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, CompactionStarted) and event.session == "anonymous/tea":
+            for foreign in (CompactionFinished(other.session, other), CompactionStarted(other.session, 987654, 9, 9.0)):
+                shared_of(server.service.memory).notify(foreign)
+
+    with new_server() as server, server.http() as http:
+        server.service.memory.on_event = on_event
+        shown = say(http, LONG, stream=True, stream_options={"include_memory": True}).text
+        view = http.get(f"{SESSIONS}/tea").json()
+    assert shown.count('"event":"compacted"') == view["stats"]["num_compactions"] == len(view["compactions"]) > 1
+    assert "987654" not in shown
+    assert "987654" not in str(view)
+
+
     monkeypatch.setattr(idle, "IDLE_SECONDS", 0.05)
     policy = POLICY.with_changes(refine="idle", self_study_tokens=4)
     with new_server(policy=policy) as server, server.http() as http:
