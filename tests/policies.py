@@ -21,6 +21,12 @@ def originals_policy(**changes: Any) -> MemoryPolicy:
     return plain_policy(**{**small, "originals": "host", "recall_tokens": 0, "head_budget": "adaptive", **changes})
 
 
+def tight_policy(**changes: Any) -> MemoryPolicy:
+    """A small policy without recall, under which short texts are compacted several times."""
+    tight = {"trigger_tokens": 96, "keep_ratio": 0.25, "keep_recent": 6, "pinned": 3, "chunk_tokens": 16}
+    return plain_policy(**{**tight, **changes})
+
+
 def plain_policy(**changes: Any) -> MemoryPolicy:
     """A policy without recall that says what most counts depend on."""
     return MemoryPolicy(**{**_SAID, **changes})

@@ -138,45 +138,43 @@ def _unknown(id: str) -> ApiError:
     return ApiError(404, f"there is no session {id!r}: GET /v1/memory/sessions lists them", code="session_not_found")
 
 
-async def _run(request: Request, owner: str, method: Callable[..., Steps[T]], *args: Any) -> T:
-    """Run a method of the owner's conversations as a job."""
+async def run(request: Request, owner: str, start: Callable[[Service], Steps[T]]) -> T:
+    """Run a job about the conversations or the texts of an owner."""
     service: Service = request.app.state.service
-    conversations = Conversations(service, owner)
-    return await service.scheduler.call((owner, CALLS), lambda: method(conversations, *args))
+    return await service.scheduler.call((owner, CALLS), lambda: start(service))
 
 
-async def _run_on_host(request: Request, owner: str, method: Callable[..., T], *args: Any) -> T:
-    """Run a method that needs no device."""
+async def run_on_host(request: Request, owner: str, call: Callable[[Service], T]) -> T:
+    """The same for a function that needs no device."""
     service: Service = request.app.state.service
-    conversations = Conversations(service, owner)
-    return await service.scheduler.call_on_host((owner, CALLS), lambda: method(conversations, *args))
+    return await service.scheduler.call_on_host((owner, CALLS), lambda: call(service))
 
 
 @router.get("", response_model=SessionList)
 async def list_sessions(request: Request, owner: Owner) -> Any:
     """List the conversations of this key."""
-    return SessionList(data=await _run_on_host(request, owner, Conversations.entries))
+    return SessionList(data=await run_on_host(request, owner, lambda service: Conversations(service, owner).entries()))
 
 
 @router.get("/{id:path}", response_model=MemoryView)
 async def inspect_session(id: str, request: Request, owner: Owner) -> Any:
     """Show the memory of a conversation: segments, compactions, slots and bytes by layer and head."""
-    return await _run(request, owner, Conversations.view, id)
+    return await run(request, owner, lambda service: Conversations(service, owner).view(id))
 
 
 @router.post("/{id:path}/compact", response_model=CompactionView)
 async def compact_session(id: str, body: CompactBody, request: Request, owner: Owner) -> Any:
     """Compact now, whatever the size of the cache."""
-    return await _run(request, owner, Conversations.compact, id, body.fraction)
+    return await run(request, owner, lambda service: Conversations(service, owner).compact(id, body.fraction))
 
 
 @router.post("/{id:path}/fork", response_model=MemoryView, status_code=201)
 async def fork_session(id: str, body: ForkBody, request: Request, owner: Owner) -> Any:
     """Copy a conversation to a new name. The two share memory until they differ."""
-    return await _run(request, owner, Conversations.fork, id, body.id)
+    return await run(request, owner, lambda service: Conversations(service, owner).fork(id, body.id))
 
 
 @router.delete("/{id:path}", response_model=Deleted)
 async def delete_session(id: str, request: Request, owner: Owner) -> Any:
     """Delete a conversation, in memory and in the store. An answer that is being generated is not kept."""
-    return await _run_on_host(request, owner, Conversations.delete, id)
+    return await run_on_host(request, owner, lambda service: Conversations(service, owner).delete(id))

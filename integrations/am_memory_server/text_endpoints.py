@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Request
@@ -15,7 +14,7 @@ from am_memory_server.access import Owner
 from am_memory_server.errors import ApiError
 from am_memory_server.jobs import Steps, on_host
 from am_memory_server.json_bodies import JSONRoute
-from am_memory_server.memory_endpoints import CALLS, Conversations
+from am_memory_server.memory_endpoints import Conversations, run, run_on_host
 from am_memory_server.request_schemas import ChatMessage, ChatTool, StrictBody
 from am_memory_server.requests import checked_name, text_of
 from am_memory_server.service import Service
@@ -125,34 +124,25 @@ class CompactTexts:
         return DeletedText(id=id)
 
 
-async def _run_on_host(request: Request, owner: str, method: Callable[..., T], *args: Any) -> T:
-    """Run a method that needs no device."""
-    service: Service = request.app.state.service
-    texts = CompactTexts(service, owner)
-    return await service.scheduler.call_on_host((owner, CALLS), lambda: method(texts, *args))
-
-
 @router.post("", response_model=TextEntry, status_code=201)
 async def make_text(body: TextBody, request: Request, owner: Owner) -> Any:
     """Read a text once, and compact it. It takes the place of the one of that name."""
-    service: Service = request.app.state.service
-    texts = CompactTexts(service, owner)
-    return await service.scheduler.call((owner, CALLS), lambda: texts.make(body))
+    return await run(request, owner, lambda service: CompactTexts(service, owner).make(body))
 
 
 @router.get("", response_model=TextList)
 async def list_texts(request: Request, owner: Owner) -> Any:
     """List the compact texts of this key."""
-    return TextList(data=await _run_on_host(request, owner, CompactTexts.entries))
+    return TextList(data=await run_on_host(request, owner, lambda service: CompactTexts(service, owner).entries()))
 
 
 @router.get("/{id:path}", response_model=TextEntry)
 async def inspect_text(id: str, request: Request, owner: Owner) -> Any:
     """Show a compact text."""
-    return await _run_on_host(request, owner, CompactTexts.entry, id)
+    return await run_on_host(request, owner, lambda service: CompactTexts(service, owner).entry(id))
 
 
 @router.delete("/{id:path}", response_model=DeletedText)
 async def delete_text(id: str, request: Request, owner: Owner) -> Any:
     """Delete a compact text, in memory and in the store. Conversations that have mounted it keep it."""
-    return await _run_on_host(request, owner, CompactTexts.delete, id)
+    return await run_on_host(request, owner, lambda service: CompactTexts(service, owner).delete(id))

@@ -13,7 +13,7 @@ from driven import read, some_tokens, write
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from inside import context_of, pending_of
-from policies import plain_policy
+from policies import tight_policy
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -30,15 +30,7 @@ from am_memory.session.context import Context
 from am_memory.session.rebuild import compacted_after, read_untriggered, rebuild, rewind
 from am_memory.session.recalling import recall
 
-POLICY = plain_policy(
-    trigger_tokens=96,
-    keep_ratio=0.25,
-    keep_recent=6,
-    pinned=3,
-    chunk_tokens=16,
-    head_budget="adaptive",
-    ahead_tokens=12,
-)
+POLICY = tight_policy(head_budget="adaptive", ahead_tokens=12)
 BEGINS_AT, TRIGGER, SINCE = 84, 96, 5
 GREEDY = Sampling(temperature=0)
 

@@ -19,7 +19,7 @@ from driven import read, some_tokens, write
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from inside import layers_of
-from policies import plain_policy
+from policies import tight_policy
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -43,7 +43,7 @@ from am_memory.recall.original_store import OriginalStore
 from am_memory.session.context import Context
 from am_memory.session.rebuild import rewind
 
-POLICY = plain_policy(trigger_tokens=64, keep_ratio=0.25, keep_recent=6, pinned=3, chunk_tokens=16)
+POLICY = tight_policy(trigger_tokens=64)
 LIVE = ("live",)
 BOTH = ("repeat", "live")
 STUDY = {"reference_queries": ("repeat", "self_study"), "self_study_tokens": 8}

@@ -14,7 +14,7 @@ from textwrap import dedent
 import pytest
 from driven import some_tokens
 from inside import context_of, pending_of, shared_of
-from policies import plain_policy
+from policies import tight_policy
 from random_operations import differences
 
 from am_memory import Memory, Sampling, Session
@@ -26,17 +26,7 @@ from am_memory.session import idle, refining
 from am_memory.session.context import Context
 from am_memory.session.rebuild import rebuild
 
-POLICY = plain_policy(
-    trigger_tokens=128,
-    keep_ratio=0.25,
-    keep_recent=6,
-    pinned=3,
-    chunk_tokens=16,
-    originals="host",
-    recall_tokens=0,
-    self_study_tokens=8,
-    refine="idle",
-)
+POLICY = tight_policy(trigger_tokens=128, originals="host", recall_tokens=0, self_study_tokens=8, refine="idle")
 PATIENCE_SECONDS = 60
 
 
@@ -84,6 +74,16 @@ def is_refined(session: Session) -> bool:
 
 def workers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "am-memory-idle"]
+
+
+def test_a_session_is_refined_while_nobody_waits(memory: Memory) -> None:
+    session = memory.session("alice")
+    session.append(some_tokens(180))
+    wait_until(lambda: is_refined(session))
+    session.append(some_tokens(60, seed=1))
+    wait_until(lambda: is_refined(session))
+
+
 def test_a_listener_that_fails_does_not_end_the_worker(
     engine: TransformersEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -104,16 +104,6 @@ def test_a_listener_that_fails_does_not_end_the_worker(
     assert "a bar that is closed" in caplog.text
     assert "a listener failed on SegmentRefined(session='alice'" in caplog.text
     shared_of(memory).idle_worker.close()
-
-
-
-
-def test_a_session_is_refined_while_nobody_waits(memory: Memory) -> None:
-    session = memory.session("alice")
-    session.append(some_tokens(180))
-    wait_until(lambda: is_refined(session))
-    session.append(some_tokens(60, seed=1))
-    wait_until(lambda: is_refined(session))
 
 
 def test_its_records_give_the_same_again(memory: Memory) -> None:

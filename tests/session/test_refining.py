@@ -12,7 +12,7 @@ import pytest
 import torch
 from driven import some_tokens
 from inside import cache_of, context_of, originals_of, pending_of, records_of, state_of
-from policies import plain_policy
+from policies import tight_policy
 from random_operations import differences
 
 from am_memory import Experiments, Memory, MemoryPolicy, Sampling, Session
@@ -27,16 +27,7 @@ from am_memory.session.rebuild import rebuild
 from am_memory.session.saving import snapshot
 from am_memory.storage.store import Store
 
-POLICY = plain_policy(
-    trigger_tokens=96,
-    keep_ratio=0.25,
-    keep_recent=6,
-    pinned=3,
-    chunk_tokens=16,
-    originals="host",
-    recall_tokens=0,
-    self_study_tokens=4,
-)
+POLICY = tight_policy(originals="host", recall_tokens=0, self_study_tokens=4)
 NewMemory = Callable[..., Memory]
 
 

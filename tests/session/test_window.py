@@ -14,7 +14,7 @@ from driven import some_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inside import cache_of, context_of, layers_of, rebuild
-from policies import plain_policy
+from policies import tight_policy
 from pydantic import TypeAdapter
 
 from am_memory import Experiments, Memory, Sampling, Session
@@ -28,7 +28,7 @@ from am_memory.session import pages
 from am_memory.session.context import Context
 
 WINDOW = 160
-POLICY = plain_policy(trigger_tokens=64, keep_ratio=0.25, keep_recent=6, pinned=3, chunk_tokens=16)
+POLICY = tight_policy(trigger_tokens=64)
 GREEDY = Sampling(temperature=0)
 
 

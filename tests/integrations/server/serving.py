@@ -70,6 +70,12 @@ def running(memory: Memory, **settings: Any) -> Iterator[Server]:
             assert not thread.is_alive()
 
 
+def say(http: httpx.Client, text: str, conversation: str = "tea", **options: Any) -> httpx.Response:
+    """Say one thing in a new conversation."""
+    asked = {"messages": [{"role": "user", "content": text}], "metadata": {"conversation_id": conversation}}
+    return http.post("/v1/chat/completions", json={**asked, "temperature": 0, **options})
+
+
 def until(holds: Callable[[], object], seconds: float = 120) -> None:
     """Wait until a condition holds; on a busy machine that can take long."""
     end = monotonic() + seconds

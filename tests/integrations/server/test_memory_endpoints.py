@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,30 +11,13 @@ import httpx
 import pytest
 from am_memory_server.access import ANONYMOUS
 from inside import shared_of
-from serving import POLICY, NewServer, Server, until
-from am_memory.events import CompactionFinished, CompactionReport, CompactionStarted, Event
+from serving import POLICY, NewServer, say, until
 
+from am_memory.events import CompactionFinished, CompactionReport, CompactionStarted, Event
 from am_memory.session import idle
 
 SESSIONS = "/v1/memory/sessions"
 LONG = "a prompt longer than the cache, which is compacted as it is read. " * 12
-
-
-@pytest.fixture
-def server(new_server: NewServer, tmp_path: Path) -> Iterator[Server]:
-    with new_server(store=tmp_path) as server:
-        yield server
-
-
-@pytest.fixture
-def http(server: Server) -> Iterator[httpx.Client]:
-    with server.http() as http:
-        yield http
-
-
-def say(http: httpx.Client, text: str, conversation: str = "tea", **options: Any) -> httpx.Response:
-    asked = {"messages": [{"role": "user", "content": text}], "metadata": {"conversation_id": conversation}}
-    return http.post("/v1/chat/completions", json={**asked, "temperature": 0, **options})
 
 
 def test_a_view_accounts_for_every_token_slot_and_byte(http: httpx.Client) -> None:
@@ -65,24 +47,6 @@ def test_an_idle_server_refines_the_segments_of_its_conversations(
     new_server: NewServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next turn goes on from the refined ones."""
-def test_a_stream_shows_no_other_conversations_events(new_server: NewServer) -> None:
-    """The idle worker compacts and refines other conversations meanwhile: their reports went to whoever was answered."""
-    other = CompactionReport("anonymous/coffee", 987654, 987659, *[0.0] * 10)
-
-    def on_event(event: Event) -> None:
-        if isinstance(event, CompactionStarted) and event.session == "anonymous/tea":
-            for foreign in (CompactionFinished(other.session, other), CompactionStarted(other.session, 987654, 9, 9.0)):
-                shared_of(server.service.memory).notify(foreign)
-
-    with new_server() as server, server.http() as http:
-        server.service.memory.on_event = on_event
-        shown = say(http, LONG, stream=True, stream_options={"include_memory": True}).text
-        view = http.get(f"{SESSIONS}/tea").json()
-    assert shown.count('"event":"compacted"') == view["stats"]["num_compactions"] == len(view["compactions"]) > 1
-    assert "987654" not in shown
-    assert "987654" not in str(view)
-
-
     monkeypatch.setattr(idle, "IDLE_SECONDS", 0.05)
     policy = POLICY.with_changes(refine="idle", self_study_tokens=4)
     with new_server(policy=policy) as server, server.http() as http:
@@ -99,6 +63,24 @@ def test_a_stream_shows_no_other_conversations_events(new_server: NewServer) -> 
         http.post("/v1/chat/completions", json={"messages": asked, **spoken, "max_tokens": 1})
         assert any(refined())
         shared_of(server.service.memory).idle_worker.close()
+
+
+def test_a_stream_shows_no_other_conversations_events(new_server: NewServer) -> None:
+    """The idle worker compacts and refines other conversations meanwhile: their reports went to whoever was answered."""
+    other = CompactionReport("anonymous/coffee", 987654, 987659, *[0.0] * 10)
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, CompactionStarted) and event.session == "anonymous/tea":
+            for foreign in (CompactionFinished(other.session, other), CompactionStarted(other.session, 987654, 9, 9.0)):
+                shared_of(server.service.memory).notify(foreign)
+
+    with new_server() as server, server.http() as http:
+        server.service.memory.on_event = on_event
+        shown = say(http, LONG, stream=True, stream_options={"include_memory": True}).text
+        view = http.get(f"{SESSIONS}/tea").json()
+    assert shown.count('"event":"compacted"') == view["stats"]["num_compactions"] == len(view["compactions"]) > 1
+    assert "987654" not in shown
+    assert "987654" not in str(view)
 
 
 def test_compacting_now_makes_the_cache_smaller(http: httpx.Client) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -14,23 +13,6 @@ from serving import NewServer, say
 TEXTS = "/v1/memory/texts"
 ALICE, BOB = "key-of-alice", "key-of-bob"
 HANDBOOK = "The ferry leaves at noon, and the key is under the third stone from the left. " * 2
-
-
-@pytest.fixture
-def server(new_server: NewServer, tmp_path: Path) -> Iterator[Server]:
-    with new_server(store=tmp_path) as server:
-        yield server
-
-
-@pytest.fixture
-def http(server: Server) -> Iterator[httpx.Client]:
-    with server.http() as http:
-        yield http
-
-
-def say(http: httpx.Client, text: str, **options: Any) -> httpx.Response:
-    asked = {"messages": [{"role": "user", "content": text}], "metadata": {"conversation_id": "tea"}}
-    return http.post("/v1/chat/completions", json={**asked, "temperature": 0, **options})
 
 
 def test_a_text_is_made_listed_inspected_and_deleted(http: httpx.Client) -> None:
@@ -79,6 +61,24 @@ def test_messages_with_tools_and_conversations_become_texts(http: httpx.Client) 
     say(http, HANDBOOK)
     text = http.post(TEXTS, json={"id": "heard", "session": "tea", "keep_ratio": 0.5}).json()
     assert text["num_tokens"] > len(HANDBOOK)
+    answer = say(http, "hello", mounts=["heard", "told"], conversation="other")
+    assert answer.status_code == 200
+
+
+def test_unknown_texts_and_wrong_bodies_are_refused(http: httpx.Client) -> None:
+    answer = say(http, "hello", mounts=["manual"])
+    assert answer.status_code == 404
+    assert answer.json()["error"] == {
+        "message": "there is no compact text 'manual': GET /v1/memory/texts lists them",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "text_not_found",
+    }
+    for body in ({"id": "x"}, {"id": "x", "text": "a", "session": "b"}, {"id": "", "text": "a"}, {"text": "a"}):
+        assert http.post(TEXTS, json=body).status_code == 400
+    assert http.post(TEXTS, json={"id": "x", "session": "nobody"}).status_code == 404
+
+
 def test_names_are_shown_without_the_key_they_belong_to(http: httpx.Client) -> None:
     """An error named the digest of the key, which an application passes on to whoever chats with it."""
     for id in ("one", "two", "three", "four"):
@@ -95,24 +95,6 @@ def test_a_name_too_long_for_a_file_is_no_text(http: httpx.Client) -> None:
     long = "x" * 5000
     assert http.get(f"{TEXTS}/{long}").json()["error"]["code"] == "text_not_found"
     assert say(http, "hello", mounts=[long]).json()["error"]["code"] == "text_not_found"
-
-
-    answer = say(http, "hello", mounts=["heard", "told"], metadata={"conversation_id": "other"})
-    assert answer.status_code == 200
-
-
-def test_unknown_texts_and_wrong_bodies_are_refused(http: httpx.Client) -> None:
-    answer = say(http, "hello", mounts=["manual"])
-    assert answer.status_code == 404
-    assert answer.json()["error"] == {
-        "message": "there is no compact text 'manual': GET /v1/memory/texts lists them",
-        "type": "invalid_request_error",
-        "param": None,
-        "code": "text_not_found",
-    }
-    for body in ({"id": "x"}, {"id": "x", "text": "a", "session": "b"}, {"id": "", "text": "a"}, {"text": "a"}):
-        assert http.post(TEXTS, json=body).status_code == 400
-    assert http.post(TEXTS, json={"id": "x", "session": "nobody"}).status_code == 404
 
 
 def test_a_key_has_no_more_texts_than_allowed(new_server: NewServer) -> None:
