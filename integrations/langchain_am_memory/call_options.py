@@ -98,7 +98,8 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     if (max_tokens := given.get("max_tokens")) is not None:
         require_whole(1, max_tokens=max_tokens)
     mounts = given.get("mounts") or ()
-    if isinstance(mounts, str) or not all(isinstance(name, str) for name in mounts):
+    is_list = isinstance(mounts, Sequence) and not isinstance(mounts, str)
+    if not (is_list and all(isinstance(name, str) for name in mounts)):
         raise InvalidInput(f"mounts is {mounts!r}: give a list of names of compact texts")
 
 

@@ -745,6 +745,9 @@ def test_a_conversation_begins_with_the_texts_that_are_mounted(new_model: NewMod
     assert again.text == mounted.text
     with pytest.raises(InvalidInput, match="mounts is 'handbook': give a list"):
         model.bind(mounts="handbook")
+    for wrong in (5, {"handbook": 1}, (name for name in ["handbook"]), [5], b"handbook"):
+        with pytest.raises(InvalidInput, match="give a list of names of compact texts"):
+            model.bind(mounts=wrong)
 
 
 def test_a_thread_is_handed_to_another_agent(new_model: NewModel) -> None:
