@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from am_memory.cli.display import EventBars
-from am_memory.cli.options import MODEL_HELP
+from am_memory.cli.options import MODEL_HELP, text_of
 from am_memory.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -55,14 +55,6 @@ def calibrate(
     if plot is not None:
         draw(calibration, plot, block_tokens)
         console.print(f"their curves and slots: {plot}", soft_wrap=True, markup=False)
-
-
-def text_of(path: Path) -> str:
-    """The text of a file."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"--text {path} cannot be read ({error}): give a text file in UTF-8") from error
 
 
 def require_matplotlib() -> None:

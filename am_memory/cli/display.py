@@ -147,9 +147,14 @@ def mark_lookup(spans: Sequence[Span]) -> Text:
     return Text(f" ⟨looked up: {_quoted(spans)}⟩ ", style="dim")
 
 
+def one_line(text: str) -> str:
+    """A text of somebody else on one line, without the control characters that a terminal would obey."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 def _quoted(spans: Sequence[Span]) -> str:
-    """The texts of spans, each on one line and without control characters."""
-    texts = (" ".join("".join(c if c.isprintable() else " " for c in span.text).split()) for span in spans)
+    """The texts of spans, each on one line."""
+    texts = (one_line(span.text) for span in spans)
     return " · ".join(f"“{shortened(text, SPAN_CHARS)}”" for text in texts)
 
 

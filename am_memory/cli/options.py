@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import typer
 
 from am_memory.engines.names import DtypeName, EngineName
+from am_memory.errors import InvalidInput
 from am_memory.events import Listener, ignore
 from am_memory.formatting import MEBIBYTE
 
@@ -176,6 +177,14 @@ def is_given(context: typer.Context, option: str) -> bool:
     """Whether the user has given an option, rather than left it at its default."""
     source = context.get_parameter_source(option)
     return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
+
+
+def text_of(path: Path) -> str:
+    """The text of a file; raises InvalidInput if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"{path} cannot be read ({error}): give a text file in UTF-8") from error
 
 
 def default_store() -> str:

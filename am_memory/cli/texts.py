@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from am_memory.cli.display import EventBars
-from am_memory.cli.options import Loading, StoreURL, default_store, with_options
+from am_memory.cli.display import EventBars, one_line
+from am_memory.cli.options import Loading, StoreURL, default_store, text_of, with_options
 from am_memory.errors import TextNotFound
 from am_memory.formatting import mebibytes
 
@@ -26,11 +26,11 @@ def compact(
     store: StoreURL = None,
 ) -> None:
     """Read a text file once, compact it whole, and save it in the store."""
-    console = Console(highlight=False)
+    content, console = text_of(file), Console(highlight=False)
     bars = EventBars(console)
     with bars.showing(f"loading {loading.model}"):
         memory = loading.load(store=store or default_store(), on_event=bars)
-        text = memory.compact_text(file.read_text(encoding="utf-8"), name or file.stem)
+        text = memory.compact_text(content, name or file.stem)
     console.print(f"{escape(str(text))}, {mebibytes(text.num_bytes)}")
 
 
@@ -43,7 +43,7 @@ def list_texts(store: StoreURL = None) -> None:
     for text in folder.texts.all():
         size = mebibytes(text.num_bytes)
         row = (text.name, f"{text.num_tokens:,}", f"{text.num_slots:,.0f}", size, text.preview)
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(one_line(cell)) for cell in row))
     console.print(table if table.row_count else f"no compact texts in {folder.url}")
 
 

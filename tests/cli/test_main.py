@@ -422,3 +422,20 @@ def test_a_file_becomes_a_text_that_chats_can_mount(run: CommandLine, tmp_path: 
     assert "deleted handbook" in run("text", "delete", "handbook").output
     assert run("text", "delete", "handbook").exit_code == 1
     assert "no compact texts" in run("text", "list").output
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_file_that_is_no_text_is_refused_and_one_with_escapes_is_shown_plainly(
+    run: CommandLine, tmp_path: Path, store: Store
+) -> None:
+    file = tmp_path / "[bold]odd.txt"
+    file.write_bytes(b"caf\xe9")
+    result = run("text", "compact", str(file))
+    assert result.exit_code == 1
+    assert "give a text file in UTF-8" in result.output
+    file.write_bytes(b"\x1b[2JThe ferry\nleaves at noon.")
+    run("text", "compact", str(file), "--name", "[bold]o\x1b[1mdd")
+    shown = run("text", "list").output
+    assert "\x1b" not in shown
+    assert "[bold]o [1mdd" in shown
+    assert "[2JThe ferry leaves" in shown
