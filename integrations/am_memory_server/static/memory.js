@@ -11,7 +11,7 @@ const percent = (share) => `${(share * 100).toFixed(share < 0.1 ? 1 : 0)} %`;
 
 const EMPTY = {
   stats: { logical_tokens: 0, kv_tokens: 0, exact_tokens: 0, kv_bytes: 0, exact_kv_bytes: 0, num_compactions: 0, num_segments: 0, recalled_tokens: 0 },
-  segments: [], recalled: [], compactions: [], layers: [], trigger_tokens: 0,
+  segments: [], recalled: [], mounts: [], compactions: [], layers: [], trigger_tokens: 0,
 };
 
 export class MemoryView {
@@ -24,6 +24,7 @@ export class MemoryView {
     this.#strip();
     this.#heat();
     this.#log();
+    this.#notes();
     byId("compact").disabled = !memory;
   }
 
@@ -87,7 +88,7 @@ export class MemoryView {
       const kept = part.kind === "compacted" ? `compacted to ${part.slots.toFixed(1)} slots a head, ${percent(share)}` : part.kind;
       const pages = part.kind === "compacted" ? this.#memory.recalled.filter((page) => part.start <= page.start && page.end <= part.end) : [];
       const back = pages.map((page) => `${count(page.start)} to ${count(page.end)}`).join(", ");
-      const text = `tokens ${count(part.start)} to ${count(part.end)}: ${kept}${part.num_cuts ? `, cut ${part.num_cuts} times` : ""}${back ? `; exact for now: ${back}` : ""}`;
+      const text = `tokens ${count(part.start)} to ${count(part.end)}: ${kept}${part.num_cuts ? `, cut ${part.num_cuts} times` : ""}${part.is_refined ? ", refined" : ""}${back ? `; exact for now: ${back}` : ""}`;
       item.className = part.kind;
       item.style.flexGrow = tokens;
       item.title = label.textContent = text;
@@ -103,6 +104,15 @@ export class MemoryView {
       cuts.textContent = part.num_cuts && width >= CUTS_WIDTH ? part.num_cuts : "";
     });
     caption("strip", "0", parts.length ? `${count(parts.at(-1).end)} tokens` : "");
+  }
+
+  /** The texts that are mounted, and how many segments were refined: a line each, if there are any. */
+  #notes() {
+    const compacted = this.#memory.segments.filter((part) => part.kind === "compacted");
+    const refined = compacted.filter((part) => part.is_refined).length;
+    const texts = this.#memory.mounts.map((text) => `${text.id} (${count(text.num_slots)} slots)`).join(", ");
+    note("mounted", texts && `Mounted beside the conversation: ${texts}`);
+    note("refined", refined ? `${count(refined)} of ${count(compacted.length)} segments refined since they were compacted` : "");
   }
 
   #heat() {
@@ -140,6 +150,12 @@ export class MemoryView {
       return item;
     }));
   }
+}
+
+/** Show a line, or none. */
+function note(name, text) {
+  byId(name).textContent = text;
+  byId(name).hidden = !text;
 }
 
 const captions = {};

@@ -10,6 +10,8 @@ from threading import Event
 from typing import Any
 
 import pytest
+from am_memory_server.access import ANONYMOUS
+from am_memory_server.requests import text_of
 from serving import NewServer, Server, until
 
 from am_memory.conversations.chat_answer import ChatAnswer, Delta
@@ -284,6 +286,30 @@ def test_the_memory_panel_draws_exact_pages_within_their_segment(page: Page) -> 
     page.point_at(segment)
     assert "; exact for now: 3 to 23" in page.text("#strip-left")
     assert page.browser.execute_script("return document.querySelector('#gauge .recalled').style.width") == "6.66667%"
+
+
+def test_the_memory_panel_names_mounted_texts_and_counts_refined_segments(page: Page) -> None:
+    """The names are data: markup in them is shown as it was written."""
+
+    def is_shown(line: str) -> bool:
+        return bool(page.all(line)[0].is_displayed())
+
+    page.say(LONG * 5)
+    assert not is_shown("#mounted")
+    assert not is_shown("#refined")
+    memory, (branch,) = page.server.service.memory, page.server.service.threads.all_branches()
+    text = memory.compact_text("The ferry leaves at noon. " * 4, text_of(ANONYMOUS, "<b>handbook</b>"))
+    branch.session.mount(text.name)
+    refined, segments = branch.session.refine(), branch.session.segments
+    page.reload()
+    until(lambda: is_shown("#mounted"))
+    slots = round(text.num_slots)
+    assert page.text("#mounted") == f"Mounted beside the conversation: <b>handbook</b> ({slots} slots)"
+    shown = f"{len(refined)} of {len(segments)} segments refined since they were compacted"
+    assert page.text("#refined") == shown
+    assert sum(", refined" in part.get_attribute("title") for part in page.all("#strip .compacted")) == len(refined)
+    page.click("#new")
+    until(lambda: not is_shown("#mounted"))
 
 
 def test_the_keyboard_is_enough(page: Page) -> None:
