@@ -77,7 +77,15 @@ def rename(session: Session, name: str) -> None:
 
 
 def snapshot(session: Session) -> SavedSession:
-    """Everything that a session is, as it would be saved. It shares the session's memory: for reading only."""
+    """Everything that a session is, as it would be saved. It shares the session's memory: for reading only.
+
+    It is taken between two steps, and waits for the one that runs in another thread.
+    """
+    with session._shared.engine_lock:
+        return _snapshot(session)
+
+
+def _snapshot(session: Session) -> SavedSession:
     context, info = session._context, session.engine.info
     return SavedSession(
         fingerprint=info.fingerprint,

@@ -57,6 +57,24 @@ def test_a_snapshot_is_what_is_loaded(memory: Memory) -> None:
     assert memory.session("alice", saved=saved).tokens == session.tokens
 
 
+def test_a_snapshot_is_taken_between_two_steps(memory: Memory) -> None:
+    """The server's view of a conversation was taken while the idle worker swapped in a segment."""
+    session, lock = memory.session("alice"), shared_of(memory).engine_lock
+    session.append("An owl.")
+    taken = threading.Event()
+
+    def take() -> None:
+        snapshot(session)
+        taken.set()
+
+    thread = threading.Thread(target=take)
+    with lock:
+        thread.start()
+        assert not taken.wait(0.1)
+    thread.join()
+    assert taken.is_set()
+
+
 @pytest.mark.parametrize("call", ["load", "save"])
 def test_nobody_waits_for_the_store_with_the_engine_in_hand(
     memory: Memory, monkeypatch: pytest.MonkeyPatch, call: str
