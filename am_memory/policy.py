@@ -117,7 +117,7 @@ class MemoryPolicy(_Settings):
             repeat the block, by linear maps from the block's keys; no extra pass), "repeat" (the model reads the block
             again), "self_study" (the model answers questions about the context, in one forward pass per token of the
             longest answer) and "live" (queries of the tokens read since the block, rotated to later positions; no extra
-            pass). On engines and models whose keys cannot be rotated, "predicted" is "repeat".
+            pass). On engines and models whose keys cannot be rotated, and for summaries, "predicted" is "repeat".
         self_study_tokens: upper bound on the tokens of all self-study answers together.
         tool_result_weight: weight of tool results relative to all other messages, in the scores and in the fits.
             Below 1, they leave more slots to what users and the model wrote.

@@ -93,7 +93,7 @@ class QuerySources:
             CompactionFailed: the policy uses live queries alone, and no token was read after the passage.
         """
         samples, cache, chunk_tokens = [], passage.cache, self.chunk_tokens
-        named, can_predict = self.policy.reference_queries, self.engine.capabilities.can_rotate_keys
+        named, can_predict = self.policy.reference_queries, self._can_predict(passage)
         if "predicted" in named and can_predict:
             samples.append(self._predicted_queries(passage))
         if "repeat" in named or ("predicted" in named and not can_predict):
@@ -118,6 +118,10 @@ class QuerySources:
                 'compact a smaller fraction, or add "predicted"'
             )
         return [ReferenceQueries.union(layer) for layer in zip(*samples, strict=True)]
+
+    def _can_predict(self, passage: Passage) -> bool:
+        """Whether the passage's keys can be rotated back. A summary's keys stand among the slots, and are repeated."""
+        return self.engine.capabilities.can_rotate_keys and passage.start >= passage.cache.tail_start
 
     def _predicted_queries(self, passage: Passage) -> list[ReferenceQueries]:
         """The queries of a repeat, without one."""

@@ -278,7 +278,7 @@ def test_live_queries_need_tokens_after_the_block(new_context: NewContext) -> No
     context = new_context(reference_queries=LIVE)
     read(context, some_tokens(50))
     before = snapshot(context)
-    with pytest.raises(CompactionFailed, match=r'no query has passed since token 49.*read more first.*add "repeat"'):
+    with pytest.raises(CompactionFailed, match=r'no query has passed since token 49.*read more first.*add "predicted"'):
         context.compact(1.0)
     assert snapshot(context) == before
 

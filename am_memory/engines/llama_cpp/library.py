@@ -137,7 +137,7 @@ def from_rows(rows: np.ndarray[Any, Any], kind: str) -> Tensor:
     """Convert rows of bytes, (..., row_bytes), to numbers: Q8_0 to float32, other types to the same type of torch."""
     if kind == "Q8_0":
         flat = dequantize(rows.reshape(-1, rows.shape[-1]), GGMLQuantizationType.Q8_0)
-        return torch.from_numpy(flat).view(*rows.shape[:-1], -1)
+        return torch.from_numpy(flat).view(*rows.shape[:-1], flat.shape[-1])
     return torch.from_numpy(rows).view(TORCH_TYPES[kind])
 
 

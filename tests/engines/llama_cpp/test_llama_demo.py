@@ -70,17 +70,17 @@ def test_a_session_says_what_llama_cpp_says(memory: Memory) -> None:
 
 
 def test_the_fit_is_nearer_than_eviction(memory: Memory) -> None:
-    """Asked for the text once more, with biases in the keys; every head has a direction that its queries share."""
+    """On a text that goes on, with biases in the keys; every head has a direction that its queries share."""
     text = " ".join(prose(random.Random(0), 10))
     full = memory.scratch()
     full.append(text)
-    repeated = f"\n\nOnce more: {text[:400]}"
-    exact = full.logits(repeated).log_softmax(-1)
+    further = " The moon rose over the hill, and nobody in the village had seen it so large before."
+    exact = full.logits(further).log_softmax(-1)
     divergence = []
     for fit in ("bias_and_values", "nothing"):
         branch = full.fork(policy=MemoryPolicy(**{**dict(POLICY), "experiments": Experiments(fit=fit)}))
         assert branch.compact(1.0).num_unbiased_heads == 0
-        divergence.append((exact.exp() * (exact - branch.logits(repeated).log_softmax(-1))).sum(-1).mean())
+        divergence.append((exact.exp() * (exact - branch.logits(further).log_softmax(-1))).sum(-1).mean())
     assert divergence[0] < 0.95 * divergence[1]
 
 

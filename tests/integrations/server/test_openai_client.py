@@ -156,7 +156,8 @@ def test_log_probabilities_of_a_stream_are_those_of_the_whole(client: openai.Ope
 
 def test_a_forced_tool_is_called_with_arguments_of_its_schema(client: openai.OpenAI) -> None:
     choice = {"type": "function", "function": {"name": "add"}}
-    completion = ask(client, [user("add something")], tools=[TOOL], tool_choice=choice, max_tokens=200)
+    options = {"tool_choice": choice, "parallel_tool_calls": False, "max_tokens": 200}
+    completion = ask(client, [user("add something")], tools=[TOOL], **options)
     (call,) = completion.choices[0].message.tool_calls
     arguments = json.loads(call.function.arguments)
     assert call.function.name == "add"
