@@ -75,8 +75,8 @@ class Experiments(_Settings):
             the oldest part of the cache, compact slots included, as in the online AIME runs of arXiv:2602.16284).
         on_policy: fit each layer to queries that have passed through the compacted layers below. The model repeats the
             block in one pass, however long it is, and each layer is compacted when the pass reaches it. The budgets of
-            the heads come from reference_queries, which must be ("predicted",) or ("repeat",); the latter takes one
-            more pass. Not with max_error, and not on llama.cpp.
+            the heads come from reference_queries: None, ("predicted",) or ("repeat",), which takes one more pass.
+            Not with max_error, and not on llama.cpp.
         summary_tokens: before each compaction, the model writes a summary of the block, of at most this many tokens, in
             one forward pass per token. The summary is then compacted instead of the block, to the number of slots that
             the block would get; a summary that needs no more slots than that stays whole. If the model writes nothing,
@@ -117,7 +117,8 @@ class MemoryPolicy(_Settings):
             repeat the block, by linear maps from the block's keys; no extra pass), "repeat" (the model reads the block
             again), "self_study" (the model answers questions about the context, in one forward pass per token of the
             longest answer) and "live" (queries of the tokens read since the block, rotated to later positions; no extra
-            pass). On engines and models whose keys cannot be rotated, and for summaries, "predicted" is "repeat".
+            pass). On engines and models whose keys cannot be rotated, and for summaries, "predicted" is "repeat". None:
+            ("predicted",) where pages are recalled for questions, else ("repeat",).
         self_study_tokens: upper bound on the tokens of all self-study answers together.
         tool_result_weight: weight of tool results relative to all other messages, in the scores and in the fits.
             Below 1, they leave more slots to what users and the model wrote.
@@ -172,7 +173,7 @@ class MemoryPolicy(_Settings):
     max_compact_tokens: Annotated[int, Field(gt=0)] | None = None
     pinned: Literal["sinks", "system", "first_message"] | Annotated[int, Field(ge=0)] = "system"
     keep_recent: Annotated[int, Field(ge=0)] = 64
-    reference_queries: Annotated[tuple[QuerySource, ...], Field(min_length=1)] = ("predicted",)
+    reference_queries: Annotated[tuple[QuerySource, ...], Field(min_length=1)] | None = None
     self_study_tokens: Annotated[int, Field(gt=0)] = 512
     tool_result_weight: Annotated[float, Field(gt=0, le=1)] = 1.0
     key_selection: Any = HighestAttention()
@@ -242,11 +243,9 @@ class MemoryPolicy(_Settings):
     @field_validator("experiments")
     @classmethod
     def _agrees_with_other_fields(cls, experiments: Experiments, info: ValidationInfo) -> Experiments:
-        sources, max_error = info.data.get("reference_queries", ("predicted",)), info.data.get("max_error")
-        if experiments.on_policy and sources not in (("predicted",), ("repeat",)):
-            raise ValueError(
-                'on_policy takes its queries from a repeat of the block: leave reference_queries at ("predicted",)'
-            )
+        sources, max_error = info.data.get("reference_queries"), info.data.get("max_error")
+        if experiments.on_policy and sources not in (None, ("predicted",), ("repeat",)):
+            raise ValueError("on_policy takes its queries from a repeat of the block: leave reference_queries at None")
         if experiments.on_policy and max_error is not None:
             raise ValueError("max_error may fit a layer twice, and on_policy fits it once: leave one of them out")
         if experiments.summary_tokens is not None and max_error is not None:

@@ -46,7 +46,7 @@ def prepared(memory: Memory, scene: Scene, options: dict[str, object], ratio: fl
     """A session that has read everything, and has seen the queries that its policy wants."""
     # A new policy, so that `key_selection` may be a name; a lower bound, so that 200x leaves every head a slot.
     policy = MemoryPolicy(**{**dict(POLICY), "max_compact_tokens": 2000, **options, "keep_ratio": 1 / ratio})
-    if "live" not in policy.reference_queries:
+    if "live" not in (policy.reference_queries or ()):
         return scene.full.fork(policy=policy)
     session = memory.scratch(policy=policy)
     session.append(scene.full.tokens)

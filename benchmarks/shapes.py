@@ -78,4 +78,5 @@ class CacheShape:
         queries = num_heads * per_head * (self.head_dim * self.element_size + 4)
         outputs = num_heads * per_head * (self.head_dim + 3) * 4
         batch = min(MAX_BATCH_HEADS, num_heads) * per_head * self.head_dim * (self.element_size + 12)
-        return queries + outputs + batch + 2 * 4 * max_chunk_elements
+        scratch = self.exact_bytes(2 * num_tokens)
+        return max(2 * queries + scratch, queries + outputs + batch + 2 * 4 * max_chunk_elements)

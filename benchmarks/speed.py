@@ -316,7 +316,8 @@ def reading_rows(took: dict[str, float], num_tokens: int) -> Iterator[Row]:
 
 
 def event_row(took: dict[str, float], num_tokens: int) -> Row:
-    stages = (f"{took[name]:.2f}" for name in ("read", "compact", "predict", "score", "fit"))
+    queries = "predict" if "predict" in took else "repeat"
+    stages = (f"{took[name]:.2f}" for name in ("read", "compact", queries, "score", "fit"))
     return (
         f"{num_tokens:,}",
         *stages,
@@ -398,7 +399,7 @@ def main() -> None:
     if args.only in (None, "event"):
         events = {size: event(bench, stages, size) for size in args.compact_tokens}
         results["event"] = events
-        header = (f"tokens compacted {1 / KEEP_RATIO:.0f}x", "read, s", "compact, s", "predict", "score", "fit")
+        header = (f"tokens compacted {1 / KEEP_RATIO:.0f}x", "read, s", "compact, s", "queries", "score", "fit")
         show((*header, "compact / read", "peak, MiB", "formula, MiB"), (event_row(events[n], n) for n in events))
     if args.only in (None, "ahead"):
         results["ahead"] = paused = pauses(memory, ids, args.read_tokens, args.ahead_tokens, args.repeats)

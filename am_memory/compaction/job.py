@@ -17,7 +17,7 @@ from am_memory.budgets import Calibration
 from am_memory.compaction.compact import compact, failures, no_more_slots
 from am_memory.compaction.head_fits import HeadFits
 from am_memory.compaction.layerwise import compact_on_policy
-from am_memory.compaction.plan import Plan, with_more_slots, with_ridge
+from am_memory.compaction.plan import Plan, completed, with_more_slots
 from am_memory.compaction.record import CompactionRecord
 from am_memory.compaction.summary import replace_by_summary, write_summary
 from am_memory.engines.base import Engine, LayerwiseCache, SessionCache
@@ -126,7 +126,7 @@ class CompactionJob:
             CompactionFailed: out of memory, no queries, or a result that is not finite.
         """
         started = time.perf_counter()
-        sources = QuerySources(self.engine, self.policy, self.live, progress)
+        sources = QuerySources(self.engine, completed(self.policy, self.engine), self.live, progress)
         with failures(self.plan.newest):
             passage, record = self._prepare(sources)
             if record.plan.newest.num_slots == 0:
@@ -197,7 +197,7 @@ class CompactionJob:
             passage.cache,
             plan,
             sources.sample(passage),
-            with_ridge(self.policy, self.engine),
+            sources.policy,
             sources.progress,
             more_slots=more_slots if self.replayed is None else no_more_slots,
             calibration=self.calibration,
@@ -215,7 +215,7 @@ class CompactionJob:
             self.num_pinned,
             repeat,
             scored_by,
-            with_ridge(self.policy, self.engine),
+            sources.policy,
             progress,
             self.calibration,
         )

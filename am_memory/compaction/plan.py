@@ -15,7 +15,7 @@ from typing import Literal
 from am_memory.engines.base import Capabilities, Engine
 from am_memory.errors import BudgetTooSmall, CompactionFailed, InvalidPolicy
 from am_memory.kv_cache.slots import Segment, resized, tail_start
-from am_memory.policy import MemoryPolicy
+from am_memory.policy import MemoryPolicy, QuerySource
 
 BOUNDARY_SLACK = 0.25
 """The part of a block that may be left for the next one, so that the block ends at a boundary of the text."""
@@ -122,18 +122,23 @@ def can_recall(policy: MemoryPolicy, can: Capabilities) -> bool:
     return policy.recall_tokens != 0 and originals_place(policy, can) != "drop"
 
 
-def with_ridge(policy: MemoryPolicy, engine: Engine) -> MemoryPolicy:
-    """The policy with the ridge that it leaves open: beside pages, questions do not depend on the slots alone.
+def completed(policy: MemoryPolicy, engine: Engine) -> MemoryPolicy:
+    """The policy with the reference queries and the ridge that it leaves open.
 
-    It follows from the policy and the model alone, so that a compaction can be repeated: what a context pins, or
+    Beside pages, questions do not depend on the slots alone: predicted queries are good enough, and the ridge is large.
+    Both follow from the policy and the model alone, so that a compaction can be repeated: what a context pins, or
     mounts, does not count.
     """
     info = engine.info
-    if policy.ridge is not None or info.max_tokens is not None:
-        return policy
     trigger_tokens = _trigger(policy, info.window_tokens)
-    room = recall_tokens(policy, engine.capabilities, trigger_tokens, policy.num_sinks)
-    return policy.with_changes(ridge=RIDGE_BESIDE_PAGES) if room else policy
+    recalls = info.max_tokens is None and bool(
+        recall_tokens(policy, engine.capabilities, trigger_tokens, policy.num_sinks)
+    )
+    sources: tuple[QuerySource, ...] = ("predicted",) if recalls else ("repeat",)
+    ridge = RIDGE_BESIDE_PAGES if recalls else None
+    return policy.with_changes(
+        reference_queries=policy.reference_queries or sources, ridge=ridge if policy.ridge is None else policy.ridge
+    )
 
 
 def recall_tokens(policy: MemoryPolicy, can: Capabilities, trigger_tokens: int, num_pinned: int) -> int:

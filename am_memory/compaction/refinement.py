@@ -20,7 +20,7 @@ from torch import Tensor
 from am_memory.budgets import Calibration
 from am_memory.compaction.compact import compact, failures
 from am_memory.compaction.head_fits import HeadFits
-from am_memory.compaction.plan import Plan, with_ridge
+from am_memory.compaction.plan import Plan, completed
 from am_memory.compaction.scoring import ScoredHead
 from am_memory.engines.base import Engine, RefinableCache, SessionLayer, in_chunks
 from am_memory.errors import CompactionFailed
@@ -107,7 +107,7 @@ class Refinement:
                 cache,
                 Plan((segment,)),
                 sources.sample(passage),
-                with_ridge(self.policy, self.engine),
+                completed(self.policy, self.engine),
                 progress,
                 calibration=self.calibration,
                 is_shared=not self.engine.capabilities.has_ragged_heads,
@@ -135,7 +135,7 @@ class Refinement:
         """Read the later tokens; returns their queries if the policy uses them, else none."""
         live, num_read = LiveQueries(len(self.later_tokens)), 0
         live.seek(self.segment.end)
-        on_query = live.add if "live" in self.policy.reference_queries else None
+        on_query = live.add if "live" in self.policy.refine_queries else None
         for chunk in in_chunks(self.later_tokens, self.policy.chunk_tokens or self.engine.chunk_tokens):
             self.engine.forward(cache, chunk, on_query=on_query)
             num_read += len(chunk)

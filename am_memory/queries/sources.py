@@ -58,6 +58,7 @@ class QuerySources:
     """The reference queries of one context's compactions.
 
     Attributes:
+        policy: names at least one source.
         live: queries of tokens that were read after the passage; None if the policy does not use them.
         progress: called while tokens are read or generated for their queries alone.
     """
@@ -72,13 +73,17 @@ class QuerySources:
         return partial(self.progress, name)
 
     @property
+    def _named(self) -> tuple[str, ...]:
+        return self.policy.reference_queries or ()
+
+    @property
     def chunk_tokens(self) -> int:
         """Tokens in one forward pass."""
         return self.policy.chunk_tokens or self.engine.chunk_tokens
 
     def converse(self, cache: SessionCache) -> StudyConversations:
         """Generate self-study's answers; none if the policy does not use self-study."""
-        if "self_study" not in self.policy.reference_queries:
+        if "self_study" not in self._named:
             return ()
         max_tokens = self.policy.self_study_tokens
         return self_study(self.engine, cache, max_tokens=max_tokens, on_progress=self.stage("self_study"))
@@ -93,7 +98,7 @@ class QuerySources:
             CompactionFailed: the policy uses live queries alone, and no token was read after the passage.
         """
         samples, cache, chunk_tokens = [], passage.cache, self.chunk_tokens
-        named, can_predict = self.policy.reference_queries, self._can_predict(passage)
+        named, can_predict = self._named, self._can_predict(passage)
         if "predicted" in named and can_predict:
             samples.append(self._predicted_queries(passage))
         if "repeat" in named or ("predicted" in named and not can_predict):

@@ -104,7 +104,7 @@ class Context:
         self._recall_room = self._room_beside(self.num_fixed)
         self.require_progress()
         self._calibration = calibration_for(self.policy.head_budget, self.engine.info)
-        self.live = LiveQueries() if "live" in self.policy.reference_queries else None
+        self.live = LiveQueries() if "live" in (self.policy.reference_queries or ()) else None
         self.forget_after_cache()
 
     def pin(self, num_tokens: int) -> None:
@@ -303,7 +303,7 @@ class Context:
             originals=self.originals_place,
             original_store=self.original_store,
             weights=self.history.token_weights(policy.tool_result_weight, start, segment.end),
-            live=self.live.since(live_start) if self.live and "live" in policy.reference_queries else None,
+            live=self.live.since(live_start) if self.live and "live" in (policy.reference_queries or ()) else None,
             calibration=calibration,
             replayed=replayed,
         )

@@ -114,7 +114,7 @@ def _rebuilt(context: Context, num_tokens: int, num_cached: int) -> Context:
     fresh = _unread(context, num_tokens)
     done = [record for record in context.records if record.swapped_at <= num_cached]
     policies = [context.policy, *(record.policy for record in done if record.policy is not None)]
-    if any("live" in policy.reference_queries for policy in policies):
+    if any("live" in (policy.reference_queries or ()) for policy in policies):
         fresh.live = LiveQueries()
     needs_originals = any(record.recalls or record.refinements for record in done)
     if needs_originals and context.originals_place == "drop":  # kept only for the steps that are repeated

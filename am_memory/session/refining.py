@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 
 from am_memory.budgets import calibration_for
+from am_memory.compaction.plan import completed
 from am_memory.compaction.record import RefinementRecord
 from am_memory.compaction.refinement import Refinement, RefinementResult, refining
 from am_memory.events import SegmentRefined
@@ -78,7 +79,8 @@ def _last_fit(context: Context, segment: Segment) -> tuple[int, set[str]] | None
         if _ends(newest) == _ends(segment):
             if record.plan.is_refit or record.summary is not None:  # it stands for more, or less, than its originals
                 return None
-            fitted = newest.num_slots, set((record.policy or context.policy).reference_queries)
+            policy = completed(record.policy or context.policy, context.engine)
+            fitted = newest.num_slots, set(policy.reference_queries or ())
         for one in record.refinements:
             if (one.start, one.end) == _ends(segment):
                 fitted = one.num_slots, set((one.policy or context.policy).refine_queries)

@@ -110,7 +110,7 @@ class TextMaking:
 
 def _new_context(shared: Shared, name: str, policy: MemoryPolicy, history: ChatHistory) -> Context:
     """A context for one text, under a policy without what only a conversation has."""
-    sources = tuple(source for source in policy.reference_queries if source != "live") or ("predicted",)
+    sources = tuple(source for source in policy.reference_queries or () if source != "live") or ("repeat",)
     policy = policy.with_changes(reference_queries=sources, recall_tokens=0, ahead_tokens=0)
     cache, num_pinned = shared.engine.new_cache(), policy.num_sinks
     originals = shared.original_store

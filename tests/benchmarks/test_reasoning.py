@@ -122,7 +122,7 @@ def test_every_scheme_answers_every_problem_within_its_limit(reasoning: ModuleTy
 def test_reasoning_that_is_compacted_is_counted(reasoning: ModuleType, engine: TransformersEngine) -> None:
     """The third problem's answer is the one of the random model that does not end at once."""
     told, memory = tell(reasoning, engine, num_examples=2), Memory(engine, reasoning.ROOMY)
-    *_, answer = reasoning.SCHEMES["ours"](memory, told, 310, 200)
+    *_, answer = reasoning.SCHEMES["ours"](memory, told, 300, 200)
     assert answer.answer_tokens == 200
     assert answer.compactions == answer.compactions_in_answer > 0
     assert answer.old_question == len(told[2].question)

@@ -15,13 +15,13 @@ from policies import plain_policy
 from am_memory import Experiments, MemoryPolicy
 from am_memory.compaction.plan import (
     CacheSizes,
+    completed,
     max_compact_tokens,
     min_block_tokens,
     plan_compaction,
     require_progress,
     shrink,
     trigger_in_tokens,
-    with_ridge,
 )
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import BudgetTooSmall, CompactionFailed, InvalidPolicy
@@ -346,4 +346,7 @@ def test_values_stay_near_the_originals_where_there_is_room_for_pages(
 ) -> None:
     """Whatever a policy asks for, without room no page answers a question, and the slots alone do."""
     policy = MemoryPolicy(**{"trigger_tokens": 1024, **changes})
-    assert with_ridge(policy, engine).ridge == ridge
+    assert completed(policy, engine).ridge == ridge
+    recalls = ridge == 0.5
+    assert completed(policy, engine).reference_queries == (("predicted",) if recalls else ("repeat",))
+    assert completed(policy.with_changes(reference_queries=("live",)), engine).reference_queries == ("live",)

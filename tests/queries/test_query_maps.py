@@ -188,6 +188,13 @@ def test_a_compaction_repeats_nothing(engine: TransformersEngine, folder: Path) 
     assert {*stages(memory.session(), heard)} == {"predict", "score", "fit"}
 
 
+def test_where_nothing_is_recalled_the_block_is_repeated(engine: TransformersEngine) -> None:
+    """Slots alone must then say what was told, to the digit."""
+    heard = list[Event]()
+    memory = Memory(engine, MemoryPolicy(trigger_tokens=512, recall_tokens=0), on_event=heard.append)
+    assert {*stages(memory.session(), heard)} == {"repeat", "score", "fit"}
+
+
 def test_a_model_whose_keys_cannot_be_rotated_repeats(engine: TransformersEngine) -> None:
     twin, heard = another(engine), list[Event]()
     twin.capabilities = replace(engine.capabilities, can_rotate_keys=False)

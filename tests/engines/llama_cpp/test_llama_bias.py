@@ -15,7 +15,15 @@ from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidInput, UnsupportedModel
 
-POLICY = MemoryPolicy(trigger_tokens=300, keep_ratio=0.25, pinned=4, keep_recent=8, head_budget="uniform", ridge=1e-3)
+POLICY = MemoryPolicy(
+    trigger_tokens=300,
+    keep_ratio=0.25,
+    pinned=4,
+    keep_recent=8,
+    head_budget="uniform",
+    ridge=1e-3,
+    reference_queries=("repeat",),
+)
 TEXT = "An owl is a bird that hunts at night, and sleeps by day. It hears a mouse under the snow, and flies without a sound. "
 PROBE = "Owls"
 
