@@ -43,7 +43,7 @@ class CompactionProgress:
     """A stage of a compaction or a refinement progressed.
 
     Stages: "summary", "self_study", "predict", "repeat", "score" and "fit". A refinement begins with "read": it reads
-    again what stood behind the segment. The first compaction of a model has "measure": the model reads and repeats
+    again what stood behind the segment. The first compaction of a model may have "measure": the model reads and repeats
     1,800 tokens.
     """
 

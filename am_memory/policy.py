@@ -155,7 +155,7 @@ class MemoryPolicy(_Settings):
             segment again later. "off": only `Session.refine` does so. Needs originals; not on llama.cpp, nor on models
             with sliding windows.
         refine_queries: queries that a refinement is fitted to, as in `reference_queries`; "live" are queries of up to
-            512 tokens behind the segment, which are read again). A segment that was fitted to all of them is refined
+            512 tokens behind the segment, which are read again. A segment that was fitted to all of them is refined
             only after it has shrunk by a quarter.
         ridge: strength that pulls the fitted values toward the original ones, as a fraction of the mean diagonal. A low
             one serves questions, a high one serves a text that goes on. None: 0.5 where pages are recalled for

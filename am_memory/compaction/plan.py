@@ -134,7 +134,8 @@ def completed(policy: MemoryPolicy, engine: Engine) -> MemoryPolicy:
     recalls = info.max_tokens is None and bool(
         recall_tokens(policy, engine.capabilities, trigger_tokens, policy.num_sinks)
     )
-    sources: tuple[QuerySource, ...] = ("predicted",) if recalls else ("repeat",)
+    predicts = recalls and engine.capabilities.can_rotate_keys
+    sources: tuple[QuerySource, ...] = ("predicted",) if predicts else ("repeat",)
     ridge = RIDGE_BESIDE_PAGES if recalls else None
     return policy.with_changes(
         reference_queries=policy.reference_queries or sources, ridge=ridge if policy.ridge is None else policy.ridge

@@ -55,8 +55,11 @@ class MeasuredFiles:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             temporary = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
-            temporary.write_bytes(self.packed(fingerprint, content))
-            os.replace(temporary, file)
+            try:
+                temporary.write_bytes(self.packed(fingerprint, content))
+                os.replace(temporary, file)
+            finally:
+                temporary.unlink(missing_ok=True)
         except OSError:
             return
 

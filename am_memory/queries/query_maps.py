@@ -22,12 +22,14 @@ from am_memory.engines.base import Engine, SessionCache, SessionLayer, in_chunks
 from am_memory.queries.measured_files import MeasuredFile, MeasuredFiles
 from am_memory.queries.message_tokens import message_token_positions
 from am_memory.queries.reference import ReferenceQueries
-from am_memory.queries.repeat_prefill import repeat_queries, repeat_request
+from am_memory.queries.repeat_prefill import REQUEST, repeat_queries, repeat_request
 from am_memory.queries.total_mass import total_log_mass
 from am_memory.queries.trial import digest, trial
 
 RIDGE = 0.03
 """Pulls the maps toward 0, as a fraction of the mean variance of the features; from 0.001 to 0.1 it hardly matters."""
+LEAST_SCALE = 1e-4
+"""Least scale of a feature, as a fraction of the keys' root mean square: below it there is only rounding."""
 MOST_TOKENS = 1024
 """Tokens of a text that are used, at most: a poor tokenizer makes far more of them than are needed."""
 
@@ -40,8 +42,8 @@ class QueryMap:
     """The map of one layer.
 
     Attributes:
-        weight: (num_key_value_heads, 2 * head_dim + 1, num_key_value_groups * head_dim) float16 in host memory, for a
-            token's key, the next token's key and a 1, both keys before RoPE.
+        weight: (num_key_value_heads, 2 * head_dim + 1, num_key_value_groups * head_dim) in host memory, float16, or
+            float32 where that overflows; for a token's key, the next token's key and a 1, both keys before RoPE.
         log_mass: (num_key_value_heads, num_key_value_groups) float32 in host memory: how much larger the log of a
             query's attention mass is in a repeat, where what was repeated gets attention too.
     """
@@ -51,13 +53,15 @@ class QueryMap:
 
     def suits(self, layer: SessionLayer) -> bool:
         """Whether this is a map for a layer of such heads."""
+        if self.log_mass.dim() != 2 or not all(one.is_floating_point() for one in (self.weight, self.log_mass)):
+            return False
         end = layer.start
         num_heads, _, head_dim = layer.exact_entries(end, end)[0].shape
         num_groups = self.log_mass.shape[-1]
         shapes = (num_heads, 2 * head_dim + 1, num_groups * head_dim), (num_heads, num_groups)
         tensors = self.weight, self.log_mass
         are_finite = all(bool(tensor.isfinite().all()) for tensor in tensors)
-        return tuple(tuple(tensor.shape) for tensor in tensors) == shapes and are_finite
+        return num_groups > 0 and tuple(tuple(tensor.shape) for tensor in tensors) == shapes and are_finite
 
     def queries(self, layer: SessionLayer, positions: Tensor, num_tokens: int, first: int) -> Tensor:
         """The queries of tokens that a layer holds exact, as if they were repeated.
@@ -114,7 +118,8 @@ def query_maps(
         cache: one of the engine's that has read a token, to check a file against.
     """
     if engine not in _ready:
-        fingerprint = engine.info.fingerprint
+        info = engine.info
+        fingerprint = f"{info.fingerprint} {info.tokenizer_fingerprint} {info.template_fingerprint}"
         found = _known(fingerprint, cache)
         if found is None:
             found = measure(engine, on_progress)
@@ -208,23 +213,25 @@ class LayerRepeat(NamedTuple):
 
 def _fitted(repeats: Sequence[LayerRepeat]) -> QueryMap:
     """Fit the map of one layer: ridge regression on features of mean 0 and variance 1."""
-    given = torch.cat([one.keys() for one in repeats], dim=1).double().cpu()
-    wanted = torch.cat([one.queries() for one in repeats], dim=1).double().cpu()
+    given = torch.cat([one.keys() for one in repeats], dim=1).cpu().double()
+    wanted = torch.cat([one.queries() for one in repeats], dim=1).cpu().double()
     given_mean, wanted_mean = given.mean(1, keepdim=True), wanted.mean(1, keepdim=True)
-    scale = given.std(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    least = LEAST_SCALE * given.square().mean((1, 2), keepdim=True).sqrt()
+    scale = given.std(1, keepdim=True).maximum(least).clamp_min(torch.finfo(torch.float32).tiny)
     features, num_queries = (given - given_mean) / scale, given.shape[1]
     gram = features.mT @ features / num_queries
     gram.diagonal(dim1=1, dim2=2).add_(RIDGE)
     weight = torch.linalg.solve(gram, features.mT @ (wanted - wanted_mean) / num_queries) / scale.mT
     weight = torch.cat([weight, wanted_mean - given_mean @ weight], dim=1)
     more_mass = torch.cat([one.more_mass() for one in repeats], dim=2).mean(dim=2)
-    return QueryMap(weight.half(), more_mass.cpu())
+    small = weight.half()
+    return QueryMap(small if bool(small.isfinite().all()) else weight.float(), more_mass.cpu())
 
 
 @cache
 def files() -> MeasuredFiles:
     """The files of query maps."""
-    measured_with = digest(RIDGE, MOST_TOKENS, trial().chat, trial().passages)
+    measured_with = digest(REQUEST, RIDGE, MOST_TOKENS, trial().chat, trial().passages)
     return MeasuredFiles("query_maps", measured_with, Path(str(resources.files(__package__))) / "measured")
 
 

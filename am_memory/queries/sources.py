@@ -20,7 +20,7 @@ from am_memory.queries.scratch import require_scaling
 from am_memory.queries.self_study import StudyConversations, self_study, self_study_queries
 
 Progress = Callable[[str, int, int], None]
-"""Called with (stage of a compaction, done, in all); stages that take queries are counted in tokens."""
+"""Called with (stage of a compaction, done, in all); stages that read are counted in tokens."""
 
 
 class Passage(NamedTuple):

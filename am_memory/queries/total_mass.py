@@ -19,8 +19,8 @@ def total_log_mass(layer: SessionLayer, num_tokens: int, query: Tensor) -> Tenso
     """
     key, _ = layer.exact_entries(layer.start, num_tokens)
     bias = None
-    if layer.slots is not None:
-        slot_key, _, slot_bias, _ = layer.slots.padded()
+    if (slots := layer.slots) is not None:
+        slot_key, _, slot_bias, _ = slots.padded()
         bias = torch.cat([slot_bias, key.new_zeros(key.shape[:2])], dim=1)
         key = torch.cat([slot_key, key], dim=1)
     assert layer.scaling is not None

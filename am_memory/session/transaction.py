@@ -116,12 +116,14 @@ class Transaction:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         context, abandoned = self._context, self._before.background_compaction
-        if error is not None:
-            abandoned = context.background_compaction
-            try:
-                self._before.put_back(context, self._others)
-            finally:  # once more, in case an interrupt stopped the first time
-                self._before.put_back(context, self._others)
-        context.before_step, context.num_steps = self._outer, context.num_steps + 1
+        try:
+            if error is not None:
+                abandoned = context.background_compaction
+                try:
+                    self._before.put_back(context, self._others)
+                finally:  # once more, in case an interrupt stopped the first time
+                    self._before.put_back(context, self._others)
+        finally:
+            context.before_step, context.num_steps = self._outer, context.num_steps + 1
         if abandoned is not None and abandoned is not context.background_compaction:
             abandoned.stop()

@@ -92,6 +92,17 @@ def test_a_linear_map_is_found(any_engine: Any) -> None:
     torch.testing.assert_close(found.log_mass, torch.full((num_heads, 2), 3.0), atol=1e-3, rtol=0)
 
 
+def test_a_key_that_hardly_changes_makes_no_map_that_is_not_finite(engine: TransformersEngine) -> None:
+    """Divided by its rounding noise, its weights would not fit into float16."""
+    cache = read(engine)
+    layer, positions = cache.compactable[0], torch.arange(2, 150)
+    still, other = keys_of_pairs(layer, positions, 160), torch.Generator().manual_seed(1)
+    query = 1e5 * torch.randn(len(still), 2 * len(positions), still.shape[2] // 2, generator=other)
+    layer.buffer.key[:] = 1 + 1e-6 * layer.buffer.key
+    found = module._fitted([LayerRepeat(layer, 160, positions, 200, ReferenceQueries(query, query[:, :, 0]))])
+    assert found.suits(layer)
+
+
 def test_keys_are_those_before_their_rotation(any_engine: Any) -> None:
     """The same token has the same key wherever it stands, in the first layer, which has no context yet."""
     layer = read(any_engine, [7, 8] * 40).compactable[0]
@@ -163,13 +174,17 @@ def test_what_was_measured_is_read_from_its_file(
     assert all(torch.equal(one.log_mass, other.log_mass) for one, other in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("damage", ["empty", "of other heads", "not finite", "too few layers"])
+@pytest.mark.parametrize(
+    "damage", ["empty", "a scalar", "of whole numbers", "of other heads", "not finite", "too few layers"]
+)
 def test_a_damaged_file_is_measured_again(
     engine: TransformersEngine, folder: Path, num_measured: list[None], damage: str
 ) -> None:
     maps = query_maps(another(engine), read(engine))
     (file,) = (folder / "query_maps").iterdir()
     forged = {
+        "a scalar": [replace(one, log_mass=torch.tensor(1.0)) for one in maps],
+        "of whole numbers": [replace(one, weight=one.weight.int()) for one in maps],
         "of other heads": [replace(one, log_mass=torch.ones(2, 3)) for one in maps],
         "not finite": [replace(one, weight=one.weight / 0) for one in maps],
         "too few layers": maps[:2],
