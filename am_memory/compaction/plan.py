@@ -125,7 +125,7 @@ def can_recall(policy: MemoryPolicy, can: Capabilities) -> bool:
 def completed(policy: MemoryPolicy, engine: Engine) -> MemoryPolicy:
     """The policy with the reference queries and the ridge that it leaves open.
 
-    Beside pages, questions do not depend on the slots alone: predicted queries are good enough, and the ridge is large.
+    Beside pages, questions do not depend on the slots alone: queries are predicted, which is fast, and ridge is large.
     Both follow from the policy and the model alone, so that a compaction can be repeated: what a context pins, or
     mounts, does not count.
     """
