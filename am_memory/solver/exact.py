@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def exact_attention(block: Block) -> ExactAttention:
 def log_mass(block: Block) -> Tensor:
     """The log of each query's attention mass on the block, (B, num_queries) float32; the values do not matter."""
     if can_use_tensor_cores(block):
-        return _masses_on_tensor_cores(block)[1]
+        return _masses_on_tensor_cores(_ForKernels.of(block))[1]
     mass = block.query.new_empty(block.query.shape[:2], dtype=torch.float32)
     for rows, _, total, top in unnormalised_weights(block):
         mass[:, rows] = (top + total.log2()) / LOG2_E
@@ -106,50 +107,62 @@ def block_sizes(head_dim: int) -> dict[str, int]:
     return {"PADDED_DIM": padded_dim, "BLOCK_QUERIES": block_queries, "BLOCK_KEYS": block_keys}
 
 
+class _ForKernels(NamedTuple):
+    """A block as the kernels take it; without biases they do not read `bias`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor
+    scale: float
+    lengths: tuple[int, int]
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, block: Block) -> _ForKernels:
+        from am_memory.solver.exact_kernels import mass_kernel
+
+        query, key, value = (tensor.contiguous() for tensor in (block.query, block.key, block.value))
+        bias = key if block.key_bias is None else block.key_bias.contiguous()
+        options = {
+            "HAS_BIAS": block.key_bias is not None,
+            "HEAD_DIM": block.head_dim,
+            "DOT_DTYPE": dot_dtype(mass_kernel, key.dtype),
+            **block_sizes(block.head_dim),
+        }
+        return cls(query, key, value, bias, block.scaling * LOG2_E, (block.num_queries, block.seq_len), options)
+
+
 def _on_tensor_cores(block: Block) -> tuple[Tensor, ...]:
     """The same as `_by_chunks`, without writing attention weights to the device's memory."""
     import triton
 
-    from am_memory.solver.exact_kernels import energy_kernel, mass_kernel
+    from am_memory.solver.exact_kernels import energy_kernel
 
-    max_logit, log_mass, output = _masses_on_tensor_cores(block)
-    query, key, bias = _contiguous(block)
+    given = _ForKernels.of(block)
+    query, key, _, bias, scale, lengths, options = given
+    max_logit, log_mass, output = _masses_on_tensor_cores(given)
     energy = output.new_empty(block.num_heads, 1, block.seq_len)
-    sizes, scale = block_sizes(block.head_dim), block.scaling * LOG2_E
-    how = {"HAS_BIAS": block.key_bias is not None, "HEAD_DIM": block.head_dim, **sizes}
-    how["DOT_DTYPE"] = dot_dtype(mass_kernel, key.dtype)
-    lengths = block.num_queries, block.seq_len
     with torch.cuda.device_of(key):  # type: ignore[no-untyped-call]
         share = torch.ones_like(log_mass) if block.log_mass is None else (log_mass - block.log_mass).exp_()
-        grid = triton.cdiv(block.seq_len, sizes["BLOCK_KEYS"]), block.num_heads
-        energy_kernel[grid](query, key, bias, log_mass, share, energy, scale, *lengths, **how)
+        grid = triton.cdiv(block.seq_len, options["BLOCK_KEYS"]), block.num_heads
+        energy_kernel[grid](query, key, bias, log_mass, share, energy, scale, *lengths, **options)
     return max_logit, log_mass, output, share, energy
 
 
-def _masses_on_tensor_cores(block: Block) -> tuple[Tensor, Tensor, Tensor]:
+def _masses_on_tensor_cores(given: _ForKernels) -> tuple[Tensor, Tensor, Tensor]:
     """Largest logits, log masses and outputs of the queries; see `_by_chunks`."""
     import triton
 
     from am_memory.solver.exact_kernels import mass_kernel
 
-    query, key, bias = _contiguous(block)
+    query, key, value, bias, scale, lengths, options = given
     output = query.new_empty(query.shape, dtype=torch.float32)
     max_logit, log_mass = output.new_empty(2, *query.shape[:2]).unbind()
-    sizes, scale = block_sizes(block.head_dim), block.scaling * LOG2_E
-    how = {"HAS_BIAS": block.key_bias is not None, "HEAD_DIM": block.head_dim, **sizes}
-    how["DOT_DTYPE"] = dot_dtype(mass_kernel, key.dtype)
-    lengths = block.num_queries, block.seq_len
     with torch.cuda.device_of(key):  # type: ignore[no-untyped-call]
-        grid = triton.cdiv(block.num_queries, sizes["BLOCK_QUERIES"]), block.num_heads
-        value = block.value.contiguous()
-        mass_kernel[grid](query, key, value, bias, max_logit, log_mass, output, scale, *lengths, **how)
+        grid = triton.cdiv(query.shape[1], options["BLOCK_QUERIES"]), len(query)
+        mass_kernel[grid](query, key, value, bias, max_logit, log_mass, output, scale, *lengths, **options)
     return max_logit, log_mass, output
-
-
-def _contiguous(block: Block) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and biases as the kernels take them; without biases, the kernels do not read the third."""
-    key = block.key.contiguous()
-    return block.query.contiguous(), key, key if block.key_bias is None else block.key_bias.contiguous()
 
 
 def fit_weights(share: Tensor, num_keys: Tensor) -> Tensor:
