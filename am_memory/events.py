@@ -196,7 +196,7 @@ class Span:
     """The tokens [start, end) of a conversation, or of a mounted text.
 
     Attributes:
-        score: how much more attention they get from the search text than usual, in nats.
+        score: how much more attention they get from the search text than usual, and what rare words add, in nats.
         text: their text.
         mount: the name of the mounted text, whose tokens count from 0; None: they are of the conversation.
     """

@@ -1,8 +1,8 @@
-"""Search: find the compacted tokens that a text is about, by the model's own attention.
+"""Search: find the compacted tokens that a text is about, by the model's own attention and by rare words.
 
 The search heads (`search_heads.py`) compare their queries for the text with the exact keys of everything compacted, and
-of the exact tail. A span's score is the log of how much more attention it gets than usual, mean over the search heads.
-Knows no session.
+of the exact tail. A span's score is the log of how much more attention it gets than usual, mean over the search heads,
+and what it adds for the rare words that it shares with the text (`words.py`). Knows no session.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -21,8 +22,9 @@ from am_memory.kv_cache.int8 import decoded
 from am_memory.kv_cache.slots import Segment
 from am_memory.recall.originals import Original, kept_spans
 from am_memory.recall.paging import Page, joined
-from am_memory.recall.search_heads import SPAN_TOKENS, SearchHeads, lift, search_heads
+from am_memory.recall.search_heads import SPAN_TOKENS, lift, search_heads
 from am_memory.recall.search_index import Masses, Run, Spans, Usual, masses_of_slots, runs, shares_of, usual_distance
+from am_memory.recall.words import word_numbers, word_scores
 from am_memory.text.boundaries import best_boundary
 
 PASSAGE_TOKENS = 32
@@ -37,16 +39,30 @@ BOUNDARY_TOKENS = 4
 """How far a page's ends may move to a boundary of the text."""
 
 
+class Sought(NamedTuple):
+    """The text that is searched for.
+
+    Attributes:
+        token_ids: its tokens.
+        queries: (num_search_heads, num_tokens, head_dim) float32 on the CPU: those of the search heads for them.
+    """
+
+    token_ids: Sequence[int]
+    queries: Tensor
+
+
 class SearchedText(NamedTuple):
     """A mounted text, as a search sees it: its spans stand behind those of the conversation.
 
     Attributes:
+        token_ids: its tokens, from position 0 on.
         segments, originals: of its tokens, at the positions at which these were read.
         distance: by how many positions its keys are rotated, beside the shift of each segment.
         num_spans_before: from a span by these positions to its place among all spans.
         num_spans: how many there are.
     """
 
+    token_ids: Sequence[int]
     segments: Sequence[Segment]
     originals: Sequence[Original]
     distance: int
@@ -62,30 +78,30 @@ def span_scores(
     engine: Engine,
     cache: SessionCache,
     originals: Sequence[Original],
-    queries: Tensor,
-    num_tokens: int,
+    sought: Sought,
+    token_ids: Sequence[int],
     texts: Sequence[SearchedText] = (),
 ) -> Tensor:
-    """The score of each span of the first `num_tokens` tokens, and of the mounted texts.
+    """The score of each span of some tokens, and of the mounted texts.
 
     In a long history a first look, at means of neighbouring keys, chooses the spans that are compared exactly.
 
     Args:
         cache: holds these tokens.
         originals: tokens that have one are found by it, others by their slots.
-        queries: (num_search_heads, num_queries, head_dim) float32 on the CPU, of the text.
+        sought: what to search for.
+        token_ids: the first tokens of the cache.
         texts: the mounted texts.
 
     Returns:
-        (ceil(num_tokens / SPAN_TOKENS) + spans of the texts,) float32, in nats. `MIN_SCORE` for spans that the first
-        look left out; -inf for spans without a compacted token.
+        (ceil(len(token_ids) / SPAN_TOKENS) + spans of the texts,) float32, in nats. `MIN_SCORE` for spans that the
+        first look left out; -inf for spans without a compacted token.
 
     Raises:
         OriginalLost: an original turned out to be lost.
     """
-    can_rotate = engine.capabilities.can_rotate_keys
-    search = _Search(cache, originals, search_heads(engine, cache), num_tokens, can_rotate, texts)
-    heads = [search.head(index, query) for index, query in enumerate(queries)]
+    search = _Search(engine, cache, originals, sought, token_ids, texts)
+    heads = [search.head(index, query) for index, query in enumerate(sought.queries)]
     scores = search.scores(heads)
     if not search.is_rough:
         return scores
@@ -111,27 +127,35 @@ class _Head:
 
 
 class _Search:
-    """One search among the first `num_tokens` tokens."""
+    """One search among some tokens; see `span_scores`."""
 
     def __init__(
         self,
+        engine: Engine,
         cache: SessionCache,
         originals: Sequence[Original],
-        found: SearchHeads,
-        num_tokens: int,
-        can_rotate: bool,
+        sought: Sought,
+        token_ids: Sequence[int],
         texts: Sequence[SearchedText],
     ) -> None:
-        self.cache, self.originals, self.found, self.num_tokens = cache, originals, found, num_tokens
-        self.can_rotate, self.texts, self.num_spans_of_tokens = can_rotate, texts, -(-num_tokens // SPAN_TOKENS)
+        self.cache, self.originals, self.sought, self.texts = cache, originals, sought, texts
+        self.found, self.can_rotate = search_heads(engine, cache), engine.capabilities.can_rotate_keys
+        self.num_tokens = num_tokens = len(token_ids)
+        self.num_spans_of_tokens = -(-num_tokens // SPAN_TOKENS)
         self.num_spans = self.num_spans_of_tokens + sum(text.num_spans for text in texts)
         self.is_rough = self.num_spans > EXACT_SPANS
-        placed = runs(found, originals, cache.segments)
-        of_tokens = [(run.until(num_tokens), shift) for run, shift in placed if run.start < num_tokens]
-        self.runs = [(run, shift, run.where) for run, shift in of_tokens]
+        self.runs, words = list[tuple[Run, int, slice]](), list[tuple[Tensor, int]]()
+        for run, shift in runs(self.found, originals, cache.segments):
+            if run.start < num_tokens:
+                words.append((run.words(engine, token_ids)[: num_tokens - run.start], run.start))
+                self.runs.append((run.until(num_tokens), shift, run.where))
         for text in texts:
-            for run, shift in runs(found, text.originals, text.segments):
+            for run, shift in runs(self.found, text.originals, text.segments):
+                words.append((run.words(engine, text.token_ids), text.num_spans_before * SPAN_TOKENS + run.start))
                 self.runs.append((run, shift + text.distance, text.spans(run.start, run.end)))
+        passages = torch.split(word_numbers(engine, sought.token_ids), PASSAGE_TOKENS)
+        beginnings = list(accumulate((text.num_spans for text in texts), initial=self.num_spans_of_tokens))[:-1]
+        self.by_words = word_scores(passages, words, self.num_spans, beginnings)
 
     def scores(self, heads: Sequence[_Head]) -> Tensor:
         """(num_spans,): mean over the heads, of the passage for which it is highest; -inf without a compacted token."""
@@ -148,7 +172,8 @@ class _Search:
         for text in self.texts:
             for segment in text.segments:
                 is_compact[text.spans(segment.start, segment.end)] = True
-        return torch.stack(lifts).mean(dim=0).amax(dim=0).masked_fill(~is_compact, -torch.inf)
+        by_passage = torch.stack(lifts).mean(dim=0) + self.by_words
+        return by_passage.amax(dim=0).masked_fill(~is_compact, -torch.inf)
 
     def head(self, index: int, query: Tensor) -> _Head:
         """The attention of search head `index`; with `is_rough`, that of the text on originals is a first look."""

@@ -15,9 +15,11 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import torch
 from torch import Tensor
 
+from am_memory.engines.base import Engine
 from am_memory.kv_cache.slots import Segment
 from am_memory.recall.originals import Original
 from am_memory.recall.search_heads import SPAN_TOKENS, SearchHeads
+from am_memory.recall.words import word_numbers
 
 RUN_TOKENS = 2**14
 """Runs end at multiples of this position, so that originals that are lost change no other run."""
@@ -141,13 +143,15 @@ class Run:
     _rough: dict[int, Spans] = field(default_factory=dict)
     _usual: dict[int, Usual] = field(default_factory=dict)
     _distance: int = 0
+    _words: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Host memory that it takes, with what searches keep with it."""
         spans = [*self.spans, *self._rough.values()]
         masses = [tensor for one in self._usual.values() for tensor in (one.masses.sums, one.masses.scale)]
-        return sum(tensor.nbytes for tensor in (*(part for each in spans for part in each), *masses))
+        words = [] if self._words is None else [self._words]
+        return sum(tensor.nbytes for tensor in (*(part for each in spans for part in each), *masses, *words))
 
     @property
     def where(self) -> slice:
@@ -158,6 +162,16 @@ class Run:
         """(num_tokens, head_dim)."""
         first = self.start % SPAN_TOKENS
         return self.spans[kv_head].keys.flatten(0, 1)[first : first + self.end - self.start]
+
+    def words(self, engine: Engine, token_ids: Sequence[int]) -> Tensor:
+        """The words of its tokens, (num_tokens,) int64, see `word_numbers`; later calls give the same.
+
+        Args:
+            token_ids: of the tokens from position 0 on.
+        """
+        if self._words is None:
+            self._words = word_numbers(engine, token_ids[self.start : self.end])
+        return self._words
 
     def until(self, end: int) -> Run:
         """The run without its tokens from `end` on."""

@@ -16,9 +16,9 @@ from am_memory.errors import PromptTooLong, UnsupportedOperation
 from am_memory.events import MemoryConsulted, SearchHeadsProgress, Span
 from am_memory.queries import as_turn, message_token_positions, require_scaling, scratch
 from am_memory.recall.paging import Page
-from am_memory.recall.search import best_pages, span_scores
+from am_memory.recall.search import Sought, best_pages, span_scores
 from am_memory.recall.search_heads import SearchHead, search_heads
-from am_memory.recall.search_queries import MESSAGE_TOKENS, read_on_scratch
+from am_memory.recall.search_queries import MESSAGE_TOKENS, SearchQueries, read_on_scratch
 from am_memory.session import pages
 from am_memory.session.context import Context
 from am_memory.session.recalling import recall_pages, with_originals
@@ -62,9 +62,8 @@ def search(context: Context, text: str, top: int) -> list[Span]:
             f"session {context.name!r} cannot be searched: the model's search heads are measured on a chat of some 900 "
             f"tokens, and the text is read behind the conversation's {cache.num_tokens:,}, but {error}"
         ) from error
-    queries = read.at(message_token_positions(context.engine, token_ids, cache.num_tokens, len(token_ids)))
     space = SearchSpace.of(context, cache.num_tokens)
-    scores = _scores(context, queries, cache.num_tokens, space)
+    scores = _scores(context, _sought(context, read, token_ids, cache.num_tokens), cache.num_tokens, space)
     pages = best_pages(context.engine, space.token_ids, space.segments, scores, max_pages=top)
     return sorted((space.span(context, page, scores) for page in pages), key=lambda span: -span.score)[:top]
 
@@ -74,13 +73,13 @@ def _look(context: Context, start: int) -> tuple[Span, ...]:
     context.read_all()
     if not can_look(context):
         return ()
-    queries = _queries(context, start)  # before a compaction: as the tokens were read
+    sought = _looked_for(context, start)  # before a compaction: as the tokens were read
     pages.make_room(context)
     cache = context.cache
     space = SearchSpace.of(context, start)
     if not space.parts and start <= cache.segments[0].start:
         return ()  # nothing compacted stands before these tokens
-    scores = _scores(context, queries, start, space)
+    scores = _scores(context, sought, start, space)
     max_tokens = min(context.recall_tokens, int(context.trigger_tokens - context.tokens_at_rest) - 1)
     found = best_pages(
         context.engine,
@@ -104,24 +103,30 @@ def _is_exact(context: Context, page: Page) -> bool:
     return any(page.is_within(*held.page) for held in context.recalled)
 
 
-def _queries(context: Context, start: int) -> Tensor:
-    """The queries of the messages' tokens from `start` on, (num_search_heads, num_queries, head_dim) float32.
+def _looked_for(context: Context, start: int) -> Sought:
+    """The messages' tokens from `start` on, with the queries of the search heads.
 
-    They were kept when the tokens were read, unless the engine hands out no queries then. In that case the tokens are
+    These were kept when the tokens were read, unless the engine hands out no queries then. In that case the tokens are
     read once more on scratch. Where the cache cannot go back, they are read as if they were said again, which finds
     less.
     """
     engine, cache, token_ids = context.engine, context.cache, context.tokens[: context.num_readable]
     kept, heads, chunk_tokens = context.recent_queries, _heads(context), context.chunk_tokens
     if kept is not None and kept.heads == tuple(heads) and kept.start <= start and kept.end == len(token_ids):
-        return kept.at(message_token_positions(engine, token_ids, start, len(token_ids)))
+        return _sought(context, kept, token_ids, start)
     if start < cache.tail_start or not cache.is_croppable:
         token_ids, start = [*token_ids, *token_ids[start:]], len(token_ids)
         read = read_on_scratch(engine, cache, heads, token_ids[start:], chunk_tokens)
     else:
         with scratch(cache, back_to=start):
             read = read_on_scratch(engine, cache, heads, token_ids[start:], chunk_tokens)
-    return read.at(message_token_positions(engine, token_ids, start, len(token_ids)))
+    return _sought(context, read, token_ids, start)
+
+
+def _sought(context: Context, read: SearchQueries, token_ids: Sequence[int], start: int) -> Sought:
+    """The tokens of messages from `start` on, with their queries out of those that were read."""
+    positions = message_token_positions(context.engine, token_ids, start, len(token_ids))
+    return Sought([token_ids[position] for position in positions], read.at(positions))
 
 
 def _heads(context: Context) -> Sequence[SearchHead]:
@@ -133,12 +138,13 @@ def _heads(context: Context) -> Sequence[SearchHead]:
     return search_heads(context.engine, context.cache, on_progress).heads
 
 
-def _scores(context: Context, queries: Tensor, num_tokens: int, space: SearchSpace) -> Tensor:
+def _scores(context: Context, sought: Sought, num_tokens: int, space: SearchSpace) -> Tensor:
     """The score of each span of the first `num_tokens` tokens, and of the mounted texts."""
     engine, cache = context.engine, context.cache
     require_scaling(engine, cache, context.tokens[-1])
+    token_ids = context.tokens[:num_tokens]
     return with_originals(
-        context, lambda: span_scores(engine, cache, context.originals, queries, num_tokens, space.texts)
+        context, lambda: span_scores(engine, cache, context.originals, sought, token_ids, space.texts)
     )
 
 

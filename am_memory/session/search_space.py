@@ -63,7 +63,7 @@ class SearchSpace:
             text, first = named.text, named.text.start // SPAN_TOKENS
             count = -(-text.end // SPAN_TOKENS) - first
             before = len(token_ids) // SPAN_TOKENS - first
-            part = _Part(named, SearchedText(text.segments, text.originals, distance, before, count))
+            part = _Part(named, SearchedText(text.tokens, text.segments, text.originals, distance, before, count))
             parts.append(part)
             token_ids += padded(text.tokens[first * SPAN_TOKENS :])
             segments += [replace(s, start=s.start + part.shift, end=s.end + part.shift) for s in text.segments]

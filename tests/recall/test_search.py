@@ -22,10 +22,11 @@ from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidInput, InvalidPolicy
 from am_memory.policy import MIN_PAGE_TOKENS
 from am_memory.recall import search
-from am_memory.recall.search import PASSAGE_TOKENS, span_scores
+from am_memory.recall.search import PASSAGE_TOKENS, Sought, span_scores
 from am_memory.recall.search_heads import SPAN_TOKENS, lift, search_heads
 from am_memory.recall.search_index import Spans, index_bytes
 from am_memory.recall.search_queries import read_on_scratch
+from am_memory.recall.words import word_numbers, word_scores
 
 POLICY = originals_policy()
 
@@ -137,18 +138,22 @@ def test_a_score_is_what_the_definition_gives(
     num_tokens, found = cache.num_tokens, search_heads(engine)
     asked = some_tokens(45, seed=9)
     text = read_on_scratch(engine, cache, found.heads, asked, 64).at(range(num_tokens, num_tokens + len(asked)))
-    lifts = []
+    token_ids, lifts = list(session.tokens[:num_tokens]), []
     for index, head in enumerate(found.heads):
         key, bias, positions = keys_by_position(session, head.layer, head.head)
         layer = cache.compactable[head.layer]
         usual = layer.rotated(found.usual[index][None], num_tokens - found.position)[0].float()
         spans = positions // SPAN_TOKENS, -(-num_tokens // SPAN_TOKENS)
         of_text = span_shares(text[index], key * layer.scaling, bias, *spans)
-        passages = torch.split(of_text, PASSAGE_TOKENS)
         usually = span_shares(usual, key * layer.scaling, bias, *spans).mean(0)
-        lifts.append(torch.stack([lift(passage.mean(0), usually) for passage in passages]))
-    expected = torch.stack(lifts).mean(0).amax(0)
-    scores = span_scores(engine, cache, context.originals, text, num_tokens)
+        of_passages = torch.split(of_text, PASSAGE_TOKENS)
+        lifts.append(torch.stack([lift(passage.mean(0), usually) for passage in of_passages]))
+    runs = [(word_numbers(engine, token_ids[part.start : part.end]), part.start) for part in context.originals]
+    passages = torch.split(word_numbers(engine, asked), PASSAGE_TOKENS)
+    by_words = word_scores(passages, runs, -(-num_tokens // SPAN_TOKENS))
+    assert bool(by_words.any()) == bool(runs)
+    expected = (torch.stack(lifts).mean(0) + by_words).amax(0)
+    scores = span_scores(engine, cache, context.originals, Sought(asked, text), token_ids)
     is_compact = scores > -torch.inf
     torch.testing.assert_close(scores[is_compact], expected[is_compact], rtol=1e-3, atol=1e-4)
     assert int(is_compact.sum()) == -(-session.segments[-1].end // SPAN_TOKENS)
@@ -162,8 +167,8 @@ def test_a_first_look_leaves_out_all_but_the_best_spans(
     monkeypatch.setattr(search, "EXACT_SPANS", 5)
     monkeypatch.setattr(search, "EXACT_SHARE", 0.0)
     best = [span for span in session.search("what?", top=1000) if span.score > search.MIN_SCORE]
-    assert 0 < sum(span.end - span.start for span in best) < sum(span.end - span.start for span in exact) / 2
-    assert max(span.score for span in best) == pytest.approx(exact[0].score, abs=0.1)
+    assert 0 < sum(span.end - span.start for span in best) < sum(span.end - span.start for span in exact) * 0.75
+    assert max(span.score for span in best) == pytest.approx(exact[0].score, abs=0.2)
 
 
 def test_means_of_keys_stand_for_the_keys_that_are_there() -> None:

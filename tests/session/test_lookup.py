@@ -171,7 +171,7 @@ def test_of_a_long_message_the_end_is_looked_up(new_memory: NewMemory, monkeypat
     starts, span_scores = [], lookup.span_scores
 
     def scores(*args: Any) -> Any:
-        starts.append(args[4])  # the number of tokens that are searched
+        starts.append(len(args[4]))  # the tokens that are searched
         return span_scores(*args)
 
     session = told_session(new_memory())
