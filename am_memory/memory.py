@@ -24,7 +24,7 @@ from am_memory.formatting import counted
 from am_memory.kv_cache.cache import KVCache
 from am_memory.policy import MemoryPolicy
 from am_memory.recall.original_store import OriginalStore
-from am_memory.session.chat_history import ChatHistory
+from am_memory.session.chat_history import ChatHistory, checked_tools
 from am_memory.session.compact_texts import CompactTexts
 from am_memory.session.context import Context
 from am_memory.session.generate_hook import watched
@@ -223,7 +223,7 @@ class Memory:
             return sessions[name]
 
     def _new(self, name: str, policy: MemoryPolicy | None, tools: Sequence[Message] = ()) -> Session:
-        history = ChatHistory(tools=tuple(tools), trusts_messages=self.trust_messages)
+        history = ChatHistory(tools=checked_tools(tools), trusts_messages=self.trust_messages)
         context = self._new_context(name, policy or self.policy, history)
         return Session(self._shared, context, has_own_policy=policy is not None)
 

@@ -229,6 +229,13 @@ def llama(tiny_gguf: Path) -> LlamaCppEngine:
 
 
 @pytest.fixture
+def measured_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, in which measurements of models are kept."""
+    monkeypatch.setenv("AM_MEMORY_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
 def looking_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every message looks up the first 20 compacted tokens: the tiny model attends to nothing in particular."""
     from am_memory.events import MemoryConsulted, Span

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from inside import context_of
@@ -16,6 +19,13 @@ from am_memory.session.limits import require_token_ids
 
 def some_tokens(count: int, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(256), k=count)
+
+
+def another_process(engine: Any, fingerprint: str = "a model") -> Any:
+    """The engine in another process, as it were; of a model that nobody has measured."""
+    twin = copy.copy(engine)
+    twin.info = replace(engine.info, fingerprint=fingerprint)
+    return twin
 
 
 def read(context: Context, token_ids: list[int]) -> None:

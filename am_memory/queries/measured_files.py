@@ -17,7 +17,13 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from am_memory.engines.base import ModelInfo
 from am_memory.engines.model_files import cache_folder
+
+
+def model_fingerprint(info: ModelInfo) -> str:
+    """What a measurement depends on of a model: its weights, its tokenizer and its chat template."""
+    return f"{info.fingerprint} {info.tokenizer_fingerprint} {info.template_fingerprint}"
 
 
 class MeasuredFile(NamedTuple):
@@ -29,7 +35,7 @@ class MeasuredFile(NamedTuple):
 
 @dataclass(frozen=True)
 class MeasuredFiles:
-    """The files of one kind of measurement, one file for each model.
+    """The files of one kind of measurement, one file for each model, by its `model_fingerprint`.
 
     Attributes:
         kind: their folder's name in the user's folder for caches.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from am_memory.engines.base import Engine, SessionCache, SessionLayer, in_chunks
-from am_memory.queries.measured_files import MeasuredFile, MeasuredFiles
+from am_memory.queries.measured_files import MeasuredFile, MeasuredFiles, model_fingerprint
 from am_memory.queries.message_tokens import message_token_positions
 from am_memory.queries.reference import ReferenceQueries
 from am_memory.queries.repeat_prefill import REQUEST, repeat_queries, repeat_request
@@ -118,8 +118,7 @@ def query_maps(
         cache: one of the engine's that has read a token, to check a file against.
     """
     if engine not in _ready:
-        info = engine.info
-        fingerprint = f"{info.fingerprint} {info.tokenizer_fingerprint} {info.template_fingerprint}"
+        fingerprint = model_fingerprint(engine.info)
         found = _known(fingerprint, cache)
         if found is None:
             found = measure(engine, on_progress)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from am_memory.engines.base import Engine, SessionCache, in_chunks
 from am_memory.queries import as_turn, message_token_positions, queries_on_scratch
-from am_memory.queries.measured_files import MeasuredFile, MeasuredFiles
+from am_memory.queries.measured_files import MeasuredFile, MeasuredFiles, model_fingerprint
 from am_memory.queries.trial import digest, trial
 
 NUM_HEADS = 4
@@ -83,7 +83,7 @@ def ready_search_heads(engine: Engine, cache: SessionCache | None = None) -> Sea
         cache: one of the engine's, to check a file against; None: the file is trusted.
     """
     if engine not in _ready:
-        found = _known(engine.info.fingerprint)
+        found = _known(model_fingerprint(engine.info))
         _ready[engine] = found if found is not None and (cache is None or found.suits(cache)) else None
     return _ready[engine]
 
@@ -104,7 +104,7 @@ def search_heads(
     found = ready_search_heads(engine, cache)
     if found is None:
         found = _ready[engine] = measure(engine, on_progress)
-        files().keep(engine.info.fingerprint, as_file(found))
+        files().keep(model_fingerprint(engine.info), as_file(found))
     return found
 
 

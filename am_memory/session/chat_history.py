@@ -238,6 +238,17 @@ def require_messages(engine: Engine, messages: Sequence[Message]) -> None:
     require_levels(messages, "messages")
 
 
+def checked_tools(tools: object) -> tuple[Message, ...]:
+    """The tools that a chat template is told of.
+
+    Raises:
+        InvalidInput: they are no list of objects.
+    """
+    if isinstance(tools, list | tuple) and all(isinstance(tool, Mapping) for tool in tools):
+        return tuple(tools)
+    raise InvalidInput(f"tools are {tools!r}; give a list of objects, each {{'type': 'function', 'function': {{...}}}}")
+
+
 def require_levels(values: Sequence[object], what: str) -> None:
     """Raise InvalidInput if lists and objects in these values are nested more than `MAX_LEVELS` deep."""
     if is_nested(values, MAX_LEVELS):

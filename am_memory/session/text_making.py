@@ -17,7 +17,7 @@ from am_memory.kv_cache.slots import Slots
 from am_memory.policy import MemoryPolicy
 from am_memory.session import pages
 from am_memory.session.appending import ids_or_messages
-from am_memory.session.chat_history import ChatHistory, require_messages
+from am_memory.session.chat_history import ChatHistory, checked_tools, require_messages
 from am_memory.session.compact_texts import require_mountable
 from am_memory.session.context import Context
 from am_memory.session.limits import require_token_ids
@@ -121,7 +121,7 @@ def _messages(
     engine: Engine, content: str | Sequence[int] | Sequence[Message], tools: Sequence[Message]
 ) -> tuple[ChatHistory, str | list[int]]:
     """The messages of a text; and the text itself if it is no messages."""
-    history = ChatHistory(tools=tuple(tools))
+    history = ChatHistory(tools=checked_tools(tools))
     if isinstance(content, str):
         if not (content and engine.has_chat_template):
             return history, content

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from driven import another_process
 from inside import cache_of
 from safetensors import safe_open
 from torch import Tensor
@@ -21,6 +21,7 @@ from am_memory.engines.transformers import TransformersEngine
 from am_memory.events import CompactionProgress, Event
 from am_memory.queries import query_maps as module
 from am_memory.queries import repeat_queries
+from am_memory.queries.measured_files import model_fingerprint
 from am_memory.queries.predicted import predicted_queries
 from am_memory.queries.query_maps import LayerRepeat, QueryMap, keys_of_pairs, measure, query_maps
 from am_memory.queries.reference import ReferenceQueries
@@ -32,12 +33,6 @@ TOKENS = [(17 * position * position + 5 * position) % 256 for position in range(
 
 def ignore(done: int, total: int) -> None:
     pass
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("AM_MEMORY_CACHE", str(tmp_path))
-    return tmp_path
 
 
 @pytest.fixture
@@ -62,13 +57,6 @@ def read(engine: Engine, token_ids: list[int] = TOKENS) -> SessionCache:
     cache = engine.new_cache()
     engine.forward(cache, token_ids)
     return cache
-
-
-def another(engine: Any) -> Any:
-    """The engine in another process, as it were."""
-    twin = copy.copy(engine)
-    twin.info = replace(engine.info, fingerprint="a model")
-    return twin
 
 
 def stages(session: Session, heard: list[Event]) -> Iterator[str]:
@@ -152,7 +140,7 @@ def test_a_measurement_says_how_far_it_is_and_gives_the_same_each_time(engine: T
 
 
 def test_a_measurement_stays_within_the_models_window(engine: TransformersEngine) -> None:
-    twin, longest = another(engine), 0
+    twin, longest = another_process(engine), 0
     twin.info = replace(twin.info, window_tokens=300)
 
     def forward(cache: SessionCache, token_ids: list[int], **how: Any) -> Any:
@@ -166,9 +154,9 @@ def test_a_measurement_stays_within_the_models_window(engine: TransformersEngine
 
 
 def test_what_was_measured_is_read_from_its_file(
-    engine: TransformersEngine, folder: Path, num_measured: list[None]
+    engine: TransformersEngine, measured_folder: Path, num_measured: list[None]
 ) -> None:
-    first, second = (query_maps(another(engine), read(engine)) for _ in range(2))
+    first, second = (query_maps(another_process(engine), read(engine)) for _ in range(2))
     assert len(num_measured) == 1
     assert all(torch.equal(one.weight, other.weight) for one, other in zip(first, second, strict=True))
     assert all(torch.equal(one.log_mass, other.log_mass) for one, other in zip(first, second, strict=True))
@@ -178,10 +166,10 @@ def test_what_was_measured_is_read_from_its_file(
     "damage", ["empty", "a scalar", "of whole numbers", "of other heads", "not finite", "too few layers"]
 )
 def test_a_damaged_file_is_measured_again(
-    engine: TransformersEngine, folder: Path, num_measured: list[None], damage: str
+    engine: TransformersEngine, measured_folder: Path, num_measured: list[None], damage: str
 ) -> None:
-    maps = query_maps(another(engine), read(engine))
-    (file,) = (folder / "query_maps").iterdir()
+    maps = query_maps(another_process(engine), read(engine))
+    (file,) = (measured_folder / "query_maps").iterdir()
     forged = {
         "a scalar": [replace(one, log_mass=torch.tensor(1.0)) for one in maps],
         "of whole numbers": [replace(one, weight=one.weight.int()) for one in maps],
@@ -189,15 +177,15 @@ def test_a_damaged_file_is_measured_again(
         "not finite": [replace(one, weight=one.weight / 0) for one in maps],
         "too few layers": maps[:2],
     }
-    content = forged.get(damage)
-    file.write_bytes(b"" if content is None else module.files().packed("a model", module.as_file(content)))
-    assert len(query_maps(another(engine), read(engine))) == 3
+    content, fingerprint = forged.get(damage), model_fingerprint(another_process(engine).info)
+    file.write_bytes(b"" if content is None else module.files().packed(fingerprint, module.as_file(content)))
+    assert len(query_maps(another_process(engine), read(engine))) == 3
     assert len(num_measured) == 2
 
 
-def test_a_compaction_repeats_nothing(engine: TransformersEngine, folder: Path) -> None:
+def test_a_compaction_repeats_nothing(engine: TransformersEngine, measured_folder: Path) -> None:
     heard = list[Event]()
-    memory = Memory(another(engine), MemoryPolicy(trigger_tokens=512), on_event=heard.append)
+    memory = Memory(another_process(engine), MemoryPolicy(trigger_tokens=512), on_event=heard.append)
     assert {*stages(memory.session(), heard)} == {"measure", "predict", "score", "fit"}
     heard.clear()
     assert {*stages(memory.session(), heard)} == {"predict", "score", "fit"}
@@ -211,7 +199,7 @@ def test_where_nothing_is_recalled_the_block_is_repeated(engine: TransformersEng
 
 
 def test_a_model_whose_keys_cannot_be_rotated_repeats(engine: TransformersEngine) -> None:
-    twin, heard = another(engine), list[Event]()
+    twin, heard = another_process(engine), list[Event]()
     twin.capabilities = replace(engine.capabilities, can_rotate_keys=False)
     session = Memory(twin, MemoryPolicy(trigger_tokens=512), on_event=heard.append).session()
     assert {*stages(session, heard)} == {"repeat", "score", "fit"}

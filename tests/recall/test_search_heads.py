@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from driven import another_process
 from inside import cache_of
 from policies import plain_policy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,15 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from am_memory import Memory
 from am_memory.engines.model_files import cache_folder
 from am_memory.engines.transformers import TransformersEngine
+from am_memory.queries.measured_files import model_fingerprint
 from am_memory.queries.trial import trial
 from am_memory.recall import search_heads as module
 from am_memory.recall.search_heads import NUM_HEADS, SearchHeads, measure, ready_search_heads, search_heads
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("AM_MEMORY_CACHE", str(tmp_path))
-    return tmp_path
 
 
 @pytest.fixture
@@ -39,13 +33,6 @@ def num_measured(monkeypatch: pytest.MonkeyPatch) -> list[None]:
 
     monkeypatch.setattr(module, "measure", measured)
     return made
-
-
-def another(engine: Any, fingerprint: str = "a model") -> Any:
-    """The engine in another process, as it were."""
-    twin = copy.copy(engine)
-    twin.info = replace(engine.info, fingerprint=fingerprint)
-    return twin
 
 
 def test_as_many_heads_are_found_and_the_same_ones_each_time(engine: TransformersEngine) -> None:
@@ -66,39 +53,39 @@ def test_a_measurement_says_how_far_it_is(engine: TransformersEngine) -> None:
 
 
 def test_heads_that_would_have_to_be_measured_are_not_ready(
-    engine: TransformersEngine, folder: Path, num_measured: list[None]
+    engine: TransformersEngine, measured_folder: Path, num_measured: list[None]
 ) -> None:
-    twin = another(engine)
+    twin = another_process(engine)
     assert ready_search_heads(twin) is None
     assert num_measured == []
     assert search_heads(twin) is ready_search_heads(twin) is not None
 
 
 def test_what_was_measured_is_read_from_its_file(
-    engine: TransformersEngine, folder: Path, num_measured: list[None]
+    engine: TransformersEngine, measured_folder: Path, num_measured: list[None]
 ) -> None:
-    first, second = (search_heads(another(engine)) for _ in range(2))
+    first, second = (search_heads(another_process(engine)) for _ in range(2))
     assert len(num_measured) == 1
     assert (first.heads, first.position) == (second.heads, second.position)
     torch.testing.assert_close(first.usual, second.usual, rtol=0, atol=1e-3)
-    search_heads(another(engine, "another model"))
+    search_heads(another_process(engine, "another model"))
     assert len(num_measured) == 2
-    assert len([*(folder / "search_heads").iterdir()]) == 2
+    assert len([*(measured_folder / "search_heads").iterdir()]) == 2
 
 
 @pytest.mark.parametrize("name", ["engine", "llama"])
 def test_a_file_is_checked_against_a_cache_without_an_exact_token(
-    request: pytest.FixtureRequest, folder: Path, num_measured: list[None], name: str
+    request: pytest.FixtureRequest, measured_folder: Path, num_measured: list[None], name: str
 ) -> None:
     """The first lookup of a process may come right after everything was compacted."""
-    engine = another(request.getfixturevalue(name))
+    engine = another_process(request.getfixturevalue(name))
     search_heads(engine)
-    session = Memory(another(engine), plain_policy(trigger_tokens=512, keep_ratio=0.5)).session()
+    session = Memory(another_process(engine), plain_policy(trigger_tokens=512, keep_ratio=0.5)).session()
     session.append("The owl of the mill sleeps all day. " * 4)
     session.compact(1.0)
     cache = cache_of(session)
     assert cache.tail_start == cache.num_tokens
-    found = search_heads(another(engine), cache)
+    found = search_heads(another_process(engine), cache)
     assert found.suits(cache)
     assert len(num_measured) == 1
     assert not replace(found, usual=torch.ones(2, 3, 8)).suits(cache)
@@ -108,15 +95,15 @@ def test_a_file_is_checked_against_a_cache_without_an_exact_token(
 
 @pytest.mark.parametrize("damage", [b"", b"owl", None], ids=["empty", "no safetensors", "another model's"])
 def test_a_damaged_file_is_measured_again(
-    engine: TransformersEngine, folder: Path, num_measured: list[None], damage: bytes | None
+    engine: TransformersEngine, measured_folder: Path, num_measured: list[None], damage: bytes | None
 ) -> None:
-    found = search_heads(another(engine))
-    (file,) = (folder / "search_heads").iterdir()
+    found = search_heads(another_process(engine))
+    (file,) = (measured_folder / "search_heads").iterdir()
     file.write_bytes(module.files().packed("another model", module.as_file(found)) if damage is None else damage)
-    again = search_heads(another(engine))
+    again = search_heads(another_process(engine))
     assert len(num_measured) == 2
     assert again.heads == found.heads
-    assert search_heads(another(engine)).heads == found.heads
+    assert search_heads(another_process(engine)).heads == found.heads
     assert len(num_measured) == 2
 
 
@@ -125,7 +112,7 @@ def test_a_folder_that_cannot_be_written_stops_nobody(
 ) -> None:
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("AM_MEMORY_CACHE", str(tmp_path / "file"))
-    assert search_heads(another(engine)).position == 77
+    assert search_heads(another_process(engine)).position == 77
     assert len(num_measured) == 1
 
 
@@ -137,7 +124,7 @@ def test_tests_have_a_folder_of_their_own() -> None:
 def test_those_of_the_demo_model_are_shipped(demo: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
     """As this machine would measure them: nobody waits for it in the demo."""
     engine = TransformersEngine(*demo)
-    shipped = module._known(engine.info.fingerprint)
+    shipped = module._known(model_fingerprint(engine.info))
     assert shipped is not None
     measured = module.measure(engine)
     assert shipped.heads == measured.heads

@@ -189,6 +189,16 @@ def test_messages_and_tools_become_a_text(new_memory: NewMemory) -> None:
     assert memory.compact_text(HANDBOOK, "said").num_tokens < text.num_tokens
 
 
+@pytest.mark.parametrize("tools", [5, "tools", {"type": "function"}, ["look"]])
+def test_tools_that_are_no_list_of_objects_are_refused(new_memory: NewMemory, tools: object) -> None:
+    memory = new_memory()
+    with pytest.raises(InvalidInput, match="give a list of objects"):
+        memory.compact_text(HANDBOOK, "handbook", tools=tools)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match="give a list of objects"):
+        memory.scratch(tools=tools)  # type: ignore[arg-type]
+    assert memory.compact_texts() == []
+
+
 def test_a_long_text_is_compacted_in_several_segments(new_memory: NewMemory) -> None:
     memory = new_memory()
     text = memory.compact_text(some_tokens(600), "long")
