@@ -32,7 +32,7 @@ from facts_files import FACTS, QUESTIONS, Chat, Fact, lengthened, load_all
 
 from am_memory import Experiments, Memory, MemoryPolicy, Sampling, Session
 from am_memory.cli.questions import PLAIN, open_answer, question_turn
-from am_memory.engines.names import EngineName
+from am_memory.engines.names import DtypeName, EngineName
 from am_memory.errors import InvalidInput, InvalidPolicy, UnsupportedOperation
 
 SYSTEM = (
@@ -323,6 +323,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--engine", choices=get_args(EngineName), default="transformers")
+    parser.add_argument("--dtype", choices=get_args(DtypeName), help="of weights and cache; default: the engine's")
     parser.add_argument("--triggers", type=int, nargs="+", default=[512, 1024], help="in tokens")
     parser.add_argument("--questions", choices=QUESTIONS, default=FACTS, help="told in one place, or in several")
     parser.add_argument("--chats", nargs="+", help="only these, by name")
@@ -337,7 +338,7 @@ def main() -> None:
     chats = load_all()
     if unknown := set(args.chats or ()) - {chat.name for chat in chats}:
         parser.error(f"--chats {' '.join(sorted(unknown))}: there are {' '.join(chat.name for chat in chats)}")
-    memory = Memory.from_pretrained(args.model, engine=args.engine, policy=PLAIN)
+    memory = Memory.from_pretrained(args.model, engine=args.engine, dtype=args.dtype, policy=PLAIN)
     run = Run(memory, args)
     for chat in chats:
         if args.chats is None or chat.name in args.chats:
@@ -347,7 +348,8 @@ def main() -> None:
             run.run(longer, rows_of(args))
     answers = run.asked()
     num_chats = len({answer.chat for answer in answers})
-    print(f"\n{args.model}, {args.engine}, {args.questions}, {num_chats} chats; {machine()}\n\n{summary(answers)}")
+    run_with = f"{args.model}, {args.engine}, {args.dtype or 'default dtype'}, {args.questions}, {num_chats} chats"
+    print(f"\n{run_with}; {machine()}\n\n{summary(answers)}")
 
 
 if __name__ == "__main__":
