@@ -90,8 +90,8 @@ class AnswerMemory(BaseModel):
 
     Attributes:
         conversation: its name in `/v1/memory/sessions`.
-        looked_up: the compacted spans that were exact for this answer because it looked for them. `score` tells how
-            much more attention than usual they got, in nats; a long `text` is shortened in the middle.
+        looked_up: the compacted spans that were exact for this answer because it looked for them. `score` is
+            that of `Span`, in nats; a long `text` is shortened in the middle.
     """
 
     conversation: str
