@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from am_memory.engines.transformers import partwise
+from am_memory.engines import partwise
+from am_memory.engines.partwise import merge, partial_attention
 from am_memory.engines.transformers.attention import attend, attention_forward
-from am_memory.engines.transformers.partwise import merge, partial_attention
 from am_memory.errors import UnsupportedOperation
 from am_memory.kv_cache.layers import CompactableLayer
 from am_memory.kv_cache.slots import PINNED_RANK, Slots

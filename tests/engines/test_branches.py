@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory.engines.base import Branching
+from am_memory.engines.partwise import plain_partial_attention
 from am_memory.engines.transformers import TransformersEngine
-from am_memory.engines.transformers.partwise import plain_partial_attention
 from am_memory.errors import InvalidInput
 from am_memory.kv_cache.cache import KVCache
 from am_memory.memory import Memory
@@ -62,8 +62,8 @@ def test_plain_operations_give_the_same(
     engine: TransformersEngine, cache: KVCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of devices that no kernel is for."""
-    for name in ("branches", "partwise"):
-        monkeypatch.setattr(f"am_memory.engines.transformers.{name}.partial_attention", plain_partial_attention)
+    for name in ("transformers.branches", "partwise"):
+        monkeypatch.setattr(f"am_memory.engines.{name}.partial_attention", plain_partial_attention)
     branches = engine.branches(cache, TEXTS)
     assert branches is not None
     branches.advance([0, 1, 3], [50, 120, 62])

@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Memory, MemoryPolicy, Sampling
-from am_memory.engines.transformers import TransformersEngine, fused, partwise
+from am_memory.engines import partwise
+from am_memory.engines.transformers import TransformersEngine, fused
 from am_memory.kv_cache.int8 import Quantised
 from am_memory.kv_cache.slots import Slots
 

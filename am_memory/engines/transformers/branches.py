@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from am_memory.engines.transformers.partwise import merge, partial_attention, past_parts
+from am_memory.engines.partwise import merge, partial_attention, past_parts
 from am_memory.kv_cache.layers import CompactableLayer
 
 BranchEntries = tuple[Tensor, Tensor]

@@ -326,7 +326,7 @@ def _model_info(
 
 
 def _ours(cache: SessionCache) -> KVCache:
-    if not isinstance(cache, KVCache):
+    if type(cache) is not KVCache:
         raise InvalidInput(f"a {type(cache).__name__} is another engine's cache: make one with new_cache()")
     return cache
 

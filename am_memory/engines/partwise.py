@@ -17,7 +17,18 @@ MAX_SCORES = 2**24
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scaling: float) -> tuple[Tensor, Tensor]:
-    """See `attention.attend` for arguments and results."""
+    """Causal attention over compact slots and an exact tail.
+
+    Args:
+        query: (1, num_attention_heads, num_tokens, head_dim).
+        key, value: (1, num_key_value_heads, tail_tokens, head_dim), the new tokens last.
+        slots: the entries before the tail, without int8 rows.
+        scaling: softmax scale.
+
+    Returns:
+        output (1, num_attention_heads, num_tokens, head_dim), and the log of each query's attention mass on all keys,
+        (1, num_attention_heads, num_tokens) float32.
+    """
     num_heads, num_tokens, head_dim = key.shape[1], query.shape[2], query.shape[3]
     # The query heads of a group attend to the same keys: pool them, so that no key is repeated.
     packed = query.reshape(1, num_heads, -1, head_dim)
