@@ -222,10 +222,18 @@ def tiny_gguf(
 
 @pytest.fixture(scope="session")
 def llama(tiny_gguf: Path) -> LlamaCppEngine:
-    """The tiny model behind llama.cpp, all in float32: flash attention would take keys and values as float16."""
+    """The tiny model behind llama.cpp, with keys and values in float32."""
     from am_memory.engines.llama_cpp import LlamaCppEngine
 
-    return LlamaCppEngine(tiny_gguf, kv_type="f32", flash_attention=False)
+    return LlamaCppEngine(tiny_gguf, kv_type="f32")
+
+
+@pytest.fixture(scope="session")
+def shared_llama(tiny_gguf: Path) -> LlamaCppEngine:
+    """The same with cells that all heads share; flash attention would take keys and values as float16."""
+    from am_memory.engines.llama_cpp import LlamaCppEngine
+
+    return LlamaCppEngine(tiny_gguf, kv_type="f32", flash_attention=False, heads="shared")
 
 
 @pytest.fixture

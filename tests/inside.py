@@ -100,5 +100,5 @@ def graphs_of(engine: TransformersEngine) -> Any:
 
 
 def decoder_of(llama: LlamaCppEngine) -> Decoder:
-    """The context of llama.cpp and its sequence."""
-    return llama._decoder
+    """The context of llama.cpp and its sequence, of an engine of shared heads."""
+    return llama._reader._model.decoder

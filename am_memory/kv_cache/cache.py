@@ -244,8 +244,10 @@ class KVCache(Cache):
         """Take in a state that was saved by another process.
 
         Raises:
-            CorruptSession: a sliding window lacks tokens that the next token attends to, or biases have a wrong dtype.
+            CorruptSession: its layers are not those of this cache, a sliding window lacks tokens that the next token
+                attends to, or biases have a wrong dtype.
         """
+        _require_kinds(self, saved)
         self.restore(saved)
         for window, layer in zip(self.sliding_windows, saved.layers, strict=True):
             if isinstance(layer, SlidingState):
@@ -255,7 +257,7 @@ class KVCache(Cache):
 
     def fork(self) -> KVCache:
         """A second cache with the same content, for any thread. Memory is shared until one of the two appends."""
-        branch = KVCache(self.sliding_windows, self.rotations)
+        branch = type(self)(self.sliding_windows, self.rotations)
         for mine, other in zip(self.layers, branch.layers, strict=True):
             other.restore(mine.state())
             if isinstance(mine, CompactableLayer) and isinstance(other, CompactableLayer):
@@ -311,6 +313,15 @@ class KVCache(Cache):
     def truncate(self, num_tokens: int) -> None:
         """Forget all but the first `num_tokens` logical tokens; what is forgotten must be in the exact tail."""
         self.crop(num_tokens - self.num_tokens)
+
+
+def _require_kinds(cache: KVCache, saved: Snapshot) -> None:
+    kinds = [isinstance(layer, SlidingState) for layer in saved.layers]
+    if kinds != [window is not None for window in cache.sliding_windows]:
+        raise CorruptSession(
+            f"a cache of {len(kinds)} layers, {sum(kinds)} of them sliding windows, is not one of this model's "
+            f"{len(cache.layers)}"
+        )
 
 
 def _require_window(state: SlidingState, window: int | None) -> None:

@@ -189,10 +189,10 @@ def test_curves_of_other_heads_than_the_models_are_refused_and_nothing_is_change
 
 
 @pytest.mark.parametrize("budget", ["calibrated", "curves.json"])
-def test_cells_that_all_heads_share_cannot_follow_a_calibration(llama: LlamaCppEngine, budget: str) -> None:
+def test_cells_that_all_heads_share_cannot_follow_a_calibration(shared_llama: LlamaCppEngine, budget: str) -> None:
     policy = MemoryPolicy(trigger_tokens=120, keep_ratio=0.25, keep_recent=8, head_budget=budget)
     with pytest.raises(InvalidPolicy, match=f"head_budget '{budget}' needs a cache whose heads can differ"):
-        Memory(llama, policy).session()
+        Memory(shared_llama, policy).session()
 
 
 def test_by_itself_a_budget_is_calibrated_only_where_a_calibration_ships(engine: TransformersEngine) -> None:

@@ -450,9 +450,9 @@ def test_beginning_too_early_is_refused_with_what_is_possible(
     new_context(ahead_tokens=possible)
 
 
-def test_llama_cpp_is_refused(llama: LlamaCppEngine) -> None:
+def test_llama_cpp_is_refused(shared_llama: LlamaCppEngine) -> None:
     with pytest.raises(InvalidPolicy, match="ahead_tokens 12 needs an engine that reads into two caches at once"):
-        Memory(llama, POLICY.model_copy(update={"head_budget": "auto"}))
+        Memory(shared_llama, POLICY.model_copy(update={"head_budget": "auto"}))
 
 
 @pytest.mark.gpu

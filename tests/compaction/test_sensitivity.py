@@ -78,6 +78,6 @@ def test_a_calibration_needs_a_text_and_blocks_that_can_be_cut(
         calibrate(engine, texts, block_tokens=block_tokens)
 
 
-def test_shared_cells_cannot_be_calibrated(llama: LlamaCppEngine) -> None:
+def test_shared_cells_cannot_be_calibrated(shared_llama: LlamaCppEngine) -> None:
     with pytest.raises(UnsupportedOperation, match="use engine='transformers'"):
-        calibrate(llama, [TEXT])
+        calibrate(shared_llama, [TEXT])

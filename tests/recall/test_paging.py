@@ -235,9 +235,9 @@ def test_dropped_originals_cannot_be_recalled(new_memory: NewMemory) -> None:
     assert before.originals_bytes == 0
 
 
-def test_shared_cells_take_no_originals(llama: LlamaCppEngine) -> None:
+def test_shared_cells_take_no_originals(shared_llama: LlamaCppEngine) -> None:
     with pytest.raises(InvalidPolicy, match="originals 'host' needs a cache .* leave it at 'auto'"):
-        Memory(llama, POLICY.model_copy(update={"head_budget": "auto"})).session()
+        Memory(shared_llama, POLICY.model_copy(update={"head_budget": "auto"})).session()
 
 
 def test_generation_goes_on_over_recalled_segments(new_memory: NewMemory) -> None:

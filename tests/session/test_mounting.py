@@ -603,8 +603,8 @@ def test_a_model_with_sliding_windows_sees_a_text_in_its_other_layers(
     assert_equals_its_rebuild(session)
 
 
-def test_an_engine_that_cannot_take_slots_says_so(llama: LlamaCppEngine) -> None:
-    memory = Memory(llama, plain_policy(trigger_tokens=160))
+def test_an_engine_that_cannot_take_slots_says_so(shared_llama: LlamaCppEngine) -> None:
+    memory = Memory(shared_llama, plain_policy(trigger_tokens=160))
     with pytest.raises(UnsupportedOperation, match="cannot mount compact texts"):
         memory.compact_text(HANDBOOK, "handbook")
 

@@ -346,10 +346,10 @@ def test_recalled_pages_stay_exact_and_get_the_new_slots_later(new_memory: NewMe
 
 
 def test_sliding_windows_and_llama_cpp_refine_nothing(
-    new_sliding_model: Any, byte_tokenizer: Any, llama: LlamaCppEngine
+    new_sliding_model: Any, byte_tokenizer: Any, shared_llama: LlamaCppEngine
 ) -> None:
     policy = MemoryPolicy(trigger_tokens=96, keep_ratio=0.3, keep_recent=8, pinned=4)
-    for engine in (TransformersEngine(new_sliding_model(), byte_tokenizer), llama):
+    for engine in (TransformersEngine(new_sliding_model(), byte_tokenizer), shared_llama):
         session = Memory(engine, policy).session()
         session.append(some_tokens(110))
         assert session.segments

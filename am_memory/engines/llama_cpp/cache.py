@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from am_memory.engines.llama_cpp.capture import OnAttention
-from am_memory.engines.llama_cpp.cells import CacheContent, CellLayer, heads_of, num_cells, packed, with_biases
+from am_memory.engines.llama_cpp.cells import CacheContent, CellLayer, heads_of, num_cells, packed
 from am_memory.engines.llama_cpp.decoder import CellSequence
 from am_memory.engines.llama_cpp.model import CellModel, LayerShape
 from am_memory.engines.llama_cpp.saved import from_tensors
@@ -79,7 +78,7 @@ class CellCache:
 
     @property
     def nbytes(self) -> int:
-        """Memory that cells take, and biases beside them."""
+        """Memory that cells take."""
         return self._content.nbytes
 
     @property
@@ -156,20 +155,7 @@ class CellCache:
             seen_from = newest.end - old.model.window_tokens
             cells = replace(cells, window=old.cells.window.between(seen_from, old.num_tokens))
         counts = [part.num_cells for part in parts[1:]]
-        content = packed(old.model, cells, tuple(segments), counts, num_pinned, old.num_tokens)
-        if not old.model.has_bias:
-            return content
-        return with_biases(content, _joined_biases(old, [where for where, _ in places], new_slots))
-
-
-def _joined_biases(old: CacheContent, places: Sequence[slice], new_slots: Sequence[Slots]) -> tuple[Tensor, ...]:
-    """The biases of kept cells, 0 for pinned ones, and of the new segment, for each layer."""
-    joined = []
-    for index, slots in enumerate(new_slots):
-        held = old.biases[index] if old.biases else torch.zeros(slots.num_heads, places[0].stop)
-        new = slots.bias.view(slots.num_heads, -1).take_along_dim(_by_rank(slots), dim=1).float()
-        joined.append(torch.cat([*(held[:, where] for where in places), new], dim=1))
-    return tuple(joined)
+        return packed(old.model, cells, tuple(segments), counts, num_pinned, old.num_tokens)
 
 
 def _moved(cells: SequenceState, layers: Sequence[LayerShape], distance: int) -> SequenceState:

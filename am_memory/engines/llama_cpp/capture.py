@@ -1,8 +1,7 @@
-"""Captures queries and keys of attention while llama.cpp computes a graph, and adds biases to scores. Knows no cache.
+"""Captures queries and keys of attention while llama.cpp computes a graph. Knows no cache.
 
 Before each operation, llama.cpp asks a callback whether it wants the result. If nothing is to be captured, the answer
-is no, at no measurable cost. Otherwise the graph pauses after each attention, whose inputs are still in memory. If
-cells have biases, it also pauses after each product of queries and keys, and the biases are added to the product.
+is no, at no measurable cost. Otherwise the graph pauses after each attention, whose inputs are still in memory.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from am_memory.engines.llama_cpp.library import (
     tensor_at,
     to_rows,
     type_name,
-    write_tensor,
 )
 from am_memory.errors import UnsupportedModel
 from am_memory.solver.block import LOG2_E
@@ -35,8 +33,6 @@ MAX_CACHED_SCORES = 2**20
 """The most attention scores in memory at once: a few MiB fit a CPU's cache."""
 
 OP_OFFSET = GGMLTensor.op.offset
-PRODUCT = b"kq-"
-"""The name of the product of queries and keys in llama.cpp, without the layer's number; flash attention has none."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +46,6 @@ class Attention:
         scaling: factor of the scores before the softmax.
         address: address of the operation's result.
         is_flash: the result is the output of flash attention; otherwise it is the attention weights.
-        bias: (num_key_value_heads, n) float32, added to the products of queries with the first n cells before they are
-            scaled; None if there is none.
         rounds_to: the type to which llama.cpp rounds queries before multiplying them with keys; None if it does not.
     """
 
@@ -61,7 +55,6 @@ class Attention:
     scaling: float
     address: int
     is_flash: bool
-    bias: Tensor | None = None
     rounds_to: str | None = None
 
     @property
@@ -86,8 +79,6 @@ class Attention:
         for start in range(0, query.shape[1], step):
             rows = slice(start, start + step)
             scores = torch.bmm(query[:, rows], key).add_(mask[rows])
-            if self.bias is not None:
-                scores[:, :, : self.bias.shape[1]] += self.bias[:, None] * (self.scaling * LOG2_E)
             top = scores.amax(dim=-1, keepdim=True)
             log_mass[:, rows] = scores.sub_(top).exp2_().sum(dim=-1).log2_().add_(top[:, :, 0]) / LOG2_E
         return log_mass.view(num_heads, num_tokens, groups).transpose(1, 2)
@@ -101,10 +92,7 @@ class Attention:
         query = self.grouped_query
         if self.rounds_to is not None:
             query = from_rows(to_rows(query.flatten(0, 2), self.rounds_to), self.rounds_to).view(query.shape)
-        product = query @ self.key.float().mT[:, None]
-        if self.bias is not None:
-            product[..., : self.bias.shape[1]] += self.bias[:, None, None]
-        weight = (product * self.scaling + self.mask).softmax(dim=-1)
+        weight = (query @ self.key.float().mT[:, None] * self.scaling + self.mask).softmax(dim=-1)
         if not self.is_flash:
             return weight.flatten(0, 1)  # (num_attention_heads, num_tokens, num_cells)
         value = read_tensor(tensor_at(self.address).src[2]).float()
@@ -130,44 +118,36 @@ class Capture:
         self._num_layers = num_layers
         self.layers: Sequence[int] = range(num_layers)
         ops = ggml()[3]
-        self._flash, self._softmax, self._product = ops["FLASH_ATTN_EXT"], ops["SOFT_MAX"], ops["MUL_MAT"]
+        self._flash, self._softmax = ops["FLASH_ATTN_EXT"], ops["SOFT_MAX"]
         self._on_attention: OnAttention | None = None
-        self._biases: Sequence[Tensor] = ()
         self._layer = 0
         self.error: BaseException | None = None
         self.pointer = library().ggml_backend_sched_eval_callback(self._call)
 
     @contextmanager
-    def taking(self, on_attention: OnAttention | None, biases: Sequence[Tensor] = ()) -> Iterator[None]:
+    def taking(self, on_attention: OnAttention | None) -> Iterator[None]:
         """Capture attention while the body decodes; an exception of `on_attention` ends the graph and is raised here.
 
         Args:
             on_attention: called with each captured attention; None captures nothing.
-            biases: for each layer, as in `Attention`; () if there are none.
         """
-        self._on_attention, self._biases, self._layer, self.error = on_attention, biases, 0, None
+        self._on_attention, self._layer, self.error = on_attention, 0, None
         try:
             yield
             if self.error is not None:
                 raise self.error
         finally:
-            self._on_attention, self._biases, self.error = None, (), None
+            self._on_attention, self.error = None, None
 
     def _call(self, address: int, is_asking: bool, _: int) -> bool:
-        if self._on_attention is None and not self._biases:
+        if self._on_attention is None:
             return False
         op = ctypes.c_int.from_address(address + OP_OFFSET).value
-        is_attention = self._on_attention is not None and op in (self._flash, self._softmax)
-        is_product = bool(self._biases) and op == self._product and tensor_at(address).name.startswith(PRODUCT)
-        if is_asking or not (is_attention or is_product):
-            return is_attention or is_product or not is_asking
+        is_attention = op in (self._flash, self._softmax)
+        if is_asking or not is_attention:
+            return is_attention or not is_asking
         try:
-            if is_product:
-                number = int(tensor_at(address).name.removeprefix(PRODUCT))
-                if number in self.layers:
-                    _add_bias(address, self._biases[self.layers.index(number)])
-            else:
-                self._take(address, is_flash=op == self._flash)
+            self._take(address, is_flash=op == self._flash)
         except BaseException as error:  # it cannot pass through llama.cpp: `taking` raises it again
             self.error = error
             return False
@@ -178,20 +158,10 @@ class Capture:
         number = self._layer % self._num_layers
         self._layer += 1
         if number in self.layers:
-            layer = self.layers.index(number)
-            bias = self._biases[layer] if self._biases else None
-            self._on_attention(layer, _attention(address, bias, is_flash=is_flash))
+            self._on_attention(self.layers.index(number), attention_at(address, is_flash=is_flash))
 
 
-def _add_bias(address: int, bias: Tensor) -> None:
-    """Add a bias in place to the product of queries and keys, (num_attention_heads, num_tokens, num_cells)."""
-    product = read_tensor(address)
-    groups = product.shape[0] // bias.shape[0]
-    product[:, :, : bias.shape[1]] += bias.repeat_interleave(groups, dim=0)[:, None]
-    write_tensor(address, product)
-
-
-def _attention(address: int, bias: Tensor | None, *, is_flash: bool) -> Attention:
+def attention_at(address: int, *, is_flash: bool) -> Attention:
     """Read an attention; raise UnsupportedModel if its scores are more than a scaled and masked product."""
     tensor = tensor_at(address)
     scaling, max_bias, softcap = struct.unpack("<fff", bytes(tensor.op_params)[:12])
@@ -210,4 +180,4 @@ def _attention(address: int, bias: Tensor | None, *, is_flash: bool) -> Attentio
     seen = read_tensor(mask)[0].float()
     taken = read_tensor(query).float()
     rounds_to = "Q8_0" if type_name(tensor_at(key).type) == "q8_0" else None
-    return Attention(taken, read_tensor(key), seen[: taken.shape[1]], scaling, address, is_flash, bias, rounds_to)
+    return Attention(taken, read_tensor(key), seen[: taken.shape[1]], scaling, address, is_flash, rounds_to)

@@ -3,14 +3,14 @@
     [pinned exact][segment 1]...[segment n][exact tail]      the cells of one sequence, in this order
 
 A cell is a slot of every head of every layer at once: a segment of n cells gives n slots to each head. llama.cpp has no
-place for biases. They are folded into the keys, or kept beside the cells and added to the scores as these are computed.
+place for biases, so they are folded into the keys.
 The cells of a segment stand in the order of their rank, so that cutting a segment drops its last cells.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -33,7 +33,6 @@ class CacheContent:
         num_tokens: logical length.
         segments: the compacted tokens.
         num_pinned_slots: cells of pinned tokens before the segments; 0 before the first compaction.
-        biases: for each layer (num_heads, base_cells) float32, if biases are kept beside the cells and there are any.
     """
 
     model: CellModel = field(repr=False)
@@ -41,7 +40,6 @@ class CacheContent:
     num_tokens: int = 0
     segments: tuple[Segment, ...] = ()
     num_pinned_slots: int = 0
-    biases: tuple[Tensor, ...] = ()
 
     @property
     def tail_start(self) -> int:
@@ -78,8 +76,7 @@ class CacheContent:
 
     @property
     def nbytes(self) -> int:
-        biases = sum(bias.nbytes for bias in self.biases)
-        return self.num_cells * self.model.cell_bytes + self.window_bytes + biases
+        return self.num_cells * self.model.cell_bytes + self.window_bytes
 
     @cached_property
     def cells(self) -> SequenceState:
@@ -88,7 +85,7 @@ class CacheContent:
 
     @property
     def layers(self) -> tuple[LayerState, ...]:
-        """The cache as tensors for saving, sliding windows last; biases are folded into the keys unless kept beside."""
+        """The cache as tensors for saving, sliding windows last; biases are folded into the keys."""
         if self.num_tokens == 0:
             nothing = TailState(None, None, 0, 0), SlidingState(None, None, 0)
             return (nothing[0],) * len(self.model.layers) + (nothing[1],) * len(self.model.windows)
@@ -115,8 +112,8 @@ class CellLayer:
         return self.shape.scaling
 
     @property
-    def query_rotations(self) -> Tensor | None:
-        return None if self.content.model.has_bias else self.shape.rotation.later
+    def query_rotations(self) -> Tensor:
+        return self.shape.rotation.later
 
     @property
     def shape(self) -> LayerShape:
@@ -152,11 +149,10 @@ class CellLayer:
         ranks = [PINNED_RANK] * content.num_pinned_slots
         for count in content.segment_cells:
             ranks += [cell_rank(index, content.model.num_heads) for index in range(count)]
-        biases = content.biases
         return Slots(
             key=key.reshape(-1, self.shape.head_dim),
             value=value.reshape(-1, self.shape.head_dim),
-            bias=biases[self.index].flatten() if biases else key.new_zeros(num_heads * num_slots),
+            bias=key.new_zeros(num_heads * num_slots),
             positions=positions.int().repeat(num_heads),
             ranks=torch.tensor(ranks, dtype=torch.int32).repeat(num_heads),
             cu_slots=tuple(index * num_slots for index in range(num_heads + 1)),
@@ -203,12 +199,6 @@ def packed(
     tail = range(tail_start(segments), num_tokens)
     placed = cells.at([*base_positions(segments, counts, num_pinned), *tail])
     return CacheContent(model, CellSequence(placed.pack()), num_tokens, segments, num_pinned)
-
-
-def with_biases(content: CacheContent, biases: tuple[Tensor, ...]) -> CacheContent:
-    """The same cells with biases beside them; llama.cpp does not have these cells yet."""
-    unscaled = [bias / layer.scaling for bias, layer in zip(biases, content.model.layers, strict=True)]
-    return replace(content, sequence=CellSequence(content.sequence.blob, unscaled), biases=biases)
 
 
 def heads_of(rows: Rows, slots: Slots) -> Tensor:

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from am_memory.engines.llama_cpp.capture import Capture, OnAttention
-from am_memory.engines.llama_cpp.library import captured_log, library, reason, type_name
+from am_memory.engines.llama_cpp.context import CELLS_STEP, Context
+from am_memory.engines.llama_cpp.library import library
 from am_memory.engines.llama_cpp.state import WHOLE, Blob, SequenceState
 from am_memory.errors import EngineFailed
 
 BATCH_TOKENS = 512
 LEAST_CELLS = 1024
-CELLS_STEP = 256
-NO_SLOT = 1
 
 
 class CellSequence:
@@ -32,13 +31,10 @@ class CellSequence:
     Attributes:
         blob: the cells as bytes; None while the context has newer cells, or while there are no cells.
         num_shared: logical tokens at the start that other caches share, so that nobody may overwrite them.
-        biases: for each layer (num_key_value_heads, num_cells) float32, for the first cells; they are added to the
-            products of queries and keys before these are scaled. () if there are none.
     """
 
-    def __init__(self, blob: Blob | None = None, biases: Sequence[Tensor] = ()) -> None:
+    def __init__(self, blob: Blob | None = None) -> None:
         self.blob = blob
-        self.biases = biases
         self.num_shared = 0
         self._writer: weakref.ref[object] | None = None
 
@@ -70,27 +66,19 @@ class Decoder:
 
     def __init__(self, source: Any, params: Any, num_layers: int) -> None:
         self._lib = library()
-        self._source = source
-        self._vocab_size = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(source.model))
         self.capture = Capture(num_layers)
-        self._params = params
-        params.n_batch = params.n_ubatch = BATCH_TOKENS
-        params.n_seq_max, params.swa_full, params.no_perf = 1, True, True
-        params.cb_eval = self.capture.pointer
-        self._batch = self._lib.llama_batch_init(BATCH_TOKENS, 0, 1)
-        self._context: Any = None
-        self._num_cells = 0
+        self._context = Context(source, params, self.capture.pointer, BATCH_TOKENS)
         self._live: weakref.ref[CellSequence] | None = None
 
-    def close(self) -> None:
-        """Free the memory; the decoder cannot be used afterwards."""
-        self._free_context()
-        if self._batch is not None:
-            self._lib.llama_batch_free(self._batch)
-        self._batch, self._live = None, None
+    @property
+    def vocab_size(self) -> int:
+        """The number of logits of a token."""
+        return self._context.vocab_size
 
-    def __del__(self) -> None:
-        self.close()
+    def close(self) -> None:
+        """Free llama.cpp's context, with the sequence in it; the next `read` makes another one."""
+        self._context.close()
+        self._live = None
 
     def read(
         self,
@@ -116,16 +104,16 @@ class Decoder:
         self._require_room(num_cells + len(token_ids))
         self._activate(sequence)
         sequence.blob = None
-        self._cut(position)
+        self._lib.llama_memory_seq_rm(self._context.memory, 0, position, -1)
         rows = []
         for start in range(0, len(token_ids), BATCH_TOKENS):
             chunk = token_ids[start : start + BATCH_TOKENS]
             first = max(len(token_ids) - num_logits - start, 0)  # first token of the chunk with logits
-            with self.capture.taking(on_attention, sequence.biases):
-                self._decode(chunk, position + start, first)
+            with self.capture.taking(on_attention):
+                self._decode(chunk, position + start, max(len(chunk) - first, 0))
             if first < len(chunk):
-                rows.append(self._logits(len(chunk) - first))
-        return torch.cat(rows) if rows else torch.empty(0, self._vocab_size)
+                rows.append(self._context.logits(len(chunk) - first))
+        return torch.cat(rows) if rows else torch.empty(0, self._context.vocab_size)
 
     def take(self, sequence: CellSequence, num_tokens: int) -> SequenceState:
         """Copy the cells of the first `num_tokens` tokens out of a sequence."""
@@ -135,7 +123,7 @@ class Decoder:
 
     def copy(self, sequence: CellSequence) -> CellSequence:
         """Make another sequence with the same cells."""
-        return CellSequence(self._blob(sequence), sequence.biases)
+        return CellSequence(self._blob(sequence))
 
     def _blob(self, sequence: CellSequence) -> Blob | None:
         """The cells of a sequence as bytes; None if nothing was read into it."""
@@ -158,79 +146,44 @@ class Decoder:
         if live is not None:
             self._blob(live)
         self._live = None
-        if self._context is not None:
-            self._lib.llama_memory_clear(self._memory, False)
+        if self._context.handle is not None:
+            self._context.clear()
 
     def _put_in(self, blob: Blob) -> None:
         pointer = blob.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        if self._lib.llama_state_seq_set_data(self._context, pointer, len(blob), 0) != len(blob):
-            self._lib.llama_memory_clear(self._memory, False)
+        if self._lib.llama_state_seq_set_data(self._context.handle, pointer, len(blob), 0) != len(blob):
+            self._context.clear()
             raise EngineFailed(
-                f"llama.cpp did not accept a state of {len(blob)} bytes in {self._num_cells} cells; nothing was changed"
+                f"llama.cpp did not accept a state of {len(blob)} bytes in {self._context.num_cells} cells; nothing "
+                "was changed"
             )
 
     def _write_out(self) -> Blob:
-        size = self._lib.llama_state_seq_get_size(self._context, WHOLE)
+        size = self._lib.llama_state_seq_get_size(self._context.handle, WHOLE)
         blob = np.empty(size, dtype=np.uint8)
         pointer = blob.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        if self._lib.llama_state_seq_get_data(self._context, pointer, size, WHOLE) != size:
+        if self._lib.llama_state_seq_get_data(self._context.handle, pointer, size, WHOLE) != size:
             raise EngineFailed(f"llama.cpp did not write a state of {size} bytes; nothing was changed")
         return blob
 
-    def _cut(self, position: int) -> None:
-        self._lib.llama_memory_seq_rm(self._memory, 0, position, -1)
-
-    @property
-    def _memory(self) -> Any:
-        return self._lib.llama_get_memory(self._context)
-
-    def _decode(self, token_ids: Sequence[int], position: int, first_logit: int) -> None:
-        batch = self._batch
-        batch.n_tokens = len(token_ids)
-        for index, token_id in enumerate(token_ids):
-            batch.token[index], batch.pos[index] = token_id, position + index
-            batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
-            batch.logits[index] = index >= first_logit
-        status = self._lib.llama_decode(self._context, batch)
+    def _decode(self, token_ids: Sequence[int], position: int, num_logits: int) -> None:
+        status = self._context.decode(token_ids, position, num_logits)
         if status != 0 and self.capture.error is None:
             raise EngineFailed(
                 f"llama.cpp could not read {len(token_ids)} tokens at position {position} (status {status}) with "
-                f"{self._num_cells} cells; nothing was changed"
+                f"{self._context.num_cells} cells; nothing was changed"
             )
-
-    def _logits(self, num_rows: int) -> Tensor:
-        pointer = self._lib.llama_get_logits(self._context)
-        rows = np.ctypeslib.as_array(pointer, shape=(num_rows, self._vocab_size))
-        return torch.from_numpy(rows.copy())
 
     def _require_room(self, num_cells: int) -> None:
         """Grow the context to at least `num_cells` cells."""
-        if num_cells <= self._num_cells:
-            return
-        old = self._num_cells
-        self._park()
-        self._free_context()
-        with captured_log() as lines:
-            for wanted in _sizes(num_cells, old):
-                self._params.n_ctx = wanted
-                self._context = self._lib.llama_init_from_model(self._source.model, self._params)
-                if self._context is not None:
-                    self._num_cells = self._lib.llama_n_ctx(self._context)
-                    return
-        raise EngineFailed(
-            f"llama.cpp cannot make a context of {num_cells} cells of {self.kv_types}: {reason(lines)}; nothing was "
-            "changed. If memory is short, lower trigger_tokens; not every model takes every type of keys and values"
-        )
+        if num_cells > self._context.num_cells:
+            self._park()
+            self._context.open(_sizes(num_cells, self._context.num_cells))
 
     @property
     def kv_types(self) -> str:
         """The types of stored keys and values, such as "f16/f16"."""
-        return "/".join(type_name(kind) for kind in (self._params.type_k, self._params.type_v))
-
-    def _free_context(self) -> None:
-        if self._context is not None:
-            self._lib.llama_free(self._context)
-        self._context, self._num_cells = None, 0
+        return self._context.kv_types
 
 
 def _sizes(num_cells: int, old: int) -> Iterator[int]:

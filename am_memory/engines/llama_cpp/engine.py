@@ -8,65 +8,66 @@ import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from llguidance import LLTokenizer
 from torch import Tensor
 
-from am_memory.engines.base import Capabilities, ControlTokens, Message, ModelInfo, OnQuery, SessionCache, Tool
+from am_memory.engines.base import ControlTokens, Message, ModelInfo, OnQuery, SessionCache, Tool
 from am_memory.engines.fingerprints import file_fingerprint, template_fingerprint
 from am_memory.engines.gguf_header import BadHeader, read_header, require_vocabulary
 from am_memory.engines.llama_cpp import support
-from am_memory.engines.llama_cpp.cache import CellCache
-from am_memory.engines.llama_cpp.capture import Attention
 from am_memory.engines.llama_cpp.decoder import Decoder
-from am_memory.engines.llama_cpp.library import TORCH_TYPES, captured_log, ggml_type, library, reason
-from am_memory.engines.llama_cpp.self_test import tested_model
+from am_memory.engines.llama_cpp.library import TORCH_TYPES, captured_log, ggml_type, library, reason, type_name
+from am_memory.engines.llama_cpp.ragged import RaggedReader
+from am_memory.engines.llama_cpp.self_test import require_ragged, tested_model
+from am_memory.engines.llama_cpp.shared import SharedReader
 from am_memory.engines.llama_cpp.vocabulary import Vocabulary
 from am_memory.engines.model_files import gguf_path
 from am_memory.engines.templates import control_tokens, template_errors
 from am_memory.errors import InvalidInput, ModelNotFound, UnsupportedModel
 
+Heads = Literal["ragged", "shared"]
+"""Whether the KV heads of a layer differ in their slots, or share every cell."""
+
 
 class LlamaCppEngine:
-    """Runs a GGUF model with the stock llama-cpp-python; all heads of a layer have the same cells.
+    """Runs a GGUF model with the stock llama-cpp-python.
 
     Args:
         model: a .gguf file, "demo", or a `llama_cpp.Llama` with any parameters. The weights and settings of a `Llama`
-            are used, but not its context: the engine makes a context of its own, which grows as needed.
-        kv_type: type of the stored keys and values: "f16", "f32", "bf16" or "q8_0". None: the type of the `Llama`,
-            else f16.
+            are used, but not its context: the engine makes contexts of its own.
+        heads: "ragged": each KV head has slots of its own, with biases, as on the transformers engine. This project
+            keeps keys and values in host memory and computes attention on the CPU; llama.cpp computes the rest.
+            "shared": all heads of all layers share the cells of llama.cpp, which computes attention too; biases are
+            folded into keys. A memory recalls much less so.
+        kv_type: type of the stored keys and values: "f16", "f32" or "bf16", or "q8_0" with shared heads. None: the
+            type of the `Llama`, else f16.
         num_gpu_layers: layers to offload to a GPU; -1 offloads all, if llama.cpp was built for a GPU.
         num_threads: None takes as many as torch uses.
-        flash_attention: None uses it where llama.cpp supports it.
-        exact_bias: store the biases of compact cells beside the cells and add them to the scores, instead of folding
-            them into the keys. It is slower, and excludes flash attention.
+        flash_attention: for shared heads; None uses it where llama.cpp supports it.
 
     Raises:
-        InvalidInput: exact_bias together with flash attention, or a `Llama` that cannot be used.
+        InvalidInput: ragged heads with q8_0 or without flash attention, or a `Llama` that cannot be used.
         ModelNotFound: the file does not exist, or llama.cpp cannot read it.
         UnsupportedModel: llama-cpp-python is not the pinned version, or the model's cache cannot be compacted.
     """
 
     chunk_tokens = 512
-    capabilities = Capabilities(can_rotate_keys=True)
 
     def __init__(
         self,
         model: Any,
         *,
+        heads: Heads = "ragged",
         kv_type: str | None = None,
         num_gpu_layers: int = -1,
         num_threads: int | None = None,
         flash_attention: bool | None = None,
-        exact_bias: bool = False,
     ) -> None:
-        if exact_bias and flash_attention:
-            raise InvalidInput(
-                "exact_bias adds biases to the scores, and flash attention does not keep scores in memory: leave out "
-                "one of the two; without exact_bias the biases are folded into the keys"
-            )
+        if heads not in get_args(Heads):
+            raise InvalidInput(f"heads {heads!r} is none of {', '.join(get_args(Heads))}: give one of them")
         lib = library()
         self._lib = lib
         if isinstance(model, str | os.PathLike):
@@ -78,16 +79,24 @@ class LlamaCppEngine:
             params = self._source.params()
         if kv_type is not None:
             params.type_k = params.type_v = ggml_type(kv_type)
-        if flash_attention is not None or exact_bias:
-            params.flash_attn_type = int(bool(flash_attention))
+        if flash_attention is not None:
+            params.flash_attn_type = int(flash_attention)
+        if heads == "ragged":
+            _set_for_ragged_heads(params, flash_attention)
         params.n_threads = params.n_threads_batch = num_threads or torch.get_num_threads()
         handle = self._source.model
         support.require_supported(handle)
         self.vocabulary = Vocabulary(handle)
         num_layers = lib.llama_model_n_layer(handle)
-        self._decoder = Decoder(self._source, params, num_layers)
-        self._model = tested_model(self._decoder, handle, len(self.vocabulary), num_layers, has_bias=exact_bias)
-        self.info = self._model_info(handle, self._source.path)
+        decoder = Decoder(self._source, params, num_layers)
+        cell_model = tested_model(decoder, handle, num_layers)
+        self._kv_types = decoder.kv_types
+        self._reader: RaggedReader | SharedReader = SharedReader(cell_model)
+        if heads == "ragged":
+            self._reader = RaggedReader(self._source, params, cell_model)
+            require_ragged(self._reader, cell_model)
+        self.capabilities = self._reader.capabilities
+        self.info = self._model_info(handle, self._source.path, heads)
 
     @classmethod
     def from_pretrained(
@@ -110,9 +119,9 @@ class LlamaCppEngine:
         kv_type = None if dtype is None else kinds[dtype]
         return cls(model, kv_type=kv_type, num_gpu_layers=0 if device == "cpu" else -1)
 
-    def _model_info(self, handle: Any, path: Path) -> ModelInfo:
-        bias = " exact bias" if self._model.has_bias else ""
-        digest = hashlib.sha256(f"llama.cpp {file_fingerprint(path)} {self._decoder.kv_types}{bias}".encode())
+    def _model_info(self, handle: Any, path: Path, heads: Heads) -> ModelInfo:
+        ragged = " ragged" if heads == "ragged" else ""
+        digest = hashlib.sha256(f"llama.cpp {file_fingerprint(path)} {self._kv_types}{ragged}".encode())
         return ModelInfo(
             name=path.stem,
             fingerprint=digest.hexdigest()[:16],
@@ -125,28 +134,15 @@ class LlamaCppEngine:
         )
 
     def __repr__(self) -> str:
-        return f"<LlamaCppEngine: {self.info}, keys and values in {self._decoder.kv_types}>"
+        return f"<LlamaCppEngine: {self.info}, keys and values in {self._kv_types}>"
 
-    def new_cache(self) -> CellCache:
-        return CellCache(self._model)
+    def new_cache(self) -> SessionCache:
+        return self._reader.new_cache()
 
     def forward(
         self, cache: SessionCache, token_ids: Sequence[int], *, num_logits: int = 0, on_query: OnQuery | None = None
     ) -> Tensor:
-        if not isinstance(cache, CellCache):
-            raise InvalidInput(f"a {type(cache).__name__} is another engine's cache: make one with new_cache()")
-        if on_query is None:
-            return cache.read(token_ids, num_logits, None)
-        passes: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self._model.layers]
-
-        def take(layer: int, attention: Attention) -> None:
-            passes[layer].append((attention.grouped_query, attention.log_mass()))
-
-        logits = cache.read(token_ids, num_logits, take)
-        for layer, parts in enumerate(passes):
-            query, log_mass = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
-            on_query(layer, query, log_mass)
-        return logits
+        return self._reader.read(cache, token_ids, num_logits, on_query)
 
     def encode(self, text: str, *, add_special: bool = False, as_text: bool = False) -> list[int]:
         return self.vocabulary.encode(text, add_special=add_special, as_text=as_text)
@@ -176,6 +172,27 @@ class LlamaCppEngine:
 
     def token_texts(self) -> dict[str, int]:
         return self.vocabulary.token_texts()
+
+
+def _set_for_ragged_heads(params: Any, flash_attention: bool | None) -> None:
+    """Set the parameters of a context whose attention is computed by this project.
+
+    Raises:
+        InvalidInput: they cannot be so.
+    """
+    if flash_attention is False:
+        raise InvalidInput(
+            "heads 'ragged' takes the place of llama.cpp's flash attention, which flash_attention=False leaves out: "
+            "leave it at None, or use heads='shared'"
+        )
+    kinds = {type_name(kind) for kind in (params.type_k, params.type_v)}
+    if strange := kinds - {name.lower() for name in TORCH_TYPES}:
+        raise InvalidInput(
+            f"heads 'ragged' does not keep keys and values in {', '.join(sorted(strange))}: use kv_type 'f16' with the "
+            "policy's segment_dtype 'int8', or heads='shared'"
+        )
+    params.flash_attn_type = 1
+    params.offload_kqv = False  # attention is computed in host memory
 
 
 def _require_readable(path: Path) -> None:

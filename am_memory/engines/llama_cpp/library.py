@@ -160,6 +160,11 @@ def ggml_type(kind: str) -> int:
     return int(GGMLQuantizationType[kind.upper()])
 
 
+def ggml_type_of(dtype: torch.dtype) -> int:
+    """The number that ggml gives to a type of torch."""
+    return next(ggml_type(name) for name, kind in TORCH_TYPES.items() if kind == dtype)
+
+
 def type_name(number: int) -> str:
     """The name of a type by ggml's number; the inverse of `ggml_type`."""
     return GGMLQuantizationType(number).name.lower()

@@ -9,17 +9,20 @@ from am_memory.engines.llama_cpp.rotation import MeasuredRotation
 from am_memory.engines.llama_cpp.state import SequenceState
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerShape:
     """The shape of one layer's cells.
 
     Attributes:
+        num_heads: KV heads.
+        num_attention_heads: query heads.
         scaling: factor of the scores before the softmax.
         cell_bytes: bytes of the keys and values of one cell.
         rotation: the RoPE of its queries and keys.
     """
 
     num_heads: int
+    num_attention_heads: int
     head_dim: int
     scaling: float
     cell_bytes: int
@@ -33,16 +36,16 @@ class CellModel:
     Attributes:
         decoder: reads tokens.
         layers: the compactable layers.
+        in_order: all layers, in the order in which they are computed.
         template: a state of one cell, which shows the layout of this model's states.
-        has_bias: biases are kept beside the cells, not folded into the keys.
         windows: the layers with a sliding window, which are not compacted.
         window_tokens: the size of that window.
     """
 
     decoder: Decoder
     layers: tuple[LayerShape, ...]
+    in_order: tuple[LayerShape, ...]
     template: SequenceState
-    has_bias: bool = False
     windows: tuple[LayerShape, ...] = ()
     window_tokens: int = 0
 

@@ -20,6 +20,7 @@ from am_memory.engines.llama_cpp.decoder import CellSequence, Decoder
 from am_memory.engines.llama_cpp.library import library
 from am_memory.engines.llama_cpp.support import meta
 from am_memory.errors import UnsupportedModel
+from am_memory.kv_cache.rotation import Rotation
 
 LADDER = tuple(2**exponent for exponent in range(13))
 """Distances at which rotations are measured; all others are products of these."""
@@ -35,9 +36,24 @@ class MeasuredRotation:
 
     Attributes:
         steps: (len(LADDER), head_dim, head_dim) float32: the rotation to each distance, to be multiplied from the left.
+        first, second: (num_pairs,) int64, the two elements of each pair that rotates, unless keys are quantised.
     """
 
     steps: Tensor
+    first: Tensor
+    second: Tensor
+
+    @property
+    def pairs(self) -> Rotation:
+        """The same RoPE by the speed of each pair; not for quantised keys."""
+        angles = torch.atan2(self.steps[:, self.second, self.first], self.steps[:, self.first, self.first]).double()
+        speeds = angles[0]
+        for distance, angle in zip(
+            LADDER[1:], angles[1:], strict=True
+        ):  # each distance says more of the speed's digits
+            turns = ((speeds * distance - angle) / (2 * torch.pi)).round()
+            speeds = (angle + 2 * torch.pi * turns) / distance
+        return Rotation(self.first, self.second, speeds)
 
     def by(self, distance: int) -> Tensor:
         """The rotation of a query or key to `distance` positions later, (head_dim, head_dim) float32."""
@@ -93,7 +109,7 @@ def measured_rotations(decoder: Decoder, model: Any, token_id: int) -> list[Meas
             error, steps = _steps(base, rotated, pairs, basis)
             errors.append(error)
             if error <= QUERY_TOLERANCE:
-                rotations.append(MeasuredRotation(steps))
+                rotations.append(MeasuredRotation(steps, *pairs))
                 break
         else:
             raise UnsupportedModel(

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from am_memory.engines.llama_cpp.cells import CacheContent, heads_of, num_cells, packed, with_biases
+from am_memory.engines.llama_cpp.cells import CacheContent, heads_of, num_cells, packed
 from am_memory.engines.llama_cpp.decoder import CellSequence
 from am_memory.engines.llama_cpp.model import CellModel
 from am_memory.engines.llama_cpp.state import Column, SequenceState
@@ -60,8 +60,4 @@ def from_tensors(model: CellModel, saved: Snapshot) -> CacheContent:
     num_tokens = layers[0].start + layers[0].length
     cells = SequenceState(model.template.positions, tuple(keys), tuple(values), model.template.is_transposed)
     cells = replace(cells, window=_window_cells(model, saved, num_tokens))
-    content = packed(model, cells, segments, counts, num_pinned, num_tokens)
-    if not (model.has_bias and segments):
-        return content
-    biases = (layer.slots.bias.view(layer.slots.num_heads, -1) for layer in layers if layer.slots is not None)
-    return with_biases(content, tuple(bias.float() for bias in biases))
+    return packed(model, cells, segments, counts, num_pinned, num_tokens)

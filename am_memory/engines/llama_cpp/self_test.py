@@ -5,12 +5,10 @@
 - The keys of the state are those of the graph.
 - Queries change with their position by a rotation.
 - A state without one of its cells can be restored, and tokens can be read behind it.
-- A bias that removes all weight from a cell acts like leaving the cell out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,36 +20,33 @@ from am_memory.engines.llama_cpp.capture import Attention
 from am_memory.engines.llama_cpp.decoder import CellSequence, Decoder
 from am_memory.engines.llama_cpp.library import VERSION, library
 from am_memory.engines.llama_cpp.model import CellModel, LayerShape
+from am_memory.engines.llama_cpp.ragged import RaggedReader
 from am_memory.engines.llama_cpp.rotation import MeasuredRotation, measured_rotations
 from am_memory.engines.llama_cpp.state import Column, SequenceState
 from am_memory.errors import UnsupportedModel
+from am_memory.kv_cache.cache import CacheState, KVCache
+from am_memory.kv_cache.slots import Segment, Slots
 
 NUM_TOKENS = 8
 LEFT_OUT = 3
 TEST_TOLERANCE = 2e-2
 """Largest RMS error of attention outputs and logits, relative to their RMS; everything is in 16 bits or less."""
+LOGITS_TOLERANCE = 0.15
+"""The same for logits behind another attention: between layers llama.cpp rounds to 8 bits, which makes more of it."""
 HEAVY = -1e4
 """A bias that no score outweighs."""
 
 
-def tested_model(
-    decoder: Decoder,
-    model: Any,
-    vocab_size: int,
-    num_layers: int,
-    *,
-    has_bias: bool = False,
-) -> CellModel:
+def tested_model(decoder: Decoder, model: Any, num_layers: int) -> CellModel:
     """Run the tests; returns what caches need to know about the model.
 
     Args:
         model: the model of llama.cpp.
-        has_bias: biases are kept beside the cells.
 
     Raises:
         UnsupportedModel: a test failed.
     """
-    token_ids = [index * vocab_size // (NUM_TOKENS + 1) for index in range(1, NUM_TOKENS + 1)]
+    token_ids = _token_ids(decoder.vocab_size)
     captured: list[Attention] = []
     outputs: list[tuple[Tensor, Tensor]] = []
 
@@ -72,6 +67,7 @@ def tested_model(
     )
     _require(len(state.keys) > 0, "it has only layers with a sliding window: its cache is bounded already")
     rotations = measured_rotations(decoder, model, token_ids[0])
+    in_order: list[LayerShape] = []
     shapes: list[LayerShape] = []
     windows: list[LayerShape] = []
     taken = []
@@ -80,17 +76,70 @@ def tested_model(
         _require(error < TEST_TOLERANCE, f"layer {number}: attention from queries and keys is off by {error:.2g}")
         if len(shapes) < len(state.keys) and _is_key(state.keys[len(shapes)], attention):
             shapes.append(_shape(attention, state, len(shapes), rotations[number]))
+            in_order.append(shapes[-1])
             taken.append(number)
         else:
             is_window = state.window is not None and _is_key(state.window.keys[len(windows)], attention)
             _require(is_window, f"layer {number}: the state's keys are not the graph's {tuple(attention.key.shape)}")
             assert state.window is not None
             windows.append(_shape(attention, state.window, len(windows), rotations[number]))
+            in_order.append(windows[-1])
     decoder.capture.layers = taken
-    biases = [torch.zeros(shape.num_heads, LEFT_OUT + 1) for shape in shapes] if has_bias else []
-    _require_write(decoder, state, token_ids[-1], biases)
+    _require_write(decoder, state, token_ids[-1])
     window_tokens = library().llama_model_n_swa(model) if windows else 0
-    return CellModel(decoder, tuple(shapes), state.before(1), has_bias, tuple(windows), window_tokens)
+    return CellModel(decoder, tuple(shapes), tuple(in_order), state.before(1), tuple(windows), window_tokens)
+
+
+def require_ragged(reader: RaggedReader, model: CellModel) -> None:
+    """Test attention over slots that differ by head, with biases.
+
+    - Attention over a batch, and over slots and a token, is what llama.cpp's kernel gives.
+    - Slots without a token, or with a bias that removes all its weight, act like leaving its cell out.
+
+    Args:
+        model: the tested model.
+
+    Raises:
+        UnsupportedModel: a test failed.
+    """
+    token_ids = _token_ids(model.decoder.vocab_size)
+
+    def compare(output: Tensor, expected: Tensor) -> None:
+        error = _relative_rms(output, expected)
+        _require(error < TEST_TOLERANCE, f"attention over slots of each head is off by {error:.2g}")
+
+    with reader.compared(compare):
+        cache = reader.new_cache()
+        whole = reader.read(cache, token_ids, NUM_TOKENS, None)
+        sequence = CellSequence()
+        expected = model.decoder.read(sequence, token_ids, 0, 0, NUM_TOKENS, None)
+        state = model.decoder.take(sequence, NUM_TOKENS)
+        _require(_relative_rms(whole, expected) < LOGITS_TOLERANCE, "logits are not those of llama.cpp's own attention")
+        restored = cache.state()
+        for compared, cells in ((restored, state), (_without(cache), _fewer(state))):
+            cache.restore(compared)
+            actual = reader.read(cache, token_ids[-1:], 1, None)
+            logits = model.decoder.read(CellSequence(cells.pack()), token_ids[-1:], NUM_TOKENS, NUM_TOKENS, 1, None)
+            error = _relative_rms(actual, logits)
+            _require(error < LOGITS_TOLERANCE, f"logits after slots of each head are off by {error:.2g}")
+    model.decoder.close()
+
+
+def _without(cache: KVCache) -> CacheState:
+    """All but the last tokens as slots: in the first head a bias hides one token, which the other heads do not have."""
+    new_slots = []
+    for layer in cache.compactable:
+        slots = Slots.recalled(*layer.exact_entries(0, NUM_TOKENS - 2), start=0)
+        hidden = slots.positions == LEFT_OUT
+        bias = slots.bias.masked_fill(hidden, HEAVY)
+        hidden[: slots.cu_slots[1]] = False
+        new_slots.append(replace(slots, bias=bias).where(~hidden))
+    return cache.compacted([Segment(0, NUM_TOKENS - 2, new_slots[0].num_slots)], new_slots, 0)
+
+
+def _token_ids(vocab_size: int) -> list[int]:
+    """Tokens from all over the vocabulary."""
+    return [index * vocab_size // (NUM_TOKENS + 1) for index in range(1, NUM_TOKENS + 1)]
 
 
 def _is_key(key: Column, attention: Attention) -> bool:
@@ -104,27 +153,28 @@ def _shape(attention: Attention, state: SequenceState, index: int, rotation: Mea
     key, value = state.keys[index], state.values[index]
     width = value.tensor(num_heads).shape[-1]
     _require(width == head_dim, f"layer {index}: keys have {head_dim} numbers a head, values {width}")
-    return LayerShape(num_heads, head_dim, attention.scaling, key.rows.shape[1] + value.rows.shape[1], rotation)
+    cell_bytes = key.rows.shape[1] + value.rows.shape[1]
+    return LayerShape(num_heads, len(attention.query), head_dim, attention.scaling, cell_bytes, rotation)
 
 
-def _require_write(decoder: Decoder, state: SequenceState, token_id: int, biases: Sequence[Tensor]) -> None:
+def _require_write(decoder: Decoder, state: SequenceState, token_id: int) -> None:
     """Restore states with all cells, and with one less at other positions, and read a token behind each."""
 
-    def logits(cells: SequenceState, biases: Sequence[Tensor] = ()) -> Tensor:
-        return decoder.read(CellSequence(cells.pack(), biases), [token_id], NUM_TOKENS, NUM_TOKENS, 1, None)
+    def logits(cells: SequenceState) -> Tensor:
+        return decoder.read(CellSequence(cells.pack()), [token_id], NUM_TOKENS, NUM_TOKENS, 1, None)
 
-    kept = SequenceState.join([state.take(slice(0, LEFT_OUT)), state.take(slice(LEFT_OUT + 1, None))])
-    fewer = replace(kept, window=state.window)
+    fewer = _fewer(state)
     moved = fewer.at([*range(NUM_TOKENS - 2), NUM_TOKENS - 1])
     whole, first, second = logits(state), logits(fewer), logits(moved)
     error = _relative_rms(second, first)
     _require(error < TEST_TOLERANCE, f"logits depend on where cells are said to stand (off by {error:.2g})")
     _require(not torch.equal(whole, first), "a cell that was left out is still there")
-    for bias in biases:
-        bias[:, LEFT_OUT] = HEAVY
-    if biases:
-        error = _relative_rms(logits(state, biases), first)
-        _require(error < TEST_TOLERANCE, f"biases are not added to the scores (off by {error:.2g})")
+
+
+def _fewer(state: SequenceState) -> SequenceState:
+    """The cells without one."""
+    kept = SequenceState.join([state.take(slice(0, LEFT_OUT)), state.take(slice(LEFT_OUT + 1, None))])
+    return replace(kept, window=state.window)
 
 
 def _relative_rms(actual: Tensor, expected: Tensor) -> float:

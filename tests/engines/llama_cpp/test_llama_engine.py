@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from am_memory import Memory, MemoryPolicy
 from am_memory.engines.llama_cpp import LlamaCppEngine
+from am_memory.engines.llama_cpp.cache import CellCache
 from am_memory.engines.llama_cpp.library import library
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import EngineFailed, InvalidInput, ModelNotFound, UnsupportedModel
@@ -29,12 +30,21 @@ def test_logits_are_those_of_transformers(llama: LlamaCppEngine, stock_model: Pr
 
 
 @pytest.mark.parametrize(
-    ("kv_type", "flash_attention"), [("f32", True), ("f16", False), ("f16", True), ("bf16", False), ("bf16", True)]
+    ("kv_type", "settings"),
+    [
+        ("f16", {}),
+        ("bf16", {}),
+        ("f32", {"heads": "shared", "flash_attention": True}),
+        ("f16", {"heads": "shared", "flash_attention": False}),
+        ("f16", {"heads": "shared", "flash_attention": True}),
+        ("bf16", {"heads": "shared", "flash_attention": False}),
+        ("bf16", {"heads": "shared", "flash_attention": True}),
+    ],
 )
 def test_logits_are_those_of_transformers_to_rounding(
-    tiny_gguf: Path, stock_model: PreTrainedModel, kv_type: str, flash_attention: bool
+    tiny_gguf: Path, stock_model: PreTrainedModel, kv_type: str, settings: dict[str, object]
 ) -> None:
-    engine = LlamaCppEngine(tiny_gguf, kv_type=kv_type, flash_attention=flash_attention)
+    engine = LlamaCppEngine(tiny_gguf, kv_type=kv_type, **settings)
     expected = stock_model(torch.tensor([TOKENS])).logits[0]
     assert (logits_of(engine) - expected).square().mean().sqrt() < 1e-2 * expected.std()
 
@@ -62,12 +72,19 @@ def test_more_than_a_batch_is_read_in_one_call(llama: LlamaCppEngine) -> None:
     torch.testing.assert_close(logits, logits_of(llama, token_ids)[-200:], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("flash_attention", [False, True])
+@pytest.mark.parametrize(
+    ("settings", "tolerance"),
+    [
+        ({}, 1e-4),
+        ({"heads": "shared", "flash_attention": False}, 1e-4),
+        ({"heads": "shared", "flash_attention": True}, 2e-2),
+    ],
+)
 def test_queries_and_mass_are_those_of_transformers(
-    engine: TransformersEngine, tiny_gguf: Path, flash_attention: bool
+    engine: TransformersEngine, tiny_gguf: Path, settings: dict[str, object], tolerance: float
 ) -> None:
     """llama.cpp rotates other pairs of numbers, so that queries can be compared by their scores alone."""
-    ours = LlamaCppEngine(tiny_gguf, kv_type="f32", flash_attention=flash_attention)
+    ours = LlamaCppEngine(tiny_gguf, kv_type="f32", **settings)
     scores: list[list[Tensor]] = [[], []]
     masses: list[list[Tensor]] = [[], []]
     for number, each in enumerate((engine, ours)):
@@ -85,7 +102,6 @@ def test_queries_and_mass_are_those_of_transformers(
         for layer, query in zip(cache.compactable, queries, strict=True):
             key, _ = layer.exact_entries(0, len(TOKENS))
             scores[number].append(query @ key.float().mT[:, None] * layer.scaling)
-    tolerance = 2e-2 if flash_attention else 1e-4
     torch.testing.assert_close(scores[1], scores[0], atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(masses[1], masses[0], atol=tolerance, rtol=tolerance)
 
@@ -98,13 +114,8 @@ def test_what_a_listener_raises_comes_out_and_the_cache_goes_on(llama: LlamaCppE
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    from am_memory.engines.llama_cpp import engine as module
-
-    broken = pytest.MonkeyPatch()
-    broken.setattr(module.Attention, "log_mass", stop)
     with pytest.raises(KeyboardInterrupt):
-        llama.forward(cache, TOKENS[20:], on_query=lambda *_: None)
-    broken.undo()
+        llama.forward(cache, TOKENS[20:], on_query=stop)
     assert cache.num_tokens == 20
     rest = llama.forward(cache, TOKENS[20:], num_logits=len(TOKENS) - 20)
     torch.testing.assert_close(rest, logits_of(llama)[20:], atol=1e-4, rtol=1e-4)
@@ -144,8 +155,18 @@ def test_the_model_is_described(llama: LlamaCppEngine, engine: TransformersEngin
 
 
 def test_other_types_of_keys_have_other_fingerprints(llama: LlamaCppEngine, tiny_gguf: Path) -> None:
-    again, other = (LlamaCppEngine(tiny_gguf, kv_type=kv_type, flash_attention=False) for kv_type in ("f32", "f16"))
+    again, other = (LlamaCppEngine(tiny_gguf, kv_type=kv_type) for kv_type in ("f32", "f16"))
     assert again.info.fingerprint == llama.info.fingerprint != other.info.fingerprint
+
+
+def test_caches_of_ragged_and_shared_heads_are_not_exchanged(
+    llama: LlamaCppEngine, shared_llama: LlamaCppEngine
+) -> None:
+    assert llama.info.fingerprint != shared_llama.info.fingerprint
+    with pytest.raises(InvalidInput, match="RaggedCache is another engine's cache"):
+        shared_llama.forward(llama.new_cache(), TOKENS)
+    with pytest.raises(InvalidInput, match="CellCache is another engine's cache"):
+        llama.forward(shared_llama.new_cache(), TOKENS)
 
 
 def test_a_llama_of_the_user_is_taken_with_its_settings(tiny_gguf: Path, llama: LlamaCppEngine) -> None:
@@ -183,13 +204,22 @@ def test_an_unknown_type_of_keys_is_refused(tiny_gguf: Path) -> None:
 
 def test_a_type_that_the_model_cannot_have_is_refused_by_llama_cpp(tiny_gguf: Path) -> None:
     with pytest.raises(EngineFailed, match="block size 32 does not divide"):
+        LlamaCppEngine(tiny_gguf, kv_type="q8_0", heads="shared")
+
+
+def test_what_ragged_heads_cannot_have_is_refused(tiny_gguf: Path) -> None:
+    with pytest.raises(InvalidInput, match="does not keep keys and values in q8_0: use kv_type 'f16'"):
         LlamaCppEngine(tiny_gguf, kv_type="q8_0")
+    with pytest.raises(InvalidInput, match="takes the place of llama.cpp's flash attention"):
+        LlamaCppEngine(tiny_gguf, flash_attention=False)
+    with pytest.raises(InvalidInput, match="heads 'folded' is none of ragged, shared"):
+        LlamaCppEngine(tiny_gguf, heads="folded")
 
 
 def test_another_engines_cache_is_refused(llama: LlamaCppEngine, engine: TransformersEngine) -> None:
     with pytest.raises(InvalidInput, match="KVCache is another engine's cache"):
         llama.forward(engine.new_cache(), TOKENS)
-    with pytest.raises(InvalidInput, match="CellCache is another engine's cache"):
+    with pytest.raises(InvalidInput, match="RaggedCache is another engine's cache"):
         engine.forward(llama.new_cache(), TOKENS)
 
 
@@ -206,7 +236,7 @@ def test_quantised_keys_and_values_are_compacted(
     )  # fmt: skip
     path = write_gguf(tmp_path / "wide.gguf", LlamaForCausalLM(config).eval(), byte_tokenizer)
     policy = MemoryPolicy(trigger_tokens=400, keep_ratio=1.0, pinned=4, max_compact_tokens=150)
-    session = Memory(LlamaCppEngine(path, kv_type="q8_0"), policy).session()
+    session = Memory(LlamaCppEngine(path, kv_type="q8_0", heads="shared"), policy).session()
     session.append(TOKENS * 3)
     before = session.logits(TOKENS)
     session.compact(0.5)
@@ -236,14 +266,15 @@ def test_keys_of_another_dtype_are_refused(tiny_gguf: Path) -> None:
 
 def test_a_session_outlives_its_engine(tiny_gguf: Path, llama: LlamaCppEngine) -> None:
     """Its cells are of no use without the weights: whoever has a cache has the model."""
-    engine = LlamaCppEngine(tiny_gguf, kv_type="f32", flash_attention=False)
+    engine = LlamaCppEngine(tiny_gguf, kv_type="f32", flash_attention=False, heads="shared")
     cache = engine.new_cache()
     engine.forward(cache, TOKENS[:20])
     del engine
+    assert isinstance(cache, CellCache)
     logits = cache.read(TOKENS[20:], len(TOKENS) - 20, None)
     torch.testing.assert_close(logits, logits_of(llama)[20:], atol=1e-4, rtol=1e-4)
 
 
 def test_engine_and_cache_say_what_they_are_in_one_line(llama: LlamaCppEngine) -> None:
     assert repr(llama) == "<LlamaCppEngine: tiny on cpu, context window of 4,096 tokens, keys and values in f32/f32>"
-    assert repr(llama.new_cache()) == "<CellCache: 0 tokens in 0 slots, 0.0 MiB, 0 segments>"
+    assert repr(llama.new_cache()) == "<RaggedCache: 0 tokens in 0 slots, 0.0 MiB, 0 segments>"

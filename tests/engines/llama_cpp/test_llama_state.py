@@ -40,7 +40,7 @@ def test_what_is_packed_is_read_again(kind: str, num_cells: int, is_transposed: 
 @pytest.mark.parametrize("flash_attention", [False, True])
 def test_a_state_of_llama_cpp_is_rebuilt_byte_by_byte(tiny_gguf: Path, flash_attention: bool) -> None:
     """Without flash attention the values are written transposed."""
-    engine = LlamaCppEngine(tiny_gguf, flash_attention=flash_attention)
+    engine = LlamaCppEngine(tiny_gguf, flash_attention=flash_attention, heads="shared")
     cache = engine.new_cache()
     engine.forward(cache, list(range(40, 100)))
     cells = cache.state().cells
@@ -114,6 +114,6 @@ def test_a_third_cache_is_refused() -> None:
         SequenceState.parse(np.concatenate([blob, blob[8:], blob[8:]]))
 
 
-def test_an_empty_cache_has_no_cells(llama: LlamaCppEngine) -> None:
-    cache: CellCache = llama.new_cache()
+def test_an_empty_cache_has_no_cells(shared_llama: LlamaCppEngine) -> None:
+    cache: CellCache = shared_llama.new_cache()
     assert (cache.num_tokens, cache.kv_tokens, cache.nbytes) == (0, 0, 0)

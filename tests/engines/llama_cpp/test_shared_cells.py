@@ -30,8 +30,8 @@ NewSession = Callable[..., Session]
 
 
 @pytest.fixture
-def memory(llama: LlamaCppEngine, tmp_path: Path) -> Memory:
-    return Memory(llama, POLICY, store=tmp_path)
+def memory(shared_llama: LlamaCppEngine, tmp_path: Path) -> Memory:
+    return Memory(shared_llama, POLICY, store=tmp_path)
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_every_head_has_a_slot_in_every_cell(new_session: NewSession) -> None:
         assert not layer.slots.bias.any()
 
 
-def test_the_cache_takes_the_cells_that_it_says(new_session: NewSession, llama: LlamaCppEngine) -> None:
+def test_the_cache_takes_the_cells_that_it_says(new_session: NewSession, shared_llama: LlamaCppEngine) -> None:
     session = new_session()
     before = session.stats
     session.compact(0.5)
@@ -183,12 +183,12 @@ def test_self_study_compacts_and_a_rebuild_gives_the_same(new_session: NewSessio
 
 
 def test_heads_without_a_constant_direction_are_reported(
-    llama: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch
+    shared_llama: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from am_memory.solver import fold
 
     heard: list[Event] = []
-    memory = Memory(llama, POLICY, on_event=heard.append)
+    memory = Memory(shared_llama, POLICY, on_event=heard.append)
     for limit, expected in ((10.0, 0), (-1.0, 6)):
         monkeypatch.setattr(fold, "MAX_FOLD_ERROR", limit)
         session = memory.session()
@@ -198,10 +198,10 @@ def test_heads_without_a_constant_direction_are_reported(
         assert finished[-1].report.num_unbiased_heads == expected
 
 
-def test_heads_cannot_differ_in_their_slots(llama: LlamaCppEngine) -> None:
+def test_heads_cannot_differ_in_their_slots(shared_llama: LlamaCppEngine) -> None:
     policy = MemoryPolicy(trigger_tokens=120, keep_ratio=0.25, keep_recent=8, head_budget="adaptive")
     with pytest.raises(InvalidPolicy, match="head_budget 'adaptive' needs a cache whose heads can differ"):
-        Memory(llama, policy)
+        Memory(shared_llama, policy)
 
 
 def test_generate_of_transformers_is_refused(memory: Memory) -> None:
@@ -213,10 +213,10 @@ def test_generate_of_transformers_is_refused(memory: Memory) -> None:
 
 
 @pytest.fixture
-def narrow(llama: LlamaCppEngine, tmp_path: Path) -> Memory:
+def narrow(shared_llama: LlamaCppEngine, tmp_path: Path) -> Memory:
     """The tiny model, as if it had been trained on few positions."""
-    twin = copy.copy(llama)
-    twin.info = replace(llama.info, window_tokens=200)
+    twin = copy.copy(shared_llama)
+    twin.info = replace(shared_llama.info, window_tokens=200)
     return Memory(twin, POLICY, store=tmp_path)
 
 
@@ -288,12 +288,12 @@ def test_a_failed_compaction_changes_nothing(new_session: NewSession, monkeypatc
 
 
 def test_a_state_that_llama_cpp_does_not_take_changes_nothing(
-    new_session: NewSession, llama: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch
+    new_session: NewSession, shared_llama: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It erases what the context held before: that must be out by then."""
     session = new_session()
     before, stats = session.logits(PROBE), session.stats
-    monkeypatch.setattr(decoder_of(llama)._lib, "llama_state_seq_set_data", lambda *_: 0)
+    monkeypatch.setattr(decoder_of(shared_llama)._lib, "llama_state_seq_set_data", lambda *_: 0)
     with pytest.raises(EngineFailed, match="did not accept a state of"):
         session.append(TEXT)
     monkeypatch.undo()
@@ -302,11 +302,11 @@ def test_a_state_that_llama_cpp_does_not_take_changes_nothing(
 
 
 def test_a_pass_that_llama_cpp_refuses_changes_nothing(
-    new_session: NewSession, llama: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch
+    new_session: NewSession, shared_llama: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = new_session()
     before = session.logits(PROBE)
-    monkeypatch.setattr(decoder_of(llama)._lib, "llama_decode", lambda *_: -3)
+    monkeypatch.setattr(decoder_of(shared_llama)._lib, "llama_decode", lambda *_: -3)
     with pytest.raises(EngineFailed, match=r"could not read .* \(status -3\)"):
         session.append("x")
     monkeypatch.undo()
@@ -393,13 +393,13 @@ def test_rewinding_behind_a_segment_drops_cells(new_session: NewSession) -> None
 
 @pytest.mark.parametrize("fraction", [None, 0.5, 1.0])
 def test_a_saved_session_goes_on_as_it_was(
-    new_session: NewSession, llama: LlamaCppEngine, memory: Memory, fraction: float | None
+    new_session: NewSession, shared_llama: LlamaCppEngine, memory: Memory, fraction: float | None
 ) -> None:
     session = new_session()
     if fraction is not None:
         session.compact(fraction)
     session.save()
-    loaded = Memory(llama, POLICY, store=memory.store).session(session.name)
+    loaded = Memory(shared_llama, POLICY, store=memory.store).session(session.name)
     assert loaded.stats == session.stats
     assert torch.equal(loaded.logits(PROBE), session.logits(PROBE))
     for each in (loaded, session):
@@ -407,47 +407,47 @@ def test_a_saved_session_goes_on_as_it_was(
     assert_same(loaded.logits(PROBE), session.logits(PROBE))
 
 
-def test_an_empty_session_is_saved(memory: Memory, llama: LlamaCppEngine) -> None:
+def test_an_empty_session_is_saved(memory: Memory, shared_llama: LlamaCppEngine) -> None:
     session = memory.session("empty")
     session.save()
-    again = Memory(llama, POLICY, store=memory.store).session("empty")
+    again = Memory(shared_llama, POLICY, store=memory.store).session("empty")
     again.append(TEXT[:50])
     session.append(TEXT[:50])
     assert torch.equal(again.logits(PROBE), session.logits(PROBE))
 
 
-def test_a_cache_of_ragged_heads_is_not_taken(llama: LlamaCppEngine, engine: TransformersEngine) -> None:
+def test_a_cache_of_ragged_heads_is_not_taken(shared_llama: LlamaCppEngine, engine: TransformersEngine) -> None:
     session = Memory(engine, POLICY).session()
     session.append(TEXT[:100])
     session.compact(0.5)
     state = state_of(session)
     assert any(isinstance(layer, TailState) for layer in state.layers)
     with pytest.raises(CorruptSession, match="whose heads differ in their slots"):
-        llama.new_cache().load(state)
+        shared_llama.new_cache().load(state)
 
 
-def test_the_context_grows_when_it_must(llama: LlamaCppEngine) -> None:
-    memory = Memory(llama, MemoryPolicy(trigger_tokens=4000))
+def test_the_context_grows_when_it_must(shared_llama: LlamaCppEngine) -> None:
+    memory = Memory(shared_llama, MemoryPolicy(trigger_tokens=4000))
     session = memory.session()
     session.append(TEXT[:100])
     before = session.logits(PROBE)
     branch = session.fork()
     branch.append(TEXT * 20)
-    assert decoder_of(llama)._num_cells > 2000
+    assert decoder_of(shared_llama)._context.num_cells > 2000
     branch.rewind(100)
     assert_same(branch.logits(PROBE), before)
     assert_same(session.logits(PROBE), before)
 
 
 def test_a_session_that_is_gone_is_not_written_out(
-    new_session: NewSession, llama: LlamaCppEngine, memory: Memory, monkeypatch: pytest.MonkeyPatch
+    new_session: NewSession, shared_llama: LlamaCppEngine, memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scratch = memory.scratch()
     scratch.append(TEXT[:50])
     other, written = new_session(), []
     scratch.append("x")
-    write_out = decoder_of(llama)._write_out
-    monkeypatch.setattr(decoder_of(llama), "_write_out", lambda: written.append(1) or write_out())
+    write_out = decoder_of(shared_llama)._write_out
+    monkeypatch.setattr(decoder_of(shared_llama), "_write_out", lambda: written.append(1) or write_out())
     del scratch
     gc.collect()  # a session may be part of a cycle
     other.append("y")

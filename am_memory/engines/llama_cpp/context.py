@@ -1,0 +1,117 @@
+"""One llama.cpp context: it decodes tokens of one sequence and gives their logits. Knows no cache and no attention."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from am_memory.engines.llama_cpp.library import captured_log, library, reason, type_name
+from am_memory.errors import EngineFailed
+
+CELLS_STEP = 256
+"""Cells of a context are a multiple of this."""
+
+
+class Context:
+    """A context of one sequence, which can be opened again with another number of cells.
+
+    Args:
+        source: owner of the model handle `source.model`, which must outlive the context.
+        params: parameters of the context, which are copied; some are set here.
+        callback: called by llama.cpp before each operation, a `ggml_backend_sched_eval_callback`.
+        batch_tokens: the most tokens of one `decode`.
+
+    Attributes:
+        handle: llama.cpp's context; None while it is closed.
+        num_cells: the number of its cells; 0 while it is closed.
+        vocab_size: the number of logits of a token.
+    """
+
+    def __init__(self, source: Any, params: Any, callback: Any, batch_tokens: int) -> None:
+        self._lib, self._source, self._callback = library(), source, callback
+        self.vocab_size: int = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(source.model))
+        self._params = self._lib.llama_context_default_params()
+        ctypes.pointer(self._params)[0] = params
+        self._params.n_batch = self._params.n_ubatch = batch_tokens
+        self._params.n_seq_max, self._params.swa_full, self._params.no_perf = 1, True, True
+        self._params.cb_eval = callback
+        self._batch = self._lib.llama_batch_init(batch_tokens, 0, 1)
+        self.handle: Any = None
+        self.num_cells = 0
+
+    def open(self, sizes: Iterator[int]) -> None:
+        """Make the context.
+
+        Args:
+            sizes: numbers of cells to try, one after the other.
+
+        Raises:
+            EngineFailed: llama.cpp makes a context of none of these sizes.
+        """
+        self.close()
+        wanted = 0
+        with captured_log() as lines:
+            for wanted in sizes:
+                self._params.n_ctx = wanted
+                self.handle = self._lib.llama_init_from_model(self._source.model, self._params)
+                if self.handle is not None:
+                    self.num_cells = self._lib.llama_n_ctx(self.handle)
+                    return
+        raise EngineFailed(
+            f"llama.cpp cannot make a context of {wanted} cells of {self.kv_types}: {reason(lines)}; nothing was "
+            "changed. If memory is short, lower trigger_tokens; not every model takes every type of keys and values"
+        )
+
+    def close(self) -> None:
+        """Free llama.cpp's context; it can be opened again."""
+        if self.handle is not None:
+            self._lib.llama_free(self.handle)
+        self.handle, self.num_cells = None, 0
+
+    def __del__(self) -> None:
+        self.close()
+        if getattr(self, "_batch", None) is not None:
+            self._lib.llama_batch_free(self._batch)
+            self._batch = None
+
+    @property
+    def memory(self) -> Any:
+        """llama.cpp's handle of the cells."""
+        return self._lib.llama_get_memory(self.handle)
+
+    @property
+    def kv_types(self) -> str:
+        """The types of stored keys and values, such as "f16/f16"."""
+        return "/".join(type_name(kind) for kind in (self._params.type_k, self._params.type_v))
+
+    def clear(self) -> None:
+        """Drop all cells."""
+        self._lib.llama_memory_clear(self.memory, False)
+
+    def decode(self, token_ids: Sequence[int], position: int, num_logits: int) -> int:
+        """Compute a batch of tokens.
+
+        Args:
+            position: of the first token.
+            num_logits: logits are computed for this many of the last tokens.
+
+        Returns:
+            llama.cpp's status, 0 if all went well.
+        """
+        batch = self._batch
+        batch.n_tokens = len(token_ids)
+        for index, token_id in enumerate(token_ids):
+            batch.token[index], batch.pos[index] = token_id, position + index
+            batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
+            batch.logits[index] = index >= len(token_ids) - num_logits
+        return int(self._lib.llama_decode(self.handle, batch))
+
+    def logits(self, num_rows: int) -> Tensor:
+        """A copy of the last batch's logits, (num_rows, vocab_size) float32."""
+        rows = np.ctypeslib.as_array(self._lib.llama_get_logits(self.handle), shape=(num_rows, self.vocab_size))
+        return torch.from_numpy(rows.copy())
