@@ -24,12 +24,13 @@ class Context:
         source: owner of the model handle `source.model`, which must outlive the context.
         params: parameters of the context, which are copied; some are set here.
         callback: called by llama.cpp before each operation, a `ggml_backend_sched_eval_callback`.
-        batch_tokens: the most tokens of one `decode`.
+        batch_tokens: see below.
 
     Attributes:
         handle: llama.cpp's context; None while it is closed.
         num_cells: the number of its cells; 0 while it is closed.
         vocab_size: the number of logits of a token.
+        batch_tokens: the most tokens of one `decode`.
     """
 
     def __init__(self, source: Any, params: Any, callback: Any, batch_tokens: int) -> None:
@@ -37,7 +38,7 @@ class Context:
         self.vocab_size: int = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(source.model))
         self._params = self._lib.llama_context_default_params()
         ctypes.pointer(self._params)[0] = params
-        self._params.n_batch = self._params.n_ubatch = batch_tokens
+        self._params.n_batch = self._params.n_ubatch = self.batch_tokens = batch_tokens
         self._params.n_seq_max, self._params.swa_full, self._params.no_perf = 1, True, True
         self._params.cb_eval = callback
         self._batch = self._lib.llama_batch_init(batch_tokens, 0, 1)

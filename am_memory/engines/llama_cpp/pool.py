@@ -20,7 +20,7 @@ from am_memory.kv_cache.layers import CompactableLayer, TailBuffer
 from am_memory.kv_cache.slots import Slots
 
 SPARE_TOKENS = 64
-"""The least room for further tokens in a new pool, which is a copy of the last one; longer tails get an eighth part of
+"""The least room for further tokens in a new pool, which is a copy of the last one; longer tails get a 32nd part of
 them."""
 
 
@@ -42,7 +42,7 @@ class Pool(TailBuffer):
     def __init__(self, layer: CompactableLayer, num_attention_heads: int) -> None:
         key, value = layer.tail
         _, num_heads, num_tokens, head_dim = key.shape
-        capacity = num_tokens + max(SPARE_TOKENS, num_tokens // 8)
+        capacity = num_tokens + max(SPARE_TOKENS, num_tokens // 32)
         self.num_slots = layer.slots.num_slots if layer.slots is not None else 0
         self._tail_shape = capacity, num_heads, head_dim
         self._key_rows = key.new_empty(self.num_slots + capacity * num_heads, head_dim)

@@ -1,12 +1,12 @@
 """Reads tokens into caches whose heads have slots of their own. Knows no session and no compaction.
 
-The caches are those of the transformers engine. llama.cpp holds the tokens of one batch alone, in as many cells.
+The caches are those of the transformers engine. llama.cpp holds the tokens of one pass alone, in as many cells.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -28,7 +28,9 @@ CAPABILITIES = Capabilities(
     can_exchange_slots=True,
     can_hold_int8=True,
     can_compact_layerwise=True,
+    can_read_in_parallel=True,
     can_rotate_keys=True,
+    free_query_tokens=2,
 )
 
 
@@ -37,7 +39,7 @@ class RaggedCache(KVCache):
 
 
 class RaggedReader:
-    """Reads tokens into `RaggedCache`s.
+    """Reads tokens into `RaggedCache`s, in any number of threads.
 
     Args:
         source: owner of the model handle `source.model`.
@@ -46,15 +48,11 @@ class RaggedReader:
     """
 
     def __init__(self, source: Any, params: Any, model: CellModel) -> None:
+        self._source, self._params, self._model = source, params, model
         self._windows = [None if shape in model.layers else model.window_tokens for shape in model.in_order]
         self._rotations = [shape.rotation.pairs for shape in model.in_order]
+        self._idle: list[_Worker] = []
         self.capabilities = replace(CAPABILITIES, can_refine=not model.windows)
-        self._attention = OwnAttention()
-        self._context = Context(source, params, self._attention.pointer, BATCH_TOKENS)
-        self._context.open(iter([BATCH_TOKENS]))
-        self._kernel: TokenKernel | None = None
-        if not model.windows:
-            self._kernel = TokenKernel(source, params, model)
 
     def new_cache(self) -> RaggedCache:
         """An empty cache."""
@@ -64,37 +62,82 @@ class RaggedReader:
         """Read tokens; see `Engine.forward`. A cache is as it was if anything is raised."""
         if not isinstance(cache, RaggedCache):
             raise InvalidInput(f"a {type(cache).__name__} is another engine's cache: make one with new_cache()")
-        if len(token_ids) == 1 and self._kernel is not None and on_query is None and cache.num_tokens:
-            return self._kernel.read(cache, token_ids[0])[:num_logits]
-        state, rows = cache.state(), []
+        state = cache.state()
+        with self._worker() as worker:
+            try:
+                return worker.read(cache, token_ids, num_logits, on_query)
+            except BaseException:
+                cache.restore(state)
+                raise
+
+    @contextmanager
+    def _worker(self) -> Iterator[_Worker]:
+        """A worker that no other thread has."""
+        worker = None
+        with suppress(IndexError):
+            worker = self._idle.pop()
+        if worker is None:
+            worker = _Worker(self._source, self._params, self._model)
         try:
-            with _queries_to(on_query, cache, is_whole=len(token_ids) <= BATCH_TOKENS):
-                for start in range(0, len(token_ids), BATCH_TOKENS):
-                    chunk = token_ids[start : start + BATCH_TOKENS]
-                    wanted = min(max(num_logits - (len(token_ids) - start - len(chunk)), 0), len(chunk))
-                    self._read(cache, chunk, wanted)
-                    if wanted:
-                        rows.append(self._context.logits(wanted))
-        except BaseException:
-            cache.restore(state)
-            raise
-        return torch.cat(rows) if rows else torch.empty(0, self._context.vocab_size)
+            yield worker
+        finally:
+            self._idle.append(worker)
 
     @contextmanager
     def compared(self, on_output: OnOutput) -> Iterator[None]:
         """Compare each attention with llama.cpp's own while the body reads; see `OwnAttention.on_output`."""
-        parts: list[OwnAttention | TokenKernel] = (
-            [self._attention] if self._kernel is None else [self._attention, self._kernel]
-        )
-        for part in parts:
-            part.on_output = on_output
+        with self._worker() as worker:
+            worker.compare_with(on_output)
         try:
             yield
         finally:
-            for part in parts:
-                part.on_output = None
+            worker.compare_with(None)
 
-    def _read(self, cache: KVCache, token_ids: Sequence[int], num_logits: int) -> None:
+
+class _Worker:
+    """The contexts of one thread: one for passes over several tokens, and one for single tokens."""
+
+    def __init__(self, source: Any, params: Any, model: CellModel) -> None:
+        self._source, self._params = source, params
+        self._attention = OwnAttention()
+        self._context = self._new_context(BATCH_TOKENS)
+        self._kernel = None if model.windows else TokenKernel(source, params, model)
+
+    def _new_context(self, num_tokens: int) -> Context:
+        context = Context(self._source, self._params, self._attention.pointer, num_tokens)
+        context.open(iter([num_tokens]))
+        return context
+
+    def compare_with(self, on_output: OnOutput | None) -> None:
+        """See `OwnAttention.on_output`."""
+        self._attention.on_output = on_output
+        if self._kernel is not None:
+            self._kernel.on_output = on_output
+
+    def read(self, cache: KVCache, token_ids: Sequence[int], num_logits: int, on_query: OnQuery | None) -> Tensor:
+        """Read tokens; see `Engine.forward`."""
+        if len(token_ids) == 1 and on_query is None and self._kernel is not None and cache.num_tokens:
+            return self._kernel.read(cache, token_ids[0])[:num_logits]
+        if on_query is None:
+            rows = []
+            for start in range(0, len(token_ids), BATCH_TOKENS):
+                chunk = token_ids[start : start + BATCH_TOKENS]
+                wanted = min(max(num_logits - (len(token_ids) - start - len(chunk)), 0), len(chunk))
+                rows.append(self._pass(cache, chunk, wanted))
+            return torch.cat(rows)
+        layers = cache.compactable
+        for index, layer in enumerate(layers):
+            layer.query_sink = partial(on_query, index)
+        try:
+            return self._pass(cache, token_ids, num_logits)
+        finally:
+            for layer in layers:
+                layer.query_sink = None
+
+    def _pass(self, cache: KVCache, token_ids: Sequence[int], num_logits: int) -> Tensor:
+        """Read tokens in one pass."""
+        if len(token_ids) > self._context.batch_tokens:
+            self._context = self._new_context(-(-len(token_ids) // BATCH_TOKENS) * BATCH_TOKENS)
         position = cache.num_tokens
         self._context.clear()
         with self._attention.over(cache):
@@ -104,24 +147,4 @@ class RaggedReader:
                     f"llama.cpp could not read {len(token_ids)} tokens at position {position} (status {status}); "
                     "nothing was changed"
                 )
-
-
-@contextmanager
-def _queries_to(on_query: OnQuery | None, cache: KVCache, *, is_whole: bool) -> Iterator[None]:
-    """Hand the queries of a pass to `on_query`: layer by layer, or all at the end if the pass takes several batches."""
-    if on_query is None:
-        yield
-        return
-    layers = cache.compactable
-    taken: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
-    for index, layer in enumerate(layers):
-        layer.query_sink = partial(on_query, index) if is_whole else lambda *pair, of=taken[index]: of.append(pair)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.query_sink = None
-    for index, parts in enumerate(taken):
-        if parts:
-            query, log_mass = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
-            on_query(index, query, log_mass)
+        return self._context.logits(num_logits) if num_logits else torch.empty(0, self._context.vocab_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -220,3 +221,32 @@ def test_slots_that_go_nowhere_are_found_out(tiny_gguf: Path, monkeypatch: pytes
     with pytest.raises(UnsupportedModel, match="attention over slots of each head is off by"):
         LlamaCppEngine(tiny_gguf)
     LlamaCppEngine(tiny_gguf, heads="shared")
+
+
+# Several threads
+
+
+def test_threads_read_at_the_same_time(llama: LlamaCppEngine) -> None:
+    tokens = [[(7 * number + 3 * position) % 256 for position in range(80)] for number in range(4)]
+
+    def logits(token_ids: list[int]) -> Tensor:
+        cache = llama.new_cache()
+        rows = [llama.forward(cache, token_ids[:50], num_logits=1)]
+        return torch.cat([*rows, *(llama.forward(cache, [token], num_logits=1) for token in token_ids[50:])])
+
+    expected = [logits(token_ids) for token_ids in tokens]
+    with ThreadPoolExecutor(4) as pool:
+        actual = list(pool.map(logits, tokens))
+    assert all(map(torch.equal, actual, expected))
+
+
+def test_a_compaction_ahead_is_the_same(llama: LlamaCppEngine, engine: TransformersEngine) -> None:
+    policy, sessions = POLICY.with_changes(trigger_tokens=120, ahead_tokens=16), []
+    for each in (llama, engine):
+        session = Memory(each, policy).session()
+        for _ in range(3):
+            session.append(TEXT)
+        sessions.append(session)
+    ours, reference = sessions
+    assert ours.stats.num_compactions == reference.stats.num_compactions > 1
+    assert_same(ours.logits(PROBE), reference.logits(PROBE), 2e-2)
