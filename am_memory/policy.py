@@ -76,7 +76,7 @@ class Experiments(_Settings):
         on_policy: fit each layer to queries that have passed through the compacted layers below. The model repeats the
             block in one pass, however long it is, and each layer is compacted when the pass reaches it. The budgets of
             the heads come from reference_queries: None, ("predicted",) or ("repeat",), which takes one more pass.
-            Not with max_error, and not on llama.cpp.
+            Not with max_error, and not with shared heads on llama.cpp.
         summary_tokens: before each compaction, the model writes a summary of the block, of at most this many tokens, in
             one forward pass per token. The summary is then compacted instead of the block, to the number of slots that
             the block would get; a summary that needs no more slots than that stays whole. If the model writes nothing,
@@ -148,12 +148,12 @@ class MemoryPolicy(_Settings):
         ahead_tokens: begin a compaction this many tokens below the trigger, in a thread and, on a GPU, a stream of its
             own. Reading and decoding go on with the old cache. The new one is swapped in at the trigger, which waits
             for it if necessary: the result depends on the tokens alone, not on timing. Must be below the smallest block
-            that is compacted this way. Takes the memory of one more exact tail. Not on llama.cpp, nor with a RoPE that
-            depends on the length of the text. 0: compact at the trigger, while decoding waits.
+            that is compacted this way. Takes the memory of one more exact tail. Not with shared heads on llama.cpp, nor
+            with a RoPE that depends on the length of the text. 0: compact at the trigger, while decoding waits.
         refine: "idle": while no session works, a thread of the memory fits compact segments again, to
             `refine_queries`, and swaps the better slots in. It stops at once when a session works, and begins with the
-            segment again later. "off": only `Session.refine` does so. Needs originals; not on llama.cpp, nor on models
-            with sliding windows.
+            segment again later. "off": only `Session.refine` does so. Needs originals; not with shared heads on
+            llama.cpp, nor on models with sliding windows.
         refine_queries: queries that a refinement is fitted to, as in `reference_queries`; "live" are queries of up to
             512 tokens behind the segment, which are read again. A segment that was fitted to all of them is refined
             only after it has shrunk by a quarter.

@@ -1,8 +1,8 @@
-"""The llama.cpp engine: a long text in few cells, and what capturing, compacting and moving states cost.
+"""The llama.cpp engine: a long text in few cells, and what reading, decoding and compacting cost.
 
     python benchmarks/llama_engine.py long  --model MODEL     12,288 tokens with a limit of 768 cells
     python benchmarks/llama_engine.py kl    --model MODEL     KL against the full cache, by number of compactions
-    python benchmarks/llama_engine.py speed --model MODEL     decoding before and after a compaction, and its costs
+    python benchmarks/llama_engine.py speed --model MODEL --tokens 4000     beside llama_cpp.Llama
 
 The long text is English prose that comes with Python, `pydoc_data.topics`. For recall and KL there is `recall.py
 --engine llama_cpp`.
@@ -13,9 +13,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pydoc_data.topics import topics
+from typing import get_args
 
 import llama_cpp
 import torch
@@ -25,17 +25,17 @@ from torch import Tensor
 from am_memory import Experiments, Memory, MemoryPolicy, Session
 from am_memory.engines.base import SessionCache
 from am_memory.engines.llama_cpp import LlamaCppEngine
-from am_memory.engines.llama_cpp.decoder import Decoder
+from am_memory.engines.llama_cpp.engine import Heads
 from am_memory.engines.model_files import gguf_path
 from am_memory.kv_cache.slots import Segment, Slots
 
 NUM_TOKENS, NUM_JUDGED, NUM_CELLS, STEP = 12_288, 2_048, 768, 64
 SINKS = 4
-EXACT = "AM, exact biases"
+RAGGED = "AM, ragged heads"
 KL_SCHEMES = {"drop": None, "eviction per head": "nothing", "AM, no bias": "values"}
-KL_SCHEMES |= {"AM": "bias_and_values", EXACT: "bias_and_values"}
+KL_SCHEMES |= {"AM": "bias_and_values", RAGGED: "bias_and_values"}
 COUNTS, BLOCK, KEPT, NUM_AFTER = (1, 2, 4, 8), 256, 64, 128
-LONG = MemoryPolicy(trigger_tokens=NUM_CELLS, keep_ratio=0.1, pinned=SINKS)
+LONG = MemoryPolicy(trigger_tokens=NUM_CELLS, keep_ratio=0.1, pinned=SINKS, originals="drop")
 SCHEMES = {
     "AM": {},
     "AM, no bias": {"experiments": Experiments(fit="values")},
@@ -131,9 +131,16 @@ BASELINES = {"window, as read": rolling, "window, read again at positions from 0
 
 def kl(model: str, ratio: float, names: list[str]) -> None:
     """Blocks of a text, compacted one by one but for their last tokens; then what follows is predicted."""
-    policy = MemoryPolicy(trigger_tokens=1.0, pinned=SINKS, keep_ratio=1 / ratio, max_compact_tokens=4000)
-    folding = Memory(LlamaCppEngine(model), policy)
-    exact = Memory(LlamaCppEngine(model, exact_bias=True), policy)
+    policy = MemoryPolicy(
+        trigger_tokens=1.0,
+        pinned=SINKS,
+        keep_ratio=1 / ratio,
+        max_compact_tokens=4000,
+        reference_queries=("repeat",),
+        originals="drop",
+    )
+    folding = Memory(LlamaCppEngine(model, heads="shared"), policy)
+    ragged = Memory(LlamaCppEngine(model), policy)
     token_ids, full = text_tokens(folding), folding.session("full")
     expected = {}
     for count in range(1, max(COUNTS) + 1):
@@ -142,7 +149,7 @@ def kl(model: str, ratio: float, names: list[str]) -> None:
             expected[count] = full.logits(token_ids[count * BLOCK :][:NUM_AFTER])
     rows = []
     for name in names:
-        memory, fit = (exact if name == EXACT else folding), KL_SCHEMES[name]
+        memory, fit = (ragged if name == RAGGED else folding), KL_SCHEMES[name]
         session = memory.session(
             name, policy=policy.model_copy(update={"experiments": Experiments(fit=fit or "nothing")})
         )
@@ -175,69 +182,58 @@ def decode_rate(step: Callable[[], object], num_tokens: int) -> float:
     return statistics.median(rates)
 
 
-@contextmanager
-def timed(name: str) -> Iterator[list[float]]:
-    """Seconds of each call of a method of the decoder."""
-    method, seconds = getattr(Decoder, name), []
-
-    def call(*args: object) -> object:
-        started = time.perf_counter()
-        try:
-            return method(*args)
-        finally:
-            seconds.append(time.perf_counter() - started)
-
-    setattr(Decoder, name, call)
-    try:
-        yield seconds
-    finally:
-        setattr(Decoder, name, method)
+def stock_llama(model: str, num_cells: int) -> llama_cpp.Llama:
+    threads = torch.get_num_threads()
+    return llama_cpp.Llama(
+        str(gguf_path(model)),
+        n_ctx=num_cells + 256,
+        flash_attn=True,
+        verbose=False,
+        n_threads=threads,
+        n_threads_batch=threads,
+    )
 
 
-def speed(memory: Memory, model: str, num_tokens: int = 48) -> None:
-    token_ids = text_tokens(memory)[:1500]
-    stock = llama_cpp.Llama(
-        str(gguf_path(model)), n_ctx=2048, flash_attn=True, verbose=False, n_threads=torch.get_num_threads(),
-        n_threads_batch=torch.get_num_threads(),
-    )  # fmt: skip
+def speed(memory: Memory, model: str, num_tokens: int, decoded: int = 32) -> None:
+    """Reading, decoding and compacting beside `llama_cpp.Llama`, with all tokens and with as many as are left."""
+    token_ids, rows = text_tokens(memory)[:num_tokens], []
+    stock = stock_llama(model, num_tokens)
     started = time.perf_counter()
     stock.eval(token_ids)
-    reading = len(token_ids) / (time.perf_counter() - started)
-    rows = [("reading 1,500 tokens: llama_cpp.Llama", f"{reading:.0f} tokens/s", "1.00x")]
+    reading = num_tokens / (time.perf_counter() - started)
+    rows.append((f"reading {num_tokens:,} tokens: llama_cpp.Llama", f"{reading:.0f} tokens/s", "1.00x"))
+    memory.engine.forward(memory.engine.new_cache(), token_ids[:64])  # warm
     session = memory.session("speed")
     started = time.perf_counter()
     session.append(token_ids)
-    ours = len(token_ids) / (time.perf_counter() - started)
+    ours = num_tokens / (time.perf_counter() - started)
     rows.append(("ours", f"{ours:.0f} tokens/s", f"{ours / reading:.2f}x"))
-    base = decode_rate(lambda: stock.eval([token_ids[0]]), num_tokens)
-    rows.append(("decoding behind 1,500 tokens: llama_cpp.Llama", f"{base:.1f} tokens/s", "1.00x"))
 
-    def decoding(name: str, session: Session, memory: Memory = memory, **options: object) -> None:
-        cache = session._context.cache
-        rate = decode_rate(lambda: memory.engine.forward(cache, token_ids[:1], num_logits=1, **options), num_tokens)
+    def decoding(name: str, session: Session, base: float) -> None:
+        cache = session.fork()._context.cache
+        rate = decode_rate(lambda: memory.engine.forward(cache, token_ids[:1], num_logits=1), decoded)
         rows.append((name, f"{rate:.1f} tokens/s", f"{rate / base:.2f}x"))
 
-    decoding("ours", session.fork())
-    decoding("ours, queries captured", session.fork(), on_query=lambda *_: None)
-    with timed("_write_out") as out, timed("_put_in") as put:
-        report = session.compact(1000 / 1496)
-        session.logits([token_ids[0]])
-    decoding(f"ours, 1,000 of them in {report.num_slots:.0f} cells", session.fork())
-    exact = Memory(LlamaCppEngine(model, exact_bias=True), memory.policy)
-    biased = exact.session("exact biases")
-    biased.append(token_ids)
-    decoding("exact biases, nothing compacted", biased.fork(), exact)
-    biased.compact(1000 / 1496)
-    decoding("exact biases, 1,000 of them compacted", biased.fork(), exact)
+    whole = decode_rate(lambda: stock.eval([token_ids[0]]), decoded)
+    rows.append((f"decoding behind {num_tokens:,} tokens: llama_cpp.Llama", f"{whole:.1f} tokens/s", "1.00x"))
+    decoding("ours, nothing compacted", session, whole)
+    warm = session.fork()
+    warm.compact(0.1)  # query maps, and whatever else is measured or compiled once
+    report = session.compact(1.0)
+    cells = round(session.stats.kv_tokens)
+    few = stock_llama(model, cells + 3 * decoded)
+    few.eval(token_ids[:cells])
+    base = decode_rate(lambda: few.eval([token_ids[0]]), decoded)
+    rows.append((f"decoding behind {cells:,} tokens: llama_cpp.Llama", f"{base:.1f} tokens/s", "1.00x"))
+    decoding(f"ours, {num_tokens:,} tokens in {cells:,} slots", session, base)
+    decoding("the same, beside llama_cpp.Llama with all tokens", session, whole)
     for name, seconds in (
-        ("compacting 1,000 tokens", report.seconds + sum(put)),
-        ("repeat pass", report.query_seconds),
-        ("scores, state out among them", report.score_seconds),
-        ("fit and new state", report.fit_seconds),
-        ("state out", sum(out)),
-        ("state in", sum(put)),
+        ("compacting all of them", report.seconds),
+        ("queries", report.query_seconds),
+        ("scores", report.score_seconds),
+        ("fits", report.fit_seconds),
     ):
-        rows.append((name, f"{seconds:.3f} s", f"{seconds * reading / 1000:.2f}x the reading"))
+        rows.append((name, f"{seconds:.3f} s", f"{seconds * reading / num_tokens:.2f}x the reading"))
     print(table(("what", "", ""), rows))
 
 
@@ -245,7 +241,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=["long", "kl", "speed"])
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--tokens", type=int, default=NUM_TOKENS, help="of the long text")
+    parser.add_argument("--heads", choices=get_args(Heads), default="ragged", help="for long and speed")
+    parser.add_argument("--tokens", type=int, default=NUM_TOKENS, help="of the text")
     parser.add_argument("--schemes", nargs="*", default=[], help="some of those that are compared")
     parser.add_argument("--ratio", type=float, default=5.0, help="of the compactions for KL")
     args = parser.parse_args()
@@ -256,9 +253,8 @@ def main() -> None:
     if args.mode == "kl":
         kl(args.model, args.ratio, schemes)
     else:
-        engine = LlamaCppEngine(args.model)
-        memory = Memory(engine, MemoryPolicy(trigger_tokens=8192, pinned=SINKS))
-        long(memory, args.tokens, schemes) if args.mode == "long" else speed(memory, args.model)
+        memory = Memory(LlamaCppEngine(args.model, heads=args.heads), MemoryPolicy(trigger_tokens=1.0, pinned=SINKS))
+        long(memory, args.tokens, schemes) if args.mode == "long" else speed(memory, args.model, args.tokens)
     print(f"\n{args.model}; {machine()}, llama-cpp-python {llama_cpp.__version__}")
 
 

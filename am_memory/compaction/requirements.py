@@ -23,26 +23,26 @@ def require_capabilities(policy: MemoryPolicy, can: Capabilities) -> None:
         (
             policy.originals in ("host", "disk"),
             can.can_exchange_slots,
-            f"originals {policy.originals!r} needs a cache that exact entries can come back into, as "
-            "engine='transformers' has it: leave it at 'auto'",
+            f"originals {policy.originals!r} needs a cache that exact entries can come back into; this "
+            "engine's heads share every cell: leave it at 'auto'",
         ),
         (
             policy.refine == "idle",
             can.can_refine and can.can_read_in_parallel,
-            "refine 'idle' needs a cache that can be put together as it was before a compaction, as "
-            "engine='transformers' has it for models without sliding windows: leave it at 'off'",
+            "refine 'idle' needs a cache that can be put together as it was before a compaction; sliding windows, and "
+            "heads that share every cell, cannot: leave it at 'off'",
         ),
         (
             policy.segment_dtype != "model",
             can.can_hold_int8,
-            f"segment_dtype {policy.segment_dtype!r} is for engine='transformers'; this engine keeps all entries in "
-            "one type: leave it at 'model', and give llama.cpp kv_type='q8_0'",
+            f"segment_dtype {policy.segment_dtype!r} needs a cache whose slots may have another type than exact "
+            "tokens; this engine's heads share every cell: leave it at 'model', and give llama.cpp kv_type='q8_0'",
         ),
         (
             policy.experiments.on_policy,
             can.can_compact_layerwise,
-            "experiments.on_policy needs a cache whose layers can be compacted one by one in the middle of a pass, as "
-            "engine='transformers' has it: leave it at False",
+            "experiments.on_policy needs a cache whose layers can be compacted one by one in the middle of a pass; "
+            "this engine's heads share every cell: leave it at False",
         ),
         (
             policy.experiments.summary_tokens is not None,
@@ -53,8 +53,8 @@ def require_capabilities(policy: MemoryPolicy, can: Capabilities) -> None:
         (
             policy.ahead_tokens > 0,
             can.can_read_in_parallel,
-            f"ahead_tokens {policy.ahead_tokens} needs an engine that reads into two caches at once, which "
-            "engine='transformers' does: leave it at 0",
+            f"ahead_tokens {policy.ahead_tokens} needs an engine that reads into two caches at once, which this one "
+            "cannot: leave it at 0",
         ),
     )
     for is_asked, is_possible, problem in wishes:

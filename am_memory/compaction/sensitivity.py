@@ -60,7 +60,7 @@ def calibrate(
     """
     if not engine.capabilities.has_ragged_heads:
         raise UnsupportedOperation(
-            "a calibration compacts one head alone, and this engine's heads share every cell: use engine='transformers'"
+            "a calibration compacts one head alone, and this engine's heads share every cell: use ragged heads"
         )
     if not texts or block_tokens < MIN_BLOCK_TOKENS:
         raise InvalidInput(

@@ -79,5 +79,5 @@ def test_a_calibration_needs_a_text_and_blocks_that_can_be_cut(
 
 
 def test_shared_cells_cannot_be_calibrated(shared_llama: LlamaCppEngine) -> None:
-    with pytest.raises(UnsupportedOperation, match="use engine='transformers'"):
+    with pytest.raises(UnsupportedOperation, match="use ragged heads"):
         calibrate(shared_llama, [TEXT])

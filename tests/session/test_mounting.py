@@ -603,6 +603,17 @@ def test_a_model_with_sliding_windows_sees_a_text_in_its_other_layers(
     assert_equals_its_rebuild(session)
 
 
+def test_texts_are_mounted_on_llama_cpp(llama: LlamaCppEngine) -> None:
+    memory = Memory(llama, plain_policy(trigger_tokens=160))
+    memory.compact_text(HANDBOOK, "handbook")
+    session = memory.session("alice")
+    session.append("Hello")
+    before = session.logits("What")
+    session.mount("handbook")
+    assert not torch.equal(session.logits("What"), before)
+    assert len("".join(piece.text for piece in session.generate(4))) > 0
+
+
 def test_an_engine_that_cannot_take_slots_says_so(shared_llama: LlamaCppEngine) -> None:
     memory = Memory(shared_llama, plain_policy(trigger_tokens=160))
     with pytest.raises(UnsupportedOperation, match="cannot mount compact texts"):
