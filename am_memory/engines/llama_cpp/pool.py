@@ -9,6 +9,7 @@ nothing is padded.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from itertools import pairwise
 
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor
 
 from am_memory.kv_cache.int8 import Rows, decoded
-from am_memory.kv_cache.layers import CompactableLayer, TailBuffer
+from am_memory.kv_cache.layers import CompactableLayer, SlidingLayer, TailBuffer
 from am_memory.kv_cache.slots import Slots
 
-SPARE_TOKENS = 64
+SPARE_TOKENS = 32
 """The least room for further tokens in a new pool, which is a copy of the last one; longer tails get a 32nd part of
 them."""
 
@@ -63,6 +64,10 @@ class Pool(TailBuffer):
         """The number of rows that the kernel is given if the tail has so many tokens."""
         return self.num_slots + num_tokens * self._tail_shape[1] if self.num_slots else num_tokens
 
+    def exact(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a tail of so many tokens: (1, num_heads, num_tokens, head_dim) each."""
+        return self.key[:, :, :num_tokens], self.value[:, :, :num_tokens]
+
     def _tail(self, rows: Tensor) -> Tensor:
         """The rows of the tail, (1, num_heads, capacity, head_dim)."""
         return rows[self.num_slots :].view(self._tail_shape).transpose(0, 1)[None]
@@ -98,3 +103,70 @@ def pooled(layer: CompactableLayer, num_attention_heads: int) -> Pool:
         pool = layer.buffer = Pool(layer, num_attention_heads)
         layer.slots = pool.slots
     return pool
+
+
+class WindowPool:
+    """The memory of a layer with a sliding window: what it holds, and room for as many tokens again.
+
+    Whoever holds the newest entries may write behind them; anybody else copies what they hold into a pool of their own.
+
+    Args:
+        layer: a layer that has read a token; its entries are copied.
+
+    Attributes:
+        key, value: (1, num_heads, capacity, head_dim).
+        slots, seen_key, seen_value, mask: as in `Pool`; the mask hides tokens that have left the window.
+    """
+
+    slots = None
+
+    def __init__(self, layer: SlidingLayer) -> None:
+        assert layer.keys is not None
+        assert layer.values is not None
+        self.window, self.num_taken = layer.sliding_window, layer.keys.shape[2]
+        self._capacity = self.num_taken + max(SPARE_TOKENS, self.num_taken)
+        self.key, self.value = (self._copy(held) for held in (layer.keys, layer.values))
+        self.seen_key, self.seen_value = self.key[0], self.value[0]
+        self.mask = torch.zeros(1, 1, self._capacity, dtype=torch.float16)
+        self._lock = threading.Lock()
+
+    def _copy(self, held: Tensor) -> Tensor:
+        _, num_heads, num_tokens, head_dim = held.shape
+        rows = held.new_empty(self._capacity, num_heads, head_dim).transpose(0, 1)[None]
+        rows[:, :, :num_tokens] = held
+        return rows
+
+    def num_seen(self, num_tokens: int) -> int:
+        """The number of rows that the kernel is given behind so many tokens of the pool."""
+        return num_tokens
+
+    def exact(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Keys and values that the last of so many tokens sees: (1, num_heads, at most the window, head_dim) each."""
+        seen = slice(max(num_tokens - self.window, 0), num_tokens)
+        return self.key[:, :, seen], self.value[:, :, seen]
+
+    def take_row(self, row: int) -> bool:
+        """Make room for the token behind the first `row` ones; False if it is another's, or there is none."""
+        with self._lock:
+            if row != self.num_taken or row == self._capacity:
+                return False
+            self.num_taken += 1
+        self.mask[:, :, : max(row + 1 - self.window, 0)] = -torch.inf
+        return True
+
+    def hand_to(self, layer: SlidingLayer, num_tokens: int) -> None:
+        """Make a layer hold what the token behind the first `num_tokens` ones sees."""
+        held = slice(max(num_tokens + 1 - self.window, 0), num_tokens)
+        layer.keys, layer.values = self.key[:, :, held], self.value[:, :, held]
+        layer.keys.am_pool = self, num_tokens  # type: ignore[attr-defined]
+        layer.cumulative_length += 1
+
+
+def window_pooled(layer: SlidingLayer) -> tuple[WindowPool, int]:
+    """The pool of a layer, with a row that is the next token's; and the number of tokens before that row."""
+    pool, num_tokens = getattr(layer.keys, "am_pool", (None, 0))
+    if pool is None or not pool.take_row(num_tokens):
+        pool = WindowPool(layer)
+        num_tokens = pool.num_taken
+        pool.take_row(num_tokens)
+    return pool, num_tokens

@@ -101,7 +101,7 @@ class _Worker:
         self._source, self._params = source, params
         self._attention = OwnAttention()
         self._context = self._new_context(BATCH_TOKENS)
-        self._kernel = None if model.windows else TokenKernel(source, params, model)
+        self._kernel = TokenKernel(source, params, model)
 
     def _new_context(self, num_tokens: int) -> Context:
         context = Context(self._source, self._params, self._attention.pointer, num_tokens)
@@ -110,13 +110,11 @@ class _Worker:
 
     def compare_with(self, on_output: OnOutput | None) -> None:
         """See `OwnAttention.on_output`."""
-        self._attention.on_output = on_output
-        if self._kernel is not None:
-            self._kernel.on_output = on_output
+        self._attention.on_output = self._kernel.on_output = on_output
 
     def read(self, cache: KVCache, token_ids: Sequence[int], num_logits: int, on_query: OnQuery | None) -> Tensor:
         """Read tokens; see `Engine.forward`."""
-        if len(token_ids) == 1 and on_query is None and self._kernel is not None and cache.num_tokens:
+        if len(token_ids) == 1 and on_query is None and cache.num_tokens:
             return self._kernel.read(cache, token_ids[0])[:num_logits]
         if on_query is None:
             rows = []

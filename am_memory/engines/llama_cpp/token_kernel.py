@@ -18,9 +18,10 @@ from am_memory.engines.llama_cpp.context import CELLS_STEP, Context
 from am_memory.engines.llama_cpp.library import GGMLTensor, ggml, ggml_type_of, library, read_tensor, tensor_at
 from am_memory.engines.llama_cpp.model import CellModel
 from am_memory.engines.llama_cpp.own_attention import OnOutput, attend, output_at
-from am_memory.engines.llama_cpp.pool import Pool, pooled
+from am_memory.engines.llama_cpp.pool import Pool, WindowPool, pooled, window_pooled
 from am_memory.errors import EngineFailed
 from am_memory.kv_cache.cache import KVCache
+from am_memory.kv_cache.layers import CompactableLayer
 
 PADDING_BYTES = 64
 """At least what `struct ggml_tensor` has behind the fields of `GGMLTensor`."""
@@ -42,14 +43,14 @@ class _LayerNodes:
         self._key, self._value, self._mask = (GGMLTensor.from_buffer(memory) for memory in self._memory)
         self._own = [ctypes.addressof(memory) for memory in self._memory]
         self._attention.src[1], self._attention.src[2], self._attention.src[3] = self._own
-        self._pool: Pool | None = None
+        self._pool: Pool | WindowPool | None = None
 
     @property
     def are_in_graph(self) -> bool:
         """Whether llama.cpp has not made another graph in the meantime."""
         return bool(self._attention.src[1] == self._own[0])
 
-    def point_to(self, pool: Pool, num_tokens: int) -> None:
+    def point_to(self, pool: Pool | WindowPool, num_tokens: int) -> None:
         """Write the next token's key and value behind `num_tokens` others, and attend to all of them."""
         entries = zip(self._writes, (self._key, self._value), (pool.key, pool.value), strict=True)
         for write, tensor, tail in entries:
@@ -69,7 +70,7 @@ def _copy_of(address: int) -> ctypes.Array[ctypes.c_char]:
 
 
 class TokenKernel:
-    """Reads single tokens into `KVCache`s without sliding windows.
+    """Reads single tokens into `KVCache`s.
 
     Args:
         source: owner of the model handle `source.model`.
@@ -84,8 +85,8 @@ class TokenKernel:
     def __init__(self, source: Any, params: Any, model: CellModel) -> None:
         ops = ggml()[3]
         self._write, self._flash = ops["SET_ROWS"], ops["FLASH_ATTN_EXT"]
-        self._shapes = model.layers
-        self._pools: list[tuple[Pool, int]] = []
+        self._shapes = model.in_order
+        self._pools: list[tuple[Pool | WindowPool, int]] = []
         self._nodes: list[_LayerNodes] = []
         self._new_writes: list[int] = []
         self._is_ready = False
@@ -102,10 +103,12 @@ class TokenKernel:
         Args:
             cache: it has read a token before.
         """
-        layers, position = cache.compactable, cache.num_tokens
+        position = cache.num_tokens
         self._pools = [
             (pooled(layer, shape.num_attention_heads), layer.length)
-            for layer, shape in zip(layers, self._shapes, strict=True)
+            if isinstance(layer, CompactableLayer)
+            else window_pooled(layer)
+            for layer, shape in zip(cache.layers, self._shapes, strict=True)
         ]
         for nodes, (pool, num_tokens) in zip(self._nodes, self._pools, strict=False):
             nodes.point_to(pool, num_tokens)
@@ -116,9 +119,12 @@ class TokenKernel:
             raise self._error
         if status:
             raise EngineFailed(f"llama.cpp could not read a token at position {position} (status {status})")
-        for layer, shape in zip(layers, self._shapes, strict=True):
-            layer.length += 1
-            layer.scaling = shape.scaling
+        for layer, shape, (pool, num_tokens) in zip(cache.layers, self._shapes, self._pools, strict=True):
+            if isinstance(layer, CompactableLayer):
+                layer.length += 1
+                layer.scaling = shape.scaling
+            elif isinstance(pool, WindowPool):
+                pool.hand_to(layer, num_tokens + 1)
         return self._context.logits(1)
 
     def _call(self, address: int, is_asking: bool, _: int) -> bool:
@@ -142,8 +148,7 @@ class TokenKernel:
         (index,) = (index for index, nodes in enumerate(self._nodes) if nodes.attention == address)
         (pool, num_tokens), scaling = self._pools[index], self._shapes[index].scaling
         query = read_tensor(tensor_at(address).src[0])[None].float()
-        key, value = (entries[:, :, : num_tokens + 1] for entries in (pool.key, pool.value))
-        output, _ = attend(query, key, value, pool.slots, scaling)
+        output, _ = attend(query, *pool.exact(num_tokens + 1), pool.slots, scaling)
         self.on_output(output, output_at(address))
 
     def _change(self, address: int) -> None:

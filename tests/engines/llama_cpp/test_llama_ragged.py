@@ -157,9 +157,11 @@ def test_a_rebuild_gives_the_same(llama: LlamaCppEngine) -> None:
 def test_a_saved_session_is_the_same(llama: LlamaCppEngine, tmp_path: Path, segment_dtype: str) -> None:
     policy = POLICY.with_changes(segment_dtype=segment_dtype)
     session = compacted(llama, store=tmp_path, policy=policy)
+    list(session.generate(4, Sampling()))
     session.save()
     loaded = Memory(llama, policy, store=tmp_path).session("owls")
-    assert loaded.stats == session.stats
+    assert loaded.stats.kv_tokens == session.stats.kv_tokens
+    assert loaded.stats.kv_bytes <= session.stats.kv_bytes  # without room for further tokens
     assert_same(loaded.logits(PROBE), session.logits(PROBE))
 
 

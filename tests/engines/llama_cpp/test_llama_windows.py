@@ -117,6 +117,26 @@ def test_the_fit_of_ragged_heads_is_that_of_the_other_engine(
     assert divergence[0] == pytest.approx(divergence[1], rel=0.05)
 
 
+def test_tokens_one_by_one_see_the_same_window(path: Path) -> None:
+    """The kernel writes behind what a cache holds, and copies it where another cache has written already."""
+    gemma = LlamaCppEngine(path, kv_type="f32")
+    session = Memory(gemma, POLICY).session()
+    session.append(TOKENS[:110])
+    session.compact(0.8)
+    cache, tokens = cache_of(session), TOKENS[110:200]
+    expected = gemma.forward(cache.fork(), tokens, num_logits=len(tokens))
+    branches = [cache.fork() for _ in range(2)]
+    rows = [[gemma.forward(branch, [token], num_logits=1) for branch in branches] for token in tokens]
+    for actual in zip(*rows, strict=True):
+        assert_same(torch.cat(actual), expected)
+    state, last = branches[0].state(), gemma.forward(branches[0], TOKENS[200:201], num_logits=1)
+    gemma.forward(branches[0], TOKENS[300:301])
+    branches[0].restore(state)
+    gemma.forward(branches[1], TOKENS[300:301])
+    assert_same(gemma.forward(branches[0], TOKENS[200:201], num_logits=1), last)
+    assert_same(gemma.forward(branches[0], TOKENS[201:230], num_logits=1).isfinite().float(), torch.ones(1, 260))
+
+
 def test_a_session_goes_back_while_others_take_the_context(memory: Memory, gemma: LlamaCppEngine) -> None:
     session, other = memory.session(), memory.session()
     session.append(TOKENS[:60])
