@@ -35,9 +35,10 @@ RAGGED = "AM, ragged heads"
 KL_SCHEMES = {"drop": None, "eviction per head": "nothing", "AM, no bias": "values"}
 KL_SCHEMES |= {"AM": "bias_and_values", RAGGED: "bias_and_values"}
 COUNTS, BLOCK, KEPT, NUM_AFTER = (1, 2, 4, 8), 256, 64, 128
-LONG = MemoryPolicy(trigger_tokens=NUM_CELLS, keep_ratio=0.1, pinned=SINKS, originals="drop")
+LONG = MemoryPolicy(trigger_tokens=NUM_CELLS, keep_ratio=0.1, pinned=SINKS)
 SCHEMES = {
     "AM": {},
+    "AM, no recall": {"originals": "drop"},
     "AM, no bias": {"experiments": Experiments(fit="values")},
     "eviction per head": {"experiments": Experiments(fit="nothing")},
 }

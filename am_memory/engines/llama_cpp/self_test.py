@@ -31,7 +31,7 @@ NUM_TOKENS = 8
 LEFT_OUT = 3
 TEST_TOLERANCE = 2e-2
 """Largest RMS error of attention outputs and logits, relative to their RMS; everything is in 16 bits or less."""
-LOGITS_TOLERANCE = 0.15
+LOGITS_TOLERANCE = 0.25
 """The same for logits behind another attention: between layers llama.cpp rounds to 8 bits, which makes more of it."""
 HEAVY = -1e4
 """A bias that no score outweighs."""
@@ -102,27 +102,30 @@ def require_ragged(reader: RaggedReader, model: CellModel) -> None:
     Raises:
         UnsupportedModel: a test failed.
     """
-    token_ids = _token_ids(model.decoder.vocab_size)
+    decoder, cache, sequence = model.decoder, reader.new_cache(), CellSequence()
+    *token_ids, token_id = _token_ids(decoder.vocab_size)
 
     def compare(output: Tensor, expected: Tensor) -> None:
         error = _relative_rms(output, expected)
         _require(error < TEST_TOLERANCE, f"attention over slots of each head is off by {error:.2g}")
 
+    def require_same(actual: Tensor, expected: Tensor) -> None:
+        error = _relative_rms(actual, expected)
+        _require(error < LOGITS_TOLERANCE, f"logits by slots of each head are off by {error:.2g}")
+
+    decoder.read(sequence, [*token_ids, token_id], 0, 0, 0, None)
+    state = decoder.take(sequence, NUM_TOKENS)
     with reader.compared(compare):
-        cache = reader.new_cache()
-        whole = reader.read(cache, token_ids, NUM_TOKENS, None)
-        sequence = CellSequence()
-        expected = model.decoder.read(sequence, token_ids, 0, 0, NUM_TOKENS, None)
-        state = model.decoder.take(sequence, NUM_TOKENS)
-        _require(_relative_rms(whole, expected) < LOGITS_TOLERANCE, "logits are not those of llama.cpp's own attention")
-        restored = cache.state()
-        for compared, cells in ((restored, state), (_without(cache), _fewer(state))):
-            cache.restore(compared)
-            actual = reader.read(cache, token_ids[-1:], 1, None)
-            logits = model.decoder.read(CellSequence(cells.pack()), token_ids[-1:], NUM_TOKENS, NUM_TOKENS, 1, None)
-            error = _relative_rms(actual, logits)
-            _require(error < LOGITS_TOLERANCE, f"logits after slots of each head are off by {error:.2g}")
-    model.decoder.close()
+        reader.read(cache, [*token_ids, token_id], 0, None)
+    for ours, cells in ((cache.state(), state), (_without(cache), _fewer(state))):
+        sequence = CellSequence(cells.pack())
+        cache.restore(ours)
+        expected = decoder.read(sequence, token_ids, NUM_TOKENS, NUM_TOKENS, 1, None)
+        require_same(reader.read(cache, token_ids, 1, None), expected)
+        expected = decoder.read(sequence, [token_id], cache.num_tokens, cache.num_tokens, 1, None)
+        with reader.compared(compare):
+            require_same(reader.read(cache, [token_id], 1, None), expected)
+    decoder.close()
 
 
 def _without(cache: KVCache) -> CacheState:

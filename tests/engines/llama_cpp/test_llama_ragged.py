@@ -225,6 +225,12 @@ def test_slots_that_go_nowhere_are_found_out(tiny_gguf: Path, monkeypatch: pytes
     LlamaCppEngine(tiny_gguf, heads="shared")
 
 
+def test_an_output_that_goes_nowhere_is_found_out(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("am_memory.engines.llama_cpp.own_attention.write_tensor", lambda *_: None)
+    with pytest.raises(UnsupportedModel, match="logits by slots of each head are off by"):
+        LlamaCppEngine(tiny_gguf)
+
+
 # Several threads
 
 
