@@ -62,7 +62,7 @@ def test_plain_operations_give_the_same(
     engine: TransformersEngine, cache: KVCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of devices that no kernel is for."""
-    for name in ("transformers.branches", "partwise"):
+    for name in ("branches", "partwise"):
         monkeypatch.setattr(f"am_memory.engines.{name}.partial_attention", plain_partial_attention)
     branches = engine.branches(cache, TEXTS)
     assert branches is not None

@@ -1,4 +1,4 @@
-"""One llama.cpp context: it decodes tokens of one sequence and gives their logits. Knows no cache and no attention."""
+"""One llama.cpp context: it decodes tokens and gives their logits. Knows no cache and no attention."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ CELLS_STEP = 256
 
 
 class Context:
-    """A context of one sequence, which can be opened again with another number of cells.
+    """A context, which can be opened again with another number of cells.
 
     Args:
         source: owner of the model handle `source.model`, which must outlive the context.
         params: parameters of the context, which are copied; some are set here.
         callback: called by llama.cpp before each operation, a `ggml_backend_sched_eval_callback`.
         batch_tokens: see below.
+        num_sequences: the most sequences of one `decode_side_by_side`.
 
     Attributes:
         handle: llama.cpp's context; None while it is closed.
@@ -33,13 +34,14 @@ class Context:
         batch_tokens: the most tokens of one `decode`.
     """
 
-    def __init__(self, source: Any, params: Any, callback: Any, batch_tokens: int) -> None:
+    def __init__(self, source: Any, params: Any, callback: Any, batch_tokens: int, num_sequences: int = 1) -> None:
         self._lib, self._source, self._callback = library(), source, callback
         self.vocab_size: int = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(source.model))
         self._params = self._lib.llama_context_default_params()
         ctypes.pointer(self._params)[0] = params
         self._params.n_batch = self._params.n_ubatch = self.batch_tokens = batch_tokens
-        self._params.n_seq_max, self._params.swa_full, self._params.no_perf = 1, True, True
+        self._params.n_seq_max, self._params.kv_unified = num_sequences, True
+        self._params.swa_full = self._params.no_perf = True
         self._params.cb_eval = callback
         self._batch = self._lib.llama_batch_init(batch_tokens, 0, 1)
         self.handle: Any = None
@@ -110,6 +112,15 @@ class Context:
             batch.token[index], batch.pos[index] = token_id, position + index
             batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
             batch.logits[index] = index >= len(token_ids) - num_logits
+        return int(self._lib.llama_decode(self.handle, batch))
+
+    def decode_side_by_side(self, token_ids: Sequence[int], positions: Sequence[int]) -> int:
+        """Compute one token of each of several sequences, with its logits; returns llama.cpp's status."""
+        batch = self._batch
+        batch.n_tokens = len(token_ids)
+        for index, (token_id, position) in enumerate(zip(token_ids, positions, strict=True)):
+            batch.token[index], batch.pos[index] = token_id, position
+            batch.n_seq_id[index], batch.seq_id[index][0], batch.logits[index] = 1, index, True
         return int(self._lib.llama_decode(self.handle, batch))
 
     def logits(self, num_rows: int) -> Tensor:

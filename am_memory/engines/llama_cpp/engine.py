@@ -14,7 +14,7 @@ import torch
 from llguidance import LLTokenizer
 from torch import Tensor
 
-from am_memory.engines.base import ControlTokens, Message, ModelInfo, OnQuery, SessionCache, Tool
+from am_memory.engines.base import Branches, ControlTokens, Message, ModelInfo, OnQuery, SessionCache, Tool
 from am_memory.engines.fingerprints import file_fingerprint, template_fingerprint
 from am_memory.engines.gguf_header import BadHeader, read_header, require_vocabulary
 from am_memory.engines.llama_cpp import support
@@ -143,6 +143,10 @@ class LlamaCppEngine:
         self, cache: SessionCache, token_ids: Sequence[int], *, num_logits: int = 0, on_query: OnQuery | None = None
     ) -> Tensor:
         return self._reader.read(cache, token_ids, num_logits, on_query)
+
+    def branches(self, cache: SessionCache, beginnings: Sequence[Sequence[int]]) -> Branches | None:
+        """Texts behind a cache, read as a batch; None with shared heads, and for a model with sliding windows."""
+        return self._reader.branches(cache, beginnings)
 
     def encode(self, text: str, *, add_special: bool = False, as_text: bool = False) -> list[int]:
         return self.vocabulary.encode(text, add_special=add_special, as_text=as_text)

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from am_memory.engines import partwise
+from am_memory.engines.branches import BranchLayer
 from am_memory.engines.llama_cpp.capture import OP_OFFSET
 from am_memory.engines.llama_cpp.library import ggml, library, read_tensor, tensor_at, write_tensor
-from am_memory.kv_cache.cache import KVCache
 from am_memory.kv_cache.int8 import decoded
-from am_memory.kv_cache.layers import CompactableLayer, SlidingLayer
+from am_memory.kv_cache.layers import CompactableLayer, SlidingLayer, TailBuffer, TailState
 from am_memory.kv_cache.slots import Slots
 
 OnOutput = Callable[[Tensor, Tensor], None]
+Layer: TypeAlias = CompactableLayer | SlidingLayer | BranchLayer
 
 
 class OwnAttention:
@@ -40,15 +42,15 @@ class OwnAttention:
     def __init__(self) -> None:
         ops = ggml()[3]
         self._flash, self._none = ops["FLASH_ATTN_EXT"], ops["NONE"]
-        self._layers: Iterator[CompactableLayer | SlidingLayer] | None = None
+        self._layers: Iterator[Layer] | None = None
         self.error: BaseException | None = None
         self.on_output: OnOutput | None = None
         self.pointer = library().ggml_backend_sched_eval_callback(self._call)
 
     @contextmanager
-    def over(self, cache: KVCache) -> Iterator[None]:
-        """Attend over this cache while the body decodes; an exception ends the graph and is raised here."""
-        self._layers, self.error = iter(cache.layers), None
+    def over(self, layers: Sequence[Layer]) -> Iterator[None]:
+        """Attend over these layers while the body decodes; an exception ends the graph and is raised here."""
+        self._layers, self.error = iter(layers), None
         try:
             yield
             if self.error is not None:
@@ -86,13 +88,16 @@ def output_at(address: int) -> Tensor:
     return read_tensor(address).transpose(0, 1)[None]
 
 
-def _attended(address: int, layer: CompactableLayer | SlidingLayer) -> Tensor:
+def _attended(address: int, layer: Layer) -> Tensor:
     """Append a batch's keys and values to a layer; returns its attention, in the shape of `output_at`."""
     node = tensor_at(address)
     query = read_tensor(node.src[0])[None].float()
     num_tokens = query.shape[2]
     key, value = (read_tensor(_as_stored(node.src[index]))[None, :, :num_tokens] for index in (1, 2))
     (scaling,) = struct.unpack("<f", bytes(node.op_params)[:4])
+    if isinstance(layer, BranchLayer):  # the tokens of the batch are of as many texts
+        layer.update(key.float().transpose(0, 2), value.float().transpose(0, 2))
+        return layer.attend(query.transpose(0, 2), scaling).transpose(0, 2)
     keys, values = layer.update(key, value)
     if isinstance(layer, SlidingLayer):
         return _within_window(query, keys, values, layer.sliding_window, scaling)
@@ -120,6 +125,15 @@ def _of_layer(query: Tensor, layer: CompactableLayer, scaling: float) -> Tensor:
 def attend(query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scaling: float) -> tuple[Tensor, Tensor]:
     """`partwise.attend` in float32, which is faster than float16 on a CPU."""
     return partwise.attend(query, key.float(), value.float(), _in_float32(slots), scaling)
+
+
+def in_float32(layer: CompactableLayer) -> CompactableLayer:
+    """A copy of a layer in float32, for reading only."""
+    copied, (key, value) = CompactableLayer(), layer.tail
+    copied.restore(
+        TailState(_in_float32(layer.slots), TailBuffer(key.float(), value.float()), layer.start, layer.length)
+    )
+    return copied
 
 
 def _in_float32(slots: Slots | None) -> Slots | None:

@@ -9,15 +9,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from am_memory.engines.base import Capabilities, OnQuery, SessionCache
-from am_memory.engines.llama_cpp.context import Context
+from am_memory.engines.branches import BranchLayer, TextBranches, begin
+from am_memory.engines.llama_cpp.context import CELLS_STEP, Context
 from am_memory.engines.llama_cpp.model import CellModel
-from am_memory.engines.llama_cpp.own_attention import OnOutput, OwnAttention
+from am_memory.engines.llama_cpp.own_attention import OnOutput, OwnAttention, in_float32
 from am_memory.engines.llama_cpp.token_kernel import TokenKernel
 from am_memory.errors import EngineFailed, InvalidInput
 from am_memory.kv_cache.cache import KVCache
@@ -69,6 +71,15 @@ class RaggedReader:
             except BaseException:
                 cache.restore(state)
                 raise
+
+    def branches(self, cache: SessionCache, beginnings: Sequence[Sequence[int]]) -> TextBranches | None:
+        """Texts behind a cache, read as a batch; None for a model with sliding windows, which hold one text each."""
+        if not isinstance(cache, RaggedCache) or self._model.windows or not cache.num_tokens:
+            return None
+        begun, logits = begin(lambda token_ids: self.read(cache, token_ids, 1, None), cache, beginnings)
+        in_float = [[(key.float(), value.float()) for key, value in entries] for entries in begun]
+        step = _SideBySide(self._source, self._params, len(beginnings)).step
+        return TextBranches(list(map(in_float32, cache.compactable)), in_float, logits, step)
 
     @contextmanager
     def _worker(self) -> Iterator[_Worker]:
@@ -138,7 +149,7 @@ class _Worker:
             self._context = self._new_context(-(-len(token_ids) // BATCH_TOKENS) * BATCH_TOKENS)
         position = cache.num_tokens
         self._context.clear()
-        with self._attention.over(cache):
+        with self._attention.over(cache.layers):
             status = self._context.decode(token_ids, position, num_logits)
             if status and self._attention.error is None:
                 raise EngineFailed(
@@ -146,3 +157,21 @@ class _Worker:
                     "nothing was changed"
                 )
         return self._context.logits(num_logits) if num_logits else torch.empty(0, self._context.vocab_size)
+
+
+class _SideBySide:
+    """A context that reads one token of each of several texts."""
+
+    def __init__(self, source: Any, params: Any, num_texts: int) -> None:
+        self._attention = OwnAttention()
+        self._context = Context(source, params, self._attention.pointer, num_texts, num_texts)
+        self._context.open(iter([CELLS_STEP]))
+
+    def step(self, token_ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """Read token ids (num_texts, 1) at positions (num_texts, 1); returns logits (num_texts, vocab_size)."""
+        self._context.clear()
+        with torch.no_grad(), self._attention.over(cast("Sequence[BranchLayer]", cache.layers)):
+            status = self._context.decode_side_by_side(token_ids.flatten().tolist(), positions.flatten().tolist())
+            if status and self._attention.error is None:
+                raise EngineFailed(f"llama.cpp could not read a token of {len(token_ids)} texts (status {status})")
+        return self._context.logits(len(token_ids))

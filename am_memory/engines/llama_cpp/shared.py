@@ -30,6 +30,9 @@ class SharedReader:
         """An empty cache."""
         return CellCache(self._model)
 
+    def branches(self, cache: SessionCache, beginnings: Sequence[Sequence[int]]) -> None:
+        """There are none: the one context holds one text."""
+
     def read(self, cache: SessionCache, token_ids: Sequence[int], num_logits: int, on_query: OnQuery | None) -> Tensor:
         """Read tokens; see `Engine.forward`."""
         if not isinstance(cache, CellCache):

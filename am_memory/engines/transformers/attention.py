@@ -14,8 +14,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from am_memory.engines import partwise
+from am_memory.engines.branches import BranchLayer
 from am_memory.engines.transformers import fused
-from am_memory.engines.transformers.branches import BranchLayer
 from am_memory.errors import UnsupportedOperation
 from am_memory.kv_cache.layers import CompactableLayer
 from am_memory.kv_cache.slots import Slots

@@ -13,12 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from am_memory.engines.base import Capabilities, ControlTokens, Message, ModelInfo, OnQuery, SessionCache, Tool
+from am_memory.engines.branches import TextBranches, begin
 from am_memory.engines.characters import utf8
 from am_memory.engines.fingerprints import model_fingerprint, of_template, of_tokenizer
 from am_memory.engines.templates import control_tokens, template_errors
 from am_memory.engines.transformers import adapters, attention, support
 from am_memory.engines.transformers.adapters import Adapters, unwrapped
-from am_memory.engines.transformers.branches import TextBranches
 from am_memory.engines.transformers.compiled import compile_layers
 from am_memory.engines.transformers.driven import watch
 from am_memory.engines.transformers.graphs import shortcut, token_graphs
@@ -190,16 +190,8 @@ class TransformersEngine:
         cache = _ours(cache)
         if len(cache.compactable) < len(cache.layers):
             return None
-        state, start = cache.state(), cache.num_tokens
-        begun, logits = [], []
-        for token_ids in beginnings:
-            try:
-                logits.append(self.forward(cache, token_ids, num_logits=1))
-                entries = [layer.exact_entries(start, start + len(token_ids)) for layer in cache.compactable]
-                begun.append([(key.clone(), value.clone()) for key, value in entries])
-            finally:
-                cache.restore(state)
-        return TextBranches(cache.compactable, begun, torch.cat(logits), self._step_of_branches, self._held_rope)
+        begun, logits = begin(partial(self.forward, cache, num_logits=1), cache, beginnings)
+        return TextBranches(cache.compactable, begun, logits, self._step_of_branches, self._held_rope)
 
     def _step_of_branches(self, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         self._require_positions(cache.get_seq_length() + 1)

@@ -231,7 +231,37 @@ def test_an_output_that_goes_nowhere_is_found_out(tiny_gguf: Path, monkeypatch: 
         LlamaCppEngine(tiny_gguf)
 
 
-# Several threads
+# Several texts, and several threads
+
+
+@pytest.mark.parametrize("segment_dtype", [None, "model", "int8"])
+def test_texts_side_by_side_expect_what_they_expect_alone(llama: LlamaCppEngine, segment_dtype: str | None) -> None:
+    session = Memory(llama, POLICY.with_changes(segment_dtype=segment_dtype or "model")).session()
+    session.append(TEXT[:100])
+    if segment_dtype is not None:
+        session.compact(0.5)
+    cache, texts, further = cache_of(session), [[40, 41, 42, 43], [99], [7, 8, 9]], [[50, 51], [120, 121], [10, 11]]
+    tokens = cache.num_tokens
+
+    def alone(texts: list[list[int]]) -> Tensor:
+        return torch.cat([llama.forward(cache.fork(), text, num_logits=1) for text in texts])
+
+    branches = llama.branches(cache, texts)
+    assert branches is not None
+    assert_same(branches.logits, alone(texts), 2e-2)
+    for step in range(2):
+        branches.advance(range(3), [new[step] for new in further])
+        longer = [[*text, *new[: step + 1]] for text, new in zip(texts, further, strict=True)]
+        assert_same(branches.logits, alone(longer))
+    branches.advance([0, 2], [70, 71])
+    assert_same(branches.logits, alone([[*longer[0], 70], [*longer[2], 71]]))
+    assert cache.num_tokens == tokens
+
+
+def test_shared_heads_have_no_texts_side_by_side(shared_llama: LlamaCppEngine) -> None:
+    cache = shared_llama.new_cache()
+    shared_llama.forward(cache, [1, 2, 3])
+    assert shared_llama.branches(cache, [[4], [5]]) is None
 
 
 def test_threads_read_at_the_same_time(llama: LlamaCppEngine) -> None:

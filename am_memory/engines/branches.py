@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from am_memory.engines.partwise import merge, partial_attention, past_parts
+from am_memory.kv_cache.cache import KVCache
 from am_memory.kv_cache.layers import CompactableLayer
 
 BranchEntries = tuple[Tensor, Tensor]
@@ -85,8 +86,32 @@ class BranchLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return -1
 
 
+def begin(
+    read: Callable[[Sequence[int]], Tensor], cache: KVCache, beginnings: Sequence[Sequence[int]]
+) -> tuple[list[list[BranchEntries]], Tensor]:
+    """Read the first tokens of some texts, each behind a cache, which is put back.
+
+    Args:
+        read: reads tokens into the cache; returns the last one's logits, (1, vocab_size).
+        beginnings: the first tokens of each text.
+
+    Returns:
+        For each text the entries of these tokens in each layer; and the logits, (num_texts, vocab_size).
+    """
+    state, start = cache.state(), cache.num_tokens
+    begun, logits = [], []
+    for token_ids in beginnings:
+        try:
+            logits.append(read(token_ids))
+            entries = [layer.exact_entries(start, start + len(token_ids)) for layer in cache.compactable]
+            begun.append([(key.clone(), value.clone()) for key, value in entries])
+        finally:
+            cache.restore(state)
+    return begun, torch.cat(logits)
+
+
 class TextBranches:
-    """`Branches` of a transformers model.
+    """`Branches` behind a `KVCache`.
 
     Args:
         past: the layers of the cache that the branches continue, with their entries as they are now.
