@@ -113,7 +113,7 @@ def long(memory: Memory, num_tokens: int, schemes: list[str]) -> None:
         seconds = time.perf_counter() - started
         layers = session._context.cache.state().layers
         compact = max(float(layer.slots.value.abs().max()) for layer in layers)
-        exact = max(float(layer.buffer.value.abs().max()) for layer in layers)
+        exact = max(float(layer.buffer.value[:, :, : layer.length].abs().max()) for layer in layers)
         stats = session.stats
         rows.append(
             (name, f"{loss:.3f}", stats.num_compactions, f"{stats.kv_tokens:.0f}", f"{compact:.1f}", f"{exact:.1f}")

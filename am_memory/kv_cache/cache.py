@@ -137,10 +137,12 @@ class KVCache(Cache):
     Attributes:
         before_forward: set if `generate()` drives the model, to see every pass before it runs.
         num_announced: the cache's tokens after the pass that `before_forward` has seen last.
+        read_by: the library whose models read tokens into caches of this class.
         weights: the adapters that the entries depend on, as the engine describes them.
         held_rope: the engine's `HeldRope`, if the model's RoPE depends on the length of the text.
     """
 
+    read_by = "transformers"
     layers: list[CompactableLayer | SlidingLayer]  # type: ignore[assignment]
 
     def __init__(self, sliding_windows: Sequence[int | None], rotations: Sequence[Rotation] | None = None) -> None:

@@ -302,7 +302,7 @@ def test_an_unknown_dtype_is_refused() -> None:
 
 
 def test_shared_cells_take_their_dtype_from_the_engine(shared_llama: LlamaCppEngine) -> None:
-    with pytest.raises(InvalidPolicy, match="segment_dtype 'int8' is for .* kv_type='q8_0'"):
+    with pytest.raises(InvalidPolicy, match="segment_dtype 'int8' needs a cache .* kv_type='q8_0'"):
         Memory(shared_llama, MemoryPolicy(trigger_tokens=600, segment_dtype="int8")).session()
 
 

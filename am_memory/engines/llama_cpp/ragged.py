@@ -39,6 +39,8 @@ CAPABILITIES = Capabilities(
 class RaggedCache(KVCache):
     """The cache of one session, whose tokens llama.cpp reads."""
 
+    read_by = "llama.cpp"
+
 
 class RaggedReader:
     """Reads tokens into `RaggedCache`s, in any number of threads.

@@ -318,7 +318,7 @@ def _model_info(
 
 
 def _ours(cache: SessionCache) -> KVCache:
-    if type(cache) is not KVCache:
+    if not isinstance(cache, KVCache) or cache.read_by != KVCache.read_by:
         raise InvalidInput(f"a {type(cache).__name__} is another engine's cache: make one with new_cache()")
     return cache
 
