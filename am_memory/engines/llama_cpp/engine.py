@@ -93,6 +93,8 @@ class LlamaCppEngine:
         self._kv_types = decoder.kv_types
         self._reader: RaggedReader | SharedReader = SharedReader(cell_model)
         if heads == "ragged":
+            if cell_model.windows:
+                support.require_plain_windows(handle)
             self._reader = RaggedReader(self._source, params, cell_model)
             require_ragged(self._reader, cell_model)
         self.capabilities = self._reader.capabilities

@@ -8,6 +8,9 @@ from typing import Any
 from am_memory.engines.llama_cpp.library import library
 from am_memory.errors import UnsupportedModel
 
+CHUNKED = {"llama4"}
+"""Architectures whose layers with a window attend within fixed chunks."""
+
 
 def require_supported(model: Any) -> None:
     """Raise UnsupportedModel for a model whose cache is not the keys and values of causal attention."""
@@ -46,6 +49,15 @@ def _reason_against(model: Any) -> str | None:
     if says("rope.scaling.type") == "longrope":
         return "rotates keys by the size of llama.cpp's context (longrope), and the context grows here"
     return None
+
+
+def require_plain_windows(model: Any) -> None:
+    """Raise UnsupportedModel for a model whose windows do not slide with the token: llama.cpp alone has their mask."""
+    if (architecture := meta(model, "general.architecture")) in CHUNKED:
+        raise UnsupportedModel(
+            f"{meta(model, 'general.name') or 'this model'} ({architecture}) attends within fixed chunks of the text, "
+            "which ragged heads do not: use heads='shared'"
+        )
 
 
 def meta(model: Any, key: str) -> str | None:

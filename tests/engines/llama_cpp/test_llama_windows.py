@@ -184,6 +184,13 @@ def test_windows_of_another_model_are_refused(memory: Memory, gemma: LlamaCppEng
         gemma.new_cache().load(Saved())
 
 
+def test_windows_that_do_not_slide_need_shared_heads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("am_memory.engines.llama_cpp.support.CHUNKED", {"gemma3"})
+    with pytest.raises(UnsupportedModel, match=r"tiny \(gemma3\) attends within fixed chunks of the text"):
+        LlamaCppEngine(path)
+    LlamaCppEngine(path, heads="shared")
+
+
 def test_a_model_with_windows_alone_is_refused(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerBase) -> None:
     model = random_gemma(layer_types=["sliding_attention"] * 6)
     windows = {"attention__sliding_window": WINDOW, "attention__sliding_window_pattern": 7}
