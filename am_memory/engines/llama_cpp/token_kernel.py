@@ -23,8 +23,8 @@ from am_memory.errors import EngineFailed
 from am_memory.kv_cache.cache import KVCache
 from am_memory.kv_cache.layers import CompactableLayer
 
-PADDING_BYTES = 64
-"""At least what `struct ggml_tensor` has behind the fields of `GGMLTensor`."""
+PADDING_BYTES = 16
+"""What `struct ggml_tensor` has behind the fields of `GGMLTensor`."""
 
 
 class _LayerNodes:
@@ -87,14 +87,18 @@ class TokenKernel:
         self._write, self._flash = ops["SET_ROWS"], ops["FLASH_ATTN_EXT"]
         self._shapes = model.in_order
         self._pools: list[tuple[Pool | WindowPool, int]] = []
-        self._nodes: list[_LayerNodes] = []
-        self._new_writes: list[int] = []
         self._is_ready = False
         self._error: BaseException | None = None
         self.on_output: OnOutput | None = None
         self.pointer = library().ggml_backend_sched_eval_callback(self._call)
         self._context = Context(source, params, self.pointer, 1)
+        self._make_context()
+
+    def _make_context(self) -> None:
+        """Make a context that has no graph, so that none is left half changed."""
         self._context.open(iter([CELLS_STEP]))
+        self._nodes: list[_LayerNodes] = []
+        self._new_writes: list[int] = []
 
     @torch.no_grad()
     def read(self, cache: KVCache, token_id: int) -> Tensor:
@@ -116,6 +120,7 @@ class TokenKernel:
         self._context.clear()
         status = self._context.decode([token_id], position, 1)
         if self._error is not None:
+            self._make_context()
             raise self._error
         if status:
             raise EngineFailed(f"llama.cpp could not read a token at position {position} (status {status})")

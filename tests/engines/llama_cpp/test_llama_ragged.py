@@ -16,6 +16,7 @@ from am_memory import Experiments, Memory, MemoryPolicy, Sampling, Session
 from am_memory.engines.base import Engine
 from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.llama_cpp.pool import Pool
+from am_memory.engines.llama_cpp.token_kernel import _LayerNodes
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import UnsupportedModel
 
@@ -216,6 +217,29 @@ def test_a_token_without_logits_is_read(llama: LlamaCppEngine) -> None:
     cache = llama.new_cache()
     assert llama.forward(cache, [1]).shape == llama.forward(cache, [2]).shape == (0, 260)
     assert cache.num_tokens == 2
+
+
+def test_an_interrupt_leaves_no_graph_half_changed(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next token would be read by operations that point to memory of the interrupted one."""
+    llama = LlamaCppEngine(tiny_gguf, kv_type="f32")
+    cache = llama.new_cache()
+    llama.forward(cache, [1, 2, 3])
+    expected = llama.forward(cache.fork(), [4], num_logits=1)
+    make, calls = _LayerNodes.point_to, []
+
+    def interrupted(nodes: _LayerNodes, pool: Pool, num_tokens: int) -> None:
+        calls.append(nodes)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        make(nodes, pool, num_tokens)
+
+    (worker,) = llama._reader._idle
+    worker._kernel._make_context()
+    monkeypatch.setattr(_LayerNodes, "point_to", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llama.forward(cache, [4])
+    assert (cache.num_tokens, cache.is_whole) == (3, True)
+    assert torch.equal(llama.forward(cache, [4], num_logits=1), expected)
 
 
 def test_slots_that_go_nowhere_are_found_out(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
