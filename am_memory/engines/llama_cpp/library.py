@@ -121,6 +121,17 @@ def read_tensor(address: int) -> Tensor:
     return from_rows(rows, kind.name)
 
 
+def is_in_host_memory(address: int) -> bool:
+    """Whether a tensor of the graph lies where this process can write."""
+    ggml()
+    from llama_cpp._ggml import libggml
+
+    is_host = libggml.ggml_backend_buffer_is_host
+    is_host.restype, is_host.argtypes = ctypes.c_bool, [ctypes.c_void_p]
+    buffer = tensor_at(address).buffer
+    return buffer is not None and bool(is_host(buffer))
+
+
 def write_tensor(address: int, numbers: Tensor) -> None:
     """Write a float32 tensor of the graph; the inverse of `read_tensor`."""
     data = numbers.contiguous()

@@ -15,11 +15,19 @@ from torch import Tensor
 
 from am_memory.engines.llama_cpp.capture import OP_OFFSET
 from am_memory.engines.llama_cpp.context import CELLS_STEP, Context
-from am_memory.engines.llama_cpp.library import GGMLTensor, ggml, ggml_type_of, library, read_tensor, tensor_at
+from am_memory.engines.llama_cpp.library import (
+    GGMLTensor,
+    ggml,
+    ggml_type_of,
+    is_in_host_memory,
+    library,
+    read_tensor,
+    tensor_at,
+)
 from am_memory.engines.llama_cpp.model import CellModel
 from am_memory.engines.llama_cpp.own_attention import OnOutput, attend, output_at
 from am_memory.engines.llama_cpp.pool import Pool, WindowPool, pooled, window_pooled
-from am_memory.errors import EngineFailed
+from am_memory.errors import EngineFailed, UnsupportedModel
 from am_memory.kv_cache.cache import KVCache
 from am_memory.kv_cache.layers import CompactableLayer
 
@@ -33,9 +41,14 @@ class _LayerNodes:
     Args:
         write_key, write_value: addresses of the operations that store a token's key and value.
         attention: address of the attention.
+
+    Raises:
+        UnsupportedModel: they do not lie in host memory.
     """
 
     def __init__(self, write_key: int, write_value: int, attention: int) -> None:
+        if not all(map(is_in_host_memory, (write_key, write_value, attention))):
+            raise UnsupportedModel("llama.cpp attends on a GPU, where ragged heads are not: use heads='shared'")
         self.attention = attention
         self._writes = tensor_at(write_key), tensor_at(write_value)
         self._attention = tensor_at(attention)

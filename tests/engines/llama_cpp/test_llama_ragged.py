@@ -242,6 +242,13 @@ def test_an_interrupt_leaves_no_graph_half_changed(tiny_gguf: Path, monkeypatch:
     assert torch.equal(llama.forward(cache, [4], num_logits=1), expected)
 
 
+def test_attention_on_a_gpu_is_found_out(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be given addresses of host memory."""
+    monkeypatch.setattr("am_memory.engines.llama_cpp.token_kernel.is_in_host_memory", lambda address: False)
+    with pytest.raises(UnsupportedModel, match="use heads='shared'"):
+        LlamaCppEngine(tiny_gguf)
+
+
 def test_slots_that_go_nowhere_are_found_out(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pool, "num_seen", lambda pool, num_tokens: 1)
     with pytest.raises(UnsupportedModel, match="attention over slots of each head is off by"):
