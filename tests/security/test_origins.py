@@ -240,7 +240,7 @@ def test_llama_cpp_tells_its_vocabularies_and_templates_apart(
 
     def info(change: Change, name: str) -> ModelInfo:
         path = write_gguf(tmp_path / f"{name}.gguf", tiny_model, changed(byte_tokenizer, change))
-        return LlamaCppEngine(path, kv_type="f32", flash_attention=False).info
+        return LlamaCppEngine(path, kv_type="f32").info
 
     same = info(lambda tokenizer: None, "same")
     assert same.tokenizer_fingerprint == llama.info.tokenizer_fingerprint != ""
