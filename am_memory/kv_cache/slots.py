@@ -115,10 +115,10 @@ class Slots:
         )
 
     @classmethod
-    def recalled(cls, key: Tensor, value: Tensor, start: int) -> Slots:
-        """A segment's original entries, all of rank 0; shapes as in `exact`."""
+    def recalled(cls, key: Tensor, value: Tensor, start: int, bias: float = 0.0) -> Slots:
+        """A segment's original entries, all of rank 0 and of one bias; shapes as in `exact`."""
         exact = cls.exact(key, value, start)
-        return replace(exact, ranks=torch.zeros_like(exact.ranks))
+        return replace(exact, ranks=torch.zeros_like(exact.ranks), bias=exact.bias + bias)
 
     @classmethod
     def concat(cls, parts: Sequence[Slots]) -> Slots:

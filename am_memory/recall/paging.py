@@ -20,6 +20,10 @@ from am_memory.kv_cache.layers import TailState
 from am_memory.kv_cache.slots import Slots
 from am_memory.recall.originals import KeysAndValues
 
+PAGE_BIAS = 1.5
+"""Added to the scores of a page's entries, in nats. Slots get more attention from questions that are not about their
+block than its tokens did, and drown what was looked up (docs/log.md)."""
+
 
 class Page(NamedTuple):
     """The logical tokens [start, end), all of one segment."""
@@ -71,14 +75,18 @@ class Recalled:
 def brought_back(state: Snapshot, page: Page, entries: Sequence[KeysAndValues]) -> tuple[CacheState, Recalled]:
     """The state with a page exact, and what to put away later.
 
+    The page's entries weigh a little more than they did, unless the page is a whole segment: see `PAGE_BIAS`.
+
     Args:
         entries: keys and values of the page's tokens in each compactable layer.
     """
+    is_whole = any((segment.start, segment.end) == page for segment in state.segments)
+    bias = 0.0 if is_whole else PAGE_BIAS
     compact, exact = [], []
     tails = (layer for layer in state.layers if isinstance(layer, TailState))
     for (slots, buffer, _, _), (key, value) in zip(tails, entries, strict=True):
         assert buffer is not None
-        exact.append(Slots.recalled(key, value, page.start).to(buffer.key.device))
+        exact.append(Slots.recalled(key, value, page.start, bias).to(buffer.key.device))
         none = Slots.recalled(key[:, :0], value[:, :0], page.start)  # of a text that was compacted to no slots
         compact.append(none if slots is None else slots.within(page.start, page.end).to("cpu"))
     return exchanged(state, page, exact), Recalled(page, tuple(compact))
