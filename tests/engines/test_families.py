@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from am_memory import Memory, MemoryPolicy
 from am_memory.engines.transformers import TransformersEngine
-from am_memory.engines.transformers.attention import ATTENTION_NAME
-from am_memory.errors import UnsupportedModel
+from am_memory.engines.transformers.attention import ATTENTION_NAME, attention_forward
+from am_memory.errors import UnsupportedModel, UnsupportedOperation
 from am_memory.kv_cache.cache import KVCache
+from am_memory.kv_cache.layers import CompactableLayer
 
 NUM_TOKENS = 60
 SIZES = {
@@ -33,6 +34,11 @@ SIZES = {
     "pad_token_id": 258,
 }
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+MAMBA = {"shared_intermediate_size": 48, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_expand": 2}
+GEMMA4 = {
+    "num_hidden_layers": 4, "head_dim": 8, "global_head_dim": 16, "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0,
+}  # fmt: skip
 MOE = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
 
 
@@ -52,6 +58,7 @@ class Family:
 FAMILIES = [
     Family("Llama"),
     Family("Mistral", {"sliding_window": None}),
+    Family("Mistral", {"sliding_window": SIZES["max_position_embeddings"]}),
     Family("Ministral", {"head_dim": 8, "sliding_window": 16, "layer_types": MIXED}),
     Family("Qwen2"),
     Family("Qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
@@ -59,12 +66,15 @@ FAMILIES = [
     Family("Qwen3Moe", {"head_dim": 8, **MOE}),
     Family("Mixtral", {"num_local_experts": 2}),
     Family("Phi3"),
+    Family("Phi3", {"sliding_window": 1000}),
     Family("Granite", {"attention_multiplier": 0.2, "logits_scaling": 2.0, "embedding_multiplier": 3.0}),
+    Family("GraniteMoeHybrid", {"layer_types": ["full_attention"] * 3, "num_local_experts": 0, **MAMBA}),
     Family("Olmo", {"clip_qkv": 4.0}),
     Family("Olmo2"),
     Family("Olmo3", {"num_hidden_layers": 4, "sliding_window": 16}),
     Family("Gemma", {"head_dim": 8}),
     Family("Gemma3Text", {"head_dim": 8, "sliding_window": 16, "layer_types": MIXED}),
+    Family("Gemma4Text", {"layer_types": MIXED[:2] * 2, "sliding_window": 16, **GEMMA4}),
     Family("SmolLM3", {"num_hidden_layers": 4}),
     Family("Starcoder2"),
     Family("Cohere"),
@@ -75,7 +85,9 @@ FAMILIES = [
 
 
 def identity(family: Family) -> str:
-    return "-".join([family.name, *(["sliding"] if family.special.get("sliding_window") else [])])
+    window = family.special.get("sliding_window") or 0
+    kind = "" if not window else "-sliding" if window < SIZES["max_position_embeddings"] else "-wide"
+    return family.name + kind
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=identity)
@@ -215,7 +227,11 @@ EXPERTS = {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
         (Family("Jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2}).build, "recurrent"),
         (Family("Lfm2", {"layer_types": ["conv", "full_attention", "conv"]}).build, "layers of kind conv"),
         (Family("Llama4Text", EXPERTS).build, "layers of kind chunked_attention"),
-        (Family("Mistral", {"sliding_window": 16}).build, "only sliding-window layers"),
+        (Family("Mistral", {"sliding_window": 16}).build, "only sliding-window layers, all shorter than its 512"),
+        (
+            Family("Gemma4Text", {**GEMMA4, "layer_types": MIXED[:2] * 2, "num_kv_shared_layers": 2}).build,
+            "shares its cache between layers",
+        ),
         (Family("Falcon").build, "does not take another attention function"),
         (Family("Doge").build, "a mask that is not causal"),
         (Family("DiffLlama").build, "its attention is not the standard one"),
@@ -227,7 +243,7 @@ def test_what_cannot_work_is_refused_with_the_reason(build, reason: str, byte_to
     are not what its attention takes. Doge was refused by the attention function, with the wrong error."""
     model = build()
     before = model.config._attn_implementation
-    with pytest.raises(UnsupportedModel, match=rf"{type(model).__name__} .*{reason}.*[;:] use a"):
+    with pytest.raises(UnsupportedModel, match=rf"{type(model).__name__}\b.*{reason}.*[;:] use a"):
         TransformersEngine(model, byte_tokenizer)
     assert model.config._attn_implementation == before != ATTENTION_NAME
 
@@ -237,6 +253,29 @@ def test_learned_attention_sinks_are_refused(byte_tokenizer: PreTrainedTokenizer
     model = AutoModelForCausalLM.from_config(transformers.GptOssConfig(**{**SIZES, **EXPERTS}))
     with pytest.raises(UnsupportedModel, match="GptOssForCausalLM has learned attention sinks; use a"):
         TransformersEngine(model, byte_tokenizer)
+
+
+@pytest.mark.parametrize("error", [IndexError("row 7"), AssertionError(), ZeroDivisionError("by zero")], ids=repr)
+def test_any_error_in_the_trial_is_one_of_ours(error: Exception, byte_tokenizer: PreTrainedTokenizerBase) -> None:
+    """An IndexError came out bare, with nothing about the model."""
+    model = Family("Olmo3", {"num_hidden_layers": 4, "sliding_window": 16}).build()
+
+    def fail(*args: object) -> None:
+        raise error
+
+    model.model.layers[1].mlp.register_forward_pre_hook(fail)
+    expected = f"Olmo3ForCausalLM, with layers of full_attention and sliding_attention, .*{error or 'AssertionError'}"
+    with pytest.raises(UnsupportedModel, match=expected):
+        TransformersEngine(model, byte_tokenizer)
+
+
+@pytest.mark.parametrize("argument", ["sinks", "indices", "block_indices", "not_yet_invented"])
+def test_an_argument_of_attention_that_is_not_ours_is_refused(argument: str, tiny_model: PreTrainedModel) -> None:
+    """Sparse attention was accepted where the first tokens are all selected: its arguments were ignored."""
+    query, key = torch.zeros(1, 4, 1, 8), torch.zeros(1, 2, 1, 8)
+    key, _ = CompactableLayer().update(key, key)
+    with pytest.raises(UnsupportedOperation, match=f"attention with {argument} cannot be compacted"):
+        attention_forward(tiny_model, query, key, key, None, **{argument: 1})
 
 
 # A model stays what it was

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.utils.generic import TransformersKwargs
 
 from am_memory.engines import partwise
 from am_memory.engines.branches import BranchLayer
@@ -21,8 +22,10 @@ from am_memory.kv_cache.layers import CompactableLayer
 from am_memory.kv_cache.slots import Slots
 
 ATTENTION_NAME = "am_memory"
-NOT_OURS = ("softcap", "s_aux", "position_bias")
-"""Arguments of other models' attention that ours does not support."""
+IRRELEVANT = frozenset({
+    *TransformersKwargs.__annotations__, "dropout", "sliding_window", "use_cache", "output_attentions", "deterministic",
+})  # fmt: skip
+"""Arguments that do not change attention over one text without padding, in a layer of full attention."""
 IS_DEFERRED = "am_memory_is_deferred"
 """Argument of a compiled layer (`compiled.py`), in which one operator appends to the cache and attends."""
 NO_MASK = (
@@ -61,7 +64,7 @@ def attention_forward(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if attention_mask is not None:
         raise UnsupportedOperation(NO_MASK)
-    if strange := [name for name in NOT_OURS if kwargs.get(name) is not None]:
+    if strange := [name for name, value in kwargs.items() if value is not None and name not in IRRELEVANT]:
         raise UnsupportedOperation(f"attention with {', '.join(strange)} cannot be compacted: use another model")
     if layer is None:
         return torch.ops.am_memory.append_and_attend(query, key, value, scaling), None

@@ -88,7 +88,8 @@ class TransformersEngine:
         self._held_rope: HeldRope | None = None
         before = model.config._attn_implementation
         support.probe(model, self.new_cache())
-        max_tokens = num_positions(model, self.new_cache())
+        with support.refusing(model):
+            max_tokens = num_positions(model, self.new_cache())
         if compile:
             compile_layers(model, self.new_cache())
         if length_dependent_kinds(model):

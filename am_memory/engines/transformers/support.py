@@ -7,6 +7,8 @@ work are refused with the reason. All others are compared with transformers' own
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from am_memory.engines.transformers.attention import ATTENTION_NAME
-from am_memory.errors import InvalidInput, UnsupportedModel, UnsupportedOperation
+from am_memory.errors import InvalidInput, UnsupportedModel
 from am_memory.kv_cache.cache import KVCache
 from am_memory.kv_cache.slots import Segment, Slots
 
@@ -24,6 +26,7 @@ LOGITS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e
 """Largest RMS error of the probe's logits relative to their standard deviation, unless rounding alone is larger."""
 MAX_ROUNDING = {torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.1}
 """Largest error that counts as rounding."""
+RECURRENT = "is recurrent: it has a state, not a cache of keys and values"
 
 
 def layer_windows(model: PreTrainedModel) -> list[int | None]:
@@ -39,11 +42,20 @@ def layer_windows(model: PreTrainedModel) -> list[int | None]:
             f"{type(model).__name__} {reason}; use a decoder-only model with standard attention (Llama, Mistral, "
             "Qwen2, Qwen3, SmolLM, Phi-3, Granite, OLMo...)"
         )
-    layer_types, layer_kwargs = get_layer_types_and_kwargs(config)
-    return [
-        kwargs["sliding_window"] if kind == "sliding_attention" else None
-        for kind, kwargs in zip(layer_types, layer_kwargs, strict=True)
-    ]
+    return [window for _, window in _layers(config)]
+
+
+def _layers(config: PreTrainedConfig) -> list[tuple[str, int | None]]:
+    """Each layer's kind, as transformers names it, and its sliding window in tokens.
+
+    A window that is as long as the model's positions hides no token, so that such a layer is one of full attention.
+    """
+    layers: list[tuple[str, int | None]] = []
+    for kind, options in zip(*get_layer_types_and_kwargs(config), strict=True):
+        window = options.get("sliding_window")
+        is_wide = kind == "sliding_attention" and window >= config.max_position_embeddings
+        layers.append(("full_attention", None) if is_wide else (kind, window))
+    return layers
 
 
 def window(model: PreTrainedModel, window_tokens: int | None) -> int:
@@ -63,24 +75,29 @@ def window(model: PreTrainedModel, window_tokens: int | None) -> int:
 def _reason_against(model: PreTrainedModel, config: PreTrainedConfig) -> str | None:
     if model.config.is_encoder_decoder:
         return "is an encoder-decoder model"
-    if getattr(model, "_is_stateful", False) or not hasattr(config, "num_attention_heads"):
-        return "is recurrent: it has a state, not a cache of keys and values"
+    if not hasattr(config, "num_attention_heads"):
+        return RECURRENT
     if getattr(config, "kv_lora_rank", None):
         return "caches a latent vector (MLA), not keys and values"
     rope = getattr(config, "rope_parameters", None) or {}
     if "mrope_section" in rope or getattr(config, "mrope_section", None):
         return "uses M-RoPE: its positions have several axes"
-    if getattr(config, "kv_sharing_modes", None) or getattr(config, "num_kv_shared_layers", 0):
+    if "reuse" in (getattr(config, "kv_sharing_modes", None) or ()) or getattr(config, "num_kv_shared_layers", None):
         return "shares its cache between layers"
     if getattr(config, "attn_logit_softcapping", None):
         return f"caps its attention scores (attn_logit_softcapping={config.attn_logit_softcapping})"
     if any(name.endswith(".sinks") for name, _ in model.named_parameters()):
         return "has learned attention sinks"
-    kinds = set(get_layer_types_and_kwargs(config)[0])
+    kinds = {kind for kind, _ in _layers(config)}
+    if "linear_attention" in kinds:
+        return RECURRENT
     if strange := kinds - {"full_attention", "sliding_attention"}:
         return f"has layers of kind {', '.join(sorted(strange))}"
     if "full_attention" not in kinds:
-        return "has only sliding-window layers: its cache is bounded already"
+        return (
+            f"has only sliding-window layers, all shorter than its {config.max_position_embeddings:,} positions: its "
+            "cache is bounded already"
+        )
     if not getattr(model, "_supports_attention_backend", False):
         return "does not take another attention function (_supports_attention_backend is false)"
     return None
@@ -103,20 +120,34 @@ def probe(model: PreTrainedModel, cache: KVCache) -> None:
     """
     before = model.config._attn_implementation
     try:
-        _require_same_logits(model, cache)
+        with refusing(model):
+            _require_same_logits(model, cache)
     except BaseException:
         model.set_attn_implementation(before)
         raise
 
 
-def _require_same_logits(model: PreTrainedModel, cache: KVCache) -> None:
+@contextmanager
+def refusing(model: PreTrainedModel) -> Iterator[None]:
+    """A trial: any error within the model means that it is not supported.
+
+    Raises:
+        UnsupportedModel: the trial failed; the message names the model, the kinds of its layers and the error.
+    """
     try:
-        error = logits_error(model, cache)
-    except (TypeError, ValueError, AttributeError, RuntimeError, UnsupportedOperation) as reason:
+        yield
+    except (UnsupportedModel, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        kinds = sorted({kind for kind, _ in _layers(model.config.get_text_config(decoder=True))})
         raise UnsupportedModel(
-            f"{type(model).__name__} cannot run with a compacting cache: {reason}; use a decoder-only model with "
-            "standard attention"
-        ) from reason
+            f"{type(model).__name__}, with layers of {' and '.join(kinds)}, cannot run with a compacting cache: "
+            f"{error or type(error).__name__}; use a decoder-only model with standard attention"
+        ) from error
+
+
+def _require_same_logits(model: PreTrainedModel, cache: KVCache) -> None:
+    error = logits_error(model, cache)
     is_used = all(layer.scaling is not None for layer in cache.compactable)
     if not is_used or error is not None:
         raise UnsupportedModel(
