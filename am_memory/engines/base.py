@@ -30,7 +30,7 @@ OnQuery = Callable[[int, Tensor, Tensor], None]
 
 query: (num_key_value_heads, num_key_value_groups, num_tokens, head_dim), after RoPE.
 log_mass: (num_key_value_heads, num_key_value_groups, num_tokens) float32, the log of the sum of exp(score) over all
-keys that the query attends to, slots with their biases among them.
+keys that the query attends to, slots with their biases among them, and over its attention sink, if the model has one.
 """
 
 
@@ -123,6 +123,14 @@ class SessionLayer(Protocol):
     @property
     def scaling(self) -> float | None:
         """Factor of the scores before the softmax; None before the first forward pass."""
+        ...
+
+    @property
+    def sinks(self) -> Tensor | None:
+        """The logit of each query head's attention sink, (num_attention_heads,); None: the softmax is over keys alone.
+
+        A sink is one more term in the denominator of the softmax. Every log mass includes it.
+        """
         ...
 
     @property

@@ -263,7 +263,7 @@ class KVCache(Cache):
         for mine, other in zip(self.layers, branch.layers, strict=True):
             other.restore(mine.state())
             if isinstance(mine, CompactableLayer) and isinstance(other, CompactableLayer):
-                other.scaling = mine.scaling
+                other.scaling, other.sinks = mine.scaling, mine.sinks
                 other.slots = other.slots and other.slots.without_derived()
                 if mine.buffer is not None:
                     mine.buffer.is_shared = True

@@ -107,6 +107,7 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.write_position: Tensor | None = None
         self.query_sink: QuerySink | None = None
         self.scaling: float | None = None  # softmax scale, as the attention function last saw it
+        self.sinks: Tensor | None = None  # the logit of each query head's attention sink, likewise
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.buffer = TailBuffer(key_states[:, :, :0], value_states[:, :, :0])

@@ -17,6 +17,7 @@ from transformers.utils.generic import TransformersKwargs
 from am_memory.engines import partwise
 from am_memory.engines.branches import BranchLayer
 from am_memory.engines.transformers import fused
+from am_memory.engines.transformers.sinks import sdpa_with_sinks, with_sinks
 from am_memory.errors import UnsupportedOperation
 from am_memory.kv_cache.layers import CompactableLayer
 from am_memory.kv_cache.slots import Slots
@@ -26,6 +27,8 @@ IRRELEVANT = frozenset({
     *TransformersKwargs.__annotations__, "dropout", "sliding_window", "use_cache", "output_attentions", "deterministic",
 })  # fmt: skip
 """Arguments that do not change attention over one text without padding, in a layer of full attention."""
+SINKS = "s_aux"
+"""Argument of attention with learned sinks: the logit of each head's sink."""
 IS_DEFERRED = "am_memory_is_deferred"
 """Argument of a compiled layer (`compiled.py`), in which one operator appends to the cache and attends."""
 NO_MASK = (
@@ -58,26 +61,29 @@ def attention_forward(
     Returns:
         (1, num_tokens, num_attention_heads, head_dim), and None for the weights.
     """
-    is_deferred = kwargs.pop(IS_DEFERRED, False)
+    is_deferred, sinks = kwargs.pop(IS_DEFERRED, False), kwargs.pop(SINKS, None)
     layer: CompactableLayer | BranchLayer | None = None if is_deferred else getattr(key, "am_layer", None)
     if layer is None and not is_deferred:
+        if sinks is not None:
+            return sdpa_with_sinks(query, key, value, attention_mask, scaling, sinks), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if attention_mask is not None:
         raise UnsupportedOperation(NO_MASK)
     if strange := [name for name, value in kwargs.items() if value is not None and name not in IRRELEVANT]:
         raise UnsupportedOperation(f"attention with {', '.join(strange)} cannot be compacted: use another model")
     if layer is None:
-        return torch.ops.am_memory.append_and_attend(query, key, value, scaling), None
+        return torch.ops.am_memory.append_and_attend(query, key, value, scaling, sinks), None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(layer, BranchLayer):
-        return layer.attend(query, scaling).transpose(1, 2).contiguous(), None
-    layer.scaling, slots = scaling, layer.slots
-    output, log_mass = attend(query, key, value, slots, layer.scaling, layer.write_position)
+        output, _ = with_sinks(*layer.attend(query, scaling), sinks)
+        return output.transpose(1, 2).contiguous(), None
+    layer.scaling, layer.sinks, slots = scaling, sinks, layer.slots
+    output, log_mass = with_sinks(*attend(query, key, value, slots, scaling, layer.write_position), sinks)
     if layer.query_sink is not None:
         grouped = key.shape[1], -1, query.shape[2]
         layer.query_sink(query.reshape(*grouped, query.shape[3]), log_mass.reshape(grouped))
         if layer.slots is not slots:  # compacted by these very queries
-            output, _ = attend(query, *layer.tail, layer.slots, layer.scaling)
+            output, _ = with_sinks(*attend(query, *layer.tail, layer.slots, scaling), sinks)
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -30,7 +30,7 @@ RECURRENT = "is recurrent: it has a state, not a cache of keys and values"
 
 
 def layer_windows(model: PreTrainedModel) -> list[int | None]:
-    """Each layer's sliding window in tokens, None for full attention.
+    """Each layer's sliding window in tokens, or the size of its chunks; None for full attention.
 
     Raises:
         UnsupportedModel: a model whose cache is not the keys and values of causal attention.
@@ -46,7 +46,7 @@ def layer_windows(model: PreTrainedModel) -> list[int | None]:
 
 
 def _layers(config: PreTrainedConfig) -> list[tuple[str, int | None]]:
-    """Each layer's kind, as transformers names it, and its sliding window in tokens.
+    """Each layer's kind, as transformers names it, and its sliding window, or the size of its chunks, in tokens.
 
     A window that is as long as the model's positions hides no token, so that such a layer is one of full attention.
     """
@@ -86,16 +86,14 @@ def _reason_against(model: PreTrainedModel, config: PreTrainedConfig) -> str | N
         return "shares its cache between layers"
     if getattr(config, "attn_logit_softcapping", None):
         return f"caps its attention scores (attn_logit_softcapping={config.attn_logit_softcapping})"
-    if any(name.endswith(".sinks") for name, _ in model.named_parameters()):
-        return "has learned attention sinks"
     kinds = {kind for kind, _ in _layers(config)}
     if "linear_attention" in kinds:
         return RECURRENT
-    if strange := kinds - {"full_attention", "sliding_attention"}:
+    if strange := kinds - {"full_attention", "sliding_attention", "chunked_attention"}:
         return f"has layers of kind {', '.join(sorted(strange))}"
     if "full_attention" not in kinds:
         return (
-            f"has only sliding-window layers, all shorter than its {config.max_position_embeddings:,} positions: its "
+            f"has only layers that see a window or a chunk of its {config.max_position_embeddings:,} positions: its "
             "cache is bounded already"
         )
     if not getattr(model, "_supports_attention_backend", False):
@@ -188,7 +186,7 @@ def _probe_errors(model: PreTrainedModel, cache: KVCache) -> tuple[float, float,
         cache and attention, which is rounding; and the change of the first half's logits if other tokens follow.
     """
     ids = probe_ids(model)[None]
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     expected = model(ids, use_cache=False).logits[0].float()
     half = PROBE_TOKENS // 2
     others = torch.cat([ids[:, :half], ids[:, :half].flip(1)], dim=1)
