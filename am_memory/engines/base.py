@@ -72,8 +72,8 @@ class Capabilities:
         has_ragged_heads: the heads of a layer may differ in their number of slots (head budgets, calibration).
         can_exchange_slots: `SessionCache.restore` takes a state in which other slots stand for a segment (recall).
         can_hold_int8: new slots may have keys and values in int8, as `Quantised` (`segment_dtype="int8"`).
-        can_refine: caches are `RefinableCache`: no layer has a sliding window, whose old entries are gone
-            (`Session.refine`).
+        can_refine: caches are `RefinableCache`: no layer has a sliding window, whose old entries are gone, or a
+            recurrent state (`Session.refine`).
         can_compact_layerwise: caches are `LayerwiseCache` (`on_policy`).
         can_read_in_parallel: two threads may read into two caches at the same time (`ahead_tokens`).
         can_rotate_keys: `SessionLayer.rotated` works for any distance, and `SessionCache.compacted` moves segments by
@@ -220,7 +220,7 @@ class SessionCache(Protocol):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether `truncate` can drop the last exact tokens; a full sliding window cannot go back."""
+        """Whether `truncate` can drop the last exact tokens; a full sliding window or a recurrent state cannot."""
         ...
 
     def state(self) -> Snapshot:

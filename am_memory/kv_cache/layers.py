@@ -1,4 +1,4 @@
-"""The layers of a KV cache: compact slots before an exact tail that grows in place, or a sliding window.
+"""The layers of a KV cache that hold keys: compact slots before an exact tail that grows in place, or a window.
 
 A layer appends entries, shares them between forks and drops them. It knows no other layer.
 """
@@ -77,6 +77,31 @@ class SlidingState(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of the tensors."""
         return sum(tensor.nbytes for tensor in (self.keys, self.values) if tensor is not None)
+
+
+class RecurrentState(NamedTuple):
+    """The states of one layer that has no keys at one moment; nobody writes into these tensors."""
+
+    conv: tuple[Tensor | None, ...]
+    recurrent: tuple[Tensor | None, ...]
+
+    @property
+    def num_states(self) -> int:
+        """The number of states of each of both sorts; 0: a layer without a cache."""
+        return len(self.conv)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The states that are there."""
+        return tuple(tensor for tensor in (*self.conv, *self.recurrent) if tensor is not None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+LayerState = TailState | SlidingState | RecurrentState
 
 
 class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -304,6 +329,3 @@ class SlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return () if self.keys is None or self.values is None else (self.keys, self.values)
-
-
-LayerState = TailState | SlidingState

@@ -87,6 +87,8 @@ class CompiledLayer:
 def compile_layers(model: PreTrainedModel, cache: KVCache) -> None:
     """Compile a model's decoder layers, which takes some seconds, and test them. The model must use our attention.
 
+    Layers with a recurrent state are not compiled.
+
     Args:
         cache: a new one, for the test.
 
@@ -95,9 +97,7 @@ def compile_layers(model: PreTrainedModel, cache: KVCache) -> None:
         UnsupportedModel: the compiled model computes wrong logits. The model is unchanged.
     """
     layers = [
-        layer
-        for layer in model.modules()
-        if isinstance(layer, GradientCheckpointingLayer) and any(hasattr(part, "layer_idx") for part in layer.modules())
+        layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer) and _has_keys(layer, cache)
     ]
     compiled = [CompiledLayer(layer) for layer in layers]
     try:
@@ -108,6 +108,12 @@ def compile_layers(model: PreTrainedModel, cache: KVCache) -> None:
         for layer, forward in zip(layers, compiled, strict=True):
             layer.forward = forward.eager
         raise
+
+
+def _has_keys(layer: nn.Module, cache: KVCache) -> bool:
+    """Whether a decoder layer has attention and no recurrent state, which its operator does not hand on."""
+    indices: set[Any] = {part.layer_idx for part in layer.modules() if hasattr(part, "layer_idx")}
+    return any(cache.kinds[index].has_keys for index in indices) and not cache.recurrent.keys() & indices
 
 
 def _require_use(model: PreTrainedModel, layers: list[CompiledLayer], cache: KVCache) -> None:

@@ -79,8 +79,8 @@ class TransformersEngine:
         self._adapters = Adapters(model)
         self._weights = self._adapters.active
         self.tokenizer = tokenizer
-        self._windows = support.layer_windows(model)
-        self._rotations: list[Rotation] | None = None
+        self._kinds = support.layer_kinds(model)
+        self._rotations: list[Rotation | None] | None = None
         self._control_tokens: tuple[str, ControlTokens] | None = None
         self._cache_argument = support.cache_argument(model)
         window = support.window(model, window_tokens)
@@ -109,7 +109,7 @@ class TransformersEngine:
         )
         self.capabilities = replace(
             CAPABILITIES,
-            can_refine=not any(self._windows),
+            can_refine=self.new_cache().is_all_compactable,
             can_rotate_keys=not why_keys_stay,
             why_keys_stay=why_keys_stay,
         )
@@ -145,7 +145,7 @@ class TransformersEngine:
         return ""
 
     def new_cache(self) -> KVCache:
-        cache = KVCache(self._windows, self._rotations)
+        cache = KVCache(self._kinds, self._rotations)
         cache.weights, cache.held_rope = self._weights, self._held_rope
         return cache
 
@@ -187,9 +187,9 @@ class TransformersEngine:
 
     @torch.no_grad()
     def branches(self, cache: SessionCache, beginnings: Sequence[Sequence[int]]) -> TextBranches | None:
-        """Texts behind a cache, read as a batch; None for a model with sliding windows, which hold one text each."""
+        """Texts behind a cache, read as a batch; None for a model with windows or states, which hold one text each."""
         cache = _ours(cache)
-        if len(cache.compactable) < len(cache.layers):
+        if not cache.is_all_compactable:
             return None
         begun, logits = begin(partial(self.forward, cache, num_logits=1), cache, beginnings)
         return TextBranches(cache.compactable, begun, logits, self._step_of_branches, self._held_rope)

@@ -265,10 +265,13 @@ class _NoWaiting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def can_have_graphs(model: PreTrainedModel, cache: KVCache) -> bool:
-    """Not with sliding windows, whose entries move at each token, nor on several devices, which wait for each other."""
+    """Whether a model can have graphs.
+
+    Not with sliding windows, whose entries move at each token, nor with recurrent states, which are copied. Not on
+    several devices, which wait for each other.
+    """
     is_on_one = {parameter.device for parameter in model.parameters()} == {model.device}
-    is_compactable = len(cache.compactable) == len(cache.layers)
-    return model.device.type == "cuda" and is_on_one and is_compactable
+    return model.device.type == "cuda" and is_on_one and cache.is_all_compactable
 
 
 def _error(graphs: TokenGraphs, forward: Forward, caches: tuple[KVCache, KVCache], token_ids: Sequence[int]) -> float:
