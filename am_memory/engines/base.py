@@ -126,12 +126,12 @@ class SessionLayer(Protocol):
         ...
 
     @property
-    def sinks(self) -> Tensor | None:
-        """The logit of each query head's attention sink, (num_attention_heads,); None: the softmax is over keys alone.
+    def softcap(self) -> float | None:
+        """Scaled scores s are softcap * tanh(s / softcap) before a bias is added; None: they are not capped."""
 
-        A sink is one more term in the denominator of the softmax. Every log mass includes it.
-        """
-        ...
+    @property
+    def sinks(self) -> Tensor | None:
+        """Logits of the query heads' attention sinks, (num_attention_heads,), which log masses include; None: none."""
 
     @property
     def slots(self) -> Slots | None:

@@ -299,7 +299,7 @@ class KVCache(Cache):
         for mine, other in zip(self._parts, branch._parts, strict=True):
             other.restore(mine.state())
             if isinstance(mine, CompactableLayer) and isinstance(other, CompactableLayer):
-                other.scaling, other.sinks = mine.scaling, mine.sinks
+                other.scaling, other.sinks, other.softcap = mine.scaling, mine.sinks, mine.softcap
                 other.slots = other.slots and other.slots.without_derived()
                 if mine.buffer is not None:
                     mine.buffer.is_shared = True

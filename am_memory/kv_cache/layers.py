@@ -132,6 +132,7 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.write_position: Tensor | None = None
         self.query_sink: QuerySink | None = None
         self.scaling: float | None = None  # softmax scale, as the attention function last saw it
+        self.softcap: float | None = None  # where scores are capped, likewise
         self.sinks: Tensor | None = None  # the logit of each query head's attention sink, likewise
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

@@ -25,7 +25,7 @@ def total_log_mass(layer: SessionLayer, num_tokens: int, query: Tensor) -> Tenso
         bias = torch.cat([slot_bias, key.new_zeros(key.shape[:2])], dim=1)
         key = torch.cat([slot_key, key], dim=1)
     assert layer.scaling is not None
-    mass = log_mass(Block(query, key, key, layer.scaling, key_bias=bias))
+    mass = log_mass(Block(query, key, key, layer.scaling, key_bias=bias, softcap=layer.softcap))
     if layer.sinks is None:
         return mass
     sinks = layer.sinks.float().view(len(key), -1, 1)

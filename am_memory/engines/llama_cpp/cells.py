@@ -102,7 +102,7 @@ class CellLayer:
 
     content: CacheContent
     index: int
-    sinks = None
+    sinks = softcap = None
 
     @property
     def start(self) -> int:

@@ -16,7 +16,7 @@ from transformers.utils.generic import TransformersKwargs
 
 from am_memory.engines import partwise
 from am_memory.engines.branches import BranchLayer
-from am_memory.engines.transformers import fused
+from am_memory.engines.transformers import capped, fused
 from am_memory.engines.transformers.sinks import sdpa_with_sinks, with_sinks
 from am_memory.errors import UnsupportedOperation
 from am_memory.kv_cache.layers import CompactableLayer
@@ -29,6 +29,8 @@ IRRELEVANT = frozenset({
 """Arguments that do not change attention over one text without padding, in a layer of full attention."""
 SINKS = "s_aux"
 """Argument of attention with learned sinks: the logit of each head's sink."""
+SOFTCAP = "softcap"
+"""Argument of attention with capped scores: no score is farther from 0."""
 IS_DEFERRED = "am_memory_is_deferred"
 """Argument of a compiled layer (`compiled.py`), in which one operator appends to the cache and attends."""
 NO_MASK = (
@@ -61,9 +63,13 @@ def attention_forward(
     Returns:
         (1, num_tokens, num_attention_heads, head_dim), and None for the weights.
     """
-    is_deferred, sinks = kwargs.pop(IS_DEFERRED, False), kwargs.pop(SINKS, None)
+    is_deferred, sinks, softcap = kwargs.pop(IS_DEFERRED, False), kwargs.pop(SINKS, None), kwargs.pop(SOFTCAP, None)
     layer: CompactableLayer | BranchLayer | None = None if is_deferred else getattr(key, "am_layer", None)
     if layer is None and not is_deferred:
+        if softcap is not None:
+            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            output, _ = with_sinks(*capped.attend_with_mask(query, key, value, attention_mask, scaling, softcap), sinks)
+            return output.transpose(1, 2).contiguous(), None
         if sinks is not None:
             return sdpa_with_sinks(query, key, value, attention_mask, scaling, sinks), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -72,19 +78,34 @@ def attention_forward(
     if strange := [name for name, value in kwargs.items() if value is not None and name not in IRRELEVANT]:
         raise UnsupportedOperation(f"attention with {', '.join(strange)} cannot be compacted: use another model")
     if layer is None:
-        return torch.ops.am_memory.append_and_attend(query, key, value, scaling, sinks), None
+        return torch.ops.am_memory.append_and_attend(query, key, value, scaling, sinks, softcap), None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(layer, BranchLayer):
         output, _ = with_sinks(*layer.attend(query, scaling), sinks)
         return output.transpose(1, 2).contiguous(), None
-    layer.scaling, layer.sinks, slots = scaling, sinks, layer.slots
-    output, log_mass = with_sinks(*attend(query, key, value, slots, scaling, layer.write_position), sinks)
+    layer.scaling, layer.sinks, layer.softcap, slots = scaling, sinks, softcap, layer.slots
+    output, log_mass = attend_to(layer, query, key, value, layer.write_position)
     if layer.query_sink is not None:
         grouped = key.shape[1], -1, query.shape[2]
         layer.query_sink(query.reshape(*grouped, query.shape[3]), log_mass.reshape(grouped))
         if layer.slots is not slots:  # compacted by these very queries
-            output, _ = with_sinks(*attend(query, *layer.tail, layer.slots, scaling), sinks)
+            output, _ = attend_to(layer, query, *layer.tail)
     return output.transpose(1, 2).contiguous(), None
+
+
+def attend_to(
+    layer: CompactableLayer, query: Tensor, key: Tensor, value: Tensor, write_position: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention over a layer's slots, these keys and its sink; see `attend` for arguments and results."""
+    assert layer.scaling is not None
+    if layer.softcap is None:
+        parts = attend(query, key, value, layer.slots, layer.scaling, write_position)
+    elif write_position is not None:
+        raise RuntimeError("there is no kernel that caps scores")
+    else:
+        decoded = layer.slots.decoded() if layer.slots is not None else None
+        parts = capped.attend(query, key, value, decoded, layer.scaling, layer.softcap)
+    return with_sinks(*parts, layer.sinks)
 
 
 def attend(

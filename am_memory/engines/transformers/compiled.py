@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from am_memory.engines.transformers import support
-from am_memory.engines.transformers.attention import IS_DEFERRED, SINKS, attention_forward
+from am_memory.engines.transformers.attention import IS_DEFERRED, SINKS, SOFTCAP, attention_forward
 from am_memory.errors import EngineFailed, UnsupportedModel
 from am_memory.kv_cache.cache import KVCache
 
@@ -141,7 +141,7 @@ def _reason(error: Exception) -> str:
 
 
 def _append_and_attend(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, sinks: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, sinks: Tensor | None, softcap: float | None
 ) -> Tensor:
     """Append the token to the running layer's cache, and attend; shapes as in `attention_forward`."""
     step, _pending.step = _pending.step, None
@@ -150,14 +150,20 @@ def _append_and_attend(
     if getattr(step.cache.layers[layer_idx], "query_sink", None) is not None:
         query = query.clone()  # the graph reuses its buffers, and a sink may keep the query
     key, value = step.cache.update(key, value, layer_idx)
-    return attention_forward(step.attention, query, key, value, step.mask, scaling, **{SINKS: sinks})[0]
+    return attention_forward(step.attention, query, key, value, step.mask, scaling, **{SINKS: sinks, SOFTCAP: softcap})[
+        0
+    ]
 
 
-def _shape_only(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, sinks: Tensor | None) -> Tensor:
+def _shape_only(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, sinks: Tensor | None, softcap: float | None
+) -> Tensor:
     return query.new_empty(query.transpose(1, 2).shape)
 
 
 _library: Any = torch.library.Library("am_memory", "DEF")  # type: ignore[no-untyped-call]
-_library.define("append_and_attend(Tensor query, Tensor key, Tensor value, float? scaling, Tensor? sinks) -> Tensor")
+_library.define(
+    "append_and_attend(Tensor query, Tensor key, Tensor value, float? scaling, Tensor? sinks, float? softcap) -> Tensor"
+)
 _library.impl("append_and_attend", _append_and_attend, "CompositeExplicitAutograd")
 torch.library.register_fake("am_memory::append_and_attend", _shape_only, lib=_library)

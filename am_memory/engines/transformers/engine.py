@@ -187,9 +187,9 @@ class TransformersEngine:
 
     @torch.no_grad()
     def branches(self, cache: SessionCache, beginnings: Sequence[Sequence[int]]) -> TextBranches | None:
-        """Texts behind a cache, read as a batch; None for a model with windows or states, which hold one text each."""
+        """Texts behind a cache, read as a batch; None where a layer has a window, a state or capped scores."""
         cache = _ours(cache)
-        if not cache.is_all_compactable:
+        if not cache.is_all_compactable or any(layer.softcap for layer in cache.compactable):
             return None
         begun, logits = begin(partial(self.forward, cache, num_logits=1), cache, beginnings)
         return TextBranches(cache.compactable, begun, logits, self._step_of_branches, self._held_rope)

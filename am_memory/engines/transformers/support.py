@@ -95,8 +95,6 @@ def _reason_against(model: PreTrainedModel, config: PreTrainedConfig) -> str | N
         return "uses M-RoPE: its positions have several axes"
     if "reuse" in (getattr(config, "kv_sharing_modes", None) or ()) or getattr(config, "num_kv_shared_layers", None):
         return "shares its cache between layers"
-    if getattr(config, "attn_logit_softcapping", None):
-        return f"caps its attention scores (attn_logit_softcapping={config.attn_logit_softcapping})"
     names, options = get_layer_types_and_kwargs(config)
     if strange := set(names) - KNOWN_KINDS:
         return f"has layers of kind {', '.join(sorted(strange))}"
