@@ -240,14 +240,6 @@ def test_the_window_says_how_many_tokens_a_sliding_layer_holds(engine: Transform
 # Refused
 
 
-def mrope() -> PreTrainedModel:
-    sizes = {name: size for name, size in SIZES.items() if not name.endswith("token_id")}
-    text = {**sizes, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
-    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2}
-    config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision)
-    return transformers.Qwen2VLForConditionalGeneration(config)
-
-
 def t5() -> PreTrainedModel:
     config = transformers.T5Config(vocab_size=260, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
     return transformers.T5ForConditionalGeneration(config)
@@ -264,7 +256,6 @@ LATENT = {
     [
         (Family("Mamba").build, "is recurrent"),
         (Family("DeepseekV3", LATENT).build, r"latent vector \(MLA\)"),
-        (mrope, "M-RoPE"),
         (t5, "encoder-decoder"),
         (
             Family("Mistral", {"sliding_window": 16}).build,

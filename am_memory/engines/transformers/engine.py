@@ -26,6 +26,7 @@ from am_memory.engines.transformers.held_rope import HeldRope, length_dependent_
 from am_memory.engines.transformers.plain_text import encode_as_text
 from am_memory.engines.transformers.positions import num_positions, refusal, refuse_too_long_answers
 from am_memory.engines.transformers.rotary import layer_rotations
+from am_memory.engines.transformers.text_positions import use_text_positions
 from am_memory.errors import InvalidInput, UnsupportedModel, UnsupportedOperation
 from am_memory.kv_cache.cache import KVCache
 from am_memory.kv_cache.rotation import Rotation
@@ -90,6 +91,7 @@ class TransformersEngine:
         support.probe(model, self.new_cache())
         with support.refusing(model):
             max_tokens = num_positions(model, self.new_cache())
+        use_text_positions(model)
         if compile:
             compile_layers(model, self.new_cache())
         if length_dependent_kinds(model):
@@ -304,7 +306,8 @@ def _model_info(
     max_tokens: int | None,
 ) -> ModelInfo:
     config = model.config.get_text_config(decoder=True)
-    sources = (tokenizer.eos_token_id, config.eos_token_id, model.generation_config.eos_token_id)
+    of_config = getattr(config, "eos_token_id", None)  # some text parts have none
+    sources = (tokenizer.eos_token_id, of_config, model.generation_config.eos_token_id)
     return ModelInfo(
         name=_name(str(model.config.name_or_path or type(model).__name__)),
         fingerprint=fingerprint,

@@ -243,7 +243,7 @@ def _is_next_token(
         and all(layer.query_sink is None for layer in cache.compactable)
         and input_ids is not None
         and input_ids.shape == (1, 1)
-        and (position_ids is None or int(position_ids) == cache.num_tokens)
+        and (position_ids is None or bool((position_ids == cache.num_tokens).all()))
     )
 
 

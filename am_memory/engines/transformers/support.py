@@ -89,10 +89,6 @@ def _reason_against(model: PreTrainedModel, config: PreTrainedConfig) -> str | N
         return RECURRENT
     if getattr(config, "kv_lora_rank", None):
         return "caches a latent vector (MLA), not keys and values"
-    rope = getattr(config, "rope_parameters", None) or {}
-    has_axes = "mrope_section" in rope or getattr(config, "mrope_section", None)
-    if has_axes and any(hasattr(module, "rope_deltas") for module in model.modules()):
-        return "uses M-RoPE: its positions have several axes"
     if "reuse" in (getattr(config, "kv_sharing_modes", None) or ()) or getattr(config, "num_kv_shared_layers", None):
         return "shares its cache between layers"
     names, options = get_layer_types_and_kwargs(config)
