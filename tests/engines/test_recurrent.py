@@ -77,7 +77,7 @@ def test_random_operations(hybrid: TransformersEngine, tmp_path: Path, changes: 
     """Appends, answers, rewinds, forks, recalls and saved sessions: all as their rebuild has it, to the bit."""
     driver = Driver(hybrid, POLICY.with_changes(**changes), "hybrids", str(tmp_path), kinds=tuple(KINDS))
     for _ in range(2):
-        for _ in range(5):
+        for _ in range(3):
             driver.step()
         assert driver.differences() == [], driver.done
 
