@@ -25,7 +25,7 @@ from am_memory import AMMemoryError, Experiments, Memory, MemoryPolicy, Sampling
 from am_memory.engines.base import Engine
 from am_memory.events import Span
 from am_memory.kv_cache.int8 import Quantised, decoded
-from am_memory.kv_cache.layers import SlidingState, TailState
+from am_memory.kv_cache.layers import LayerState, RecurrentState, SlidingState
 from am_memory.session.appending import add, encode, read
 from am_memory.session.context import Context
 from am_memory.session.rebuild import rebuild
@@ -98,7 +98,9 @@ def differences(one: Context, other: Context, atol: float = 0) -> list[str]:
     return found
 
 
-def _tensors(layer: TailState | SlidingState) -> list[tuple[str, Tensor | Quantised]]:
+def _tensors(layer: LayerState) -> list[tuple[str, Tensor | Quantised]]:
+    if isinstance(layer, RecurrentState):
+        return [("state", of) for of in layer.tensors]
     if isinstance(layer, SlidingState):
         return [("window", of) for of in (layer.keys, layer.values) if of is not None and layer.num_tokens]
     tail = [] if layer.buffer is None or not layer.length else [layer.buffer.key, layer.buffer.value]

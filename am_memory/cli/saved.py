@@ -62,7 +62,7 @@ def delete(session: Annotated[str, typer.Argument(help="Its name.")], store: Sto
 
 
 def tail_layers(saved: SavedSession) -> dict[int, TailState]:
-    """The layers whose caches grow with the conversation, by index; sliding windows are not among them."""
+    """The layers whose caches grow with the conversation, by index, without sliding windows and recurrent states."""
     from am_memory.kv_cache.layers import TailState
 
     return {index: layer for index, layer in enumerate(saved.state.layers) if isinstance(layer, TailState)}
@@ -96,6 +96,8 @@ def segments_table(saved: SavedSession) -> Table:
 
 def layers_table(saved: SavedSession) -> Table:
     """Compact slots of every KV head of every layer: where the budget puts them."""
+    from am_memory.kv_cache.layers import RecurrentState
+
     table = Table("layer", "compact slots of each KV head", "", "exact tokens", "MiB", title="Layers")
     num_pinned = saved.state.num_pinned_slots
     tails = tail_layers(saved)
@@ -103,7 +105,8 @@ def layers_table(saved: SavedSession) -> Table:
     for index, layer in enumerate(saved.state.layers):
         mib = f"{layer.nbytes / MEBIBYTE:.2f}"
         if (tail := tails.get(index)) is None:
-            table.add_row(str(index), "sliding window", "", "", mib)
+            held = "recurrent state" if isinstance(layer, RecurrentState) else "sliding window"
+            table.add_row(str(index), held, "", "", mib)
             continue
         counts = [max(count - num_pinned, 0) for count in tail.head_slots]
         bars = "".join(LEVELS[round((len(LEVELS) - 1) * count / max(most, 1))] for count in counts)

@@ -16,7 +16,7 @@ import torch
 
 from am_memory.compaction.job import CompactionJob, CompactionResult
 from am_memory.kv_cache.cache import CacheState, Snapshot
-from am_memory.kv_cache.layers import SlidingState, TailState
+from am_memory.kv_cache.layers import TailState
 from am_memory.queries import Progress
 
 
@@ -35,7 +35,7 @@ class BackgroundCompaction:
     def __init__(self, job: CompactionJob) -> None:
         self.at_tokens = job.cache.num_tokens
         self.is_shared = self.has_failed = False
-        self._windows = [state for state in job.cache.state().layers if isinstance(state, SlidingState)]
+        self._others = [state for state in job.cache.state().layers if not isinstance(state, TailState)]
         self._progress: SimpleQueue[tuple[str, int, int] | None] = SimpleQueue()  # None: the job has ended
         self._is_stopped = False
         self._stream = _second_stream(job.engine.info.device)
@@ -105,9 +105,9 @@ class BackgroundCompaction:
         Args:
             state: a later one, with the same segments.
         """
-        windows = iter(self._windows)
+        others = iter(self._others)
         layers = (
-            layer._replace(length=self.at_tokens - layer.start) if isinstance(layer, TailState) else next(windows)
+            layer._replace(length=self.at_tokens - layer.start) if isinstance(layer, TailState) else next(others)
             for layer in state.layers
         )
         return CacheState(tuple(layers), state.segments, state.num_pinned_slots)

@@ -29,8 +29,8 @@ def require_capabilities(policy: MemoryPolicy, can: Capabilities) -> None:
         (
             policy.refine == "idle",
             can.can_refine and can.can_read_in_parallel,
-            "refine 'idle' needs a cache that can be put together as it was before a compaction; sliding windows, and "
-            "heads that share every cell, cannot: leave it at 'off'",
+            "refine 'idle' needs a cache that can be put together as it was before a compaction; sliding windows, "
+            "recurrent states, and heads that share every cell, cannot: leave it at 'off'",
         ),
         (
             policy.segment_dtype != "model",

@@ -97,7 +97,8 @@ class ScoredLayer:
     def of(cls, index: int, layer: SessionLayer, entries: LayerEntries, queries: ReferenceQueries) -> ScoredLayer:
         """Attend to a layer's entries with the queries that came to this layer."""
         scaling = float(layer.scaling or 0)
-        block = Block(queries.query, entries.key, entries.value, scaling, queries.log_mass, entries.bias)
+        given = queries.query, entries.key, entries.value, scaling, queries.log_mass, entries.bias
+        block = Block(*given, softcap=layer.softcap)
         return cls(index, block, exact_attention(block), entries.positions, layer.query_rotations)
 
     def heads(self, ranks: Tensor) -> list[ScoredHead]:

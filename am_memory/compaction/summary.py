@@ -26,7 +26,7 @@ def write_summary(
 ) -> Summary:
     """Let the model sum up the tokens before `end`, greedily.
 
-    Layers with a sliding window cannot go back to `end`. With these the summary is of all that the cache holds.
+    Sliding windows and recurrent states cannot go back to `end`. With these the summary is of all that the cache holds.
 
     Args:
         cache: restored afterwards, whatever happens.

@@ -30,7 +30,7 @@ OnQuery = Callable[[int, Tensor, Tensor], None]
 
 query: (num_key_value_heads, num_key_value_groups, num_tokens, head_dim), after RoPE.
 log_mass: (num_key_value_heads, num_key_value_groups, num_tokens) float32, the log of the sum of exp(score) over all
-keys that the query attends to, slots with their biases among them.
+keys that the query attends to, slots with their biases among them, and over its attention sink, if the model has one.
 """
 
 
@@ -72,8 +72,8 @@ class Capabilities:
         has_ragged_heads: the heads of a layer may differ in their number of slots (head budgets, calibration).
         can_exchange_slots: `SessionCache.restore` takes a state in which other slots stand for a segment (recall).
         can_hold_int8: new slots may have keys and values in int8, as `Quantised` (`segment_dtype="int8"`).
-        can_refine: caches are `RefinableCache`: no layer has a sliding window, whose old entries are gone
-            (`Session.refine`).
+        can_refine: caches are `RefinableCache`: no layer has a sliding window, whose old entries are gone, or a
+            recurrent state (`Session.refine`).
         can_compact_layerwise: caches are `LayerwiseCache` (`on_policy`).
         can_read_in_parallel: two threads may read into two caches at the same time (`ahead_tokens`).
         can_rotate_keys: `SessionLayer.rotated` works for any distance, and `SessionCache.compacted` moves segments by
@@ -124,6 +124,14 @@ class SessionLayer(Protocol):
     def scaling(self) -> float | None:
         """Factor of the scores before the softmax; None before the first forward pass."""
         ...
+
+    @property
+    def softcap(self) -> float | None:
+        """Scaled scores s are softcap * tanh(s / softcap) before a bias is added; None: they are not capped."""
+
+    @property
+    def sinks(self) -> Tensor | None:
+        """Logits of the query heads' attention sinks, (num_attention_heads,), which log masses include; None: none."""
 
     @property
     def slots(self) -> Slots | None:
@@ -212,7 +220,7 @@ class SessionCache(Protocol):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether `truncate` can drop the last exact tokens; a full sliding window cannot go back."""
+        """Whether `truncate` can drop the last exact tokens; a full sliding window or a recurrent state cannot."""
         ...
 
     def state(self) -> Snapshot:

@@ -57,8 +57,15 @@ class BranchLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.key.am_layer = self  # type: ignore[attr-defined]
         return self.key, self.value
 
-    def attend(self, query: Tensor, scaling: float) -> Tensor:
-        """Attention of each newest token; query and output: (num_branches, num_attention_heads, 1, head_dim)."""
+    def attend(self, query: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+        """Attention of each newest token.
+
+        Args:
+            query: (num_branches, num_attention_heads, 1, head_dim).
+
+        Returns:
+            The output, in the same shape; and the log of each query's attention mass, (the same without head_dim).
+        """
         num_branches, num_heads, num_keys, head_dim = self.key.shape
         grouped = query.view(num_branches, num_heads, -1, head_dim)
         is_padding = torch.arange(num_keys, device=query.device) < self.num_padding[:, None]
@@ -71,8 +78,9 @@ class BranchLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
         slots = self._slots.decoded() if self._slots is not None else None
         past = past_parts(packed(grouped), *self._past, slots, scaling)
-        output, _ = merge([(packed(own_output), packed(own_mass)), *past])
-        return output.view(num_heads, num_branches, -1, head_dim).transpose(0, 1).reshape(query.shape)
+        output, log_mass = merge([(packed(own_output), packed(own_mass)), *past])
+        output = output.view(num_heads, num_branches, -1, head_dim).transpose(0, 1).reshape(query.shape)
+        return output, log_mass.view(num_heads, num_branches, -1).transpose(0, 1).reshape(query.shape[:3])
 
     def get_seq_length(self) -> int:
         """Logical length of the longest branch."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -20,7 +20,9 @@ from transformers.cache_utils import Cache
 from am_memory.errors import CorruptSession, UnsupportedOperation
 from am_memory.formatting import counted, mebibytes
 from am_memory.kv_cache.int8 import Quantised
+from am_memory.kv_cache.kinds import CacheLayer, LayerKind
 from am_memory.kv_cache.layers import CompactableLayer, LayerState, SlidingLayer, SlidingState, TailState
+from am_memory.kv_cache.recurrent import RecurrentLayer
 from am_memory.kv_cache.rotation import Rotation
 from am_memory.kv_cache.slots import Segment, Slots, carried_over, tail_start
 
@@ -131,10 +133,12 @@ class KVCache(Cache):
     """The cache of one session, usable wherever transformers takes a `Cache`.
 
     Args:
-        sliding_windows: each layer's sliding window in tokens, or None for full attention.
+        kinds: what each layer caches.
         rotations: each layer's RoPE; None: slots stay at the positions at which they were written.
 
     Attributes:
+        recurrent: the layers of recurrent states by the index of the model's layer; one with keys as well has its keys
+            in `layers`.
         before_forward: set if `generate()` drives the model, to see every pass before it runs.
         num_announced: the cache's tokens after the pass that `before_forward` has seen last.
         read_by: the library whose models read tokens into caches of this class.
@@ -143,17 +147,16 @@ class KVCache(Cache):
     """
 
     read_by = "transformers"
-    layers: list[CompactableLayer | SlidingLayer]  # type: ignore[assignment]
+    layers: list[CacheLayer]  # type: ignore[assignment]
 
-    def __init__(self, sliding_windows: Sequence[int | None], rotations: Sequence[Rotation] | None = None) -> None:
-        each: Sequence[Rotation | None] = rotations or [None] * len(sliding_windows)
-        super().__init__(
-            layers=[
-                CompactableLayer(rotation) if window is None else SlidingLayer(window)
-                for window, rotation in zip(sliding_windows, each, strict=True)
-            ]
-        )
-        self.sliding_windows, self.rotations = tuple(sliding_windows), rotations
+    def __init__(self, kinds: Sequence[LayerKind], rotations: Sequence[Rotation | None] | None = None) -> None:
+        each = rotations or [None] * len(kinds)
+        super().__init__(layers=[kind.new_layer(rotation) for kind, rotation in zip(kinds, each, strict=True)])
+        beside = {index: RecurrentLayer(kind.num_states) for index, kind in enumerate(kinds) if kind.has_both}
+        alone = {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, RecurrentLayer)}
+        self.recurrent = {**alone, **beside}
+        self._parts: list[CacheLayer] = [*self.layers, *beside.values()]
+        self.kinds, self.rotations = tuple(kinds), rotations
         self.segments: tuple[Segment, ...] = ()
         self.num_pinned_slots = 0
         self.before_forward: BeforeForward | None = None
@@ -169,13 +172,48 @@ class KVCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, CompactableLayer)]
 
     @property
+    def is_all_compactable(self) -> bool:
+        """Whether every layer holds all keys and nothing else, so that it can be cut at any token."""
+        return len(self.compactable) == len(self._parts)
+
+    @property
     def num_tokens(self) -> int:
         """Logical length."""
         return self.get_seq_length()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Logical length: tokens that every layer has, also if a forward pass was interrupted between two layers."""
-        return min(layer.get_seq_length() for layer in self.layers)
+        return min(layer.get_seq_length() for layer in self.with_keys)
+
+    @property
+    def with_keys(self) -> list[CompactableLayer | SlidingLayer]:
+        """The layers of attention."""
+        return [layer for layer in self.layers if isinstance(layer, CompactableLayer | SlidingLayer)]
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """A convolution's state, into which the model may write; None before the first token."""
+        layer = self.recurrent[layer_idx]
+        layer.own()
+        return layer.conv_states[state_idx]
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """A recurrent state, into which the model may write; None before the first token."""
+        layer = self.recurrent[layer_idx]
+        layer.own()
+        return layer.recurrent_states[state_idx]
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        return self.recurrent[layer_idx].update_conv_state(conv_states, state_idx, **kwargs)
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        return self.recurrent[layer_idx].update_recurrent_state(recurrent_states, state_idx, **kwargs)
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        """Whether the recurrent states have seen a token; see transformers."""
+        layer = self.recurrent[max(self.recurrent) if layer_idx is None else layer_idx]
+        return all(layer.has_previous_state.values()) if state_idx is None else layer.has_previous_state[state_idx]
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """See transformers. It is called once in each pass, which `before_forward` must have seen if it is set.
@@ -219,7 +257,7 @@ class KVCache(Cache):
     @property
     def nbytes(self) -> int:
         """Memory that keys, values and biases take on the device, spare capacity included."""
-        return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors)
+        return sum(tensor.nbytes for part in self._parts for tensor in part.tensors)
 
     @property
     def exact_nbytes(self) -> int:
@@ -229,17 +267,15 @@ class KVCache(Cache):
             for layer in self.compactable
             if layer.buffer is not None
         )
-        sliding = (
-            tensor.nbytes for layer in self.layers if isinstance(layer, SlidingLayer) for tensor in layer.tensors
-        )
-        return per_token * self.num_tokens + sum(sliding)
+        others = (part for part in self._parts if not isinstance(part, CompactableLayer))
+        return per_token * self.num_tokens + sum(tensor.nbytes for part in others for tensor in part.tensors)
 
     def state(self) -> CacheState:
-        return CacheState(tuple(layer.state() for layer in self.layers), self.segments, self.num_pinned_slots)
+        return CacheState(tuple(part.state() for part in self._parts), self.segments, self.num_pinned_slots)
 
     def restore(self, state: Snapshot) -> None:
-        for layer, layer_state in zip(self.layers, state.layers, strict=True):
-            layer.restore(layer_state)
+        for part, part_state in zip(self._parts, state.layers, strict=True):
+            part.restore(part_state)
         self.segments, self.num_pinned_slots = state.segments, state.num_pinned_slots
 
     def load(self, saved: Snapshot) -> None:
@@ -251,19 +287,19 @@ class KVCache(Cache):
         """
         _require_kinds(self, saved)
         self.restore(saved)
-        for window, layer in zip(self.sliding_windows, saved.layers, strict=True):
+        for kind, layer in zip(self.kinds, saved.layers, strict=False):  # states beside keys come last
             if isinstance(layer, SlidingState):
-                _require_window(layer, window)
-            elif layer.slots is not None:
+                _require_window(layer, kind.window)
+            elif isinstance(layer, TailState) and layer.slots is not None:
                 _require_bias(layer.slots)
 
     def fork(self) -> KVCache:
         """A second cache with the same content, for any thread. Memory is shared until one of the two appends."""
-        branch = type(self)(self.sliding_windows, self.rotations)
-        for mine, other in zip(self.layers, branch.layers, strict=True):
+        branch = type(self)(self.kinds, self.rotations)
+        for mine, other in zip(self._parts, branch._parts, strict=True):
             other.restore(mine.state())
             if isinstance(mine, CompactableLayer) and isinstance(other, CompactableLayer):
-                other.scaling = mine.scaling
+                other.scaling, other.sinks, other.softcap = mine.scaling, mine.sinks, mine.softcap
                 other.slots = other.slots and other.slots.without_derived()
                 if mine.buffer is not None:
                     mine.buffer.is_shared = True
@@ -275,10 +311,10 @@ class KVCache(Cache):
         """The state after a compaction; see `am_memory.engines.base.SessionCache`."""
         slots_of_layer, (older, distances) = iter(new_slots), carried_over(self.segments, segments)
         states = tuple(
-            layer.compacted(older, distances, segments[-1], next(slots_of_layer), num_pinned)
-            if isinstance(layer, CompactableLayer)
-            else layer.state()
-            for layer in self.layers
+            part.compacted(older, distances, segments[-1], next(slots_of_layer), num_pinned)
+            if isinstance(part, CompactableLayer)
+            else part.state()
+            for part in self._parts
         )
         return CacheState(states, tuple(segments), max(self.num_pinned_slots, num_pinned))
 
@@ -295,22 +331,28 @@ class KVCache(Cache):
         layer.restore(layer.compacted(*carried_over(self.segments, segments), segments[-1], new_slots, num_pinned))
 
     def reset(self) -> None:
-        super().reset()  # type: ignore[no-untyped-call]
+        for part in self._parts:
+            part.reset()
         self.segments, self.num_pinned_slots = (), 0
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether the last exact tokens can be dropped; full sliding windows and recurrent states cannot go back."""
+        return all(part.is_croppable for part in self._parts)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last `-tokens_to_remove` tokens, in all layers or in none."""
         if tokens_to_remove and not self.is_croppable:
             raise UnsupportedOperation(
                 f"cannot remove {-tokens_to_remove} tokens from the cache: a sliding window has forgotten what came "
-                "before them; use Session.rewind, which rebuilds"
+                "before them, or a recurrent state has seen them; use Session.rewind, which rebuilds"
             )
         super().crop(tokens_to_remove)
 
     @property
     def is_whole(self) -> bool:
         """Whether all layers have the same tokens; after an interrupted forward pass the first layers have more."""
-        return len({layer.get_seq_length() for layer in self.layers}) == 1
+        return len({layer.get_seq_length() for layer in self.with_keys}) == 1
 
     def truncate(self, num_tokens: int) -> None:
         """Forget all but the first `num_tokens` logical tokens; what is forgotten must be in the exact tail."""
@@ -318,11 +360,11 @@ class KVCache(Cache):
 
 
 def _require_kinds(cache: KVCache, saved: Snapshot) -> None:
-    kinds = [isinstance(layer, SlidingState) for layer in saved.layers]
-    if kinds != [window is not None for window in cache.sliding_windows]:
+    kinds, own = ([type(layer) for layer in state.layers] for state in (saved, cache.state()))
+    if kinds != own:
         raise CorruptSession(
-            f"a cache of {len(kinds)} layers, {sum(kinds)} of them sliding windows, is not one of this model's "
-            f"{len(cache.layers)}"
+            f"a cache of {len(kinds)} layers, {kinds.count(SlidingState)} of them sliding windows, is not one of this "
+            f"model's {len(own)}"
         )
 
 

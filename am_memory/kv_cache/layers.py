@@ -1,4 +1,4 @@
-"""The layers of a KV cache: compact slots before an exact tail that grows in place, or a sliding window.
+"""The layers of a KV cache that hold keys: compact slots before an exact tail that grows in place, or a window.
 
 A layer appends entries, shares them between forks and drops them. It knows no other layer.
 """
@@ -79,6 +79,31 @@ class SlidingState(NamedTuple):
         return sum(tensor.nbytes for tensor in (self.keys, self.values) if tensor is not None)
 
 
+class RecurrentState(NamedTuple):
+    """The states of one layer that has no keys at one moment; nobody writes into these tensors."""
+
+    conv: tuple[Tensor | None, ...]
+    recurrent: tuple[Tensor | None, ...]
+
+    @property
+    def num_states(self) -> int:
+        """The number of states of each of both sorts; 0: a layer without a cache."""
+        return len(self.conv)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The states that are there."""
+        return tuple(tensor for tensor in (*self.conv, *self.recurrent) if tensor is not None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+LayerState = TailState | SlidingState | RecurrentState
+
+
 class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One full-attention layer: compact slots (or none yet), then exact entries in a buffer that grows in place.
 
@@ -107,6 +132,8 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.write_position: Tensor | None = None
         self.query_sink: QuerySink | None = None
         self.scaling: float | None = None  # softmax scale, as the attention function last saw it
+        self.softcap: float | None = None  # where scores are capped, likewise
+        self.sinks: Tensor | None = None  # the logit of each query head's attention sink, likewise
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.buffer = TailBuffer(key_states[:, :, :0], value_states[:, :, :0])
@@ -303,6 +330,3 @@ class SlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return () if self.keys is None or self.values is None else (self.keys, self.values)
-
-
-LayerState = TailState | SlidingState

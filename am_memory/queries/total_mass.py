@@ -1,4 +1,4 @@
-"""The attention mass of queries on all that a layer holds, slots and exact tokens together."""
+"""The attention mass of queries on all that a layer holds: slots, exact tokens and an attention sink together."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from am_memory.solver import Block, log_mass
 
 
 def total_log_mass(layer: SessionLayer, num_tokens: int, query: Tensor) -> Tensor:
-    """The log of the sum of exp(logit) over all keys of a layer, (num_key_value_heads, num_queries) float32.
+    """The log of the sum of exp(logit) over all keys of a layer and its sinks, (num_heads, num_queries) float32.
 
     Args:
         layer: a forward pass has told it its scaling.
         num_tokens: of the cache.
-        query: (num_key_value_heads, num_queries, head_dim), after RoPE, of tokens behind all that the layer holds.
+        query: (num_key_value_heads, num_key_value_groups * num_queries, head_dim), after RoPE, of tokens behind all
+            that the layer holds; the queries of one query head stand together.
     """
     key, _ = layer.exact_entries(layer.start, num_tokens)
     bias = None
@@ -24,4 +25,8 @@ def total_log_mass(layer: SessionLayer, num_tokens: int, query: Tensor) -> Tenso
         bias = torch.cat([slot_bias, key.new_zeros(key.shape[:2])], dim=1)
         key = torch.cat([slot_key, key], dim=1)
     assert layer.scaling is not None
-    return log_mass(Block(query, key, key, layer.scaling, key_bias=bias))
+    mass = log_mass(Block(query, key, key, layer.scaling, key_bias=bias, softcap=layer.softcap))
+    if layer.sinks is None:
+        return mass
+    sinks = layer.sinks.float().view(len(key), -1, 1)
+    return torch.logaddexp(mass.view(*sinks.shape[:2], -1), sinks).view(mass.shape)

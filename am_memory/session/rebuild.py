@@ -30,7 +30,7 @@ def rewind(context: Context, num_tokens: int) -> None:
     """Forget all tokens after the first `num_tokens`; rebuild the cache if it cannot simply be cut."""
     if not can_truncate(context, num_tokens):
         seen = "a compaction has seen the tokens to forget"
-        lost = "the tokens to forget are compacted, or in a sliding window"
+        lost = "the tokens to forget are compacted, in a sliding window, or in a recurrent state"
         rebuild(context, num_tokens, seen if _began_compaction_after(context, num_tokens) else lost)
         return
     num_cached = _num_cached(context, num_tokens)

@@ -13,7 +13,7 @@ from am_memory.errors import CorruptSession, InvalidPolicy, ModelMismatch, Stora
 from am_memory.events import PolicyChange
 from am_memory.kv_cache.cache import Snapshot
 from am_memory.kv_cache.int8 import Quantised, Rows
-from am_memory.kv_cache.layers import LayerState, SlidingState, TailState
+from am_memory.kv_cache.layers import LayerState, RecurrentState, SlidingState, TailState
 from am_memory.kv_cache.slots import PINNED_RANK, Slots
 from am_memory.policy import MemoryPolicy
 from am_memory.recall.paging import Page
@@ -142,9 +142,10 @@ def _problem_of_layers(saved: SavedSession, like: Snapshot) -> str:
     layers = saved.state.layers
     if [type(layer) for layer in layers] != [type(layer) for layer in like.layers]:
         return f"it has {len(layers)} layers, of other kinds than the model's {len(like.layers)}"
-    if len({_entries(layer) == () for layer in layers}) > 1:
+    pairs = list(zip(layers, like.layers, strict=True))
+    if len({_entries(layer) == () for layer, model_layer in pairs if _entries(model_layer)}) > 1:
         return "some of its layers hold nothing"
-    kinds = [(_kind(layer), _kind(model_layer)) for layer, model_layer in zip(layers, like.layers, strict=True)]
+    kinds = [(_kind(layer), _kind(model_layer)) for layer, model_layer in pairs]
     for index, (kind, model_kind) in enumerate(kinds):
         if kind and kind != model_kind:
             return f"layer {index} holds {kind}, where the model has {model_kind}"
@@ -228,7 +229,7 @@ def _problem_of_recalls(recalls: Sequence[RecallRecord], segments: Sequence[tupl
 
 
 def _problem_of_slots(layer: LayerState, state: Snapshot) -> str:
-    if isinstance(layer, SlidingState) or layer.slots is None:
+    if not isinstance(layer, TailState) or layer.slots is None:
         return ""
     slots = layer.slots
     is_pinned, is_placed = slots.ranks == PINNED_RANK, slots.positions < state.num_pinned_slots
@@ -249,14 +250,24 @@ def _is_finite(slots: Slots) -> bool:
 
 
 def _entries(layer: LayerState) -> tuple[Tensor, ...]:
-    """Exact keys and values; empty if nothing was read."""
+    """Exact keys and values, or recurrent states; empty if nothing was read."""
+    if isinstance(layer, RecurrentState):
+        return layer.tensors
     if isinstance(layer, SlidingState):
         return () if layer.keys is None or layer.values is None else (layer.keys, layer.values)
     return () if layer.buffer is None else (layer.buffer.key, layer.buffer.value)
 
 
 def _kind(layer: LayerState) -> list[tuple[object, ...]]:
-    """Dtypes, heads and head_dim of a layer's exact entries, and of its compact ones where they differ."""
+    """Dtypes, heads and head_dim of a layer's exact entries, and of its compact ones where they differ.
+
+    Dtypes and shapes of recurrent states.
+    """
+    if isinstance(layer, RecurrentState):
+        if not layer.tensors:
+            return []
+        states = (*layer.conv, *layer.recurrent)
+        return [() if state is None else (state.dtype, *state.shape) for state in states]
     exact = [(tensor.dtype, tensor.shape[3]) for tensor in _entries(layer)]
     heads = [(tensor.shape[1],) for tensor in _entries(layer)]
     slots = layer.slots if isinstance(layer, TailState) else None

@@ -200,8 +200,8 @@ class Session:
 
         Each segment is fitted again to its exact entries, with `MemoryPolicy.refine_queries`, if it was fitted to other
         queries, or has shrunk by a quarter since then. Segments whose originals are not kept stay as they are, and so
-        do all of them on models with sliding windows and with shared heads on llama.cpp. A compaction that runs in the
-        background is swapped in first.
+        do all of them on models with sliding windows or recurrent states and with shared heads on llama.cpp. A
+        compaction that runs in the background is swapped in first.
 
         Each segment is a step of its own: an interrupt keeps those that are done. `MemoryPolicy(refine="idle")` does
         the same in a thread, while no session works.

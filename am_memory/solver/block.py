@@ -37,6 +37,7 @@ class Block:
             and elsewhere. A query then counts by its share on this block. None: all queries count alike.
         key_bias: (B, seq_len), added to the logits, for keys that are themselves compact slots. -inf marks padding,
             so that heads of different lengths can share a block. None: 0.
+        softcap: a scaled logit s is softcap * tanh(s / softcap) before a bias is added. None: it is s.
 
     Tensors may have any floating dtype. The solver computes in float32, and factors matrices in float64.
 
@@ -50,6 +51,7 @@ class Block:
     scaling: float
     log_mass: Tensor | None = None
     key_bias: Tensor | None = None
+    softcap: float | None = None
 
     def __post_init__(self) -> None:
         if self.key.ndim != 3 or self.value.shape != self.key.shape:
@@ -73,12 +75,12 @@ class Block:
         query, key, value = (tensor[index, None] for tensor in (self.query, self.key, self.value))
         log_mass = None if self.log_mass is None else self.log_mass[index, None]
         key_bias = None if self.key_bias is None else self.key_bias[index, None]
-        return Block(query, key, value, self.scaling, log_mass, key_bias)
+        return Block(query, key, value, self.scaling, log_mass, key_bias, self.softcap)
 
     def queries(self, where: Tensor) -> Block:
         """The same keys, seen by some of the queries; where: int64 indices of them."""
         log_mass = None if self.log_mass is None else self.log_mass[:, where]
-        return Block(self.query[:, where], self.key, self.value, self.scaling, log_mass, self.key_bias)
+        return Block(self.query[:, where], self.key, self.value, self.scaling, log_mass, self.key_bias, self.softcap)
 
     @classmethod
     def stack(cls, blocks: Sequence[Block]) -> Block:
@@ -91,7 +93,7 @@ class Block:
             torch.cat(tensors)
             for tensors in zip(*((block.query, block.key, block.value) for block in blocks), strict=True)
         )
-        return cls(query, key, value, blocks[0].scaling, log_mass, key_bias)
+        return cls(query, key, value, blocks[0].scaling, log_mass, key_bias, blocks[0].softcap)
 
     @property
     def num_heads(self) -> int:
@@ -117,11 +119,11 @@ class Block:
         return (self.key_bias > -torch.inf).sum(dim=1)
 
     def base2_logits(self, key: Tensor, bias: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """Scaled logits of the queries on some keys, times log2(e), a chunk of queries at a time.
+        """Scaled and capped logits of the queries on some keys, times log2(e), a chunk of queries at a time.
 
         Args:
             key: (B, t, head_dim), any dtype.
-            bias: (B, t), added to the scaled logits; None: 0.
+            bias: (B, t), added to the logits; None: 0.
 
         Yields:
             rows: the chunk of queries.
@@ -137,6 +139,9 @@ class Block:
             rows = slice(start, min(start + chunk, self.num_queries))
             query = self.query[:, rows].float()
             logits = torch.bmm(query, base2_key, out=buffer[:, : query.shape[1]])
+            if self.softcap is not None:
+                cap = self.softcap * LOG2_E
+                logits.div_(cap).tanh_().mul_(cap)
             yield rows, logits if base2_bias is None else logits.add_(base2_bias)
 
 

@@ -95,9 +95,9 @@ def _by_chunks(block: Block) -> tuple[Tensor, ...]:
 
 
 def can_use_tensor_cores(block: Block) -> bool:
-    """Whether the Triton kernels take the block. They would round a float32 block."""
+    """Whether the Triton kernels take the block. They would round a float32 block, and cap no logits."""
     is_16_bit = block.key.dtype in (torch.bfloat16, torch.float16)
-    return is_16_bit and block.head_dim <= MAX_HEAD_DIM and runs_triton(block.key.device)
+    return is_16_bit and not block.softcap and block.head_dim <= MAX_HEAD_DIM and runs_triton(block.key.device)
 
 
 def block_sizes(head_dim: int) -> dict[str, int]:

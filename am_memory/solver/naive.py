@@ -34,6 +34,8 @@ class Head:
     def of(cls, block: Block, index: int) -> Head:
         Q, K, V = (tensor[index].double() for tensor in (block.query, block.key, block.value))
         L = Q @ K.T * block.scaling
+        if block.softcap is not None:
+            L = block.softcap * torch.tanh(L / block.softcap)
         if block.key_bias is not None:
             L = L + block.key_bias[index].double()
         share = torch.ones(len(Q), dtype=torch.float64)

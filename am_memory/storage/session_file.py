@@ -5,6 +5,7 @@ session                  everything that is not a tensor, as JSON in bytes: safe
 tokens                   int64
 search_queries           the last queries of the search heads, if they are kept
 layers.3.key, .value     the exact tail without spare capacity, or the sliding window
+layers.3.conv.0, .recurrent.0   the states of a layer without keys
 texts.0                  the file of a compact text that is, or was, mounted, in bytes
 layers.3.slots.key, ...  the fields of `Slots`, if the layer has any. Keys or values in int8 are stored as the fields
                          of `Quantised` instead: layers.3.slots.key.codes, ...
@@ -15,17 +16,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, NonNegativeInt
+from pydantic import BaseModel, Field, NonNegativeInt
 from torch import Tensor
 
 from am_memory.compaction.record import CompactionRecord, MountRecord
 from am_memory.engines.base import Message
 from am_memory.errors import StorageError
 from am_memory.kv_cache.cache import CacheState, Snapshot
-from am_memory.kv_cache.layers import SlidingState
+from am_memory.kv_cache.layers import RecurrentState, SlidingState
 from am_memory.kv_cache.slots import Segment, tail_start
 from am_memory.recall.originals import Original
 from am_memory.recall.paging import Page
@@ -34,7 +35,15 @@ from am_memory.recall.search_queries import SearchQueries
 from am_memory.storage import files
 from am_memory.storage.compact_text import TextCache, packed_text, unpacked_text
 from am_memory.storage.saved_originals import SavedOriginal
-from am_memory.storage.session_layers import packed_layer, parts_of_layers, require, require_segments, unpacked_layer
+from am_memory.storage.session_layers import (
+    MAX_STATES,
+    packed_layer,
+    parts_of_layers,
+    require,
+    require_segments,
+    unpacked_layer,
+    unpacked_states,
+)
 from am_memory.storage.tensor_file import pack_file, unpack_file, version_of
 
 
@@ -94,7 +103,8 @@ class SavedSession:
 class LayerFields(BaseModel, from_attributes=True):
     """The fields of a layer's state that are not tensors."""
 
-    num_tokens: NonNegativeInt | None = None  # tokens that a sliding window has seen; None for full attention
+    num_tokens: NonNegativeInt | None = None  # tokens that a sliding window has seen; None for other layers
+    num_states: Annotated[int, Field(ge=0, le=MAX_STATES)] | None = None  # recurrent states; None if it has keys
 
 
 class CacheFields(BaseModel, from_attributes=True):
@@ -265,9 +275,12 @@ def _cache(cache: CacheFields, tensors: dict[str, Tensor], num_tokens: int, devi
     parts, start = parts_of_layers(tensors, len(cache.layers)), tail_start(cache.segments)
     layers = tuple(
         unpacked_layer(of_layer, layer.num_tokens, start, device)
+        if layer.num_states is None
+        else unpacked_states(of_layer, layer.num_states, device)
         for of_layer, layer in zip(parts, cache.layers, strict=True)
     )
-    ends = {state.num_tokens if isinstance(state, SlidingState) else state.start + state.length for state in layers}
+    with_keys = (state for state in layers if not isinstance(state, RecurrentState))
+    ends = {state.num_tokens if isinstance(state, SlidingState) else state.start + state.length for state in with_keys}
     # The last token is left to be read with what follows it.
     is_consistent = len(ends) == 1 and start <= max(ends) <= max(num_tokens - 1, 0)
     require(is_consistent, f"layers of {ends} tokens in a session of {num_tokens}")

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from am_memory.kv_cache.int8 import NOT_CODED, Quantised, Rows, tensors
-from am_memory.kv_cache.layers import LayerState, SlidingState, TailBuffer, TailState
+from am_memory.kv_cache.layers import LayerState, RecurrentState, SlidingState, TailBuffer, TailState
 from am_memory.kv_cache.slots import PINNED_RANK, Segment, Slots
 
 SLOT_FIELDS = ("key", "value", "bias", "positions", "ranks")
+MAX_STATES = 16
+"""The most states of each sort that a layer may have; models have one."""
+STATE_FIELDS = ("conv", "recurrent")
 QUANTISED_FIELDS = ("codes", "scale", "exact", "group")
 
 
@@ -21,6 +24,9 @@ def packed_layer(layer: LayerState) -> dict[str, Tensor | None]:
     """The tensors of a layer by name, without spare capacity."""
     if isinstance(layer, SlidingState):
         return {"key": layer.keys, "value": layer.values}
+    if isinstance(layer, RecurrentState):
+        sorts = zip(STATE_FIELDS, layer, strict=True)
+        return {f"{sort}.{index}": tensor for sort, states in sorts for index, tensor in enumerate(states)}
     parts: dict[str, Tensor | None] = {}
     if layer.buffer is not None:
         parts["key"] = layer.buffer.key[:, :, : layer.length]
@@ -80,6 +86,20 @@ def unpacked_layer(
     require(has_slots == bool(tail_start), f"a tail begins at {tail_start}, {'with' if has_slots else 'without'} slots")
     slots = unpacked_slots(parts, key.shape[1], tail_start).to(device) if has_slots else None
     return TailState(slots, TailBuffer(key.to(device), value.to(device)), tail_start, key.shape[2])
+
+
+def unpacked_states(parts: dict[str, Tensor], num_states: int, device: torch.device) -> RecurrentState:
+    """The inverse of `packed_layer` for a layer of recurrent states.
+
+    Raises:
+        ValueError: there are tensors of other names, or some that are no states.
+    """
+    held = {name: tensor.to(device) for name, tensor in parts.items()}
+    require(all(tensor.is_floating_point() for tensor in held.values()), "a recurrent state has another dtype")
+    states = (tuple(held.pop(f"{sort}.{index}", None) for index in range(num_states)) for sort in STATE_FIELDS)
+    state = RecurrentState(*states)
+    require(not held, f"a recurrent state has parts {', '.join(held)}")
+    return state
 
 
 def unpacked_slots(parts: dict[str, Tensor], num_heads: int, num_tokens: int) -> Slots:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from am_memory.compaction.record import CompactionRecord
-from am_memory.kv_cache.layers import LayerState, TailState
+from am_memory.kv_cache.layers import LayerState, RecurrentState, TailState
 from am_memory.session.mounts import Mount
 from am_memory.session.saving import snapshot
 from am_memory.session.session import Session
@@ -71,14 +71,16 @@ class MountView(BaseModel):
 
 
 class LayerView(BaseModel):
-    """One layer, with the compact slots and the bytes of each KV head. A sliding-window layer has no slots.
+    """One layer, with the compact slots and the bytes of each KV head. A layer with a sliding window has no slots.
+
+    A recurrent state has neither heads nor slots; its bytes are given as those of one head.
 
     Attributes:
         exact_tokens: tokens that every head holds uncompacted.
     """
 
     index: int
-    kind: Literal["full", "sliding"]
+    kind: Literal["full", "sliding", "recurrent"]
     exact_tokens: int
     slots: list[int]
     bytes: list[int]
@@ -173,6 +175,8 @@ def _num_cuts(records: tuple[CompactionRecord, ...], start: int) -> int:
 
 
 def _layer(index: int, layer: LayerState, saved: SavedSession) -> LayerView:
+    if isinstance(layer, RecurrentState):
+        return LayerView(index=index, kind="recurrent", exact_tokens=0, slots=[0], bytes=[layer.nbytes])
     if not isinstance(layer, TailState):
         tensors: list[Any] = [tensor for tensor in (layer.keys, layer.values) if tensor is not None]
         num_heads = tensors[0].shape[1] if tensors else 0

@@ -227,8 +227,9 @@ def test_a_mask_is_refused() -> None:
         forward(CompactableLayer(), mask=torch.ones(1, 1, 3, 3, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias"])
-def test_attention_that_is_not_plain_softmax_is_refused(name: str) -> None:
+@pytest.mark.parametrize("name", ["position_bias", "sinks", "indices", "block_indices", "not_yet_invented"])
+def test_an_argument_of_attention_that_is_not_ours_is_refused(name: str) -> None:
+    """Sparse attention was accepted where the first tokens are all selected: its arguments were ignored."""
     with pytest.raises(UnsupportedOperation, match=name):
         forward(CompactableLayer(), **{name: torch.ones(1)})
     forward(CompactableLayer(), **{name: None})

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from am_memory.errors import UnsupportedOperation
 from am_memory.kv_cache.cache import CacheState, KVCache
+from am_memory.kv_cache.kinds import FULL_ATTENTION, LayerKind
 from am_memory.kv_cache.layers import CompactableLayer, SlidingLayer, TailState
 from am_memory.kv_cache.slots import PINNED_RANK, Segment, Slots, resized
 
@@ -28,7 +29,7 @@ def grow(cache: KVCache, num_tokens: int, *, at_once: int = 0, dtype: torch.dtyp
 
 
 def new_cache(num_tokens: int = 0, **how: object) -> KVCache:
-    cache = KVCache([None] * NUM_LAYERS)
+    cache = KVCache([FULL_ATTENTION] * NUM_LAYERS)
     if num_tokens:
         grow(cache, num_tokens, **how)
     return cache
@@ -384,7 +385,7 @@ def test_a_reset_cache_is_as_new() -> None:
 def test_bytes_are_those_of_slots_and_exact_entries(
     dtype: torch.dtype, head_dim: int, overhead: float, num_tail_tokens: int, keep_ratio: float
 ) -> None:
-    cache = KVCache([None] * NUM_LAYERS)
+    cache = KVCache([FULL_ATTENTION] * NUM_LAYERS)
     for layer in cache.layers:
         layer.update(*torch.randn(2, 1, NUM_HEADS, 1000 + NUM_PINNED, head_dim).to(dtype))
     num_slots = int(keep_ratio * 1000 * cache.num_heads)
@@ -458,7 +459,7 @@ def test_a_length_to_keep_is_no_number_of_tokens_to_remove() -> None:
 
 
 def mixed_cache(num_tokens: int, window: int = 8) -> KVCache:
-    cache = KVCache([window, None, window])
+    cache = KVCache([LayerKind(window=window), FULL_ATTENTION, LayerKind(window=window)])
     grow(cache, num_tokens, at_once=3)
     return cache
 
@@ -517,7 +518,7 @@ def test_the_length_is_that_of_the_layer_that_is_furthest_behind() -> None:
 
 def test_a_sliding_window_does_not_keep_a_long_chunk_alive() -> None:
     """transformers keeps a view of the last tokens, and with it the whole chunk: bytes that nobody counted."""
-    cache = KVCache([8, None])
+    cache = KVCache([LayerKind(window=8), FULL_ATTENTION])
     grow(cache, 500)
     layer = cache.layers[0]
     assert layer.keys.shape[2] == 7
@@ -526,7 +527,7 @@ def test_a_sliding_window_does_not_keep_a_long_chunk_alive() -> None:
 
 
 def test_layers_are_of_the_kind_that_their_window_says() -> None:
-    cache = KVCache([8, None])
+    cache = KVCache([LayerKind(window=8), FULL_ATTENTION])
     assert isinstance(cache.layers[0], SlidingLayer)
     assert isinstance(cache.layers[1], CompactableLayer)
     assert cache.layers[1].state() == TailState(None, None, 0, 0)

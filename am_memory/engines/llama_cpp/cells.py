@@ -102,6 +102,7 @@ class CellLayer:
 
     content: CacheContent
     index: int
+    sinks = softcap = None
 
     @property
     def start(self) -> int:

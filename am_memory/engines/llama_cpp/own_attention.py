@@ -97,7 +97,7 @@ def _attended(address: int, layer: Layer) -> Tensor:
     (scaling,) = struct.unpack("<f", bytes(node.op_params)[:4])
     if isinstance(layer, BranchLayer):  # the tokens of the batch are of as many texts
         layer.update(key.float().transpose(0, 2), value.float().transpose(0, 2))
-        return layer.attend(query.transpose(0, 2), scaling).transpose(0, 2)
+        return layer.attend(query.transpose(0, 2), scaling)[0].transpose(0, 2)
     keys, values = layer.update(key, value)
     if isinstance(layer, SlidingLayer):
         return _within_window(query, keys, values, layer.sliding_window, scaling)

@@ -23,6 +23,7 @@ from am_memory.engines.llama_cpp.own_attention import OnOutput, OwnAttention, in
 from am_memory.engines.llama_cpp.token_kernel import TokenKernel
 from am_memory.errors import EngineFailed, InvalidInput
 from am_memory.kv_cache.cache import KVCache
+from am_memory.kv_cache.kinds import FULL_ATTENTION, LayerKind
 
 BATCH_TOKENS = 512
 CAPABILITIES = Capabilities(
@@ -53,14 +54,15 @@ class RaggedReader:
 
     def __init__(self, source: Any, params: Any, model: CellModel) -> None:
         self._source, self._params, self._model = source, params, model
-        self._windows = [None if shape in model.layers else model.window_tokens for shape in model.in_order]
+        window = LayerKind(window=model.window_tokens)
+        self._kinds = [FULL_ATTENTION if shape in model.layers else window for shape in model.in_order]
         self._rotations = [shape.rotation.pairs for shape in model.in_order]
         self._idle: list[_Worker] = []
         self.capabilities = replace(CAPABILITIES, can_refine=not model.windows)
 
     def new_cache(self) -> RaggedCache:
         """An empty cache."""
-        return RaggedCache(self._windows, self._rotations)
+        return RaggedCache(self._kinds, self._rotations)
 
     def read(self, cache: SessionCache, token_ids: Sequence[int], num_logits: int, on_query: OnQuery | None) -> Tensor:
         """Read tokens; see `Engine.forward`. A cache is as it was if anything is raised."""
@@ -151,7 +153,7 @@ class _Worker:
             self._context = self._new_context(-(-len(token_ids) // BATCH_TOKENS) * BATCH_TOKENS)
         position = cache.num_tokens
         self._context.clear()
-        with self._attention.over(cache.layers):
+        with self._attention.over(cache.with_keys):
             status = self._context.decode(token_ids, position, num_logits)
             if status and self._attention.error is None:
                 raise EngineFailed(

@@ -125,7 +125,7 @@ class TokenKernel:
             (pooled(layer, shape.num_attention_heads), layer.length)
             if isinstance(layer, CompactableLayer)
             else window_pooled(layer)
-            for layer, shape in zip(cache.layers, self._shapes, strict=True)
+            for layer, shape in zip(cache.with_keys, self._shapes, strict=True)
         ]
         for nodes, (pool, num_tokens) in zip(self._nodes, self._pools, strict=False):
             nodes.point_to(pool, num_tokens)
@@ -137,7 +137,7 @@ class TokenKernel:
             raise self._error
         if status:
             raise EngineFailed(f"llama.cpp could not read a token at position {position} (status {status})")
-        for layer, shape, (pool, num_tokens) in zip(cache.layers, self._shapes, self._pools, strict=True):
+        for layer, shape, (pool, num_tokens) in zip(cache.with_keys, self._shapes, self._pools, strict=True):
             if isinstance(layer, CompactableLayer):
                 layer.length += 1
                 layer.scaling = shape.scaling

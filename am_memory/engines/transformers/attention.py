@@ -12,17 +12,25 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.utils.generic import TransformersKwargs
 
 from am_memory.engines import partwise
 from am_memory.engines.branches import BranchLayer
-from am_memory.engines.transformers import fused
+from am_memory.engines.transformers import capped, fused
+from am_memory.engines.transformers.sinks import sdpa_with_sinks, with_sinks
 from am_memory.errors import UnsupportedOperation
 from am_memory.kv_cache.layers import CompactableLayer
 from am_memory.kv_cache.slots import Slots
 
 ATTENTION_NAME = "am_memory"
-NOT_OURS = ("softcap", "s_aux", "position_bias")
-"""Arguments of other models' attention that ours does not support."""
+IRRELEVANT = frozenset({
+    *TransformersKwargs.__annotations__, "dropout", "sliding_window", "use_cache", "output_attentions", "deterministic",
+})  # fmt: skip
+"""Arguments that do not change attention over one text without padding, in a layer of full attention."""
+SINKS = "s_aux"
+"""Argument of attention with learned sinks: the logit of each head's sink."""
+SOFTCAP = "softcap"
+"""Argument of attention with capped scores: no score is farther from 0."""
 IS_DEFERRED = "am_memory_is_deferred"
 """Argument of a compiled layer (`compiled.py`), in which one operator appends to the cache and attends."""
 NO_MASK = (
@@ -55,27 +63,49 @@ def attention_forward(
     Returns:
         (1, num_tokens, num_attention_heads, head_dim), and None for the weights.
     """
-    is_deferred = kwargs.pop(IS_DEFERRED, False)
+    is_deferred, sinks, softcap = kwargs.pop(IS_DEFERRED, False), kwargs.pop(SINKS, None), kwargs.pop(SOFTCAP, None)
     layer: CompactableLayer | BranchLayer | None = None if is_deferred else getattr(key, "am_layer", None)
     if layer is None and not is_deferred:
+        if softcap is not None:
+            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            output, _ = with_sinks(*capped.attend_with_mask(query, key, value, attention_mask, scaling, softcap), sinks)
+            return output.transpose(1, 2).contiguous(), None
+        if sinks is not None:
+            return sdpa_with_sinks(query, key, value, attention_mask, scaling, sinks), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if attention_mask is not None:
         raise UnsupportedOperation(NO_MASK)
-    if strange := [name for name in NOT_OURS if kwargs.get(name) is not None]:
+    if strange := [name for name, value in kwargs.items() if value is not None and name not in IRRELEVANT]:
         raise UnsupportedOperation(f"attention with {', '.join(strange)} cannot be compacted: use another model")
     if layer is None:
-        return torch.ops.am_memory.append_and_attend(query, key, value, scaling), None
+        return torch.ops.am_memory.append_and_attend(query, key, value, scaling, sinks, softcap), None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(layer, BranchLayer):
-        return layer.attend(query, scaling).transpose(1, 2).contiguous(), None
-    layer.scaling, slots = scaling, layer.slots
-    output, log_mass = attend(query, key, value, slots, layer.scaling, layer.write_position)
+        output, _ = with_sinks(*layer.attend(query, scaling), sinks)
+        return output.transpose(1, 2).contiguous(), None
+    layer.scaling, layer.sinks, layer.softcap, slots = scaling, sinks, softcap, layer.slots
+    output, log_mass = attend_to(layer, query, key, value, layer.write_position)
     if layer.query_sink is not None:
         grouped = key.shape[1], -1, query.shape[2]
         layer.query_sink(query.reshape(*grouped, query.shape[3]), log_mass.reshape(grouped))
         if layer.slots is not slots:  # compacted by these very queries
-            output, _ = attend(query, *layer.tail, layer.slots, layer.scaling)
+            output, _ = attend_to(layer, query, *layer.tail)
     return output.transpose(1, 2).contiguous(), None
+
+
+def attend_to(
+    layer: CompactableLayer, query: Tensor, key: Tensor, value: Tensor, write_position: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention over a layer's slots, these keys and its sink; see `attend` for arguments and results."""
+    assert layer.scaling is not None
+    if layer.softcap is None:
+        parts = attend(query, key, value, layer.slots, layer.scaling, write_position)
+    elif write_position is not None:
+        raise RuntimeError("there is no kernel that caps scores")
+    else:
+        decoded = layer.slots.decoded() if layer.slots is not None else None
+        parts = capped.attend(query, key, value, decoded, layer.scaling, layer.softcap)
+    return with_sinks(*parts, layer.sinks)
 
 
 def attend(

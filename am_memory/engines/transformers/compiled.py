@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from am_memory.engines.transformers import support
-from am_memory.engines.transformers.attention import IS_DEFERRED, attention_forward
+from am_memory.engines.transformers.attention import IS_DEFERRED, SINKS, SOFTCAP, attention_forward
 from am_memory.errors import EngineFailed, UnsupportedModel
 from am_memory.kv_cache.cache import KVCache
 
@@ -87,6 +87,8 @@ class CompiledLayer:
 def compile_layers(model: PreTrainedModel, cache: KVCache) -> None:
     """Compile a model's decoder layers, which takes some seconds, and test them. The model must use our attention.
 
+    Layers with a recurrent state are not compiled.
+
     Args:
         cache: a new one, for the test.
 
@@ -95,9 +97,7 @@ def compile_layers(model: PreTrainedModel, cache: KVCache) -> None:
         UnsupportedModel: the compiled model computes wrong logits. The model is unchanged.
     """
     layers = [
-        layer
-        for layer in model.modules()
-        if isinstance(layer, GradientCheckpointingLayer) and any(hasattr(part, "layer_idx") for part in layer.modules())
+        layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer) and _has_keys(layer, cache)
     ]
     compiled = [CompiledLayer(layer) for layer in layers]
     try:
@@ -110,13 +110,22 @@ def compile_layers(model: PreTrainedModel, cache: KVCache) -> None:
         raise
 
 
+def _has_keys(layer: nn.Module, cache: KVCache) -> bool:
+    """Whether a decoder layer has attention and no recurrent state, which its operator does not hand on."""
+    indices: set[Any] = {part.layer_idx for part in layer.modules() if hasattr(part, "layer_idx")}
+    return any(cache.kinds[index].has_keys for index in indices) and not cache.recurrent.keys() & indices
+
+
 def _require_use(model: PreTrainedModel, layers: list[CompiledLayer], cache: KVCache) -> None:
     name = type(model).__name__
     try:
         with torch.no_grad():
             is_same = support.logits_error(model, cache) is None
-    except TypeError as error:  # a layer that takes no further arguments
-        raise UnsupportedModel(f"{name} cannot be compiled layer by layer ({error}): {WITHOUT_COMPILING}") from error
+    # A layer may take no further arguments, or ask the cache for its length.
+    except (TypeError, torch._dynamo.exc.Unsupported) as error:
+        raise UnsupportedModel(
+            f"{name} cannot be compiled layer by layer ({_reason(error)}): {WITHOUT_COMPILING}"
+        ) from error
     except RuntimeError as error:
         raise EngineFailed(
             f"torch.compile fails for {name} on this machine ({_reason(error)}): {WITHOUT_COMPILING}; on a CPU it "
@@ -131,7 +140,9 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
 
 
-def _append_and_attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+def _append_and_attend(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, sinks: Tensor | None, softcap: float | None
+) -> Tensor:
     """Append the token to the running layer's cache, and attend; shapes as in `attention_forward`."""
     step, _pending.step = _pending.step, None
     assert step is not None
@@ -139,14 +150,20 @@ def _append_and_attend(query: Tensor, key: Tensor, value: Tensor, scaling: float
     if getattr(step.cache.layers[layer_idx], "query_sink", None) is not None:
         query = query.clone()  # the graph reuses its buffers, and a sink may keep the query
     key, value = step.cache.update(key, value, layer_idx)
-    return attention_forward(step.attention, query, key, value, step.mask, scaling)[0]
+    return attention_forward(step.attention, query, key, value, step.mask, scaling, **{SINKS: sinks, SOFTCAP: softcap})[
+        0
+    ]
 
 
-def _shape_only(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+def _shape_only(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, sinks: Tensor | None, softcap: float | None
+) -> Tensor:
     return query.new_empty(query.transpose(1, 2).shape)
 
 
 _library: Any = torch.library.Library("am_memory", "DEF")  # type: ignore[no-untyped-call]
-_library.define("append_and_attend(Tensor query, Tensor key, Tensor value, float? scaling) -> Tensor")
+_library.define(
+    "append_and_attend(Tensor query, Tensor key, Tensor value, float? scaling, Tensor? sinks, float? softcap) -> Tensor"
+)
 _library.impl("append_and_attend", _append_and_attend, "CompositeExplicitAutograd")
 torch.library.register_fake("am_memory::append_and_attend", _shape_only, lib=_library)

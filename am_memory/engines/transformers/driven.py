@@ -99,6 +99,18 @@ class WatchedForward:
             return self._forward(*args, **kwargs)
         return self._watched(cache, asked)
 
+    def _read(self, cache: KVCache, asked: Arguments) -> Any:
+        """Run a pass. One that fails leaves nothing: a recurrent state does not show that it has seen a token."""
+        before = cache.state()
+        try:
+            return self._forward(**asked)
+        except BaseException:
+            try:
+                cache.restore(before)
+            finally:  # once more, in case an interrupt stopped the first time
+                cache.restore(before)
+            raise
+
     def _watched(self, cache: KVCache, asked: Arguments) -> Any:
         assert cache.before_forward is not None
         input_ids = _one_text(asked)
@@ -110,8 +122,8 @@ class WatchedForward:
                 at_once = num_tokens
         num_read, logits = cache.before_forward(input_ids[0].tolist(), num_logits, at_once, reason)
         if num_read == 0:
-            return self._forward(**asked)
-        output = self._forward(**_rest(asked, num_read))
+            return self._read(cache, asked)
+        output = self._read(cache, _rest(asked, num_read))
         return _with_logits(output, logits) if logits else output
 
     def _reason_for_one_pass(self, asked: Arguments) -> str:

@@ -26,6 +26,7 @@ from am_memory.engines.transformers.held_rope import HeldRope, length_dependent_
 from am_memory.engines.transformers.plain_text import encode_as_text
 from am_memory.engines.transformers.positions import num_positions, refusal, refuse_too_long_answers
 from am_memory.engines.transformers.rotary import layer_rotations
+from am_memory.engines.transformers.text_positions import use_text_positions
 from am_memory.errors import InvalidInput, UnsupportedModel, UnsupportedOperation
 from am_memory.kv_cache.cache import KVCache
 from am_memory.kv_cache.rotation import Rotation
@@ -79,8 +80,8 @@ class TransformersEngine:
         self._adapters = Adapters(model)
         self._weights = self._adapters.active
         self.tokenizer = tokenizer
-        self._windows = support.layer_windows(model)
-        self._rotations: list[Rotation] | None = None
+        self._kinds = support.layer_kinds(model)
+        self._rotations: list[Rotation | None] | None = None
         self._control_tokens: tuple[str, ControlTokens] | None = None
         self._cache_argument = support.cache_argument(model)
         window = support.window(model, window_tokens)
@@ -88,7 +89,9 @@ class TransformersEngine:
         self._held_rope: HeldRope | None = None
         before = model.config._attn_implementation
         support.probe(model, self.new_cache())
-        max_tokens = num_positions(model, self.new_cache())
+        with support.refusing(model):
+            max_tokens = num_positions(model, self.new_cache())
+        use_text_positions(model)
         if compile:
             compile_layers(model, self.new_cache())
         if length_dependent_kinds(model):
@@ -108,7 +111,7 @@ class TransformersEngine:
         )
         self.capabilities = replace(
             CAPABILITIES,
-            can_refine=not any(self._windows),
+            can_refine=self.new_cache().is_all_compactable,
             can_rotate_keys=not why_keys_stay,
             why_keys_stay=why_keys_stay,
         )
@@ -144,7 +147,7 @@ class TransformersEngine:
         return ""
 
     def new_cache(self) -> KVCache:
-        cache = KVCache(self._windows, self._rotations)
+        cache = KVCache(self._kinds, self._rotations)
         cache.weights, cache.held_rope = self._weights, self._held_rope
         return cache
 
@@ -186,9 +189,9 @@ class TransformersEngine:
 
     @torch.no_grad()
     def branches(self, cache: SessionCache, beginnings: Sequence[Sequence[int]]) -> TextBranches | None:
-        """Texts behind a cache, read as a batch; None for a model with sliding windows, which hold one text each."""
+        """Texts behind a cache, read as a batch; None where a layer has a window, a state or capped scores."""
         cache = _ours(cache)
-        if len(cache.compactable) < len(cache.layers):
+        if not cache.is_all_compactable or any(layer.softcap for layer in cache.compactable):
             return None
         begun, logits = begin(partial(self.forward, cache, num_logits=1), cache, beginnings)
         return TextBranches(cache.compactable, begun, logits, self._step_of_branches, self._held_rope)
@@ -303,7 +306,8 @@ def _model_info(
     max_tokens: int | None,
 ) -> ModelInfo:
     config = model.config.get_text_config(decoder=True)
-    sources = (tokenizer.eos_token_id, config.eos_token_id, model.generation_config.eos_token_id)
+    of_config = getattr(config, "eos_token_id", None)  # some text parts have none
+    sources = (tokenizer.eos_token_id, of_config, model.generation_config.eos_token_id)
     return ModelInfo(
         name=_name(str(model.config.name_or_path or type(model).__name__)),
         fingerprint=fingerprint,

@@ -243,7 +243,7 @@ def _is_next_token(
         and all(layer.query_sink is None for layer in cache.compactable)
         and input_ids is not None
         and input_ids.shape == (1, 1)
-        and (position_ids is None or int(position_ids) == cache.num_tokens)
+        and (position_ids is None or bool((position_ids == cache.num_tokens).all()))
     )
 
 
@@ -265,10 +265,14 @@ class _NoWaiting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def can_have_graphs(model: PreTrainedModel, cache: KVCache) -> bool:
-    """Not with sliding windows, whose entries move at each token, nor on several devices, which wait for each other."""
+    """Whether a model can have graphs.
+
+    Not with sliding windows, whose entries move at each token, nor with recurrent states, which are copied. Not on
+    several devices, which wait for each other, nor with capped scores, for which there is no kernel.
+    """
     is_on_one = {parameter.device for parameter in model.parameters()} == {model.device}
-    is_compactable = len(cache.compactable) == len(cache.layers)
-    return model.device.type == "cuda" and is_on_one and is_compactable
+    is_capped = getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None)
+    return model.device.type == "cuda" and is_on_one and not is_capped and cache.is_all_compactable
 
 
 def _error(graphs: TokenGraphs, forward: Forward, caches: tuple[KVCache, KVCache], token_ids: Sequence[int]) -> float:

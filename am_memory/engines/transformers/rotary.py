@@ -27,8 +27,8 @@ KEY_TOLERANCE = 5e-2
 
 def layer_rotations(
     model: PreTrainedModel, new_cache: Callable[[], KVCache] | None = None, held: HeldRope | None = None
-) -> list[Rotation]:
-    """The RoPE of each layer; a layer without positions rotates no elements.
+) -> list[Rotation | None]:
+    """The RoPE of each layer; a layer without positions rotates no elements. None: its cache has no keys to rotate.
 
     Args:
         new_cache: makes caches for the trial; None: caches of transformers.
@@ -45,7 +45,10 @@ def layer_rotations(
     start, *later = (_lone_keys(model, position, make()) for position in (0, *distances))
     candidates = list(_candidates([model] if held is None else held.modules))
     for keys, distance in zip(later, distances, strict=True):
-        fitting = [_fitting(candidates, *pair, distance) for pair in zip(start, keys, strict=True)]
+        fitting = [
+            None if before is None or after is None else _fitting(candidates, before, after, distance)
+            for before, after in zip(start, keys, strict=True)
+        ]
     return fitting
 
 
@@ -62,8 +65,10 @@ def _candidates(modules: Iterable[nn.Module]) -> Iterator[Rotation]:
 
 
 @torch.no_grad()
-def _lone_keys(model: PreTrainedModel, position: int, cache: Cache) -> list[Tensor]:
+def _lone_keys(model: PreTrainedModel, position: int, cache: Cache) -> list[Tensor | None]:
     """The keys of a single token at this position, one tensor for each layer: (num_key_value_heads, 1, head_dim).
+
+    None for a layer without keys.
 
     Args:
         cache: a new one.
@@ -75,9 +80,13 @@ def _lone_keys(model: PreTrainedModel, position: int, cache: Cache) -> list[Tens
     except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as reason:
         raise UnsupportedModel(f"it cannot read a token at position {position}: {reason}") from reason
     return [
-        layer.exact_entries(0, 1)[0] if isinstance(layer, CompactableLayer) else layer.keys[0]  # type: ignore[index, union-attr]
+        layer.exact_entries(0, 1)[0] if isinstance(layer, CompactableLayer) else _first(getattr(layer, "keys", None))
         for layer in cache.layers
     ]
+
+
+def _first(keys: Tensor | None) -> Tensor | None:
+    return None if keys is None else keys[0]
 
 
 def _fitting(candidates: list[Rotation], start: Tensor, later: Tensor, distance: int) -> Rotation:

@@ -7,6 +7,9 @@ work are refused with the reason. All others are compared with transformers' own
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +17,9 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from am_memory.engines.transformers.attention import ATTENTION_NAME
-from am_memory.errors import InvalidInput, UnsupportedModel, UnsupportedOperation
+from am_memory.errors import InvalidInput, UnsupportedModel
 from am_memory.kv_cache.cache import KVCache
+from am_memory.kv_cache.kinds import LayerKind
 from am_memory.kv_cache.slots import Segment, Slots
 
 PROBE_TOKENS = 8
@@ -24,13 +28,17 @@ LOGITS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e
 """Largest RMS error of the probe's logits relative to their standard deviation, unless rounding alone is larger."""
 MAX_ROUNDING = {torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.1}
 """Largest error that counts as rounding."""
+WITHOUT_KEYS = frozenset({"linear_attention", "conv", "dummy"})
+KNOWN_KINDS = WITHOUT_KEYS | {"full_attention", "sliding_attention", "chunked_attention", "hybrid"}
+"""Kinds of layers that a `KVCache` can hold, as transformers names them."""
+RECURRENT = "is recurrent: it has a state, not a cache of keys and values"
 
 
-def layer_windows(model: PreTrainedModel) -> list[int | None]:
-    """Each layer's sliding window in tokens, None for full attention.
+def layer_kinds(model: PreTrainedModel) -> list[LayerKind]:
+    """What each layer caches.
 
     Raises:
-        UnsupportedModel: a model whose cache is not the keys and values of causal attention.
+        UnsupportedModel: no layer of the model caches the keys and values of causal attention, or one caches more.
     """
     config = model.config.get_text_config(decoder=True)
     reason = _reason_against(model, config)
@@ -39,11 +47,25 @@ def layer_windows(model: PreTrainedModel) -> list[int | None]:
             f"{type(model).__name__} {reason}; use a decoder-only model with standard attention (Llama, Mistral, "
             "Qwen2, Qwen3, SmolLM, Phi-3, Granite, OLMo...)"
         )
-    layer_types, layer_kwargs = get_layer_types_and_kwargs(config)
-    return [
-        kwargs["sliding_window"] if kind == "sliding_attention" else None
-        for kind, kwargs in zip(layer_types, layer_kwargs, strict=True)
-    ]
+    return [_kind(config, name, options) for name, options in zip(*get_layer_types_and_kwargs(config), strict=True)]
+
+
+def _kind(config: PreTrainedConfig, name: str, options: dict[str, Any]) -> LayerKind:
+    """What a layer caches.
+
+    A window that is as long as the model's positions hides no token: such a layer is one of full attention. One of
+    chunks caches as many tokens as a chunk has.
+
+    Args:
+        name: of the kind, as transformers has it.
+        options: of the layer's cache in transformers.
+    """
+    window: int | None = options.get("sliding_window")
+    if name == "sliding_attention" and window is not None and window >= config.max_position_embeddings:
+        window = None
+    return LayerKind(
+        has_keys=name not in WITHOUT_KEYS, window=window, num_states=int(options.get("number_of_states", 0))
+    )
 
 
 def window(model: PreTrainedModel, window_tokens: int | None) -> int:
@@ -63,26 +85,22 @@ def window(model: PreTrainedModel, window_tokens: int | None) -> int:
 def _reason_against(model: PreTrainedModel, config: PreTrainedConfig) -> str | None:
     if model.config.is_encoder_decoder:
         return "is an encoder-decoder model"
-    if getattr(model, "_is_stateful", False) or not hasattr(config, "num_attention_heads"):
-        return "is recurrent: it has a state, not a cache of keys and values"
+    if not hasattr(config, "num_attention_heads"):
+        return RECURRENT
     if getattr(config, "kv_lora_rank", None):
         return "caches a latent vector (MLA), not keys and values"
-    rope = getattr(config, "rope_parameters", None) or {}
-    if "mrope_section" in rope or getattr(config, "mrope_section", None):
-        return "uses M-RoPE: its positions have several axes"
-    if getattr(config, "kv_sharing_modes", None) or getattr(config, "num_kv_shared_layers", 0):
+    if "reuse" in (getattr(config, "kv_sharing_modes", None) or ()) or getattr(config, "num_kv_shared_layers", None):
         return "shares its cache between layers"
-    if getattr(config, "attn_logit_softcapping", None):
-        return f"caps its attention scores (attn_logit_softcapping={config.attn_logit_softcapping})"
-    if any(name.endswith(".sinks") for name, _ in model.named_parameters()):
-        return "has learned attention sinks"
-    kinds = set(get_layer_types_and_kwargs(config)[0])
-    if strange := kinds - {"full_attention", "sliding_attention"}:
+    names, options = get_layer_types_and_kwargs(config)
+    if strange := set(names) - KNOWN_KINDS:
         return f"has layers of kind {', '.join(sorted(strange))}"
-    if "full_attention" not in kinds:
-        return "has only sliding-window layers: its cache is bounded already"
-    if not getattr(model, "_supports_attention_backend", False):
-        return "does not take another attention function (_supports_attention_backend is false)"
+    if WITHOUT_KEYS.issuperset(names):
+        return RECURRENT
+    if not any(_kind(config, *layer).is_compactable for layer in zip(names, options, strict=True)):
+        return (
+            f"has only layers that see a window or a chunk of its {config.max_position_embeddings:,} positions: its "
+            "cache is bounded already"
+        )
     return None
 
 
@@ -103,24 +121,37 @@ def probe(model: PreTrainedModel, cache: KVCache) -> None:
     """
     before = model.config._attn_implementation
     try:
-        _require_same_logits(model, cache)
+        with refusing(model):
+            _require_same_logits(model, cache)
     except BaseException:
         model.set_attn_implementation(before)
         raise
 
 
-def _require_same_logits(model: PreTrainedModel, cache: KVCache) -> None:
+@contextmanager
+def refusing(model: PreTrainedModel) -> Iterator[None]:
+    """A trial: any error within the model means that it is not supported.
+
+    Raises:
+        UnsupportedModel: the trial failed; the message names the model, the kinds of its layers and the error.
+    """
     try:
-        error = logits_error(model, cache)
-    except (TypeError, ValueError, AttributeError, RuntimeError, UnsupportedOperation) as reason:
+        yield
+    except (UnsupportedModel, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        kinds = sorted(set(get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))[0]))
         raise UnsupportedModel(
-            f"{type(model).__name__} cannot run with a compacting cache: {reason}; use a decoder-only model with "
-            "standard attention"
-        ) from reason
-    is_used = all(layer.scaling is not None for layer in cache.compactable)
-    if not is_used or error is not None:
+            f"{type(model).__name__}, with layers of {' and '.join(kinds)}, cannot run with a compacting cache: "
+            f"{error or type(error).__name__}; use a decoder-only model with standard attention"
+        ) from error
+
+
+def _require_same_logits(model: PreTrainedModel, cache: KVCache) -> None:
+    error = logits_error(model, cache)
+    if error is not None:
         raise UnsupportedModel(
-            f"{type(model).__name__} computes other logits with a compacting cache (relative error {error or 0:.2g}); "
+            f"{type(model).__name__} computes other logits with a compacting cache (relative error {error:.2g}); "
             "its attention is not the standard one: use another model"
         )
 
@@ -135,7 +166,7 @@ def logits_error(model: PreTrainedModel, cache: KVCache) -> float | None:
         The RMS error of the logits relative to their standard deviation; None if it is not above rounding.
 
     Raises:
-        UnsupportedModel: tokens attend to later tokens.
+        UnsupportedModel: tokens attend to later tokens, or transformers' own cache gives other logits as well.
     """
     error, rounding, foresight = _probe_errors(model, cache)
     tolerance = LOGITS_TOLERANCE.get(model.dtype, 1e-3)
@@ -145,7 +176,13 @@ def logits_error(model: PreTrainedModel, cache: KVCache) -> float | None:
             f"it (by {foresight:.2g} of its spread); load it as a decoder (is_decoder=True in its configuration), or "
             "use a decoder-only model"
         )
-    allowed = max(tolerance, min(3 * rounding, MAX_ROUNDING.get(model.dtype, 1e-2)))
+    most = MAX_ROUNDING.get(model.dtype, 1e-2)
+    if error > most and rounding > most:
+        raise UnsupportedModel(
+            f"{type(model).__name__} disagrees with itself in this version of transformers: with the cache of "
+            f"transformers its logits are off by {rounding:.2g} of their spread; use a model whose logits agree"
+        )
+    allowed = max(tolerance, min(3 * rounding, most))
     return None if error <= allowed else error
 
 
@@ -157,7 +194,7 @@ def _probe_errors(model: PreTrainedModel, cache: KVCache) -> tuple[float, float,
         cache and attention, which is rounding; and the change of the first half's logits if other tokens follow.
     """
     ids = probe_ids(model)[None]
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     expected = model(ids, use_cache=False).logits[0].float()
     half = PROBE_TOKENS // 2
     others = torch.cat([ids[:, :half], ids[:, :half].flip(1)], dim=1)
@@ -170,6 +207,7 @@ def _probe_errors(model: PreTrainedModel, cache: KVCache) -> tuple[float, float,
     for start, end in PROBE_STEPS:
         ours.append(model(ids[:, start:end], **{argument: cache}).logits[0].float())
         if start == 0:
+            _require_use(model, cache)
             slots = [Slots.exact(*layer.exact_entries(2, 3), start=2) for layer in cache.compactable]
             cache.restore(cache.compacted([Segment(2, 3, 0)], slots, num_pinned=2))
     return (
@@ -177,6 +215,15 @@ def _probe_errors(model: PreTrainedModel, cache: KVCache) -> tuple[float, float,
         relative_rms(torch.cat(stock), expected),
         relative_rms(with_others, expected[:half]),
     )
+
+
+def _require_use(model: PreTrainedModel, cache: KVCache) -> None:
+    """Raise UnsupportedModel if a pass has not gone through our attention in every layer."""
+    if any(layer.scaling is None for layer in cache.compactable):
+        raise UnsupportedModel(
+            f"{type(model).__name__} does not take another attention function; use a model whose attention is looked "
+            "up in transformers' AttentionInterface"
+        )
 
 
 def probe_ids(model: PreTrainedModel) -> Tensor:

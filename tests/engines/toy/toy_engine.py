@@ -26,7 +26,7 @@ SCALING = HEAD_DIM**-0.5
 class ToyLayer:
     """One layer of a cache at one moment, for whoever compacts it: `SessionLayer`."""
 
-    scaling, query_rotations = SCALING, None
+    scaling, softcap, sinks, query_rotations = SCALING, None, None, None
 
     def __init__(self, state: TailState) -> None:
         self.slots, self.buffer, self.start, self.length = state
