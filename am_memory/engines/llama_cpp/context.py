@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -77,7 +78,10 @@ class Context:
         self.handle, self.num_cells = None, 0
 
     def __del__(self) -> None:
-        self.close()
+        if sys is None or sys.is_finalizing():  # the process frees all of it, and llama.cpp's functions may be gone
+            return
+        if getattr(self, "handle", None) is not None:
+            self.close()
         if getattr(self, "_batch", None) is not None:
             self._lib.llama_batch_free(self._batch)
             self._batch = None
