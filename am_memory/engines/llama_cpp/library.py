@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -181,19 +182,34 @@ def type_name(number: int) -> str:
     return GGMLQuantizationType(number).name.lower()
 
 
+_log_lock, _log_takers = threading.Lock(), list[list[str]]()
+
+
+@cache
+def _log_collector() -> Any:
+    """llama.cpp's callback for its log; it lives for ever, since any thread may log at any time."""
+
+    def take(level: int, text: bytes, _: Any) -> None:
+        for lines in _log_takers:
+            lines.append(text.decode("utf-8", "replace"))
+
+    return library().llama_log_callback(take)
+
+
 @contextmanager
 def captured_log() -> Iterator[list[str]]:
-    """Collect llama.cpp's log while the body runs; the whole process has one log."""
-    lib = library()
-    lines: list[str] = []
+    """Collect llama.cpp's log while the body runs; the whole process has one log, so that others wait."""
+    lib, lines = library(), list[str]()
     from llama_cpp._logger import llama_log_callback
 
-    callback = lib.llama_log_callback(lambda level, text, _: lines.append(text.decode("utf-8", "replace")))
-    lib.llama_log_set(callback, ctypes.c_void_p(0))
-    try:
-        yield lines
-    finally:
-        lib.llama_log_set(llama_log_callback, ctypes.c_void_p(0))
+    with _log_lock:
+        _log_takers.append(lines)
+        lib.llama_log_set(_log_collector(), ctypes.c_void_p(0))
+        try:
+            yield lines
+        finally:
+            _log_takers.clear()
+            lib.llama_log_set(llama_log_callback, ctypes.c_void_p(0))
 
 
 def reason(lines: list[str]) -> str:
