@@ -30,7 +30,7 @@ from am_memory.events import Event, MemoryConsulted, OriginalsLost, Span, TextMo
 from am_memory.kv_cache.int8 import decoded
 from am_memory.recall import search
 from am_memory.recall.originals import Loss
-from am_memory.recall.paging import Page
+from am_memory.recall.paging import PAGE_BIAS, Page
 from am_memory.session import lookup, pages
 from am_memory.storage.store import Store
 
@@ -705,7 +705,7 @@ def test_a_page_of_a_text_holds_what_was_read(new_memory: NewMemory, engine: Tra
         key, value = whole.exact_entries(41, 61)
         for head in range(mine.num_heads):
             slots = mine.slots.head(head)
-            exact = slots.where((slots.bias == 0) & (slots.positions < 0))
+            exact = slots.where((slots.bias == PAGE_BIAS) & (slots.positions < 0))
             torch.testing.assert_close(exact.key[-20:], turned(key[head], 29 - 121), rtol=0, atol=1e-4)
             torch.testing.assert_close(exact.value[-20:], value[head], rtol=0, atol=1e-4)
     context = context_of(session)
