@@ -138,7 +138,7 @@ class _Search:
         token_ids: Sequence[int],
         texts: Sequence[SearchedText],
     ) -> None:
-        self.cache, self.originals, self.sought, self.texts = cache, originals, sought, texts
+        self.cache, self.originals, self.texts = cache, originals, texts
         self.found, self.can_rotate = search_heads(engine, cache), engine.capabilities.can_rotate_keys
         self.num_tokens = num_tokens = len(token_ids)
         self.num_spans_of_tokens = -(-num_tokens // SPAN_TOKENS)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_families import SIZES, Family, tokens
+from test_families import SIZES, Family, masses_agree
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from am_memory.engines.transformers import TransformersEngine, capped
-from am_memory.kv_cache.slots import Segment, Slots
-from am_memory.queries.total_mass import total_log_mass
+from am_memory.kv_cache.slots import Slots
 from am_memory.solver import Block, FitOptions, HighestAttention, attention_scores, fit, naive
 
 CAP, SCALING = 0.7, 0.9
@@ -70,13 +69,5 @@ def test_the_mass_of_a_query_is_that_of_capped_scores(byte_tokenizer: PreTrained
     layer_types = ["full_attention"] * SIZES["num_hidden_layers"]  # type: ignore[operator]
     family = Family("Gemma2", {"head_dim": 8, "layer_types": layer_types, "attn_logit_softcapping": 0.5})
     engine = TransformersEngine(family.build(), byte_tokenizer)
-    cache = engine.new_cache()
-    engine.forward(cache, tokens()[:30])
-    slots = [Slots.exact(*layer.exact_entries(2, 12), start=2) for layer in cache.compactable]
-    cache.restore(cache.compacted([Segment(2, 12, 120)], slots, num_pinned=2))
-    told: list[tuple[Tensor, Tensor]] = []
-    engine.forward(cache, tokens()[30:31], on_query=lambda index, *queries: told.append(queries))
-    for layer, (query, log_mass) in zip(cache.compactable, told, strict=True):
-        actual = total_log_mass(layer, cache.num_tokens, query.flatten(1, 2))
-        torch.testing.assert_close(actual, log_mass.flatten(1, 2), rtol=0, atol=1e-5)
+    cache = masses_agree(engine)
     assert engine.branches(cache, [[1], [2]]) is None

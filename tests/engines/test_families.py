@@ -18,6 +18,8 @@ from am_memory.engines.transformers.attention import ATTENTION_NAME
 from am_memory.errors import UnsupportedModel
 from am_memory.kv_cache.cache import KVCache
 from am_memory.kv_cache.layers import RecurrentState, SlidingState, TailState
+from am_memory.kv_cache.slots import Segment, Slots
+from am_memory.queries.total_mass import total_log_mass
 
 NUM_TOKENS = 60
 SIZES = {
@@ -158,6 +160,19 @@ def tensors(state: SlidingState | RecurrentState) -> tuple[Tensor | None, ...]:
 
 def tokens() -> list[int]:
     return torch.randint(256, (NUM_TOKENS,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def masses_agree(engine: TransformersEngine) -> KVCache:
+    """A cache of slots and exact tokens, for which the mass that a query has in a pass is the one computed afterwards."""
+    cache, told = engine.new_cache(), list[tuple[Tensor, Tensor]]()
+    engine.forward(cache, tokens()[:30])
+    slots = [Slots.exact(*layer.exact_entries(2, 12), start=2) for layer in cache.compactable]
+    cache.restore(cache.compacted([Segment(2, 12, 120)], slots, num_pinned=2))
+    engine.forward(cache, tokens()[30:31], on_query=lambda index, *queries: told.append(queries))
+    for layer, (query, log_mass) in zip(cache.compactable, told, strict=True):
+        actual = total_log_mass(layer, cache.num_tokens, query.flatten(1, 2))
+        torch.testing.assert_close(actual, log_mass.flatten(1, 2), rtol=0, atol=1e-5)
+    return cache
 
 
 def assert_same_logits(actual: Tensor, expected: Tensor, tolerance: float) -> None:

@@ -33,6 +33,14 @@ def compacted(engine: Engine, *, store: Path | None = None, policy: MemoryPolicy
     return session
 
 
+def told(engine: Engine, times: int, **changes: object) -> Session:
+    """The text so many times, compacted on the way."""
+    session = Memory(engine, POLICY.with_changes(**changes)).session()
+    for _ in range(times):
+        session.append(TEXT)
+    return session
+
+
 def assert_same(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
@@ -63,14 +71,7 @@ def test_the_mass_that_queries_see_has_the_biases_in_it(llama: LlamaCppEngine, e
 
 
 def test_a_long_conversation_ends_with_the_same_slots(llama: LlamaCppEngine, engine: TransformersEngine) -> None:
-    policy = POLICY.with_changes(trigger_tokens=120)
-    sessions = []
-    for each in (llama, engine):
-        session = Memory(each, policy).session()
-        for _ in range(6):
-            session.append(TEXT)
-        sessions.append(session)
-    ours, reference = sessions
+    ours, reference = (told(each, 6, trigger_tokens=120) for each in (llama, engine))
     assert ours.stats.num_compactions == reference.stats.num_compactions > 5
     assert_same(ours.logits(PROBE), reference.logits(PROBE), 2e-2)
 
@@ -310,12 +311,6 @@ def test_threads_read_at_the_same_time(llama: LlamaCppEngine) -> None:
 
 
 def test_a_compaction_ahead_is_the_same(llama: LlamaCppEngine, engine: TransformersEngine) -> None:
-    policy, sessions = POLICY.with_changes(trigger_tokens=120, ahead_tokens=16), []
-    for each in (llama, engine):
-        session = Memory(each, policy).session()
-        for _ in range(3):
-            session.append(TEXT)
-        sessions.append(session)
-    ours, reference = sessions
+    ours, reference = (told(each, 3, trigger_tokens=120, ahead_tokens=16) for each in (llama, engine))
     assert ours.stats.num_compactions == reference.stats.num_compactions > 1
     assert_same(ours.logits(PROBE), reference.logits(PROBE), 2e-2)
