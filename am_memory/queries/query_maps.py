@@ -13,13 +13,13 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from am_memory.engines.base import Engine, SessionCache, SessionLayer, in_chunks
-from am_memory.queries.measured_files import MeasuredFile, MeasuredFiles, model_fingerprint
+from am_memory.queries.measured_files import MeasuredFile, MeasuredFiles
+from am_memory.queries.measurement import Measurement, OnProgress, ignore_progress
 from am_memory.queries.message_tokens import message_token_positions
 from am_memory.queries.reference import ReferenceQueries
 from am_memory.queries.repeat_prefill import REQUEST, repeat_queries, repeat_request
@@ -32,9 +32,6 @@ LEAST_SCALE = 1e-4
 """Least scale of a feature, as a fraction of the keys' root mean square: below it there is only rounding."""
 MOST_TOKENS = 1024
 """Tokens of a text that are used, at most: a poor tokenizer makes far more of them than are needed."""
-
-OnProgress = Callable[[int, int], None]
-"""Called with (tokens read, tokens to read)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,31 +100,20 @@ def keys_of_pairs(layer: SessionLayer, positions: Tensor, num_tokens: int) -> Te
     return torch.cat(pairs, dim=2)
 
 
-_ready: WeakKeyDictionary[Engine, list[QueryMap]] = WeakKeyDictionary()
+def query_maps(engine: Engine, cache: SessionCache, on_progress: OnProgress = ignore_progress) -> list[QueryMap]:
+    """The maps of an engine's model, one for each compactable layer: see `Measurement.of`.
 
-
-def query_maps(
-    engine: Engine, cache: SessionCache, on_progress: OnProgress = lambda done, total: None
-) -> list[QueryMap]:
-    """The maps of an engine's model, one for each compactable layer: shipped, kept on this machine, or measured now.
-
-    A measurement reads about 1,800 tokens twice, and is written to the user's folder for caches if that is possible.
+    A measurement reads about 1,800 tokens twice.
 
     Args:
         engine: it must be able to rotate keys.
-        cache: one of the engine's that has read a token, to check a file against.
+        cache: one of the engine's that has read a token.
+        on_progress: called with (tokens read, tokens to read).
     """
-    if engine not in _ready:
-        fingerprint = model_fingerprint(engine.info)
-        found = _known(fingerprint, cache)
-        if found is None:
-            found = measure(engine, on_progress)
-            files().keep(fingerprint, as_file(found))
-        _ready[engine] = found
-    return _ready[engine]
+    return measured().of(engine, cache, on_progress)
 
 
-def measure(engine: Engine, on_progress: OnProgress = lambda done, total: None) -> list[QueryMap]:
+def measure(engine: Engine, on_progress: OnProgress = ignore_progress) -> list[QueryMap]:
     """Fit the maps of all layers to the trial's chat and to its other passages, as the model repeats them."""
     longest = min(max((engine.info.window_tokens - len(repeat_request(engine))) // 2, 2), MOST_TOKENS)
     texts = [trial().encoded(engine)[:longest], engine.encode("\n\n".join(trial().passages))[:longest]]
@@ -228,26 +214,28 @@ def _fitted(repeats: Sequence[LayerRepeat]) -> QueryMap:
 
 
 @cache
-def files() -> MeasuredFiles:
-    """The files of query maps."""
+def measured() -> Measurement[list[QueryMap]]:
+    """The query maps of all models."""
     measured_with = digest(REQUEST, RIDGE, MOST_TOKENS, trial().chat, trial().passages)
-    return MeasuredFiles("query_maps", measured_with, Path(str(resources.files(__package__))) / "measured")
+    return Measurement(
+        MeasuredFiles("query_maps", measured_with, Path(str(resources.files(__package__))) / "measured"),
+        measure=measure,
+        packed=packed,
+        unpacked=_unpacked,
+        suits=_suit,
+    )
 
 
-def _known(fingerprint: str, cache: SessionCache) -> list[QueryMap] | None:
-    """The maps of a model from a file; one that makes no sense counts for nothing."""
-    for tensors, _ in files().found(fingerprint):
-        try:
-            pairs = [(tensors[f"weight.{i}"], tensors[f"log_mass.{i}"]) for i in range(len(tensors) // 2)]
-        except KeyError:
-            continue
-        maps = [QueryMap(weight, log_mass) for weight, log_mass in pairs]
-        if len(maps) == len(cache.compactable) and all(map(QueryMap.suits, maps, cache.compactable)):
-            return maps
-    return None
-
-
-def as_file(maps: Sequence[QueryMap]) -> MeasuredFile:
+def packed(maps: Sequence[QueryMap]) -> MeasuredFile:
     """Query maps as their file has them."""
     tensors = {f"weight.{i}": one.weight.contiguous() for i, one in enumerate(maps)}
     return MeasuredFile(tensors | {f"log_mass.{i}": one.log_mass for i, one in enumerate(maps)}, {})
+
+
+def _unpacked(content: MeasuredFile) -> list[QueryMap]:
+    tensors = content.tensors
+    return [QueryMap(tensors[f"weight.{i}"], tensors[f"log_mass.{i}"]) for i in range(len(tensors) // 2)]
+
+
+def _suit(maps: Sequence[QueryMap], cache: SessionCache) -> bool:
+    return len(maps) == len(cache.compactable) and all(map(QueryMap.suits, maps, cache.compactable))

@@ -7,20 +7,19 @@ answer to a question. They are measured once for each model, on a chat of our ow
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from am_memory.engines.base import Engine, SessionCache, in_chunks
 from am_memory.queries import as_turn, message_token_positions, queries_on_scratch
-from am_memory.queries.measured_files import MeasuredFile, MeasuredFiles, model_fingerprint
+from am_memory.queries.measured_files import MeasuredFile, MeasuredFiles
+from am_memory.queries.measurement import Measurement, OnProgress, ignore_progress
 from am_memory.queries.trial import digest, trial
 
 NUM_HEADS = 4
@@ -73,42 +72,25 @@ class SearchHeads:
         return True
 
 
-_ready: WeakKeyDictionary[Engine, SearchHeads | None] = WeakKeyDictionary()
-
-
 def ready_search_heads(engine: Engine, cache: SessionCache | None = None) -> SearchHeads | None:
-    """The search heads of an engine's model, if they are shipped or were measured on this machine; None: not yet.
-
-    Args:
-        cache: one of the engine's, to check a file against; None: the file is trusted.
-    """
-    if engine not in _ready:
-        found = _known(model_fingerprint(engine.info))
-        _ready[engine] = found if found is not None and (cache is None or found.suits(cache)) else None
-    return _ready[engine]
+    """The search heads of an engine's model, if nothing must be measured for them: see `Measurement.known`."""
+    return measured().known(engine, cache)
 
 
 def search_heads(
-    engine: Engine,
-    cache: SessionCache | None = None,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    engine: Engine, cache: SessionCache | None = None, on_progress: OnProgress = ignore_progress
 ) -> SearchHeads:
-    """The search heads of an engine's model: shipped, measured earlier on this machine, or measured now.
+    """The search heads of an engine's model: see `Measurement.of`.
 
-    A measurement reads about 2,000 tokens. It is written to the user's folder for caches, if that can be written to.
+    A measurement reads about 2,000 tokens.
 
     Args:
-        cache: see `ready_search_heads`.
-        on_progress: called with the number of texts that a measurement has read, and of all.
+        on_progress: called with (texts read, texts to read).
     """
-    found = ready_search_heads(engine, cache)
-    if found is None:
-        found = _ready[engine] = measure(engine, on_progress)
-        files().keep(model_fingerprint(engine.info), as_file(found))
-    return found
+    return measured().of(engine, cache, on_progress)
 
 
-def measure(engine: Engine, on_progress: Callable[[int, int], None] = lambda done, total: None) -> SearchHeads:
+def measure(engine: Engine, on_progress: OnProgress = ignore_progress) -> SearchHeads:
     """Find the heads whose attention to the answers of the trial's questions rises most above all other places.
 
     Args:
@@ -183,25 +165,27 @@ def _log_share_of_answer(lifts: Tensor, place: tuple[int, int]) -> Tensor:
 
 
 @cache
-def files() -> MeasuredFiles:
-    """The files of search heads. Another trial, or spans of another length, may find other heads."""
+def measured() -> Measurement[SearchHeads]:
+    """The search heads of all models. Another trial, or spans of another length, may find other heads."""
     measured_with = digest(SPAN_TOKENS, NUM_HEADS, trial().chat, trial().questions, trial().ordinary)
-    return MeasuredFiles("search_heads", measured_with, Path(str(resources.files(__package__))) / "measured")
+    return Measurement(
+        MeasuredFiles("search_heads", measured_with, Path(str(resources.files(__package__))) / "measured"),
+        measure=measure,
+        packed=packed,
+        unpacked=_unpacked,
+        suits=SearchHeads.suits,
+    )
 
 
-def _known(fingerprint: str) -> SearchHeads | None:
-    """The search heads of a model from a file; one that makes no sense counts for nothing."""
-    for tensors, notes in files().found(fingerprint):
-        try:
-            heads, usual, position = tensors["heads"].tolist(), tensors["usual"].float(), int(notes["position"])
-            if usual.dim() == 3 and len(usual) == len(heads) and bool(usual.isfinite().all()):
-                return SearchHeads(tuple(SearchHead(*row) for row in heads), usual, position)
-        except (KeyError, ValueError, TypeError):
-            continue
-    return None
-
-
-def as_file(found: SearchHeads) -> MeasuredFile:
+def packed(found: SearchHeads) -> MeasuredFile:
     """Search heads as their file has them."""
     tensors = {"heads": torch.tensor(found.heads), "usual": found.usual.half().contiguous()}
     return MeasuredFile(tensors, {"position": str(found.position)})
+
+
+def _unpacked(content: MeasuredFile) -> SearchHeads | None:
+    tensors, notes = content
+    heads, usual, position = tensors["heads"].tolist(), tensors["usual"].float(), int(notes["position"])
+    if usual.dim() != 3 or len(usual) != len(heads) or not bool(usual.isfinite().all()):
+        return None
+    return SearchHeads(tuple(SearchHead(*row) for row in heads), usual, position)

@@ -44,7 +44,7 @@ def num_measured(monkeypatch: pytest.MonkeyPatch) -> list[None]:
         made.append(None)
         return [QueryMap(torch.full((2, 33, 32), 0.5, dtype=torch.float16), torch.ones(2, 2)) for _ in range(3)]
 
-    monkeypatch.setattr(module, "measure", measured)
+    monkeypatch.setattr(module.measured(), "_measure", measured)
     return made
 
 
@@ -178,7 +178,7 @@ def test_a_damaged_file_is_measured_again(
         "too few layers": maps[:2],
     }
     content, fingerprint = forged.get(damage), model_fingerprint(another_process(engine).info)
-    file.write_bytes(b"" if content is None else module.files().packed(fingerprint, module.as_file(content)))
+    file.write_bytes(b"" if content is None else module.measured().files.packed(fingerprint, module.packed(content)))
     assert len(query_maps(another_process(engine), read(engine))) == 3
     assert len(num_measured) == 2
 
@@ -217,9 +217,9 @@ def test_a_session_that_was_just_resumed_can_be_compacted(engine: TransformersEn
 
 def test_those_of_the_demo_model_are_shipped() -> None:
     """And were measured on the trial as it is: others would not count."""
-    (file,) = module.files().shipped.iterdir()
+    (file,) = module.measured().files.shipped.iterdir()
     with safe_open(file, framework="pt") as content:
-        assert [*module.files().found(content.metadata()["fingerprint"])]
+        assert [*module.measured().files.found(content.metadata()["fingerprint"])]
 
 
 @pytest.mark.model

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from am_memory import Memory
 from am_memory.engines.model_files import cache_folder
 from am_memory.engines.transformers import TransformersEngine
-from am_memory.queries.measured_files import model_fingerprint
 from am_memory.queries.trial import trial
 from am_memory.recall import search_heads as module
 from am_memory.recall.search_heads import NUM_HEADS, SearchHeads, measure, ready_search_heads, search_heads
@@ -31,7 +30,7 @@ def num_measured(monkeypatch: pytest.MonkeyPatch) -> list[None]:
         made.append(None)
         return found
 
-    monkeypatch.setattr(module, "measure", measured)
+    monkeypatch.setattr(module.measured(), "_measure", measured)
     return made
 
 
@@ -99,7 +98,9 @@ def test_a_damaged_file_is_measured_again(
 ) -> None:
     found = search_heads(another_process(engine))
     (file,) = (measured_folder / "search_heads").iterdir()
-    file.write_bytes(module.files().packed("another model", module.as_file(found)) if damage is None else damage)
+    file.write_bytes(
+        module.measured().files.packed("another model", module.packed(found)) if damage is None else damage
+    )
     again = search_heads(another_process(engine))
     assert len(num_measured) == 2
     assert again.heads == found.heads
@@ -124,7 +125,7 @@ def test_tests_have_a_folder_of_their_own() -> None:
 def test_those_of_the_demo_model_are_shipped(demo: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
     """As this machine would measure them: nobody waits for it in the demo."""
     engine = TransformersEngine(*demo)
-    shipped = module._known(model_fingerprint(engine.info))
+    shipped = ready_search_heads(engine)
     assert shipped is not None
     measured = module.measure(engine)
     assert shipped.heads == measured.heads
