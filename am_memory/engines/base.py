@@ -216,12 +216,14 @@ class SessionCache(Protocol):
     @property
     def exact_nbytes(self) -> int:
         """Memory that an uncompacted cache of the same tokens would take."""
-        ...
+
+    @property
+    def can_drop_tokens(self) -> bool:
+        """Whether `is_croppable` holds for any text. Caches of other models go back to checkpoints."""
 
     @property
     def is_croppable(self) -> bool:
         """Whether `truncate` can drop the last exact tokens; a full sliding window or a recurrent state cannot."""
-        ...
 
     def state(self) -> Snapshot:
         """A snapshot, immutable and cheap."""

@@ -336,6 +336,11 @@ class KVCache(Cache):
         self.segments, self.num_pinned_slots = (), 0
 
     @property
+    def can_drop_tokens(self) -> bool:
+        """Whether the last exact tokens can be dropped however long the text is."""
+        return self.is_all_compactable
+
+    @property
     def is_croppable(self) -> bool:
         """Whether the last exact tokens can be dropped; full sliding windows and recurrent states cannot go back."""
         return all(part.is_croppable for part in self._parts)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, as_tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
@@ -74,6 +75,16 @@ class SlidingState(NamedTuple):
     num_tokens: int
 
     @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return torch.device("cpu") if self.keys is None else self.keys.device
+
+    def to(self, device: torch.device | str) -> SlidingState:
+        """The same state on a device."""
+        key, value = (None if tensor is None else tensor.to(device) for tensor in (self.keys, self.values))
+        return SlidingState(key, value, self.num_tokens)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the tensors."""
         return sum(tensor.nbytes for tensor in (self.keys, self.values) if tensor is not None)
@@ -84,6 +95,15 @@ class RecurrentState(NamedTuple):
 
     conv: tuple[Tensor | None, ...]
     recurrent: tuple[Tensor | None, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.tensors[0].device if self.tensors else torch.device("cpu")
+
+    def to(self, device: torch.device | str) -> RecurrentState:
+        """The same state on a device."""
+        return RecurrentState(*(tuple(one if one is None else one.to(device) for one in tensors) for tensors in self))
 
     @property
     def num_states(self) -> int:

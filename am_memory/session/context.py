@@ -39,13 +39,14 @@ from am_memory.events import (
     WindowExceeded,
 )
 from am_memory.kv_cache.cache import Snapshot
+from am_memory.kv_cache.checkpoint import Checkpoint
 from am_memory.policy import SINK_TOKENS, MemoryPolicy
 from am_memory.queries import LiveQueries
 from am_memory.recall.original_store import OriginalStore
 from am_memory.recall.originals import Original
 from am_memory.recall.paging import Recalled, at_rest
 from am_memory.recall.search_queries import SearchQueries
-from am_memory.session import mounting, notices, pages
+from am_memory.session import checkpoints, mounting, notices, pages
 from am_memory.session.chat_history import ChatHistory
 from am_memory.session.kept_queries import read_and_keep_queries
 from am_memory.session.limits import recall_room
@@ -71,6 +72,7 @@ class Context:
         mounts: the compact texts that stand beside the tokens.
         background_compaction: a compaction that runs while tokens are read, if the policy has `ahead_tokens`.
         recent_queries: those of the search heads for the last tokens that were read, where the engine hands them out.
+        checkpoints: where a cache that cannot drop tokens can go back to, in the order of the tokens.
         live: the queries of the last tokens that were read, if the policy uses them.
         trigger_tokens: upper bound on the size of the cache.
         awaited_text: the compact text for which room is made.
@@ -93,6 +95,7 @@ class Context:
     mounts: Mounts = NO_MOUNTS
     background_compaction: BackgroundCompaction | None = None
     recent_queries: SearchQueries | None = None
+    checkpoints: tuple[Checkpoint, ...] = ()
 
     def __post_init__(self) -> None:
         require_capabilities(self.policy, self.engine.capabilities)
@@ -162,6 +165,8 @@ class Context:
     def read(self, end: int) -> None:
         """Read the first `end` tokens into the cache, and compact whenever that is due."""
         start = self.cache.num_tokens
+        if start < end:
+            checkpoints.keep(self)
         while (done := self.cache.num_tokens) < end:
             self.compact_if_due()
             stop = min(end, done + min(self.room_tokens, self.chunk_tokens))
@@ -316,6 +321,7 @@ class Context:
             state = cache.compacted(record.plan.segments, result.slots, self.num_pinned)
         cache.restore(state)
         self.background_compaction = None
+        self.checkpoints = tuple(held for held in self.checkpoints if held.num_tokens >= cache.num_tokens)
         self.originals = (*self.originals, *result.originals)
         self.records.append(replace(record, lag_tokens=cache.num_tokens - record.at_tokens))
         report = result.report(self.name, kv_tokens, kv_bytes, cache)
@@ -364,11 +370,12 @@ class Context:
         return state if self.background_compaction is None else self.background_compaction.began_from(state)
 
     def forget_after_cache(self) -> None:
-        """Drop kept queries and a background compaction that are of tokens behind the cache's end."""
+        """Drop kept queries, checkpoints and a background compaction that are of tokens behind the cache's end."""
         if self.live is not None:
             self.live.seek(self.cache.num_tokens)
         if self.recent_queries is not None:
             self.recent_queries = self.recent_queries.until(self.cache.num_tokens)
+        self.checkpoints = tuple(held for held in self.checkpoints if held.num_tokens <= self.cache.num_tokens)
         running = self.background_compaction
         if running is not None and self.cache.num_tokens < running.at_tokens:
             self.background_compaction = None

@@ -1,5 +1,7 @@
 """Going back: a context forgets its last tokens. Where a compaction has seen them, the cache is rebuilt.
 
+A cache that cannot drop tokens goes back to a checkpoint, and reads the few tokens from there on.
+
 A rebuild repeats every step at the position at which it was taken, from the tokens and the records alone: compactions
 begin and are swapped in when the cache holds as many tokens as then, segments are refined where they were, and what was
 recalled is exact for the same tokens. No trigger is asked. Read token by token the cache is the same to the bit; in
@@ -18,7 +20,7 @@ from am_memory.engines.base import in_chunks
 from am_memory.events import SessionRebuilt
 from am_memory.queries import LiveQueries
 from am_memory.recall.paging import Page
-from am_memory.session import mounting
+from am_memory.session import checkpoints, mounting
 from am_memory.session.context import Context
 from am_memory.session.mounts import Mounts
 from am_memory.session.pages import bring_back, exact_pages, fit, put_away, put_away_all_but, recalled_at, record_recall
@@ -34,7 +36,7 @@ def rewind(context: Context, num_tokens: int) -> None:
         rebuild(context, num_tokens, seen if _began_compaction_after(context, num_tokens) else lost)
         return
     num_cached = _num_cached(context, num_tokens)
-    context.cache.truncate(num_cached)
+    _drop_after(context, num_cached)
     # A compaction that was swapped in later but saw none of the forgotten tokens stays: a rebuild repeats it.
     pairs = zip_longest(context.records, context.records[1:])
     context.records = [_without_later_recalls(*pair, num_cached).within(num_cached) for pair in pairs]
@@ -42,6 +44,16 @@ def rewind(context: Context, num_tokens: int) -> None:
     _restore_pages(context)
     mounting.go_back(context, context.records[-1].swapped_at if context.records else 0)
     context.forget_after_cache()
+    read_untriggered(context, num_cached)
+
+
+def _drop_after(context: Context, num_cached: int) -> None:
+    """Forget all but the first `num_cached` tokens of the cache, and a few of these where it cannot drop tokens."""
+    cache = context.cache
+    if num_cached == cache.num_tokens or cache.is_croppable:
+        cache.truncate(num_cached)
+    elif (checkpoint := checkpoints.last_before(context, num_cached)) is not None:
+        cache.restore(checkpoint.applied(cache.state()))
 
 
 def _without_later_recalls(
@@ -69,10 +81,13 @@ def _restore_pages(context: Context) -> None:
 
 
 def can_truncate(context: Context, num_tokens: int) -> bool:
-    """Whether the tokens after the first `num_tokens` are exact, can be dropped, and were seen by no compaction."""
+    """Whether the tokens after the first `num_tokens` are exact, were seen by no compaction, and can be dropped.
+
+    A cache that cannot drop them may have a checkpoint to go back to.
+    """
     cache, num_cached = context.cache, _num_cached(context, num_tokens)
-    is_exact = num_cached >= cache.tail_start
-    is_cut = num_cached == cache.num_tokens or (is_exact and cache.is_croppable)
+    can_drop = cache.is_croppable or checkpoints.last_before(context, num_cached) is not None
+    is_cut = num_cached == cache.num_tokens or (num_cached >= cache.tail_start and can_drop)
     return is_cut and not _began_compaction_after(context, num_tokens)
 
 
@@ -105,7 +120,7 @@ def rebuild(context: Context, num_tokens: int, reason: str) -> None:
     context.cache.restore(fresh.cache.state())
     context.tokens, context.records, context.originals = fresh.tokens, fresh.records, fresh.originals
     context.recalled, context.background_compaction = fresh.recalled, fresh.background_compaction
-    context.recent_queries, context.mounts = fresh.recent_queries, fresh.mounts
+    context.recent_queries, context.mounts, context.checkpoints = fresh.recent_queries, fresh.mounts, ()
     context.live = fresh.live if context.live is not None else None
 
 

@@ -336,11 +336,12 @@ class Session:
     def rewind(self, num_tokens: int) -> None:
         """Forget all but the first `num_tokens` tokens of the conversation.
 
-        Exact tokens are simply dropped. If a forgotten token is compacted, or an earlier compaction was fitted while
-        it was there, the remaining tokens are read again and compacted as they were then; nothing forgotten leaves a
-        trace. That takes as long as the first reading. `can_rewind` says when it is not needed; a fork made earlier
-        goes back at once. Pages that were recalled at just this point, for an answer that is forgotten, stay exact: the
-        same message would look them up again.
+        Exact tokens are simply dropped. Sliding windows and recurrent states go back to where one of the last messages
+        or answers began, and the tokens from there on are read again. If a forgotten token is compacted, or an earlier
+        compaction was fitted while it was there, all remaining tokens are read again and compacted as they were then;
+        nothing forgotten leaves a trace. That takes as long as the first reading. `can_rewind` says when it is not
+        needed; a fork made earlier goes back at once. Pages that were recalled at just this point, for an answer that
+        is forgotten, stay exact: the same message would look them up again.
 
         Raises:
             InvalidInput: not a whole number, below 0, or above the number of tokens.
@@ -357,7 +358,9 @@ class Session:
             self._context.history = self._context.history.truncated(self.engine, self._context.tokens)
 
     def can_rewind(self, num_tokens: int) -> bool:
-        """Whether `rewind(num_tokens)` reads nothing again and leaves what reading only these tokens would leave.
+        """Whether `rewind(num_tokens)` leaves what reading only these tokens would leave, without reading them again.
+
+        Where a sliding window or a recurrent state has to go back, a few of them are read again.
 
         Pages that were recalled at just this point do not count: `rewind` keeps them.
         A background compaction (`ahead_tokens`) may begin within these tokens and be swapped in after them. `rewind`

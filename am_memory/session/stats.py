@@ -34,6 +34,7 @@ class Stats:
         mounted_slots: slots per KV head of the mounted texts; part of `kv_tokens`.
         originals_bytes: memory of the exact entries of compacted tokens, on the host or on disk, where the policy
             keeps them, and of the keys by which they are searched, from the first search on.
+        checkpoints_bytes: host memory of the checkpoints to which a sliding window or a recurrent state can go back.
     """
 
     logical_tokens: int
@@ -47,6 +48,7 @@ class Stats:
     recalled_tokens: int = 0
     num_refined: int = 0
     mounted_slots: float = 0.0
+    checkpoints_bytes: int = 0
 
     def __str__(self) -> str:
         return (
@@ -91,6 +93,7 @@ def _measured(
         recalled_tokens=sum(recalled.page.num_tokens for recalled in pages),
         num_refined=sum((segment.start, segment.end) in refined for segment in cache.segments),
         mounted_slots=held.mounts.size,
+        checkpoints_bytes=sum(checkpoint.nbytes for checkpoint in held.checkpoints),
     )
 
 

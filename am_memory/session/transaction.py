@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from am_memory.compaction.background import BackgroundCompaction
     from am_memory.compaction.record import CompactionRecord
     from am_memory.kv_cache.cache import Snapshot
+    from am_memory.kv_cache.checkpoint import Checkpoint
     from am_memory.queries import LiveQueries
     from am_memory.recall.originals import Original
     from am_memory.recall.paging import Recalled
@@ -51,6 +52,7 @@ class Before:
     num_pinned: int
     live: LiveQueries | None
     recent_queries: SearchQueries | None
+    checkpoints: tuple[Checkpoint, ...]
     originals: tuple[Original, ...]
     recalled: tuple[Recalled, ...]
     mounts: Mounts
@@ -70,6 +72,7 @@ class Before:
             num_pinned=context.num_pinned,
             live=context.live and context.live.copy(),
             recent_queries=context.recent_queries,
+            checkpoints=context.checkpoints,
             originals=context.originals,
             recalled=context.recalled,
             mounts=context.mounts,
@@ -84,7 +87,7 @@ class Before:
         context.tokens, context.records, context.history = self.tokens, self.records, self.history
         context.num_pinned, context.awaited_text = self.num_pinned, None
         context.live, context.recent_queries = self.live, self.recent_queries
-        context.recalled, context.mounts = self.recalled, self.mounts
+        context.recalled, context.mounts, context.checkpoints = self.recalled, self.mounts, self.checkpoints
         # An original that turned out to be lost stays lost.
         context.originals = tuple(original for original in self.originals if original.lost is None)
         running = self.background_compaction

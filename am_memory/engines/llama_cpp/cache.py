@@ -27,7 +27,7 @@ from am_memory.kv_cache.slots import Segment, Slots, carried_over
 class CellCache:
     """The cache of one session; see `am_memory.engines.base.SessionCache`."""
 
-    is_croppable = True
+    is_croppable = can_drop_tokens = True
 
     def __init__(self, model: CellModel) -> None:
         self._content = CacheContent(model, CellSequence())

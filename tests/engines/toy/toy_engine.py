@@ -45,7 +45,7 @@ class ToyLayer:
 class ToyCache:
     """The cache of one session: an immutable state, and another one after each step. `SessionCache`."""
 
-    is_croppable = True
+    is_croppable = can_drop_tokens = True
     num_heads = NUM_LAYERS * NUM_HEADS
 
     def __init__(self) -> None:
