@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from am_memory.budgets import calibration_for
 from am_memory.compaction.plan import recall_tokens, require_progress, trigger_in_tokens
 from am_memory.compaction.requirements import require_capabilities
 from am_memory.engines.base import Engine, ModelInfo
@@ -17,6 +18,7 @@ def require_possible(policy: MemoryPolicy, engine: Engine) -> None:
     trigger_tokens = trigger_in_tokens(policy, engine.info.window_tokens)
     room = recall_room(policy, engine, trigger_tokens, policy.num_sinks)
     require_progress(policy, trigger_tokens - room, policy.num_sinks, room)
+    calibration_for(policy.head_budget, engine.info)
 
 
 def recall_room(policy: MemoryPolicy, engine: Engine, trigger_tokens: int, num_fixed: int) -> int:

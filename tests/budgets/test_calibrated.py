@@ -151,12 +151,12 @@ def test_a_calibration_of_another_model_is_refused_and_both_are_named(
 ) -> None:
     policy = MemoryPolicy(trigger_tokens=2000, head_budget=written(tmp_path, curves(NEEDS_MUCH)))
     with pytest.raises(InvalidPolicy, match=f"measured on model f00d .* this one is {engine.info.fingerprint}"):
-        Memory(engine, policy).session()
+        Memory(engine, policy)
 
 
 def test_a_model_without_a_calibration_of_its_own_says_how_to_make_one(engine: TransformersEngine) -> None:
     with pytest.raises(InvalidPolicy, match=f"no calibration ships for model {engine.info.fingerprint} .*calibrate"):
-        Memory(engine, MemoryPolicy(trigger_tokens=2000, head_budget="calibrated")).session()
+        Memory(engine, MemoryPolicy(trigger_tokens=2000, head_budget="calibrated"))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_a_file_that_is_missing_or_none_of_ours_is_refused(
     if content is not None:
         path.write_bytes(content.encode("latin-1"))
     with pytest.raises(InvalidPolicy, match=r"curves\.json.* cannot be read .* am-memory calibrate wrote"):
-        Memory(engine, MemoryPolicy(trigger_tokens=2000, head_budget=str(path))).session()
+        Memory(engine, MemoryPolicy(trigger_tokens=2000, head_budget=str(path)))
 
 
 @pytest.mark.parametrize("num_heads", [1, 5, 7])
