@@ -21,7 +21,8 @@ def warn(context: Context, result: CompactionResult, kept_before: float) -> None
         kept_before: compact slots per compacted token before the compaction.
     """
     sizes, segment, limit = context.sizes, result.record.plan.newest, context.policy.max_error
-    if sizes.kept_share < LITTLE_KEPT <= kept_before:
+    is_meant = context.policy.experiments.fit == "no_slots"
+    if sizes.kept_share < LITTLE_KEPT <= kept_before and not is_meant:
         num_tokens = sum(held.num_tokens for held in sizes.segments)
         context.notify(LittleKept(context.name, sizes.compact_slots, num_tokens))
     if limit is not None and result.held_out_error is not None and result.held_out_error > limit:
