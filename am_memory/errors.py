@@ -139,6 +139,11 @@ def require_kind(kind: type, **values: object) -> None:
             raise InvalidInput(f"{name} is {shortened(repr(value), MAX_VALUE_CHARS)}: give a {kind.__name__}")
 
 
+def how_to_install(extra: str) -> str:
+    """How to install one of this project's extras, for errors about a package that is missing."""
+    return f"install attention-matching-memory[{extra}]; in a clone: pip install -e '.[{extra}]'"
+
+
 def unknown(given: Iterable[str], known: Iterable[str]) -> str:
     """The unknown names in one line, each with the known name nearest to it; "" if all are known."""
     names = sorted(known)

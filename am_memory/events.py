@@ -40,7 +40,7 @@ class CompactionStarted:
 
 @dataclass(frozen=True)
 class CompactionProgress:
-    """A stage of a compaction or a refinement progressed.
+    """A stage of a compaction or a refinement has come a third further; the last of its three events ends it.
 
     Stages: "summary", "self_study", "predict", "repeat", "score" and "fit". A refinement begins with "read": it reads
     again what stood behind the segment. The first compaction of a model may have "measure": the model reads and repeats

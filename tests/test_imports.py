@@ -39,6 +39,23 @@ def test_using_a_memory_loads_torch() -> None:
     assert "torch" in loaded_by("from am_memory import Memory")
 
 
+@pytest.mark.parametrize(
+    ("package", "missing", "extra"),
+    [
+        ("langchain_am_memory", "langchain_core", "langchain"),
+        ("langchain_am_memory", "langgraph", "langchain"),
+        ("am_memory_server", "fastapi", "server"),
+        ("am_memory_server", "prometheus_client", "server"),
+    ],
+)
+def test_a_package_without_its_extra_says_what_to_install(package: str, missing: str, extra: str) -> None:
+    program = f"import sys; sys.modules[{missing!r}] = None; import {package}"
+    result = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    assert result.stderr.rstrip().endswith(
+        f"install attention-matching-memory[{extra}]; in a clone: pip install -e '.[{extra}]'"
+    )
+
+
 def test_every_public_name_can_be_imported_and_is_listed() -> None:
     assert set(am_memory.__all__) <= set(dir(am_memory))
     names: dict[str, object] = {}

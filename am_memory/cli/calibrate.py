@@ -10,7 +10,7 @@ from rich.console import Console
 
 from am_memory.cli.display import EventBars
 from am_memory.cli.options import MODEL_HELP, text_of
-from am_memory.errors import InvalidInput
+from am_memory.errors import InvalidInput, how_to_install
 
 if TYPE_CHECKING:
     from am_memory.budgets import Calibration
@@ -62,7 +62,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
-        raise InvalidInput("--plot needs matplotlib: pip install 'attention-matching-memory[bench]'") from error
+        raise InvalidInput(f"--plot needs matplotlib: {how_to_install('bench')}") from error
 
 
 def draw(calibration: Calibration, path: Path, seq_len: int) -> None:

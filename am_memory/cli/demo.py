@@ -54,7 +54,7 @@ def demo(
     readers = {MEMORY: session, TRUNCATED: cut_off, EVERYTHING: everything}
     answers = {}
     for name, reader in readers.items():
-        with bars.showing(f"asking for every ship: {name}"):
+        with bars.showing(f"asking for every ship: {name}", is_brief=True):
             answers[name] = ask(reader, [fact for letter in written for fact in letter.facts])
     num_lost = sum(end <= ends[-1] - num_recent for end in ends)
     console.print(answers_table(written, answers))

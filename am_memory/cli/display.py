@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from logging import LogRecord
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from am_memory.errors import AMMemoryError
+from am_memory.event_log import logger as events
 from am_memory.events import (
     CompactionFinished,
     CompactionProgress,
@@ -22,6 +24,7 @@ from am_memory.events import (
     LittleKept,
     OriginalsDropped,
     OriginalsLost,
+    OriginUnknown,
     PolicyChanged,
     ReadProgress,
     SearchHeadsProgress,
@@ -58,14 +61,16 @@ class EventBars:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._progress: Progress | None = None
+        self._is_brief = False
         self._bars: dict[str, TaskID] = {}
 
     @contextmanager
-    def showing(self, waiting_for: str | None = None) -> Iterator[None]:
+    def showing(self, waiting_for: str | None = None, *, is_brief: bool = False) -> Iterator[None]:
         """Show progress bars during the block; if the output is not a terminal, show lines only.
 
         Args:
             waiting_for: text of a bar without a length, for work that emits no events.
+            is_brief: show no lines for compactions, for work that makes many of them on the way.
         """
         self._progress = Progress(
             SpinnerColumn(),
@@ -77,13 +82,14 @@ class EventBars:
             transient=True,
             disable=not self._console.is_terminal,
         )
+        self._is_brief = is_brief
         try:
-            with self._progress as progress:
+            with self._progress as progress, silent_log():
                 if waiting_for is not None:
                     progress.add_task(waiting_for, total=None)
                 yield
         finally:
-            self._progress = None
+            self._progress, self._is_brief = None, False
             self._bars.clear()
 
     def step(self, description: str, done: int, total: int) -> None:
@@ -107,14 +113,16 @@ class EventBars:
                     f" [magenta]⟨compacted {report.end - report.start} tokens into {report.num_slots:.0f} slots⟩[/] ",
                     end="",
                 )
-            case CompactionFinished(_, report):
+            case CompactionFinished(_, report) if not self._is_brief:
                 self._console.print(describe(report), soft_wrap=True)
             case GateMissed(_, start, end, held_out_error, max_error):
                 error = f"the held-out error {held_out_error:.2f} is above max_error {max_error:g}"
                 self._warn(f"tokens {start:,}-{end:,}: {error}, and there was no room for more slots")
-            case LittleKept(_, num_slots, num_tokens):
+            case LittleKept(_, num_slots, num_tokens) if not self._is_brief:
                 kept = f"{num_slots:.0f} slots per head stand for {num_tokens:,} compacted tokens, less than 5 %"
                 self._warn(f"{kept}: details are found by recall alone; a larger --trigger-tokens keeps more")
+            case OriginUnknown(_, parts):
+                self._warn(f"it is not recorded which {' and '.join(parts)} it was saved with: this model's is assumed")
             case WindowExceeded() | PolicyChanged():
                 self._warn(str(event))
             case OriginalsLost(_, start, end, reason):
@@ -126,6 +134,20 @@ class EventBars:
 
     def _warn(self, text: str) -> None:
         self._console.print(f"[yellow]  {text}[/]", soft_wrap=True)
+
+
+@contextmanager
+def silent_log() -> Iterator[None]:
+    """Events are shown; without a handler, Python would write the log's warnings to the terminal once more."""
+    events.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        events.removeFilter(_nothing)
+
+
+def _nothing(record: LogRecord) -> bool:
+    return False
 
 
 def describe(report: CompactionReport) -> Text:

@@ -8,6 +8,7 @@ from typer.core import TyperGroup
 
 from am_memory.cli.calibrate import calibrate
 from am_memory.cli.chat import chat
+from am_memory.cli.compare import compare
 from am_memory.cli.demo import demo
 from am_memory.cli.display import show_error
 from am_memory.cli.saved import delete, inspect
@@ -34,7 +35,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, chat, serve, calibrate, inspect, delete):
+for command in (demo, chat, serve, compare, calibrate, inspect, delete):
     app.command()(command)
 app.add_typer(texts, name="text")
 

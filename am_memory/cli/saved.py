@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from am_memory.cli.display import one_line
 from am_memory.cli.options import StoreURL, default_store
 from am_memory.errors import SessionNotFound
 from am_memory.formatting import MEBIBYTE, mebibytes
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from am_memory.storage.session_file import SavedSession
 
 LEVELS = " ▁▂▃▄▅▆▇█"
+LOST = ((0.5, "little"), (0.08, "some details"), (0.04, "most details"), (0.0, "all but the gist"))
+"""What a segment has likely lost, by the least share of its size that it still has."""
 
 
 def inspect(
@@ -36,15 +39,19 @@ def inspect(
         return
     saved = folder.load(session)
     num_bytes = sum(layer.nbytes for layer in saved.state.layers)
+    model = one_line(saved.model_name) or saved.fingerprint
     console.print(
         f"[bold]{escape(session)}[/]: {len(saved.tokens):,} tokens, {len(saved.messages)} messages, "
-        f"{len(saved.records)} compactions, {mebibytes(num_bytes)} of cache, model {saved.fingerprint}"
+        f"{len(saved.records)} compactions, {mebibytes(num_bytes)} of cache, model {escape(model)}",
+        soft_wrap=True,
     )
     if saved.mount_records:
         mounts = Mounts(tuple(NamedText(text, start) for start, text in saved.texts), saved.mount_records)
         for named, record in mounts.mounted:
             console.print(f"mounted at token {record.at_tokens:,}: {escape(str(named.text.about))}")
     console.print(segments_table(saved))
+    if saved.state.segments:
+        console.print(f"[dim]{recallable(saved)}[/]")
     console.print(layers_table(saved))
 
 
@@ -74,24 +81,46 @@ def segments_table(saved: SavedSession) -> Table:
     num_heads = sum(len(layer.head_slots) for layer in layers)
     refined = {(one.start, one.end) for record in saved.records for one in record.refinements}
     compacted_at = {record.plan.newest.start: record.at_tokens for record in saved.records}
-    table = Table("tokens", "held as", "of their size", "compacted at token", title="The conversation, oldest first")
+    columns = ("tokens", "held as", "of their size", "likely lost", "compacted at")
+    table = Table(*columns, title="The conversation, oldest first")
     if state.num_pinned_slots:
-        table.add_row(f"0-{state.num_pinned_slots}", "pinned, exact", "100 %", "")
+        table.add_row(f"0-{state.num_pinned_slots}", "pinned, exact", "100 %", "nothing", "")
     for segment in state.segments:
         slots = segment.num_slots / num_heads
         share = slots / segment.num_tokens
         at_tokens = compacted_at.get(segment.start)
         when = "" if at_tokens is None else f"{at_tokens:,}"
         held = f"{slots:.1f} slots per head" + (", refined" if (segment.start, segment.end) in refined else "")
-        table.add_row(f"{segment.start:,}-{segment.end:,}", held, f"{share:.1%}", when)
+        table.add_row(f"{segment.start:,}-{segment.end:,}", held, f"{share:.1%}", likely_lost(share), when)
         for page in sorted(saved.recalled):
             if segment.start <= page.start < segment.end:
-                table.add_row(f"  {page.start:,}-{page.end:,}", "  recalled, exact for now", "100 %", "")
+                table.add_row(f"  {page.start:,}-{page.end:,}", "  recalled, exact for now", "100 %", "nothing", "")
     tail = layers[0]
     if tail.length:
         start = max(tail.start, state.num_pinned_slots)
-        table.add_row(f"{start:,}-{tail.start + tail.length:,}", "exact", "100 %", "")
+        table.add_row(f"{start:,}-{tail.start + tail.length:,}", "exact", "100 %", "nothing", "")
     return table
+
+
+def likely_lost(share: float) -> str:
+    """What slots have probably lost, by their share of the tokens for which they stand.
+
+    At a tenth, six compactions kept 23 of 24 codes, and fifty 15. Below a twentieth, details are found by recall alone.
+    """
+    return next(words for least, words in LOST if share >= least)
+
+
+def recallable(saved: SavedSession) -> str:
+    """In a sentence or two, what is lost and what can come back."""
+    num_compacted = sum(segment.num_tokens for segment in saved.state.segments)
+    num_kept = sum(one.end - one.start for one in saved.left_out)
+    details = "Details are names, numbers and exact words; the gist goes last."
+    if not num_kept:
+        return f"{details} Their exact entries were not saved: what is lost is lost for good."
+    return (
+        f"{details} The exact entries of {min(num_kept, num_compacted):,} of {num_compacted:,} compacted tokens are "
+        "saved: a detail is exact again when a message asks for it and recall finds its place."
+    )
 
 
 def layers_table(saved: SavedSession) -> Table:

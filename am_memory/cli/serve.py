@@ -104,8 +104,8 @@ def serve(
     """Serve OpenAI's API, and a chat page at /, for conversations without an end."""
     try:
         from am_memory_server.serve import serve as run
-    except ModuleNotFoundError as error:
-        raise InvalidInput(f"the server needs {error.name}: pip install 'attention-matching-memory[server]'") from error
+    except ModuleNotFoundError as error:  # it says what to install
+        raise InvalidInput(str(error)) from error
     settings = serving.settings(loading.model)
     run(loading.load(store=store), settings)
 

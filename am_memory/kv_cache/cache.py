@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -140,6 +140,7 @@ class KVCache(Cache):
         recurrent: the layers of recurrent states by the index of the model's layer; one with keys as well has its keys
             in `layers`.
         before_forward: set if `generate()` drives the model, to see every pass before it runs.
+        copied: makes a copy that `generate()` can drive too; None: `fork` does.
         num_announced: the cache's tokens after the pass that `before_forward` has seen last.
         read_by: the library whose models read tokens into caches of this class.
         weights: the adapters that the entries depend on, as the engine describes them.
@@ -160,12 +161,24 @@ class KVCache(Cache):
         self.segments: tuple[Segment, ...] = ()
         self.num_pinned_slots = 0
         self.before_forward: BeforeForward | None = None
+        self.copied: Callable[[], KVCache] | None = None
         self.num_announced = 0
         self.weights: object = None
         self.held_rope: object = None
 
     def __repr__(self) -> str:
         return cache_repr(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
+        """A second cache with the same content, as `copy.deepcopy` of a DynamicCache; the model is not copied."""
+        memo[id(self)] = copy = self.fork() if self.copied is None else self.copied()
+        return copy
+
+    def __reduce__(self) -> NoReturn:
+        raise UnsupportedOperation(
+            "a KVCache belongs to its model and cannot be pickled: save a session instead, with Memory(..., store=...) "
+            "and Session.save()"
+        )
 
     @property
     def compactable(self) -> list[CompactableLayer]:

@@ -103,7 +103,7 @@ class Context:
         self.originals_place = originals_place(self.policy, self.engine.capabilities)
         self.awaited_text: TextCache | None = None
         self.before_step: Before | None = None
-        self.num_steps = 0
+        self.num_steps, self._stages = 0, notices.Stages()
         self._recall_room = self._room_beside(self.num_fixed)
         self.require_progress()
         self._calibration = calibration_for(self.policy.head_budget, self.engine.info)
@@ -330,8 +330,9 @@ class Context:
         return report
 
     def progress(self, stage: str, done: int, total: int) -> None:
-        """Emit the progress of a compaction."""
-        self.notify(CompactionProgress(self.name, stage, done, total))
+        """Emit the progress of a compaction, at each third of a stage."""
+        if self._stages.is_further(stage, done, total):
+            self.notify(CompactionProgress(self.name, stage, done, total))
 
     @property
     def sizes(self) -> CacheSizes:

@@ -40,7 +40,8 @@ def watched(context: Context) -> KVCache:
         )
     cache = cast("KVCache", context.cache)
     context.cache = weakref.proxy(cache)
-    cache.before_forward = _Watch(context).before_forward
+    watch = _Watch(context)
+    cache.before_forward, cache.copied = watch.before_forward, watch.copied
     return cache
 
 
@@ -55,6 +56,11 @@ class _Watch:
         self.context = context
         self.cache = cast("KVCache", context.cache)
         self._whole = self.cache.state()  # restored if a pass is interrupted
+
+    def copied(self) -> KVCache:
+        """A second cache with the same content, in a context of its own."""
+        self._settle()
+        return watched(self.context.fork(self.context.name))
 
     def before_forward(
         self, token_ids: Sequence[int], num_logits: int, at_once: int, what_for: str

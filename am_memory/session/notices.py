@@ -1,4 +1,4 @@
-"""Warnings about a compaction that was just swapped in: few slots are left, or its error is above the limit."""
+"""What a compaction tells: its progress, a few times a stage, and warnings once it was swapped in."""
 
 from __future__ import annotations
 
@@ -13,6 +13,24 @@ if TYPE_CHECKING:
 LITTLE_KEPT = 0.05
 """Share of the compacted tokens below which a warning says how few slots are left."""
 
+PARTS = 3
+"""Progress events of one stage: a listener may show each of them to somebody."""
+
+
+class Stages:
+    """Progress that is worth an event: a stage has come a third further."""
+
+    def __init__(self) -> None:
+        self._stage, self._done, self._part = "", 0, 0
+
+    def is_further(self, stage: str, done: int, total: int) -> bool:
+        """Whether the stage has begun another third since the last call; the same stage may begin again."""
+        part = PARTS * done // max(total, 1)
+        goes_on = stage == self._stage and done > self._done
+        is_further = part > (self._part if goes_on else 0)
+        self._stage, self._done, self._part = stage, done, part
+        return is_further
+
 
 def warn(context: Context, result: CompactionResult, kept_before: float) -> None:
     """Emit the events that are due.
@@ -21,7 +39,8 @@ def warn(context: Context, result: CompactionResult, kept_before: float) -> None
         kept_before: compact slots per compacted token before the compaction.
     """
     sizes, segment, limit = context.sizes, result.record.plan.newest, context.policy.max_error
-    if sizes.kept_share < LITTLE_KEPT <= kept_before:
+    is_meant = context.policy.experiments.fit == "no_slots"
+    if sizes.kept_share < LITTLE_KEPT <= kept_before and not is_meant:
         num_tokens = sum(held.num_tokens for held in sizes.segments)
         context.notify(LittleKept(context.name, sizes.compact_slots, num_tokens))
     if limit is not None and result.held_out_error is not None and result.held_out_error > limit:

@@ -91,6 +91,7 @@ def _snapshot(session: Session) -> SavedSession:
         fingerprint=info.fingerprint,
         tokenizer_fingerprint=info.tokenizer_fingerprint,
         template_fingerprint=info.template_fingerprint,
+        model_name=info.name,
         policy=context.policy.model_dump(mode="json"),
         has_own_policy=session._has_own_policy,
         tokens=tuple(context.tokens),

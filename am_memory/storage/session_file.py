@@ -72,6 +72,7 @@ class SavedSession:
         tokenizer_fingerprint: identifies the tokenizer of the tokens; "" if unknown.
         template_fingerprint: identifies the chat template of the messages; "" if there is none, or it is unknown.
         version: of the saved file, see `version_of`; "" for a session that was not loaded.
+        model_name: the model's name, for people; "" if unknown.
         left_out: saved originals that were not loaded.
         lost: saved originals that could not be loaded, with the reason.
     """
@@ -95,6 +96,7 @@ class SavedSession:
     tokenizer_fingerprint: str = ""
     template_fingerprint: str = ""
     has_own_policy: bool = False
+    model_name: str = ""
     version: str = field(default="", compare=False)
     left_out: tuple[SavedOriginal, ...] = field(default=(), compare=False)
     lost: tuple[tuple[SavedOriginal, str], ...] = field(default=(), compare=False)
@@ -137,6 +139,7 @@ class SessionFields(BaseModel, from_attributes=True):
     tokenizer_fingerprint: str = ""
     template_fingerprint: str = ""
     has_own_policy: bool = False
+    model_name: str = ""
 
 
 def packed(saved: SavedSession) -> bytes:

@@ -7,8 +7,8 @@ from typing import Any
 from am_memory import MemoryPolicy
 from am_memory.errors import InvalidPolicy
 
-Limit = tuple[str, int | float]
-"""("tokens", a number) or ("fraction", a share)."""
+Limit = int | float | tuple[str, int | float]
+"""A number of tokens, a share below 1, ("tokens", a number) or ("fraction", a share)."""
 
 
 def with_limits(policy: MemoryPolicy, *, trigger: Limit | None, keep: Limit | None) -> MemoryPolicy:
@@ -18,28 +18,45 @@ def with_limits(policy: MemoryPolicy, *, trigger: Limit | None, keep: Limit | No
         InvalidPolicy: a limit in another unit, or one that leaves nothing to compact.
     """
     changes: dict[str, Any] = {}
-    for name, limit in (("trigger", trigger), ("keep", keep)):
-        if limit is not None and limit[0] not in ("tokens", "fraction"):
-            raise InvalidPolicy(f'{name}={limit}: give ("tokens", a number) or ("fraction", a share)')
     if trigger is not None:
-        kind, size = trigger
-        changes["trigger_tokens"] = int(size) if kind == "tokens" else float(size)
+        changes["trigger_tokens"] = _tokens_or_share("trigger", trigger)
     if keep is not None:
         changes["compact_fraction"] = _compact_fraction(keep, changes.get("trigger_tokens", policy.trigger_tokens))
     return policy.with_changes(**changes)
 
 
+def _tokens_or_share(name: str, limit: Limit) -> int | float:
+    """A whole number of tokens, or a float, which is a share."""
+    match limit:
+        case ("messages", size):
+            raise InvalidPolicy(
+                f'{name}=("messages", {size}): a cache is measured in tokens, and one message may be longer than all '
+                f'of it: give {name}=("tokens", {100 * int(size):,}) at some 100 tokens a message, or '
+                '("fraction", a share)'
+            )
+        case bool():
+            pass
+        case int(size) | ("tokens", size):
+            return int(size)
+        case float(size) | ("fraction", size):
+            return float(size)
+    raise InvalidPolicy(f'{name}={limit!r}: give a number of tokens, ("tokens", a number) or ("fraction", a share)')
+
+
 def _compact_fraction(keep: Limit, trigger: float) -> float:
-    kind, size = keep
-    if kind == "tokens" and isinstance(trigger, float):
+    kept = _tokens_or_share("keep", keep)
+    if isinstance(kept, float):
+        if not 0 <= kept < 1:
+            raise InvalidPolicy(f"keep={keep} is not a share: give at least 0 and less than 1, such as 0.5")
+        return 1 - kept
+    if isinstance(trigger, float):
         raise InvalidPolicy(
-            f"keep={keep} in tokens needs a trigger in tokens, not {trigger:.0%} of the window: give "
-            'trigger=("tokens", ...), or keep=("fraction", ...)'
+            f"keep={keep} in tokens needs a trigger in tokens, not {trigger:.0%} of the window: give trigger=2048, "
+            'or keep=("fraction", ...)'
         )
-    whole = trigger if kind == "tokens" else 1
-    if not 0 <= size < whole:
+    if not 0 <= kept < trigger:
         raise InvalidPolicy(
-            f"keep={keep} with a trigger of {trigger}: what a compaction leaves exact is at least 0 and "
-            f"below {whole}; lower keep, or raise trigger"
+            f"keep={kept:,} tokens and trigger={trigger:,} tokens leave nothing to compact: keep must be at least 0 "
+            "and below trigger; lower keep, or raise trigger"
         )
-    return 1 - size / whole
+    return 1 - kept / trigger

@@ -50,7 +50,7 @@ def test_without_matplotlib_nothing_is_measured(folder: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = run(folder, "--plot", str(folder / "curves.png"))
     assert result.exit_code == 1
-    assert "--plot needs matplotlib: pip install" in result.output
+    assert "--plot needs matplotlib: install attention-matching-memory[bench]" in result.output
     assert not (folder / "curves.json").exists()
 
 

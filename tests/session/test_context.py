@@ -19,7 +19,7 @@ from driven import read, some_tokens, write
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from inside import layers_of
-from policies import tight_policy
+from policies import plain_policy, tight_policy
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -531,6 +531,20 @@ def test_self_study_reports_its_progress_in_tokens(new_context: NewContext) -> N
     stages = {stage: [(event.done, event.total) for event in group] for stage, group in by_stage(events)}
     assert list(stages) == ["self_study", "repeat", "score", "fit"]
     assert stages["self_study"][-1] == (8, 8)
+
+
+def test_a_compaction_emits_at_most_ten_events_of_progress(engine: TransformersEngine, events: list[Event]) -> None:
+    """A stream in mode "custom" got one for each head and piece, more than tokens of the answer."""
+    Memory(engine, plain_policy(trigger_tokens=300), on_event=events.append).session("owl").append(list(range(200)) * 6)
+    per_compaction = [0]
+    for event in events:
+        if isinstance(event, CompactionFinished):
+            per_compaction.append(0)
+        elif isinstance(event, CompactionProgress):
+            per_compaction[-1] += 1
+    assert len(per_compaction) > 2
+    assert 0 < max(per_compaction) <= 10
+    assert per_compaction[-1] == 0
 
 
 def by_stage(events: list[Event]) -> Iterator[tuple[str, Iterator[CompactionProgress]]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import io
+import pickle
 import weakref
 from collections.abc import Callable
 from contextlib import contextmanager, redirect_stdout
@@ -179,6 +181,35 @@ def test_a_second_call_may_bring_new_tokens(memory: Memory, generate: Callable[.
     tokens = generate([*tokens, *long_prompt(100)], cache, 30)
     assert cache.num_tokens == len(tokens) - 1
     assert cache.kv_tokens <= 64
+
+
+def test_a_deep_copy_goes_on_from_a_prompt_and_compacts_for_itself(
+    memory: Memory, generate: Callable[..., list[int]]
+) -> None:
+    """The prompt's cache is copied for each question, as transformers' guide on caches does with a DynamicCache."""
+    expected, cache = generate(PROMPT, memory.cache(), 100), memory.cache()
+    begun = generate(PROMPT, cache, 1)
+    copies = [copy.deepcopy(cache), copy.deepcopy(cache)]
+    assert all(twin is not cache and twin.num_tokens == cache.num_tokens for twin in copies)
+    for twin in copies:
+        assert generate(begun, twin, 99) == expected
+        assert twin.segments
+    assert not cache.segments
+    assert cache.num_tokens == len(PROMPT)
+
+
+def test_a_deep_copy_of_a_sessions_cache_is_another_cache(memory: Memory) -> None:
+    session = memory.session("owl")
+    session.append(PROMPT)
+    cache = context_of(session).cache
+    twin = copy.deepcopy({"caches": [cache, cache]})["caches"]
+    assert twin[0] is twin[1] is not cache
+    assert twin[0].num_tokens == cache.num_tokens
+
+
+def test_pickling_a_cache_says_what_to_do_instead(memory: Memory) -> None:
+    with pytest.raises(UnsupportedOperation, match=r"cannot be pickled: save a session instead"):
+        pickle.dumps(memory.cache())
 
 
 def test_two_caches_of_one_memory_do_not_meet(memory: Memory, generate: Callable[..., list[int]]) -> None:

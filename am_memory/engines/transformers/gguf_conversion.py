@@ -58,7 +58,9 @@ def load_gguf(path: Path, device: torch.device, dtype: torch.dtype) -> LoadedMod
             _log.warning("%s cannot be stored in %s, so it is converted each time: %s", path, folder, error)
             return cast(Any, loaded).to(device), tokenizer
         del loaded
-    return load_pretrained(str(folder), device, dtype)
+    loaded, tokenizer = load_pretrained(str(folder), device, dtype)
+    loaded.config.name_or_path = path.stem  # the folder's name has the digest and the dtype of the conversion as well
+    return loaded, tokenizer
 
 
 def find_conversion(path: Path, dtype: torch.dtype) -> Path | None:

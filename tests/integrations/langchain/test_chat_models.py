@@ -12,7 +12,8 @@ from typing import Any, Literal
 import pytest
 from langchain.agents import create_agent
 from langchain.agents.middleware import wrap_model_call
-from langchain_am_memory import ChatAMMemory
+from langchain.chat_models import base
+from langchain_am_memory import ChatAMMemory, register_provider
 from langchain_am_memory.call_options import openai_tools
 from langchain_am_memory.messages import to_openai
 from langchain_core.chat_history import InMemoryChatMessageHistory
@@ -25,7 +26,7 @@ from pydantic import BaseModel, Field
 
 from am_memory import Memory, MemoryPolicy
 from am_memory.engines.transformers import TransformersEngine
-from am_memory.errors import InvalidInput, InvalidPolicy
+from am_memory.errors import InvalidInput, InvalidPolicy, UnsupportedOperation
 
 ROOMY = MemoryPolicy(trigger_tokens=3000, pinned=4, keep_recent=8, chunk_tokens=256)
 TIGHT = MemoryPolicy(trigger_tokens=160, pinned=4, keep_recent=8, keep_ratio=0.25, chunk_tokens=256)
@@ -608,11 +609,12 @@ def test_keep_in_tokens_needs_a_trigger_in_tokens() -> None:
     [
         (
             ("tokens", 5000),
-            r"keep=\('tokens', 5000\) with a trigger of 4000: .* below 4000; lower keep, or raise trigger",
+            r"keep=5,000 tokens and trigger=4,000 tokens leave nothing .* below trigger; lower keep, or raise trigger",
         ),
-        (("tokens", 4000), "with a trigger of 4000"),
+        (4000, "keep=4,000 tokens and trigger=4,000 tokens"),
         (("tokens", -1), "at least 0"),
-        (("fraction", 1.0), r"keep=\('fraction', 1.0\) .* below 1;"),
+        (("fraction", 1.0), r"keep=\('fraction', 1.0\) is not a share: .* less than 1"),
+        (("words", 5), r"keep=\('words', 5\): give a number of tokens"),
     ],
 )
 def test_a_keep_that_leaves_nothing_to_compact_is_refused_by_its_name(keep: tuple[str, float], words: str) -> None:
@@ -622,7 +624,7 @@ def test_a_keep_that_leaves_nothing_to_compact_is_refused_by_its_name(keep: tupl
 
 
 def test_a_keep_of_a_trigger_of_nothing_is_refused() -> None:
-    with pytest.raises(InvalidPolicy, match="with a trigger of 0"):
+    with pytest.raises(InvalidPolicy, match="keep=0 tokens and trigger=0 tokens"):
         ChatAMMemory(model="demo", trigger=("tokens", 0), keep=("tokens", 0))
 
 
@@ -671,8 +673,31 @@ def test_stops_are_those_of_the_call_then_of_model_kwargs_then_of_the_model(new_
 
 
 def test_a_limit_of_another_kind_is_refused() -> None:
-    with pytest.raises(InvalidPolicy, match="keep=.*messages.*give"):
+    with pytest.raises(InvalidPolicy, match=r'keep=\("messages", 20\): .* give keep=\("tokens", 2,000\)'):
         ChatAMMemory(model="demo", keep=("messages", 20))
+
+
+def test_plain_numbers_are_tokens_and_shares() -> None:
+    plain = ChatAMMemory(model="demo", trigger=2048, keep=512)._memory_policy()
+    assert (plain.trigger_tokens, plain.compact_fraction) == (2048, 0.75)
+    assert ChatAMMemory(model="demo", trigger=0.8)._memory_policy().trigger_tokens == 0.8
+
+
+def test_init_chat_model_makes_it_by_the_name_of_its_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_BUILTIN_PROVIDERS", dict(base._BUILTIN_PROVIDERS))
+    base._get_chat_model_creator.cache_clear()
+    register_provider()
+    model = base.init_chat_model("am_memory:demo", trigger=2048, temperature=0)
+    assert isinstance(model, ChatAMMemory)
+    assert (model.model, model.trigger, model.temperature) == ("demo", 2048, 0)
+    with pytest.raises(InvalidInput, match="takes no trigerr"):
+        base.init_chat_model("demo", model_provider="am_memory", trigerr=2048)
+
+
+def test_a_langchain_without_its_table_of_providers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(base, "_BUILTIN_PROVIDERS")
+    with pytest.raises(UnsupportedOperation, match="make ChatAMMemory"):
+        register_provider()
 
 
 def test_the_policy_of_a_model_on_a_memory_is_its_own(new_model: NewModel) -> None:

@@ -1,0 +1,1 @@
+"""Several ways to hold one conversation, judged by the same questions: for `am-memory compare`."""
