@@ -26,6 +26,7 @@ from am_memory.errors import InvalidInput, SessionDeleted, SessionNotFound, Stor
 from am_memory.formatting import counted, mebibytes
 from am_memory.memory import Memory
 from am_memory.policy import MemoryPolicy
+from am_memory.session.appending import set_template_options
 from am_memory.session.saving import Packed, pack, rename, saved_copy, write
 from am_memory.session.session import Session
 from am_memory.storage.compact_text import CompactText
@@ -112,6 +113,7 @@ class Threads:
         else:
             session, ends = branch.session.fork(policy=prompt.policy), branch.ends[:count]
         rename(session, saved.call.thread)  # before it emits events
+        set_template_options(session, prompt.options)
         if branch is None:
             for text in prompt.texts:
                 session.mount(text)
