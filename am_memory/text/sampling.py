@@ -25,9 +25,10 @@ TEMPERATURES = 1e-30, 1e30
 """Dividing logits by temperatures outside of these would leave the range of float32; the limits are used instead."""
 
 
+MAX_BIASES = 1_024
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 LogitBias = Annotated[
-    Mapping[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)
+    Mapping[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)
 ]
 """What is added to the logits of some tokens, by token id."""
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -259,7 +260,7 @@ class TransformersEngine:
                     tools=[dict(tool) for tool in tools] if tools else None,
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
-                    **(options or {}),
+                    **cast("dict[str, Any]", options or {}),
                 )
             )
 
