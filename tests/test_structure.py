@@ -29,11 +29,12 @@ ORDER = (
 )
 # The same for the modules of the server.
 SERVER_ORDER = (
-    *("settings", "json_bodies", "metrics", "request_schemas", "response_schemas"),
+    *("settings", "bodies", "json_bodies", "metrics"),
+    *("message_schemas", "request_schemas", "responses_request", "response_schemas", "responses_events"),
     *("fair_queue", "jobs", "scheduler"),
     *("errors", "access", "connections", "sse", "requests"),
-    *("service", "memory_view", "updates", "chat_job"),
-    *("chat_completions", "completions", "memory_endpoints", "text_endpoints"),
+    *("kept_responses", "service", "memory_view", "updates", "chat_job"),
+    *("chat_completions", "responses", "completions", "memory_endpoints", "text_endpoints", "token_endpoints"),
     *("affinity", "broadcast", "app", "serve", "ray_serve"),
 )
 MOST_FILES, MOST_PACKAGES = 7, 12

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
 
 KEYS_VARIABLE = "AM_MEMORY_API_KEYS"
 OPERATOR_KEYS_VARIABLE = "AM_MEMORY_OPERATOR_KEYS"
+
+
+class Reasoning(StrEnum):
+    """What happens to the reasoning of an answer."""
+
+    KEEP = "keep"
+    DROP = "drop"
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,12 @@ class Serving:
     cors_origin: Annotated[
         list[str] | None, typer.Option(help="Origin of a web page that may call the server; may be repeated.")
     ] = None
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse names in requests that the server does not know.")
+    ] = False
+    reasoning: Annotated[
+        Reasoning, typer.Option(help="What the memory does with the <think> of an answer that is complete.")
+    ] = Reasoning.KEEP
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens, if a request sets no limit.")] = 1024
     max_active: Annotated[int, typer.Option(help="Answers generated at once, in turn; each key has a share.")] = 4
     max_queued: Annotated[int, typer.Option(help="Waiting requests of one key.")] = 64
@@ -77,6 +91,8 @@ class Serving:
             operator_keys=(*(self.operator_key or ()), *keys_of_environment(OPERATOR_KEYS_VARIABLE)),
             allow_anonymous=self.allow_anonymous,
             cors_origins=tuple(self.cors_origin or ()),
+            strict=self.strict,
+            reasoning=self.reasoning.value,
             max_tokens=self.max_tokens,
             max_active=self.max_active,
             max_queued=self.max_queued,

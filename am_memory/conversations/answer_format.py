@@ -37,6 +37,7 @@ class AnswerFormat:
     Attributes:
         tool_format: how the model writes calls; None without tools.
         constraint: the grammar to decode with; None where the model is free.
+        is_forced: the whole answer is calls or JSON, without room for reasoning.
         schema_error: how the finished answer violates its schema, or why it was not checked; None if it follows it.
 
     Raises:
@@ -50,6 +51,7 @@ class AnswerFormat:
         self._schema = _schema(request.response_format)
         self.constraint = self._constraint(engine, request)
         self._checks = self._make_checks(request)
+        self.is_forced = request.forces_call or self._schema is not None
         self.schema_error: str | None = None
 
     def _constraint(self, engine: Engine, request: ChatRequest) -> Constraint | None:

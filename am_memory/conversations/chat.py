@@ -63,7 +63,7 @@ def answer_chat(answer: ChatAnswer, *, max_retries: int = 0) -> Iterator[ChatSte
     for left in _read(turn, max_retries):
         yield PromptProgress(left, len(turn.session.tokens) - turn.num_cached_tokens)
     yield from answer.generate()
-    turn.keep_in_memory(answer.message)
+    turn.keep_in_memory(answer.message, forgets=answer.forgets_reasoning)
     yield HostWork(turn.save)
 
 

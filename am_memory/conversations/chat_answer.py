@@ -12,9 +12,11 @@ from am_memory.conversations.answer_format import AnswerFormat
 from am_memory.conversations.branch_store import PendingCall
 from am_memory.conversations.chat_request import ChatRequest
 from am_memory.conversations.prompts import Prompt
+from am_memory.conversations.reasoning import END_OF_THINK, THINK, Reasoning, ReasoningStream, is_reasoning
 from am_memory.conversations.threads import Threads
 from am_memory.conversations.tool_calls import InvalidCall, ParsedCall, ToolCallStream, answer_text
 from am_memory.conversations.turn import ChatTurn
+from am_memory.errors import InvalidInput
 from am_memory.events import Span
 from am_memory.formatting import shortened
 from am_memory.session.generation import Piece, TokenLogprob
@@ -24,6 +26,9 @@ ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 MAX_SPAN_CHARS = 400
 """A longer text of a span is shortened in the middle, wherever a client gets it."""
+
+OPENING_TOKENS = 16
+"""The last tokens of a prompt, among which a template may have written `<think>`."""
 
 FINISH_REASONS: Mapping[str, ChatFinishReason] = {"eos": "stop", "stop": "stop", "length": "length"}
 
@@ -47,7 +52,7 @@ class ToolCall:
         return {"id": self.id, "type": "function", "function": function}
 
 
-Part = str | ToolCall | InvalidCall
+Part = str | Reasoning | ToolCall | InvalidCall
 
 
 @dataclass(frozen=True)
@@ -92,28 +97,56 @@ class ChatAnswer:
         engine = threads.memory.engine
         self.request = request
         self.format = AnswerFormat(engine, request)
-        self.content = ""
+        self.content = self.reasoning = ""
         self.tool_calls: list[ToolCall] = []
         self.finish_reason: ChatFinishReason | None = None
         self.num_tokens = 0
+        self._num_prompt_tokens = 0
         self._looked_up: dict[tuple[str | None, int, int], Span] = {}
         self._sampling = request.sampling or threads.memory.sampling
         self._num_compactions_before: int | None = None
         self._threads = threads
         policy = request.policy or threads.memory.policy
         texts = [threads.memory.text(name) for name in request.mounts]
-        self._prompt = Prompt.of(engine, request.messages, request.tools, policy, request.owner, texts)
+        settings = request.tools, policy, request.owner, texts, request.template_options
+        self._prompt = Prompt.of(engine, request.messages, *settings)
+        self._begun = self._first_words()
+        self._prompt_before = Prompt.of(engine, request.messages[:-1], *settings) if self._begun else self._prompt
         self._saved = threads.find(self._prompt, call or threads.register_call(request.thread))
         self._turn: ChatTurn | None = None
+        self._splits = request.reasoning != "text" and not self.format.is_forced
+        self._thoughts: ReasoningStream | None = None
         self._calls: ToolCallStream | None = None
+        markers = [THINK, END_OF_THINK] if self._splits else []
         if self.format.tool_format is not None and request.tool_choice != "none":
             self._calls = ToolCallStream(self.format.tool_format)
-            self._text = answer_text(engine, self.format.tool_format, self._sampling.stop)
+            markers += self.format.tool_format.markers
+        self._text = answer_text(engine, markers, self._sampling.stop) if self._calls or self._splits else None
+
+    def _first_words(self) -> str:
+        """The beginning of the answer, where the request gives it."""
+        request = self.request
+        if not request.continues_last:
+            return ""
+        last, content = request.messages[-1], request.messages[-1].get("content")
+        if last["role"] != "assistant" or not isinstance(content, str) or not content or len(request.messages) < 2:
+            raise InvalidInput(
+                "to continue the last message, let it be an assistant's with text, after another message"
+            )
+        if last.get("tool_calls") or self.format.constraint is not None:
+            raise InvalidInput("an answer with tool calls or of a fixed format cannot be continued: ask for a new one")
+        return content
 
     def begin(self) -> ChatTurn:
         """Go on from the branch that shares most with the conversation."""
-        self._turn = self._threads.start(self._prompt, self._saved)
-        return self._turn
+        turn = self._threads.start(self._prompt, self._saved)
+        if self._begun:
+            turn.continues = turn.can_continue()
+            if not turn.continues:
+                turn = self._threads.start(self._prompt_before, self._saved)
+                turn.begun = self._begun
+        self._turn = turn
+        return turn
 
     @property
     def turn(self) -> ChatTurn:
@@ -133,12 +166,24 @@ class ChatAnswer:
         for piece in pieces:
             if self.num_tokens == 0:  # this step has read the last token of the prompt, and none of the answer
                 self._num_compactions_before = self.session.stats.num_compactions
+                self._begin_reading(len(piece.token_ids))
             parts = [*self._push(piece)]
             if piece.finish_reason is not None:
                 parts += self._finish(piece.finish_reason)
             # The token that ends the turn is not part of the answer.
             logprobs = () if piece.finish_reason == "eos" else piece.logprobs
             yield Delta(tuple(parts), logprobs, self.finish_reason, self._look_up(piece))
+
+    def _begin_reading(self, num_tokens: int) -> None:
+        """Note where the answer begins, which has `num_tokens` tokens so far, and whether it begins with reasoning."""
+        tokens = self.session.tokens
+        self._num_prompt_tokens = len(tokens) - num_tokens
+        if self._splits:
+            opening = tokens[max(self._num_prompt_tokens - OPENING_TOKENS, 0) : self._num_prompt_tokens]
+            before = self._begun or self.session.engine.decode(opening).rstrip()
+            self._thoughts = ReasoningStream(
+                is_open=is_reasoning(before) and (bool(self._begun) or before.endswith(THINK))
+            )
 
     def _look_up(self, piece: Piece) -> tuple[Span, ...]:
         spans = tuple(as_shown(span) for span in piece.looked_up)
@@ -147,15 +192,28 @@ class ChatAnswer:
 
     def _push(self, piece: Piece) -> Iterator[Part]:
         self.num_tokens += len(piece.token_ids)
-        if self._calls is None:
+        if self._text is None:
             yield from self._add([piece.text])
         else:
-            text = "".join(self._text.push(token_id) for token_id in piece.token_ids)
-            yield from self._add(self._calls.push(text))
+            yield from self._split("".join(map(self._text.push, piece.token_ids)))
+
+    def _split(self, text: str, *, is_last: bool = False) -> Iterator[Part]:
+        """The parts of the answer that are certain with some more text."""
+        parts: list[Reasoning | str] = [text]
+        if self._thoughts is not None:
+            parts = [*self._thoughts.push(text), *(self._thoughts.finish() if is_last else ())]
+        for part in parts:
+            if isinstance(part, Reasoning):
+                self.reasoning += part.text
+                yield part
+            else:
+                yield from self._add([part] if self._calls is None else self._calls.push(part))
+        if is_last and self._calls is not None:
+            yield from self._add(self._calls.finish())
 
     def _finish(self, reason: str) -> Iterator[Part]:
-        if self._calls is not None:
-            yield from self._add([*self._calls.push(self._text.finish()), *self._calls.finish()])
+        if self._text is not None:
+            yield from self._split(self._text.finish(), is_last=True)
         if reason != "length" and not self.tool_calls:
             self.format.check_content(self.content)
         self.finish_reason = "tool_calls" if self.tool_calls else FINISH_REASONS[reason]
@@ -187,8 +245,7 @@ class ChatAnswer:
 
     @property
     def usage(self) -> TokenUsage:
-        num_prompt = len(self.session.tokens) - self.num_tokens
-        return TokenUsage(num_prompt, self.num_tokens, self.turn.num_cached_tokens)
+        return TokenUsage(self._num_prompt_tokens, self.num_tokens, self.turn.num_cached_tokens)
 
     @property
     def num_compactions(self) -> int:
@@ -197,9 +254,16 @@ class ChatAnswer:
         return 0 if num_before is None else self.session.stats.num_compactions - num_before
 
     @property
+    def forgets_reasoning(self) -> bool:
+        """Whether the memory forgets the reasoning now. Between tool calls the model still needs it."""
+        return self.request.reasoning == "drop" and bool(self.reasoning) and not self.tool_calls
+
+    @property
     def message(self) -> dict[str, object]:
         """The answer as a message of the next call."""
-        message: dict[str, object] = {"role": "assistant", "content": self.content}
+        message: dict[str, object] = {"role": "assistant", "content": self._begun + self.content}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
         if self.tool_calls:
             message["tool_calls"] = [call.as_message() for call in self.tool_calls]
         return message

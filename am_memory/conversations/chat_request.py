@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from am_memory.engines.base import Message, Tool
 from am_memory.policy import MemoryPolicy
@@ -33,6 +34,11 @@ class ChatRequest:
         owner: two owners share no cache, even for the same messages.
         policy: None: the memory's.
         mounts: names of compact texts that the conversation begins with. With other ones, it is another conversation.
+        template_options: variables of the chat template, such as `enable_thinking`.
+        continues_last: the last message is the beginning of the answer, and the model goes on from its last word.
+        reasoning: where the `<think>...</think>` goes with which an answer opens. "text": it is text like the rest.
+            "keep": the answer has it as `Reasoning`, and the memory keeps it. "drop": the memory forgets it once the
+            answer is complete, unless the answer calls tools or a compaction has reached it.
     """
 
     messages: Sequence[Message]
@@ -48,6 +54,9 @@ class ChatRequest:
     owner: str = ""
     policy: MemoryPolicy | None = None
     mounts: Sequence[str] = ()
+    template_options: Mapping[str, object] = field(default_factory=dict)
+    continues_last: bool = False
+    reasoning: Literal["text", "keep", "drop"] = "text"
 
     @property
     def forces_call(self) -> bool:

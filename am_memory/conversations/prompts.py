@@ -9,7 +9,7 @@ import itertools
 import json
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 
@@ -23,6 +23,8 @@ from am_memory.storage.compact_text import TextCache
 
 SHORT_CHARS = 16_384
 """A prompt up to this long is rendered and encoded in some milliseconds."""
+UNCOUNTED = ("id", "reasoning_content")
+"""Fields that make no difference between two messages."""
 INDEX = "am_memory.index"
 """A field that carries a message's index through `prepare`."""
 
@@ -41,6 +43,7 @@ class Prompt:
         tools: for the chat template; empty where the prepared messages describe the tools.
         is_short: rendering and encoding it takes no longer than a step on the device.
         texts: compact texts that are mounted before the first message.
+        options: variables of the chat template for what this call adds.
     """
 
     policy: MemoryPolicy
@@ -50,6 +53,7 @@ class Prompt:
     tools: tuple[Tool, ...]
     is_short: bool
     texts: tuple[TextCache, ...] = ()
+    options: Mapping[str, object] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -60,6 +64,7 @@ class Prompt:
         policy: MemoryPolicy,
         owner: str = "",
         texts: Sequence[TextCache] = (),
+        options: Mapping[str, object] | None = None,
     ) -> Prompt:
         """Prepare the messages and tools of one call.
 
@@ -69,6 +74,8 @@ class Prompt:
             policy: conversations under different policies share no cache.
             owner: conversations of different owners share no cache, and no answer's time reveals another owner's.
             texts: conversations with different mounted texts share no cache. Their order does not count.
+            options: variables of the chat template. They may differ from call to call. Conversations share no cache if
+                their options change how the template writes the first messages.
 
         Raises:
             InvalidInput: no messages, or messages that no chat template takes.
@@ -82,6 +89,10 @@ class Prompt:
         texts = sorted({text.uid: text for text in texts}.values(), key=lambda text: text.uid)
         setting = [policy.model_dump(mode="json"), *map(without_strict, tools), *([{"owner": owner}] if owner else [])]
         setting += [{"mounts": [text.uid for text in texts]}] if texts else []
+        if options and _opening(engine, prepared, template_tools, options) != _opening(
+            engine, prepared, template_tools
+        ):
+            setting += [{"options": dict(options)}]
         keys = itertools.accumulate(map(message_key, messages), chained_key, initial=digest(setting))
         return cls(
             policy,
@@ -91,12 +102,28 @@ class Prompt:
             tuple(template_tools or ()),
             sum(len(repr(item)) for item in (*prepared, *(template_tools or ()))) <= SHORT_CHARS,
             tuple(texts),
+            dict(options or {}),
         )
 
     @cached_property
     def cuts(self) -> tuple[int, ...]:
         """For each number of entries, the last cut up to there."""
         return last_cuts(self.num_prepared)
+
+
+def _opening(
+    engine: Engine,
+    messages: Sequence[Message],
+    tools: Sequence[Tool] | None,
+    options: Mapping[str, object] | None = None,
+) -> str:
+    """The messages up to the user's first one, as the template writes them; "" if it does not take them alone."""
+    roles = [message["role"] for message in messages]
+    end = roles.index("user") + 1 if "user" in roles else len(roles)
+    try:
+        return engine.render(messages[:end], tools=tools, options=options)
+    except InvalidInput:
+        return ""
 
 
 def num_shared(keys: Sequence[str], others: Sequence[str]) -> int:
@@ -146,12 +173,12 @@ def _num_prepared(indices: Sequence[object], num_messages: int) -> tuple[int | N
 
 
 def message_key(message: Message) -> str:
-    """A digest of one message. The ids of tool calls are left out: APIs change them.
+    """A digest of one message. Ids of tool calls are left out: APIs change them. So is reasoning: few send it back.
 
     Raises:
         InvalidInput: as `digest`.
     """
-    fields = {name: value for name, value in message.items() if name != "id" and value not in (None, [], "")}
+    fields = {name: value for name, value in message.items() if name not in UNCOUNTED and value not in (None, [], "")}
     if isinstance(calls := fields.get("tool_calls"), Sequence):
         fields["tool_calls"] = [_without_id(call) for call in calls]
     return digest(fields)

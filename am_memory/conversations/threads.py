@@ -9,7 +9,7 @@ share memory until they differ. Knows nothing of LangChain or HTTP.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from threading import RLock
@@ -26,6 +26,7 @@ from am_memory.errors import InvalidInput, SessionDeleted, SessionNotFound, Stor
 from am_memory.formatting import counted, mebibytes
 from am_memory.memory import Memory
 from am_memory.policy import MemoryPolicy
+from am_memory.session.appending import set_template_options
 from am_memory.session.saving import Packed, pack, rename, saved_copy, write
 from am_memory.session.session import Session
 from am_memory.storage.compact_text import CompactText
@@ -112,6 +113,7 @@ class Threads:
         else:
             session, ends = branch.session.fork(policy=prompt.policy), branch.ends[:count]
         rename(session, saved.call.thread)  # before it emits events
+        set_template_options(session, prompt.options)
         if branch is None:
             for text in prompt.texts:
                 session.mount(text)
@@ -132,11 +134,29 @@ class Threads:
 
     def num_tokens(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> int:
         """Tokens of a whole prompt, the opening of the answer included."""
-        prepared, template_tools = prepare(self.memory.engine, messages, tools)
-        chat = RenderedChat(
-            self.memory.engine, prepared, template_tools or (), trusts_messages=self.memory.trust_messages
-        )
-        return len(chat.encode(chat.write(add_generation_prompt=True)))
+        return len(self.encode(messages, tools))
+
+    def encode(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Message] = (),
+        *,
+        opens_answer: bool = True,
+        options: Mapping[str, object] | None = None,
+    ) -> list[int]:
+        """The token ids of a whole prompt.
+
+        Args:
+            opens_answer: also those that open the model's answer.
+            options: variables of the chat template.
+
+        Raises:
+            InvalidInput: the model's chat template refuses the messages.
+        """
+        engine, trusts = self.memory.engine, self.memory.trust_messages
+        prepared, template_tools = prepare(engine, messages, tools)
+        chat = RenderedChat(engine, prepared, template_tools or (), trusts_messages=trusts, options=options)
+        return chat.encode(chat.write(add_generation_prompt=opens_answer))
 
     def _longest(self, prompt: Prompt) -> Match[Branch]:
         """The branch that shares most with a prompt; the tools alone are no tokens to share."""

@@ -72,9 +72,13 @@ class ChatTurn(Turn):
 
     Attributes:
         rebuilt: why tokens that some branch had read are read again; None where none are.
+        begun: the first words of the answer, which the caller gives.
+        continues: the last message of the prompt is an answer that was cut, and this call goes on from its last token.
     """
 
     rebuilt: str | None
+    begun: str = ""
+    continues: bool = False
     _prompt: Prompt = field(repr=False)
     _ends: tuple[int | None, ...] = field(repr=False)
     _add: Callable[[Session, tuple[str, ...], tuple[int | None, ...]], Save] = field(repr=False)
@@ -83,6 +87,8 @@ class ChatTurn(Turn):
     def _append(self) -> None:
         super()._append()
         self._ends = (*self._ends, *self._new_ends())
+        if self.begun:
+            appending.begin_answer(self.session, self.begun)
 
     def _new_ends(self) -> Iterator[int | None]:
         """Tokens after each message that was added; None where the tokens of two messages cannot be told apart."""
@@ -98,6 +104,10 @@ class ChatTurn(Turn):
                 before, start = starts[num_prepared - num_known - 1 :][:2]
                 yield start if start > before else None  # two messages with one start share their tokens
 
+    def can_continue(self) -> bool:
+        """Whether the session ends with the whole prompt, and its last message is an answer that was cut."""
+        return not self._rest and appending.is_answering(self.session)
+
     def keep(self, answer: Message) -> None:
         """Keep the conversation with the model's answer, which the next call will send back.
 
@@ -109,10 +119,20 @@ class ChatTurn(Turn):
         self.keep_in_memory(answer)
         self.save()
 
-    def keep_in_memory(self, answer: Message) -> None:
-        """Keep the conversation without saving it; `save` does that."""
-        keys = self._prompt.keys
-        keys, ends = (*keys, chained_key(keys[-1], message_key(answer))), (*self._ends, len(self.session.tokens))
+    def keep_in_memory(self, answer: Message, *, forgets: bool = False) -> None:
+        """Keep the conversation without saving it; `save` does that.
+
+        Args:
+            forgets: forget how the answer was generated. The next call reads it as its client sends it back. An answer
+                that a compaction has reached is kept as it was generated.
+        """
+        keys, ends = self._prompt.keys, self._ends
+        if self.continues:  # the answer takes the place of its first words
+            keys, ends = keys[:-1], ends[:-1]
+        if forgets and ends[-1] is not None and self.session.can_rewind(ends[-1]):
+            self.session.rewind(ends[-1])
+        else:
+            keys, ends = (*keys, chained_key(keys[-1], message_key(answer))), (*ends, len(self.session.tokens))
         self._save = self._add(self.session, keys, ends)
 
     def save(self) -> None:

@@ -329,12 +329,7 @@ class Engine(Protocol):
         ...
 
     def encode(self, text: str, *, add_special: bool = False, as_text: bool = False) -> list[int]:
-        """Token ids of a text.
-
-        Args:
-            add_special: add what the model expects at the start of a text, often BOS.
-            as_text: read the spelling of a special token as plain text.
-        """
+        """Token ids of a text. `add_special`: with what the model expects before it. `as_text`: no special tokens."""
         ...
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = False) -> str:
@@ -348,9 +343,14 @@ class Engine(Protocol):
     def has_chat_template(self) -> bool: ...
 
     def render(
-        self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, add_generation_prompt: bool = False
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] | None = None,
+        add_generation_prompt: bool = False,
+        options: Mapping[str, object] | None = None,
     ) -> str:
-        """Messages as the model's chat template writes them; a template may leave out `tools`.
+        """Messages as the chat template writes them; `options` are its other variables, such as `enable_thinking`.
 
         Raises:
             InvalidInput: the template does not take these messages.

@@ -19,6 +19,7 @@ def render_template(
     tools: Sequence[Tool] | None,
     add_generation_prompt: bool,
     special_tokens: Mapping[str, str],
+    template_options: Mapping[str, object],
 ) -> str:
     """The text that transformers' `apply_chat_template` gives for this template."""
     chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
@@ -28,6 +29,7 @@ def render_template(
         "chat_template": template,
         "add_generation_prompt": add_generation_prompt,
         **special_tokens,
+        **template_options,
     }
     rendered, _ = cast("tuple[list[str], object]", render_jinja_template(**options))
     return rendered[0]

@@ -7,7 +7,7 @@ in between: `encode` (tokenise; needs no engine), `add` (short), `read` (a bound
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from am_memory.engines.base import Message
@@ -75,6 +75,32 @@ def add(session: Session, encoded: Encoded) -> int:
     """
     with session._shared.engine_lock, session._context.transaction():
         return extend(session._context, encoded)
+
+
+def set_template_options(session: Session, options: Mapping[str, object]) -> None:
+    """Give the chat template these variables for what is added and answered from now on."""
+    context = session._context
+    context.history = replace(context.history, options=options)
+
+
+def begin_answer(session: Session, text: str) -> None:
+    """Add the tokens that open the model's answer, and its first words; nothing is read yet.
+
+    Raises:
+        InvalidInput: the last answer is complete, and no message has been appended since.
+    """
+    context, engine = session._context, session.engine
+    with session._shared.engine_lock, context.transaction():
+        history, opening = context.history.with_answer_begun(engine, len(context.tokens), ends_turn=ends_turn(context))
+        token_ids = [*opening, *engine.encode(text)]
+        require_positions(engine.info, len(context.tokens) + len(token_ids))
+        context.history = history.with_answer_text(text)
+        context.tokens.extend(token_ids)
+
+
+def is_answering(session: Session) -> bool:
+    """Whether the last message is an answer that was cut: generating goes on from its last word."""
+    return session._context.history.is_answering and not ends_turn(session._context)
 
 
 def read(session: Session, max_tokens: int | None = None) -> int:

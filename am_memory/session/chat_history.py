@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from am_memory.engines.base import Engine, Message
 from am_memory.errors import InvalidInput
@@ -34,6 +34,7 @@ class ChatHistory:
             not in the context yet.
         tools: functions that the chat template describes to the model, as JSON schemas.
         trusts_messages: read control tokens that messages spell as control tokens.
+        options: variables of the chat template for what is added from now on; they are not saved.
     """
 
     messages: tuple[Message, ...] = ()
@@ -41,6 +42,7 @@ class ChatHistory:
     is_answering: bool = False
     tools: tuple[Message, ...] = ()
     trusts_messages: bool = False
+    options: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def tool_results(self) -> list[tuple[int, int | None]]:
@@ -68,7 +70,8 @@ class ChatHistory:
 
     def _chat(self, engine: Engine, messages: Sequence[Message] = ()) -> RenderedChat:
         """These messages and some more, rendered."""
-        return RenderedChat(engine, [*self.messages, *messages], self.tools, trusts_messages=self.trusts_messages)
+        messages = [*self.messages, *messages]
+        return RenderedChat(engine, messages, self.tools, trusts_messages=self.trusts_messages, options=self.options)
 
     def _grown(self, messages: Sequence[Message], starts: Sequence[int], *, is_answering: bool = False) -> ChatHistory:
         messages, starts = (*self.messages, *messages), (*self.starts, *starts)

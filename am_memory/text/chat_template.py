@@ -38,6 +38,7 @@ class RenderedChat:
         messages: dicts as chat templates take them: "role", "content", "tool_calls" and more.
         tools: functions that the template describes to the model, as OpenAI's API has them.
         trusts_messages: read control tokens that messages spell as control tokens.
+        options: variables of the template beside messages and tools.
 
     Attributes:
         messages: the messages with stand-ins, for `write`.
@@ -50,8 +51,10 @@ class RenderedChat:
         tools: Sequence[Tool] = (),
         *,
         trusts_messages: bool = False,
+        options: Mapping[str, object] | None = None,
     ) -> None:
         self._engine = engine
+        self._options = options
         self._trusts_messages = trusts_messages
         self._stand_ins: dict[str, str] = {}
         self._held: dict[str, str] = {}  # stand-in -> text
@@ -83,7 +86,7 @@ class RenderedChat:
         unseen = [self._hold(message, _unseen) for message in messages], [self._hold(tool, _unseen) for tool in tools]
         try:
             self._written = self.write()
-            template_alone = self._engine.render(unseen[0], tools=unseen[1] or None)
+            template_alone = self._engine.render(unseen[0], tools=unseen[1] or None, options=self._options)
         except InvalidInput:  # the template takes neither
             return True
         return spelling.spelled(self._written) == spelling.spelled(template_alone)
@@ -105,7 +108,9 @@ class RenderedChat:
             return self._written
         tools = self._tools if has_tools else []
         messages = self.messages if messages is None else messages
-        return self._engine.render(messages, tools=tools or None, add_generation_prompt=add_generation_prompt)
+        return self._engine.render(
+            messages, tools=tools or None, add_generation_prompt=add_generation_prompt, options=self._options
+        )
 
     def write_behind(self, messages: Sequence[Message], index: int, *, add_generation_prompt: bool = False) -> str:
         """Render messages, and return the text that follows the content of one of them.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import torch
@@ -24,6 +25,13 @@ TEMPERATURES = 1e-30, 1e30
 """Dividing logits by temperatures outside of these would leave the range of float32; the limits are used instead."""
 
 
+MAX_BIASES = 1_024
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+LogitBias = Annotated[
+    Mapping[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)
+]
+"""What is added to the logits of some tokens, by token id."""
+
 MAX_STOPS, MAX_STOP_CHARS = 16, 1_000
 """Limits of stop texts: each is searched for at every token, and text that may begin one is held back."""
 
@@ -31,10 +39,15 @@ MAX_STOPS, MAX_STOP_CHARS = 16, 1_000
 class Sampling(BaseModel):
     """How the next token is chosen; names and meaning are those of `GenerationConfig` of transformers.
 
+    `presence_penalty`, `frequency_penalty` and `logit_bias` are those of OpenAI's API.
+
     Attributes:
         temperature: 0 is greedy decoding.
         top_k, top_p, min_p: keep only the likeliest tokens; None keeps all.
         repetition_penalty: a value above 1 makes tokens of the context less likely.
+        presence_penalty: is subtracted from the logit of every token that the answer has already; -2 to 2.
+        frequency_penalty: is subtracted once for each time that the answer has the token; -2 to 2.
+        logit_bias: is added to the logits of these token ids; -100 to 100, for 1,024 tokens at most.
         stop: texts that end the generation; they are not returned. At most 16, of 1,000 characters each.
         seed: makes sampling repeatable.
 
@@ -49,6 +62,9 @@ class Sampling(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: LogitBias = {}
     stop: Annotated[tuple[Annotated[str, Field(max_length=MAX_STOP_CHARS)], ...], Field(max_length=MAX_STOPS)] = ()
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
 
@@ -91,12 +107,13 @@ class Sampling(BaseModel):
 
 
 class Sampler:
-    """Chooses the tokens of one generation; owns its random generator."""
+    """Chooses the tokens of one generation; owns its random generator, and counts the tokens that it has chosen."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
         self._processors = sampling.processors()
         self._generator: torch.Generator | None = None
+        self._chosen: Counter[int] = Counter()
 
     def choose(self, logits: Tensor, token_ids: Sequence[int]) -> int:
         """Choose the next token.
@@ -104,7 +121,32 @@ class Sampler:
         Args:
             logits: (vocab_size,) float32.
             token_ids: the tokens of the context.
+
+        Raises:
+            InvalidInput: `logit_bias` names a token that is not in the vocabulary.
         """
+        token_id = self._choose(self._adjusted(logits), token_ids)
+        self._chosen[token_id] += 1
+        return token_id
+
+    def _adjusted(self, logits: Tensor) -> Tensor:
+        """The logits with the biases and the penalties of the answer so far; shape as `logits`."""
+        sampling, added = self.sampling, defaultdict[int, float](float)
+        for token_id, bias in sampling.logit_bias.items():
+            if token_id >= len(logits):
+                raise InvalidInput(
+                    f"logit_bias names token {token_id}, and the model has tokens 0 to {len(logits) - 1}: leave it out"
+                )
+            added[token_id] += bias
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            for token_id, count in self._chosen.items():
+                added[token_id] -= sampling.presence_penalty + sampling.frequency_penalty * count
+        if not added:
+            return logits
+        ids = torch.tensor([*added], device=logits.device)
+        return logits.index_add(0, ids, torch.tensor([*added.values()], dtype=logits.dtype, device=logits.device))
+
+    def _choose(self, logits: Tensor, token_ids: Sequence[int]) -> int:
         scores = logits[None]
         if self._processors:
             # Only the repetition penalty needs the whole context, which is expensive to copy at each token.

@@ -15,7 +15,16 @@ from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 
 from am_memory.memory import Memory
-from am_memory_server import chat_completions, completions, errors, memory_endpoints, metrics, text_endpoints
+from am_memory_server import (
+    chat_completions,
+    completions,
+    errors,
+    memory_endpoints,
+    metrics,
+    responses,
+    text_endpoints,
+    token_endpoints,
+)
 from am_memory_server.access import Gate, Operator, Owner
 from am_memory_server.requests import require_model
 from am_memory_server.response_schemas import ErrorResponse, ModelCard, ModelList
@@ -71,8 +80,8 @@ def create_app(memory: Memory, settings: ServerSettings | None = None) -> FastAP
     )
     app.state.service = service
     errors.install(app)
-    for router in (chat_completions.router, completions.router, memory_endpoints.router, text_endpoints.router):
-        app.include_router(router)
+    for module in (chat_completions, responses, completions, token_endpoints, memory_endpoints, text_endpoints):
+        app.include_router(module.router)
     _add_status(app, service)
     _add_page(app)
     app.add_middleware(Gate, settings=service.settings)
@@ -97,6 +106,14 @@ def _add_status(app: FastAPI, service: Service) -> None:
         """Show a model by its name."""
         require_model(service.settings, name)
         return model
+
+    @app.post("/v1/embeddings", include_in_schema=False)
+    async def refuse_embeddings(owner: Owner) -> Any:
+        raise errors.ApiError(
+            404,
+            "this server runs a chat model and makes no embeddings: set another server for them in the client",
+            code="embeddings_not_supported",
+        )
 
     @app.get("/metrics", tags=["Status"], response_class=Response)
     async def get_metrics(operator: Operator) -> Response:

@@ -12,6 +12,7 @@ from fastapi.responses import StreamingResponse
 
 from am_memory.conversations.chat_answer import ChatAnswer, Delta, ToolCall
 from am_memory.conversations.chat_request import ChatRequest
+from am_memory.conversations.reasoning import Reasoning
 from am_memory.engines.base import Engine
 from am_memory.session.generation import TokenLogprob
 from am_memory_server import sse
@@ -19,7 +20,8 @@ from am_memory_server.access import Owner
 from am_memory_server.chat_job import chat_job
 from am_memory_server.jobs import TurnKey
 from am_memory_server.json_bodies import JSONRoute
-from am_memory_server.request_schemas import ChatCompletionRequest, MessageToolCall
+from am_memory_server.message_schemas import MessageToolCall
+from am_memory_server.request_schemas import ChatCompletionRequest
 from am_memory_server.requests import conversation_of, max_tokens_of, require_model, sampling_of, text_of, thread_of
 from am_memory_server.response_schemas import (
     LOWEST_LOGPROB,
@@ -46,7 +48,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     require_model(service.settings, body.model)
     conversation = conversation_of(body, request.headers)
     key = (owner, conversation)
-    asked = _chat_request(service, body, key)
+    asked = chat_request(service, body, key)
     call = service.threads.register_call(asked.thread)  # now: it may be deleted while the request waits
     updates = service.scheduler.stream(key, chat_job(service, key), lambda: ChatAnswer(service.threads, asked, call))
     if not body.stream:
@@ -57,20 +59,28 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     )
 
 
-def _chat_request(service: Service, body: ChatCompletionRequest, key: TurnKey) -> ChatRequest:
+def chat_request(service: Service, body: ChatCompletionRequest, key: TurnKey) -> ChatRequest:
+    """The request as the memory takes it.
+
+    Raises:
+        ApiError: a limit or a token id is beyond what this server has.
+    """
     return ChatRequest(
         messages=[message.as_message() for message in body.messages],
         tools=[tool.as_tool() for tool in body.tools or ()],
         tool_choice=body.choice,
         response_format=body.response_format.as_format() if body.response_format else None,
         max_tokens=max_tokens_of(service.settings, body.max_completion_tokens, body.max_tokens),
-        sampling=sampling_of(service.memory.sampling, body),
+        sampling=sampling_of(service.memory, body),
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         parallel_calls=body.parallel_tool_calls is not False,
         text_of_invalid_calls=True,
         thread=thread_of(key),
         owner=key[0],
         mounts=[text_of(key[0], id) for id in body.mounts],
+        template_options=body.template_options,
+        continues_last=body.continue_final_message,
+        reasoning=service.settings.reasoning,
     )
 
 
@@ -90,17 +100,22 @@ async def _whole(
     answer = finished.answer
     assert answer.finish_reason is not None
     calls = [MessageToolCall.model_validate(call.as_message()) for call in answer.tool_calls]
-    message = AnswerMessage(content=answer.content or (None if calls else ""), tool_calls=calls or None)
+    message = AnswerMessage(
+        content=answer.content or (None if calls else ""),
+        reasoning_content=answer.reasoning or None,
+        tool_calls=calls or None,
+    )
     choice = ChatChoice(
         message=message,
         logprobs=_logprobs(service.memory.engine, logprobs) if body.logprobs else None,
         finish_reason=answer.finish_reason,
     )
     memory = AnswerMemory(conversation=conversation, stats=finished.stats, looked_up=answer.looked_up)
-    return ChatCompletion(model=service.settings.model_name, choices=[choice], usage=_usage(answer), am_memory=memory)
+    return ChatCompletion(model=service.settings.model_name, choices=[choice], usage=usage_of(answer), am_memory=memory)
 
 
-def _usage(answer: ChatAnswer) -> Usage:
+def usage_of(answer: ChatAnswer) -> Usage:
+    """The tokens of an answer."""
     usage = answer.usage
     return Usage.of(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
 
@@ -133,7 +148,7 @@ async def _chunks(
             elif isinstance(update, Finished):
                 yield chunk({}, update.answer.finish_reason)
                 if body.includes_usage:
-                    yield {**frame, "choices": [], "usage": _usage(update.answer).model_dump()}
+                    yield {**frame, "choices": [], "usage": usage_of(update.answer).model_dump()}
 
 
 def _deltas(engine: Engine, update: Delta) -> list[tuple[dict[str, Any], Any]]:
@@ -142,6 +157,8 @@ def _deltas(engine: Engine, update: Delta) -> list[tuple[dict[str, Any], Any]]:
     for part in update.parts:
         if isinstance(part, ToolCall):
             deltas.append({"tool_calls": [{"index": part.index, **part.as_message()}]})
+        elif isinstance(part, Reasoning):
+            deltas.append({"reasoning_content": part.text})
         elif isinstance(part, str):
             deltas.append({"content": part})
     if not update.logprobs:

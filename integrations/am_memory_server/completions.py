@@ -76,7 +76,7 @@ async def create_completion(body: CompletionRequest, request: Request, owner: Ow
 def _job(service: Service, body: CompletionRequest, texts: list[_Text], owner: str) -> Job:
     """The job of one request: its prompts, one after the other."""
     max_tokens = max_tokens_of(service.settings, body.max_tokens)
-    sampling, metrics = sampling_of(service.memory.sampling, body), service.metrics
+    sampling, metrics = sampling_of(service.memory, body), service.metrics
     arrived = time.monotonic()
 
     def start(publish: Publish, prompts: list[list[int]]) -> Steps[None]:

@@ -23,8 +23,8 @@ from am_memory.errors import (
     UnsupportedOperation,
 )
 from am_memory.formatting import shortened
+from am_memory_server.bodies import UNKNOWN_NAME
 from am_memory_server.jobs import AnswerNotRead, QueueFull, ShuttingDown
-from am_memory_server.request_schemas import UNKNOWN_NAME
 
 logger = logging.getLogger("am_memory.server")
 RETRY_SECONDS = 2
@@ -146,10 +146,17 @@ def _validation_error(problems: Sequence[Any], body: Any) -> ApiError:
     if problems and problems[0]["type"] == "json_invalid":
         return ApiError(400, f"the body cannot be read as JSON: {problems[0]['ctx']['error']}", code="invalid_json")
     paths = [_path(problem, body) for problem in problems]
-    messages = [f"{path or 'body'}: {problem['msg']}" for path, problem in zip(paths, problems, strict=True)]
+    found = zip(paths, problems, strict=True)
+    messages = [*dict.fromkeys(f"{path or 'body'}: {_message(problem)}" for path, problem in found)]
     inside = [path for path in paths if f"{path}.".startswith(f"{paths[0]}.")]
     param = max(inside, key=len) if paths[0] else None
     return ApiError(400, "; ".join(messages[:MAX_PROBLEMS]), param=param, code="invalid_request")
+
+
+def _message(problem: Any) -> str:
+    """A validation error in words of the API: pydantic's own speak of Python."""
+    message = str(problem["msg"]).removeprefix("Value error, ").replace("Input should", "it should")
+    return message.replace("valid dictionary", "valid JSON object").replace("valid list", "valid JSON array")
 
 
 def _path(problem: Any, body: Any) -> str:

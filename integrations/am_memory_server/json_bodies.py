@@ -7,12 +7,18 @@ these, and nests 200 levels at most.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
+
+from am_memory_server.bodies import watching_names
+
+PLACE = re.compile(r"(.*) at line (\d+) column (\d+)")
+"""How the parser says what is wrong, and where."""
 
 
 def num_values(body: bytes, enough: int) -> int:
@@ -44,16 +50,19 @@ class JSONRequest(Request):
         try:
             return from_json(await self.body(), allow_inf_nan=False)
         except ValueError as error:
-            raise json.JSONDecodeError(str(error), "", 0) from error
+            raise json.JSONDecodeError(PLACE.sub(r"line \2, column \3: \1", str(error)), "", 0) from error
 
 
 class JSONRoute(APIRoute):
-    """A route that takes `JSONRequest`."""
+    """A route that takes `JSONRequest`. A header of its response names what the server did not know in the body."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
         async def handled(request: Request) -> Response:
-            return await handle(JSONRequest(request.scope, request.receive))
+            with watching_names(is_strict=request.app.state.service.settings.strict) as names:
+                response = await handle(JSONRequest(request.scope, request.receive))
+            response.headers.update(names.headers)
+            return response
 
         return handled

@@ -14,11 +14,11 @@ from am_memory.errors import CompactionFailed, InvalidInput
 from am_memory.session.saving import pack, write
 from am_memory.session.stats import Stats
 from am_memory_server.access import Owner
+from am_memory_server.bodies import StrictBody
 from am_memory_server.errors import ApiError
 from am_memory_server.jobs import Steps, on_host
 from am_memory_server.json_bodies import JSONRoute
 from am_memory_server.memory_view import CompactionView, MemoryView, memory_view
-from am_memory_server.request_schemas import StrictBody
 from am_memory_server.requests import checked_name, thread_of
 from am_memory_server.service import CompactionLog, Service, last_used, report_dict
 
@@ -111,6 +111,7 @@ class Conversations:
         return (yield from self.view(new_id))
 
     def delete(self, id: str) -> Deleted:
+        self.service.responses.delete_conversation(self.owner, id)
         if not self.threads.delete(thread_of((self.owner, id))):
             raise _unknown(id)
         return Deleted(id=id)

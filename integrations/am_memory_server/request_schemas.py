@@ -2,54 +2,40 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, StrictBool, field_validator, model_validator
 
-from am_memory.errors import unknown
-from am_memory.text.sampling import MAX_STOP_CHARS, MAX_STOPS
+from am_memory.text.sampling import MAX_BIASES, MAX_STOP_CHARS, MAX_STOPS
+from am_memory_server.bodies import Body, few_names, without_nulls
+from am_memory_server.message_schemas import ChatMessage, ChatTool, NamedTool, ResponseFormat
 
 CONVERSATION_KEYS = ("conversation_id", "thread_id", "session_id", "chat_id")
 """Keys of `metadata` that name the conversation; the first one found counts."""
 MAX_MESSAGES = 20_000
 MAX_MOUNTS = 32
-MAX_NAMES = 100
-"""Names in one object of a request."""
-MAX_NAME_CHARS = 100
-"""Characters of an unknown name that are compared with the known names and shown."""
-UNKNOWN_NAME = "unknown_name"
-"""Type of the validation error for an unknown name; its context has the `name`."""
+SAMPLING = (
+    *("seed", "temperature", "top_p", "min_p", "repetition_penalty"),
+    *("presence_penalty", "frequency_penalty", "logit_bias"),
+)
+RESERVED_OPTIONS = (
+    *("add_generation_prompt", "bos_token", "chat_template", "continue_final_message", "conversation"),
+    *("conversations", "documents", "eos_token", "max_length", "messages"),
+    *("pad_token", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors"),
+    *("tokenize", "tokenizer", "tokenizer_kwargs", "tools", "truncation"),
+    *("unk_token"),
+)
+"""Variables of chat templates that the server itself sets."""
 
 TokenCount = Annotated[int, Field(ge=1, lt=2**31)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+PLAIN_WORD = r"^[\w.:+-]{1,64}$"
+"""No control token and no markup: a template may write it where only the template may write."""
+TemplateValue = StrictBool | int | float | Annotated[str, Field(pattern=PLAIN_WORD)] | None
 
 
-def _finite(schema: dict[str, Any]) -> dict[str, Any]:
-    """Refuse numbers that are read as infinite, such as 1e999."""
-    json.dumps(schema, allow_nan=False)
-    return schema
-
-
-FiniteSchema = Annotated[dict[str, Any], AfterValidator(_finite)]
-
-
-def _few(values: Any) -> Any:
-    """Refuse an object with many names: pydantic would keep a large error for each wrong one."""
-    if isinstance(values, dict) and len(values) > MAX_NAMES:
-        raise ValueError(f"it has {len(values)} names: give {MAX_NAMES} at most")
-    return values
-
-
-def _not_too_many(messages: Any) -> Any:
+def not_too_many(messages: Any) -> Any:
     """Refuse too many messages before any of them is validated."""
     if isinstance(messages, list) and len(messages) > MAX_MESSAGES:
         raise ValueError(
@@ -58,161 +44,27 @@ def _not_too_many(messages: Any) -> Any:
     return messages
 
 
-class StrictBody(BaseModel):
-    """An object that refuses unknown names, as OpenAI's API does, and suggests the nearest known one."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _has_known_names(cls, body: Any) -> Any:
-        if isinstance(body, dict):
-            known = {name for key, field in cls.model_fields.items() for name in (key, field.alias) if name}
-            if strange := [str(name)[:MAX_NAME_CHARS] for name in _few(body) if name not in known]:
-                context = {"unknown": unknown(strange, known), "name": strange[0]}
-                raise PydanticCustomError(UNKNOWN_NAME, "there is no {unknown}", context)
-        return body
+def require_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Refuse variables of a chat template that are the server's, or that no template can have."""
+    for name in options:
+        if name in RESERVED_OPTIONS or name.startswith("_") or not name.isidentifier():
+            raise ValueError(f"{name[:100]!r} cannot be set here: give variables of the model's chat template")
+    return options
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+def _few_biases(biases: Any) -> Any:
+    """Refuse many biases before any of them is validated."""
+    if isinstance(biases, dict) and len(biases) > MAX_BIASES:
+        raise ValueError(f"it has {len(biases)} tokens: give {MAX_BIASES} at most")
+    return without_nulls(biases)
 
 
-# Messages
+def _all_tokens(top_k: Any) -> Any:
+    """-1 and 0 keep all tokens, as in vLLM."""
+    return None if top_k in (-1, 0) and not isinstance(top_k, bool) else top_k
 
 
-def _only_text(content: Any) -> Any:
-    """Join a list of text parts to one text."""
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else None
-        if kind not in ("text", "refusal") or not isinstance(text, str):
-            raise ValueError(f"a part of type {kind!r}: this model takes text only")
-        texts.append(text)
-    return "".join(texts)
-
-
-Text = Annotated[str, BeforeValidator(_only_text)]
-
-
-def _as_text(arguments: Any) -> Any:
-    """Arguments as text: some clients send the JSON value itself."""
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-
-
-class FunctionCall(_Part):
-    """The function that a message calls. `arguments` is JSON text."""
-
-    name: Annotated[str, Field(min_length=1)]
-    arguments: Annotated[str, BeforeValidator(_as_text)] = "{}"
-
-
-class MessageToolCall(_Part):
-    """A tool call in an assistant message."""
-
-    id: str
-    type: Literal["function"] = "function"
-    function: FunctionCall
-
-
-class ChatMessage(_Part):
-    """One message. `content` is a text or a list of text parts. Unknown names, which other servers add, are ignored."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | None = None
-    name: str | None = None
-    tool_calls: Annotated[list[MessageToolCall], Field(fail_fast=True)] | None = None
-    tool_call_id: str | None = None
-
-    @model_validator(mode="after")
-    def _is_complete(self) -> ChatMessage:
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise ValueError(f"a {self.role} message needs content")
-        if self.tool_calls and self.role != "assistant":
-            raise ValueError("only an assistant message can have tool_calls")
-        if self.role == "tool" and not self.tool_call_id:
-            raise ValueError("a tool message needs the tool_call_id of its call")
-        return self
-
-    def as_message(self) -> dict[str, Any]:
-        """The message as the memory takes it."""
-        return {"content": "", **self.model_dump(exclude_none=True)}
-
-
-# Tools and answer formats
-
-
-class Function(_Part):
-    """A function that the model may call. `parameters` is the JSON schema of its arguments."""
-
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
-    description: str | None = None
-    parameters: FiniteSchema | None = None
-    strict: bool | None = None
-
-
-class ChatTool(_Part):
-    """A tool that the model may call."""
-
-    type: Literal["function"]
-    function: Function
-
-    def as_tool(self) -> dict[str, Any]:
-        """The tool as the memory takes it."""
-        return {"type": "function", "function": self.function.model_dump(exclude_none=True)}
-
-
-class NamedFunction(_Part):
-    """The name of a function."""
-
-    name: str
-
-
-class NamedTool(_Part):
-    """A `tool_choice` that forces a call of one function."""
-
-    type: Literal["function"] = "function"
-    function: NamedFunction
-
-
-class _Options(StrictBody):
-    """An object whose names can be given by their aliases, too."""
-
-    model_config = ConfigDict(populate_by_name=True)
-
-
-class JSONSchema(_Options):
-    """The schema that the answer must follow."""
-
-    name: str = "answer"
-    description: str | None = None
-    schema_: FiniteSchema = Field(default_factory=dict, alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(_Options):
-    """The format of the answer: text, any JSON object, or JSON that follows a schema."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JSONSchema | None = None
-
-    @model_validator(mode="after")
-    def _has_schema(self) -> ResponseFormat:
-        if self.type == "json_schema" and self.json_schema is None:
-            raise ValueError("type json_schema needs json_schema, with a name and a schema")
-        return self
-
-    def as_format(self) -> dict[str, Any]:
-        """The format as the memory takes it."""
-        if self.json_schema is None:
-            return {"type": self.type}
-        return {"type": self.type, "json_schema": {"schema": self.json_schema.schema_}}
-
-
-class StreamOptions(_Options):
+class StreamOptions(Body):
     """`include_memory` is an extension: chunks without choices report events and the size of the memory."""
 
     include_usage: bool = False
@@ -220,10 +72,7 @@ class StreamOptions(_Options):
     include_obfuscation: bool = False
 
 
-# Requests
-
-
-class _Sampled(StrictBody):
+class Sampled(Body):
     """Parameters of chat completions and of plain completions."""
 
     model: str | None = None
@@ -231,29 +80,33 @@ class _Sampled(StrictBody):
     stream_options: StreamOptions | None = None
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]], Field(max_length=MAX_STOPS)
-    ] = []
+    ] = Field(default_factory=list)
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=1)] | None = None
+    top_k: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_all_tokens)] = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     user: str | None = None
-    # Accepted with the values that change nothing.
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=MAX_BIASES), BeforeValidator(_few_biases)] = Field(
+        default_factory=dict
+    )
+    # Accepted with the value that changes nothing.
     n: Literal[1] | None = None
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0), BeforeValidator(_few)] | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
     def _one_or_several(cls, stop: Any) -> Any:
-        return [] if stop is None else [stop] if isinstance(stop, str) else stop
+        stop = [stop] if isinstance(stop, str) else stop
+        return [text for text in stop if text != ""] if isinstance(stop, list) else stop
 
     def sampling(self) -> dict[str, Any]:
         """The fields of `Sampling` that the request sets."""
-        names = ("seed", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        asked = {name: value for name in names if (value := getattr(self, name)) is not None}
+        asked = {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
+        if "top_k" in self.model_fields_set:
+            asked["top_k"] = self.top_k
         return {**asked, "stop": tuple(self.stop)} if self.stop else asked
 
     @property
@@ -261,14 +114,14 @@ class _Sampled(StrictBody):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class ChatCompletionRequest(_Sampled):
+class ChatCompletionRequest(Sampled):
     """The body of `POST /v1/chat/completions`.
 
     `mounts` is an extension: ids of compact texts that the conversation begins with.
     """
 
     messages: Annotated[
-        list[ChatMessage], Field(min_length=1, fail_fast=True, max_length=MAX_MESSAGES), BeforeValidator(_not_too_many)
+        list[ChatMessage], Field(min_length=1, fail_fast=True, max_length=MAX_MESSAGES), BeforeValidator(not_too_many)
     ]
     max_tokens: TokenCount | None = None
     max_completion_tokens: TokenCount | None = None
@@ -278,8 +131,15 @@ class ChatCompletionRequest(_Sampled):
     response_format: ResponseFormat | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    metadata: Annotated[dict[str, str], BeforeValidator(_few)] | None = None
-    mounts: Annotated[list[str], Field(max_length=MAX_MOUNTS)] = []  # an extension
+    metadata: Annotated[dict[str, str], BeforeValidator(few_names), BeforeValidator(without_nulls)] | None = None
+    mounts: Annotated[list[str], Field(max_length=MAX_MOUNTS)] = Field(default_factory=list)  # an extension
+    # As vLLM has them.
+    chat_template_kwargs: Annotated[dict[str, TemplateValue], BeforeValidator(few_names)] = Field(default_factory=dict)
+    continue_final_message: bool = False
+    add_generation_prompt: bool = True
+    # Reasoning: for the templates that know it.
+    enable_thinking: bool | None = None
+    reasoning_effort: Annotated[str, Field(pattern=PLAIN_WORD)] | None = None
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
     # Accepted and ignored: they concern OpenAI's own service.
     prompt_cache_key: str | None = None
@@ -287,14 +147,38 @@ class ChatCompletionRequest(_Sampled):
     safety_identifier: str | None = None
     service_tier: str | None = None
     store: bool | None = None
-    reasoning_effort: str | None = None
     verbosity: str | None = None
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _are_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return require_options(options)
 
     @model_validator(mode="after")
     def _has_logprobs(self) -> ChatCompletionRequest:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         return self
+
+    @model_validator(mode="after")
+    def _opens_an_answer(self) -> ChatCompletionRequest:
+        if (
+            self.add_generation_prompt is self.continue_final_message
+            and "add_generation_prompt" in self.model_fields_set
+        ):
+            raise ValueError("add_generation_prompt must be the opposite of continue_final_message: leave it out")
+        return self
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """The variables of the chat template that the request sets."""
+        effort, thinks = self.reasoning_effort, self.enable_thinking
+        if thinks is None and effort == "none":
+            thinks = False
+        options: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
+        if thinks is not None:  # templates call it by one of two names
+            options |= {"enable_thinking": thinks, "thinking": thinks}
+        return {**options, **self.chat_template_kwargs}
 
     @property
     def choice(self) -> str | None:
@@ -308,7 +192,7 @@ class ChatCompletionRequest(_Sampled):
         return next((found for key in CONVERSATION_KEYS if (found := named(key))), self.user) or None
 
 
-class CompletionRequest(_Sampled):
+class CompletionRequest(Sampled):
     """The body of `POST /v1/completions`."""
 
     prompt: (

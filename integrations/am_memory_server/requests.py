@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from hashlib import sha256
 
+from am_memory.memory import Memory
 from am_memory.text.sampling import Sampling
 from am_memory_server.errors import ApiError
 from am_memory_server.jobs import TurnKey
-from am_memory_server.request_schemas import CONVERSATION_KEYS, ChatCompletionRequest, CompletionRequest
+from am_memory_server.request_schemas import CONVERSATION_KEYS, ChatCompletionRequest, Sampled
 from am_memory_server.settings import ServerSettings
 
 CONVERSATION_HEADERS = ("x-conversation-id", "x-openwebui-chat-id")
@@ -82,6 +83,15 @@ def max_tokens_of(settings: ServerSettings, *limits: int | None) -> int:
     return max_tokens
 
 
-def sampling_of(default: Sampling, body: ChatCompletionRequest | CompletionRequest) -> Sampling:
-    """The sampling of a request; what it does not set is the model's default."""
-    return Sampling(**{**default.model_dump(), **body.sampling()})
+def sampling_of(memory: Memory, body: Sampled) -> Sampling:
+    """The sampling of a request; what it does not set is the model's default.
+
+    Raises:
+        ApiError: `logit_bias` names a token that the model does not have.
+    """
+    vocab_size = memory.engine.info.vocab_size
+    if (last := max(body.logit_bias, default=0)) >= vocab_size:
+        raise ApiError(
+            400, f"logit_bias names token {last}: this model has tokens 0 to {vocab_size - 1}", param="logit_bias"
+        )
+    return Sampling(**{**memory.sampling.model_dump(), **body.sampling()})

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from am_memory.events import Span
 from am_memory.session.stats import Stats
-from am_memory_server.request_schemas import MessageToolCall
+from am_memory_server.message_schemas import MessageToolCall
 
 LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot write, as in OpenAI's API: the token cannot be sampled."""
@@ -41,10 +41,14 @@ class Usage(BaseModel):
 
 
 class AnswerMessage(BaseModel):
-    """The answer as a message, which the client can send back in its next request."""
+    """The answer as a message, which the client can send back in its next request.
+
+    `reasoning_content` is the `<think>...</think>` that the answer opened with. It need not be sent back.
+    """
 
     role: Literal["assistant"] = "assistant"
     content: str | None
+    reasoning_content: str | None = None
     refusal: None = None
     tool_calls: list[MessageToolCall] | None = None
 

@@ -20,6 +20,7 @@ from am_memory.memory import Memory
 from am_memory.session.saving import snapshot
 from am_memory.session.session import Session
 from am_memory_server.errors import logger
+from am_memory_server.kept_responses import KeptResponses
 from am_memory_server.metrics import Metrics, Sizes
 from am_memory_server.scheduler import Scheduler
 from am_memory_server.settings import ServerSettings
@@ -43,6 +44,7 @@ class Service:
         num_bytes = settings.max_session_bytes - texts_bytes
         self.threads = Threads(memory, max_bytes=num_bytes, max_branches=settings.max_sessions)
         self.texts = Texts(memory, max_bytes=max(texts_bytes, 1))
+        self.responses = KeptResponses(settings.max_responses)
         self.metrics = Metrics(self.sizes)
         self.scheduler = Scheduler(max_active=settings.max_active, max_queued=settings.max_queued)
         self.created = int(time.time())

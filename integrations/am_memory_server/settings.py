@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ipaddress import IPv6Address, ip_address
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
@@ -42,6 +42,8 @@ class ServerSettings(Settings):
         operator_keys: each opens the metrics of the whole server, and nothing else. A key may be in both.
         allow_anonymous: allow a server without API keys that other machines can reach.
         cors_origins: origins of web pages that may call the server.
+        strict: refuse unknown names in requests of OpenAI's API. Otherwise a header of the answer names them.
+        reasoning: "keep" the `<think>` of an answer in the memory, or "drop" it once the answer is complete.
         max_tokens: longest answer, if a request sets no limit.
         max_answer_tokens: longest answer that a request may ask for.
         max_body_bytes: size of one request.
@@ -56,6 +58,7 @@ class ServerSettings(Settings):
         max_sessions: conversations kept in memory; each branch counts.
         max_session_bytes: size of their caches.
         max_texts: compact texts of one key.
+        max_responses: responses of one key that `previous_response_id` may name; the oldest are forgotten.
         shutdown_seconds: time for running answers to finish when the server stops.
 
     Raises:
@@ -69,6 +72,8 @@ class ServerSettings(Settings):
     operator_keys: tuple[Annotated[str, Field(min_length=8)], ...] = ()
     allow_anonymous: bool = False
     cors_origins: tuple[str, ...] = ()
+    strict: bool = False
+    reasoning: Literal["keep", "drop"] = "keep"
     max_tokens: PositiveInt = 1024
     max_answer_tokens: PositiveInt = 16384
     max_body_bytes: PositiveInt = 16 * MEBIBYTE
@@ -82,6 +87,7 @@ class ServerSettings(Settings):
     max_sessions: Annotated[int, Field(ge=2)] = 64
     max_session_bytes: Annotated[int, Field(ge=2)] = 4096 * MEBIBYTE
     max_texts: PositiveInt = 100
+    max_responses: PositiveInt = 1000
     shutdown_seconds: Annotated[float, Field(ge=0)] = 30.0
 
     def _check(self) -> None:

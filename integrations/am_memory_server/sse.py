@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -19,24 +20,50 @@ CLIENT_CLOSED = 499
 DONE = "data: [DONE]\n\n"
 
 
-async def events(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncIterator[str]:
-    """Send each chunk as an event, then [DONE]. An error is the last event before it.
+@dataclass(frozen=True)
+class Form:
+    """How one API writes its streams.
+
+    Attributes:
+        written: a chunk as an event.
+        failure: the end of a stream that fails after its HTTP status was sent.
+        end: what follows the last chunk.
+    """
+
+    written: Callable[[dict[str, Any]], str]
+    failure: Callable[[ApiError], str]
+    end: str = ""
+
+
+async def events(chunks: AsyncGenerator[dict[str, Any], None], form: Form | None = None) -> AsyncIterator[str]:
+    """Send each chunk as an event.
 
     When there is no chunk for a while, a comment keeps proxies from closing the connection.
+
+    Args:
+        form: None: that of chat completions, where [DONE] follows the last event, and an error is the last event.
     """
+    form = form or CHAT
     async with aclosing(chunks):
         try:
             async for chunk in _kept_alive(chunks):
-                yield ": still working\n\n" if chunk is None else f"data: {_json(chunk)}\n\n"
+                yield ": still working\n\n" if chunk is None else form.written(chunk)
         except Exception as error:  # the HTTP status has been sent already
-            yield failure(error)
+            yield form.failure(as_api_error(error))
             return
-    yield DONE
+    yield form.end
 
 
 def failure(error: Exception) -> str:
     """The end of a stream that fails after its HTTP status was sent."""
     return f"data: {_json(as_api_error(error).body)}\n\n{DONE}"
+
+
+def _written(chunk: dict[str, Any]) -> str:
+    return f"data: {_json(chunk)}\n\n"
+
+
+CHAT = Form(_written, failure, DONE)
 
 
 async def _kept_alive(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncIterator[dict[str, Any] | None]:

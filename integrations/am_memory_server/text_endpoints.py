@@ -11,11 +11,12 @@ from am_memory.conversations.tool_calls import prepare
 from am_memory.session.text_making import TextMaking
 from am_memory.storage.compact_text import CompactText
 from am_memory_server.access import Owner
+from am_memory_server.bodies import StrictBody
 from am_memory_server.errors import ApiError
 from am_memory_server.jobs import Steps, on_host
 from am_memory_server.json_bodies import JSONRoute
 from am_memory_server.memory_endpoints import Conversations, run, run_on_host
-from am_memory_server.request_schemas import ChatMessage, ChatTool, StrictBody
+from am_memory_server.message_schemas import ChatMessage, ChatTool
 from am_memory_server.requests import checked_name, text_of
 from am_memory_server.service import Service
 

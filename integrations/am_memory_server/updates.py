@@ -48,8 +48,9 @@ def event_update(event: Event) -> MemoryUpdate | None:
 
 
 def reading_update(progress: PromptProgress, session: Session) -> MemoryUpdate:
-    """How much of the prompt has been read, and the size of the memory."""
-    return MemoryUpdate({"event": "reading", **asdict(progress), "stats": asdict(session.stats)})
+    """How much of the prompt has been read, the size of the memory, and the size at which it compacts."""
+    sizes = {"stats": asdict(session.stats), "trigger_tokens": session.trigger_tokens}
+    return MemoryUpdate({"event": "reading", **asdict(progress), **sizes})
 
 
 def size_update(session: Session) -> MemoryUpdate:

@@ -16,6 +16,7 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 
 from am_memory.conversations.chat import HostWork, answer_chat
 from am_memory.conversations.chat_answer import ChatAnswer, Delta, Part
+from am_memory.conversations.reasoning import Reasoning
 from am_memory.conversations.tool_calls import InvalidCall
 from am_memory.errors import PromptTooLong
 
@@ -64,6 +65,8 @@ class Chunks:
         """One part of the answer."""
         if isinstance(part, str):
             return self._chunk(content=part)
+        if isinstance(part, Reasoning):
+            return self._chunk(additional_kwargs={"reasoning_content": part.text})
         if isinstance(part, InvalidCall):
             # The error comes first: LangChain would complete broken JSON to a call that nobody made.
             args, call_id = f"{part.error}: {part.text}", f"call_{uuid.uuid4().hex[:24]}"

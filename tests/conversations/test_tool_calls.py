@@ -568,7 +568,7 @@ def forced(
     """The answer of a model that must call a tool."""
     session = Memory(engine, POLICY).session()
     session.append("Hail the Fairlea. ")
-    text = answer_text(engine, format)
+    text = answer_text(engine, format.markers)
     constraint = tool_call_constraint(engine, TOOLS, format, **how)
     pieces = session.generate(count, sampling, constraint)
     return "".join(text.push(id) for piece in pieces for id in piece.token_ids) + text.finish()
@@ -674,12 +674,12 @@ def test_a_call_after_a_special_token_is_read(new_engine: NewEngine, format: Too
 
 def test_the_text_of_an_answer_has_no_other_special_token(new_engine: NewEngine) -> None:
     engine = new_engine(NEW_MISTRAL, "[TOOL_CALLS]")
-    stream = answer_text(engine, MISTRAL)
+    stream = answer_text(engine, MISTRAL.markers)
     assert "".join(map(stream.push, [256, *b"A ", 259, *b"now", 258, *b"{}", 257])) == "A [TOOL_CALLS]now{}"
 
 
 def test_the_text_of_an_answer_ends_at_a_stop_text(engine: TransformersEngine) -> None:
-    stream = answer_text(engine, HERMES, ["END"])
+    stream = answer_text(engine, HERMES.markers, ["END"])
     assert "".join(map(stream.push, b"An owlEND or two")) == "An owl"
 
 

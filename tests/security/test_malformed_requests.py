@@ -153,6 +153,16 @@ def test_an_infinite_number_in_a_schema_is_refused(http: httpx.Client) -> None:
     assert error_of(answer)["param"] == "tools.0.function.parameters"
 
 
+def test_an_error_says_where_and_why_in_words_of_the_api(http: httpx.Client) -> None:
+    """Errors spoke of Python: `Value error`, dictionaries, and a parser's `at line 1 column 15`."""
+    broken = error_of(post(http, CHAT, b'{"messages": nope}'))["message"]
+    assert broken == "the body cannot be read as JSON: line 1, column 15: expected ident"
+    wrong = error_of(post(http, CHAT, {"messages": [{"role": "user"}]}))["message"]
+    assert wrong == "messages.0: a user message needs content"
+    kinds = error_of(post(http, CHAT, {"messages": {}, "metadata": []}))["message"]
+    assert kinds == "messages: it should be a valid JSON array; metadata: it should be a valid JSON object"
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
@@ -167,10 +177,9 @@ def test_an_infinite_number_in_a_schema_is_refused(http: httpx.Client) -> None:
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
         (CHAT, {"messages": [{"role": "user"}]}, "messages.0"),
         (CHAT, {"messages": MESSAGES, "metadata": {"a": 1}}, "metadata.a"),
-        (CHAT, {"messages": MESSAGES, "stop": ["a", ""]}, "stop.1"),
         (CHAT, {"messages": MESSAGES, "stop": ["a", "b" * 1001]}, "stop.1"),
         (TEXT, {"prompt": "hi", "stop": ["a"] * 17}, "stop"),
-        (CHAT, {"messages": MESSAGES, "nonsense": 1}, "nonsense"),
+        (f"{SESSIONS}/a/compact", {"nonsense": 1}, "nonsense"),
         (TEXT, {"prompt": {}}, "prompt"),
         (TEXT, {"prompt": [1, "a"]}, "prompt.1"),
         (TEXT, {"prompt": "a", "temperature": "hot"}, "temperature"),
@@ -195,9 +204,11 @@ def test_an_error_names_the_parameter_by_its_path_in_the_request(
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest_one(
-    http: httpx.Client, path: str, body: dict[str, Any], param: str, meant: str | None
+    new_server: NewServer, path: str, body: dict[str, Any], param: str, meant: str | None
 ) -> None:
-    error = error_of(post(http, path, body))
+    """By a server that is strict. A body of this server's own API is always refused."""
+    with new_server(strict=True) as server, server.http() as http:
+        error = error_of(post(http, path, body))
     assert error["param"] == param
     expected = "include_usage" if meant is None else meant
     assert (f"(did you mean {expected}?)" in error["message"]) == bool(expected)
@@ -205,7 +216,10 @@ def test_an_unknown_name_is_refused_with_the_nearest_one(
 
 
 def test_an_error_message_is_short_for_a_long_request(http: httpx.Client) -> None:
-    error_of(post(http, CHAT, {"messages": MESSAGES, "x" * 100_000: 1}))
+    error_of(post(http, f"{SESSIONS}/a/compact", {"x" * 100_000: 1}))
+    warned = post(http, CHAT, {"messages": MESSAGES, "é" * 100_000: 1})
+    assert warned.status_code == 200
+    assert len(warned.headers["X-AM-Memory-Warning"]) <= 510
     error_of(post(http, CHAT, {"messages": MESSAGES, "model": "x" * 100_000}))
     error_of(http.get(f"/v1/models/{'x' * 10_000}"))
     error_of(http.get(f"{SESSIONS}/{'x' * 10_000}"))

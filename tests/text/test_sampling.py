@@ -202,3 +202,21 @@ def test_stop_texts_are_few_and_short(stop: tuple[str, ...], message: str) -> No
     with pytest.raises(InvalidInput, match=message) as refused:
         Sampling(stop=stop)
     assert len(str(refused.value)) < 500
+
+
+def test_penalties_count_the_tokens_of_the_answer_alone() -> None:
+    """As OpenAI's API has them: the prompt's own tokens cost nothing."""
+    logits = torch.zeros(260)
+    logits[PROMPT[0]], logits[200], logits[201] = 3.0, 2.5, 2.2
+    assert choices(Sampling(presence_penalty=1.0), 4, logits) == [PROMPT[0], 200, 201, PROMPT[0]]
+    assert choices(Sampling(frequency_penalty=0.6), 4, logits) == [PROMPT[0], 200, PROMPT[0], 201]
+    assert choices(Sampling(presence_penalty=-1.0), 3, logits) == [PROMPT[0]] * 3
+
+
+def test_a_bias_is_added_to_the_logits_and_leaves_them_as_they_were() -> None:
+    logits = torch.zeros(260)
+    logits[7] = 1.0
+    assert choices(Sampling(logit_bias={7: -100, 9: 0.5}), 2, logits) == [9, 9]
+    assert logits[7] == 1.0
+    with pytest.raises(InvalidInput, match="logit_bias names token 260, and the model has tokens 0 to 259"):
+        choices(Sampling(logit_bias={260: 1}), 1, logits)

@@ -56,10 +56,12 @@ class Templated:
         self.template = template
         self.num_messages_rendered = 0
 
-    def render(self, messages: list[Message], *, tools: list | None, add_generation_prompt: bool) -> str:
+    def render(
+        self, messages: list[Message], *, tools: list | None, add_generation_prompt: bool, options: Message | None
+    ) -> str:
         self.num_messages_rendered += len(messages)
         with template_errors("a test", messages):
-            return render_template(self.template, messages, tools, add_generation_prompt, {})
+            return render_template(self.template, messages, tools, add_generation_prompt, {}, options or {})
 
     def chat(self, messages: list[Message], tools: list[Message] | None = None) -> RenderedChat:
         return RenderedChat(self, messages, tools or [], trusts_messages=True)  # type: ignore[arg-type]

@@ -10,11 +10,11 @@ from functools import partial
 from itertools import groupby
 from typing import NoReturn
 
+from am_memory.conversations.reasoning import END_OF_THINK, THINK
 from am_memory.conversations.tool_calls.formats import ToolFormat
 from am_memory.engines.base import Engine
 from am_memory.text.text_stream import TextStream, overlap
 
-THINK, END_OF_THINK = "<think>", "</think>"
 CALL_KEYS = ("name", "arguments", "parameters", "function", "type", "id")
 """A bare object may be a call if its first key is one of these."""
 
@@ -68,18 +68,19 @@ def parse(text: str, format: ToolFormat) -> ParsedAnswer:
     )
 
 
-def answer_text(engine: Engine, format: ToolFormat, stop: Sequence[str] = ()) -> TextStream:
-    """Decode an answer token by token, for a `ToolCallStream`.
+def answer_text(engine: Engine, markers: Sequence[str], stop: Sequence[str] = ()) -> TextStream:
+    """Decode an answer token by token, for a `ToolCallStream` or a `ReasoningStream`.
 
     Some vocabularies have the markers as special tokens, which `Piece.text` leaves out. This stream keeps the markers
     and leaves out all other special tokens, the end of the turn included.
 
     Args:
+        markers: those of the tool format, and the tags of reasoning.
         stop: texts that end the answer, as in `Sampling`.
     """
-    ids = (engine.encode(marker) for marker in format.markers)
-    markers = {found[0] for found in ids if len(found) == 1}
-    return TextStream(partial(_decode, engine, markers), stop)
+    ids = (engine.encode(marker) for marker in markers)
+    kept = {found[0] for found in ids if len(found) == 1}
+    return TextStream(partial(_decode, engine, kept), stop)
 
 
 def _decode(engine: Engine, markers: set[int], token_ids: Sequence[int]) -> str:

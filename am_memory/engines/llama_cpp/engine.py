@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -168,10 +168,15 @@ class LlamaCppEngine:
         return bool(self.vocabulary.chat_template)
 
     def render(
-        self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, add_generation_prompt: bool = False
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] | None = None,
+        add_generation_prompt: bool = False,
+        options: Mapping[str, object] | None = None,
     ) -> str:
         with template_errors(self.info.name, messages):
-            return self.vocabulary.render(messages, tools, add_generation_prompt)
+            return self.vocabulary.render(messages, tools, add_generation_prompt, options or {})
 
     def grammar_tokenizer(self) -> LLTokenizer:
         return self.vocabulary.grammar_tokenizer()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -87,9 +87,15 @@ class Vocabulary:
         template = self._lib.llama_model_chat_template(self._model, None)
         return None if template is None else bytes(template).decode("utf-8", "replace")
 
-    def render(self, messages: Sequence[Message], tools: Sequence[Tool] | None, add_generation_prompt: bool) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None,
+        add_generation_prompt: bool,
+        options: Mapping[str, object],
+    ) -> str:
         """Render messages with the chat template, which must exist."""
-        return render_template(self.chat_template or "", messages, tools, add_generation_prompt, self.ends)
+        return render_template(self.chat_template or "", messages, tools, add_generation_prompt, self.ends, options)
 
     @cached_property
     def ends(self) -> dict[str, str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -244,7 +245,12 @@ class TransformersEngine:
         return bool(self.tokenizer.chat_template)
 
     def render(
-        self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, add_generation_prompt: bool = False
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] | None = None,
+        add_generation_prompt: bool = False,
+        options: Mapping[str, object] | None = None,
     ) -> str:
         chat = [dict(message) for message in messages]
         with template_errors(self.info.name, chat):
@@ -254,6 +260,7 @@ class TransformersEngine:
                     tools=[dict(tool) for tool in tools] if tools else None,
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
+                    **cast("dict[str, Any]", options or {}),
                 )
             )
 

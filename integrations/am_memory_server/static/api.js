@@ -2,9 +2,25 @@
 
 export class ApiError extends Error {
   constructor(status, body) {
-    super(body?.error?.message ?? `the server answered with status ${status}`);
+    super(body?.error?.message ?? `The server answered with status ${status}.`);
     this.status = status;
     this.code = body?.error?.code;
+  }
+}
+
+/** No answer at all: the server is not there, or the connection broke. */
+export class Unreachable extends Error {
+  constructor() {
+    super("The server does not answer. Check that it runs and that this machine reaches it, then try again.");
+  }
+}
+
+/** Browsers name a lost connection each in their own words, such as "Failed to fetch". */
+async function connected(answer) {
+  try {
+    return await answer;
+  } catch (error) {
+    throw error instanceof TypeError ? new Unreachable() : error;
   }
 }
 
@@ -13,7 +29,7 @@ export class Api {
 
   async request(path, options = {}) {
     const headers = { ...(options.body ? { "Content-Type": "application/json" } : {}), ...(this.key ? { Authorization: `Bearer ${this.key}` } : {}) };
-    const response = await fetch(path, { ...options, headers });
+    const response = await connected(fetch(path, { ...options, headers }));
     if (!response.ok) throw new ApiError(response.status, await response.json().catch(() => null));
     return response;
   }
@@ -30,6 +46,13 @@ export class Api {
     return (await this.request(`/v1/memory/sessions/${encodeURIComponent(id)}/compact`, { method: "POST", body: "{}" })).json();
   }
 
+  /** Give a copy of the conversation its own name. A conversation that the server does not know needs no copy. */
+  async fork(id, newId) {
+    await this.request(`/v1/memory/sessions/${encodeURIComponent(id)}/fork`, { method: "POST", body: JSON.stringify({ id: newId }) }).catch((error) => {
+      if (error.status !== 404) throw error;
+    });
+  }
+
   async forget(id) {
     await this.request(`/v1/memory/sessions/${encodeURIComponent(id)}`, { method: "DELETE" }).catch((error) => {
       if (error.status !== 404) throw error;
@@ -41,7 +64,7 @@ export class Api {
     const response = await this.request("/v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal });
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
     let text = "";
-    for (let read; !(read = await reader.read()).done; ) {
+    for (let read; !(read = await connected(reader.read())).done; ) {
       const events = (text + read.value).split("\n\n");
       text = events.pop();
       for (const event of events) {
@@ -52,6 +75,6 @@ export class Api {
         yield chunk;
       }
     }
-    throw new Error("the connection ended before the answer did");
+    throw new Error("The connection ended before the answer did. Try again.");
   }
 }

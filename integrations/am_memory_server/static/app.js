@@ -154,7 +154,7 @@ function requestBody(conversation, messages) {
 }
 
 function remember(update, message, node) {
-  if (update.stats) memory.resize(update.stats, update.recalled);
+  if (update.stats) memory.resize(update.stats, update);
   if (update.memory) memory.show(update.memory);
   switch (update.event) {
     case "reading":
@@ -197,7 +197,9 @@ async function retry(index) {
 async function fork(index) {
   const branch = { ...fresh(), system: current.system, title: `${current.title} (fork)`, messages: structuredClone(current.messages.slice(0, index + 1)) };
   await keep(branch);
+  const failed = await api.fork(current.id, branch.id).catch((error) => error);
   await open(branch);
+  if (failed) chat.fail(failed.message);
 }
 
 async function copy(index, button) {

@@ -46,9 +46,7 @@ export class ChatView {
   /** Set the final text of a node, at once: the next answer's frame would replace this one's. */
   finish(node, message) {
     cancelAnimationFrame(this.#frame);
-    const isAtEnd = this.#isAtEnd();
-    this.#write(node, message);
-    if (isAtEnd) this.toEnd();
+    this.#stayingAtEnd(() => this.#write(node, message));
   }
 
   #write(node, message) {
@@ -65,7 +63,7 @@ export class ChatView {
     const box = node.querySelector(".looked-up") ?? make("details", "looked-up"), list = make("ul", "");
     list.append(...spans.map((span) => Object.assign(make("li", ""), { textContent: span.text, title: `tokens ${span.start.toLocaleString("en")} to ${span.end.toLocaleString("en")}` })));
     box.replaceChildren(Object.assign(make("summary", ""), { textContent: `looked up: ${spans.length} ${spans.length === 1 ? "place" : "places"}` }), list);
-    node.querySelector(".tools").before(box);
+    this.#stayingAtEnd(() => node.querySelector(".tools").before(box));
   }
 
   #tools(node, message, index) {
@@ -97,8 +95,7 @@ export class ChatView {
     node.dataset.count = Number(node.dataset.count ?? 0) + 1;
     const times = node.dataset.count === "1" ? "" : ` in ${node.dataset.count} compactions`;
     node.textContent = `${Number(node.dataset.tokens).toLocaleString("en")} tokens compacted${times}`;
-    this.list.insertBefore(node, before);
-    if (this.#isAtEnd()) this.toEnd();
+    this.#stayingAtEnd(() => this.list.insertBefore(node, before));
   }
 
   fail(text) {
@@ -111,6 +108,13 @@ export class ChatView {
 
   toEnd() {
     this.scroll.scrollTop = this.scroll.scrollHeight;
+  }
+
+  /** Make a change, and go to the new end if the old one was in view. */
+  #stayingAtEnd(change) {
+    const isAtEnd = this.#isAtEnd();
+    change();
+    if (isAtEnd) this.toEnd();
   }
 
   #isAtEnd() {

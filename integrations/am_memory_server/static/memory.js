@@ -1,13 +1,9 @@
 // The memory panel: a gauge, the strip of segments, the map of slots, the list of compactions.
 
-const byId = (id) => document.getElementById(id);
-const whole = new Intl.NumberFormat("en");
-const MIB = 2 ** 20, CUTS_WIDTH = 18;
+import { bytes, count, gauge, mib, percent, seconds } from "./figures.js";
 
-const count = (value) => whole.format(Math.round(value));
-const mib = (bytes) => `${(bytes / MIB).toFixed(bytes < 100 * MIB ? 1 : 0)} MiB`;
-const seconds = (value) => (value < 1 ? `${Math.round(value * 1000)} ms` : `${value.toFixed(1)} s`);
-const percent = (share) => `${(share * 100).toFixed(share < 0.1 ? 1 : 0)} %`;
+const byId = (id) => document.getElementById(id);
+const CUTS_WIDTH = 18;
 
 const EMPTY = {
   stats: { logical_tokens: 0, kv_tokens: 0, exact_tokens: 0, kv_bytes: 0, exact_kv_bytes: 0, num_compactions: 0, num_segments: 0, recalled_tokens: 0 },
@@ -28,9 +24,13 @@ export class MemoryView {
     byId("compact").disabled = !memory;
   }
 
-  /** Update the sizes, and the pages that are exact for now, while an answer is streamed. */
-  resize(stats, recalled = this.#memory.recalled) {
-    this.#memory = { ...this.#memory, stats, recalled };
+  /**
+   * Update the sizes while an answer is streamed.
+   *
+   * @param changed the pages that are exact for now, and the trigger, where an update has them.
+   */
+  resize(stats, { recalled = this.#memory.recalled, trigger_tokens = this.#memory.trigger_tokens } = {}) {
+    this.#memory = { ...this.#memory, stats, recalled, trigger_tokens };
     this.#gauge(stats);
     this.#strip();
   }
@@ -42,26 +42,20 @@ export class MemoryView {
   }
 
   #gauge(stats) {
-    const trigger = this.#memory.trigger_tokens || Math.max(stats.kv_tokens, 1);
-    const pinned = this.#memory.segments.find((part) => part.kind === "pinned")?.slots ?? 0;
-    const parts = { pinned: Math.min(pinned, stats.exact_tokens), recalled: stats.recalled_tokens };
-    parts.compacted = stats.kv_tokens - stats.exact_tokens - parts.recalled;
-    parts.exact = stats.exact_tokens - parts.pinned;
-    for (const [kind, size] of Object.entries(parts)) {
-      byId("gauge").querySelector(`.${kind}`).style.width = `${(100 * size) / trigger}%`;
-    }
+    const trigger = this.#memory.trigger_tokens;
+    const shown = gauge(stats, trigger, this.#memory.segments.find((part) => part.kind === "pinned")?.slots ?? 0);
+    for (const [kind, width] of Object.entries(shown.widths)) byId("gauge").querySelector(`.${kind}`).style.width = `${width}%`;
     byId("gauge").setAttribute("aria-valuenow", Math.round(stats.kv_tokens));
-    byId("gauge").setAttribute("aria-valuemax", trigger);
-    byId("gauge").setAttribute("aria-valuetext", `${count(stats.kv_tokens)} of ${count(trigger)} tokens, for ${count(stats.logical_tokens)} of conversation`);
+    byId("gauge").setAttribute("aria-valuemax", trigger || Math.max(Math.round(stats.kv_tokens), 1));
+    byId("gauge").setAttribute("aria-valuetext", shown.spoken);
     byId("physical").textContent = count(stats.kv_tokens);
     byId("logical").textContent = count(stats.logical_tokens);
-    byId("gauge-left").textContent = stats.logical_tokens ? `${percent(stats.kv_tokens / trigger)} full` : "empty";
-    byId("gauge-right").textContent = this.#memory.trigger_tokens ? `compacts at ${count(trigger)}` : "";
-    const most = Math.max(stats.kv_bytes, stats.exact_kv_bytes, 1);
-    byId("bytes-bar").style.width = `${Math.max((100 * stats.kv_bytes) / most, 2)}%`;
-    byId("bytes-full-bar").style.width = `${Math.max((100 * stats.exact_kv_bytes) / most, 2)}%`;
-    byId("bytes-held").textContent = mib(stats.kv_bytes);
-    byId("bytes-full").textContent = mib(stats.exact_kv_bytes);
+    byId("gauge-left").textContent = shown.left;
+    byId("gauge-right").textContent = shown.right;
+    const size = bytes(stats);
+    byId("bytes-held").textContent = size.held;
+    byId("bytes-full").textContent = size.uncompacted;
+    ["bytes-bar", "bytes-full-bar"].forEach((bar, number) => { byId(bar).style.width = `${size.widths[number]}%`; });
     byId("pill-text").textContent = stats.logical_tokens ? `${count(stats.kv_tokens)} of ${count(stats.logical_tokens)}` : "Memory";
     byId("toggle-memory").setAttribute("aria-label", stats.logical_tokens ? `Memory: ${count(stats.kv_tokens)} tokens in the cache for ${count(stats.logical_tokens)} of conversation` : "Memory");
   }

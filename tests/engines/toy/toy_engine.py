@@ -6,7 +6,7 @@ It shows what an engine has to answer, and the memory's own tests run over it. N
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -220,7 +220,12 @@ class ToyEngine:
         return b"".join(texts.get(id, bytes([id % 256])) for id in token_ids).decode(errors="replace")
 
     def render(
-        self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, add_generation_prompt: bool = False
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] | None = None,
+        add_generation_prompt: bool = False,
+        options: Mapping[str, object] | None = None,
     ) -> str:
         turns = [f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages]
         return "".join([*turns, "<|im_start|>assistant\n" * add_generation_prompt])

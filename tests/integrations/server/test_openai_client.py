@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from typing import Any
 
 import openai
 import pytest
-from serving import POLICY, NewServer
+from serving import POLICY, NewServer, Server
 
 Message = dict[str, Any]
 TOOL = {
@@ -210,12 +211,15 @@ def test_the_model_is_listed_and_any_other_is_not_found(client: openai.OpenAI) -
     [
         ({"temperature": 3}, "temperature"),
         ({"n": 2}, "n"),
-        ({"presence_penalty": 1.0}, "presence_penalty"),
+        ({"presence_penalty": 3.0}, "presence_penalty"),
+        ({"logit_bias": {"260": 1}}, "logit_bias names token 260: this model has tokens 0 to 259"),
+        ({"extra_body": {"chat_template_kwargs": {"tokenize": True}}}, "'tokenize' cannot be set here"),
+        ({"extra_body": {"chat_template_kwargs": {"a": "<|im_end|>"}}}, "chat_template_kwargs.a"),
+        ({"extra_body": {"continue_final_message": True}}, "let it be an assistant's"),
         ({"max_tokens": 10**6}, "limit of 16384"),
         ({"top_logprobs": 2}, "logprobs: true"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 5}}}}, "schema"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "sub"}}}, "sub"),
-        ({"extra_body": {"nonsense": 1}}, "nonsense"),
         ({"extra_body": {"metadata": {"conversation_id": "\n"}}}, "cannot name a conversation"),
     ],
 )
@@ -277,10 +281,105 @@ async def test_the_async_client_streams_as_well(server: Any) -> None:
     ],
     ids=str,
 )
-def test_an_unknown_option_is_refused_by_name(client: openai.OpenAI, options: dict[str, Any]) -> None:
-    with pytest.raises(openai.BadRequestError, match="usge|shema|temprature") as refused:
-        ask(client, [user("hello")], **options)
-    assert str(refused.value.param).rpartition(".")[2] in ("include_usge", "json_shema", "shema", "temprature")
+def test_an_unknown_option_is_ignored_with_a_warning_or_refused(new_server: NewServer, options: dict[str, Any]) -> None:
+    """Clients send names of other servers. All of them were refused."""
+    with new_server() as server:
+        raw = server.client().chat.completions.with_raw_response.create(
+            model="tiny", messages=[user("hello")], max_tokens=2, **options
+        )
+        assert re.search("usge|shema|temprature", raw.headers["x-am-memory-warning"])
+    with new_server(strict=True) as server:
+        with pytest.raises(openai.BadRequestError, match="usge|shema|temprature") as refused:
+            ask(server.client(), [user("hello")], **options)
+        assert str(refused.value.param).rpartition(".")[2] in ("include_usge", "json_shema", "shema", "temprature")
+
+
+def test_nulls_and_what_vllm_takes_are_unset(client: openai.OpenAI) -> None:
+    """Clients that send every name they know, with null or -1 for what is not set, were refused."""
+    names = (
+        *("stop", "seed", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "n"),
+        *("presence_penalty", "logit_bias", "max_tokens", "max_completion_tokens", "tools", "tool_choice", "user"),
+        *("parallel_tool_calls", "response_format", "logprobs", "top_logprobs", "metadata", "mounts", "stream"),
+        *("stream_options", "chat_template_kwargs", "continue_final_message", "add_generation_prompt", "model"),
+        *("enable_thinking", "reasoning_effort", "unknown_to_all"),
+    )
+    message = {"role": "user", "content": "hello", "name": None, "tool_calls": None, "tool_call_id": None}
+    body = {"messages": [message], **dict.fromkeys(names)}
+    asked = client.post("/chat/completions", body=body, cast_to=openai.types.chat.ChatCompletion)
+    assert asked.choices[0].message.content is not None
+    same = [
+        ask(client, [user("hello")], max_tokens=6, **options).choices[0].message.content
+        for options in (
+            {"extra_body": {"top_k": -1}},
+            {"extra_body": {"top_k": 0}},
+            {"stop": ""},
+            {"stop": ["", "never said"]},
+            {},
+            {"logit_bias": {}},
+            {"frequency_penalty": 0, "presence_penalty": 0},
+            {"reasoning_effort": "low"},
+        )
+    ]
+    assert len({*same}) == 1
+
+
+def test_penalties_and_biases_change_what_is_said(client: openai.OpenAI) -> None:
+    only = ask(client, [user("say it")], max_tokens=4, logit_bias={"65": 100})
+    assert only.choices[0].message.content == "AAAA"
+    never = ask(client, [user("say it")], max_tokens=4, logit_bias={"65": 60}, presence_penalty=2, frequency_penalty=2)
+    assert never.choices[0].message.content == "AAAA"
+    text = ask(client, [user("say it")], max_tokens=24).choices[0].message.content
+    other = ask(client, [user("say it")], max_tokens=24, frequency_penalty=2).choices[0].message.content
+    assert len({*other}) > len({*text})
+
+
+def test_a_cut_answer_goes_on_from_its_last_token(client: openai.OpenAI) -> None:
+    whole = ask(client, [user("tell a story")], max_tokens=12)
+    first = ask(client, [user("tell a story")], max_tokens=6)
+    begun = {"role": "assistant", "content": first.choices[0].message.content}
+    rest = ask(client, [user("tell a story"), begun], max_tokens=6, extra_body={"continue_final_message": True})
+    assert rest.usage.prompt_tokens_details.cached_tokens == rest.usage.prompt_tokens
+    assert begun["content"] + rest.choices[0].message.content == whole.choices[0].message.content
+
+
+def test_reasoning_comes_beside_the_answer(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was part of the text, and clients that left it out of the history had all of it read again."""
+
+    def say(text: str) -> None:
+        tokens = itertools.chain(text.encode(), itertools.repeat(257))
+        monkeypatch.setattr("am_memory.session.generation.Sampler.choose", lambda self, logits, ids: next(tokens))
+
+    say("<think>\ngreet\n</think>\n\nHi!")
+    first = ask(client, [user("reason, please")], max_tokens=99)
+    message = first.choices[0].message
+    assert (message.content, message.reasoning_content) == ("Hi!", "greet")
+    say("<think>\ngreet\n</think>\n\nHi!")
+    deltas = [chunk.choices[0].delta for chunk in ask(client, [user("reason, please")], max_tokens=99, stream=True)]
+    assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == "greet"
+    assert "".join(delta.content or "" for delta in deltas) == "Hi!"
+    say("Yes.")
+    back = {"role": "assistant", "content": "Hi!"}
+    again = ask(client, [user("reason, please"), back, user("sure?")], max_tokens=9)
+    assert again.usage.prompt_tokens_details.cached_tokens == first.usage.total_tokens
+
+
+def test_embeddings_are_refused_by_name(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="makes no embeddings") as refused:
+        client.embeddings.create(model="tiny", input="hello")
+    assert refused.value.code == "embeddings_not_supported"
+
+
+def test_texts_and_chats_are_tokenized_as_in_vllm(server: Server) -> None:
+    with server.http() as http:
+        plain = http.post("/tokenize", json={"prompt": "hé", "return_token_strs": True}).json()
+        assert plain == {"count": 3, "max_model_len": 4096, "tokens": [104, 195, 169], "token_strs": ["h", "�", "�"]}
+        chat = http.post("/tokenize", json={"messages": [user("hi")]}).json()
+        asked = ask(server.client(), [user("hi")], max_tokens=1)
+        assert chat["count"] == asked.usage.prompt_tokens
+        text = http.post("/detokenize", json={"tokens": chat["tokens"]}).json()["prompt"]
+        assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+        assert http.post("/detokenize", json={"tokens": [260]}).status_code == 400
+        assert http.post("/tokenize", json={}).json()["error"]["message"] == "body: give one of prompt and messages"
 
 
 @pytest.mark.parametrize("arguments", [{"a": 1}, None, [1, 2], '{"a": 1, "b', ""], ids=str)
