@@ -390,6 +390,27 @@ class Branching(Protocol):
 
 
 @runtime_checkable
+class Batching(Protocol):
+    """An engine that can read one token into each of several caches in one forward pass (optional)."""
+
+    def forward_batch(
+        self, caches: Sequence[SessionCache], token_ids: Sequence[int], on_query: Sequence[OnQuery | None]
+    ) -> Tensor | None:
+        """Read token i into cache i. Each cache is afterwards as if it had read its token alone, to rounding.
+
+        If this raises, some layers may have read their tokens: the caller restores all caches.
+
+        Args:
+            caches: at least two, each with at least one token.
+            on_query: called with every compactable layer's queries of token i.
+
+        Returns:
+            Logits, (num_caches, vocab_size) float32. None: nothing was read, as these caches must be read one by one.
+        """
+        ...
+
+
+@runtime_checkable
 class OwnVocabulary(Protocol):
     """An engine without a transformers `tokenizer` that supports constrained answers (optional)."""
 
