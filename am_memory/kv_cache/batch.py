@@ -43,7 +43,8 @@ class BatchLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append row i of (num_caches, num_key_value_heads, 1, head_dim) to layer i."""
-        rows = zip(self.layers, key_states.split(1), value_states.split(1), strict=True)
+        size = len(self.layers)
+        rows = zip(self.layers, key_states.tensor_split(size), value_states.tensor_split(size), strict=True)
         self.entries = [layer.update(key, value) for layer, key, value in rows]
         key_states = key_states[:]
         key_states.am_layer = self  # type: ignore[attr-defined]

@@ -87,7 +87,7 @@ def attention_forward(
         output, _ = with_sinks(*layer.attend(query, scaling), sinks)
         return output.transpose(1, 2).contiguous(), None
     if isinstance(layer, BatchLayer):
-        rows = zip(layer.layers, query.split(1), layer.entries, strict=True)
+        rows = zip(layer.layers, query.tensor_split(len(layer.layers)), layer.entries, strict=True)
         output = torch.cat([_attend_in(one, row, *entries, scaling, sinks, softcap) for one, row, entries in rows])
     else:
         output = _attend_in(layer, query, key, value, scaling, sinks, softcap)
