@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from am_memory.compaction.compact import is_out_of_memory
-from am_memory.engines.base import Batching
+from am_memory.engines.abilities import Batching
 from am_memory.errors import InvalidInput, UnsupportedOperation
 from am_memory.session.kept_queries import KeptQueries
 from am_memory.session.pages import is_room_kept
@@ -38,7 +38,7 @@ logger = logging.getLogger("am_memory")
 def pieces_of(shared: Shared, answers: Sequence[Generation]) -> Iterator[tuple[Generation, Piece]]:
     """`Memory.generate_many`."""
     _require_apart(shared, answers)
-    batch, going, failed = Batch(shared), list(answers), list[Exception]()
+    batch, going, failed = Batch(), list(answers), list[Exception]()
     try:
         while going:
             batch.step(going)
@@ -79,14 +79,9 @@ def _require_apart(shared: Shared, answers: Sequence[Generation]) -> None:
 
 
 class Batch:
-    """Makes the next tokens of several answers together.
+    """Makes the next tokens of several answers of one memory together."""
 
-    Args:
-        shared: of the memory that all sessions belong to.
-    """
-
-    def __init__(self, shared: Shared) -> None:
-        self._shared = shared
+    def __init__(self) -> None:
         self._last_read: WeakKeyDictionary[Generation, int] = WeakKeyDictionary()
         self._parked: WeakKeyDictionary[Generation, int] = WeakKeyDictionary()  # out of memory beside so many others
         self._num_steps = 0
@@ -101,9 +96,11 @@ class Batch:
         Args:
             answers: those that are ready or finished are left alone.
         """
-        with self._shared.engine_lock:
+        going = [answer for answer in answers if not answer.is_ready and not answer.is_finished]
+        if not going:
+            return
+        with going[0].shared.engine_lock:
             self._num_steps += 1
-            going = [answer for answer in answers if not answer.is_ready and not answer.is_finished]
             unparked = [answer for answer in going if self._parked.get(answer, len(going) + 1) > len(going)]
             able = unparked or going[:1]
             writing = [answer for answer in able if not _has_long_work(answer)]

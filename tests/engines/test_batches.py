@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from am_memory import Memory, MemoryPolicy
-from am_memory.engines.base import Batching
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.kv_cache.cache import KVCache
 

@@ -300,7 +300,7 @@ def test_a_session_has_one_answer_at_a_time(memory: Memory, engine: Transformers
     with pytest.raises(InvalidInput, match="belongs to another memory"):
         list(Memory(engine, POLICY).generate_many([session.generate(3)]))
     first, second = session.generate(3), session.generate(3)
-    Batch(first.shared).step([first, second])
+    Batch().step([first, second])
     assert len(next(first).token_ids) == 1
     with pytest.raises(UnsupportedOperation, match="two answers in one batch"):
         next(second)
