@@ -45,7 +45,7 @@ class Serving:
         list[str] | None, typer.Option(help="Origin of a web page that may call the server; may be repeated.")
     ] = None
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens, if a request sets no limit.")] = 1024
-    max_active: Annotated[int, typer.Option(help="Answers generated at once, in turn; each key has a share.")] = 4
+    max_active: Annotated[int, typer.Option(help="Answers generated together; each key has a share.")] = 16
     max_queued: Annotated[int, typer.Option(help="Waiting requests of one key.")] = 64
     max_sessions: Annotated[int, typer.Option(help="Conversations kept in memory.")] = 64
     max_session_mib: Annotated[int, typer.Option(help="Size of their caches, in MiB.")] = 4096
