@@ -24,19 +24,18 @@ from am_memory.cli.letters import prose
 from am_memory.engines.transformers.loading import load_model
 
 GREEDY = Sampling(temperature=0)
-NUM_TEXTS = 4
 
 
-def new_sessions(memory: Memory, num_sessions: int, num_tokens: int) -> list[Session]:
-    """Sessions with all but their last tokens compacted; from the fifth on, forks of the first four."""
+def new_sessions(memory: Memory, num_sessions: int, num_texts: int, num_tokens: int) -> list[Session]:
+    """Sessions with all but their last tokens compacted; those beyond `num_texts` are forks of the others."""
     sessions = []
-    for seed in range(min(num_sessions, NUM_TEXTS)):
+    for seed in range(min(num_sessions, num_texts)):
         session = memory.scratch()
         text = " ".join(prose(random.Random(seed), num_tokens // 5))
         session.append(memory.tokenize(text)[:num_tokens])
         session.compact(0.95)
         sessions.append(session)
-    return [*sessions, *(sessions[index % NUM_TEXTS].fork() for index in range(NUM_TEXTS, num_sessions))]
+    return [*sessions, *(sessions[index % num_texts].fork() for index in range(num_texts, num_sessions))]
 
 
 def together(memory: Memory, sessions: Sequence[Session], num_tokens: int) -> int:
@@ -99,6 +98,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--sessions", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--context-tokens", type=int, default=1000)
+    parser.add_argument("--texts", type=int, default=4, help="different ones; other sessions are forks")
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--stock", action="store_true", help="also measure generate_batch of transformers")
@@ -106,7 +106,7 @@ def main() -> None:
     args = parser.parse_args()
     policy = MemoryPolicy(trigger_tokens=1.0, keep_ratio=0.1, reference_queries=("live",), recall_tokens=0)
     memory = Memory.from_pretrained(args.model, device="cpu", dtype=args.dtype, policy=policy)
-    sessions = new_sessions(memory, max(args.sessions), args.context_tokens)
+    sessions = new_sessions(memory, max(args.sessions), args.texts, args.context_tokens)
     print(f"{memory.engine.info.name}, {args.dtype}, {machine()}")
     print(f"{args.context_tokens:,} tokens of context in {sessions[0].stats.kv_tokens:,.0f} slots\n")
     rows = [measure(memory, sessions[:size], args.new_tokens, args.rounds) for size in args.sessions]
