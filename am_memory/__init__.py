@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from am_memory.memory import Memory
     from am_memory.policy import Experiments, MemoryPolicy
     from am_memory.recall.paging import Page
-    from am_memory.session.generation import Piece, TokenLogprob
+    from am_memory.session.generation import Generation, Piece, TokenLogprob
     from am_memory.session.mounts import Mount
     from am_memory.session.session import Session
     from am_memory.session.stats import Stats
@@ -77,6 +77,7 @@ else:
         "Memory": "memory",
         "MemoryPolicy": "policy",
         "Mount": "session.mounts",
+        "Generation": "session.generation",
         "Piece": "session.generation",
         "Sampling": "text.sampling",
         "SavedSession": "storage.session_file",
@@ -114,6 +115,7 @@ __all__ = [
     "Event",
     "Experiments",
     "GateMissed",
+    "Generation",
     "InvalidInput",
     "InvalidPolicy",
     "KVCache",

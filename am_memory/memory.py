@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -17,23 +17,26 @@ from typing import TYPE_CHECKING
 from am_memory.compaction.plan import originals_place
 from am_memory.engines.base import Engine, Message
 from am_memory.engines.names import DtypeName, EngineName, as_dtype, require_engine_name
-from am_memory.errors import InvalidInput, InvalidPolicy, SessionNotFound, StorageError, require_kind
+from am_memory.errors import InvalidInput, SessionNotFound, require_kind
 from am_memory.event_log import log
-from am_memory.events import CompactionFinished, Event, Listener, OriginUnknown, PolicyChanged, ignore
+from am_memory.events import CompactionFinished, Event, Listener, ignore
 from am_memory.formatting import counted
 from am_memory.kv_cache.cache import KVCache
 from am_memory.policy import MemoryPolicy
 from am_memory.recall.original_store import OriginalStore
+from am_memory.session.batch import pieces_of
 from am_memory.session.chat_history import ChatHistory, checked_tools
 from am_memory.session.compact_texts import CompactTexts
 from am_memory.session.context import Context
 from am_memory.session.generate_hook import watched
+from am_memory.session.generation import Generation, Piece
 from am_memory.session.limits import require_possible
-from am_memory.session.resuming import changes_of, check_content, check_origin, policy_of
-from am_memory.session.saving import SavedCopy, rename, restored
+from am_memory.session.reopening import reopened
+from am_memory.session.resuming import check_origin, policy_of
+from am_memory.session.saving import SavedCopy, rename
 from am_memory.session.session import Session
 from am_memory.session.shared import Shared
-from am_memory.session.stats import html_table
+from am_memory.session.stats import sessions_table
 from am_memory.session.text_making import TextMaking
 from am_memory.storage.compact_text import CompactText, TextCache
 from am_memory.storage.session_file import SavedSession
@@ -42,9 +45,6 @@ from am_memory.text.sampling import Sampling
 
 if TYPE_CHECKING:
     import torch
-
-SHOWN_SESSIONS = 20
-"""Rows of sessions in a notebook's table."""
 
 
 class Memory:
@@ -184,11 +184,7 @@ class Memory:
         return f"Memory({self.engine.info.name!r}, {counted(len(self._shared.sessions), 'session')})"
 
     def _repr_html_(self) -> str:
-        sessions = self._shared.sessions
-        shown = {name: str(session.stats) for name, session in itertools.islice(sessions.items(), SHOWN_SESSIONS)}
-        if len(sessions) > len(shown):
-            shown["..."] = f"{len(sessions) - len(shown):,} more"
-        return html_table(f"Memory of {self.engine.info.name}", shown)
+        return sessions_table(self.engine.info.name, self._shared.sessions)
 
     def session(
         self, name: str | None = None, *, policy: MemoryPolicy | None = None, saved: SavedSession | None = None
@@ -218,7 +214,11 @@ class Memory:
             saved = self.load(name, policy=policy)
         with self._shared.engine_lock:
             if name not in sessions:
-                new = self._new(name, policy) if saved is None else self._resumed(name, saved, policy)
+                if saved is None:
+                    new = self._new(name, policy)
+                else:
+                    own, trusts_messages = self._policy_of(name, saved), self.trust_messages
+                    new = reopened(self._shared, name, saved, policy, own, trusts_messages=trusts_messages)
                 self._shared.keep(new, name)
             return sessions[name]
 
@@ -251,28 +251,6 @@ class Memory:
 
     def _policy_of(self, name: str, saved: SavedSession) -> MemoryPolicy:
         return policy_of(name, saved, self.policy, is_default=self.prefers_saved_policy)
-
-    def _resumed(self, name: str, saved: SavedSession, policy: MemoryPolicy | None) -> Session:
-        """A session that goes on where it was saved."""
-        info = self.engine.info
-        check_content(name, saved, info, self._shared.cache_of_one_token)
-        try:
-            own = policy or self._policy_of(name, saved)
-            context = restored(self._shared, name, saved, own, trusts_messages=self.trust_messages)
-        except InvalidPolicy as error:
-            if policy is not None:
-                raise
-            raise StorageError(
-                f"session {name!r} cannot go on under its policy: {error}; give it another one: "
-                f"memory.session({name!r}, policy=...)"
-            ) from error
-        session = Session(self._shared, context, has_own_policy=policy is not None or saved.has_own_policy)
-        session.metadata, session._saved_copy = saved.metadata, SavedCopy(saved.version)
-        if unknown := check_origin(name, saved, info):
-            self._notify(OriginUnknown(name, unknown))
-        if policy is None and (changes := changes_of(saved, session.policy)):
-            self._notify(PolicyChanged(name, changes))
-        return session
 
     def scratch(self, *, policy: MemoryPolicy | None = None, tools: Sequence[Message] = ()) -> Session:
         """A new session that the memory does not keep, unless `keep` is called.
@@ -367,6 +345,27 @@ class Memory:
     def delete_compact_text(self, name: str) -> None:
         """Delete a compact text; sessions that have mounted it keep it. Raises TextNotFound if there is none."""
         self._shared.texts.delete(name)
+
+    def generate_many(self, answers: Iterable[Generation]) -> Iterator[tuple[Generation, Piece]]:
+        """Let several sessions generate at the same time: each forward pass reads a token of every session.
+
+        Each session gets the tokens that it would get alone, to rounding. What is unread of a prompt is read in parts
+        between the steps, and compactions run in the background where the engine can do that (docs/many.md).
+
+        Stopping the iteration ends all answers; each session keeps the tokens that were given out. An answer that fails
+        ends with its `error`, and the others go on. `Generation.close` ends one answer.
+
+        Args:
+            answers: calls of `Session.generate` of different sessions, which may differ in their arguments.
+
+        Yields:
+            The answer and its next piece, in the order in which the answers were given.
+
+        Raises:
+            InvalidInput: two answers of one session, or an answer of another memory's session.
+            Exception: once all answers have ended, the first error that ended one.
+        """
+        return pieces_of(self._shared, list(answers))
 
     def cache(self) -> KVCache:
         """A cache for `model.generate(**inputs, cache=memory.cache())`, which compacts by itself.

@@ -40,7 +40,12 @@ SERVER_ORDER = (
 MOST_FILES, MOST_PACKAGES = 7, 12
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 400, 60
 
-PUBLIC_OF_ENGINES = {"am_memory.engines.base", "am_memory.engines.model_files", "am_memory.engines.names"}
+PUBLIC_OF_ENGINES = {
+    "am_memory.engines.abilities",
+    "am_memory.engines.base",
+    "am_memory.engines.model_files",
+    "am_memory.engines.names",
+}
 CHOOSES_AN_ENGINE = {"memory", "cli"}  # inside a function only: a heavy engine loads when asked for
 NEVER_IN_THE_LIBRARY = {"langchain", "langchain_core", "langgraph", "fastapi", "starlette", "uvicorn", "ray"}
 STARTS = {("cli", "am_memory_server")}  # inside a function only: a command starts what is built on the library

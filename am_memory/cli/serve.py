@@ -59,7 +59,7 @@ class Serving:
         Reasoning, typer.Option(help="What the memory does with the <think> of an answer that is complete.")
     ] = Reasoning.KEEP
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens, if a request sets no limit.")] = 1024
-    max_active: Annotated[int, typer.Option(help="Answers generated at once, in turn; each key has a share.")] = 4
+    max_active: Annotated[int, typer.Option(help="Answers generated together; each key has a share.")] = 16
     max_queued: Annotated[int, typer.Option(help="Waiting requests of one key.")] = 64
     max_sessions: Annotated[int, typer.Option(help="Conversations kept in memory.")] = 64
     max_session_mib: Annotated[int, typer.Option(help="Size of their caches, in MiB.")] = 4096

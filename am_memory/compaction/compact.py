@@ -87,9 +87,14 @@ def failures(segment: Segment) -> Iterator[None]:
             f"tokens {segment.start} to {segment.end} cannot be compacted: {error}; nothing was changed"
         ) from error
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise CompactionFailed(
             f"out of memory while compacting {segment.num_tokens} tokens; nothing was changed: lower trigger_tokens or "
             "compact_fraction, so that fewer are compacted at once"
         ) from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether host or device memory did not suffice."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)

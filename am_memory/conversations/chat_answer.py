@@ -19,7 +19,7 @@ from am_memory.conversations.turn import ChatTurn
 from am_memory.errors import InvalidInput
 from am_memory.events import Span
 from am_memory.formatting import shortened
-from am_memory.session.generation import Piece, TokenLogprob
+from am_memory.session.generation import Generation, Piece, TokenLogprob
 from am_memory.session.session import Session
 
 ChatFinishReason = Literal["stop", "length", "tool_calls"]
@@ -114,6 +114,7 @@ class ChatAnswer:
         self._prompt_before = Prompt.of(engine, request.messages[:-1], *settings) if self._begun else self._prompt
         self._saved = threads.find(self._prompt, call or threads.register_call(request.thread))
         self._turn: ChatTurn | None = None
+        self._generation: Generation | None = None
         self._splits = request.reasoning != "text" and not self.format.is_forced
         self._thoughts: ReasoningStream | None = None
         self._calls: ToolCallStream | None = None
@@ -157,13 +158,19 @@ class ChatAnswer:
     def session(self) -> Session:
         return self.turn.session
 
+    @property
+    def next_piece(self) -> Generation | None:
+        """What `generate` goes on with; a `Batch` may make its next piece together with others'. None: nothing."""
+        generation = self._generation
+        return None if generation is None or generation.is_finished else generation
+
     def generate(self) -> Iterator[Delta]:
         """Generate the answer, one delta for each token. The prompt has been read."""
         request = self.request
-        pieces = self.session.generate(
+        self._generation = self.session.generate(
             request.max_tokens, self._sampling, self.format.constraint, top_logprobs=request.top_logprobs
         )
-        for piece in pieces:
+        for piece in self._generation:
             if self.num_tokens == 0:  # this step has read the last token of the prompt, and none of the answer
                 self._num_compactions_before = self.session.stats.num_compactions
                 self._begin_reading(len(piece.token_ids))

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from am_memory.kv_cache.cache import Snapshot
 from am_memory.kv_cache.slots import Segment, Slots
-
-if TYPE_CHECKING:
-    from llguidance import LLTokenizer
 
 Message = Mapping[str, object]
 """One chat message, as chat templates take it: {"role": ..., "content": ...}."""
@@ -361,40 +358,3 @@ class Engine(Protocol):
 def in_chunks(token_ids: Sequence[int], chunk_tokens: int) -> Iterator[Sequence[int]]:
     """The tokens in order, `chunk_tokens` at a time: one chunk for each forward pass."""
     return (token_ids[start : start + chunk_tokens] for start in range(0, len(token_ids), chunk_tokens))
-
-
-class Branches(Protocol):
-    """Several texts that continue one cache as a batch: each attends to the cache and to itself."""
-
-    @property
-    def logits(self) -> Tensor:
-        """Next-token logits of each branch, (num_branches, vocab_size) float32."""
-        ...
-
-    def advance(self, branches: Sequence[int], token_ids: Sequence[int]) -> None:
-        """Read one token into each of some branches; the others end. From then on only these are counted."""
-        ...
-
-
-@runtime_checkable
-class Branching(Protocol):
-    """An engine that can read one token of each of several texts in one forward pass (optional)."""
-
-    def branches(self, cache: SessionCache, beginnings: Sequence[Sequence[int]]) -> Branches | None:
-        """Texts behind a cache, which does not change; None if this cache cannot have branches.
-
-        Args:
-            beginnings: the first tokens of each text, at least one.
-        """
-        ...
-
-
-@runtime_checkable
-class OwnVocabulary(Protocol):
-    """An engine without a transformers `tokenizer` that supports constrained answers (optional)."""
-
-    def grammar_tokenizer(self) -> LLTokenizer: ...
-
-    def token_texts(self) -> Mapping[str, int]:
-        """Token ids by the text of the token."""
-        ...

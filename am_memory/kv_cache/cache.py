@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from am_memory.errors import CorruptSession, UnsupportedOperation
 from am_memory.formatting import counted, mebibytes
 from am_memory.kv_cache.int8 import Quantised
 from am_memory.kv_cache.kinds import CacheLayer, LayerKind
 from am_memory.kv_cache.layers import CompactableLayer, LayerState, SlidingLayer, SlidingState, TailState
-from am_memory.kv_cache.recurrent import RecurrentLayer
+from am_memory.kv_cache.recurrent import RecurrentLayer, WithRecurrentStates
 from am_memory.kv_cache.rotation import Rotation
 from am_memory.kv_cache.slots import Segment, Slots, carried_over, tail_start
 
@@ -129,7 +128,7 @@ Returns: how many of the first tokens were read already, and the logits that are
 vocab_size) tensor for each pass."""
 
 
-class KVCache(Cache):
+class KVCache(WithRecurrentStates):
     """The cache of one session, usable wherever transformers takes a `Cache`.
 
     Args:
@@ -202,31 +201,6 @@ class KVCache(Cache):
     def with_keys(self) -> list[CompactableLayer | SlidingLayer]:
         """The layers of attention."""
         return [layer for layer in self.layers if isinstance(layer, CompactableLayer | SlidingLayer)]
-
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """A convolution's state, into which the model may write; None before the first token."""
-        layer = self.recurrent[layer_idx]
-        layer.own()
-        return layer.conv_states[state_idx]
-
-    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """A recurrent state, into which the model may write; None before the first token."""
-        layer = self.recurrent[layer_idx]
-        layer.own()
-        return layer.recurrent_states[state_idx]
-
-    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
-        return self.recurrent[layer_idx].update_conv_state(conv_states, state_idx, **kwargs)
-
-    def update_recurrent_state(
-        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
-    ) -> Tensor:
-        return self.recurrent[layer_idx].update_recurrent_state(recurrent_states, state_idx, **kwargs)
-
-    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        """Whether the recurrent states have seen a token; see transformers."""
-        layer = self.recurrent[max(self.recurrent) if layer_idx is None else layer_idx]
-        return all(layer.has_previous_state.values()) if state_idx is None else layer.has_previous_state[state_idx]
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """See transformers. It is called once in each pass, which `before_forward` must have seen if it is set.

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import DummyLayer, LinearAttentionLayer
+from transformers.cache_utils import Cache, DummyLayer, LinearAttentionLayer
 
 from am_memory.errors import UnsupportedOperation
 from am_memory.kv_cache.layers import LayerState, RecurrentState
@@ -108,3 +108,38 @@ class EmptyLayer(DummyLayer):
 
     def restore(self, state: LayerState) -> None:
         assert isinstance(state, RecurrentState)
+
+
+class WithRecurrentStates(Cache):
+    """A cache whose recurrent states stand apart, so that a layer may have keys and states.
+
+    Attributes:
+        recurrent: the layers of recurrent states by the index of the model's layer.
+    """
+
+    recurrent: dict[int, RecurrentLayer]
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """A convolution's state, into which the model may write; None before the first token."""
+        layer = self.recurrent[layer_idx]
+        layer.own()
+        return layer.conv_states[state_idx]
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """A recurrent state, into which the model may write; None before the first token."""
+        layer = self.recurrent[layer_idx]
+        layer.own()
+        return layer.recurrent_states[state_idx]
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        return self.recurrent[layer_idx].update_conv_state(conv_states, state_idx, **kwargs)
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        return self.recurrent[layer_idx].update_recurrent_state(recurrent_states, state_idx, **kwargs)
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        """Whether the recurrent states have seen a token; see transformers."""
+        layer = self.recurrent[max(self.recurrent) if layer_idx is None else layer_idx]
+        return all(layer.has_previous_state.values()) if state_idx is None else layer.has_previous_state[state_idx]

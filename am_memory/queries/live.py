@@ -32,6 +32,8 @@ class _Pass(NamedTuple):
 
     def cut(self, start: int, end: int) -> _Pass:
         """The part for the tokens at [start, end)."""
+        if start <= self.start and self.end <= end:
+            return self
         start, end = max(start, self.start), min(end, self.end)
         where = slice(start - self.start, max(end, start) - self.start)
         return _Pass(start, self.query[:, :, where], self.log_mass[:, :, where])

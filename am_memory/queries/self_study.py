@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from am_memory.engines.base import Branches, Branching, Engine, SessionCache, in_chunks
+from am_memory.engines.abilities import Branches, Branching
+from am_memory.engines.base import Engine, SessionCache, in_chunks
 from am_memory.queries.reference import ReferenceQueries
 from am_memory.queries.repeat_prefill import as_turn
 from am_memory.queries.scratch import queries_on_scratch, scratch

@@ -175,7 +175,12 @@ class Context:
                 self.notify(ReadProgress(self.name, stop - start, end - start))
 
     def next_logits(self, *, keeps_room: bool = False) -> Tensor:
-        """Read everything. Logits of the next token, (vocab_size,) float32.
+        """Read everything. Logits of the next token, (vocab_size,) float32; see `prepare_next`."""
+        self.prepare_next(keeps_room=keeps_room)
+        return self.forward(self.tokens[-1:], num_logits=1)[0]
+
+    def prepare_next(self, *, keeps_room: bool = False) -> None:
+        """Read every token but the last, and compact so that it can be read.
 
         Args:
             keeps_room: make room for recalled pages first, see `pages.make_room`.
@@ -184,7 +189,6 @@ class Context:
         if keeps_room:
             pages.make_room(self)
         self.compact_if_due()
-        return self.forward(self.tokens[-1:], num_logits=1)[0]
 
     def forward(self, token_ids: Sequence[int], num_logits: int = 0) -> Tensor:
         """Read tokens into the cache in one pass (see `Engine.forward`), and keep their queries if the policy does."""

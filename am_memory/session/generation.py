@@ -1,24 +1,26 @@
 """One answer while the model writes it, token by token: sample, append, decode, give out.
 
-Each token is a step of its own that succeeds as a whole or changes nothing. Knows no chat template and no cache.
+Each token is a step of its own that succeeds as a whole or changes nothing. A step has two halves: `prepare` before the
+last token is read, and `choose` with its logits. Whoever iterates runs both; `batch.py` runs those of several answers,
+and reads their tokens in one pass. Knows no chat template and no cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 from am_memory.errors import UnsupportedOperation
-from am_memory.events import Span
+from am_memory.events import Event, Span
 from am_memory.session.appending import ends_turn
 from am_memory.session.context import Context
 from am_memory.session.limits import limit_new_tokens
 from am_memory.session.lookup import WRITING_TOKENS, recall_for_answer, recall_while_writing
 from am_memory.session.pages import make_room
 from am_memory.session.shared import Shared
+from am_memory.session.transaction import Before, Transaction
 from am_memory.text.sampling import Sampler, Sampling
 from am_memory.text.text_stream import TextStream
 
@@ -65,16 +67,32 @@ class Piece:
     looked_up: tuple[Span, ...] = ()
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Made:
+    """The result of a step that is not given out yet: a piece, or the error that ended the answer."""
+
+    piece: Piece | None
+    error: Exception | None
+    before: Before | None
+
+
+@dataclass(eq=False)
 class Generation:
-    """One call of `Session.generate`.
+    """The model's answer: an iterator over its pieces, one for each token, made as they are asked for.
+
+    `Memory.generate_many` makes those of several sessions together. A caller that stops iterating keeps the tokens
+    given out so far.
 
     Attributes:
+        shared: what the sessions of the memory share.
         context: the conversation that the answer is added to.
         max_new_tokens: the limit.
         sampling: how each token is chosen.
         constraint: limits which tokens may be chosen; None: any may.
         top_logprobs: likely tokens listed in each `TokenLogprob`; None: pieces have no log probabilities.
+        num_tokens: tokens of the answer so far.
+        is_finished: nothing more is made: the answer is complete, has failed, or was closed.
+        error: why it has failed; None: it has not.
     """
 
     shared: Shared
@@ -86,26 +104,114 @@ class Generation:
 
     def __post_init__(self) -> None:
         engine = self.context.engine
+        self.num_tokens, self.is_finished = 0, False
+        self.error: Exception | None = None
+        self.unsent: list[Event] = []  # of steps that were made together with others
+        self._made: _Made | None = None
         self._sampler = Sampler(self.sampling)
         self._stream = TextStream(lambda ids: engine.decode(ids, skip_special=True), self.sampling.stop)
+        self._looked_up: tuple[Span, ...] = ()
         self._tokens: list[int] = []
         self._num_expected = 0
 
-    def pieces(self) -> Iterator[Piece]:
-        """Generate one token at a time; a caller that stops iterating keeps the tokens given out so far."""
-        constraints = () if self.constraint is None else (self.constraint,)
-        for number in range(1, self.max_new_tokens + 1):
-            with self.shared.engine_lock, self.context.transaction(*constraints):
-                if number == 1:
-                    looked_up = recall_for_answer(self.context)
-                    self._open_answer()
-                else:
-                    self._require_unchanged()
-                    looked_up = self._look_back(number)
-                piece = replace(self._next_piece(number), looked_up=looked_up)
-            yield piece
-            if piece.finish_reason is not None:
-                return
+    @property
+    def name(self) -> str:
+        """The name of its session."""
+        return self.context.name
+
+    def __iter__(self) -> Generation:
+        return self
+
+    def __next__(self) -> Piece:
+        if self._made is not None:
+            return self._take(self._made)
+        if self.is_finished:
+            raise StopIteration
+        try:
+            with self.shared.engine_lock, self.transaction():
+                self.prepare()
+                return self.choose(self.context.next_logits(keeps_room=True))
+        except BaseException as error:
+            self.is_finished, self.error = True, error if isinstance(error, Exception) else None
+            raise
+
+    def close(self) -> None:
+        """End the answer. A piece that is made already, and was not asked for, is taken back."""
+        self.is_finished = True
+        if (made := self._made) is not None and made.before is not None:
+            with self.shared.engine_lock:
+                if self._is_unchanged:
+                    made.before.put_back(self.context, self._constraints)
+        self._made = None
+
+    # The halves of a step: the caller holds the engine's lock, and has begun a transaction
+
+    def transaction(self) -> Transaction:
+        """A `with` block in which one step makes a token, or changes nothing."""
+        return self.context.transaction(*self._constraints)
+
+    def prepare(self) -> None:
+        """Begin the answer, or look back, before the conversation's last token is read."""
+        if self.num_tokens:
+            self._require_unchanged()
+            self._looked_up = self._look_back(self.num_tokens + 1)
+        else:
+            self._looked_up = recall_for_answer(self.context)
+            self._open_answer()
+
+    def choose(self, logits: Tensor) -> Piece:
+        """Choose the next token and add it to the conversation.
+
+        Args:
+            logits: (vocab_size,) float32, what the model expects after the conversation.
+        """
+        piece = replace(self._next_piece(logits, self.num_tokens + 1), looked_up=self._looked_up)
+        self.num_tokens += 1
+        self.is_finished = piece.finish_reason is not None
+        return piece
+
+    # A step that was made together with others
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `next` returns at once, or raises."""
+        return self._made is not None
+
+    def keep(self, piece: Piece, before: Before) -> None:
+        """Keep a piece until it is asked for.
+
+        Args:
+            before: the context before the step.
+        """
+        self._made = _Made(piece, None, before)
+
+    def fail(self, error: Exception) -> None:
+        """End the answer; `next` raises the error."""
+        self._made, self.is_finished = _Made(None, error, None), True
+
+    def interrupt(self) -> None:
+        """End the answer without the piece of a step that was undone."""
+        self._made, self.is_finished = None, True
+
+    def send_events(self) -> None:
+        """Give the events of steps that were made together with others to the listeners."""
+        while self.unsent:
+            self.context.notify(self.unsent.pop(0))
+
+    def _take(self, made: _Made) -> Piece:
+        self._made = None
+        self.send_events()
+        if made.error is not None:
+            self.error = made.error
+            raise made.error
+        assert made.piece is not None
+        return made.piece
+
+    # The parts of the halves
+
+    @property
+    def _constraints(self) -> tuple[Constraint, ...]:
+        return () if self.constraint is None else (self.constraint,)
 
     def _open_answer(self) -> None:
         """Add the tokens with which the chat template opens the model's answer."""
@@ -123,18 +229,22 @@ class Generation:
         """Recall, now and then, what the answer itself looks for."""
         return recall_while_writing(self.context) if number % WRITING_TOKENS == 1 else ()
 
+    @property
+    def _is_unchanged(self) -> bool:
+        """Whether no other call has changed the conversation since the last token."""
+        return self.context.tokens is self._tokens and len(self._tokens) == self._num_expected
+
     def _require_unchanged(self) -> None:
-        """Raise UnsupportedOperation if another call changed the conversation since the last token."""
-        if self.context.tokens is not self._tokens or len(self._tokens) != self._num_expected:
+        if not self._is_unchanged:
             raise UnsupportedOperation(
                 f"session {self.context.name!r} changed while it was generating: finish one generation before the next "
                 "call, or fork the session"
             )
 
-    def _next_piece(self, number: int) -> Piece:
+    def _next_piece(self, model_logits: Tensor, number: int) -> Piece:
         """Choose token `number` of the answer and add it to the conversation."""
         context, constraint, is_last = self.context, self.constraint, number == self.max_new_tokens
-        model_logits = logits = context.next_logits(keeps_room=True)
+        logits = model_logits
         if constraint is not None:
             logits = constraint.mask(logits, is_closing=number > self.max_new_tokens * (1 - CLOSING_SHARE))
         token_id = self._sampler.choose(logits, context.tokens)

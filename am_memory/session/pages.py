@@ -119,11 +119,15 @@ def make_room(context: Context, num_tokens: int = 1) -> None:
     Args:
         num_tokens: of the tokens that come next; as many of them as a compaction can always make room for.
     """
-    can_recall = context.recall_tokens > 0 and bool(context.cache.segments or context.mounts.mounted)
-    if can_recall and num_tokens > 1:
+    if num_tokens > 1:
         num_tokens = min(num_tokens, most_at_once(context.policy, context.rest_tokens, context.num_fixed))
-    while can_recall and context.tokens_at_rest + num_tokens > context.rest_tokens:
+    while is_room_kept(context) and context.tokens_at_rest + num_tokens > context.rest_tokens:
         context.compact()
+
+
+def is_room_kept(context: Context) -> bool:
+    """Whether anything can be recalled, so that room for it is kept while an answer is written."""
+    return context.recall_tokens > 0 and bool(context.cache.segments or context.mounts.mounted)
 
 
 def record_recall(context: Context, page: Page, *, is_exact: bool) -> None:

@@ -7,7 +7,7 @@ step that succeeds or changes nothing. `context.py` reads and compacts, `generat
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from am_memory.session import lookup, mounting, rebuild, recalling, refining
 from am_memory.session.appending import Content, checked_token_ids, encode, extend
 from am_memory.session.compact_texts import require_mountable
 from am_memory.session.context import Context
-from am_memory.session.generation import Generation, Piece
+from am_memory.session.generation import Generation
 from am_memory.session.limits import require_positions, require_token_ids
 from am_memory.session.mounts import Mount
 from am_memory.session.resuming import check_text
@@ -96,11 +96,13 @@ class Session:
         """How large it is now; while another thread works on it, how large it was before that step."""
         return stats_of(self._context)
 
-    def append(self, content: Content) -> int:
+    def append(self, content: Content, *, read_now: bool = True) -> int:
         """Add to the conversation and read it, compacting whenever the trigger is reached.
 
         Args:
             content: text as it stands, token ids, or chat messages ({"role": ..., "content": ...}).
+            read_now: False: leave it to the next call that needs it. `Memory.generate_many` reads it in parts, between
+                the tokens of other sessions.
 
         Returns:
             The number of tokens added.
@@ -112,7 +114,8 @@ class Session:
         """
         with self._shared.engine_lock, self._context.transaction():
             num_tokens = extend(self._context, encode(self, content))
-            self._context.read_all()
+            if read_now:
+                self._context.read_all()
         return num_tokens
 
     def generate(
@@ -122,7 +125,7 @@ class Session:
         constraint: Constraint | None = None,
         *,
         top_logprobs: int | None = None,
-    ) -> Iterator[Piece]:
+    ) -> Generation:
         """Let the model continue; its tokens become part of the conversation one by one.
 
         A caller that stops iterating keeps the tokens given out so far. After chat messages the chat template opens
@@ -148,7 +151,7 @@ class Session:
             raise InvalidInput("the constraint is complete, and allows nothing more: make a new one for each answer")
         self._require_tokens()
         sampling = sampling or self._shared.sampling
-        return Generation(self._shared, self._context, max_new_tokens, sampling, constraint, top_logprobs).pieces()
+        return Generation(self._shared, self._context, max_new_tokens, sampling, constraint, top_logprobs)
 
     def logits(self, continuation: str | Sequence[int]) -> Tensor:
         """The model's predictions at each token of a continuation, which does not become part of the conversation.

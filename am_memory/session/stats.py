@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from am_memory.formatting import counted, mebibytes
@@ -14,7 +15,11 @@ if TYPE_CHECKING:
     from am_memory.compaction.record import CompactionRecord
     from am_memory.engines.base import SessionCache
     from am_memory.session.context import Context
+    from am_memory.session.session import Session
     from am_memory.session.transaction import Before
+
+SHOWN_SESSIONS = 20
+"""Rows of sessions in a notebook's table."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -120,3 +125,11 @@ def html_table(title: str, rows: Mapping[str, object]) -> str:
     """A table of two columns for notebooks. Titles, names and values are escaped: a session's name may hold markup."""
     body = "".join(f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in rows.items())
     return f"<table><caption>{escape(title)}</caption>{body}</table>"
+
+
+def sessions_table(model: str, sessions: Mapping[str, Session]) -> str:
+    """The sizes of a memory's sessions as an HTML table."""
+    shown = {name: str(session.stats) for name, session in islice(sessions.items(), SHOWN_SESSIONS)}
+    if len(sessions) > len(shown):
+        shown["..."] = f"{len(sessions) - len(shown):,} more"
+    return html_table(f"Memory of {model}", shown)

@@ -110,10 +110,11 @@ class Transaction:
     def __init__(self, context: Context, others: tuple[Restorable, ...]) -> None:
         self._context, self._others = context, others
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Before:
         self._before = Before.of(self._context, self._others)
         self._outer = self._context.before_step
         self._context.before_step = self._outer or self._before
+        return self._before
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -18,7 +18,8 @@ from llguidance.hf import from_tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from am_memory.engines.base import Engine, OwnVocabulary
+from am_memory.engines.abilities import OwnVocabulary
+from am_memory.engines.base import Engine
 from am_memory.errors import InvalidInput, UnsupportedOperation
 from am_memory.text.json_schemas import GrammarSchema, for_grammar, left_out_by
 

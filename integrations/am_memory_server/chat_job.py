@@ -1,4 +1,7 @@
-"""A chat answer as a job of the scheduler: a chunk of the prompt or one token a step, updates to the client."""
+"""A chat answer as a job of the scheduler: a chunk of the prompt or one token a step, updates to the client.
+
+Tokens are awaited together with those of other answers.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,7 @@ class _ChatRun:
                     self.publish(view_update(self.conversation, self.answer.session))
                 is_last_chunk = isinstance(step, PromptProgress) and not step.left_tokens
                 if not is_last_chunk:  # the same turn generates the first token, too
-                    yield None
+                    yield self.answer.next_piece
             is_complete = True
             self.publish(Finished(self.answer, self.answer.session.stats))
         finally:

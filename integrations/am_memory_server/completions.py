@@ -96,7 +96,7 @@ def _job(service: Service, body: CompletionRequest, texts: list[_Text], owner: s
                 if not text.completion_tokens:
                     metrics.first_token_seconds.observe(time.monotonic() - arrived)
                 publish(_add(service.memory.engine, text, piece, body.logprobs is not None))
-                yield None
+                yield None if pieces.is_finished else pieces
             service.texts.keep(turn)
             metrics.prompt_tokens.inc(text.prompt_tokens)
             metrics.cached_tokens.inc(text.cached_tokens)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from am_memory.errors import AMMemoryError
 from am_memory_server.fair_queue import FairLimit
@@ -30,7 +30,16 @@ class HostCall:
     function: Callable[[], Any]
 
 
-Steps = Generator[HostCall | None, Any, T]
+class Awaited(Protocol):
+    """Work of a job that is done together with that of other jobs, such as the next token of an answer."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is done, so that the job's next step need not do it."""
+        ...
+
+
+Steps = Generator[HostCall | Awaited | None, Any, T]
 """A job that has started. Other jobs get their turns wherever it yields."""
 
 Job = Callable[[Publish, Any], Steps[object]]
@@ -71,6 +80,7 @@ class QueuedJob:
         start: starts the steps; None: the job is its preparation alone.
         limit: decides when the job becomes active.
         host_call: to be made before the next step; the preparation comes first.
+        awaited: to be done before the next step, together with that of other jobs.
     """
 
     key: TurnKey
@@ -78,6 +88,7 @@ class QueuedJob:
     limit: FairLimit[QueuedJob]
     loop: asyncio.AbstractEventLoop
     host_call: HostCall | None = None
+    awaited: Awaited | None = None
     updates: asyncio.Queue[object] = field(default_factory=asyncio.Queue)
     num_published: int = 0
     num_read: int = 0
@@ -111,8 +122,9 @@ class QueuedJob:
         """Run one step.
 
         Returns:
-            Whether it was the last one. If not, `host_call` may be set.
+            Whether it was the last one. If not, `host_call` or `awaited` may be set.
         """
+        self.awaited = None
         result, error, self._result, self._error = self._result, self._error, None, None
         try:
             if self.steps is None:
@@ -123,7 +135,11 @@ class QueuedJob:
             if self.is_cancelled:
                 self.steps.close()
                 return True
-            self.host_call = self.steps.send(result) if error is None else self.steps.throw(error)
+            needed = self.steps.send(result) if error is None else self.steps.throw(error)
+            if isinstance(needed, HostCall):
+                self.host_call = needed
+            else:
+                self.awaited = needed
             return False
         except StopIteration as stop:
             self.publish(JobEnd(stop.value, None))

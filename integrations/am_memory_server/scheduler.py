@@ -1,12 +1,14 @@
 """Runs jobs: one device thread, a step of each job in turn, and some host threads for work that needs no device.
 
+What jobs await together, as the tokens of their answers, is done for all of them between two of these steps.
+
 Owns the threads, the queues and their limits. Knows no HTTP, no messages and no model.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from threading import Condition, Thread
 from typing import Any, TypeVar
 
@@ -43,14 +45,18 @@ class Scheduler:
     Args:
         max_active: streams that take turns; the others wait for one of them to end. Each owner has a share of them.
         max_queued: waiting jobs of one owner.
+        together: does what several jobs await, or a part of it; some are ready then. None: each job does it alone.
     """
 
-    def __init__(self, *, max_active: int, max_queued: int) -> None:
-        self._max_queued = max_queued
+    def __init__(
+        self, *, max_active: int, max_queued: int, together: Callable[[Sequence[Any]], None] | None = None
+    ) -> None:
+        self._max_queued, self._together = max_queued, together
         self._changed = Condition()
         self._streams: FairLimit[QueuedJob] = FairLimit(max_active)
         self._calls: FairLimit[QueuedJob] = FairLimit(0)  # an owner's calls run one after the other
         self._ready: FairQueue[QueuedJob] = FairQueue()  # for the device thread
+        self._awaiting: dict[QueuedJob, None] = {}  # for the device thread as well
         self._host_queue: FairQueue[QueuedJob] = FairQueue()
         self._host_owners: set[str] = set()  # whose host call is being made
         self._blocked: set[QueuedJob] = set()  # their clients do not read
@@ -178,7 +184,10 @@ class Scheduler:
     def _admit(self, limit: FairLimit[QueuedJob]) -> None:
         for job in limit.admit():
             self._parked.pop(job, None)
-            (self._ready if job.host_call is None else self._host_queue).push(job.key, job)
+            if job.host_call is None:
+                self._put_in_line(job)
+            else:
+                self._host_queue.push(job.key, job)
         self._changed.notify_all()
 
     def _resume(self, job: QueuedJob) -> None:
@@ -194,8 +203,15 @@ class Scheduler:
             job.limit.waiting.push(job.key, job)
             self._admit(job.limit)
         else:
-            self._ready.push(job.key, job)
+            self._put_in_line(job)
             self._changed.notify_all()
+
+    def _put_in_line(self, job: QueuedJob) -> None:
+        """Let the device thread run the job's next step."""
+        if job.awaited is not None and self._together is not None:
+            self._awaiting[job] = None
+        else:
+            self._ready.push(job.key, job)
 
     def _park(self, job: QueuedJob) -> None:
         """Let another job be active until the client reads again."""
@@ -252,13 +268,30 @@ class Scheduler:
     def _run_device(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: len(self._ready) or self._is_done)
-                if not len(self._ready):
+                self._changed.wait_for(lambda: len(self._ready) or self._awaiting or self._is_done)
+                if not (len(self._ready) or self._awaiting):
                     return
-                job = self._ready.pop()
-            was_last = job.step()
-            with self._changed:
-                self._after_step(job, was_last)
+                job = self._ready.pop() if len(self._ready) else None
+                awaiting = list(self._awaiting)
+            if job is not None:
+                self._step(job)
+            if awaiting:
+                self._step_together(awaiting)
+
+    def _step(self, job: QueuedJob) -> None:
+        was_last = job.step()
+        with self._changed:
+            self._after_step(job, was_last)
+
+    def _step_together(self, jobs: Sequence[QueuedJob]) -> None:
+        """Do what these jobs await; each of them that has it then, or has lost its client, makes its step."""
+        assert self._together is not None
+        self._together([job.awaited for job in jobs if not job.is_cancelled])
+        for job in jobs:
+            if job.is_cancelled or job.awaited is None or job.awaited.is_ready:
+                with self._changed:
+                    del self._awaiting[job]
+                self._step(job)
 
     def _run_host(self) -> None:
         while True:

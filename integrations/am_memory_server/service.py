@@ -17,6 +17,7 @@ from am_memory.conversations.threads import Threads
 from am_memory.errors import SessionChanged, SessionDeleted, StorageError
 from am_memory.events import CompactionFinished, CompactionReport, Event, Listener
 from am_memory.memory import Memory
+from am_memory.session.batch import Batch
 from am_memory.session.saving import snapshot
 from am_memory.session.session import Session
 from am_memory_server.errors import logger
@@ -46,7 +47,9 @@ class Service:
         self.texts = Texts(memory, max_bytes=max(texts_bytes, 1))
         self.responses = KeptResponses(settings.max_responses)
         self.metrics = Metrics(self.sizes)
-        self.scheduler = Scheduler(max_active=settings.max_active, max_queued=settings.max_queued)
+        self.scheduler = Scheduler(
+            max_active=settings.max_active, max_queued=settings.max_queued, together=Batch().step
+        )
         self.created = int(time.time())
 
     def sizes(self) -> Sizes:

@@ -52,8 +52,8 @@ class ServerSettings(Settings):
         max_connections: open connections; a new one closes the oldest one without a request.
         body_seconds: time for the body of a request to arrive.
         idle_seconds: time that a connection may stay open without a request, or without reading what it was sent.
-        max_active: answers that are generated at once, token by token in turn. Each key has a share of them, at least
-            one.
+        max_active: answers that are generated together, a token of each in one pass. Each key has a share of them, at
+            least one.
         max_queued: waiting requests of one key, of any kind.
         max_sessions: conversations kept in memory; each branch counts.
         max_session_bytes: size of their caches.
@@ -82,7 +82,7 @@ class ServerSettings(Settings):
     max_connections: PositiveInt = 512
     body_seconds: Seconds = 60.0
     idle_seconds: Seconds = 30.0
-    max_active: PositiveInt = 4
+    max_active: PositiveInt = 16
     max_queued: PositiveInt = 64
     max_sessions: Annotated[int, Field(ge=2)] = 64
     max_session_bytes: Annotated[int, Field(ge=2)] = 4096 * MEBIBYTE

@@ -14,6 +14,7 @@ from langchain_core.messages.ai import UsageMetadata
 from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 
+from am_memory import Generation
 from am_memory.conversations.chat import HostWork, answer_chat
 from am_memory.conversations.chat_answer import ChatAnswer, Delta, Part
 from am_memory.conversations.reasoning import Reasoning
@@ -23,9 +24,13 @@ from am_memory.errors import PromptTooLong
 PROVIDER = "am_memory"
 
 
+AnswerStep = ChatGenerationChunk | Generation | None
+"""A chunk; or a step without one: an answer whose next piece may be made together with others', or None."""
+
+
 def generate_chunks(
     answer: ChatAnswer, model_name: str, *, timeout: float | None, max_retries: int
-) -> Generator[ChatGenerationChunk, None, None]:
+) -> Generator[AnswerStep, None, None]:
     """Generate an answer as chunks; the last one holds usage and figures. The conversation is kept at the end.
 
     Args:
@@ -49,6 +54,7 @@ def generate_chunks(
                 )
             if isinstance(step, Delta):
                 yield from map(chunks.chunk, step.parts)
+            yield answer.next_piece
     except PromptTooLong as error:
         raise ContextOverflowError(str(error)) from error
     yield chunks.last(answer, model_name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from contextlib import aclosing, closing
 from threading import Lock
 from typing import Any, get_args
 
@@ -21,7 +22,7 @@ from am_memory.conversations.chat_answer import ChatAnswer
 from am_memory.conversations.threads import Threads
 from am_memory.engines.names import EngineName
 from am_memory.errors import InvalidInput, unknown
-from langchain_am_memory.answers import PROVIDER, generate_chunks, merged
+from langchain_am_memory.answers import PROVIDER, AnswerStep, generate_chunks, merged
 from langchain_am_memory.call_options import CallOptions, check_arguments, one_choice, openai_tools
 from langchain_am_memory.compactions import CallbackRun, Emit, LoopEmitter, listener
 from langchain_am_memory.limits import Limit, with_limits
@@ -259,7 +260,7 @@ class ChatAMMemory(ThreadedChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         thread = take_thread(kwargs, run_manager)
-        return merged(list(self._chunks(messages, stop, thread, CallbackRun.of(run_manager).emit, **kwargs)))
+        return merged(list(self._chunks(messages, stop, thread, CallbackRun.of(run_manager), **kwargs)))
 
     def _stream(
         self,
@@ -269,7 +270,7 @@ class ChatAMMemory(ThreadedChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         thread = take_thread(kwargs, run_manager)
-        for chunk in self._chunks(messages, stop, thread, CallbackRun.of(run_manager).emit, **kwargs):
+        for chunk in self._chunks(messages, stop, thread, CallbackRun.of(run_manager), **kwargs):
             if run_manager is not None:
                 run_manager.on_llm_new_token(chunk.text, chunk=chunk)
             yield chunk
@@ -301,20 +302,23 @@ class ChatAMMemory(ThreadedChatModel):
         self, messages: list[BaseMessage], stop: list[str] | None, thread: str, run: CallbackRun, **kwargs: Any
     ) -> AsyncIterator[ChatGenerationChunk]:
         """`_chunks`, with each step on the memory's worker."""
-        loop = asyncio.get_running_loop()
-        memory = (await asyncio.to_thread(self.threads, kwargs.get("model"))).memory
-        worker, emitter = worker_of(memory), LoopEmitter(run, loop)
-        chunks = self._chunks(messages, stop, thread, emitter.emit, **kwargs)
-        try:
-            while (chunk := await loop.run_in_executor(worker, next, chunks, None)) is not None:
+        worker = worker_of((await asyncio.to_thread(self.threads, kwargs.get("model"))).memory)
+        emitter = LoopEmitter(run, asyncio.get_running_loop())
+        async with aclosing(worker.results(self._steps(messages, stop, thread, emitter.emit, **kwargs))) as chunks:
+            async for chunk in chunks:
                 await emitter.flush()
                 yield chunk
-        finally:
-            worker.submit(chunks.close)  # after the step that may still be running
 
     def _chunks(
+        self, messages: list[BaseMessage], stop: list[str] | None, thread: str, run: CallbackRun, **kwargs: Any
+    ) -> Iterator[ChatGenerationChunk]:
+        """The chunks of `_steps`, made in the caller's thread."""
+        with closing(self._steps(messages, stop, thread, run.emit, **kwargs)) as steps:
+            yield from (step for step in steps if isinstance(step, ChatGenerationChunk))
+
+    def _steps(
         self, messages: list[BaseMessage], stop: list[str] | None, thread: str, emit: Emit, **kwargs: Any
-    ) -> Generator[ChatGenerationChunk, None, None]:
+    ) -> Generator[AnswerStep, None, None]:
         """The answer in chunks. The conversation is kept once the answer is complete."""
         options = self._options(kwargs, stop)
         threads, name = self.threads(options.model), str(options.model or self._model_name)

@@ -10,7 +10,7 @@ from inside import cache_of
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from am_memory.engines.base import Branching
+from am_memory.engines.abilities import Branching
 from am_memory.engines.partwise import plain_partial_attention
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidInput

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from am_memory.engines.base import Branches
+from am_memory.engines.abilities import Branches
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.kv_cache.cache import KVCache
 from am_memory.queries import StudyConversations, queries_on_scratch, self_study, self_study_queries

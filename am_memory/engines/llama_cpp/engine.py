@@ -14,7 +14,8 @@ import torch
 from llguidance import LLTokenizer
 from torch import Tensor
 
-from am_memory.engines.base import Branches, ControlTokens, Message, ModelInfo, OnQuery, SessionCache, Tool
+from am_memory.engines.abilities import Branches
+from am_memory.engines.base import ControlTokens, Message, ModelInfo, OnQuery, SessionCache, Tool
 from am_memory.engines.fingerprints import file_fingerprint, template_fingerprint
 from am_memory.engines.gguf_header import BadHeader, read_header, require_vocabulary
 from am_memory.engines.llama_cpp import support

@@ -19,7 +19,8 @@ from am_memory.engines.branches import BranchLayer
 from am_memory.engines.transformers import capped, fused
 from am_memory.engines.transformers.sinks import sdpa_with_sinks, with_sinks
 from am_memory.errors import UnsupportedOperation
-from am_memory.kv_cache.layers import CompactableLayer
+from am_memory.kv_cache.batch import BatchLayer
+from am_memory.kv_cache.layers import CompactableLayer, SlidingLayer
 from am_memory.kv_cache.slots import Slots
 
 ATTENTION_NAME = "am_memory"
@@ -64,7 +65,7 @@ def attention_forward(
         (1, num_tokens, num_attention_heads, head_dim), and None for the weights.
     """
     is_deferred, sinks, softcap = kwargs.pop(IS_DEFERRED, False), kwargs.pop(SINKS, None), kwargs.pop(SOFTCAP, None)
-    layer: CompactableLayer | BranchLayer | None = None if is_deferred else getattr(key, "am_layer", None)
+    layer: CompactableLayer | BranchLayer | BatchLayer | None = None if is_deferred else getattr(key, "am_layer", None)
     if layer is None and not is_deferred:
         if softcap is not None:
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -73,6 +74,8 @@ def attention_forward(
         if sinks is not None:
             return sdpa_with_sinks(query, key, value, attention_mask, scaling, sinks), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if isinstance(layer, BatchLayer):
+        attention_mask = None  # a single token attends to all that its own cache holds
     if attention_mask is not None:
         raise UnsupportedOperation(NO_MASK)
     if strange := [name for name, value in kwargs.items() if value is not None and name not in IRRELEVANT]:
@@ -83,6 +86,31 @@ def attention_forward(
     if isinstance(layer, BranchLayer):
         output, _ = with_sinks(*layer.attend(query, scaling), sinks)
         return output.transpose(1, 2).contiguous(), None
+    if isinstance(layer, BatchLayer):
+        rows = zip(layer.layers, query.tensor_split(len(layer.layers)), layer.entries, strict=True)
+        output = torch.cat([_attend_in(one, row, *entries, scaling, sinks, softcap) for one, row, entries in rows])
+    else:
+        output = _attend_in(layer, query, key, value, scaling, sinks, softcap)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _attend_in(
+    layer: CompactableLayer | SlidingLayer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    sinks: Tensor | None,
+    softcap: float | None,
+) -> Tensor:
+    """Attention of the newest tokens of one cache, whose queries are handed out.
+
+    Args:
+        layer: a window only with a single token, which attends to all its keys.
+    """
+    if isinstance(layer, SlidingLayer):
+        output, _ = _attend_with_sinks(query, key, value, None, scaling, sinks, softcap)
+        return output
     layer.scaling, layer.sinks, layer.softcap, slots = scaling, sinks, softcap, layer.slots
     output, log_mass = attend_to(layer, query, key, value, layer.write_position)
     if layer.query_sink is not None:
@@ -90,7 +118,7 @@ def attention_forward(
         layer.query_sink(query.reshape(*grouped, query.shape[3]), log_mass.reshape(grouped))
         if layer.slots is not slots:  # compacted by these very queries
             output, _ = attend_to(layer, query, *layer.tail)
-    return output.transpose(1, 2).contiguous(), None
+    return output
 
 
 def attend_to(
@@ -98,14 +126,30 @@ def attend_to(
 ) -> tuple[Tensor, Tensor]:
     """Attention over a layer's slots, these keys and its sink; see `attend` for arguments and results."""
     assert layer.scaling is not None
-    if layer.softcap is None:
-        parts = attend(query, key, value, layer.slots, layer.scaling, write_position)
+    return _attend_with_sinks(
+        query, key, value, layer.slots, layer.scaling, layer.sinks, layer.softcap, write_position=write_position
+    )
+
+
+def _attend_with_sinks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Slots | None,
+    scaling: float,
+    sinks: Tensor | None,
+    softcap: float | None,
+    *,
+    write_position: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over slots, keys and sinks; scores may be capped. See `attend` for arguments and results."""
+    if softcap is None:
+        parts = attend(query, key, value, slots, scaling, write_position)
     elif write_position is not None:
         raise RuntimeError("there is no kernel that caps scores")
     else:
-        decoded = layer.slots.decoded() if layer.slots is not None else None
-        parts = capped.attend(query, key, value, decoded, layer.scaling, layer.softcap)
-    return with_sinks(*parts, layer.sinks)
+        parts = capped.attend(query, key, value, slots.decoded() if slots is not None else None, scaling, softcap)
+    return with_sinks(*parts, sinks)
 
 
 def attend(

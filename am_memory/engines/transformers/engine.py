@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from am_memory.engines.fingerprints import model_fingerprint, of_template, of_to
 from am_memory.engines.templates import control_tokens, template_errors
 from am_memory.engines.transformers import adapters, attention, support
 from am_memory.engines.transformers.adapters import Adapters, unwrapped
+from am_memory.engines.transformers.batches import Batches
 from am_memory.engines.transformers.compiled import compile_layers
 from am_memory.engines.transformers.driven import watch
 from am_memory.engines.transformers.graphs import shortcut, token_graphs
@@ -120,6 +122,7 @@ class TransformersEngine:
             refuse_too_long_answers(model, max_tokens)
         self.chunk_tokens = CPU_CHUNK_TOKENS if model.device.type == "cpu" else GPU_CHUNK_TOKENS
         self._graphs = token_graphs(model, self._read_token, self.new_cache)
+        self._batches = Batches(model, self._step, self.new_cache)
         if compile or self._graphs is not None:  # these read single tokens, and hand out no queries
             self.capabilities = replace(self.capabilities, free_query_tokens=2)
         forward = model.forward
@@ -187,6 +190,21 @@ class TransformersEngine:
                 input_ids=ids, use_cache=True, logits_to_keep=num_logits, **{self._cache_argument: cache}
             )
         return output.logits[0, :, : self.info.vocab_size].float()  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def forward_batch(
+        self, caches: Sequence[SessionCache], token_ids: Sequence[int], on_query: Sequence[OnQuery | None]
+    ) -> Tensor | None:
+        ours = [_ours(cache) for cache in caches]
+        for cache in ours:
+            self._require_adapters(cache)
+            self._require_positions(cache.num_tokens + 1)
+        if not self._batches.are_possible:
+            return None
+        with ExitStack() as reading:
+            for cache, sink in zip(ours, on_query, strict=True):
+                reading.enter_context(_Reading(cache, sink))
+            return self._batches.read(ours, token_ids)
 
     @torch.no_grad()
     def branches(self, cache: SessionCache, beginnings: Sequence[Sequence[int]]) -> TextBranches | None:

@@ -387,3 +387,63 @@ async def test_on_shutdown_accepted_jobs_finish_and_new_ones_are_refused() -> No
     assert [len(found) for found in await asyncio.gather(*jobs)] == [50, 50, 50]
     with pytest.raises(ShuttingDown):
         await all_of(scheduler, "d", counting("d", 1, []))
+
+
+class Shared:
+    """Work that is done together with that of others."""
+
+    is_ready = False
+
+
+def sharing(name: str, num_steps: int, begun: list[str], seen: list[str]) -> Job:
+    def steps(publish: Publish, found: object) -> Steps[None]:
+        begun.append(name)
+        while len(begun) < 3:
+            yield None
+        for _ in range(num_steps):
+            work = Shared()
+            yield work
+            assert work.is_ready
+            seen.append(name)
+            publish(name)
+
+    return steps
+
+
+async def test_what_jobs_await_is_done_for_all_of_them_at_once() -> None:
+    done: list[int] = []
+
+    def together(works: list[Shared]) -> None:
+        done.append(len(works))
+        for work in works:
+            work.is_ready = True
+
+    scheduler = Scheduler(max_active=3, max_queued=3, together=together)
+    begun, seen = list[str](), list[str]()
+    jobs = [all_of(scheduler, name, sharing(name, 5, begun, seen)) for name in "abc"]
+    assert await asyncio.gather(*jobs) == [["a"] * 5, ["b"] * 5, ["c"] * 5]
+    assert len(done) <= 8
+    assert max(done) == 3
+    await asyncio.to_thread(scheduler.close)
+
+
+async def test_a_job_waits_until_what_it_awaits_is_done() -> None:
+    """Others go on meanwhile, and its client may leave."""
+    slow: list[Shared] = []
+
+    def together(works: list[Shared]) -> None:
+        slow[:] = slow or works[:1]
+        for work in works:
+            work.is_ready = work is not slow[0]
+
+    scheduler = Scheduler(max_active=3, max_queued=3, together=together)
+    begun, seen = ["c"], list[str]()
+    stuck = asyncio.ensure_future(all_of(scheduler, "a", sharing("a", 1, begun, seen)))
+    await until(lambda: len(begun) == 2)
+    begun.append("")
+    await until(lambda: slow)
+    assert await all_of(scheduler, "b", sharing("b", 4, begun, seen)) == ["b"] * 4
+    assert "a" not in seen
+    await given_up(stuck)
+    await asyncio.to_thread(scheduler.close)
+    assert scheduler.num_active == 0
