@@ -18,6 +18,7 @@ from am_memory.compaction.compact import is_out_of_memory
 from am_memory.engines.abilities import Batching
 from am_memory.errors import InvalidInput, UnsupportedOperation
 from am_memory.session.kept_queries import KeptQueries
+from am_memory.session.notices import warn_beyond_window
 from am_memory.session.pages import is_room_kept
 from am_memory.session.transaction import Before
 
@@ -280,7 +281,7 @@ def _read_together(contexts: Sequence[Context]) -> Tensor | None:
         return None
     kept = [KeptQueries(context, 1) for context in contexts]
     for context in contexts:
-        context.notify_beyond_window(1)
+        warn_beyond_window(context, 1)
     token_ids = [context.tokens[-1] for context in contexts]
     logits = engine.forward_batch([context.cache for context in contexts], token_ids, [each.on_query for each in kept])
     if logits is not None:

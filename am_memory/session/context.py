@@ -36,7 +36,6 @@ from am_memory.events import (
     CompactionStarted,
     Listener,
     ReadProgress,
-    WindowExceeded,
 )
 from am_memory.kv_cache.cache import Snapshot
 from am_memory.kv_cache.checkpoint import Checkpoint
@@ -193,14 +192,8 @@ class Context:
     def forward(self, token_ids: Sequence[int], num_logits: int = 0) -> Tensor:
         """Read tokens into the cache in one pass (see `Engine.forward`), and keep their queries if the policy does."""
         token_ids = mounting.read_waiting(self, token_ids)
-        self.notify_beyond_window(len(token_ids))
+        notices.warn_beyond_window(self, len(token_ids))
         return read_and_keep_queries(self, token_ids, num_logits)
-
-    def notify_beyond_window(self, num_tokens: int) -> None:
-        """Emit `WindowExceeded` if the next `num_tokens` are the first beyond the model's context window."""
-        before, window = self.cache.num_tokens, self.engine.info.window_tokens
-        if before <= window < before + num_tokens:
-            self.notify(WindowExceeded(self.name, before + num_tokens, window, self._immovable))
 
     @property
     def rest_tokens(self) -> int:
@@ -348,11 +341,11 @@ class Context:
             cache.segments,
             cache.num_heads,
             recall_tokens=self.recall_tokens,
-            window_tokens=self.engine.info.window_tokens if self._immovable is None else None,
+            window_tokens=self.engine.info.window_tokens if self.why_keys_stay is None else None,
         )
 
     @property
-    def _immovable(self) -> str | None:
+    def why_keys_stay(self) -> str | None:
         """Why compacted keys cannot move to nearer positions; None: they can."""
         if self.policy.experiments.recompaction == "refit":
             return "recompaction 'refit' has one segment for all that was said"

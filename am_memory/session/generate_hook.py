@@ -19,6 +19,7 @@ from am_memory.events import ReadProgress
 from am_memory.kv_cache.cache import KVCache
 from am_memory.session.context import Context
 from am_memory.session.limits import require_positions, require_token_ids
+from am_memory.session.notices import warn_beyond_window
 
 
 def watched(context: Context) -> KVCache:
@@ -99,7 +100,7 @@ class _Watch:
                 if num_wanted:
                     logits.append(piece_logits)
                 context.notify(ReadProgress(context.name, cache.num_tokens - start, end - start))
-        context.notify_beyond_window(end - cache.num_tokens)
+        warn_beyond_window(context, end - cache.num_tokens)
         if context.live is not None:
             for index, layer in enumerate(cache.compactable):
                 layer.query_sink = partial(context.live.add, index)

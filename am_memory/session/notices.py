@@ -1,10 +1,10 @@
-"""What a compaction tells: its progress, a few times a stage, and warnings once it was swapped in."""
+"""What listeners are told beside the events of each step: progress, a few times a stage, and warnings."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from am_memory.events import GateMissed, LittleKept
+from am_memory.events import GateMissed, LittleKept, WindowExceeded
 
 if TYPE_CHECKING:
     from am_memory.compaction.job import CompactionResult
@@ -45,3 +45,10 @@ def warn(context: Context, result: CompactionResult, kept_before: float) -> None
         context.notify(LittleKept(context.name, sizes.compact_slots, num_tokens))
     if limit is not None and result.held_out_error is not None and result.held_out_error > limit:
         context.notify(GateMissed(context.name, segment.start, segment.end, result.held_out_error, limit))
+
+
+def warn_beyond_window(context: Context, num_tokens: int) -> None:
+    """Emit `WindowExceeded` if the next `num_tokens` are the first beyond the model's context window."""
+    before, window = context.cache.num_tokens, context.engine.info.window_tokens
+    if before <= window < before + num_tokens:
+        context.notify(WindowExceeded(context.name, before + num_tokens, window, context.why_keys_stay))

@@ -50,10 +50,8 @@ class ChatAMMemory(ThreadedChatModel):
     Args:
         model: a hub id, a folder, a .gguf file, "demo" for the bundled model, or a `Memory`. Loaded at the first call.
         engine: "transformers", or "llama_cpp", which runs a .gguf file quantised, as it is.
-        trigger: the cache size that starts a compaction: 8192 or ("tokens", 8192), or ("fraction", 0.8) of the context
-            window.
-        keep: the newest part of the cache, which a compaction leaves exact: 2048, ("tokens", 2048), or ("fraction",
-            0.5) of the trigger. Not in messages: one message may be longer than the cache.
+        trigger: the cache size that starts a compaction: 8192, ("tokens", 8192), or ("fraction", 0.8) of the window.
+        keep: the newest part of the cache, which a compaction leaves exact: 2048, or ("fraction", 0.5) of the trigger.
         policy: all settings of the memory. `trigger` and `keep` replace its own.
         device, dtype, compile, trust_messages, window_tokens, trust_remote_code, originals_bytes, originals_disk_bytes:
             as in `Memory.from_pretrained`.
