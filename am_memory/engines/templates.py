@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from am_memory.engines.base import ControlTokens, Message, Tool
 from am_memory.errors import InvalidInput
+
+RESERVED = frozenset(
+    {
+        "messages",
+        *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters,
+        *inspect.signature(render_jinja_template).parameters,
+        *PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES,
+    }
+)
+"""Names that a render has itself: as variables of a template they would change more than the template's text."""
+
+
+def is_template_option(name: str) -> bool:
+    """Whether a caller may set a variable of this name for a chat template."""
+    return name.isidentifier() and not name.startswith("_") and name not in RESERVED
 
 
 def render_template(

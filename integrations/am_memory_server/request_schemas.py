@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, StrictBool, field_validator, model_validator
 
+from am_memory.engines.templates import is_template_option
 from am_memory.text.sampling import MAX_BIASES, MAX_STOP_CHARS, MAX_STOPS
 from am_memory_server.bodies import Body, few_names, without_nulls
 from am_memory_server.message_schemas import ChatMessage, ChatTool, NamedTool, ResponseFormat
@@ -18,15 +19,6 @@ SAMPLING = (
     *("seed", "temperature", "top_p", "min_p", "repetition_penalty"),
     *("presence_penalty", "frequency_penalty", "logit_bias"),
 )
-RESERVED_OPTIONS = (
-    *("add_generation_prompt", "bos_token", "chat_template", "continue_final_message", "conversation"),
-    *("conversations", "documents", "eos_token", "max_length", "messages"),
-    *("pad_token", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors"),
-    *("tokenize", "tokenizer", "tokenizer_kwargs", "tools", "truncation"),
-    *("unk_token"),
-)
-"""Variables of chat templates that the server itself sets."""
-
 TokenCount = Annotated[int, Field(ge=1, lt=2**31)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -45,9 +37,9 @@ def not_too_many(messages: Any) -> Any:
 
 
 def require_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Refuse variables of a chat template that are the server's, or that no template can have."""
+    """Refuse variables that are not the chat template's own."""
     for name in options:
-        if name in RESERVED_OPTIONS or name.startswith("_") or not name.isidentifier():
+        if not is_template_option(name):
             raise ValueError(f"{name[:100]!r} cannot be set here: give variables of the model's chat template")
     return options
 
