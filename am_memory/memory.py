@@ -31,6 +31,7 @@ from am_memory.session.context import Context
 from am_memory.session.generate_hook import watched
 from am_memory.session.generation import Generation, Piece
 from am_memory.session.limits import require_possible
+from am_memory.session.preparing import prepare
 from am_memory.session.reopening import reopened
 from am_memory.session.resuming import check_origin, policy_of
 from am_memory.session.saving import SavedCopy, rename
@@ -331,11 +332,7 @@ class Memory:
         return TextMaking.of(self.scratch(policy=policy), name, content, tools).run()
 
     def text(self, name: str) -> TextCache:
-        """The compact text of that name, for `Session.mount`. It needs no engine, so another thread may read it.
-
-        Raises:
-            TextNotFound, StorageError: there is none, or it cannot be read.
-        """
+        """The compact text of that name, for `Session.mount`, in any thread. Raises TextNotFound or StorageError."""
         return self._shared.texts.get(name)
 
     def compact_texts(self) -> list[CompactText]:
@@ -377,6 +374,10 @@ class Memory:
         """
         policy = self.policy.with_changes(originals="drop", recall_tokens=0, refine="off")
         return watched(self._new_context("generate()", policy, ChatHistory()))
+
+    def prepare(self) -> None:
+        """Measure the model now and not at its first compaction, unless it was measured before on this machine."""
+        prepare(self._shared, self.policy)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens around it."""

@@ -18,7 +18,8 @@ MAX_HEAD_BYTES = 16 * 2**10
 
 
 def serve(memory: Memory, settings: ServerSettings) -> None:
-    """Serve until SIGINT or SIGTERM."""
+    """Prepare the memory, so that no client waits for that, and serve until SIGINT or SIGTERM."""
+    memory.prepare()
     sys.setswitchinterval(SWITCH_SECONDS)
     uvicorn.Server(uvicorn_config(create_app(memory, settings), settings)).run()
 
