@@ -21,6 +21,7 @@ import langchain_am_memory
 import pytest
 import torch
 import typer
+from draw_demo import COLUMNS, draw
 from serving import running
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
@@ -141,6 +142,15 @@ def names_of_langchain() -> dict[str, Any]:
 
 NAMES = {"langchain.md": names_of_langchain}
 """What a page's code takes for granted, by page."""
+
+
+def test_the_picture_of_the_demo_is_drawn_from_its_record() -> None:
+    docs = ROOT / "docs"
+    record = (docs / "demo.txt").read_text(encoding="utf-8").splitlines()
+    picture = (docs / "demo.svg").read_text(encoding="utf-8")
+    assert picture == draw(record)
+    assert len(picture) < 30_000
+    assert max(map(len, record)) <= COLUMNS
 
 
 # Commands

@@ -114,15 +114,14 @@ def conclusion(model: str, written: Sequence[Letter], answers: Answers, readers:
     facts = [fact for letter in written for fact in letter.facts]
     right = {name: sum(answer[fact] == fact.code for fact in facts) for name, answer in answers.items()}
     share = readers[MEMORY].stats.kv_bytes / max(readers[EVERYTHING].stats.kv_bytes, 1)
-    is_small = model == "demo"
+    chat_model = "MODEL" if model == "demo" else model
     return (
-        f"\nIn {share:.0%} of the cache's bytes, the memory knows {right[MEMORY]} of {len(facts)} ships; the whole cache "
-        f"knows {right[EVERYTHING]}, and the last letters alone {right[TRUNCATED]}.\n\n"
+        f"\nIn {share:.0%} of the cache's bytes, the memory knows {right[MEMORY]} of {len(facts)} ships; the whole "
+        f"cache knows {right[EVERYTHING]}, and the last letters alone {right[TRUNCATED]}.\n\n"
         "Next:\n"
-        "  am-memory compare --text FILE       what is still known of a text of yours, beside other methods\n"
-        f"  am-memory chat --model {'MODEL ' if is_small else model}        a talk without an end"
-        f"{'; docs/models.md names small models that can talk' if is_small else ''}\n"
-        "  README.md                           four examples: Python, generate(), LangChain, a server"
+        "  am-memory compare --text FILE   what is still known of a text of yours, beside other methods\n"
+        f"  am-memory chat --model {chat_model}    a talk without an end; docs/models.md names small models for it\n"
+        "  README.md                       four examples: Python, generate(), LangChain, a server"
     )
 
 
