@@ -16,6 +16,7 @@ from pathlib import Path
 DOCS = Path(__file__).parent.parent / "docs"
 ROWS, LINE_HEIGHT, CHAR_WIDTH, MARGIN = 26, 17, 7.6, 16
 COLUMNS = 100
+FONTS = "ui-monospace, Menlo, Consolas, DejaVu Sans Mono, monospace"
 SECONDS = (("letter ", 1.2), ("  compacted", 0.9), ("  █", 0.5), ("│", 0.25), ("", 0.1))
 """How long a line is the last one, by its beginning."""
 END_SECONDS = 8.0
@@ -40,8 +41,8 @@ def draw(lines: Sequence[str]) -> str:
     width, height = COLUMNS * CHAR_WIDTH + 2 * MARGIN, ROWS * LINE_HEIGHT + 2 * MARGIN
     end = (ROWS - len(lines)) * LINE_HEIGHT
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" xml:space="preserve" viewBox="0 0 {width:.0f} {height}" width="{width:.0f}" '
-        'role="img" font-family="ui-monospace, Menlo, Consolas, DejaVu Sans Mono, monospace" font-size="12.6">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" width="{width:.0f}" '
+        f'xml:space="preserve" role="img" font-family="{FONTS}" font-size="12.6">',
         "<title>am-memory demo: letters far longer than the cache, and what the model recalls of them</title>",
         "<style>",
         f"@keyframes scroll {{ {' '.join(keyframes(lines))} }}",
