@@ -67,9 +67,9 @@ def draw(context: Context) -> Figure:
         )
     axis.set(xlabel="tokens of the conversation", ylabel="slots per token", xlim=(0, max(cache.num_tokens, 1)))
     axis.set_title(
-        f"{context.name}: {cache.num_tokens:,} tokens in {cache.kv_tokens:,.0f} slots, {mebibytes(cache.nbytes)}",
+        f"{context.name}: {len(context.tokens):,} tokens in {cache.kv_tokens:,.0f} slots, {mebibytes(cache.nbytes)}",
         fontsize=10,
     )
-    if parts:
+    if any(part.kind != "pinned" for part in parts):
         axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure

@@ -17,8 +17,8 @@ from am_memory.session.picture import held_by
 
 @pytest.fixture
 def session(engine: TransformersEngine) -> Session:
-    session = Memory(engine, plain_policy(trigger_tokens=100, keep_ratio=0.25, originals="host")).session("owl")
-    session.append(some_tokens(300))
+    session = Memory(engine, plain_policy(trigger_tokens=400, keep_ratio=0.25, originals="host")).session("owl")
+    session.append(some_tokens(1000))
     return session
 
 
@@ -27,7 +27,7 @@ def test_every_token_has_its_place_in_the_picture(session: Session) -> None:
     parts = [part for part in held_by(context_of(session)) if part.kind != "recalled"]
     assert [part.kind for part in parts] == ["pinned", *["compact"] * len(session.segments), "exact"]
     assert [part.start for part in parts] == [0, *(part.end for part in parts[:-1])]
-    assert parts[-1].end == 300
+    assert parts[-1].end == 999  # the last token is read with the next ones
     held = sum((part.end - part.start) * part.share for part in parts)
     assert held == pytest.approx(session.stats.kv_tokens, abs=session.stats.recalled_tokens + 1)
 
@@ -35,7 +35,7 @@ def test_every_token_has_its_place_in_the_picture(session: Session) -> None:
 def test_a_session_is_drawn(session: Session) -> None:
     pytest.importorskip("matplotlib")
     (axis,) = session.plot().axes
-    assert axis.get_title().startswith("owl: 300 tokens in ")
+    assert axis.get_title().startswith("owl: 1,000 tokens in ")
     assert len(axis.patches) == len([*held_by(context_of(session))])
 
 
