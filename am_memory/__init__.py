@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from am_memory.recall.paging import Page
     from am_memory.session.generation import Generation, Piece, TokenLogprob
     from am_memory.session.mounts import Mount
+    from am_memory.session.progress import ProgressBars
     from am_memory.session.session import Session
     from am_memory.session.stats import Stats
     from am_memory.storage.compact_text import CompactText, TextCache
@@ -79,6 +80,7 @@ else:
         "Mount": "session.mounts",
         "Generation": "session.generation",
         "Piece": "session.generation",
+        "ProgressBars": "session.progress",
         "Sampling": "text.sampling",
         "SavedSession": "storage.session_file",
         "Segment": "kv_cache.slots",
@@ -137,6 +139,7 @@ __all__ = [
     "Piece",
     "PolicyChange",
     "PolicyChanged",
+    "ProgressBars",
     "PromptTooLong",
     "ReadProgress",
     "Sampling",

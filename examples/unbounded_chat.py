@@ -8,6 +8,8 @@ from __future__ import annotations
 from am_memory import Memory, MemoryPolicy, Sampling
 from am_memory.events import CompactionFinished, Event
 
+SHORT = Sampling(temperature=0, repetition_penalty=1.15)
+"""A model of 135 million parameters repeats itself without a penalty."""
 QUESTIONS = (
     "Tell me something about owls.",
     "What is bread made of?",
@@ -25,18 +27,18 @@ def tell(event: Event) -> None:
 
 
 def main() -> None:
-    policy = MemoryPolicy(trigger_tokens=384, keep_ratio=0.25, keep_recent=32, pinned="sinks")
+    policy = MemoryPolicy(trigger_tokens=256, keep_ratio=0.25, keep_recent=32, pinned="sinks")
     memory = Memory.from_pretrained("demo", policy=policy, on_event=tell)
     session = memory.session("chat")
     session.append([{"role": "user", "content": "Hello! My name is Margaret and I live in Lisbon."}])
     session.append([{"role": "assistant", "content": "Nice to meet you, Margaret! How is Lisbon?"}])
     for question in QUESTIONS:
         session.append([{"role": "user", "content": question}])
-        answer = "".join(piece.text for piece in session.generate(96, Sampling()))
+        answer = "".join(piece.text for piece in session.generate(48, SHORT))
         print(f"you    {question}\nmodel  {answer}\n")
     session.append([{"role": "user", "content": "What is my name, and where do I live?"}])
     print("you    What is my name, and where do I live?\nmodel  ", end="")
-    for piece in session.generate(32, Sampling()):
+    for piece in session.generate(16, SHORT):
         print(piece.text, end="", flush=True)
     stats = session.stats
     print(

@@ -21,6 +21,7 @@ import langchain_am_memory
 import pytest
 import torch
 import typer
+from draw_demo import COLUMNS, draw
 from serving import running
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
@@ -47,7 +48,7 @@ def page_name(page: Path) -> str:
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=page_name)
 pages_with_python = pytest.mark.parametrize(
-    "page", [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")], ids=page_name
+    "page", [page for page in PAGES[1:] if "```python" in page.read_text(encoding="utf-8")], ids=page_name
 )
 
 
@@ -84,7 +85,7 @@ def memory_of_tiny_model(
 def test_every_python_block_runs(
     page: Path, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """llama_cpp.md on the bundled model itself, as a tiny one cannot be kept in 8 bits."""
+    """llama_cpp.md on the bundled model itself, as a tiny one cannot be kept in 8 bits; README has a test of its own."""
     text = page.read_text(encoding="utf-8")
     if page.name != "llama_cpp.md":
         engine = request.getfixturevalue("memory_of_tiny_model")
@@ -95,6 +96,26 @@ def test_every_python_block_runs(
     policy = MemoryPolicy(trigger_tokens=1024, keep_ratio=0.25)
     with running(Memory(engine, policy), model_name="demo") as server:
         run_blocks(text.replace("http://127.0.0.1:8000", server.url), tmp_path / page.name, names)
+
+
+@pytest.mark.model
+def test_the_examples_of_readme_compact_and_know_the_code_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As they stand, on the bundled model; only the server has another port."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    memory = Memory.from_pretrained("demo", policy=MemoryPolicy(trigger_tokens=512))
+    with running(memory, model_name="demo") as server:
+        run_blocks(text.replace("http://127.0.0.1:8000", server.url), tmp_path / "README.md", {})
+    shown = capsys.readouterr().out
+    _, plain, generated, *threads = re.split(r"(?m)^(?=DynamicCache|The code of the safe is 4821\.  ->)", shown)
+    assert len(threads) == 2
+    for example in (plain, *threads):
+        assert example.count("What is the code of the safe?  -> The code of the safe is 4821") == 2
+        before, after = re.findall(r"What is the code.*\n?.*, (\d+) compactions\]", example)
+        assert int(before) == 0 < int(after)
+    assert re.search(r"KVCache: .*4821.*\n<KVCache: 7\d\d tokens in [45]\d\d slots", generated)
 
 
 def run_blocks(text: str, copy: Path, names: dict[str, Any]) -> None:
@@ -121,6 +142,15 @@ def names_of_langchain() -> dict[str, Any]:
 
 NAMES = {"langchain.md": names_of_langchain}
 """What a page's code takes for granted, by page."""
+
+
+def test_the_picture_of_the_demo_is_drawn_from_its_record() -> None:
+    docs = ROOT / "docs"
+    record = (docs / "demo.txt").read_text(encoding="utf-8").splitlines()
+    picture = (docs / "demo.svg").read_text(encoding="utf-8")
+    assert picture == draw(record)
+    assert len(picture) < 30_000
+    assert max(map(len, record)) <= COLUMNS
 
 
 # Commands

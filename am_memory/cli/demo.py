@@ -59,6 +59,7 @@ def demo(
     num_lost = sum(end <= ends[-1] - num_recent for end in ends)
     console.print(answers_table(written, answers))
     console.print(sizes_table(written, answers, readers, num_lost))
+    console.print(conclusion(loading.model, written, answers, readers))
 
 
 def read_letters(console: Console, bars: EventBars, session: Session, written: Sequence[Letter]) -> list[int]:
@@ -106,6 +107,22 @@ def answers_table(written: Sequence[Letter], answers: Answers) -> Table:
         cells = ("  ".join(mark(fact, answer[fact]) for fact in letter.facts) for answer in answers.values())
         table.add_row(str(number), ships, *cells)
     return table
+
+
+def conclusion(model: str, written: Sequence[Letter], answers: Answers, readers: Mapping[str, Session]) -> str:
+    """What was seen, in a sentence, and three next steps."""
+    facts = [fact for letter in written for fact in letter.facts]
+    right = {name: sum(answer[fact] == fact.code for fact in facts) for name, answer in answers.items()}
+    share = readers[MEMORY].stats.kv_bytes / max(readers[EVERYTHING].stats.kv_bytes, 1)
+    chat_model = "MODEL" if model == "demo" else model
+    return (
+        f"\nIn {share:.0%} of the cache's bytes, the memory knows {right[MEMORY]} of {len(facts)} ships; the whole "
+        f"cache knows {right[EVERYTHING]}, and the last letters alone {right[TRUNCATED]}.\n\n"
+        "Next:\n"
+        "  am-memory compare --text FILE   what is still known of a text of yours, beside other methods\n"
+        f"  am-memory chat --model {chat_model}    a talk without an end; docs/models.md names small models for it\n"
+        "  README.md                       four examples: Python, generate(), LangChain, a server"
+    )
 
 
 def mark(fact: Fact, answer: str) -> str:

@@ -19,7 +19,7 @@ from am_memory.kv_cache.slots import Segment
 from am_memory.policy import MemoryPolicy
 from am_memory.queries import logits_on_scratch
 from am_memory.recall.paging import Page
-from am_memory.session import lookup, mounting, rebuild, recalling, refining
+from am_memory.session import lookup, mounting, picture, rebuild, recalling, refining
 from am_memory.session.appending import Content, checked_token_ids, encode, extend
 from am_memory.session.compact_texts import require_mountable
 from am_memory.session.context import Context
@@ -34,6 +34,8 @@ from am_memory.storage.compact_text import TextCache
 from am_memory.text.sampling import Sampling
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from am_memory.text.constraints import Constraint
 
 
@@ -95,6 +97,10 @@ class Session:
     def stats(self) -> Stats:
         """How large it is now; while another thread works on it, how large it was before that step."""
         return stats_of(self._context)
+
+    def plot(self) -> Figure:
+        """A matplotlib figure of the slots that each part of the conversation has; UnsupportedOperation without it."""
+        return picture.draw(self._context)
 
     def append(self, content: Content, *, read_now: bool = True) -> int:
         """Add to the conversation and read it, compacting whenever the trigger is reached.

@@ -308,6 +308,8 @@ def test_the_demo_runs_on_any_model(run: CommandLine) -> None:
 def test_the_demo_recalls_more_than_a_cache_of_the_same_size(run: CommandLine) -> None:
     result = run("demo", "--letters", "6", "--trigger-tokens", "384")
     assert result.exit_code == 0
+    assert re.search(r"In \d+% of the cache's bytes, the memory knows \d+ of 12 ships", result.output)
+    assert "am-memory compare --text FILE" in result.output
     found = re.search(r"letters 1-\d.*?(\d+) of \d+.*?(\d+) of \d+.*?(\d+) of \d+", result.output)
     assert found is not None
     memory, truncated, everything = map(int, found.groups())
