@@ -57,7 +57,7 @@ export class MemoryView {
     byId("bytes-full").textContent = size.uncompacted;
     ["bytes-bar", "bytes-full-bar"].forEach((bar, number) => { byId(bar).style.width = `${size.widths[number]}%`; });
     byId("pill-text").textContent = stats.logical_tokens ? `${count(stats.kv_tokens)} of ${count(stats.logical_tokens)}` : "Memory";
-    byId("toggle-memory").setAttribute("aria-label", stats.logical_tokens ? `Memory: ${count(stats.kv_tokens)} tokens in the cache for ${count(stats.logical_tokens)} of conversation` : "Memory");
+    byId("toggle-memory").setAttribute("aria-label", stats.logical_tokens ? `${count(stats.kv_tokens)} of ${count(stats.logical_tokens)} tokens of the conversation are in the cache` : "Memory");
   }
 
   /** The segments, with the exact tail at its current length. */
