@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,6 +23,7 @@ UNKNOWN_NAME = "unknown_name"
 """Type of the validation error for an unknown name; its context has the `name`."""
 WARNING_HEADER = "X-AM-Memory-Warning"
 MAX_WARNING_CHARS = 500
+UNPRINTABLE = re.compile(r"[^\x20-\x7e]")
 
 
 @dataclass
@@ -38,11 +40,11 @@ class UnknownNames:
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """A header that names what was ignored, in ASCII; none if nothing was."""
+        """A header that names what was ignored; none if nothing was. A header holds printable ASCII only."""
         if not self.ignored:
             return {}
         text = f"ignored, because this server does not know it: {', '.join(self.ignored)}"
-        return {WARNING_HEADER: shortened(text.encode("ascii", "backslashreplace").decode(), MAX_WARNING_CHARS)}
+        return {WARNING_HEADER: UNPRINTABLE.sub("?", shortened(text, MAX_WARNING_CHARS)).strip()}
 
 
 _UNKNOWN: ContextVar[UnknownNames | None] = ContextVar("unknown names", default=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -16,6 +17,9 @@ from am_memory.session.stats import Stats
 from am_memory.storage.session_file import SavedSession
 from am_memory_server.service import compaction_reports
 
+PREVIEW_TOKENS = 40
+"""Tokens at each end of a segment that a view shows as text."""
+
 
 class SegmentView(BaseModel):
     """How the tokens [start, end) of the conversation are held.
@@ -24,6 +28,7 @@ class SegmentView(BaseModel):
         slots: mean over the heads.
         num_cuts: how often a compacted segment was shrunk later.
         is_refined: a compacted segment was fitted again later.
+        text: how it begins and how it ends.
     """
 
     kind: Literal["pinned", "compacted", "exact"]
@@ -32,6 +37,7 @@ class SegmentView(BaseModel):
     slots: float
     num_cuts: int = 0
     is_refined: bool = False
+    text: str = ""
 
 
 class CompactionView(BaseModel):
@@ -119,7 +125,7 @@ def memory_view(id: str, session: Session, num_branches: int) -> MemoryView:
         trigger_tokens=session.trigger_tokens,
         window_tokens=session.engine.info.window_tokens,
         stats=session.stats,
-        segments=segments(saved),
+        segments=[part.model_copy(update={"text": _preview(session, part)}) for part in segments(saved)],
         recalled=recalled_pages(session),
         mounts=[_mount(mount) for mount in session.mounts],
         compactions=[CompactionView.model_validate(report) for report in compaction_reports(session)],
@@ -150,6 +156,19 @@ def segments(saved: SavedSession) -> list[SegmentView]:
     if (start := views[-1].end if views else 0) < end:
         views.append(SegmentView(kind="exact", start=start, end=end, slots=end - start))
     return views
+
+
+def _preview(session: Session, part: SegmentView) -> str:
+    """The first and the last words of a segment: no more of its tokens are decoded, however long it is."""
+    tokens = session.tokens[part.start : part.end]
+    decode = partial(session.engine.decode, skip_special=True)
+    if len(tokens) <= 2 * PREVIEW_TOKENS:
+        return _one_line(decode(tokens))
+    return f"{_one_line(decode(tokens[:PREVIEW_TOKENS]))} … {_one_line(decode(tokens[-PREVIEW_TOKENS:]))}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def recalled_pages(session: Session) -> list[PageView]:

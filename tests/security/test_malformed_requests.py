@@ -220,6 +220,14 @@ def test_an_error_message_is_short_for_a_long_request(http: httpx.Client) -> Non
     warned = post(http, CHAT, {"messages": MESSAGES, "é" * 100_000: 1})
     assert warned.status_code == 200
     assert len(warned.headers["X-AM-Memory-Warning"]) <= 510
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\r\nSet-Cookie: b", "\x00", "é"])
+def test_an_odd_unknown_name_makes_no_bad_header(http: httpx.Client, name: str) -> None:
+    answer = post(http, CHAT, {"messages": MESSAGES, name: 1})
+    assert answer.status_code == 200
+    assert "ignored" in answer.headers["X-AM-Memory-Warning"]
+    assert "set-cookie" not in answer.headers
     error_of(post(http, CHAT, {"messages": MESSAGES, "model": "x" * 100_000}))
     error_of(http.get(f"/v1/models/{'x' * 10_000}"))
     error_of(http.get(f"{SESSIONS}/{'x' * 10_000}"))

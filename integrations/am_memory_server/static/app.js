@@ -1,65 +1,69 @@
 // The page: connects conversations, settings and the answer that is being streamed.
 
+import { Answering } from "./answering.js";
 import { Api } from "./api.js";
+import { asMarkdown, exported, imported } from "./archive.js";
 import { ChatView } from "./chat.js";
+import { Composer } from "./composer.js";
 import { MemoryView } from "./memory.js";
-import { ConversationStore, loadSettings, saveSettings } from "./store.js";
+import { Sidebar } from "./sidebar.js";
+import { ConversationStore, loadSettings, saveDraft, saveSettings } from "./store.js";
+import * as tree from "./tree.js";
 
 const byId = (id) => document.getElementById(id);
 const STARTERS = ["Tell me a long story about a lighthouse", "Explain how a bicycle stays upright", "Plan a week of simple dinners"];
-const MAX_TITLE = 60, SAVE_EVERY_MS = 2000;
+const MAX_TITLE = 60, NEW = "new";
 
 const api = new Api(), memory = new MemoryView(), store = await new ConversationStore().open();
 const settings = loadSettings();
-const chat = new ChatView({ copy, retry, fork });
+const chat = new ChatView({ copy, retry, fork, edit, choose, continue: goOn });
+const composer = new Composer({ send, fail: (text) => chat.fail(text) });
+const sidebar = new Sidebar({ open, forget });
 let conversations = await store.all();
-let current = null, running = null;
+let current = null, running = null, model = "";
 
-function fresh() {
-  return { id: crypto.randomUUID?.() ?? `${Date.now()}-${Math.random().toString(36).slice(2)}`, title: "", system: "", updated: Date.now(), messages: [] };
-}
+const newId = () => crypto.randomUUID?.() ?? `${Date.now()}-${Math.random().toString(36).slice(2)}`;
+const fresh = () => tree.fresh(newId(), settings);
 
 // Conversations
 
 async function open(conversation) {
-  running?.abort();
+  running?.stop();
   current = conversation;
   settings.current = conversation.id;
   saveSettings(settings);
-  chat.show(conversation);
-  list();
+  show();
+  composer.open(draftName());
   document.querySelector(".app").classList.remove("show-side");
   veil();
   await look();
 }
 
+/** A conversation without a message is new: its draft waits for whichever one comes next. */
+function draftName() {
+  return current.messages.length ? current.id : NEW;
+}
+
+/** Show the messages and the title of the current conversation. */
+function show() {
+  chat.show(tree.path(current), (message) => tree.variants(current, message));
+  list();
+}
+
 function list() {
-  byId("title").textContent = current.title || "New conversation";
-  byId("conversations").replaceChildren(...conversations.map((conversation) => {
-    const item = document.createElement("li"), button = document.createElement("button"), remove = document.createElement("button");
-    button.className = "open";
-    button.textContent = conversation.title || "New conversation";
-    button.addEventListener("click", () => open(conversation));
-    if (conversation.id === current.id) {
-      item.className = "current";
-      button.setAttribute("aria-current", "true");
-    }
-    remove.className = "icon remove";
-    remove.setAttribute("aria-label", `Delete ${button.textContent}`);
-    remove.append(icon("trash"));
-    remove.addEventListener("click", () => forget(conversation));
-    item.append(button, remove);
-    return item;
-  }));
+  byId("title").value = current.title;
+  document.title = current.title ? `${current.title} – am-memory` : "am-memory";
+  sidebar.show(conversations, current);
 }
 
 async function forget(conversation) {
   if (!confirm(`Delete "${conversation.title || "New conversation"}", here and in the server's memory?`)) return;
-  if (conversation.id === current.id) running?.abort();
-  conversations = conversations.filter((other) => other.id !== conversation.id);
+  if (conversation === current) running?.stop();
+  conversations = conversations.filter((other) => other !== conversation);
   await store.remove(conversation.id);
+  saveDraft(conversation.id, "");
   await api.forget(conversation.id).catch((error) => chat.fail(error.message));
-  if (conversation.id === current.id) await open(conversations[0] ?? fresh());
+  if (conversation === current) await open(conversations[0] ?? fresh());
   else list();
 }
 
@@ -83,99 +87,55 @@ async function look() {
   }
 }
 
-// Answers
+// Messages
 
-async function send(text) {
+/** Send a message; false if nothing can be sent now. */
+function send(text, files = []) {
   const content = text.trim();
-  if (!content || running) return;
-  current.messages.push({ role: "user", content });
-  current.title ||= content.slice(0, MAX_TITLE).replace(/\s+/g, " ");
-  chat.add(current.messages.at(-1), current.messages.length - 1);
+  if ((!content && !files.length) || running) return false;
+  const message = tree.add(current, tree.path(current).at(-1), { role: "user", content, ...(files.length ? { files } : {}) });
+  current.title ||= (content || files[0].name).slice(0, MAX_TITLE).replace(/\s+/g, " ");
+  chat.add(message);
   chat.toEnd();
-  await keep(current);
   list();
-  await answer();
+  composer.belongTo(current.id);
+  answer();
+  return true;
 }
 
-/** Stream the answer to the last message. */
+/** Stream the answer to the last message that is shown. */
 async function answer() {
-  const conversation = current, message = { role: "assistant", content: "" };
-  const asked = [...(conversation.system ? [{ role: "system", content: conversation.system }] : []), ...conversation.messages.map(({ role, content }) => ({ role, content }))];
-  conversation.messages.push(message);
-  const node = chat.add(message, conversation.messages.length - 1);
-  running = new AbortController();
-  const { signal } = running;
+  const asked = tree.path(current), message = tree.add(current, asked.at(-1), { role: "assistant", content: "", model });
+  await stream(message, chat.add(message, tree.variants(current, message)), asked);
+}
+
+/** Go on with an answer that was cut. */
+async function goOn(message) {
+  if (running) return;
+  tree.choose(current, message);
+  show();
+  const shown = tree.path(current), place = shown.indexOf(message);
+  await stream(message, chat.list.querySelectorAll(".message")[place], shown.slice(0, place + 1));
+}
+
+async function stream(message, node, asked) {
+  const conversation = current, isShown = () => current === conversation;
+  running = new Answering({ api, chat, memory, save: keep, say });
   writing(node, true);
-  const saving = setInterval(() => { if (message.content) keep(conversation); }, SAVE_EVERY_MS);
-  try {
-    for await (const chunk of api.chat(requestBody(conversation, asked), signal)) {
-      if (chunk.am_memory) remember(chunk.am_memory, message, node);
-      const delta = chunk.choices[0]?.delta?.content;
-      if (delta) {
-        message.content += delta;
-        chat.update(node, message);
-      }
-      if (chunk.choices[0]?.finish_reason === "length") message.note = "cut off at the longest answer allowed";
-    }
-    if (!message.content) message.note = "the model ended without a word";
-    say("The answer is complete.");
-  } catch (error) {
-    if (signal.aborted) {
-      message.note = "stopped";
-      say("Stopped.");
-    } else {
-      if (error.status === 401) askForKey();
-      if (current === conversation) chat.fail(error.message);
-    }
-    if (!message.content) conversation.messages.splice(conversation.messages.indexOf(message), 1);
-  } finally {
-    clearInterval(saving);
-    running = null;
-    writing(node, false);
-    if (current === conversation) {
-      if (conversation.messages.includes(message)) chat.finish(node, message);
-      else node.remove();
-      memory.say("");
-    }
-    await keep(conversation);
+  await keep(conversation);
+  const failed = await running.run(conversation, message, node, tree.requestBody(conversation, asked), isShown);
+  running = null;
+  writing(node, false);
+  const isNothing = !message.content && !message.reasoning && (failed || message.note === "stopped");
+  if (isNothing) tree.remove(conversation, message);
+  await keep(conversation);
+  if (isShown()) {
+    memory.say("");
+    if (isNothing) show();
+    else chat.finish(node, message, tree.variants(conversation, message));
     list();
-  }
-}
-
-function requestBody(conversation, messages) {
-  return {
-    messages,
-    stream: true,
-    stream_options: { include_memory: true },
-    metadata: { conversation_id: conversation.id },
-    ...(settings.temperature === "" ? {} : { temperature: Number(settings.temperature) }),
-    ...(settings.maxTokens === "" ? {} : { max_tokens: Number(settings.maxTokens) }),
-  };
-}
-
-function remember(update, message, node) {
-  if (update.stats) memory.resize(update.stats, update);
-  if (update.memory) memory.show(update.memory);
-  switch (update.event) {
-    case "reading":
-      if (update.left_tokens) memory.say(`reading, ${update.left_tokens.toLocaleString("en")} tokens left`, true);
-      else memory.say("answering");
-      break;
-    case "compacting":
-      memory.say(`compacting ${update.start.toLocaleString("en")}–${update.end.toLocaleString("en")}`, true);
-      say("Compacting the oldest part of the memory.");
-      break;
-    case "compacted":
-      memory.say("answering");
-      chat.mark(update.report.end - update.report.start, node);
-      break;
-    case "looked_up":
-      message.lookedUp = [...(message.lookedUp ?? []).filter((old) => !update.spans.some(({ start, end }) => old.start === start && old.end === end)), ...update.spans];
-      chat.lookedUp(node, message);
-      break;
-    case "rebuilt":
-      memory.say(`reading ${update.num_tokens.toLocaleString("en")} tokens again`, true);
-      break;
+    if (failed) chat.fail(failed.message);
+    if (failed?.status === 401) askForKey();
   }
 }
 
@@ -187,25 +147,67 @@ function writing(node, isWriting) {
   if (isWriting) memory.say("waiting for the model", true);
 }
 
-async function retry(index) {
+/** Answer again: the answers so far stay as variants. */
+async function retry(message) {
   if (running) return;
-  current.messages.length = index;
-  chat.show(current);
+  current.leaf = message.parent;
+  show();
   await answer();
 }
 
-async function fork(index) {
-  const branch = { ...fresh(), system: current.system, title: `${current.title} (fork)`, messages: structuredClone(current.messages.slice(0, index + 1)) };
+/** Send another text in the place of a message: the old one stays as a variant. */
+function edit(message, content) {
+  if (running) return false;
+  const parent = current.messages.find(({ id }) => id === message.parent);
+  tree.add(current, parent, { role: "user", content, ...(message.files ? { files: message.files } : {}) });
+  show();
+  answer();
+  return true;
+}
+
+async function choose(message) {
+  if (running) return;
+  tree.choose(current, message);
+  show();
+  await store.put(current);
+}
+
+async function fork(message) {
+  const branch = tree.forked(current, message, newId());
   await keep(branch);
   const failed = await api.fork(current.id, branch.id).catch((error) => error);
   await open(branch);
   if (failed) chat.fail(failed.message);
 }
 
-async function copy(index, button) {
-  await navigator.clipboard?.writeText(current.messages[index].content);
+async function copy(message, button) {
+  await navigator.clipboard?.writeText(message.content);
   button.textContent = "Copied";
   setTimeout(() => { button.textContent = "Copy"; }, 1500);
+}
+
+// Files
+
+function download(name, type, text) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], { type }));
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}
+
+async function importFile() {
+  const [file] = byId("import-file").files;
+  byId("import-file").value = "";
+  byId("settings").close();
+  try {
+    const found = imported(await file.text(), newId);
+    for (const conversation of found) await store.put(conversation);
+    conversations = await store.all();
+    await open(conversations.find(({ id }) => id === found[0]?.id) ?? current);
+  } catch (error) {
+    chat.fail(error.message);
+  }
 }
 
 // The layout
@@ -214,11 +216,10 @@ function say(text) {
   byId("status").textContent = text;
 }
 
-function icon(name) {
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg"), use = document.createElementNS("http://www.w3.org/2000/svg", "use");
-  use.setAttribute("href", `#i-${name}`);
-  svg.append(use);
-  return svg;
+async function rename(title) {
+  current.title = title.trim();
+  if (current.messages.length) await keep(current);
+  list();
 }
 
 function veil() {
@@ -230,12 +231,6 @@ function drawer(name, isOpen, focus) {
   document.querySelector(".app").classList.toggle(name, isOpen);
   veil();
   byId(focus).focus();
-}
-
-function grow() {
-  const input = byId("input");
-  input.style.height = "auto";
-  input.style.height = `${input.scrollHeight}px`;
 }
 
 function applyTheme() {
@@ -251,28 +246,27 @@ function askForKey() {
 function openSettings() {
   byId("set-key").value = settings.key;
   byId("set-system").value = current.system;
-  byId("set-temperature").value = settings.temperature;
-  byId("set-max").value = settings.maxTokens;
+  byId("set-temperature").value = current.temperature;
+  byId("set-max").value = current.maxTokens;
   byId("set-theme").value = settings.theme;
   if (!byId("settings").open) byId("settings").showModal();
 }
 
 async function closeSettings() {
   if (byId("settings").returnValue !== "save") return;
-  Object.assign(settings, { key: byId("set-key").value.trim(), temperature: byId("set-temperature").value, maxTokens: byId("set-max").value, theme: byId("set-theme").value });
+  const own = { temperature: byId("set-temperature").value, maxTokens: byId("set-max").value };
+  Object.assign(settings, { ...own, key: byId("set-key").value.trim(), theme: byId("set-theme").value });  // new conversations begin with these
   saveSettings(settings);
   api.key = settings.key;
   applyTheme();
-  if (current.system !== byId("set-system").value.trim()) {
-    current.system = byId("set-system").value.trim();
-    if (current.messages.length) await keep(current);
-  }
+  Object.assign(current, { ...own, system: byId("set-system").value.trim() });
+  if (current.messages.length) await keep(current);
   await connect();
 }
 
 async function connect() {
   try {
-    byId("model").textContent = await api.model();
+    byId("model").textContent = model = await api.model();
     await look();
   } catch (error) {
     byId("model").textContent = "not connected";
@@ -283,22 +277,14 @@ async function connect() {
 
 function listen() {
   const wide = matchMedia("(min-width: 1121px)");
-  byId("composer").addEventListener("submit", (event) => {
-    event.preventDefault();
-    if (running) return;
-    const text = byId("input").value;
-    byId("input").value = "";
-    grow();
-    send(text);
-  });
-  byId("input").addEventListener("input", grow);
-  byId("input").addEventListener("keydown", (event) => {
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
-    event.preventDefault();
-    byId("composer").requestSubmit();
-  });
-  byId("stop").addEventListener("click", () => { running?.abort(); byId("input").focus(); });
-  byId("new").addEventListener("click", () => { open(fresh()); byId("input").focus(); });
+  byId("stop").addEventListener("click", () => { running?.stop(); composer.focus(); });
+  byId("new").addEventListener("click", () => { open(fresh()); composer.focus(); });
+  byId("title").addEventListener("change", () => rename(byId("title").value));
+  byId("title").addEventListener("keydown", (event) => { if (event.key === "Enter") byId("title").blur(); });
+  byId("export").addEventListener("click", () => download("am-memory.json", "application/json", exported(conversations)));
+  byId("export-one").addEventListener("click", () => download("conversation.md", "text/markdown", asMarkdown(current.title, tree.path(current))));
+  byId("import").addEventListener("click", () => byId("import-file").click());
+  byId("import-file").addEventListener("change", importFile);
   byId("open-side").addEventListener("click", () => drawer("show-side", true, "close-side"));
   byId("close-side").addEventListener("click", () => drawer("show-side", false, "open-side"));
   byId("close-memory").addEventListener("click", () => drawer("show-memory", false, "toggle-memory"));
@@ -318,7 +304,7 @@ function listen() {
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || byId("settings").open) return;
     if (document.querySelector(".app").matches(".show-side, .show-memory")) byId("veil").click();
-    else running?.abort();
+    else running?.stop();
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", applyTheme);
   addEventListener("pagehide", () => { if (running) store.put(current); });
@@ -336,4 +322,4 @@ applyTheme();
 listen();
 await open(conversations.find(({ id }) => id === settings.current) ?? conversations[0] ?? fresh());
 await connect();
-byId("input").focus();
+composer.focus();

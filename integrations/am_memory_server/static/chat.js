@@ -8,7 +8,7 @@ export class ChatView {
   #actions;
   #frame = 0;
 
-  /** @param actions callbacks of a message's buttons: copy, retry, fork. */
+  /** @param actions callbacks of a message's buttons: copy, retry, fork, continue, edit, choose. */
   constructor(actions) {
     this.#actions = actions;
     this.scroll = byId("scroll");
@@ -17,22 +17,23 @@ export class ChatView {
     byId("jump").addEventListener("click", () => this.toEnd());
   }
 
-  show(conversation) {
+  /** Show messages; `variantsOf(message)` gives each one's variants. */
+  show(messages, variantsOf) {
     this.list.replaceChildren();
-    conversation.messages.forEach((message, index) => this.add(message, index));
-    byId("welcome").hidden = conversation.messages.length > 0;
+    messages.forEach((message) => this.add(message, variantsOf(message)));
+    byId("welcome").hidden = messages.length > 0;
     this.toEnd();
   }
 
   /** Add one message; returns its node. */
-  add(message, index) {
+  add(message, variants = [message]) {
     byId("welcome").hidden = true;
     const node = make("article", `message ${message.role}`);
-    node.append(Object.assign(make("span", "sr"), { textContent: message.role === "user" ? "You said:" : "The model said:" }));
+    node.append(make("span", "sr", message.role === "user" ? "You said:" : "The model said:"));
     node.append(make("div", "body"), make("div", "tools"));
     this.list.append(node);
     this.#write(node, message);
-    this.#tools(node, message, index);
+    this.#tools(node, message, variants);
     this.lookedUp(node, message);
     return node;
   }
@@ -40,46 +41,111 @@ export class ChatView {
   /** Update the text of a node, at most once per frame. */
   update(node, message) {
     cancelAnimationFrame(this.#frame);
-    this.#frame = requestAnimationFrame(() => this.finish(node, message));
+    this.#frame = requestAnimationFrame(() => this.#flush(node, message));
   }
 
-  /** Set the final text of a node, at once: the next answer's frame would replace this one's. */
-  finish(node, message) {
+  /** Set the text of a node, at once: the next answer's frame would replace this one's. */
+  #flush(node, message) {
     cancelAnimationFrame(this.#frame);
     this.#stayingAtEnd(() => this.#write(node, message));
   }
 
+  /** Set the final text of a node, and its buttons. */
+  finish(node, message, variants) {
+    node.querySelector(".tools").replaceChildren();
+    this.#tools(node, message, variants);
+    this.#flush(node, message);
+  }
+
   #write(node, message) {
     const body = node.querySelector(".body");
-    if (message.role === "user") body.textContent = message.content;
+    if (message.role === "user") body.replaceChildren(...filesOf(message), message.content);
     else body.replaceChildren(render(message.content));
+    this.#think(node, message);
     node.querySelector(".note")?.remove();
-    if (message.note) node.querySelector(".tools").before(Object.assign(make("div", "note"), { textContent: message.note }));
+    if (message.note) node.querySelector(".tools").before(make("div", "note", message.note));
+  }
+
+  /** The reasoning, folded above the answer. It opens by itself as long as there is nothing else to see. */
+  #think(node, { reasoning, content }) {
+    if (!reasoning) return;
+    let box = node.querySelector(".thinking");
+    if (!box) {
+      box = make("details", "thinking");
+      box.append(make("summary", ""), make("div", "thoughts"));
+      node.querySelector(".body").before(box);
+    }
+    const summary = content ? "Reasoning" : "Thinking";
+    if (box.firstChild.textContent !== summary) box.open = !content;
+    box.firstChild.textContent = summary;
+    box.lastChild.textContent = reasoning;
+  }
+
+  /** What an answer waits for, in the place where it will stand; "": nothing any more. */
+  waiting(node, text) {
+    this.#stayingAtEnd(() => {
+      node.querySelector(".waiting")?.remove();
+      if (text) node.querySelector(".body").after(make("div", "waiting", text));
+    });
   }
 
   /** Under an answer, a line that opens to the texts that were looked up for it. They are data, never markup. */
   lookedUp(node, { lookedUp: spans = [] }) {
     if (!spans.length) return;
     const box = node.querySelector(".looked-up") ?? make("details", "looked-up"), list = make("ul", "");
-    list.append(...spans.map((span) => Object.assign(make("li", ""), { textContent: span.text, title: `tokens ${span.start.toLocaleString("en")} to ${span.end.toLocaleString("en")}` })));
-    box.replaceChildren(Object.assign(make("summary", ""), { textContent: `looked up: ${spans.length} ${spans.length === 1 ? "place" : "places"}` }), list);
+    list.append(...spans.map((span) => Object.assign(make("li", "", span.text), { title: `tokens ${span.start.toLocaleString("en")} to ${span.end.toLocaleString("en")}` })));
+    box.replaceChildren(make("summary", "", `looked up: ${spans.length} ${spans.length === 1 ? "place" : "places"}`), list);
     this.#stayingAtEnd(() => node.querySelector(".tools").before(box));
   }
 
-  #tools(node, message, index) {
+  #tools(node, message, variants) {
     const tools = node.querySelector(".tools");
-    const offer = (text, action) => {
-      const button = make("button", "");
+    const offer = (text, action, label = null) => {
+      const button = make("button", "", text);
       button.type = "button";
-      button.textContent = text;
-      button.addEventListener("click", () => action(index, button));
+      if (label) button.setAttribute("aria-label", label);
+      button.addEventListener("click", () => action(message, button));
       tools.append(button);
+      return button;
     };
     offer("Copy", this.#actions.copy);
     if (message.role === "assistant") {
       offer("Retry", this.#actions.retry);
       offer("Fork", this.#actions.fork);
+      if (message.isCut) offer("Continue", this.#actions.continue);
+    } else {
+      offer("Edit", () => this.#edit(node, message));
     }
+    if (variants.length > 1) {
+      const place = variants.indexOf(message), turn = (step) => this.#actions.choose(variants[place + step]);
+      offer("‹", () => turn(-1), "Show the variant before").disabled = place === 0;
+      tools.append(make("span", "place", `${place + 1} of ${variants.length}`));
+      offer("›", () => turn(1), "Show the next variant").disabled = place === variants.length - 1;
+    }
+    if (message.model) tools.append(make("span", "place", message.model));
+  }
+
+  /** Put a box in the place of a message, to send it again with another text. */
+  #edit(node, message) {
+    if (node.querySelector("form")) return;
+    const form = make("form", "edit"), box = make("textarea", ""), cancel = make("button", "plain", "Cancel"), submit = make("button", "primary", "Send");
+    box.value = message.content;
+    box.rows = Math.min(12, message.content.split("\n").length + 1);
+    box.setAttribute("aria-label", "The new text of the message");
+    cancel.type = "button";
+    const close = () => {
+      form.remove();
+      node.querySelector(".body").hidden = false;
+    };
+    cancel.addEventListener("click", close);
+    form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      if (box.value.trim() && this.#actions.edit(message, box.value.trim())) close();
+    });
+    form.append(box, cancel, submit);
+    node.querySelector(".body").hidden = true;
+    node.querySelector(".body").after(form);
+    box.focus();
   }
 
   setWriting(node, isWriting) {
@@ -122,6 +188,15 @@ export class ChatView {
   }
 }
 
-function make(name, className) {
-  return Object.assign(document.createElement(name), { className });
+function make(name, className, text = "") {
+  return Object.assign(document.createElement(name), { className, textContent: text });
+}
+
+/** A line for each attached text. */
+function filesOf({ files = [] }) {
+  return files.map((file) => {
+    const box = make("details", "file");
+    box.append(make("summary", "", file.name), make("pre", "", file.text));
+    return box;
+  });
 }

@@ -41,3 +41,23 @@ export function bytes(stats) {
   const width = (size) => Math.max((100 * size) / most, 2);
   return { held: mib(stats.kv_bytes), uncompacted: mib(uncompacted), widths: [width(stats.kv_bytes), width(uncompacted)] };
 }
+
+/**
+ * What the memory did, in words: what is exact, what is compact, what was probably lost.
+ *
+ * @returns {string[]} one sentence each.
+ */
+export function inWords({ stats, segments, recalled }) {
+  if (!stats.logical_tokens) return ["Nothing has been read yet."];
+  const compact = segments.filter((part) => part.kind === "compacted");
+  if (!compact.length) return [`All ${count(stats.logical_tokens)} tokens are exact: nothing has been compacted.`];
+  const tokens = compact.reduce((sum, part) => sum + part.end - part.start, 0), slots = compact.reduce((sum, part) => sum + part.slots, 0);
+  const pinned = segments.find((part) => part.kind === "pinned");
+  const first = pinned ? `the first ${count(pinned.end)} tokens and ` : "";
+  const back = recalled.reduce((sum, page) => sum + page.end - page.start, 0);
+  return [
+    `Exact: ${first}the last ${count(stats.logical_tokens - compact.at(-1).end)}.`,
+    `Compact: ${count(tokens)} tokens between them, in ${count(slots)} slots a head (${percent(slots / tokens)}). What they are about is kept.`,
+    `Probably lost: exact words, numbers and names in the compact part that were said only once.${back ? ` ${count(back)} tokens of it are exact for now, because an answer looked for them.` : ""}`,
+  ];
+}

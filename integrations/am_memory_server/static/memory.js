@@ -1,6 +1,6 @@
 // The memory panel: a gauge, the strip of segments, the map of slots, the list of compactions.
 
-import { bytes, count, gauge, mib, percent, seconds } from "./figures.js";
+import { bytes, count, gauge, inWords, mib, percent, seconds } from "./figures.js";
 
 const byId = (id) => document.getElementById(id);
 const CUTS_WIDTH = 18;
@@ -57,7 +57,7 @@ export class MemoryView {
     byId("bytes-full").textContent = size.uncompacted;
     ["bytes-bar", "bytes-full-bar"].forEach((bar, number) => { byId(bar).style.width = `${size.widths[number]}%`; });
     byId("pill-text").textContent = stats.logical_tokens ? `${count(stats.kv_tokens)} of ${count(stats.logical_tokens)}` : "Memory";
-    byId("toggle-memory").setAttribute("aria-label", stats.logical_tokens ? `Memory: ${count(stats.kv_tokens)} tokens in the cache for ${count(stats.logical_tokens)} of conversation` : "Memory");
+    byId("toggle-memory").setAttribute("aria-label", stats.logical_tokens ? `${count(stats.kv_tokens)} of ${count(stats.logical_tokens)} tokens of the conversation are in the cache` : "Memory");
   }
 
   /** The segments, with the exact tail at its current length. */
@@ -82,7 +82,8 @@ export class MemoryView {
       const kept = part.kind === "compacted" ? `compacted to ${part.slots.toFixed(1)} slots a head, ${percent(share)}` : part.kind;
       const pages = part.kind === "compacted" ? this.#memory.recalled.filter((page) => part.start <= page.start && page.end <= part.end) : [];
       const back = pages.map((page) => `${count(page.start)} to ${count(page.end)}`).join(", ");
-      const text = `tokens ${count(part.start)} to ${count(part.end)}: ${kept}${part.num_cuts ? `, cut ${part.num_cuts} times` : ""}${part.is_refined ? ", refined" : ""}${back ? `; exact for now: ${back}` : ""}`;
+      const said = part.text ? `. “${part.text}”` : "";
+      const text = `tokens ${count(part.start)} to ${count(part.end)}: ${kept}${part.num_cuts ? `, cut ${part.num_cuts} times` : ""}${part.is_refined ? ", refined" : ""}${back ? `; exact for now: ${back}` : ""}${said}`;
       item.className = part.kind;
       item.style.flexGrow = tokens;
       item.title = label.textContent = text;
@@ -105,6 +106,7 @@ export class MemoryView {
     const compacted = this.#memory.segments.filter((part) => part.kind === "compacted");
     const refined = compacted.filter((part) => part.is_refined).length;
     const texts = this.#memory.mounts.map((text) => `${text.id} (${count(text.num_slots)} slots)`).join(", ");
+    byId("words").replaceChildren(...inWords(this.#memory).map((text) => Object.assign(document.createElement("li"), { textContent: text })));
     note("mounted", texts && `Mounted beside the conversation: ${texts}`);
     note("refined", refined ? `${count(refined)} of ${count(compacted.length)} segments refined since they were compacted` : "");
   }
@@ -139,7 +141,7 @@ export class MemoryView {
       line(`${count(made.start)}–${count(made.end)} → ${made.num_slots.toFixed(0)} slots`);
       line(seconds(made.seconds), "span", "right");
       line(`${count(made.kv_tokens_before)} → ${count(made.kv_tokens_after)} in the cache`, "small");
-      line(`error ${percent(made.output_error)}`, "small", "right");
+      
       item.title = `attention mass error ${percent(made.mass_error)}, output error ${percent(made.output_error)}; ${new Date(made.created * 1000).toLocaleTimeString()}`;
       return item;
     }));

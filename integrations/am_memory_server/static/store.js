@@ -15,8 +15,12 @@ export class ConversationStore {
 
   async open() {
     try {
-      const request = indexedDB.open("am-memory", 1);
-      request.onupgradeneeded = () => request.result.createObjectStore(STORE, { keyPath: "id" });
+      const request = indexedDB.open("am-memory", 2);
+      request.onupgradeneeded = () => {
+        const { result: database } = request;
+        if (database.objectStoreNames.contains(STORE)) database.deleteObjectStore(STORE);  // lists, not trees
+        database.createObjectStore(STORE, { keyPath: "id" });
+      };
       this.#database = await finished(request);
     } catch {
       this.#database = null;
@@ -46,18 +50,36 @@ export class ConversationStore {
   }
 }
 
-const SETTINGS = "am-memory.settings";
+const SETTINGS = "am-memory.settings", DRAFTS = "am-memory.drafts";
 
-export function loadSettings() {
+function load(name) {
   try {
-    return { key: "", theme: "", temperature: "", maxTokens: "", current: "", ...JSON.parse(localStorage.getItem(SETTINGS) ?? "{}") };
+    return JSON.parse(localStorage.getItem(name) ?? "{}");
   } catch {
-    return { key: "", theme: "", temperature: "", maxTokens: "", current: "" };
+    return {};
   }
 }
 
-export function saveSettings(settings) {
+function save(name, value) {
   try {
-    localStorage.setItem(SETTINGS, JSON.stringify(settings));
-  } catch { /* no storage: they last as long as the page */ }
+    localStorage.setItem(name, JSON.stringify(value));
+  } catch { /* no storage: it lasts as long as the page */ }
+}
+
+export function loadSettings() {
+  return { key: "", theme: "", temperature: "", maxTokens: "", current: "", ...load(SETTINGS) };
+}
+
+export function saveSettings(settings) {
+  save(SETTINGS, settings);
+}
+
+/** What was typed and not sent yet, by conversation. */
+export function draftOf(id) {
+  return load(DRAFTS)[id] ?? "";
+}
+
+export function saveDraft(id, text) {
+  const { [id]: _, ...others } = load(DRAFTS);
+  save(DRAFTS, text ? { ...others, [id]: text } : others);
 }

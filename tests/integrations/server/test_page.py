@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 from collections.abc import Iterator
@@ -339,3 +340,100 @@ def test_a_small_screen_has_the_memory_in_a_drawer(page: Page) -> None:
         until(lambda: not page.browser.find_element("css selector", "#memory").is_displayed())
     finally:
         page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_an_edited_message_and_a_second_answer_are_variants(page: Page) -> None:
+    """Also after a reload: the old ones stay, and can be shown again."""
+    page.say("hello")
+    first = page.messages()
+    page.click(".message.user .tools button:nth-child(2)")
+    box = page.browser.find_element("css selector", ".edit textarea")
+    box.clear()
+    box.send_keys("good morning")
+    page.click(".edit .primary")
+    until(lambda: page.messages()[:1] == ["good morning"] and len(page.messages()) == 2 and not page.is_writing())
+    assert page.text(".message.user .place") == "2 of 2"
+    page.browser.execute_script("document.querySelectorAll('.message.assistant .tools button')[1].click()")
+    until(lambda: page.text(".message.assistant .place") == "2 of 2" and not page.is_writing())
+    page.reload()
+    until(lambda: len(page.messages()) == 2)
+    page.browser.execute_script("document.querySelector('[aria-label=\"Show the variant before\"]').click()")
+    until(lambda: page.messages() == first)
+
+
+def test_a_cut_answer_is_continued_in_its_place(page: Page) -> None:
+    page.set_longest_answer(5)
+    page.say("hello")
+    (before,) = page.messages()[1:]
+    page.browser.execute_script("document.querySelectorAll('.message.assistant .tools button')[3].click()")
+    until(lambda: not page.is_writing() and len(page.messages()[1]) > len(before))
+    assert page.messages()[1].startswith(before)
+    assert len(page.messages()) == 2
+
+
+def test_reasoning_is_folded_above_the_answer(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = itertools.chain(b"<think><b>greet</b></think>Hi!", itertools.repeat(257))
+    monkeypatch.setattr("am_memory.session.generation.Sampler.choose", lambda self, logits, ids: next(tokens))
+    page.set_longest_answer(99)
+    page.say("hello")
+    assert page.messages()[1] == "Hi!"
+    assert page.text(".thinking summary") == "Reasoning"
+    assert page.text(".thoughts") == "<b>greet</b>"
+    assert not page.browser.find_element("css selector", ".thoughts").is_displayed()
+
+
+def test_titles_drafts_and_the_search(page: Page) -> None:
+    page.say("hello")
+    title = page.browser.find_element("css selector", "#title")
+    title.clear()
+    title.send_keys("Tea\n")
+    until(lambda: page.text("#conversations .open") == "Tea")
+    page.browser.find_element("css selector", "#input").send_keys("not sent")
+    page.click("#new")
+    until(lambda: not page.messages())
+    page.say("something else")
+    page.browser.find_element("css selector", "#search").send_keys("TEA")
+    until(lambda: len(page.all("#conversations li")) == 1)
+    page.click("#conversations .open")
+    until(lambda: page.messages()[:1] == ["hello"])
+    assert page.browser.find_element("css selector", "#input").get_attribute("value") == "not sent"
+
+
+def test_a_text_file_is_attached(page: Page, tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text("<b>the ferry leaves at noon</b>")
+    page.browser.find_element("css selector", "#files").send_keys(str(tmp_path / "note.txt"))
+    until(lambda: page.text("#attached li") == "note.txt×")
+    page.say("when?")
+    assert page.text(".file pre") == "<b>the ferry leaves at noon</b>"
+    (branch,) = page.server.service.threads.all_branches()
+    assert "note.txt:\n```\n<b>the ferry" in branch.session.engine.decode(branch.session.tokens)
+
+
+def test_a_fork_has_the_memory_of_its_original(page: Page) -> None:
+    """It was empty until the next answer, and the log had a 404."""
+    page.say(LONG * 4)
+    logical = page.text("#logical")
+    page.browser.execute_script("document.querySelectorAll('.message.assistant .tools button')[2].click()")
+    until(lambda: len(page.all("#conversations li")) == 2)
+    until(lambda: page.text("#logical") == logical)
+    with page.server.http() as http:
+        assert len(http.get("/v1/memory/sessions").json()["data"]) == 2
+
+
+def test_an_answer_after_a_compaction_stays_in_view(page: Page) -> None:
+    """The line about the compaction was inserted before the end was measured, and the answer stayed below the fold."""
+    page.say("hello" + "\n" * 60)
+    while not page.all(".mark"):
+        page.say(LONG * 2 + "\n" * 10)
+    left = page.browser.execute_script(
+        "const box = document.querySelector('#scroll'); return box.scrollHeight - box.scrollTop - box.clientHeight"
+    )
+    assert left < 5
+
+
+def test_a_server_that_is_gone_is_told_in_words(page: Page) -> None:
+    page.browser.execute_script("window.fetch = async () => { throw new TypeError('Failed to fetch'); }")
+    page.type("hello")
+    until(lambda: page.all(".failure"))
+    assert page.text(".failure").startswith("The server does not answer.")
+    assert page.messages() == ["hello"]
