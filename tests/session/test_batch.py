@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import count
+from contextlib import closing
+from itertools import count, islice
+from random import Random
 from threading import get_ident
 
 import pytest
@@ -347,6 +349,48 @@ def test_forks_generate_beside_their_session(memory: Memory, engine: Transformer
     expected = [list(fork.generate(40, sampling)) for fork, sampling in zip(theirs, samplings, strict=True)]
     answers = [fork.generate(40, sampling) for fork, sampling in zip(ours, samplings, strict=True)]
     assert_same(together(memory, answers), expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_operations(engine: TransformersEngine, seed: int) -> None:
+    """Eight sessions append, rewind and generate together, and twins of them alone: nothing is lost, nothing crosses."""
+    rng = Random(seed)
+    memory, other = Memory(engine, POLICY), Memory(engine, POLICY)
+    ours, twins = sessions_of(memory), sessions_of(other)
+    for _ in range(3):
+        parent = rng.randrange(5)
+        ours.append(ours[parent].fork())
+        twins.append(twins[parent].fork())
+    for _ in range(6):
+        for session, twin in zip(ours, twins, strict=True):
+            text, last = rng.choice(TEXTS), len(session.tokens)
+            if rng.random() < 0.4:
+                session.append(text, read_now=rng.random() < 0.5)
+                twin.append(text)
+            elif rng.random() < 0.5:
+                num_tokens = rng.randrange(max(last - 30, 1), last + 1)
+                session.rewind(num_tokens)
+                twin.rewind(num_tokens)
+        chosen = rng.sample(range(8), rng.randrange(2, 9))
+        samplings = [Sampling(temperature=1.0, seed=rng.randrange(99)) for _ in chosen]
+        answers = {row: ours[row].generate(30, sampling) for row, sampling in zip(chosen, samplings, strict=True)}
+        given = {row: list[int]() for row in chosen}
+        last_step = rng.randrange(1, 40) * len(chosen)
+        with closing(memory.generate_many(answers.values())) as steps:  # type: ignore[type-var]
+            for number, (answer, piece) in enumerate(steps):
+                given[next(row for row in chosen if answers[row] is answer)] += piece.token_ids
+                if number == last_step:
+                    break
+                if rng.random() < 0.01:
+                    answers[rng.choice(chosen)].close()
+        for row, sampling in zip(chosen, samplings, strict=True):
+            alone = islice(twins[row].generate(30, sampling), len(given[row]))
+            assert tokens_of(list(alone)) == given[row]
+        assert [session.tokens for session in ours] == [twin.tokens for twin in twins]
+    for session in ours:
+        session.logits("hoo")  # reads what is left to be read
+    assert max(session.stats.num_compactions for session in ours) > 1
+    assert_same_sessions(ours, twins)
 
 
 def new_scenes(memory: Memory) -> Callable[[], list[Session]]:
