@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from itertools import count, islice
+from itertools import count, islice, pairwise
 from random import Random
 from threading import get_ident
 
@@ -19,6 +19,7 @@ from am_memory.engines.base import SessionCache
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CompactionFailed, InvalidInput, UnsupportedOperation
 from am_memory.events import CompactionFinished, Event
+from am_memory.session.appending import read
 from am_memory.session.batch import Batch
 from am_memory.text.constraints import regex
 
@@ -127,6 +128,18 @@ def test_an_unread_prompt_is_read_between_the_tokens_of_others(engine: Transform
     expected = [list(session.generate(80)) for session in others] + [list(expected_late.generate(10))]
     assert_same(pieces, expected)
     assert_same_sessions([late], [expected_late])
+
+
+def test_a_prompt_that_is_read_beside_answers_is_read_in_parts(memory: Memory) -> None:
+    """Others wait for no longer than a part of a chunk; without them, it is read by whole chunks."""
+    sessions, late = sessions_of(memory)[:2], memory.session("late")
+    late.append(TEXTS[4] * 2, read_now=False)
+    left = [read(late)]
+    with closing(memory.generate_many([session.generate(9) for session in sessions])) as steps:  # type: ignore[type-var]
+        next(steps)
+        left += [read(late), read(late)]
+    left.append(read(late))
+    assert [before - after for before, after in pairwise(left)] == [8, 8, 32]
 
 
 def test_compactions_are_made_one_at_a_time_beside_the_others(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
