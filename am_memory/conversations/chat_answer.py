@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -170,16 +171,17 @@ class ChatAnswer:
         self._generation = self.session.generate(
             request.max_tokens, self._sampling, self.format.constraint, top_logprobs=request.top_logprobs
         )
-        for piece in self._generation:
-            if self.num_tokens == 0:  # this step has read the last token of the prompt, and none of the answer
-                self._num_compactions_before = self.session.stats.num_compactions
-                self._begin_reading(len(piece.token_ids))
-            parts = [*self._push(piece)]
-            if piece.finish_reason is not None:
-                parts += self._finish(piece.finish_reason)
-            # The token that ends the turn is not part of the answer.
-            logprobs = () if piece.finish_reason == "eos" else piece.logprobs
-            yield Delta(tuple(parts), logprobs, self.finish_reason, self._look_up(piece))
+        with closing(self._generation) as pieces:
+            for piece in pieces:
+                if self.num_tokens == 0:  # this step has read the last token of the prompt, and none of the answer
+                    self._num_compactions_before = self.session.stats.num_compactions
+                    self._begin_reading(len(piece.token_ids))
+                parts = [*self._push(piece)]
+                if piece.finish_reason is not None:
+                    parts += self._finish(piece.finish_reason)
+                # The token that ends the turn is not part of the answer.
+                logprobs = () if piece.finish_reason == "eos" else piece.logprobs
+                yield Delta(tuple(parts), logprobs, self.finish_reason, self._look_up(piece))
 
     def _begin_reading(self, num_tokens: int) -> None:
         """Note where the answer begins, which has `num_tokens` tokens so far, and whether it begins with reasoning."""

@@ -109,7 +109,8 @@ def read(session: Session, max_tokens: int | None = None) -> int:
     The last token of the conversation is left for `generate`, and is not counted.
 
     Args:
-        max_tokens: read no more than this; None: one chunk, which is one forward pass.
+        max_tokens: read no more than this; None: one chunk, which is one forward pass, or a part of one while answers
+            are generated together.
 
     Returns:
         The number of tokens still to be read.
@@ -123,7 +124,9 @@ def read(session: Session, max_tokens: int | None = None) -> int:
     context = session._context
     with session._shared.engine_lock, context.transaction():
         end, num_cached = context.num_readable, context.cache.num_tokens
-        context.read(min(end, num_cached + (context.chunk_tokens if max_tokens is None else max_tokens)))
+        if max_tokens is None:
+            max_tokens = session._shared.pass_tokens(context.chunk_tokens)
+        context.read(min(end, num_cached + max_tokens))
         return max(end - context.cache.num_tokens, 0)
 
 

@@ -20,16 +20,14 @@ from am_memory.errors import InvalidInput, UnsupportedOperation
 from am_memory.session.kept_queries import KeptQueries
 from am_memory.session.notices import warn_beyond_window
 from am_memory.session.pages import is_room_kept
+from am_memory.session.shared import BESIDE_SHARE, Shared
 from am_memory.session.transaction import Before
 
 if TYPE_CHECKING:
     from am_memory.session.context import Context
     from am_memory.session.generation import Generation, Piece
-    from am_memory.session.shared import Shared
 
 T = TypeVar("T")
-BESIDE_SHARE = 0.25
-"""Share of a chunk that is read of a prompt in one step, while other answers wait for their next tokens."""
 SHORT_TOKENS = 16
 """So many unread tokens are read together with the next token: the opening of an answer, the end of a prompt."""
 
@@ -100,8 +98,10 @@ class Batch:
         going = [answer for answer in answers if not answer.is_ready and not answer.is_finished]
         if not going:
             return
-        with going[0].shared.engine_lock:
+        shared = going[0].shared
+        with shared.engine_lock:
             self._num_steps += 1
+            shared.writing.update(going)
             unparked = [answer for answer in going if self._parked.get(answer, len(going) + 1) > len(going)]
             able = unparked or going[:1]
             writing = [answer for answer in able if not _has_long_work(answer)]

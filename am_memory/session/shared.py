@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from threading import RLock
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from am_memory.engines.base import Engine
 from am_memory.errors import InvalidInput, StorageError
@@ -18,7 +19,11 @@ from am_memory.storage.store import Store
 from am_memory.text.sampling import Sampling
 
 if TYPE_CHECKING:
+    from am_memory.session.generation import Generation
     from am_memory.session.session import Session
+
+BESIDE_SHARE = 0.25
+"""Share of a chunk that is read of a prompt in one pass, while answers wait for their next tokens."""
 
 
 @dataclass(eq=False)
@@ -36,6 +41,7 @@ class Shared:
         idle_worker: refines the segments of these sessions while none of them works.
         engine_lock: held while a session works. No code waits for the store while it holds this lock; only originals
             are read from a local folder.
+        writing: answers that are generated together.
         store_lock: held while a session is saved or deleted. It is never held together with `engine_lock`.
     """
 
@@ -47,6 +53,7 @@ class Shared:
     texts: CompactTexts
     sessions: dict[str, Session] = field(default_factory=dict)
     engine_lock: RLock = field(default_factory=RLock)
+    writing: WeakSet[Generation] = field(default_factory=WeakSet)
     store_lock: RLock = field(default_factory=RLock)
     idle_worker: IdleWorker = field(init=False)
 
@@ -59,6 +66,11 @@ class Shared:
         cache = self.engine.new_cache()
         self.engine.forward(cache, [0])
         return cache.state()
+
+    def pass_tokens(self, chunk_tokens: int) -> int:
+        """Tokens of a prompt to read in one pass: a part of a chunk while answers wait for their next tokens."""
+        is_awaited = any(not answer.is_finished for answer in self.writing)
+        return max(int(chunk_tokens * BESIDE_SHARE), 1) if is_awaited else chunk_tokens
 
     def names(self) -> list[str]:
         """All named sessions, in memory and in the store."""

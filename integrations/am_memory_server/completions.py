@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -91,12 +91,12 @@ def _job(service: Service, body: CompletionRequest, texts: list[_Text], owner: s
                 publish(None)
                 if left_tokens:  # the turn of the last chunk generates the first token, too
                     yield None
-            pieces = turn.session.generate(max_tokens, sampling, top_logprobs=body.logprobs)
-            for piece in service.with_events(pieces, ignore):
-                if not text.completion_tokens:
-                    metrics.first_token_seconds.observe(time.monotonic() - arrived)
-                publish(_add(service.memory.engine, text, piece, body.logprobs is not None))
-                yield None if pieces.is_finished else pieces
+            with closing(turn.session.generate(max_tokens, sampling, top_logprobs=body.logprobs)) as pieces:
+                for piece in service.with_events(pieces, ignore):
+                    if not text.completion_tokens:
+                        metrics.first_token_seconds.observe(time.monotonic() - arrived)
+                    publish(_add(service.memory.engine, text, piece, body.logprobs is not None))
+                    yield None if pieces.is_finished else pieces
             service.texts.keep(turn)
             metrics.prompt_tokens.inc(text.prompt_tokens)
             metrics.cached_tokens.inc(text.cached_tokens)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import count
+from contextlib import closing
+from itertools import count, islice, pairwise
+from random import Random
 from threading import get_ident
 
 import pytest
@@ -17,6 +19,7 @@ from am_memory.engines.base import SessionCache
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CompactionFailed, InvalidInput, UnsupportedOperation
 from am_memory.events import CompactionFinished, Event
+from am_memory.session.appending import read
 from am_memory.session.batch import Batch
 from am_memory.text.constraints import regex
 
@@ -125,6 +128,18 @@ def test_an_unread_prompt_is_read_between_the_tokens_of_others(engine: Transform
     expected = [list(session.generate(80)) for session in others] + [list(expected_late.generate(10))]
     assert_same(pieces, expected)
     assert_same_sessions([late], [expected_late])
+
+
+def test_a_prompt_that_is_read_beside_answers_is_read_in_parts(memory: Memory) -> None:
+    """Others wait for no longer than a part of a chunk; without them, it is read by whole chunks."""
+    sessions, late = sessions_of(memory)[:2], memory.session("late")
+    late.append(TEXTS[4] * 2, read_now=False)
+    left = [read(late)]
+    with closing(memory.generate_many([session.generate(9) for session in sessions])) as steps:  # type: ignore[type-var]
+        next(steps)
+        left += [read(late), read(late)]
+    left.append(read(late))
+    assert [before - after for before, after in pairwise(left)] == [8, 8, 32]
 
 
 def test_compactions_are_made_one_at_a_time_beside_the_others(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,6 +362,48 @@ def test_forks_generate_beside_their_session(memory: Memory, engine: Transformer
     expected = [list(fork.generate(40, sampling)) for fork, sampling in zip(theirs, samplings, strict=True)]
     answers = [fork.generate(40, sampling) for fork, sampling in zip(ours, samplings, strict=True)]
     assert_same(together(memory, answers), expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_operations(engine: TransformersEngine, seed: int) -> None:
+    """Eight sessions append, rewind and generate together, and twins of them alone: nothing is lost, nothing crosses."""
+    rng = Random(seed)
+    memory, other = Memory(engine, POLICY), Memory(engine, POLICY)
+    ours, twins = sessions_of(memory), sessions_of(other)
+    for _ in range(3):
+        parent = rng.randrange(5)
+        ours.append(ours[parent].fork())
+        twins.append(twins[parent].fork())
+    for _ in range(6):
+        for session, twin in zip(ours, twins, strict=True):
+            text, last = rng.choice(TEXTS), len(session.tokens)
+            if rng.random() < 0.4:
+                session.append(text, read_now=rng.random() < 0.5)
+                twin.append(text)
+            elif rng.random() < 0.5:
+                num_tokens = rng.randrange(max(last - 30, 1), last + 1)
+                session.rewind(num_tokens)
+                twin.rewind(num_tokens)
+        chosen = rng.sample(range(8), rng.randrange(2, 9))
+        samplings = [Sampling(temperature=1.0, seed=rng.randrange(99)) for _ in chosen]
+        answers = {row: ours[row].generate(30, sampling) for row, sampling in zip(chosen, samplings, strict=True)}
+        given = {row: list[int]() for row in chosen}
+        last_step = rng.randrange(1, 40) * len(chosen)
+        with closing(memory.generate_many(answers.values())) as steps:  # type: ignore[type-var]
+            for number, (answer, piece) in enumerate(steps):
+                given[next(row for row in chosen if answers[row] is answer)] += piece.token_ids
+                if number == last_step:
+                    break
+                if rng.random() < 0.01:
+                    answers[rng.choice(chosen)].close()
+        for row, sampling in zip(chosen, samplings, strict=True):
+            alone = islice(twins[row].generate(30, sampling), len(given[row]))
+            assert tokens_of(list(alone)) == given[row]
+        assert [session.tokens for session in ours] == [twin.tokens for twin in twins]
+    for session in ours:
+        session.logits("hoo")  # reads what is left to be read
+    assert max(session.stats.num_compactions for session in ours) > 1
+    assert_same_sessions(ours, twins)
 
 
 def new_scenes(memory: Memory) -> Callable[[], list[Session]]:
