@@ -27,6 +27,7 @@ from langchain_am_memory.call_options import CallOptions, check_arguments, one_c
 from langchain_am_memory.compactions import CallbackRun, Emit, LoopEmitter, listener
 from langchain_am_memory.limits import Limit, with_limits
 from langchain_am_memory.messages import to_openai
+from langchain_am_memory.sampling_fields import SamplingFields
 from langchain_am_memory.structured import Method, structured
 from langchain_am_memory.thread_ids import ThreadedChatModel, take_thread
 from langchain_am_memory.workers import worker_of
@@ -40,7 +41,7 @@ LOAD_SETTINGS = (
 _loading = Lock()
 
 
-class ChatAMMemory(ThreadedChatModel):
+class ChatAMMemory(ThreadedChatModel, SamplingFields):
     """A local model that remembers a conversation of any length in bounded memory.
 
     LangChain sends the whole conversation at every call. This model finds what it has read of it by the messages, and
@@ -57,7 +58,8 @@ class ChatAMMemory(ThreadedChatModel):
             as in `Memory.from_pretrained`.
         store: a folder or fsspec URL where threads are saved, so that they survive the process.
         max_bytes: of all cached conversations together; None: 4 GiB.
-        temperature, top_p, top_k, min_p, repetition_penalty, seed: sampling; None: as the model's own settings say.
+        temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias, seed:
+            sampling; None: as the model's own settings say.
         max_tokens, stop: the longest answer, and texts that end one.
         mounts: names of compact texts (`Memory.compact_text`) that conversations begin with; a call may name others.
         timeout: seconds for an answer; None: no limit.
@@ -91,14 +93,7 @@ class ChatAMMemory(ThreadedChatModel):
     originals_bytes: int | None = Field(default=None, ge=0)
     originals_disk_bytes: int | None = Field(default=None, ge=0)
     max_bytes: int | None = None
-    temperature: float | None = Field(default=None, ge=0)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, gt=0)
-    min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float | None = Field(default=None, gt=0)
-    seed: int | None = None
     max_tokens: int = Field(default=512, gt=0)
-    stop: list[str] | None = Field(default=None, validation_alias="stop_sequences")
     mounts: list[str] = Field(default_factory=list)
     timeout: float | None = Field(default=None, gt=0)
     max_retries: int = Field(default=2, ge=0)
@@ -330,8 +325,7 @@ class ChatAMMemory(ThreadedChatModel):
         check_arguments(given)
         if stop not in (None, []):
             given["stop"] = stop
-        own = {name: value for name in Sampling.model_fields if (value := getattr(self, name)) is not None}
-        sampling = Sampling(**{**self.threads(given.get("model")).memory.sampling.model_dump(), **own})
+        sampling = self.over(self.threads(given.get("model")).memory.sampling)
         return CallOptions.of(given, policy=self._memory_policy(), sampling=sampling, max_tokens=self.max_tokens)
 
     # Tools and structured output
