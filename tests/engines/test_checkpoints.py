@@ -146,6 +146,21 @@ def test_forks_and_failed_steps_keep_checkpoints(stubborn: CountingEngine) -> No
     assert differences(context_of(session), context_of(fork)) == []
 
 
+def test_a_compaction_under_way_goes_on(stubborn: CountingEngine) -> None:
+    """It was dropped if it had begun behind the checkpoint, and another one began later."""
+    policy = POLICY.with_changes(trigger_tokens=62, ahead_tokens=9)
+    session, other = told(Memory(stubborn, policy)), told(Memory(stubborn, policy), 56)
+    began = [context_of(each).background_compaction for each in (session, other)]
+    assert [each and each.at_tokens for each in began] == [53, 53]
+    assert session.can_rewind(56)
+    session.rewind(56)
+    assert differences(context_of(session), context_of(other)) == []
+    for each in (session, other):
+        each.append(TOKENS[56:70])
+    assert session.stats.num_compactions == 1
+    assert differences(context_of(session), context_of(other)) == []
+
+
 def test_checkpoints_are_few(stubborn: CountingEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     session = Memory(stubborn, POLICY).session()
     for start in range(0, 100, 4):
