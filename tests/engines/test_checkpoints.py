@@ -161,6 +161,25 @@ def test_a_compaction_under_way_goes_on(stubborn: CountingEngine) -> None:
     assert differences(context_of(session), context_of(other)) == []
 
 
+def test_what_fails_while_tokens_are_read_again_leaves_theirs(
+    stubborn: CountingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their entries were written over."""
+    session = told(Memory(stubborn, POLICY))
+    before, forward = session.fork(), stubborn.forward
+
+    def failing(cache: SessionCache, token_ids: Sequence[int], **how: Any) -> Any:
+        forward(cache, [token_id + 1 for token_id in token_ids], **how)
+        raise RuntimeError
+
+    for layer in context_of(session).cache.compactable:
+        layer.buffer = layer.buffer.grown(layer.length, 100)  # it is the session's own
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(stubborn, "forward", failing)
+        session.rewind(52)
+    assert differences(context_of(session), context_of(before)) == []
+
+
 def test_checkpoints_are_few(stubborn: CountingEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     session = Memory(stubborn, POLICY).session()
     for start in range(0, 100, 4):
