@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from am_memory import Memory, Sampling, Session
 from am_memory.engines.base import SessionCache
 from am_memory.engines.transformers import TransformersEngine
+from am_memory.kv_cache.layers import RecurrentState
 from am_memory.session import checkpoints
 
 TOKENS = some_tokens(120)
@@ -178,6 +179,17 @@ def test_what_fails_while_tokens_are_read_again_leaves_theirs(
         patch.setattr(stubborn, "forward", failing)
         session.rewind(52)
     assert differences(context_of(session), context_of(before)) == []
+
+
+def test_a_checkpoint_keeps_no_more_than_it_says(stubborn: CountingEngine) -> None:
+    session = told(Memory(stubborn, POLICY))
+    tensors = [
+        tensor
+        for checkpoint in context_of(session).checkpoints
+        for state in checkpoint.states
+        for tensor in (state.tensors if isinstance(state, RecurrentState) else (state.keys, state.values))
+    ]
+    assert session.stats.checkpoints_bytes == sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 def test_checkpoints_are_few(stubborn: CountingEngine, monkeypatch: pytest.MonkeyPatch) -> None:
