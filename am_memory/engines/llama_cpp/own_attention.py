@@ -57,9 +57,7 @@ class OwnAttention:
             if self.error is not None:
                 raise self.error
             if next(self._layers, None) is not None:
-                raise EngineFailed(
-                    "a signal's handler raised an exception while llama.cpp read tokens; read them again"
-                )
+                raise EngineFailed("a signal handler raised an error while llama.cpp read tokens: read them again")
         finally:
             self._layers = self.error = None
 

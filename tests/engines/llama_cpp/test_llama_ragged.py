@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import _thread
+import gc
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -267,6 +269,18 @@ def test_ctrl_c_while_llama_cpp_computes_is_raised(
         llama.forward(cache, range(4, 4 + num_tokens))
     assert (cache.num_tokens, cache.is_whole) == (3, True)
     assert torch.equal(llama.forward(cache, range(4, 4 + num_tokens), num_logits=1), expected)
+
+
+def test_a_cache_that_is_gone_leaves_no_memory(llama: LlamaCppEngine) -> None:
+    """The kernel kept the keys and values of the session that it had read last, until it read another one."""
+    cache = llama.new_cache()
+    llama.forward(cache, [1, 2, 3])
+    llama.forward(cache, [4])
+    pools = [weakref.ref(layer.buffer) for layer in cache.compactable if layer.buffer is not None]
+    assert pools
+    del cache
+    gc.collect()
+    assert not any(pool() for pool in pools)
 
 
 def test_attention_on_a_gpu_is_found_out(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
