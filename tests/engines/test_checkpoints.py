@@ -18,6 +18,7 @@ from am_memory.engines.base import SessionCache
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.kv_cache.layers import RecurrentState
 from am_memory.session import checkpoints
+from am_memory.session.appending import add, encode, read
 
 TOKENS = some_tokens(120)
 PARTS = (40, 44, 60)
@@ -190,6 +191,16 @@ def test_a_checkpoint_keeps_no_more_than_it_says(stubborn: CountingEngine) -> No
         for tensor in (state.tensors if isinstance(state, RecurrentState) else (state.keys, state.values))
     ]
     assert session.stats.checkpoints_bytes == sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def test_a_message_that_is_read_in_many_steps_has_one(stubborn: CountingEngine) -> None:
+    """Each step kept one, and those of earlier messages, and of its own beginning, went."""
+    session = told(Memory(stubborn, POLICY))
+    add(session, encode(session, TOKENS[60:90]))
+    while read(session, 2):
+        pass
+    assert [held.num_tokens + 1 for held in context_of(session).checkpoints] == [*PARTS]
+    assert session.can_rewind(PARTS[-1])
 
 
 def test_checkpoints_are_few(stubborn: CountingEngine, monkeypatch: pytest.MonkeyPatch) -> None:
