@@ -38,6 +38,8 @@ class Checkpoint(NamedTuple):
         layers: list[LayerState] = []
         for layer in state.layers:
             if isinstance(layer, TailState):
+                if layer.buffer is not None:
+                    layer.buffer.is_shared = True  # with `state`, which may be restored after tokens are read again
                 layers.append(layer._replace(length=self.num_tokens - layer.start))
             else:
                 layers.append(next(states).to(layer.device))

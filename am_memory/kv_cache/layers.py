@@ -68,7 +68,7 @@ class TailState(NamedTuple):
 
 
 class SlidingState(NamedTuple):
-    """A sliding-window layer at one moment; transformers never writes into these tensors."""
+    """A sliding-window layer at one moment; nobody writes into these tensors."""
 
     keys: Tensor | None
     values: Tensor | None
@@ -80,14 +80,18 @@ class SlidingState(NamedTuple):
         return torch.device("cpu") if self.keys is None else self.keys.device
 
     def to(self, device: torch.device | str) -> SlidingState:
-        """The same state on a device."""
-        key, value = (None if tensor is None else tensor.to(device) for tensor in (self.keys, self.values))
+        """The same state on a device; it keeps no larger tensors, of which these are views."""
+        key, value = (None if tensor is None else _alone(tensor.to(device)) for tensor in (self.keys, self.values))
         return SlidingState(key, value, self.num_tokens)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors."""
         return sum(tensor.nbytes for tensor in (self.keys, self.values) if tensor is not None)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 class RecurrentState(NamedTuple):

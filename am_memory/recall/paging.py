@@ -72,15 +72,17 @@ class Recalled:
         return sum(self.page.num_tokens * slots.num_heads - slots.num_slots for slots in self.slots)
 
 
-def brought_back(state: Snapshot, page: Page, entries: Sequence[KeysAndValues]) -> tuple[CacheState, Recalled]:
+def brought_back(
+    state: Snapshot, page: Page, entries: Sequence[KeysAndValues], *, is_whole: bool
+) -> tuple[CacheState, Recalled]:
     """The state with a page exact, and what to put away later.
 
     The page's entries weigh a little more than they did, unless the page is a whole segment: see `PAGE_BIAS`.
 
     Args:
         entries: keys and values of the page's tokens in each compactable layer.
+        is_whole: the page is a whole segment, of the conversation or of a mounted text.
     """
-    is_whole = any((segment.start, segment.end) == page for segment in state.segments)
     bias = 0.0 if is_whole else PAGE_BIAS
     compact, exact = [], []
     tails = (layer for layer in state.layers if isinstance(layer, TailState))

@@ -24,28 +24,8 @@ NO_WORD = -1
 """The number of a token without letters and digits."""
 
 
-class _Words:
-    """Numbers for the words of one engine's tokens, given as they are met."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._decode, self._unused = engine.decode, count()
-        self._of_word: dict[str, int] = {}
-        self._of_token: dict[int, int] = {}
-
-    def number(self, token_id: int) -> int:
-        if token_id not in self._of_token:
-            text = self._decode([token_id]).strip()
-            if "\ufffd" in text:
-                word = f"\ufffd{token_id}"  # a part of a letter
-            elif any(letter.isalnum() for letter in text):
-                word = text.casefold()[:STEM_LETTERS]
-            else:
-                word = ""
-            self._of_token[token_id] = self._of_word.setdefault(word, next(self._unused)) if word else NO_WORD
-        return self._of_token[token_id]
-
-
-_words: WeakKeyDictionary[Engine, _Words] = WeakKeyDictionary()
+_unused, _number_of_word = count(), dict[str, int]()  # one for all engines, since runs keep the numbers
+_numbers: WeakKeyDictionary[Engine, dict[int, int]] = WeakKeyDictionary()  # of each engine's tokens
 
 
 def word_numbers(engine: Engine, token_ids: Sequence[int]) -> Tensor:
@@ -53,11 +33,24 @@ def word_numbers(engine: Engine, token_ids: Sequence[int]) -> Tensor:
 
     Upper and lower case, spaces and word endings make no difference. A word of several tokens counts as several.
     """
-    words = _words.get(engine)
-    if words is None:
-        words = _words.setdefault(engine, _Words(engine))
+    known = _numbers.setdefault(engine, {})
     different, where = torch.tensor(token_ids, dtype=torch.int64).unique(return_inverse=True)  # type: ignore[no-untyped-call]
-    return torch.tensor([words.number(token_id) for token_id in different.tolist()], dtype=torch.int64)[where]
+    for token_id in different.tolist():
+        if token_id not in known:
+            known[token_id] = _number(engine, token_id)
+    return torch.tensor([known[token_id] for token_id in different.tolist()], dtype=torch.int64)[where]
+
+
+def _number(engine: Engine, token_id: int) -> int:
+    """The number of a token's word."""
+    text = engine.decode([token_id]).strip()
+    if "\ufffd" in text:
+        word = f"\ufffd{token_id}"  # a part of a letter
+    elif any(letter.isalnum() for letter in text):
+        word = text.casefold()[:STEM_LETTERS]
+    else:
+        return NO_WORD
+    return _number_of_word.setdefault(word, next(_unused))
 
 
 def word_scores(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from am_memory.engines.base import Message
 from am_memory.errors import InvalidInput, InvalidPolicy, PromptTooLong, UnsupportedOperation, require_whole
+from am_memory.session import checkpoints
 from am_memory.session.chat_history import ChatHistory
 from am_memory.session.context import Context
 from am_memory.session.limits import require_positions, require_token_ids
@@ -139,6 +140,7 @@ def extend(context: Context, encoded: Encoded) -> int:
     context.history = encoded.after
     if encoded.num_pinned not in (None, context.num_pinned):
         _pin(context, encoded.num_pinned)
+    checkpoints.keep(context)
     context.tokens.extend(encoded.token_ids)
     return len(encoded.token_ids)
 

@@ -1,7 +1,7 @@
 """Checkpoints of a context: an answer is generated again, or a message edited, without reading all that came before.
 
-One is kept whenever a step begins to read, which is where messages and answers begin. Caches that can drop any token
-need none.
+One is kept where messages are added, and where the opening of an answer is read. A long message may be read in many
+steps, which keep none. Caches that can drop any token need none.
 """
 
 from __future__ import annotations

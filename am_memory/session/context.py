@@ -159,13 +159,13 @@ class Context:
 
     def read_all(self) -> None:
         """Read every token but the last."""
+        if self.cache.num_tokens < self.num_readable:
+            checkpoints.keep(self)
         self.read(self.num_readable)
 
     def read(self, end: int) -> None:
         """Read the first `end` tokens into the cache, and compact whenever that is due."""
         start = self.cache.num_tokens
-        if start < end:
-            checkpoints.keep(self)
         while (done := self.cache.num_tokens) < end:
             self.compact_if_due()
             stop = min(end, done + min(self.room_tokens, self.chunk_tokens))

@@ -36,7 +36,9 @@ def bring_back(context: Context, page: Page) -> bool:
             return False
         layers = zip(cache.compactable, entries, strict=True)
         turned = [(layer.rotated(key, shift), value) for layer, (key, value) in layers]
-        state, recalled = paging.brought_back(cache.state(), page, turned)
+        of_texts = (segment for mounted in context.mounts.mounted for segment in mounted.named.segments)
+        is_whole = any((one.start, one.end) == page for one in (*cache.segments, *of_texts))
+        state, recalled = paging.brought_back(cache.state(), page, turned, is_whole=is_whole)
         cache.restore(state)
         context.notify(SpanRecalled(context.name, page.start, page.end, cache.kv_tokens))
     context.recalled = (*(other for other in context.recalled if other is not recalled), recalled)

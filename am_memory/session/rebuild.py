@@ -43,8 +43,11 @@ def rewind(context: Context, num_tokens: int) -> None:
     context.tokens = context.tokens[:num_tokens]
     _restore_pages(context)
     mounting.go_back(context, context.records[-1].swapped_at if context.records else 0)
+    running = context.background_compaction
     context.forget_after_cache()
     read_untriggered(context, num_cached)
+    if running is not None and running.at_tokens <= num_cached:  # it has seen the same tokens as are read again
+        context.background_compaction = running
 
 
 def _drop_after(context: Context, num_cached: int) -> None:

@@ -16,7 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from am_memory import Memory, Sampling, Session
 from am_memory.engines.base import SessionCache
 from am_memory.engines.transformers import TransformersEngine
+from am_memory.kv_cache.layers import RecurrentState
 from am_memory.session import checkpoints
+from am_memory.session.appending import add, encode, read
 
 TOKENS = some_tokens(120)
 PARTS = (40, 44, 60)
@@ -144,6 +146,61 @@ def test_forks_and_failed_steps_keep_checkpoints(stubborn: CountingEngine) -> No
     assert fork.can_rewind(44)
     fork.rewind(44)
     assert differences(context_of(session), context_of(fork)) == []
+
+
+def test_a_compaction_under_way_goes_on(stubborn: CountingEngine) -> None:
+    """It was dropped if it had begun behind the checkpoint, and another one began later."""
+    policy = POLICY.with_changes(trigger_tokens=62, ahead_tokens=9)
+    session, other = told(Memory(stubborn, policy)), told(Memory(stubborn, policy), 56)
+    began = [context_of(each).background_compaction for each in (session, other)]
+    assert [each and each.at_tokens for each in began] == [53, 53]
+    assert session.can_rewind(56)
+    session.rewind(56)
+    assert differences(context_of(session), context_of(other)) == []
+    for each in (session, other):
+        each.append(TOKENS[56:70])
+    assert session.stats.num_compactions == 1
+    assert differences(context_of(session), context_of(other)) == []
+
+
+def test_what_fails_while_tokens_are_read_again_leaves_theirs(
+    stubborn: CountingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their entries were written over."""
+    session = told(Memory(stubborn, POLICY))
+    before, forward = session.fork(), stubborn.forward
+
+    def failing(cache: SessionCache, token_ids: Sequence[int], **how: Any) -> Any:
+        forward(cache, [token_id + 1 for token_id in token_ids], **how)
+        raise RuntimeError
+
+    for layer in context_of(session).cache.compactable:
+        layer.buffer = layer.buffer.grown(layer.length, 100)  # it is the session's own
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(stubborn, "forward", failing)
+        session.rewind(52)
+    assert differences(context_of(session), context_of(before)) == []
+
+
+def test_a_checkpoint_keeps_no_more_than_it_says(stubborn: CountingEngine) -> None:
+    session = told(Memory(stubborn, POLICY))
+    tensors = [
+        tensor
+        for checkpoint in context_of(session).checkpoints
+        for state in checkpoint.states
+        for tensor in (state.tensors if isinstance(state, RecurrentState) else (state.keys, state.values))
+    ]
+    assert session.stats.checkpoints_bytes == sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def test_a_message_that_is_read_in_many_steps_has_one(stubborn: CountingEngine) -> None:
+    """Each step kept one, and those of earlier messages, and of its own beginning, went."""
+    session = told(Memory(stubborn, POLICY))
+    add(session, encode(session, TOKENS[60:90]))
+    while read(session, 2):
+        pass
+    assert [held.num_tokens + 1 for held in context_of(session).checkpoints] == [*PARTS]
+    assert session.can_rewind(PARTS[-1])
 
 
 def test_checkpoints_are_few(stubborn: CountingEngine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -38,6 +40,29 @@ def test_case_spaces_and_endings_make_no_difference(engine: TransformersEngine) 
     assert NO_WORD not in found[6:]
     assert torch.equal(word_numbers(engine, [5, 9, 5]), word_numbers(engine, [5, 9, 5]))
     assert word_numbers(engine, []).tolist() == []
+
+
+class Owls:
+    """An engine whose every token is an owl, but for token 0, which is a sea."""
+
+    def decode(self, token_ids: list[int]) -> str:
+        return "owl" if token_ids[0] else "sea"
+
+
+def test_an_engine_that_is_gone_leaves_no_model() -> None:
+    """Its words held its method, so that the weights of every model that was ever searched stayed."""
+    engine = Owls()
+    word_numbers(engine, [1])  # type: ignore[arg-type]
+    is_there = weakref.ref(engine)
+    del engine
+    gc.collect()
+    assert is_there() is None
+
+
+def test_engines_give_a_word_the_same_number() -> None:
+    """A compact text keeps the numbers of its words, and another memory may mount it."""
+    one = word_numbers(Owls(), [0, 1]).tolist()  # type: ignore[arg-type]
+    assert word_numbers(Owls(), [2, 0]).tolist() == one[::-1]  # type: ignore[arg-type]
 
 
 def test_a_rare_word_adds_more_than_one_that_many_spans_have() -> None:

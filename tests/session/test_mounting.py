@@ -715,6 +715,17 @@ def test_a_page_of_a_text_holds_what_was_read(new_memory: NewMemory, engine: Tra
         session.recall(Span(100, 140, 0.0, "", "handbook"))
 
 
+def test_a_whole_text_is_exact_as_it_was_read(new_memory: NewMemory) -> None:
+    """It weighed more than that, as pages of a text do; a whole segment of the conversation does not."""
+    memory = new_memory(**PAGES)
+    memory.compact_text(some_tokens(120, 1), "handbook")
+    session = memory.session("alice")
+    session.append(some_tokens(30))
+    session.mount("handbook")
+    session.recall(Span(0, session.mounts[0].text.num_tokens, 0.0, "", "handbook"))
+    assert all(bool((layer.slots.bias == 0).all()) for layer in layers_of(session))
+
+
 def test_a_page_of_a_text_without_any_slot_comes_and_goes(new_memory: NewMemory) -> None:
     """The layers have no slots at all then: it raised an error of zip."""
     memory = new_memory(**PAGES, experiments=Experiments(fit="no_slots"))

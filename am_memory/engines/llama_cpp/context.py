@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -116,7 +120,7 @@ class Context:
             batch.token[index], batch.pos[index] = token_id, position + index
             batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
             batch.logits[index] = index >= len(token_ids) - num_logits
-        return int(self._lib.llama_decode(self.handle, batch))
+        return self._decode()
 
     def decode_side_by_side(self, token_ids: Sequence[int], positions: Sequence[int]) -> int:
         """Compute one token of each of several sequences, with its logits; returns llama.cpp's status."""
@@ -125,9 +129,34 @@ class Context:
         for index, (token_id, position) in enumerate(zip(token_ids, positions, strict=True)):
             batch.token[index], batch.pos[index] = token_id, position
             batch.n_seq_id[index], batch.seq_id[index][0], batch.logits[index] = 1, index, True
-        return int(self._lib.llama_decode(self.handle, batch))
+        return self._decode()
+
+    def _decode(self) -> int:
+        with interrupts_wait():
+            return int(self._lib.llama_decode(self.handle, self._batch))
 
     def logits(self, num_rows: int) -> Tensor:
         """A copy of the last batch's logits, (num_rows, vocab_size) float32."""
         rows = np.ctypeslib.as_array(self._lib.llama_get_logits(self.handle), shape=(num_rows, self.vocab_size))
         return torch.from_numpy(rows.copy())
+
+
+@contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Handle Ctrl-C behind the body.
+
+    Python handles signals at the beginning of a function. In a callback, `KeyboardInterrupt` would be raised before its
+    first line, and ctypes would print and forget it.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = list[tuple[int, FrameType | None]]()
+    signal.signal(signal.SIGINT, lambda *event: came.append(event))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        for event in came[:1]:
+            handler(*event)

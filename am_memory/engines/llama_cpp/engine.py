@@ -38,7 +38,7 @@ class LlamaCppEngine:
 
     Args:
         model: a .gguf file, "demo", or a `llama_cpp.Llama` with any parameters. The weights and settings of a `Llama`
-            are used, but not its context: the engine makes contexts of its own.
+            are used, but not its context: the engine makes contexts of its own. Keep it open.
         heads: "ragged": each KV head has slots of its own, with biases, as on the transformers engine. This project
             keeps keys and values in host memory and computes attention on the CPU; llama.cpp computes the rest.
             "shared": all heads of all layers share the cells of llama.cpp, which computes attention too; biases are

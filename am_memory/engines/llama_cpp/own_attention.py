@@ -21,6 +21,7 @@ from am_memory.engines import partwise
 from am_memory.engines.branches import BranchLayer
 from am_memory.engines.llama_cpp.capture import OP_OFFSET
 from am_memory.engines.llama_cpp.library import ggml, library, read_tensor, tensor_at, write_tensor
+from am_memory.errors import EngineFailed
 from am_memory.kv_cache.int8 import decoded
 from am_memory.kv_cache.layers import CompactableLayer, SlidingLayer, TailBuffer, TailState
 from am_memory.kv_cache.slots import Slots
@@ -55,6 +56,8 @@ class OwnAttention:
             yield
             if self.error is not None:
                 raise self.error
+            if next(self._layers, None) is not None:
+                raise EngineFailed("a signal handler raised an error while llama.cpp read tokens: read them again")
         finally:
             self._layers = self.error = None
 

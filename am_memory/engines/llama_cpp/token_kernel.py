@@ -8,6 +8,7 @@ token to token. llama.cpp does not stop, and computes the whole token in one go.
 from __future__ import annotations
 
 import ctypes
+import weakref
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class _LayerNodes:
         self._key, self._value, self._mask = (GGMLTensor.from_buffer(memory) for memory in self._memory)
         self._own = [ctypes.addressof(memory) for memory in self._memory]
         self._attention.src[1], self._attention.src[2], self._attention.src[3] = self._own
-        self._pool: Pool | WindowPool | None = None
+        self._pool: weakref.ref[Pool | WindowPool] | None = None
 
     @property
     def are_in_graph(self) -> bool:
@@ -69,8 +70,8 @@ class _LayerNodes:
         for write, tensor, tail in entries:
             write.data = tail.data_ptr() + num_tokens * tail.stride(2) * tail.element_size()
             tensor.ne[1] = pool.num_seen(num_tokens + 1)
-        if self._pool is not pool:
-            self._pool = pool
+        if self._pool is None or self._pool() is not pool:
+            self._pool = weakref.ref(pool)  # a cache that is gone frees it
             for tensor, seen in ((self._key, pool.seen_key), (self._value, pool.seen_value), (self._mask, pool.mask)):
                 tensor.data, tensor.ne[2], tensor.type = seen.data_ptr(), seen.shape[0], ggml_type_of(seen.dtype)
                 tensor.nb[2], tensor.nb[1], tensor.nb[0] = (stride * seen.element_size() for stride in seen.stride())
@@ -131,13 +132,17 @@ class TokenKernel:
             nodes.point_to(pool, num_tokens)
         self._is_ready, self._error = False, None
         self._context.clear()
-        status = self._context.decode([token_id], position, 1)
+        try:
+            status = self._context.decode([token_id], position, 1)
+        finally:
+            pools, self._pools = self._pools, []
+            if self._error is not None:
+                self._make_context()
         if self._error is not None:
-            self._make_context()
             raise self._error
         if status:
             raise EngineFailed(f"llama.cpp could not read a token at position {position} (status {status})")
-        for layer, shape, (pool, num_tokens) in zip(cache.with_keys, self._shapes, self._pools, strict=True):
+        for layer, shape, (pool, num_tokens) in zip(cache.with_keys, self._shapes, pools, strict=True):
             if isinstance(layer, CompactableLayer):
                 layer.length += 1
                 layer.scaling = shape.scaling

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import _thread
+import gc
+import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
+from operator import methodcaller
 from pathlib import Path
 
 import pytest
@@ -15,6 +21,7 @@ from torch import Tensor
 from am_memory import Experiments, Memory, MemoryPolicy, Sampling, Session
 from am_memory.engines.base import Engine
 from am_memory.engines.llama_cpp import LlamaCppEngine
+from am_memory.engines.llama_cpp.library import library
 from am_memory.engines.llama_cpp.pool import Pool
 from am_memory.engines.llama_cpp.token_kernel import _LayerNodes
 from am_memory.engines.transformers import TransformersEngine
@@ -241,6 +248,39 @@ def test_an_interrupt_leaves_no_graph_half_changed(tiny_gguf: Path, monkeypatch:
         llama.forward(cache, [4])
     assert (cache.num_tokens, cache.is_whole) == (3, True)
     assert torch.equal(llama.forward(cache, [4], num_logits=1), expected)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_ctrl_c_while_llama_cpp_computes_is_raised(
+    llama: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch, num_tokens: int
+) -> None:
+    """It was raised before the first line of a callback, where ctypes forgets it: a layer went without its tokens."""
+    cache, lib = llama.new_cache(), library()
+    llama.forward(cache, [1, 2, 3])
+    expected = llama.forward(cache.fork(), range(4, 4 + num_tokens), num_logits=1)
+    decode = lib.llama_decode
+
+    def pressed(*args: object) -> object:
+        calls: list[Callable[[], object]] = [_thread.interrupt_main, partial(decode, *args)]
+        return list(map(methodcaller("__call__"), calls))[-1]  # without a line of Python in between
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(lib, "llama_decode", pressed)
+        llama.forward(cache, range(4, 4 + num_tokens))
+    assert (cache.num_tokens, cache.is_whole) == (3, True)
+    assert torch.equal(llama.forward(cache, range(4, 4 + num_tokens), num_logits=1), expected)
+
+
+def test_a_cache_that_is_gone_leaves_no_memory(llama: LlamaCppEngine) -> None:
+    """The kernel kept the keys and values of the session that it had read last, until it read another one."""
+    cache = llama.new_cache()
+    llama.forward(cache, [1, 2, 3])
+    llama.forward(cache, [4])
+    pools = [weakref.ref(layer.buffer) for layer in cache.compactable if layer.buffer is not None]
+    assert pools
+    del cache
+    gc.collect()
+    assert not any(pool() for pool in pools)
 
 
 def test_attention_on_a_gpu_is_found_out(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
