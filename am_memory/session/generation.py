@@ -14,6 +14,7 @@ from torch import Tensor
 
 from am_memory.errors import UnsupportedOperation
 from am_memory.events import Event, Span
+from am_memory.session import checkpoints
 from am_memory.session.appending import ends_turn
 from am_memory.session.context import Context
 from am_memory.session.limits import limit_new_tokens
@@ -220,6 +221,7 @@ class Generation:
             context.engine, len(context.tokens), ends_turn=ends_turn(context)
         )
         make_room(context, len(opening) + 1)  # before they are there: who asks again goes back to here
+        checkpoints.keep(context)
         context.history = history
         context.tokens.extend(opening)
         self._tokens, self._num_expected = context.tokens, len(context.tokens)

@@ -89,9 +89,12 @@ def test_before_all_checkpoints_everything_is_read_again(stubborn: CountingEngin
     assert session.stats.checkpoints_bytes == 0
 
 
-def test_an_answer_is_generated_again_at_once(stubborn: CountingEngine) -> None:
+@pytest.mark.parametrize(
+    "said", [[{"role": "user", "content": "Who keeps the bees?"}], TOKENS[:40]], ids=["chat", "text"]
+)
+def test_an_answer_is_generated_again_at_once(stubborn: CountingEngine, said: Any) -> None:
     session = Memory(stubborn, POLICY).session()
-    session.append([{"role": "user", "content": "Who keeps the bees?"}])
+    session.append(said)
     asked = len(session.tokens)
     first = "".join(piece.text for piece in session.generate(12, GREEDY))
     before = stubborn.num_read
