@@ -1,14 +1,14 @@
-"""A chat without an end: a conversation several times longer than its cache, and what is left of its first turn.
+"""A chat without an end: a conversation several times longer than its cache, and what it knows of its first turn.
 
 python examples/unbounded_chat.py
 """
 
 from __future__ import annotations
 
-from am_memory import Memory, MemoryPolicy, Sampling
+from am_memory import Memory, MemoryPolicy, Sampling, Session
 from am_memory.events import CompactionFinished, Event
 
-SHORT = Sampling(temperature=0, repetition_penalty=1.15)
+CHATTY = Sampling(temperature=0, repetition_penalty=1.15)
 """A model of 135 million parameters repeats itself without a penalty."""
 QUESTIONS = (
     "Tell me something about owls.",
@@ -27,25 +27,29 @@ def tell(event: Event) -> None:
 
 
 def main() -> None:
-    policy = MemoryPolicy(trigger_tokens=256, keep_ratio=0.25, keep_recent=32, pinned="sinks")
-    memory = Memory.from_pretrained("demo", policy=policy, on_event=tell)
+    memory = Memory.from_pretrained("demo", policy=MemoryPolicy(trigger_tokens=512), on_event=tell)
     session = memory.session("chat")
-    session.append([{"role": "user", "content": "Hello! My name is Margaret and I live in Lisbon."}])
-    session.append([{"role": "assistant", "content": "Nice to meet you, Margaret! How is Lisbon?"}])
+    session.append([{"role": "user", "content": "The code of the safe is 4821."}])
+    session.append([{"role": "assistant", "content": "I shall keep it in mind."}])
+    print(f"before: {ask_about_the_code(session)}\n")
     for question in QUESTIONS:
         session.append([{"role": "user", "content": question}])
-        answer = "".join(piece.text for piece in session.generate(48, SHORT))
+        answer = "".join(piece.text for piece in session.generate(96, CHATTY))
         print(f"you    {question}\nmodel  {answer}\n")
-    session.append([{"role": "user", "content": "What is my name, and where do I live?"}])
-    print("you    What is my name, and where do I live?\nmodel  ", end="")
-    for piece in session.generate(16, SHORT):
-        print(piece.text, end="", flush=True)
+    print(f"after: {ask_about_the_code(session)}")
     stats = session.stats
     print(
-        f"\n\n{stats.logical_tokens} tokens of conversation in {stats.kv_tokens:.0f}, "
+        f"\n{stats.logical_tokens} tokens of conversation in {stats.kv_tokens:.0f}, "
         f"{stats.num_compactions} compactions, "
         f"{stats.kv_bytes / 2**20:.1f} MiB instead of {stats.exact_kv_bytes / 2**20:.1f} MiB"
     )
+
+
+def ask_about_the_code(session: Session) -> str:
+    """Ask on a branch, so that the conversation does not hold the answer a second time."""
+    branch = session.fork()
+    branch.append([{"role": "user", "content": "What is the code of the safe?"}])
+    return "".join(piece.text for piece in branch.generate(12, Sampling(temperature=0))).strip()
 
 
 if __name__ == "__main__":

@@ -113,8 +113,8 @@ def test_the_examples_of_readme_compact_and_know_the_code_afterwards(
     assert len(threads) == 2
     for example in (plain, *threads):
         assert example.count("What is the code of the safe?  -> The code of the safe is 4821") == 2
-        before, after = re.findall(r"What is the code.*\n?.*, (\d+) compactions\]", example)
-        assert int(before) == 0 < int(after)
+        told, before, read, after = map(int, re.findall(r", (\d+) compactions?\]", example))
+        assert told == before == 0 < read <= after
     assert re.search(r"KVCache: .*4821.*\n<KVCache: 7\d\d tokens in [45]\d\d slots", generated)
 
 

@@ -24,7 +24,7 @@ from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
 from pydantic import BaseModel, Field
 
-from am_memory import Memory, MemoryPolicy
+from am_memory import Memory, MemoryPolicy, Sampling
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidInput, InvalidPolicy, UnsupportedOperation
 
@@ -690,6 +690,15 @@ def test_stops_are_those_of_the_call_then_of_model_kwargs_then_of_the_model(new_
 def test_a_limit_of_another_kind_is_refused() -> None:
     with pytest.raises(InvalidPolicy, match=r'keep=\("messages", 20\): .* give keep=\("tokens", 2,000\)'):
         ChatAMMemory(model="demo", keep=("messages", 20))
+
+
+def test_every_setting_of_sampling_is_a_field_and_reaches_the_call(new_model: NewModel) -> None:
+    """New settings of Sampling, which the model did not have, broke every call."""
+    given = {"presence_penalty": 0.5, "frequency_penalty": -0.5, "logit_bias": {65: 100.0}}
+    assert set(Sampling.model_fields) <= set(ChatAMMemory.model_fields)
+    sampling = new_model(**given)._options({}, None).sampling
+    assert sampling.model_dump(include=set(given)) == given
+    assert new_model(logit_bias={65: 100.0}, max_tokens=3).invoke("hello").content == "AAA"
 
 
 def test_plain_numbers_are_tokens_and_shares() -> None:
