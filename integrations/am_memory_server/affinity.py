@@ -14,6 +14,7 @@ from am_memory_server.access import ANONYMOUS, owner_of_headers
 from am_memory_server.errors import ApiError
 from am_memory_server.request_schemas import ChatCompletionRequest, CompletionRequest
 from am_memory_server.requests import conversation_of, thread_of
+from am_memory_server.responses_request import ResponsesRequest
 
 SESSIONS = "/v1/memory/sessions/"
 ACTIONS = ("/compact", "/fork")
@@ -33,6 +34,10 @@ def affinity(method: str, path: str, headers: Mapping[str, str], body: bytes, *,
         match method, path:
             case "POST", "/v1/chat/completions":
                 return thread_of((owner, conversation_of(ChatCompletionRequest.model_validate_json(body), headers)))
+            case "POST", "/v1/responses":
+                asked = ResponsesRequest.model_validate_json(body)
+                name = asked.conversation_name or conversation_of(asked.as_chat(()), headers)
+                return thread_of((owner, name))
             case "POST", "/v1/completions":
                 return f"{owner} {_opening(CompletionRequest.model_validate_json(body))}"
     except (ApiError, ValidationError):  # every replica refuses it in the same way

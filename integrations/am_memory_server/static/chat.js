@@ -1,6 +1,7 @@
 // The messages of the conversation, the answer that is being streamed, and the buttons of each message.
 
 import { render } from "./markdown.js";
+import { paint } from "./painting.js";
 
 const byId = (id) => document.getElementById(id);
 
@@ -35,6 +36,7 @@ export class ChatView {
     this.#write(node, message);
     this.#tools(node, message, variants);
     this.lookedUp(node, message);
+    this.#paint(node);
     return node;
   }
 
@@ -55,6 +57,11 @@ export class ChatView {
     node.querySelector(".tools").replaceChildren();
     this.#tools(node, message, variants);
     this.#flush(node, message);
+    this.#paint(node);
+  }
+
+  #paint(node) {
+    paint(node.querySelector(".body")).then(() => this.#stayingAtEnd(() => {}), () => {});  // without a library: as text
   }
 
   #write(node, message) {

@@ -4,6 +4,9 @@ const SAFE_LINK = /^(https?:|mailto:)/i;
 const INLINE = /(`+)([\s\S]*?[^`])\1(?!`)|\*\*([^*]+?)\*\*|__([^_]+?)__|~~([^~]+?)~~|\*([^*\s][^*]*?)\*|(?<![\w_])_([^_\s][^_]*?)_(?![\w_])|\[([^\]]+)\]\(([^()\s]+(?:\([^()\s]*\))?)\)|(https?:\/\/[^\s<>()]+[^\s<>().,;:!?'"])/;
 const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([\w+#.-]*)/;
 const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
+const TASK = /^\[([ xX])\]\s+/;
+const FORMULA = /\$\$([\s\S]+?)\$\$|\\\[([\s\S]+?)\\\]|\\\(([\s\S]+?)\\\)|(?<![\w$])\$(?![\s\d])([^$\n]*[^$\s\\])\$(?![\w$])/;
+const TICKS = /`/;
 const RULE = /^ {0,3}([-*_])( *\1){2,} *$/;
 const TABLE_RULE = /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/;
 
@@ -45,7 +48,9 @@ function codeBlock(lines, start, fence, parent) {
   const head = element("div", box);
   head.className = "code-head";
   element("span", head, fence[2] || "text");
-  const code = element("code", element("pre", box), lines.slice(start + 1, end).join("\n"));
+  const pre = element("pre", box), code = element("code", pre, lines.slice(start + 1, end).join("\n"));
+  pre.tabIndex = 0;  // a wide one is scrolled with the keyboard
+  if (fence[2]) code.dataset.language = fence[2].toLowerCase();
   const copy = element("button", head, "Copy");
   copy.type = "button";
   copy.addEventListener("click", async () => {
@@ -80,12 +85,23 @@ function list(lines, start, parent, depth) {
       own.push(lines[i].slice(Math.min(inner, indent + 2)));
       i += 1;
     }
-    const item = element("li", made), lone = own.length === 1;
+    const item = element("li", made), lone = own.length === 1, task = TASK.exec(own[0]);
+    if (task) {
+      own[0] = own[0].slice(task[0].length);
+      checkbox(item, task[1] !== " ");
+    }
     if (lone) inline(own[0], item);
     else tight(own, item, depth);
     while (i < lines.length && !lines[i].trim() && ITEM.exec(lines[i + 1] ?? "")?.[1].length === indent) i += 1;
   }
   return i;
+}
+
+/** The box of a task: it shows, and cannot be changed. */
+function checkbox(item, isDone) {
+  const box = element("input", item);
+  Object.assign(box, { type: "checkbox", checked: isDone, disabled: true, ariaLabel: isDone ? "done" : "open" });
+  item.className = "task";
 }
 
 /** A list item of several lines: its first paragraph has no <p>. */
@@ -121,6 +137,20 @@ function paragraph(lines, start, parent, depth) {
 }
 
 function inline(text, parent) {
+  let rest = text;
+  for (let found; (found = FORMULA.exec(rest)); rest = rest.slice(found.index + found[0].length)) {
+    if (TICKS.test(rest.slice(0, found.index))) break;  // it may stand in code
+    marked(rest.slice(0, found.index), parent);
+    const [, display, display2, short, short2] = found;
+    const box = element("span", parent, (display ?? display2 ?? short ?? short2).trim());
+    box.className = "formula";
+    box.dataset.display = String(Boolean(display ?? display2));
+  }
+  marked(rest, parent);
+}
+
+/** Text with marks, and without formulas. */
+function marked(text, parent) {
   let rest = text;
   for (let found; (found = INLINE.exec(rest)); rest = rest.slice(found.index + found[0].length)) {
     words(rest.slice(0, found.index), parent);

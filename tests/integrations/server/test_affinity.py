@@ -22,6 +22,8 @@ def test_a_named_conversation_keeps_its_key_whatever_its_messages() -> None:
     named = [
         key(CHAT, {"messages": [HELLO], "metadata": {"conversation_id": "tea"}}),
         key(CHAT, {"messages": [ANSWER, HELLO], "user": "tea"}),
+        key("/v1/responses", {"input": [ANSWER, HELLO], "conversation": "tea"}),
+        key("/v1/responses", {"input": "hello", "metadata": {"conversation_id": "tea"}}),
         key(CHAT, {"messages": [HELLO]}, x_conversation_id="tea"),
         key(CHAT, {"messages": [HELLO]}, x_openwebui_chat_id="tea"),
         key(f"{SESSIONS}/tea", method="GET"),

@@ -437,3 +437,22 @@ def test_a_server_that_is_gone_is_told_in_words(page: Page) -> None:
     until(lambda: page.all(".failure"))
     assert page.text(".failure").startswith("The server does not answer.")
     assert page.messages() == ["hello"]
+
+
+def test_code_has_colours_formulas_are_set_and_tasks_have_boxes(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The libraries obey the page's policy, which allows no inline script, and make no markup of what the model says."""
+    said = (
+        "It costs $5, not $6. `$x$` is code.\n\n```html\n<img src=x onerror=alert(1)>\n```\n\n"
+        "$$\\frac{1}{2} \\href{javascript:alert(1)}{x}$$\n\nand \\(e^x\\)\n\n- [x] done\n- [ ] open\n"
+    )
+    tokens = itertools.chain(said.encode(), itertools.repeat(257))
+    monkeypatch.setattr("am_memory.session.generation.Sampler.choose", lambda self, logits, ids: next(tokens))
+    page.set_longest_answer(999)
+    page.say("hello")
+    until(lambda: page.all(".katex") and page.all(".hljs-tag"))
+    assert len(page.all(".katex")) == 2
+    assert len(page.all(".formula[data-display=true]")) == 1
+    assert not page.all(".message img, .message a[href^=javascript], .message script")
+    assert page.text(".message.assistant code.formula, .message.assistant p code") == "$x$"
+    assert [box.is_selected() for box in page.all(".task input")] == [True, False]
+    assert page.text(".code code") == "<img src=x onerror=alert(1)>"
