@@ -2,6 +2,7 @@
 
     python benchmarks/many.py                            the demo model, 1, 4, 8 and 16 sessions
     python benchmarks/many.py --model MODEL --dtype bfloat16 --sessions 1 8
+    python benchmarks/many.py --threads 1 --cpu-time     on a machine that does other work as well
     python benchmarks/many.py --stock                    beside transformers' `generate_batch` with the whole context
 
 Each session reads a text and compacts it. Together and alone are measured in turn, on forks of the same
@@ -49,22 +50,26 @@ def one_by_one(sessions: Sequence[Session], num_tokens: int) -> int:
     return sum(len(piece.token_ids) for session in sessions for piece in session.generate(num_tokens, GREEDY))
 
 
-def rate(sessions: Sequence[Session], generate: Callable[[Sequence[Session]], int]) -> float:
+def rate(
+    sessions: Sequence[Session], generate: Callable[[Sequence[Session]], int], clock: Callable[[], float]
+) -> float:
     """Tokens per second, on forks; a token that does not count comes first, as it copies what the forks share."""
     forks = [session.fork() for session in sessions]
     for fork in forks:
         list(fork.generate(1, GREEDY))
-    started = time.perf_counter()
+    started = clock()
     num_tokens = generate(forks)
-    return num_tokens / (time.perf_counter() - started)
+    return num_tokens / (clock() - started)
 
 
-def measure(memory: Memory, sessions: Sequence[Session], num_tokens: int, rounds: int) -> dict[str, float]:
+def measure(
+    memory: Memory, sessions: Sequence[Session], num_tokens: int, rounds: int, clock: Callable[[], float]
+) -> dict[str, float]:
     """Median tokens per second of both, and of their ratio."""
     pairs = [
         (
-            rate(sessions, lambda forks: together(memory, forks, num_tokens)),
-            rate(sessions, lambda forks: one_by_one(forks, num_tokens)),
+            rate(sessions, lambda forks: together(memory, forks, num_tokens), clock),
+            rate(sessions, lambda forks: one_by_one(forks, num_tokens), clock),
         )
         for _ in range(rounds + 1)
     ][1:]
@@ -102,16 +107,18 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cpu-time", action="store_true", help="seconds of this process instead of the clock's")
     parser.add_argument("--stock", action="store_true", help="also measure generate_batch of transformers")
     parser.add_argument("--json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    clock = time.process_time if args.cpu_time else time.perf_counter
     policy = MemoryPolicy(trigger_tokens=1.0, keep_ratio=0.1, reference_queries=("live",), recall_tokens=0)
     memory = Memory.from_pretrained(args.model, device="cpu", dtype=args.dtype, policy=policy)
     sessions = new_sessions(memory, max(args.sessions), args.texts, args.context_tokens)
     print(f"{memory.engine.info.name}, {args.dtype}, {machine()}")
     print(f"{args.context_tokens:,} tokens of context in {sessions[0].stats.kv_tokens:,.0f} slots\n")
-    rows = [measure(memory, sessions[:size], args.new_tokens, args.rounds) for size in args.sessions]
+    rows = [measure(memory, sessions[:size], args.new_tokens, args.rounds, clock) for size in args.sessions]
     if args.stock:
         for row, size in zip(rows, args.sessions, strict=True):
             texts = [session.tokens for session in sessions[:size]]

@@ -364,7 +364,7 @@ def test_forks_generate_beside_their_session(memory: Memory, engine: Transformer
     assert_same(together(memory, answers), expected)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_random_operations(engine: TransformersEngine, seed: int) -> None:
     """Eight sessions append, rewind and generate together, and twins of them alone: nothing is lost, nothing crosses."""
     rng = Random(seed)
@@ -431,7 +431,7 @@ def test_an_interrupt_anywhere_leaves_every_session_whole(memory: Memory) -> Non
     sessions = fork_all()
     with interrupted_at(None, everywhere=False) as lines:
         run(sessions, whole)
-    for place in range(1, lines[0], max(lines[0] // 25, 1)):
+    for place in range(1, lines[0], max(lines[0] // 15, 1)):
         sessions, given = fork_all(), dict[str, list[int]]()
         starts, lost = [len(session.tokens) for session in sessions], 0
         try:
