@@ -92,3 +92,16 @@ def test_maps_of_weights_that_cannot_be_read_are_measured() -> None:
     read = LatentHeads(module).queries(query)
     module.kv_b_proj.__class__ = Linear
     torch.testing.assert_close(LatentHeads(module).queries(query), read)
+
+
+def test_several_caches_read_a_token_each(engine: TransformersEngine) -> None:
+    """The batch hands out latents too, and is read by the queries of all heads."""
+    ids = tokens()
+    caches, alone = [engine.new_cache(), engine.new_cache()], [engine.new_cache(), engine.new_cache()]
+    for one, other, length in zip(caches, alone, (20, 30), strict=True):
+        engine.forward(one, ids[:length])
+        engine.forward(other, ids[:length])
+    together = engine.forward_batch(caches, [ids[20], ids[30]], [None, None])
+    apart = [engine.forward(cache, [ids[length]], num_logits=1) for cache, length in zip(alone, (20, 30), strict=True)]
+    assert together is not None
+    torch.testing.assert_close(together, torch.cat(apart), rtol=0, atol=1e-4)
