@@ -128,7 +128,8 @@ def batches_of_like_size(heads: Sequence[ScoredHead], num_slots: int) -> Iterato
     counts = torch.stack([(head.ranks < num_slots).sum() for head in heads]).tolist()
 
     def shape(head: ScoredHead) -> tuple[object, ...]:
-        return (head.block.seq_len, head.block.num_queries, head.block.head_dim, head.block.scaling)
+        block = head.block
+        return (block.seq_len, block.num_queries, block.head_dim, block.value_dim, block.scaling)
 
     remaining = sorted(zip(heads, counts, strict=True), key=lambda pair: (shape(pair[0]), -pair[1]))
     while remaining:

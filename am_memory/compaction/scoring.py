@@ -26,7 +26,7 @@ class LayerEntries:
     A segment that is compacted again has slots as well as exact entries; the slots come first.
 
     Attributes:
-        key, value: (num_key_value_heads, seq_len, head_dim).
+        key, value: (num_key_value_heads, seq_len, head_dim or value_dim).
         bias: (num_key_value_heads, seq_len); -inf pads a head that has fewer slots. None: all entries are exact.
         positions: (num_key_value_heads, seq_len) int32, logical positions, in host memory.
     """

@@ -64,7 +64,8 @@ class BranchLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             query: (num_branches, num_attention_heads, 1, head_dim).
 
         Returns:
-            The output, in the same shape; and the log of each query's attention mass, (the same without head_dim).
+            The output, (num_branches, num_attention_heads, 1, value_dim); and the log of each query's attention mass,
+            (the same without value_dim).
         """
         num_branches, num_heads, num_keys, head_dim = self.key.shape
         grouped = query.view(num_branches, num_heads, -1, head_dim)
@@ -79,7 +80,8 @@ class BranchLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         slots = self._slots.decoded() if self._slots is not None else None
         past = past_parts(packed(grouped), *self._past, slots, scaling)
         output, log_mass = merge([(packed(own_output), packed(own_mass)), *past])
-        output = output.view(num_heads, num_branches, -1, head_dim).transpose(0, 1).reshape(query.shape)
+        output = output.view(num_heads, num_branches, -1, output.shape[3]).transpose(0, 1)
+        output = output.reshape(*query.shape[:3], -1)
         return output, log_mass.view(num_heads, num_branches, -1).transpose(0, 1).reshape(query.shape[:3])
 
     def get_seq_length(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from am_memory.kv_cache.slots import Slots
 
@@ -21,12 +22,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scali
 
     Args:
         query: (1, num_attention_heads, num_tokens, head_dim).
-        key, value: (1, num_key_value_heads, tail_tokens, head_dim), the new tokens last.
+        key, value: (1, num_key_value_heads, tail_tokens, head_dim or value_dim), the new tokens last.
         slots: the entries before the tail, without int8 rows.
         scaling: softmax scale.
 
     Returns:
-        output (1, num_attention_heads, num_tokens, head_dim), and the log of each query's attention mass on all keys,
+        output (1, num_attention_heads, num_tokens, value_dim), and the log of each query's attention mass on all keys,
         (1, num_attention_heads, num_tokens) float32.
     """
     num_heads, num_tokens, head_dim = key.shape[1], query.shape[2], query.shape[3]
@@ -38,7 +39,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, slots: Slots | None, scali
         parts.append(_causal_part(query, key[:, :, num_past:], value[:, :, num_past:], scaling))
     parts += past_parts(packed, key[:, :, :num_past], value[:, :, :num_past], slots, scaling)
     output, log_mass = merge(parts)
-    return output.view(query.shape), log_mass.reshape(query.shape[:3])
+    return output.view(*query.shape[:3], -1), log_mass.reshape(query.shape[:3])
 
 
 def past_parts(
@@ -48,7 +49,7 @@ def past_parts(
 
     Args:
         query: (1, num_heads, num_queries, head_dim).
-        key, value: (1, num_heads, num_keys, head_dim).
+        key, value: (1, num_heads, num_keys, head_dim or value_dim).
     """
     parts = [partial_attention(query, key, value, None, scaling)] if key.shape[2] else []
     return parts if slots is None else [*parts, _slots_part(query, slots, scaling)]
@@ -69,7 +70,7 @@ def _slots_part(query: Tensor, slots: Slots, scaling: float) -> tuple[Tensor, Te
         if key.shape[2]:
             output, lse = partial_attention(query[:, head : head + 1], key, value, bias, scaling)
         else:
-            output = torch.zeros_like(query[:, head : head + 1])
+            output = query.new_zeros(*query[:, head : head + 1].shape[:3], value.shape[3])
             lse = output.new_full(output.shape[:-1], -torch.inf, dtype=torch.float32)
         outputs.append(output)
         lses.append(lse)
@@ -95,18 +96,20 @@ def partial_attention(
 
     Args:
         query: (num_rows, num_heads, num_queries, head_dim).
-        key, value: (num_rows, num_heads, num_keys, head_dim).
+        key, value: (num_rows, num_heads, num_keys, head_dim or value_dim).
         bias: (num_rows, 1, 1, num_keys), added to every score; None for zero.
         is_causal: query i attends to keys 0..i only.
 
     Returns:
-        output (num_rows, num_heads, num_queries, head_dim); log-sum-exp (num_rows, num_heads, num_queries), float32.
+        output (num_rows, num_heads, num_queries, value_dim); log-sum-exp (num_rows, num_heads, num_queries), float32.
     """
     if query.device.type == "cpu":
+        value_dim, width = value.shape[3], max(value.shape[3], key.shape[3])
+        query, key, value = (pad(entries, (0, width - entries.shape[3])) for entries in (query, key, value))
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, is_causal, attn_mask=bias, scale=scaling
         )
-        return output, lse
+        return output[..., :value_dim], lse
     return plain_partial_attention(query, key, value, bias, scaling, is_causal=is_causal)
 
 

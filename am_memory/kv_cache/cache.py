@@ -250,9 +250,10 @@ class KVCache(WithRecurrentStates):
     def exact_nbytes(self) -> int:
         """Memory that an uncompacted cache of the same tokens would take."""
         per_token = sum(
-            2 * layer.num_heads * layer.buffer.key.shape[3] * layer.buffer.key.element_size()
+            layer.num_heads * entries.shape[3] * entries.element_size()
             for layer in self.compactable
             if layer.buffer is not None
+            for entries in (layer.buffer.key, layer.buffer.value)
         )
         others = (part for part in self._parts if not isinstance(part, CompactableLayer))
         return per_token * self.num_tokens + sum(tensor.nbytes for part in others for tensor in part.tensors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from am_memory.kv_cache.layers import CompactableLayer, SlidingLayer
+from am_memory.kv_cache.layers import CompactableLayer, LatentLayer, SlidingLayer
 from am_memory.kv_cache.recurrent import EmptyLayer, RecurrentLayer
 from am_memory.kv_cache.rotation import Rotation
 
@@ -18,11 +18,13 @@ class LayerKind(NamedTuple):
         has_keys: it has attention.
         window: only this many last tokens are attended to; None: all of them.
         num_states: recurrent states, which stand beside the keys if there are both.
+        has_latents: latent vectors stand for the keys and values of all heads (MLA).
     """
 
     has_keys: bool = True
     window: int | None = None
     num_states: int = 0
+    has_latents: bool = False
 
     @property
     def has_both(self) -> bool:
@@ -38,7 +40,9 @@ class LayerKind(NamedTuple):
         """The cache of a layer of this kind; its states are apart if it has keys as well."""
         if not self.has_keys:
             return RecurrentLayer(self.num_states) if self.num_states else EmptyLayer()
-        return CompactableLayer(rotation) if self.window is None else SlidingLayer(self.window)
+        if self.window is not None:
+            return SlidingLayer(self.window)
+        return LatentLayer(rotation) if self.has_latents else CompactableLayer(rotation)
 
 
 FULL_ATTENTION = LayerKind()

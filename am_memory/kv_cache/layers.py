@@ -28,7 +28,7 @@ class TailBuffer:
 
     def __init__(self, key: Tensor, value: Tensor) -> None:
         self.key = key  # (1, num_key_value_heads, capacity, head_dim)
-        self.value = value
+        self.value = value  # the same, of the values' width
         self.is_shared = False
 
     @property
@@ -37,8 +37,10 @@ class TailBuffer:
 
     def grown(self, num_used: int, capacity: int) -> TailBuffer:
         """A copy of the first `num_used` entries, in a buffer of another capacity."""
-        shape = (*self.key.shape[:2], capacity, self.key.shape[3])
-        buffer = TailBuffer(self.key.new_empty(shape), self.value.new_empty(shape))
+        key, value = (
+            entries.new_empty(*entries.shape[:2], capacity, entries.shape[3]) for entries in (self.key, self.value)
+        )
+        buffer = TailBuffer(key, value)
         buffer.key[:, :, :num_used] = self.key[:, :, :num_used]
         buffer.value[:, :, :num_used] = self.value[:, :, :num_used]
         return buffer
@@ -319,6 +321,17 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def batch_select_indices(self, indices: Tensor) -> None:
         if indices.numel() != 1:
             raise UnsupportedOperation(f"{indices.numel()} sequences at once; a session holds one: fork it instead")
+
+
+class LatentLayer(CompactableLayer):  # type: ignore[no-untyped-call]
+    """A layer of latent vectors (MLA), as one KV head. A key is the part with RoPE and the latent; a value the latent.
+
+    The latents are held twice, since a slot's value is fitted apart from its key.
+    """
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append latents (1, 1, num_tokens, kv_lora_rank) and parts with RoPE (1, 1, num_tokens, qk_rope_head_dim)."""
+        return super().update(torch.cat([value_states, key_states], dim=3), key_states, *args, **kwargs)
 
 
 class SlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]

@@ -74,7 +74,7 @@ class HeadSlots(NamedTuple):
     """Views of one KV head's slots, which broadcast against (batch, heads, queries, head_dim)."""
 
     key: Tensor  # (1, 1, num_slots, head_dim)
-    value: Tensor  # (1, 1, num_slots, head_dim)
+    value: Tensor  # (1, 1, num_slots, value_dim)
     bias: Tensor  # (1, 1, 1, num_slots)
 
 
@@ -83,8 +83,9 @@ class Slots:
     """The compact entries of one layer, ragged over its KV heads; immutable, so forks share them.
 
     Attributes:
-        key, value: (total_slots, head_dim), head after head; within a head in the order of the tokens. `Quantised` if
-            segments are kept in int8; pinned and recalled entries in them keep the model's dtype.
+        key, value: (total_slots, head_dim) and (total_slots, value_dim), head after head; within a head in the order of
+            the tokens. `Quantised` if segments are kept in int8; pinned and recalled entries in them keep the model's
+            dtype.
         bias: (total_slots,), the log of the number of exact entries that a slot stands for; 0 for pinned entries.
         positions: (total_slots,) int32 in host memory, the logical position at which a slot's key was written; it names
             the slot. Those of mounted texts are negative.
@@ -102,12 +103,12 @@ class Slots:
 
     @classmethod
     def exact(cls, key: Tensor, value: Tensor, start: int) -> Slots:
-        """Pinned entries, unchanged; key and value: (num_key_value_heads, seq_len, head_dim)."""
-        num_heads, seq_len, head_dim = key.shape
+        """Pinned entries, unchanged; key and value: (num_key_value_heads, seq_len, head_dim or value_dim)."""
+        num_heads, seq_len = key.shape[:2]
         positions = torch.arange(start, start + seq_len, dtype=torch.int32)
         return cls(
-            key=key.reshape(-1, head_dim).clone(),
-            value=value.reshape(-1, head_dim).clone(),
+            key=key.reshape(-1, key.shape[2]).clone(),
+            value=value.reshape(-1, value.shape[2]).clone(),
             bias=key.new_zeros(num_heads * seq_len),
             positions=positions.repeat(num_heads),
             ranks=torch.full_like(positions, PINNED_RANK).repeat(num_heads),
@@ -162,7 +163,7 @@ class Slots:
         """Keys, values, biases and positions of all heads, each as long as the longest one.
 
         Returns:
-            key, value: (num_heads, longest, head_dim), in the model's dtype.
+            key, value: (num_heads, longest, head_dim or value_dim), in the model's dtype.
             bias: (num_heads, longest); -inf marks padding.
             positions: (num_heads, longest) int32 in host memory.
         """

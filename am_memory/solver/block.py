@@ -31,7 +31,7 @@ class Block:
         query: (B, num_queries, head_dim), reference queries after RoPE; the query heads of a GQA group are pooled
             along num_queries.
         key: (B, seq_len, head_dim), after RoPE.
-        value: (B, seq_len, head_dim).
+        value: (B, seq_len, value_dim).
         scaling: factor of the logits before the softmax.
         log_mass: (B, num_queries) float32, log of each query's attention mass over all keys that it sees, in this block
             and elsewhere. A query then counts by its share on this block. None: all queries count alike.
@@ -54,10 +54,10 @@ class Block:
     softcap: float | None = None
 
     def __post_init__(self) -> None:
-        if self.key.ndim != 3 or self.value.shape != self.key.shape:
+        if self.key.ndim != 3 or self.value.ndim != 3 or self.value.shape[:2] != self.key.shape[:2]:
             raise InvalidInput(
-                f"key {tuple(self.key.shape)} and value {tuple(self.value.shape)} must both be "
-                "(num_heads, seq_len, head_dim)"
+                f"key {tuple(self.key.shape)} and value {tuple(self.value.shape)} must be (num_heads, seq_len, "
+                "head_dim) and (num_heads, seq_len, value_dim)"
             )
         num_heads, seq_len, head_dim = self.key.shape
         if self.query.ndim != 3 or (self.query.shape[0], self.query.shape[2]) != (num_heads, head_dim):
@@ -110,6 +110,10 @@ class Block:
     @property
     def head_dim(self) -> int:
         return self.key.shape[2]
+
+    @property
+    def value_dim(self) -> int:
+        return self.value.shape[2]
 
     @property
     def num_keys(self) -> Tensor:

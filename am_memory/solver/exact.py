@@ -24,7 +24,7 @@ class ExactAttention:
         scores: (B, seq_len) float32, root mean square over the queries of the attention that each key gets.
         max_logit: (B, num_queries) float32, the largest scaled logit of each query.
         log_mass: (B, num_queries) float32, log of the sum over the keys of exp(logit).
-        output: (B, num_queries, head_dim) float32, softmax(logits) V.
+        output: (B, num_queries, value_dim) float32, softmax(logits) V.
         weight: (B, num_queries) float32, how much each query counts in a fit; see `fit_weights`.
     """
 
@@ -75,7 +75,7 @@ def _by_chunks(block: Block) -> tuple[Tensor, ...]:
 
     Returns:
         max_logit, log_mass: (B, num_queries) float32.
-        output: (B, num_queries, head_dim) float32.
+        output: (B, num_queries, value_dim) float32.
         share: (B, num_queries) float32, of each query's attention, on this block.
         energy: (B, 1, seq_len) float32, sum over the queries of (share * softmax weight)^2.
     """
@@ -83,7 +83,7 @@ def _by_chunks(block: Block) -> tuple[Tensor, ...]:
     energy = value.new_zeros(block.num_heads, 1, block.seq_len)
     max_logit = value.new_empty(block.num_heads, block.num_queries)
     log_mass, share = torch.empty_like(max_logit), torch.ones_like(max_logit)
-    output = value.new_empty(block.num_heads, block.num_queries, block.head_dim)
+    output = value.new_empty(block.num_heads, block.num_queries, block.value_dim)
     for rows, weight, total, top in unnormalised_weights(block):
         max_logit[:, rows] = top / LOG2_E
         log_mass[:, rows] = (top + total.log2()) / LOG2_E
@@ -95,9 +95,13 @@ def _by_chunks(block: Block) -> tuple[Tensor, ...]:
 
 
 def can_use_tensor_cores(block: Block) -> bool:
-    """Whether the Triton kernels take the block. They would round a float32 block, and cap no logits."""
+    """Whether the Triton kernels take the block.
+
+    They would round a float32 block, and cap no logits. Their keys and values have one width.
+    """
     is_16_bit = block.key.dtype in (torch.bfloat16, torch.float16)
-    return is_16_bit and not block.softcap and block.head_dim <= MAX_HEAD_DIM and runs_triton(block.key.device)
+    fits = block.value_dim == block.head_dim <= MAX_HEAD_DIM
+    return is_16_bit and not block.softcap and fits and runs_triton(block.key.device)
 
 
 def block_sizes(head_dim: int) -> dict[str, int]:

@@ -22,7 +22,7 @@ class Fit:
     Attributes:
         key: (B, t, head_dim) float32, the kept keys, with their biases if these are folded; 0 in padding slots.
         bias: (B, t) float32, added to the scaled logits; -inf in padding slots.
-        value: (B, t, head_dim) float32; 0 in padding slots.
+        value: (B, t, value_dim) float32; 0 in padding slots.
         mass_error: (B,) float32, RMS over queries of (compact mass / exact mass - 1).
         output_error: (B,) float32, RMS(compact output - exact output) / RMS(exact output).
         fold_error: (B,) float32, relative error of the biases that were folded into the keys. None: not folded.
@@ -81,8 +81,10 @@ def fit(
     exact = exact or exact_attention(block)
     is_slot = slot_mask(num_slots, indices.shape[1])
     # Padding repeats the block's first key, so that it stays finite; the solvers leave it out.
-    index = torch.where(is_slot, indices, 0)[:, :, None].expand(-1, -1, block.head_dim)
-    key, value = block.key.gather(1, index).float(), block.value.gather(1, index).float()
+    index = torch.where(is_slot, indices, 0)[:, :, None]
+    key, value = (
+        entries.gather(1, index.expand(-1, -1, entries.shape[2])).float() for entries in (block.key, block.value)
+    )
     # Keys that are compact slots have a bias already; the fitted one is added to it.
     inherited = torch.where(is_slot, 0.0, -torch.inf)
     if block.key_bias is not None:

@@ -36,11 +36,12 @@ def compact_attention(
 
     Args:
         block: the exact block.
-        key, value: (B, t, head_dim) float32, kept keys and their original values; any finite ones in padding.
+        key: (B, t, head_dim) float32, kept keys; any finite ones in padding.
+        value: (B, t, value_dim) float32, their original values; likewise.
         bias: (B, t) float32, -inf in padding.
         exact: the block's own attention.
     """
-    system = NormalEquations(block.num_heads, key.shape[1], block.head_dim, key.device)
+    system = NormalEquations(block.num_heads, key.shape[1], block.value_dim, key.device)
     missing_energy = torch.zeros(block.num_heads, dtype=torch.float64, device=key.device)
     mass_energy = torch.zeros_like(missing_energy)
     finite = torch.finfo(torch.float32)
@@ -71,7 +72,7 @@ def solve_values(attention: CompactAttention, is_slot: Tensor, ridge: float) -> 
         ridge: relative to the mean diagonal of X^T X.
 
     Returns:
-        D, (B, t, head_dim) float64, 0 in padding; and the error that is left, ||Y - X (V + D)||^2, (B,) float64.
+        D, (B, t, value_dim) float64, 0 in padding; and the error that is left, ||Y - X (V + D)||^2, (B,) float64.
     """
     gram = without_padding(attention.system.gram, is_slot)
     target = attention.system.target  # 0 in padding, as the weights are

@@ -188,9 +188,9 @@ def test_a_compacted_session_reads_and_writes_the_same(
         generated = [token for piece in session.generate(3, Sampling()) for token in piece.token_ids]
         return session.logits(" The owl"), generated
 
-    monkeypatch.setattr(fused, "can_attend", lambda query: False)
+    monkeypatch.setattr(fused, "can_attend", lambda query, value: False)
     expected = logits()
-    monkeypatch.setattr(fused, "can_attend", lambda query: True)
+    monkeypatch.setattr(fused, "can_attend", lambda query, value: True)
     monkeypatch.setattr(partwise, "attend", None)
     actual = logits()
     torch.testing.assert_close(actual[0], expected[0], rtol=0, atol=1e-3)
@@ -209,16 +209,17 @@ def test_the_kernels_compile_for_gpus_that_are_not_here() -> None:
 
 
 def test_a_cpu_takes_the_other_path() -> None:
-    assert not fused.can_attend(torch.ones(1, 2, 3, 16))
+    assert not fused.can_attend(*[torch.ones(1, 2, 3, 16)] * 2)
 
 
 @pytest.mark.gpu
 def test_a_gpu_takes_this_path_unless_a_gradient_is_asked_for() -> None:
     query = torch.ones(1, 2, 3, 16, device="cuda", dtype=torch.bfloat16)
-    assert fused.can_attend(query) == (torch.cuda.get_device_capability() >= (8, 0))
-    assert not fused.can_attend(query.requires_grad_())
-    assert not fused.can_attend(torch.ones(1, 2, 3, 512, device="cuda"))
-    assert not fused.can_attend(torch.ones(1, 2, 3, 16, device="cuda", dtype=torch.float64))
+    assert fused.can_attend(query, query) == (torch.cuda.get_device_capability() >= (8, 0))
+    assert not fused.can_attend(query.requires_grad_(), query)
+    assert not fused.can_attend(*[torch.ones(1, 2, 3, 512, device="cuda")] * 2)
+    assert not fused.can_attend(*[torch.ones(1, 2, 3, 16, device="cuda", dtype=torch.float64)] * 2)
+    assert not fused.can_attend(torch.ones(1, 2, 3, 16, device="cuda"), torch.ones(1, 2, 3, 8, device="cuda"))
 
 
 @pytest.mark.gpu

@@ -59,7 +59,7 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(graphs, "Recorder", Called)
     monkeypatch.setattr(TokenGraphs, "_pass", through_the_kernels)
-    monkeypatch.setattr(fused, "can_attend", lambda query: bool(in_pass))  # else the faster path of CPUs
+    monkeypatch.setattr(fused, "can_attend", lambda query, value: bool(in_pass))  # else the faster path of CPUs
 
 
 NewEngine = Callable[..., TransformersEngine]

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -208,3 +210,13 @@ def test_an_exact_attention_at_hand_gives_the_same_fit(make_block):
     block = make_block(2)
     indices, slots = select(block, [9, 9])
     assert_same(fit(block, indices, slots, exact=exact_attention(block)), fit(block, indices, slots), atol=0)
+
+
+def test_values_may_have_another_width_than_keys(make_block):
+    """Columns of the values are fitted apart from each other."""
+    block = make_block(2, 40, 30)
+    narrow = replace(block, value=block.value[:, :, :3].contiguous())
+    indices, num_slots = torch.arange(6).expand(2, -1), torch.tensor([6, 4])
+    whole, part = fit(block, indices, num_slots), fit(narrow, indices, num_slots)
+    torch.testing.assert_close(part.value, whole.value[:, :, :3])
+    torch.testing.assert_close(part.bias, whole.bias)

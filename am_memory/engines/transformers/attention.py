@@ -17,6 +17,7 @@ from transformers.utils.generic import TransformersKwargs
 from am_memory.engines import partwise
 from am_memory.engines.branches import BranchLayer
 from am_memory.engines.transformers import capped, fused
+from am_memory.engines.transformers.latents import LatentHeads, has_latents
 from am_memory.engines.transformers.sinks import sdpa_with_sinks, with_sinks
 from am_memory.errors import UnsupportedOperation
 from am_memory.kv_cache.batch import BatchLayer
@@ -47,6 +48,17 @@ def register() -> None:
 
 
 def attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """`attention_of_heads`, in which one wide head of latents may stand for the module's heads."""
+    if not hasattr(key, "am_layer") or not has_latents(module):
+        return attention_of_heads(module, query, key, value, attention_mask, **kwargs)
+    heads = LatentHeads(module)
+    output, _ = attention_of_heads(module, heads.queries(query), key, value, attention_mask, **kwargs)
+    return heads.outputs(output), None
+
+
+def attention_of_heads(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -59,10 +71,10 @@ def attention_forward(
 
     Args:
         query: (1, num_attention_heads, num_tokens, head_dim).
-        key, value: (1, num_key_value_heads, tail_tokens, head_dim), the new tokens last.
+        key, value: (1, num_key_value_heads, tail_tokens, head_dim or value_dim), the new tokens last.
 
     Returns:
-        (1, num_tokens, num_attention_heads, head_dim), and None for the weights.
+        (1, num_tokens, num_attention_heads, value_dim), and None for the weights.
     """
     is_deferred, sinks, softcap = kwargs.pop(IS_DEFERRED, False), kwargs.pop(SINKS, None), kwargs.pop(SOFTCAP, None)
     layer: CompactableLayer | BranchLayer | BatchLayer | None = None if is_deferred else getattr(key, "am_layer", None)
@@ -159,18 +171,18 @@ def attend(
 
     Args:
         query: (1, num_attention_heads, num_tokens, head_dim).
-        key, value: (1, num_key_value_heads, tail_tokens, head_dim), the new tokens last.
+        key, value: (1, num_key_value_heads, tail_tokens, head_dim or value_dim), the new tokens last.
         slots: the entries before the tail. Int8 rows are decoded by the kernel, or layer by layer.
         scaling: softmax scale.
         write_position: (1,) int64 in a GPU's memory, where in the tail the new tokens begin; nothing behind the last of
             them is attended to. None: the new tokens end the tail.
 
     Returns:
-        output (1, num_attention_heads, num_tokens, head_dim), and the log of each query's attention mass on all keys,
+        output (1, num_attention_heads, num_tokens, value_dim), and the log of each query's attention mass on all keys,
         (1, num_attention_heads, num_tokens) float32.
     """
-    if fused.can_attend(query):
+    if fused.can_attend(query, value):
         return fused.attend(query, key, value, slots, scaling, write_position)
     if write_position is not None:
-        raise RuntimeError("there is no kernel for this GPU, dtype or head_dim")
+        raise RuntimeError("there is no kernel for this GPU, dtype, head_dim or value_dim")
     return partwise.attend(query, key, value, slots.decoded() if slots is not None else None, scaling)

@@ -96,6 +96,10 @@ def compile_layers(model: PreTrainedModel, cache: KVCache) -> None:
         EngineFailed: torch.compile fails for this model or on this machine. The model is unchanged.
         UnsupportedModel: the compiled model computes wrong logits. The model is unchanged.
     """
+    if any(kind.has_latents for kind in cache.kinds):
+        raise UnsupportedModel(
+            f"{type(model).__name__} cannot be compiled layer by layer (it caches latents): {WITHOUT_COMPILING}"
+        )
     layers = [
         layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer) and _has_keys(layer, cache)
     ]
@@ -150,15 +154,14 @@ def _append_and_attend(
     if getattr(step.cache.layers[layer_idx], "query_sink", None) is not None:
         query = query.clone()  # the graph reuses its buffers, and a sink may keep the query
     key, value = step.cache.update(key, value, layer_idx)
-    return attention_forward(step.attention, query, key, value, step.mask, scaling, **{SINKS: sinks, SOFTCAP: softcap})[
-        0
-    ]
+    options = {"scaling": scaling, SINKS: sinks, SOFTCAP: softcap}
+    return attention_forward(step.attention, query, key, value, step.mask, **options)[0]
 
 
 def _shape_only(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None, sinks: Tensor | None, softcap: float | None
 ) -> Tensor:
-    return query.new_empty(query.transpose(1, 2).shape)
+    return query.new_empty(*query.transpose(1, 2).shape[:3], value.shape[3])
 
 
 _library: Any = torch.library.Library("am_memory", "DEF")  # type: ignore[no-untyped-call]

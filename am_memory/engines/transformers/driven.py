@@ -6,8 +6,6 @@ gets the output that it asked for, or an error before anything is read. Knows no
 
 from __future__ import annotations
 
-import copy
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 
 from am_memory.engines.transformers.attention import NO_MASK
+from am_memory.engines.transformers.in_place import InPlaceOf
 from am_memory.errors import UnsupportedOperation
 from am_memory.kv_cache.cache import KVCache
 
@@ -30,25 +29,6 @@ MEDIA_PREFIXES = ("pixel_values", "image_", "images", "video_", "videos", "audio
 """Prefixes of the arguments for images, video and audio."""
 
 Arguments = dict[str, Any]
-
-
-class InPlaceOf:
-    """Replaces a method of a model. A deep copy of the model gets the original method.
-
-    Args:
-        method: the model's method, or an earlier replacement.
-        instead: is called in its place.
-    """
-
-    def __init__(self, method: Callable[..., Any], instead: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, method, updated=())  # not its attributes: it may be of this class
-        self._method, self._instead = method, instead
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._instead(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self._method, memo)
 
 
 def watch(model: PreTrainedModel, forward: Callable[..., Any], require: Callable[[KVCache], None]) -> None:

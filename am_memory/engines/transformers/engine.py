@@ -26,6 +26,7 @@ from am_memory.engines.transformers.compiled import compile_layers
 from am_memory.engines.transformers.driven import watch
 from am_memory.engines.transformers.graphs import shortcut, token_graphs
 from am_memory.engines.transformers.held_rope import HeldRope, length_dependent_kinds, require_choice
+from am_memory.engines.transformers.latents import keep_latents
 from am_memory.engines.transformers.plain_text import encode_as_text
 from am_memory.engines.transformers.positions import num_positions, refusal, refuse_too_long_answers
 from am_memory.engines.transformers.rotary import layer_rotations
@@ -90,6 +91,7 @@ class TransformersEngine:
         window = support.window(model, window_tokens)
         require_choice(model, window_tokens)
         self._held_rope: HeldRope | None = None
+        keep_latents(model)
         before = model.config._attn_implementation
         support.probe(model, self.new_cache())
         with support.refusing(model):
@@ -208,9 +210,10 @@ class TransformersEngine:
 
     @torch.no_grad()
     def branches(self, cache: SessionCache, beginnings: Sequence[Sequence[int]]) -> TextBranches | None:
-        """Texts behind a cache, read as a batch; None where a layer has a window, a state or capped scores."""
+        """Texts behind a cache, read as a batch; None where a layer has a window, a state, latents or capped scores."""
         cache = _ours(cache)
-        if not cache.is_all_compactable or any(layer.softcap for layer in cache.compactable):
+        is_plain = cache.is_all_compactable and not any(kind.has_latents for kind in cache.kinds)
+        if not is_plain or any(layer.softcap for layer in cache.compactable):
             return None
         begun, logits = begin(partial(self.forward, cache, num_logits=1), cache, beginnings)
         return TextBranches(cache.compactable, begun, logits, self._step_of_branches, self._held_rope)

@@ -23,11 +23,14 @@ NUM_WARPS = 4
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def can_attend(query: Tensor) -> bool:
-    """Whether there is a kernel for these queries' device, dtype and head_dim, and no gradient to take through it."""
+def can_attend(query: Tensor, value: Tensor) -> bool:
+    """Whether there is a kernel for these queries' device, dtype and head_dim, and no gradient to take through it.
+
+    Values must be as wide as keys.
+    """
     return (
         query.dtype in DTYPES
-        and query.shape[-1] <= MAX_HEAD_DIM
+        and value.shape[-1] == query.shape[-1] <= MAX_HEAD_DIM
         and not (query.requires_grad and torch.is_grad_enabled())
         and runs_triton(query.device)
     )

@@ -268,11 +268,12 @@ def can_have_graphs(model: PreTrainedModel, cache: KVCache) -> bool:
     """Whether a model can have graphs.
 
     Not with sliding windows, whose entries move at each token, nor with recurrent states, which are copied. Not on
-    several devices, which wait for each other, nor with capped scores, for which there is no kernel.
+    several devices, which wait for each other, nor with capped scores or latents, for which there is no kernel.
     """
     is_on_one = {parameter.device for parameter in model.parameters()} == {model.device}
     is_capped = getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None)
-    return model.device.type == "cuda" and is_on_one and not is_capped and cache.is_all_compactable
+    has_kernel = not is_capped and not any(kind.has_latents for kind in cache.kinds)
+    return model.device.type == "cuda" and is_on_one and has_kernel and cache.is_all_compactable
 
 
 def _error(graphs: TokenGraphs, forward: Forward, caches: tuple[KVCache, KVCache], token_ids: Sequence[int]) -> float:

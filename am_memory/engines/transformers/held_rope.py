@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from am_memory.engines.transformers.driven import InPlaceOf
+from am_memory.engines.transformers.in_place import InPlaceOf
 from am_memory.errors import UnsupportedModel
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")

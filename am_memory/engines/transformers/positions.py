@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, PreTrainedModel
 
-from am_memory.engines.transformers.driven import InPlaceOf
+from am_memory.engines.transformers.in_place import InPlaceOf
 from am_memory.engines.transformers.support import cache_argument
 from am_memory.errors import PromptTooLong
 from am_memory.kv_cache.cache import KVCache

@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from am_memory.engines.transformers.attention import ATTENTION_NAME
+from am_memory.engines.transformers.latents import has_latents
 from am_memory.errors import InvalidInput, UnsupportedModel
 from am_memory.kv_cache.cache import KVCache
 from am_memory.kv_cache.kinds import LayerKind
@@ -47,7 +48,8 @@ def layer_kinds(model: PreTrainedModel) -> list[LayerKind]:
             f"{type(model).__name__} {reason}; use a decoder-only model with standard attention (Llama, Mistral, "
             "Qwen2, Qwen3, SmolLM, Phi-3, Granite, OLMo...)"
         )
-    return [_kind(config, name, options) for name, options in zip(*get_layer_types_and_kwargs(config), strict=True)]
+    kinds = [_kind(config, *layer) for layer in zip(*get_layer_types_and_kwargs(config), strict=True)]
+    return [kind._replace(has_latents=kind.has_keys and has_latents(model)) for kind in kinds]
 
 
 def _kind(config: PreTrainedConfig, name: str, options: dict[str, Any]) -> LayerKind:
@@ -87,8 +89,6 @@ def _reason_against(model: PreTrainedModel, config: PreTrainedConfig) -> str | N
         return "is an encoder-decoder model"
     if not hasattr(config, "num_attention_heads"):
         return RECURRENT
-    if getattr(config, "kv_lora_rank", None):
-        return "caches a latent vector (MLA), not keys and values"
     if "reuse" in (getattr(config, "kv_sharing_modes", None) or ()) or getattr(config, "num_kv_shared_layers", None):
         return "shares its cache between layers"
     names, options = get_layer_types_and_kwargs(config)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from am_memory.engines.transformers.driven import CACHE_NAMES, InPlaceOf
+from am_memory.engines.transformers.driven import CACHE_NAMES
+from am_memory.engines.transformers.in_place import InPlaceOf
 from am_memory.kv_cache.cache import KVCache
 
 
