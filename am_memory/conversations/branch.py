@@ -62,7 +62,7 @@ class Branch:
 
     @property
     def kv_bytes(self) -> int:
-        return self.session.stats.kv_bytes
+        return self.session.stats.evictable_bytes
 
     @cached_property
     def cuts(self) -> tuple[int, ...]:

@@ -15,7 +15,9 @@ class CachedPrefix(Protocol):
     """A prompt with its cache."""
 
     @property
-    def kv_bytes(self) -> int: ...
+    def kv_bytes(self) -> int:
+        """Memory that its eviction frees."""
+        ...
 
     def is_prefix_of(self, other: Any, /) -> bool: ...
 

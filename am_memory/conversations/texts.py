@@ -48,7 +48,7 @@ class KeptText:
 
     @property
     def kv_bytes(self) -> int:
-        return self.session.stats.kv_bytes
+        return self.session.stats.evictable_bytes
 
     def num_shared(self, tokens: Tensor, owner: str) -> int:
         """How many of its first tokens a prompt of the same owner begins with."""

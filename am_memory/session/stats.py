@@ -55,6 +55,11 @@ class Stats:
     mounted_slots: float = 0.0
     checkpoints_bytes: int = 0
 
+    @property
+    def evictable_bytes(self) -> int:
+        """What evicting the cache frees: on the device, and its checkpoints on the host."""
+        return self.kv_bytes + self.checkpoints_bytes
+
     def __str__(self) -> str:
         return (
             f"{counted(self.logical_tokens, 'token')} in {counted(round(self.kv_tokens), 'slot')}, "

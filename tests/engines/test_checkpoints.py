@@ -14,6 +14,7 @@ from test_families import LINEAR, Family
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from am_memory import Memory, Sampling, Session
+from am_memory.conversations.branch import Branch
 from am_memory.engines.base import SessionCache
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.kv_cache.layers import RecurrentState
@@ -219,6 +220,14 @@ def test_checkpoints_are_few(stubborn: CountingEngine, monkeypatch: pytest.Monke
     monkeypatch.setattr(checkpoints, "MAX_BYTES", 0)
     session.append(TOKENS[104:108])
     assert len(context_of(session).checkpoints) == checkpoints.LEAST_CHECKPOINTS
+
+
+def test_a_kept_conversation_counts_them(stubborn: CountingEngine) -> None:
+    """Many conversations of a hybrid would take far more memory than their limit."""
+    session = told(Memory(stubborn, POLICY))
+    stats = session.stats
+    kept = Branch(session, "chat", ("key",), (len(session.tokens),))
+    assert kept.kv_bytes == stats.kv_bytes + stats.checkpoints_bytes > stats.kv_bytes
 
 
 def test_a_cache_that_can_drop_tokens_needs_none(engine: TransformersEngine) -> None:
