@@ -48,13 +48,19 @@ def register() -> None:
 
 
 def attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """`attention_of_heads`, in which one wide head of latents may stand for the module's heads."""
     if not hasattr(key, "am_layer") or not has_latents(module):
-        return attention_of_heads(module, query, key, value, attention_mask, **kwargs)
+        return attention_of_heads(module, query, key, value, attention_mask, scaling, **kwargs)
     heads = LatentHeads(module)
-    output, _ = attention_of_heads(module, heads.queries(query), key, value, attention_mask, **kwargs)
+    output, _ = attention_of_heads(module, heads.queries(query), key, value, attention_mask, scaling, **kwargs)
     return heads.outputs(output), None
 
 

@@ -154,8 +154,8 @@ def _append_and_attend(
     if getattr(step.cache.layers[layer_idx], "query_sink", None) is not None:
         query = query.clone()  # the graph reuses its buffers, and a sink may keep the query
     key, value = step.cache.update(key, value, layer_idx)
-    options = {"scaling": scaling, SINKS: sinks, SOFTCAP: softcap}
-    return attention_forward(step.attention, query, key, value, step.mask, **options)[0]
+    options = {SINKS: sinks, SOFTCAP: softcap}
+    return attention_forward(step.attention, query, key, value, step.mask, scaling, **options)[0]
 
 
 def _shape_only(

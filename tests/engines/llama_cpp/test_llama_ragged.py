@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import _thread
 import gc
+import signal
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
@@ -250,9 +251,17 @@ def test_an_interrupt_leaves_no_graph_half_changed(tiny_gguf: Path, monkeypatch:
     assert torch.equal(llama.forward(cache, [4], num_logits=1), expected)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C raises, also where the tests run in the background of a shell, which lets them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("num_tokens", [1, 5])
 def test_ctrl_c_while_llama_cpp_computes_is_raised(
-    llama: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch, num_tokens: int
+    llama: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch, ctrl_c: None, num_tokens: int
 ) -> None:
     """It was raised before the first line of a callback, where ctypes forgets it: a layer went without its tokens."""
     cache, lib = llama.new_cache(), library()
