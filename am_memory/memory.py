@@ -215,11 +215,7 @@ class Memory:
             saved = self.load(name, policy=policy)
         with self._shared.engine_lock:
             if name not in sessions:
-                if saved is None:
-                    new = self._new(name, policy)
-                else:
-                    own, trusts_messages = self._policy_of(name, saved), self.trust_messages
-                    new = reopened(self._shared, name, saved, policy, own, trusts_messages=trusts_messages)
+                new = self._new(name, policy) if saved is None else self._resumed(name, saved, policy)
                 self._shared.keep(new, name)
             return sessions[name]
 
@@ -249,6 +245,10 @@ class Memory:
         check_origin(name, saved, self.engine.info)
         place = originals_place(policy or self._policy_of(name, saved), self.engine.capabilities)
         return store.with_originals(saved, self._shared.original_store, place)
+
+    def _resumed(self, name: str, saved: SavedSession, policy: MemoryPolicy | None) -> Session:
+        own, is_given, trusts = policy or self._policy_of(name, saved), policy is not None, self.trust_messages
+        return reopened(self._shared, name, saved, own, is_given=is_given, trusts_messages=trusts)
 
     def _policy_of(self, name: str, saved: SavedSession) -> MemoryPolicy:
         return policy_of(name, saved, self.policy, is_default=self.prefers_saved_policy)

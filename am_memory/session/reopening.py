@@ -16,36 +16,36 @@ def reopened(
     shared: Shared,
     name: str,
     saved: SavedSession,
-    policy: MemoryPolicy | None,
-    own_policy: MemoryPolicy,
+    policy: MemoryPolicy,
     *,
+    is_given: bool,
     trusts_messages: bool,
 ) -> Session:
     """A session that goes on where it was saved.
 
     Args:
-        policy: the policy that the caller asked for; None: none.
-        own_policy: the session's policy if none was asked for.
+        policy: the session's policy from now on.
+        is_given: the caller has asked for this policy.
 
     Raises:
-        InvalidPolicy: the session cannot go on under `policy`.
+        InvalidPolicy: the session cannot go on under the policy that the caller has asked for.
         StorageError: it does not fit the model, or cannot go on under its own policy.
     """
     info = shared.engine.info
     check_content(name, saved, info, shared.cache_of_one_token)
     try:
-        context = restored(shared, name, saved, policy or own_policy, trusts_messages=trusts_messages)
+        context = restored(shared, name, saved, policy, trusts_messages=trusts_messages)
     except InvalidPolicy as error:
-        if policy is not None:
+        if is_given:
             raise
         raise StorageError(
             f"session {name!r} cannot go on under its policy: {error}; give it another one: "
             f"memory.session({name!r}, policy=...)"
         ) from error
-    session = Session(shared, context, has_own_policy=policy is not None or saved.has_own_policy)
+    session = Session(shared, context, has_own_policy=is_given or saved.has_own_policy)
     session.metadata, session._saved_copy = saved.metadata, SavedCopy(saved.version)
     if unknown := check_origin(name, saved, info):
         shared.notify(OriginUnknown(name, unknown))
-    if policy is None and (changes := changes_of(saved, session.policy)):
+    if not is_given and (changes := changes_of(saved, session.policy)):
         shared.notify(PolicyChanged(name, changes))
     return session
