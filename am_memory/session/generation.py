@@ -125,7 +125,7 @@ class Generation:
 
     def __next__(self) -> Piece:
         if self._made is not None:
-            return self._take(self._made)
+            return self._take()
         if self.is_finished:
             raise StopIteration
         try:
@@ -195,13 +195,22 @@ class Generation:
         self._made, self.is_finished = None, True
 
     def send_events(self) -> None:
-        """Give the events of steps that were made together with others to the listeners."""
-        while self.unsent:
-            self.context.notify(self.unsent.pop(0))
+        """Give the events of steps that were made together with others to the listeners.
 
-    def _take(self, made: _Made) -> Piece:
-        self._made = None
+        If a listener raises, the answer fails, and a piece that was not asked for is taken back.
+        """
+        try:
+            while self.unsent:
+                self.context.notify(self.unsent.pop(0))
+        except Exception as error:  # of any kind: it is raised again where the answer is waited for
+            self.close()
+            self.fail(error)
+
+    def _take(self) -> Piece:
         self.send_events()
+        made, self._made = self._made, None
+        if made is None:  # a listener closed the answer
+            raise StopIteration
         if made.error is not None:
             self.error = made.error
             raise made.error

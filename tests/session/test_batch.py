@@ -256,6 +256,85 @@ def test_an_answer_that_never_has_memory_fails(
     assert [state_of(session) for session in sessions] == before
 
 
+@pytest.mark.parametrize("work", ["read", "compact"])
+def test_a_prompt_or_a_compaction_without_memory_waits_until_there_are_fewer(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch, work: str
+) -> None:
+    """It is not the long work alone that fails: the tokens of the others take memory too."""
+    short, long = memory.session("short"), memory.session("long")
+    short.append("owl")
+    long.append(TEXTS[4] * 2, read_now=False)
+    answers = [short.generate(40), long.generate(3)]
+    context, tries = context_of(long), count()
+    real = getattr(type(context), work)
+
+    def poor(self: object, *args: object) -> object:
+        if self is context and not answers[0].is_finished:
+            next(tries)
+            raise torch.OutOfMemoryError("no memory")
+        return real(self, *args)
+
+    monkeypatch.setattr(type(context), work, poor)
+    monkeypatch.setattr(type(context), "start_background_compaction", lambda context: context.compact())
+    pieces = together(memory, answers)
+    assert next(tries) > 0, "it never ran out of memory"
+    assert [len(tokens_of(each)) for each in pieces] == [40, 3]
+
+
+def test_an_answer_whose_step_cannot_begin_fails_alone(memory: Memory, engine: TransformersEngine) -> None:
+    """A constraint of a user's own may fail wherever it is called."""
+    sessions = sessions_of(memory)[:3]
+    constraint = regex(engine, "[a-z ]{30}")
+
+    def broken() -> object:
+        raise RuntimeError("no state")
+
+    constraint.state = broken  # type: ignore[method-assign]
+    answers = [sessions[0].generate(5), sessions[1].generate(5, None, constraint), sessions[2].generate(5)]
+    with pytest.raises(RuntimeError, match="no state"):
+        list(memory.generate_many(answers))
+    assert [answer.num_tokens for answer in answers] == [5, 0, 5]
+    assert all(context_of(session).notify == memory._notify for session in sessions)
+
+
+def test_a_step_that_fails_as_a_whole_fails_every_answer(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread that makes the steps ends, and nobody waits for ever."""
+    sessions = sessions_of(memory)[:2]
+    before = [state_of(session) for session in sessions]
+    answers = [session.generate(5) for session in sessions]
+
+    def broken(steps: object) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr("am_memory.session.batch._logits", broken)
+    Batch().step(answers)
+    for answer in answers:
+        with pytest.raises(RuntimeError, match="boom"):
+            next(answer)
+    assert [state_of(session) for session in sessions] == before
+
+
+def test_a_listener_that_raises_ends_its_answer_alone(engine: TransformersEngine) -> None:
+    """The session keeps the tokens that were given out, and no others."""
+
+    def listen(event: Event) -> None:
+        if isinstance(event, CompactionFinished) and event.session == "s1" and is_told:
+            raise RuntimeError("no ear")
+
+    is_told = False
+    memory = Memory(engine, POLICY, on_event=listen)
+    sessions = sessions_of(memory)
+    answers, is_told = [session.generate(100) for session in sessions], True
+    start, given = list(sessions[1].tokens), list[int]()
+    with pytest.raises(RuntimeError, match="no ear"):
+        for answer, piece in memory.generate_many(answers):
+            if answer is answers[1]:
+                given += piece.token_ids
+    assert [answer.error is None for answer in answers] == [True, False, True, True, True]
+    assert list(sessions[1].tokens) == start + given
+    assert all(answer.is_finished for answer in answers)
+
+
 def test_a_failing_compaction_ends_its_answer_alone(
     memory: Memory, engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,17 +387,20 @@ def test_one_answer_may_be_closed(memory: Memory) -> None:
 
 
 def test_a_session_has_one_answer_at_a_time(memory: Memory, engine: TransformersEngine) -> None:
-    session = memory.session()
-    session.append("owl")
+    session, alone = memory.session(), memory.session()
+    for each in (session, alone):
+        each.append([{"role": "user", "content": "owl"}])
+    expected = list(alone.generate(3))
     with pytest.raises(InvalidInput, match="has two answers here"):
         list(memory.generate_many([session.generate(3), session.generate(3)]))
     with pytest.raises(InvalidInput, match="belongs to another memory"):
         list(Memory(engine, POLICY).generate_many([session.generate(3)]))
     first, second = session.generate(3), session.generate(3)
     Batch().step([first, second])
-    assert len(next(first).token_ids) == 1
     with pytest.raises(UnsupportedOperation, match="two answers in one batch"):
         next(second)
+    assert_same([list(first)], [expected])
+    assert session.tokens == alone.tokens
 
 
 def test_a_session_that_was_used_meanwhile_ends_its_answer(memory: Memory) -> None:
