@@ -67,10 +67,15 @@ def _close(answers: Sequence[Generation]) -> None:
 
 
 def _require_apart(shared: Shared, answers: Sequence[Generation]) -> None:
-    """Raise InvalidInput unless these are answers of different sessions of this memory."""
+    """Raise InvalidInput unless these are answers of different sessions of this memory, each with its own constraint."""
+    constraints: set[int] = set()
     for answer in answers:
         if answer.shared is not shared:
             raise InvalidInput(f"session {answer.name!r} belongs to another memory: generate its answer with that one")
+        if id(answer.constraint) in constraints:
+            raise InvalidInput(f"session {answer.name!r} has another answer's constraint: make one for each answer")
+        if answer.constraint is not None:
+            constraints.add(id(answer.constraint))
     contexts = [answer.context for answer in answers]
     for row, context in enumerate(contexts):
         if _holds(contexts[:row], context):

@@ -403,6 +403,14 @@ def test_a_session_has_one_answer_at_a_time(memory: Memory, engine: Transformers
     assert session.tokens == alone.tokens
 
 
+def test_answers_have_constraints_of_their_own(memory: Memory, engine: TransformersEngine) -> None:
+    """A constraint follows one answer; with two, each would be held to what the other has written."""
+    constraint = regex(engine, "[a-z ]{30}")
+    answers = [session.generate(5, None, constraint) for session in sessions_of(memory)[:2]]
+    with pytest.raises(InvalidInput, match="another answer's constraint"):
+        list(memory.generate_many(answers))
+
+
 def test_a_session_that_was_used_meanwhile_ends_its_answer(memory: Memory) -> None:
     sessions = sessions_of(memory)[:3]
     answers = [session.generate(20) for session in sessions]
