@@ -46,11 +46,12 @@ def pieces_of(shared: Shared, answers: Sequence[Generation]) -> Iterator[tuple[G
                 if not answer.is_ready:
                     continue
                 try:
-                    piece = next(answer)
+                    piece = next(answer, None)
                 except Exception as error:  # of any kind: it is raised once the others have ended
                     failed.append(error)
                 else:
-                    yield answer, piece
+                    if piece is not None:  # else another thread has closed it
+                        yield answer, piece
             going = [answer for answer in going if answer.is_ready or not answer.is_finished]
     finally:
         try:
@@ -67,7 +68,7 @@ def _close(answers: Sequence[Generation]) -> None:
 
 
 def _require_apart(shared: Shared, answers: Sequence[Generation]) -> None:
-    """Raise InvalidInput unless these are answers of different sessions of this memory, each with its own constraint."""
+    """Raise InvalidInput unless these are answers of different sessions of this memory, with different constraints."""
     constraints: set[int] = set()
     for answer in answers:
         if answer.shared is not shared:

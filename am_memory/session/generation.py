@@ -137,13 +137,17 @@ class Generation:
             raise
 
     def close(self) -> None:
-        """End the answer. A piece that is made already, and was not asked for, is taken back."""
-        self.is_finished = True
-        if (made := self._made) is not None and made.before is not None:
-            with self.shared.engine_lock:
-                if self._is_unchanged:
-                    made.before.put_back(self.context, self._constraints)
-        self._made = None
+        """End the answer. A piece that is made already, and was not asked for, is taken back.
+
+        Any thread may call it; it waits for the end of a step that is being made.
+        """
+        if self.is_finished and self._made is None:
+            return
+        with self.shared.engine_lock:
+            self.is_finished = True
+            if (made := self._made) is not None and made.before is not None and self._is_unchanged:
+                made.before.put_back(self.context, self._constraints)
+            self._made = None
 
     # The halves of a step: the caller holds the engine's lock, and has begun a transaction
 
@@ -168,7 +172,7 @@ class Generation:
         """
         piece = replace(self._next_piece(logits, self.num_tokens + 1), looked_up=self._looked_up)
         self.num_tokens += 1
-        self.is_finished = piece.finish_reason is not None
+        self.is_finished = self.is_finished or piece.finish_reason is not None  # a listener may have closed it
         return piece
 
     # A step that was made together with others

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from itertools import count, islice, pairwise
 from random import Random
-from threading import get_ident
+from threading import Thread, get_ident
 
 import pytest
 import torch
@@ -384,6 +384,34 @@ def test_one_answer_may_be_closed(memory: Memory) -> None:
     assert min(counts[answer] for answer in answers if answer is not answers[1]) > 20  # one may end its turn
     assert answers[1].is_finished
     assert answers[1].error is None
+
+
+def test_another_thread_may_close_an_answer(
+    memory: Memory, engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a step, too: the token of that step is taken back."""
+    sessions, calls, forward_batch = sessions_of(memory)[:3], count(1), engine.forward_batch
+    answers = [session.generate(12) for session in sessions]
+    thread = Thread(target=answers[1].close)
+
+    def closed_meanwhile(*args: object) -> Tensor | None:
+        if next(calls) == 3:
+            thread.start()
+            thread.join(0.2)
+        return forward_batch(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine, "forward_batch", closed_meanwhile)
+    start, given = list(sessions[1].tokens), list[int]()
+    counts = dict.fromkeys(answers, 0)
+    for answer, piece in memory.generate_many(answers):
+        counts[answer] += 1
+        if answer is answers[1]:
+            given += piece.token_ids
+        if counts[answers[0]] == 3 and answer is answers[0]:
+            thread.join(10)
+    assert list(counts.values()) == [12, 2, 12]
+    assert answers[1].is_finished
+    assert list(sessions[1].tokens) == start + given
 
 
 def test_a_session_has_one_answer_at_a_time(memory: Memory, engine: TransformersEngine) -> None:
