@@ -34,7 +34,7 @@ def test_a_call_whose_event_loop_was_closed_ends() -> None:
 
     loop = asyncio.new_event_loop()
     results = worker.results(numbers())
-    assert loop.run_until_complete(anext(results)) == 0  # type: ignore[arg-type]
+    assert loop.run_until_complete(anext(results)) == 0
     assert is_ahead.wait(10)
     assert not is_closed.is_set()
     loop.close()
