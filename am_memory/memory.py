@@ -359,7 +359,7 @@ class Memory:
             The answer and its next piece, in the order in which the answers were given.
 
         Raises:
-            InvalidInput: two answers of one session, or an answer of another memory's session.
+            InvalidInput: two answers of one session or with one constraint, or an answer of another memory's session.
             Exception: once all answers have ended, the first error that ended one.
         """
         return pieces_of(self._shared, list(answers))

@@ -46,11 +46,12 @@ def pieces_of(shared: Shared, answers: Sequence[Generation]) -> Iterator[tuple[G
                 if not answer.is_ready:
                     continue
                 try:
-                    piece = next(answer)
+                    piece = next(answer, None)
                 except Exception as error:  # of any kind: it is raised once the others have ended
                     failed.append(error)
                 else:
-                    yield answer, piece
+                    if piece is not None:  # else another thread has closed it
+                        yield answer, piece
             going = [answer for answer in going if answer.is_ready or not answer.is_finished]
     finally:
         try:
@@ -67,10 +68,15 @@ def _close(answers: Sequence[Generation]) -> None:
 
 
 def _require_apart(shared: Shared, answers: Sequence[Generation]) -> None:
-    """Raise InvalidInput unless these are answers of different sessions of this memory."""
+    """Raise InvalidInput unless these are answers of different sessions of this memory, with different constraints."""
+    constraints: set[int] = set()
     for answer in answers:
         if answer.shared is not shared:
             raise InvalidInput(f"session {answer.name!r} belongs to another memory: generate its answer with that one")
+        if id(answer.constraint) in constraints:
+            raise InvalidInput(f"session {answer.name!r} has another answer's constraint: make one for each answer")
+        if answer.constraint is not None:
+            constraints.add(id(answer.constraint))
     contexts = [answer.context for answer in answers]
     for row, context in enumerate(contexts):
         if _holds(contexts[:row], context):
@@ -83,7 +89,7 @@ class Batch:
     def __init__(self) -> None:
         self._last_read: WeakKeyDictionary[Generation, int] = WeakKeyDictionary()
         self._parked: WeakKeyDictionary[Generation, int] = WeakKeyDictionary()  # out of memory beside so many others
-        self._num_steps = 0
+        self._num_steps, self._num_going = 0, 0
 
     def step(self, answers: Sequence[Generation]) -> None:
         """Make the next token of each answer; those that get it, or fail, are `is_ready` then.
@@ -98,36 +104,44 @@ class Batch:
         going = [answer for answer in answers if not answer.is_ready and not answer.is_finished]
         if not going:
             return
-        shared = going[0].shared
-        with shared.engine_lock:
-            self._num_steps += 1
-            shared.writing.update(going)
-            unparked = [answer for answer in going if self._parked.get(answer, len(going) + 1) > len(going)]
-            able = unparked or going[:1]
-            writing = [answer for answer in able if not _has_long_work(answer)]
-            reading = [answer for answer in able if _num_to_read(answer) and not _is_compaction_due(answer)]
-            compacting = [answer for answer in able if answer not in writing and answer not in reading]
-            if reading:
-                self._read_prompt(min(reading, key=lambda answer: self._last_read.get(answer, 0)), is_alone=not writing)
-            if compacting and not (writing or reading):
-                self._compact(compacting)
-            elif compacting:
-                self._compact_beside(compacting)
-            if writing:
-                self._write(writing, len(going) if unparked else 1)
+        with going[0].shared.engine_lock:
+            try:
+                self._step(going)
+            except Exception as error:  # of any kind: it is raised again where each answer is waited for
+                for answer in going:
+                    if not answer.is_ready:
+                        answer.fail(error)
+
+    def _step(self, going: Sequence[Generation]) -> None:
+        self._num_steps += 1
+        going[0].shared.writing.update(going)
+        unparked = [answer for answer in going if self._parked.get(answer, len(going) + 1) > len(going)]
+        self._num_going = len(going) if unparked else 1
+        able = unparked or going[:1]
+        writing = [answer for answer in able if not _has_long_work(answer)]
+        reading = [answer for answer in able if _num_to_read(answer) and not _is_compaction_due(answer)]
+        compacting = [answer for answer in able if answer not in writing and answer not in reading]
+        if reading:
+            self._read_prompt(min(reading, key=lambda answer: self._last_read.get(answer, 0)), is_alone=not writing)
+        if compacting and not (writing or reading):
+            self._compact(compacting)
+        elif compacting:
+            self._compact_beside(compacting)
+        if writing:
+            self._write(writing)
 
     def _read_prompt(self, answer: Generation, *, is_alone: bool) -> None:
         self._last_read[answer] = self._num_steps
         context = answer.context
         most = context.chunk_tokens if is_alone else max(int(context.chunk_tokens * BESIDE_SHARE), 1)
         end = context.cache.num_tokens + min(_num_to_read(answer), most, max(context.room_tokens, 1))
-        _run_alone(answer, lambda: context.read(end))
+        self._run_alone(answer, lambda: context.read(end))
 
     def _compact(self, answers: Sequence[Generation]) -> None:
         """Make one compaction; nothing else can go on."""
         running = [answer for answer in answers if answer.context.background_compaction is not None]
         answer = (running or answers)[0]
-        _run_alone(answer, answer.context.compact)
+        self._run_alone(answer, answer.context.compact)
 
     def _compact_beside(self, answers: Sequence[Generation]) -> None:
         """Start a compaction in the background unless one runs; where the engine cannot do that, make it now."""
@@ -135,11 +149,10 @@ class Batch:
             return
         context = answers[0].context
         can_start = context.engine.capabilities.can_read_in_parallel
-        _run_alone(answers[0], context.start_background_compaction if can_start else context.compact)
+        self._run_alone(answers[0], context.start_background_compaction if can_start else context.compact)
 
-    def _write(self, answers: Sequence[Generation], num_going: int) -> None:
-        contexts = [answer.context for answer in answers]
-        steps = [_Step(answer, is_twice=_holds(contexts[:row], answer.context)) for row, answer in enumerate(answers)]
+    def _write(self, answers: Sequence[Generation]) -> None:
+        steps = [_Step(answer) for answer in _apart(answers)]
         with _Together(steps):
             for step in steps:
                 step.run(step.prepare)
@@ -147,12 +160,23 @@ class Batch:
             for step, logits in zip(open_steps, _logits(open_steps), strict=True):
                 if logits is not None:
                     step.choose(logits)
+        self._settle(steps)
+
+    def _run_alone(self, answer: Generation, work: Callable[[], object]) -> None:
+        """Do long work of one answer, as a step."""
+        step = _Step(answer)
+        with _Together([step]):
+            step.run(work)
+        self._settle([step])
+
+    def _settle(self, steps: Sequence[_Step]) -> None:
+        """Park the answers that ran out of memory beside others; fail the others whose steps were undone."""
         for step in steps:
             if step.error is None:
                 continue
-            if is_out_of_memory(step.error) and not step.has_chosen and num_going > 1:
+            if is_out_of_memory(step.error) and not step.has_chosen and self._num_going > 1:
                 logger.warning("session %r waits until fewer answers are generated: %s", step.answer.name, step.error)
-                self._parked[step.answer] = num_going
+                self._parked[step.answer] = self._num_going
             else:
                 step.answer.fail(step.error)
 
@@ -160,16 +184,13 @@ class Batch:
 class _Step:
     """One step of one answer. An error within `run` undoes it; an error outside of `run` undoes all steps.
 
-    Args:
-        is_twice: the conversation has another answer in this batch.
-
     Attributes:
         error: why the step was undone; None: it was not.
         has_chosen: whether a token was about to be chosen; the step cannot be repeated then.
     """
 
-    def __init__(self, answer: Generation, *, is_twice: bool = False) -> None:
-        self.answer, self._is_twice = answer, is_twice
+    def __init__(self, answer: Generation) -> None:
+        self.answer = answer
         self.error: Exception | None = None
         self.has_chosen = False
         self._notify = answer.context.notify
@@ -189,7 +210,9 @@ class _Step:
         self.answer.context.notify = self._notify
 
     def run(self, work: Callable[[], T]) -> T | None:
-        """Do a part of the step; None if it failed."""
+        """Do a part of the step, unless an earlier part failed; None if it failed."""
+        if self.error is not None:
+            return None
         try:
             return work()
         except Exception as error:  # of any kind: it is raised again where the answer is waited for
@@ -199,10 +222,6 @@ class _Step:
 
     def prepare(self) -> None:
         """The first half of the step; the last token of the conversation can be read then."""
-        if self._is_twice:
-            raise UnsupportedOperation(
-                f"session {self.answer.name!r} has two answers in one batch: fork the session for the second one"
-            )
         self.answer.prepare()
         self.answer.context.prepare_next(keeps_room=True)
 
@@ -230,7 +249,7 @@ class _Together:
     def __enter__(self) -> None:
         try:
             for step in self._steps:
-                step.begin()
+                step.run(step.begin)
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
@@ -248,15 +267,6 @@ class _Together:
             if error is not None and step.error is None:
                 step.answer.interrupt()
             step.end(error)
-
-
-def _run_alone(answer: Generation, work: Callable[[], object]) -> None:
-    """Do long work of one answer, as a step."""
-    step = _Step(answer)
-    with _Together([step]):
-        step.run(work)
-    if step.error is not None:
-        answer.fail(step.error)
 
 
 def _logits(steps: Sequence[_Step]) -> list[Tensor | None]:
@@ -306,6 +316,18 @@ def _is_compaction_due(answer: Generation) -> bool:
 
 def _has_long_work(answer: Generation) -> bool:
     return _num_to_read(answer) > 0 or _is_compaction_due(answer)
+
+
+def _apart(answers: Sequence[Generation]) -> list[Generation]:
+    """The first answer of each session; any other fails before it can change what the first one is made of."""
+    apart: list[Generation] = []
+    for answer in answers:
+        if _holds([other.context for other in apart], answer.context):
+            error = f"session {answer.name!r} has two answers in one batch: fork the session for the second one"
+            answer.fail(UnsupportedOperation(error))
+        else:
+            apart.append(answer)
+    return apart
 
 
 def _holds(contexts: Sequence[Context], wanted: Context) -> bool:

@@ -125,7 +125,7 @@ class Generation:
 
     def __next__(self) -> Piece:
         if self._made is not None:
-            return self._take(self._made)
+            return self._take()
         if self.is_finished:
             raise StopIteration
         try:
@@ -137,13 +137,17 @@ class Generation:
             raise
 
     def close(self) -> None:
-        """End the answer. A piece that is made already, and was not asked for, is taken back."""
-        self.is_finished = True
-        if (made := self._made) is not None and made.before is not None:
-            with self.shared.engine_lock:
-                if self._is_unchanged:
-                    made.before.put_back(self.context, self._constraints)
-        self._made = None
+        """End the answer. A piece that is made already, and was not asked for, is taken back.
+
+        Any thread may call it; it waits for the end of a step that is being made.
+        """
+        if self.is_finished and self._made is None:
+            return
+        with self.shared.engine_lock:
+            self.is_finished = True
+            if (made := self._made) is not None and made.before is not None and self._is_unchanged:
+                made.before.put_back(self.context, self._constraints)
+            self._made = None
 
     # The halves of a step: the caller holds the engine's lock, and has begun a transaction
 
@@ -168,7 +172,7 @@ class Generation:
         """
         piece = replace(self._next_piece(logits, self.num_tokens + 1), looked_up=self._looked_up)
         self.num_tokens += 1
-        self.is_finished = piece.finish_reason is not None
+        self.is_finished = self.is_finished or piece.finish_reason is not None  # a listener may have closed it
         return piece
 
     # A step that was made together with others
@@ -195,13 +199,22 @@ class Generation:
         self._made, self.is_finished = None, True
 
     def send_events(self) -> None:
-        """Give the events of steps that were made together with others to the listeners."""
-        while self.unsent:
-            self.context.notify(self.unsent.pop(0))
+        """Give the events of steps that were made together with others to the listeners.
 
-    def _take(self, made: _Made) -> Piece:
-        self._made = None
+        If a listener raises, the answer fails, and a piece that was not asked for is taken back.
+        """
+        try:
+            while self.unsent:
+                self.context.notify(self.unsent.pop(0))
+        except Exception as error:  # of any kind: it is raised again where the answer is waited for
+            self.close()
+            self.fail(error)
+
+    def _take(self) -> Piece:
         self.send_events()
+        made, self._made = self._made, None
+        if made is None:  # a listener closed the answer
+            raise StopIteration
         if made.error is not None:
             self.error = made.error
             raise made.error

@@ -54,9 +54,14 @@ class _Call(Generic[T]):
     is_closed: bool = False
 
     @property
+    def has_gone(self) -> bool:
+        """Whether nobody reads the results any more; a loop that is closed runs no code that would say so."""
+        return self.is_closed or self.loop.is_closed()
+
+    @property
     def can_go_on(self) -> bool:
         """Whether its reader is not far behind, or has gone."""
-        return self.is_closed or self.num_made - self.num_read < MAX_UNREAD
+        return self.has_gone or self.num_made - self.num_read < MAX_UNREAD
 
     @property
     def is_awaiting(self) -> bool:
@@ -67,7 +72,7 @@ class _Call(Generic[T]):
         """Run one step; False if it was the last one."""
         self.awaited = None
         try:
-            if self.is_closed:
+            if self.has_gone:
                 self.steps.close()
                 return False
             result = next(self.steps)
@@ -85,10 +90,12 @@ class _Call(Generic[T]):
 
     def _put(self, result: T | _End) -> None:
         self.num_made += 1
-        if self.loop.is_closed():
-            self.is_closed = True
-        elif not self.is_closed:
+        if self.is_closed:
+            return
+        try:
             self.loop.call_soon_threadsafe(self.results.put_nowait, result)
+        except RuntimeError:  # the loop was closed
+            self.is_closed = True
 
 
 class Worker:
@@ -141,7 +148,7 @@ class Worker:
                     return
                 able = self._able()
             for call in able:
-                if (call.is_closed or not call.is_awaiting) and not call.step():
+                if (call.has_gone or not call.is_awaiting) and not call.step():
                     with self._changed:
                         self._calls.remove(call)
             self._batch.step([call.awaited for call in able if call.awaited is not None])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from itertools import count, islice, pairwise
 from random import Random
-from threading import get_ident
+from threading import Thread, get_ident
 
 import pytest
 import torch
@@ -256,6 +256,85 @@ def test_an_answer_that_never_has_memory_fails(
     assert [state_of(session) for session in sessions] == before
 
 
+@pytest.mark.parametrize("work", ["read", "compact"])
+def test_a_prompt_or_a_compaction_without_memory_waits_until_there_are_fewer(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch, work: str
+) -> None:
+    """It is not the long work alone that fails: the tokens of the others take memory too."""
+    short, long = memory.session("short"), memory.session("long")
+    short.append("owl")
+    long.append(TEXTS[4] * 2, read_now=False)
+    answers = [short.generate(40), long.generate(3)]
+    context, tries = context_of(long), count()
+    real = getattr(type(context), work)
+
+    def poor(self: object, *args: object) -> object:
+        if self is context and not answers[0].is_finished:
+            next(tries)
+            raise torch.OutOfMemoryError("no memory")
+        return real(self, *args)
+
+    monkeypatch.setattr(type(context), work, poor)
+    monkeypatch.setattr(type(context), "start_background_compaction", lambda context: context.compact())
+    pieces = together(memory, answers)
+    assert next(tries) > 0, "it never ran out of memory"
+    assert [len(tokens_of(each)) for each in pieces] == [40, 3]
+
+
+def test_an_answer_whose_step_cannot_begin_fails_alone(memory: Memory, engine: TransformersEngine) -> None:
+    """A constraint of a user's own may fail wherever it is called."""
+    sessions = sessions_of(memory)[:3]
+    constraint = regex(engine, "[a-z ]{30}")
+
+    def broken() -> object:
+        raise RuntimeError("no state")
+
+    constraint.state = broken  # type: ignore[method-assign]
+    answers = [sessions[0].generate(5), sessions[1].generate(5, None, constraint), sessions[2].generate(5)]
+    with pytest.raises(RuntimeError, match="no state"):
+        list(memory.generate_many(answers))
+    assert [answer.num_tokens for answer in answers] == [5, 0, 5]
+    assert all(context_of(session).notify == memory._notify for session in sessions)
+
+
+def test_a_step_that_fails_as_a_whole_fails_every_answer(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread that makes the steps ends, and nobody waits for ever."""
+    sessions = sessions_of(memory)[:2]
+    before = [state_of(session) for session in sessions]
+    answers = [session.generate(5) for session in sessions]
+
+    def broken(steps: object) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr("am_memory.session.batch._logits", broken)
+    Batch().step(answers)
+    for answer in answers:
+        with pytest.raises(RuntimeError, match="boom"):
+            next(answer)
+    assert [state_of(session) for session in sessions] == before
+
+
+def test_a_listener_that_raises_ends_its_answer_alone(engine: TransformersEngine) -> None:
+    """The session keeps the tokens that were given out, and no others."""
+
+    def listen(event: Event) -> None:
+        if isinstance(event, CompactionFinished) and event.session == "s1" and is_told:
+            raise RuntimeError("no ear")
+
+    is_told = False
+    memory = Memory(engine, POLICY, on_event=listen)
+    sessions = sessions_of(memory)
+    answers, is_told = [session.generate(100) for session in sessions], True
+    start, given = list(sessions[1].tokens), list[int]()
+    with pytest.raises(RuntimeError, match="no ear"):
+        for answer, piece in memory.generate_many(answers):
+            if answer is answers[1]:
+                given += piece.token_ids
+    assert [answer.error is None for answer in answers] == [True, False, True, True, True]
+    assert list(sessions[1].tokens) == start + given
+    assert all(answer.is_finished for answer in answers)
+
+
 def test_a_failing_compaction_ends_its_answer_alone(
     memory: Memory, engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,18 +386,57 @@ def test_one_answer_may_be_closed(memory: Memory) -> None:
     assert answers[1].error is None
 
 
+def test_another_thread_may_close_an_answer(
+    memory: Memory, engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a step, too: the token of that step is taken back."""
+    sessions, calls, forward_batch = sessions_of(memory)[:3], count(1), engine.forward_batch
+    answers = [session.generate(12) for session in sessions]
+    thread = Thread(target=answers[1].close)
+
+    def closed_meanwhile(*args: object) -> Tensor | None:
+        if next(calls) == 3:
+            thread.start()
+            thread.join(0.2)
+        return forward_batch(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine, "forward_batch", closed_meanwhile)
+    start, given = list(sessions[1].tokens), list[int]()
+    counts = dict.fromkeys(answers, 0)
+    for answer, piece in memory.generate_many(answers):
+        counts[answer] += 1
+        if answer is answers[1]:
+            given += piece.token_ids
+        if counts[answers[0]] == 3 and answer is answers[0]:
+            thread.join(10)
+    assert list(counts.values()) == [12, 2, 12]
+    assert answers[1].is_finished
+    assert list(sessions[1].tokens) == start + given
+
+
 def test_a_session_has_one_answer_at_a_time(memory: Memory, engine: TransformersEngine) -> None:
-    session = memory.session()
-    session.append("owl")
+    session, alone = memory.session(), memory.session()
+    for each in (session, alone):
+        each.append([{"role": "user", "content": "owl"}])
+    expected = list(alone.generate(3))
     with pytest.raises(InvalidInput, match="has two answers here"):
         list(memory.generate_many([session.generate(3), session.generate(3)]))
     with pytest.raises(InvalidInput, match="belongs to another memory"):
         list(Memory(engine, POLICY).generate_many([session.generate(3)]))
     first, second = session.generate(3), session.generate(3)
     Batch().step([first, second])
-    assert len(next(first).token_ids) == 1
     with pytest.raises(UnsupportedOperation, match="two answers in one batch"):
         next(second)
+    assert_same([list(first)], [expected])
+    assert session.tokens == alone.tokens
+
+
+def test_answers_have_constraints_of_their_own(memory: Memory, engine: TransformersEngine) -> None:
+    """A constraint follows one answer; with two, each would be held to what the other has written."""
+    constraint = regex(engine, "[a-z ]{30}")
+    answers = [session.generate(5, None, constraint) for session in sessions_of(memory)[:2]]
+    with pytest.raises(InvalidInput, match="another answer's constraint"):
+        list(memory.generate_many(answers))
 
 
 def test_a_session_that_was_used_meanwhile_ends_its_answer(memory: Memory) -> None:
