@@ -48,7 +48,7 @@ class _Settings(BaseModel):
         except ValidationError as error:
             raise InvalidPolicy(problems(error.errors(), type(self).model_fields)) from error
 
-    def with_changes(self, **changes: Any) -> Self:
+    def with_changes(self, /, **changes: Any) -> Self:
         """A copy with some fields changed and checked; fields that were never set stay unset.
 
         Raises:

@@ -272,3 +272,9 @@ def test_a_field_that_there_is_not_is_refused_with_the_nearest_one() -> None:
         MemoryPolicy(triger_tokens=1000)
     with pytest.raises(InvalidPolicy, match="keep_ratio 2: Input should be less.*; there is no xyz$"):
         MemoryPolicy(xyz=1, keep_ratio=2)
+
+
+def test_a_change_of_any_name_is_refused_as_a_field() -> None:
+    """A policy file with the field "self" ended the command line with a TypeError."""
+    with pytest.raises(InvalidPolicy, match="self"):
+        MemoryPolicy().with_changes(**{"self": 1})

@@ -107,7 +107,7 @@ def policies_of(loading: Loading, files: Sequence[Path]) -> dict[str, MemoryPoli
             raise InvalidInput(f"--policy {file}: there is a row {file.stem!r} already; rename the file")
         try:
             fields = json.loads(text_of(file))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidInput(f"--policy {file}: {error}: give a JSON object of MemoryPolicy's fields") from error
         if not isinstance(fields, dict):
             raise InvalidInput(f"--policy {file}: give a JSON object of MemoryPolicy's fields")

@@ -190,9 +190,9 @@ class ChatAnswer:
         if self._splits:
             opening = tokens[max(self._num_prompt_tokens - OPENING_TOKENS, 0) : self._num_prompt_tokens]
             before = self._begun or self.session.engine.decode(opening).rstrip()
-            self._thoughts = ReasoningStream(
-                is_open=is_reasoning(before) and (bool(self._begun) or before.endswith(THINK))
-            )
+            # An answer that only speaks of <think> somewhere does not open with reasoning.
+            opens = before.lstrip().startswith(THINK) if self._begun else before.endswith(THINK)
+            self._thoughts = ReasoningStream(is_open=opens and is_reasoning(before))
 
     def _look_up(self, piece: Piece) -> tuple[Span, ...]:
         spans = tuple(as_shown(span) for span in piece.looked_up)

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from threading import Lock
 from typing import Any
 
 MAX_KEPT_BYTES = 256 * 2**20
 """Text of all kept responses together, and of their inputs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Exchange:
+    """The messages that came with one response, and its answer. The responses that follow it share it."""
+
+    messages: Sequence[Mapping[str, Any]]
+    num_bytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_bytes", _num_bytes(self.messages))
 
 
 @dataclass(frozen=True)
@@ -19,20 +31,26 @@ class KeptResponse:
 
     Attributes:
         conversation: the name of its conversation.
-        messages: all messages up to its answer, without instructions.
+        exchanges: all messages up to its answer, without instructions.
         response: as its client got it.
-        num_new: how many of the messages came with this response; the others belong to the ones before it.
     """
 
     conversation: str
-    messages: Sequence[Mapping[str, Any]]
+    exchanges: Sequence[Exchange]
     response: Mapping[str, Any]
-    num_new: int
     num_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
-        new = [*self.messages[len(self.messages) - self.num_new :], self.response]
-        object.__setattr__(self, "num_bytes", sum(len(json.dumps(item)) for item in new))
+        object.__setattr__(self, "num_bytes", _num_bytes([self.response]))
+
+    @property
+    def messages(self) -> Sequence[Mapping[str, Any]]:
+        """The messages of all exchanges."""
+        return [*chain.from_iterable(exchange.messages for exchange in self.exchanges)]
+
+
+def _num_bytes(items: Sequence[Mapping[str, Any]]) -> int:
+    return sum(len(json.dumps(item)) for item in items)
 
 
 class KeptResponses:
@@ -45,6 +63,7 @@ class KeptResponses:
     def __init__(self, max_responses: int, max_bytes: int = MAX_KEPT_BYTES) -> None:
         self._max_responses, self._max_bytes = max_responses, max_bytes
         self._kept: OrderedDict[tuple[str, str], KeptResponse] = OrderedDict()
+        self._num_uses = Counter[Exchange]()
         self._num_bytes = 0
         self._lock = Lock()
 
@@ -60,6 +79,9 @@ class KeptResponses:
         with self._lock:
             self._kept[owner, kept.response["id"]] = kept
             self._num_bytes += kept.num_bytes
+            for exchange in kept.exchanges:
+                self._num_bytes += 0 if exchange in self._num_uses else exchange.num_bytes
+                self._num_uses[exchange] += 1
             own = [key for key in self._kept if key[0] == owner]
             for key in own[: len(own) - self._max_responses]:
                 self._forget(key)
@@ -79,6 +101,12 @@ class KeptResponses:
                     self._forget(key)
 
     def _forget(self, key: tuple[str, str]) -> bool:
-        kept = self._kept.pop(key, None)
-        self._num_bytes -= 0 if kept is None else kept.num_bytes
-        return kept is not None
+        if (kept := self._kept.pop(key, None)) is None:
+            return False
+        self._num_bytes -= kept.num_bytes
+        for exchange in kept.exchanges:
+            self._num_uses[exchange] -= 1
+            if not self._num_uses[exchange]:  # no later response needs it
+                del self._num_uses[exchange]
+                self._num_bytes -= exchange.num_bytes
+        return True

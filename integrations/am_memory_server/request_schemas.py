@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, StrictBool, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, field_validator, model_validator
 
 from am_memory.engines.templates import is_template_option
 from am_memory.text.sampling import MAX_BIASES, MAX_STOP_CHARS, MAX_STOPS
@@ -36,12 +36,16 @@ def not_too_many(messages: Any) -> Any:
     return messages
 
 
-def require_options(options: dict[str, Any]) -> dict[str, Any]:
+def _require_options(options: dict[str, Any]) -> dict[str, Any]:
     """Refuse variables that are not the chat template's own."""
     for name in options:
         if not is_template_option(name):
             raise ValueError(f"{name[:100]!r} cannot be set here: give variables of the model's chat template")
     return options
+
+
+TemplateOptions = Annotated[dict[str, TemplateValue], BeforeValidator(few_names), AfterValidator(_require_options)]
+"""Variables of the model's chat template."""
 
 
 def _few_biases(biases: Any) -> Any:
@@ -126,7 +130,7 @@ class ChatCompletionRequest(Sampled):
     metadata: Annotated[dict[str, str], BeforeValidator(few_names), BeforeValidator(without_nulls)] | None = None
     mounts: Annotated[list[str], Field(max_length=MAX_MOUNTS)] = Field(default_factory=list)  # an extension
     # As vLLM has them.
-    chat_template_kwargs: Annotated[dict[str, TemplateValue], BeforeValidator(few_names)] = Field(default_factory=dict)
+    chat_template_kwargs: TemplateOptions = Field(default_factory=dict)
     continue_final_message: bool = False
     add_generation_prompt: bool = True
     # Reasoning: for the templates that know it.
@@ -140,11 +144,6 @@ class ChatCompletionRequest(Sampled):
     service_tier: str | None = None
     store: bool | None = None
     verbosity: str | None = None
-
-    @field_validator("chat_template_kwargs")
-    @classmethod
-    def _are_options(cls, options: dict[str, Any]) -> dict[str, Any]:
-        return require_options(options)
 
     @model_validator(mode="after")
     def _has_logprobs(self) -> ChatCompletionRequest:

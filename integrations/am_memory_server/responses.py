@@ -18,11 +18,11 @@ from am_memory_server.chat_completions import chat_request, usage_of
 from am_memory_server.chat_job import chat_job
 from am_memory_server.errors import ApiError
 from am_memory_server.json_bodies import JSONRoute
-from am_memory_server.kept_responses import KeptResponse
+from am_memory_server.kept_responses import Exchange, KeptResponse
 from am_memory_server.request_schemas import ChatCompletionRequest
 from am_memory_server.requests import checked_name, conversation_of, require_model
 from am_memory_server.responses_events import Event, ResponsesAnswer
-from am_memory_server.responses_request import Message, ResponsesRequest
+from am_memory_server.responses_request import ResponsesRequest
 from am_memory_server.service import Service
 from am_memory_server.updates import Finished
 
@@ -54,8 +54,8 @@ class _Run:
     def __init__(self, service: Service, body: ResponsesRequest, owner: str, headers: Any) -> None:
         self.service, self.body, self.owner = service, body, owner
         before = _before(service, body, owner)
-        self.earlier: Sequence[Mapping[str, Any]] = before.messages if before else ()
-        self.chat = _as_chat(body, self.earlier)
+        self.earlier: Sequence[Exchange] = before.exchanges if before else ()
+        self.chat = _as_chat(body, before.messages if before else ())
         name = body.conversation_name or (before.conversation if before else None)
         self.conversation = checked_name(name, "conversation") if name else conversation_of(self.chat, headers)
         self.answer = ResponsesAnswer(body, service.settings.model_name)
@@ -84,8 +84,8 @@ class _Run:
         response["am_memory"] = {"conversation": self.conversation, "stats": update.stats.__dict__}
         events = [*self.answer.finish(update.answer.finish_reason, usage_of(update.answer))]
         if self.body.store:
-            new: list[Message] = [*self.body.messages, update.answer.message]
-            kept = KeptResponse(self.conversation, (*self.earlier, *new), response, len(new))
+            new = Exchange([*self.body.messages, update.answer.message])
+            kept = KeptResponse(self.conversation, (*self.earlier, new), response)
             self.service.responses.keep(self.owner, kept)
         return events
 

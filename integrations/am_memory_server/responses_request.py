@@ -9,7 +9,15 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from am_memory_server.bodies import Body, Part, few_names, without_nulls
 from am_memory_server.message_schemas import FiniteSchema, Text
-from am_memory_server.request_schemas import PLAIN_WORD, ChatCompletionRequest, Sampled, TokenCount, not_too_many
+from am_memory_server.request_schemas import (
+    MAX_MOUNTS,
+    PLAIN_WORD,
+    ChatCompletionRequest,
+    Sampled,
+    TemplateOptions,
+    TokenCount,
+    not_too_many,
+)
 
 Message = dict[str, Any]
 ItemType = Literal["message", "function_call", "function_call_output", "reasoning"]
@@ -139,9 +147,9 @@ class ResponsesRequest(Sampled):
     )
     background: Literal[False] = False
     # As in chat completions.
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    chat_template_kwargs: TemplateOptions = Field(default_factory=dict)
     enable_thinking: bool | None = None
-    mounts: list[str] = Field(default_factory=list)
+    mounts: Annotated[list[str], Field(max_length=MAX_MOUNTS)] = Field(default_factory=list)
     # Accepted and ignored: they concern OpenAI's own service.
     include: list[str] = Field(default_factory=list)
     truncation: str | None = None

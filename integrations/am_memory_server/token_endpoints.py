@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from am_memory_server.access import Owner
 from am_memory_server.bodies import Body
@@ -13,7 +13,7 @@ from am_memory_server.errors import ApiError
 from am_memory_server.json_bodies import JSONRoute
 from am_memory_server.memory_endpoints import run_on_host
 from am_memory_server.message_schemas import ChatMessage, ChatTool
-from am_memory_server.request_schemas import TokenId, not_too_many, require_options
+from am_memory_server.request_schemas import TemplateOptions, TokenId, not_too_many
 from am_memory_server.requests import require_model
 from am_memory_server.service import Service
 
@@ -29,15 +29,10 @@ class TokenizeBody(Body):
         Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), BeforeValidator(not_too_many)] | None
     ) = None
     tools: Annotated[list[ChatTool], Field(max_length=128)] = Field(default_factory=list)
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    chat_template_kwargs: TemplateOptions = Field(default_factory=dict)
     add_generation_prompt: bool = True
     add_special_tokens: bool = True
     return_token_strs: bool = False
-
-    @field_validator("chat_template_kwargs")
-    @classmethod
-    def _are_options(cls, options: dict[str, Any]) -> dict[str, Any]:
-        return require_options(options)
 
     @model_validator(mode="after")
     def _has_one_content(self) -> TokenizeBody:

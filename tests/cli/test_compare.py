@@ -102,6 +102,21 @@ def test_what_is_no_chat_is_refused_by_its_line(tmp_path: Path, content: str, me
         material.of_chat(path, 4)
 
 
+def test_a_line_of_json_may_hold_other_line_ends(tmp_path: Path) -> None:
+    """Clients write U+2028 and U+0085 as they are: lines were cut there, and a right file was refused."""
+    said = [{"role": "user", "content": f"one\u2028two\x85{number}"} for number in range(3)]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("\r\n".join(json.dumps(message, ensure_ascii=False) for message in said), encoding="utf-8")
+    assert material.of_chat(path, 0).continuation == said[-1]
+
+
+def test_json_that_is_nested_too_deep_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text("[" * 200_000, encoding="utf-8")
+    with pytest.raises(InvalidInput, match=r"chat.jsonl, line 1: "):
+        material.of_chat(path, 0)
+
+
 def test_questions_of_a_file_take_one_answer_or_several(tmp_path: Path) -> None:
     one, several = (
         {"question": "Who?", "answer": "Ada"},

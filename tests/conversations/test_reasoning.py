@@ -127,6 +127,21 @@ def test_an_answer_goes_on_from_its_last_word(threads: Threads, saying: Any, is_
     assert third.usage.cached_tokens == second.usage.prompt_tokens + second.usage.completion_tokens
 
 
+def test_a_begun_answer_that_speaks_of_the_tag_goes_on_as_text(threads: Threads, saying: Any) -> None:
+    """All that followed was taken for reasoning, and the answer had no more text."""
+    saying(" to begin")
+    begun = {"role": "assistant", "content": "Write <think>"}
+    answer, _ = answered(threads, [HELLO, begun], continues_last=True)
+    assert (answer.content, answer.reasoning) == (" to begin", "")
+
+
+def test_a_begun_answer_that_opens_with_the_tag_goes_on_as_reasoning(threads: Threads, saying: Any) -> None:
+    saying(" it is</think>Hi!")
+    begun = {"role": "assistant", "content": "<think>so"}
+    answer, _ = answered(threads, [HELLO, begun], continues_last=True)
+    assert (answer.content, answer.reasoning) == ("Hi!", "it is")
+
+
 THINKING = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"

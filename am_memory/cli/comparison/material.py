@@ -155,11 +155,11 @@ def _question(path: Path, line: int, row: Mapping[str, object]) -> Question:
 
 def json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
     """Each line of a JSONL file with its number, from 1; empty lines are left out."""
-    for number, line in enumerate(text_of(path).splitlines(), 1):
+    for number, line in enumerate(text_of(path).split("\n"), 1):  # JSON may hold other line ends
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InvalidInput(f"{path}, line {number}: {error}: give one JSON object a line") from error
             if not isinstance(row, dict):
                 raise InvalidInput(f"{path}, line {number}: {shown(row)} is not a JSON object")

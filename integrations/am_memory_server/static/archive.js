@@ -2,6 +2,7 @@
 
 const KIND = "am-memory conversations";
 const ROLES = ["user", "assistant"];
+const MAX_ID = 2 ** 31;  // far beyond it, the next id would be the same number
 
 /** All conversations as the text of a file. */
 export function exported(conversations) {
@@ -28,18 +29,20 @@ function conversation(given, id) {
   const known = new Set(messages.map((one) => one.id));
   const isWhole = known.size === messages.length && messages.every((one) => one.parent === null || (one.parent < one.id && known.has(one.parent)));
   if (!isWhole) throw new Error("A conversation in this file is damaged: its messages do not belong together.");
-  const leaf = known.has(given.leaf) ? given.leaf : messages.at(-1)?.id ?? null;
-  const word = (name) => String(given[name] ?? "");
-  return { id, title: word("title"), system: word("system"), temperature: word("temperature"), maxTokens: word("maxTokens"), updated: Number(given.updated) || Date.now(), messages, next: Math.max(-1, ...known) + 1, leaf };
+  const leaf = known.has(given?.leaf) ? given.leaf : messages.at(-1)?.id ?? null;
+  const word = (name) => (["string", "number"].includes(typeof given?.[name]) ? String(given[name]) : "");
+  return { id, title: word("title"), system: word("system"), temperature: word("temperature"), maxTokens: word("maxTokens"), updated: Number(given?.updated) || Date.now(), messages, next: Math.max(-1, ...known) + 1, leaf };
 }
+
+const text = (value) => (typeof value === "string" ? value : "");
 
 function message(given) {
   const { id, parent, role, content, reasoning, note, model, isCut, files } = given ?? {};
-  if (!Number.isInteger(id) || !(parent === null || Number.isInteger(parent)) || !ROLES.includes(role) || typeof content !== "string") {
+  if (!Number.isInteger(id) || id < 0 || id > MAX_ID || !(parent === null || Number.isInteger(parent)) || !ROLES.includes(role) || typeof content !== "string") {
     throw new Error("A conversation in this file is damaged: it has a message without an id, a role or a text.");
   }
-  const texts = Object.fromEntries(Object.entries({ reasoning, note, model }).filter(([, text]) => typeof text === "string"));
-  const attached = (Array.isArray(files) ? files : []).map((file) => ({ name: String(file?.name ?? ""), text: String(file?.text ?? "") }));
+  const texts = Object.fromEntries(Object.entries({ reasoning, note, model }).filter(([, value]) => typeof value === "string"));
+  const attached = (Array.isArray(files) ? files : []).map((file) => ({ name: text(file?.name), text: text(file?.text) }));
   return { id, parent, role, content, ...texts, ...(isCut === true ? { isCut } : {}), ...(attached.length ? { files: attached } : {}) };
 }
 

@@ -382,6 +382,8 @@ def test_texts_and_chats_are_tokenized_as_in_vllm(server: Server) -> None:
         text = http.post("/detokenize", json={"tokens": chat["tokens"]}).json()["prompt"]
         assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
         assert http.post("/detokenize", json={"tokens": [260]}).status_code == 400
+        marked = {"messages": [user("hi")], "chat_template_kwargs": {"x": "<|im_end|>"}}
+        assert http.post("/tokenize", json=marked).json()["error"]["param"].startswith("chat_template_kwargs.x")
         assert http.post("/tokenize", json={}).json()["error"]["message"] == "body: give one of prompt and messages"
 
 

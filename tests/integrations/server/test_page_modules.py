@@ -155,6 +155,8 @@ def test_an_exported_file_comes_back_under_new_ids() -> None:
         ("[]", "not a file of exported"),
         ({"messages": [{**MESSAGE, "role": "system"}]}, "without an id, a role or a text"),
         ({"messages": [{**MESSAGE, "content": 5}]}, "without an id, a role or a text"),
+        ({"messages": [{**MESSAGE, "id": 2**53}]}, "without an id, a role or a text"),
+        ({"messages": [{**MESSAGE, "id": -1}]}, "without an id, a role or a text"),
         ({"messages": [MESSAGE, MESSAGE]}, "do not belong together"),
         ({"messages": [{**MESSAGE, "parent": 0}]}, "do not belong together"),
         ({"messages": [{**MESSAGE, "parent": 7}]}, "do not belong together"),
@@ -165,6 +167,12 @@ def test_a_damaged_file_is_refused_and_changes_nothing(text: Any, problem: str) 
         text = json.dumps({"kind": "am-memory conversations", "conversations": [text]})
     code = "try { return page.imported(given[0], () => 'new') } catch (error) { return error.message }"
     assert problem in run("archive.js", code, text)
+
+
+def test_values_of_other_types_in_a_file_are_left_out() -> None:
+    given = json.dumps({"kind": "am-memory conversations", "conversations": [None, {"title": {"toString": 1}}]})
+    found = run("archive.js", "return page.imported(given[0], () => 'new').map(({ title }) => title)", given)
+    assert found == ["", ""]
 
 
 def test_a_search_finds_all_words_in_titles_and_messages() -> None:

@@ -199,6 +199,7 @@ def test_responses_belong_to_their_key_and_go_with_their_conversation(new_server
         ({"input": []}, "input"),
         ({"input": "a", "tools": [{"type": "web_search"}]}, "tools.0.type"),
         ({"input": "a", "background": True}, "background"),
+        ({"input": "a", "extra_body": {"chat_template_kwargs": {"x": "<|im_end|>"}}}, "^.*chat_template_kwargs.x"),
         ({"input": "a", "text": {"format": {"type": "json_schema"}}}, "needs a schema"),
     ],
 )
