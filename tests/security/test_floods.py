@@ -78,10 +78,13 @@ def flood(server: Server) -> Iterator[None]:
             future.cancel()
 
 
-def test_during_a_flood_of_one_key_another_key_gets_every_second_step(
+def test_during_a_flood_of_one_key_another_key_gets_a_token_in_every_pass(
     new_server: NewServer, steps: list[tuple[str, bool]]
 ) -> None:
-    """Four long answers of one key once kept all others waiting, and its forks came before everything."""
+    """Four long answers of one key once kept all others waiting, and its forks came before everything.
+
+    Between two tokens of hers come the other answer's token, of the same pass, and one other step at most.
+    """
     mallory, alice = owner_of_key(MALLORY), owner_of_key(ALICE)
     with new_server(max_active=2, **KEYS) as server, server.http(ALICE) as http, flood(server):
         num_before = len(steps)
@@ -93,7 +96,7 @@ def test_during_a_flood_of_one_key_another_key_gets_every_second_step(
     assert len(mine) > 40
     for place, following in zip(mine, mine[1:], strict=False):
         if seen[place][1]:  # where she waits for nothing else
-            assert following - place <= 2
+            assert following - place <= 3
     assert sum(owner == mallory for owner, _ in seen) > 20
 
 
