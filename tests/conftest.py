@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -241,6 +241,19 @@ def measured_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder, in which measurements of models are kept."""
     monkeypatch.setenv("AM_MEMORY_CACHE", str(tmp_path))
     return tmp_path
+
+
+@pytest.fixture
+def pass_sizes(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of caches of each pass that reads a token of several."""
+    sizes, read = list[int](), engine.forward_batch
+
+    def noted(caches: Sequence[Any], *args: Any) -> Any:
+        sizes.append(len(caches))
+        return read(caches, *args)
+
+    monkeypatch.setattr(engine, "forward_batch", noted)
+    return sizes
 
 
 @pytest.fixture

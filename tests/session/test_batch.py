@@ -57,6 +57,11 @@ def answers_of(sessions: Sequence[Session]) -> list[Generation]:
     ]
 
 
+def pieces_alone(engine: TransformersEngine) -> list[list[Piece]]:
+    """The pieces of these answers, each generated alone."""
+    return [list(answer) for answer in answers_of(sessions_of(Memory(engine, POLICY)))]
+
+
 def together(memory: Memory, answers: Sequence[Generation]) -> list[list[Piece]]:
     pieces: dict[int, list[Piece]] = {id(answer): [] for answer in answers}
     for answer, piece in memory.generate_many(answers):
@@ -163,7 +168,7 @@ def test_compactions_are_made_one_at_a_time_beside_the_others(memory: Memory, mo
 def test_a_failing_answer_leaves_the_others_as_they_are(
     memory: Memory, engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = [list(answer) for answer in answers_of(sessions_of(Memory(engine, POLICY)))]
+    expected = pieces_alone(engine)
     sessions = sessions_of(memory)
     answers = answers_of(sessions)
     constraint = answers[2].constraint
@@ -191,7 +196,7 @@ def test_a_step_that_fails_is_read_one_by_one(
     memory: Memory, engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     """Some layers have read their tokens then."""
-    expected = [list(answer) for answer in answers_of(sessions_of(Memory(engine, POLICY)))]
+    expected = pieces_alone(engine)
     sessions, calls = sessions_of(memory), count(1)
     attend = "am_memory.engines.transformers.attention.partwise.attend"
     forward_batch, real = engine.forward_batch, partwise.attend
@@ -217,7 +222,7 @@ def test_a_step_that_fails_is_read_one_by_one(
 def test_an_answer_without_memory_waits_until_there_are_fewer(
     memory: Memory, engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = [list(answer) for answer in answers_of(sessions_of(Memory(engine, POLICY)))]
+    expected = pieces_alone(engine)
     sessions = sessions_of(memory)
     answers = answers_of(sessions)
     poor, forward = context_of(sessions[1]).cache, engine.forward
@@ -465,7 +470,7 @@ def test_events_are_those_of_the_answers(engine: TransformersEngine) -> None:
 def test_an_engine_that_cannot_batch_reads_one_by_one(
     engine: TransformersEngine, memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = [list(answer) for answer in answers_of(sessions_of(Memory(engine, POLICY)))]
+    expected = pieces_alone(engine)
     monkeypatch.setattr(engine, "forward_batch", lambda *args: None)
     assert_same(together(memory, answers_of(sessions_of(memory))), expected)
 

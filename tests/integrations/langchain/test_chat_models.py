@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -466,19 +466,10 @@ async def test_a_cancelled_stream_leaves_the_thread_as_it_was(new_model: NewMode
     assert (await new_model().ainvoke("hello")).content
 
 
-async def test_calls_at_once_get_their_tokens_in_one_pass(
-    new_model: NewModel, engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes, read = list[int](), engine.forward_batch
-
-    def noted(caches: Sequence[Any], *args: Any) -> Any:
-        sizes.append(len(caches))
-        return read(caches, *args)
-
-    monkeypatch.setattr(engine, "forward_batch", noted)
+async def test_calls_at_once_get_their_tokens_in_one_pass(new_model: NewModel, pass_sizes: list[int]) -> None:
     await new_model(max_tokens=20).abatch([f"prompt {number}" for number in range(6)])
-    assert max(sizes) == 6
-    assert sum(sizes) > 4 * len(sizes)
+    assert max(pass_sizes) == 6
+    assert sum(pass_sizes) > 4 * len(pass_sizes)
 
 
 async def test_sixteen_threads_at_once_get_their_own_answers(new_model: NewModel) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import pytest
 from am_memory_server import ServerSettings
 from serving import NewServer, Server, until
 
-from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import InvalidInput
 
 ALICE, BOB = "key-of-alice", "key-of-bob"
@@ -114,20 +112,11 @@ def test_answers_are_generated_in_turn(new_server: NewServer) -> None:
         assert num_before < len(seen)
 
 
-def test_concurrent_answers_get_their_tokens_in_one_pass(
-    new_server: NewServer, engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes, read = list[int](), engine.forward_batch
-
-    def noted(caches: Sequence[Any], *args: Any) -> Any:
-        sizes.append(len(caches))
-        return read(caches, *args)
-
-    monkeypatch.setattr(engine, "forward_batch", noted)
+def test_concurrent_answers_get_their_tokens_in_one_pass(new_server: NewServer, pass_sizes: list[int]) -> None:
     with new_server(max_active=6, max_tokens=40) as server, ThreadPoolExecutor(6) as pool:
         client = server.client()
         list(pool.map(lambda number: ask(client, f"question number {number}"), range(6)))
-    assert max(sizes) >= 4
+    assert max(pass_sizes) >= 4
 
 
 def test_concurrent_answers_equal_single_ones(new_server: NewServer) -> None:
