@@ -5,8 +5,9 @@ Knows no listener. A listener is a plain callable, and must not use the session 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 
@@ -58,9 +59,9 @@ class CompactionReport:
     """The result of one compaction, in numbers.
 
     Attributes:
-        start, end: the tokens [start, end) of the conversation became a segment.
-        num_slots: mean slots per KV head of the new segment.
-        kv_tokens_before, kv_tokens_after: size of the cache when the segment was swapped in: exact tokens plus mean
+        start, end: the tokens [start, end) of the conversation became a segment, or several.
+        num_slots: mean slots per KV head of the new segments.
+        kv_tokens_before, kv_tokens_after: size of the cache when they were swapped in: exact tokens plus mean
             compact slots per KV head.
         kv_bytes_before, kv_bytes_after: bytes of the cache's tensors.
         mass_error: RMS over heads and queries of the relative error of the block's attention mass.
@@ -92,6 +93,33 @@ class CompactionReport:
     def seconds(self) -> float:
         """Wall time of the whole compaction."""
         return self.query_seconds + self.score_seconds + self.fit_seconds
+
+    @classmethod
+    def joined(cls, reports: Sequence[CompactionReport]) -> CompactionReport:
+        """One report of consecutive segments that were compacted at once."""
+        first, last = reports[0], reports[-1]
+        if first is last:
+            return first
+
+        def mean_square(errors: Iterable[float]) -> float:
+            weighted = (error**2 * (one.end - one.start) for error, one in zip(errors, reports, strict=True))
+            return math.sqrt(sum(weighted) / (last.end - first.start))
+
+        held_out = [one.held_out_error for one in reports if one.held_out_error is not None]
+        return replace(
+            last,
+            start=first.start,
+            num_slots=sum(one.num_slots for one in reports),
+            kv_tokens_before=first.kv_tokens_before,
+            kv_bytes_before=first.kv_bytes_before,
+            mass_error=mean_square(one.mass_error for one in reports),
+            output_error=mean_square(one.output_error for one in reports),
+            query_seconds=sum(one.query_seconds for one in reports),
+            score_seconds=sum(one.score_seconds for one in reports),
+            fit_seconds=sum(one.fit_seconds for one in reports),
+            num_unbiased_heads=max(one.num_unbiased_heads for one in reports),
+            held_out_error=mean_square(held_out) if len(held_out) == len(reports) else None,
+        )
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,8 @@ class MemoryPolicy(_Settings):
     Attributes:
         trigger_tokens: size of the cache at which a compaction is due, in tokens: exact tokens plus compact slots (mean
             over heads). A float is a fraction of the model's context window.
-        compact_fraction: share of the cache that one compaction covers, oldest tokens first.
+        compact_fraction: share of the cache that one compaction covers, oldest tokens first. More than 512 of them
+            become several segments, each fitted by itself.
         keep_ratio: slots kept for each compacted token, mean over heads.
         max_compact_tokens: upper bound on the slots of all segments together, mean over heads. When a new segment would
             exceed it, the segments with the most slots per token shrink to an equal level. None: half of what one

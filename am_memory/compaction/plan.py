@@ -17,6 +17,9 @@ from am_memory.errors import BudgetTooSmall, CompactionFailed, InvalidPolicy
 from am_memory.kv_cache.slots import Segment, resized, tail_start
 from am_memory.policy import MemoryPolicy, QuerySource
 
+LONGEST_SEGMENT = 512
+"""A block of more tokens becomes several segments: the time of a fit grows faster than its tokens (docs/log.md)."""
+
 BOUNDARY_SLACK = 0.25
 """The part of a block that may be left for the next one, so that the block ends at a boundary of the text."""
 
@@ -258,42 +261,63 @@ def _check_floor(policy: MemoryPolicy, block_tokens: int) -> None:
         )
 
 
-def plan_compaction(
+def segment_ends(
     policy: MemoryPolicy,
     sizes: CacheSizes,
-    trigger_tokens: int,
     fraction: float | None = None,
     boundary: Boundary = lambda earliest, latest: latest,
-) -> Plan:
-    """Plan the next compaction.
+) -> list[int]:
+    """Choose the block that the next compaction covers, and where each of its segments ends.
 
     Args:
-        trigger_tokens: the trigger without the room for recalled pages, in tokens.
         fraction: the part of the cache to compact, oldest first, without the pinned tokens. None: the policy's
             fraction; the recent tokens are then spared, and the block ends at a boundary of the text.
-        boundary: returns where the block should end.
+        boundary: returns where a block or a segment should end.
 
     Raises:
         CompactionFailed: there is no exact token to compact.
-        BudgetTooSmall: a head would get fewer than `min_slots`.
     """
-    available = sizes.num_tokens - sizes.exact_start
+    start, available = sizes.exact_start, sizes.num_tokens - sizes.exact_start
     if fraction is None:
         share, spared = policy.compact_fraction, policy.keep_recent
     else:
         share, spared = fraction, 0
     covered = math.ceil(share * (available + sizes.compact_slots) - sizes.compact_slots)
-    end = sizes.exact_start + min(covered, available - spared)
-    if end <= sizes.exact_start:
+    end = start + min(covered, available - spared)
+    if end <= start:
         raise CompactionFailed(
             f"nothing to compact: {max(available, 0)} exact tokens after {sizes.num_pinned} pinned ones, "
             f"{spared} of them recent, {sizes.compact_slots:.0f} compact slots; read more first, or raise the fraction"
         )
+    if fraction is None:
+        least = max(math.ceil((1 - BOUNDARY_SLACK) * (end - start)), _floor_tokens(policy))
+        end = boundary(min(start + least, end), end)
+    num_segments = _num_segments(policy, end - start)
+    tokens = (end - start) / num_segments
+    inner = (start + round(tokens * number) for number in range(1, num_segments))
+    return [*(boundary(latest - int(BOUNDARY_SLACK * tokens), latest) for latest in inner), end]
+
+
+def _num_segments(policy: MemoryPolicy, block_tokens: int) -> int:
+    """How many segments a block becomes; one where a model writes or reads all of it anew for each of them."""
+    is_whole = policy.experiments.recompaction == "refit" or policy.experiments.summary_tokens is not None
+    if is_whole or "self_study" in (policy.reference_queries or ()):
+        return 1
+    return max(min(math.ceil(block_tokens / LONGEST_SEGMENT), block_tokens // (2 * _floor_tokens(policy))), 1)
+
+
+def plan_segment(policy: MemoryPolicy, sizes: CacheSizes, trigger_tokens: int, end: int) -> Plan:
+    """Plan the compaction of the oldest exact tokens to one segment.
+
+    Args:
+        trigger_tokens: the trigger without the room for recalled pages, in tokens.
+        end: of the segment, see `segment_ends`.
+
+    Raises:
+        BudgetTooSmall: a head would get fewer than `min_slots`.
+    """
     is_refit = policy.experiments.recompaction == "refit"
     start = sizes.num_pinned if is_refit else sizes.exact_start
-    if fraction is None:
-        least = max(math.ceil((1 - BOUNDARY_SLACK) * (end - sizes.exact_start)), _floor_tokens(policy))
-        end = boundary(min(sizes.exact_start + least, end), end)
     older = () if is_refit else sizes.segments
     _check_floor(policy, end - start)
     # A refit does not move keys: neither those of the segment, nor the pinned ones.

@@ -40,7 +40,7 @@ def predicted_queries(
     where, num_tokens, samples = torch.tensor(positions), cache.num_tokens, list[ReferenceQueries]()
     for layer, query_map in zip(cache.compactable, maps, strict=True):
         query = query_map.queries(layer, where, num_tokens, num_tokens + num_before)
-        log_mass = total_log_mass(layer, num_tokens, query.flatten(1, 2)).view(query.shape[:3])
+        log_mass = total_log_mass(layer, num_tokens, query.flatten(1, 2), positions[-1] + 1).view(query.shape[:3])
         more = query_map.log_mass.to(log_mass.device)[:, :, None]
         samples.append(ReferenceQueries.pooled([(query, log_mass + more)], weights))
         on_progress(len(samples), len(maps))

@@ -21,8 +21,9 @@ from am_memory.compaction.plan import (
     CacheSizes,
     Plan,
     originals_place,
-    plan_compaction,
+    plan_segment,
     require_progress,
+    segment_ends,
     trigger_in_tokens,
 )
 from am_memory.compaction.record import CompactionRecord, with_policy
@@ -204,8 +205,7 @@ class Context:
     def due_tokens(self) -> int:
         """Size without recalled pages at which a compaction is due in any case.
 
-        What is read recalls nothing, so it may take the room for pages. A compaction ahead of time keeps that room, so
-        that no answer waits for it.
+        What is read recalls nothing and may take the room for pages. Compactions ahead of time keep it, for answers.
         """
         return self.rest_tokens if self.policy.ahead_tokens else self.trigger_tokens
 
@@ -245,8 +245,8 @@ class Context:
 
     def start_background_compaction(self) -> None:
         """Start a compaction in the background, to be swapped in at the trigger."""
-        planned = plan_compaction(self.policy, self.sizes, self.rest_tokens, None, self._boundary)
-        self.background_compaction = BackgroundCompaction(self.job(planned, self.fork_at_rest()))
+        end, *_ = segment_ends(self.policy, self.sizes, None, self._boundary)
+        self.background_compaction = BackgroundCompaction(self.job(self._planned(end), self.fork_at_rest()))
         self.background_compaction.start()  # after the assignment: a transaction that is undone stops what it finds
 
     def cancel_background_compaction(self) -> None:
@@ -256,7 +256,7 @@ class Context:
             stopped.stop()
 
     def compact(self, fraction: float | None = None) -> CompactionReport:
-        """Compact the oldest part of the cache now.
+        """Compact the oldest part of the cache now; a long one becomes several segments, one after another.
 
         Args:
             fraction: of the cache without its pinned tokens. None: swap in the compaction that runs in the background;
@@ -264,13 +264,17 @@ class Context:
         """
         held = pages.put_all_away(self)
         if self.background_compaction is not None and fraction is None:
-            report = self.swap_in(self.background_compaction.result(self.progress))
+            reports = [self.swap_in(self.background_compaction.result(self.progress))]
         else:
-            planned = plan_compaction(self.policy, self.sizes, self.rest_tokens, fraction, self._boundary)
-            report = self.swap_in(self.job(planned, self.cache).run(self.progress))
+            ends = segment_ends(self.policy, self.sizes, fraction, self._boundary)
+            reports = [self.swap_in(self.job(self._planned(end), self.cache).run(self.progress)) for end in ends]
         mounting.move_near(self)
         pages.bring_back_all(self, held)
-        return report
+        return CompactionReport.joined(reports)
+
+    def _planned(self, end: int) -> Plan:
+        """The plan of a segment of the oldest exact tokens."""
+        return plan_segment(self.policy, self.sizes, self.rest_tokens, end)
 
     def fork_at_rest(self) -> SessionCache:
         """A second cache with the same content, and without the recalled pages."""
@@ -354,9 +358,8 @@ class Context:
 
     def _boundary(self, earliest: int, latest: int) -> int:
         """The best end of a block; it may lie behind the last token."""
-        if latest >= len(self.tokens):
-            return latest
-        return best_boundary(self.engine, self.tokens, earliest, latest)
+        is_last = latest >= len(self.tokens)
+        return latest if is_last else best_boundary(self.engine, self.tokens, earliest, latest)
 
     @property
     def state_at_rest(self) -> Snapshot:

@@ -32,7 +32,7 @@ class Stats:
         exact_tokens: tokens whose keys and values are exact.
         kv_bytes: memory of keys, values and biases on the device, spare capacity included.
         exact_kv_bytes: memory that an uncompacted cache of the same conversation would take.
-        num_compactions: compactions so far.
+        num_compactions: compactions so far; a long block counts once for each of its segments.
         num_segments: compact segments now.
         num_refined: those of them that were refined since they were compacted.
         recalled_tokens: compacted tokens that are exact for the time being; not among `exact_tokens`.

@@ -24,7 +24,7 @@ from torch.nn.functional import kl_div
 from transformers import DynamicCache
 
 from am_memory import Session
-from am_memory.compaction.plan import plan_compaction
+from am_memory.compaction.plan import plan_segment, segment_ends
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.engines.transformers.support import cache_argument
 from am_memory.errors import UnsupportedOperation
@@ -197,8 +197,9 @@ def trainable(session: Session) -> tuple[TransformersEngine, KVCache]:
 
 
 def equal_block(session: Session, fraction: float) -> Segment:
-    """The segment that `session.compact(fraction)` would make, with the same number of slots for every head."""
+    """What `session.compact(fraction)` would compact, as one segment, with the same number of slots for every head."""
     context = session._context
-    newest = plan_compaction(context.policy, context.sizes, context.trigger_tokens, fraction).newest
+    *_, end = segment_ends(context.policy, context.sizes, fraction)
+    newest = plan_segment(context.policy, context.sizes, context.trigger_tokens, end).newest
     num_heads = context.cache.num_heads
     return replace(newest, num_slots=round(newest.num_slots / num_heads) * num_heads)

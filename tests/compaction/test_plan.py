@@ -14,12 +14,15 @@ from policies import plain_policy
 
 from am_memory import Experiments, MemoryPolicy
 from am_memory.compaction.plan import (
+    LONGEST_SEGMENT,
     CacheSizes,
+    Plan,
     completed,
     max_compact_tokens,
     min_block_tokens,
-    plan_compaction,
+    plan_segment,
     require_progress,
+    segment_ends,
     shrink,
     trigger_in_tokens,
 )
@@ -43,6 +46,13 @@ def checked_trigger_tokens(policy: MemoryPolicy, window_tokens: int, num_pinned:
 def exact_sizes(num_tokens: int, num_pinned: int = 0) -> CacheSizes:
     """Before the first compaction: the pinned tokens are in the tail."""
     return CacheSizes(num_tokens, num_pinned, (), NUM_HEADS)
+
+
+def plan_compaction(
+    policy: MemoryPolicy, sizes: CacheSizes, trigger_tokens: int, fraction: float | None = None
+) -> Plan:
+    """The plan of a whole block, as one segment."""
+    return plan_segment(policy, sizes, trigger_tokens, segment_ends(policy, sizes, fraction)[-1])
 
 
 # The plan
@@ -122,6 +132,44 @@ def test_a_block_too_small_for_its_slots_is_refused_with_the_way_out() -> None:
         match=r"keep_ratio 0.001 of 512 tokens leaves 0.5 slots .* at least 4 .* raise keep_ratio to 0.008",
     ):
         plan_compaction(policy, exact_sizes(512), 8192, fraction=1.0)
+
+
+# Segments of a block
+
+
+def test_a_long_block_becomes_segments_of_like_length_that_end_at_boundaries() -> None:
+    def boundary(earliest: int, latest: int) -> int:
+        return latest // 100 * 100 if latest // 100 * 100 >= earliest else latest
+
+    ends = segment_ends(POLICY, exact_sizes(4000, num_pinned=30), 1.0, boundary)
+    assert ends[-1] == 4000, "a fraction by name is kept to the token"
+    assert all(end % 100 == 0 for end in ends)
+    lengths = [end - start for start, end in itertools.pairwise([30, *ends])]
+    assert len(lengths) == math.ceil(3970 / LONGEST_SEGMENT)
+    assert max(lengths) <= 1.25 * LONGEST_SEGMENT
+    assert min(lengths) >= 0.5 * LONGEST_SEGMENT
+
+
+def test_a_short_block_is_one_segment() -> None:
+    assert segment_ends(POLICY, exact_sizes(LONGEST_SEGMENT), 1.0) == [LONGEST_SEGMENT]
+
+
+def test_each_segment_of_a_long_block_has_room_for_its_floor() -> None:
+    policy = MemoryPolicy(keep_ratio=0.002, experiments=Experiments(min_slots=2))
+    assert segment_ends(policy, exact_sizes(1500), 1.0) == [1500]
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        MemoryPolicy(reference_queries=("self_study",)),
+        MemoryPolicy(experiments=Experiments(summary_tokens=100)),
+        MemoryPolicy(experiments=Experiments(recompaction="refit")),
+    ],
+    ids=["self_study", "summary", "refit"],
+)
+def test_a_block_that_the_model_writes_about_is_one_segment(policy: MemoryPolicy) -> None:
+    assert segment_ends(policy, exact_sizes(4000), 1.0) == [4000]
 
 
 sizes_of_some_cache = st.builds(

@@ -20,7 +20,7 @@ from am_memory.engines.base import Engine, SessionCache
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.events import CompactionProgress, Event
 from am_memory.queries import query_maps as module
-from am_memory.queries import repeat_queries
+from am_memory.queries import repeat_queries, total_mass
 from am_memory.queries.measured_files import model_fingerprint
 from am_memory.queries.predicted import predicted_queries
 from am_memory.queries.query_maps import LayerRepeat, QueryMap, keys_of_pairs, measure, query_maps
@@ -113,6 +113,28 @@ def test_the_mass_is_what_a_forward_pass_says(engine: TransformersEngine, change
     for layer, (query, log_mass) in zip(cache.compactable, said, strict=True):
         found = total_log_mass(layer, cache.num_tokens, query.flatten(1, 2))
         torch.testing.assert_close(found, log_mass.flatten(1, 2), atol=1e-4, rtol=1e-4)
+
+
+def test_of_many_keys_those_with_most_mass_and_some_others_tell_the_mass(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(total_mass, "MOST_SAMPLED", 32)
+    monkeypatch.setattr(total_mass, "ALL_RECENT", 8)
+    session = Memory(engine, MemoryPolicy(trigger_tokens=400, keep_ratio=0.3)).session()
+    session.append(TOKENS)
+    session.compact(0.4)
+    layer, num_tokens = cache_of(session).compactable[0], cache_of(session).num_tokens
+    start = layer.start + 10
+    assert num_tokens - start > 64
+    key, _ = layer.exact_entries(num_tokens - 20, num_tokens - 19)
+    query = 8 * (key + 0.3 * torch.randn(len(key), 6, key.shape[2], generator=torch.Generator().manual_seed(1)))
+    exact = total_log_mass(layer, num_tokens, query)
+    assert torch.equal(total_log_mass(layer, num_tokens, query, num_tokens - 40), exact), "few keys all count"
+    error = (total_log_mass(layer, num_tokens, query, start) - exact).abs()
+    assert error.max() < 0.2
+    everything = torch.randn(len(key), 6, key.shape[2], generator=torch.Generator().manual_seed(2)) / 100
+    even = total_log_mass(layer, num_tokens, everything, start) - total_log_mass(layer, num_tokens, everything)
+    assert even.abs().max() < 0.05
 
 
 def test_there_is_a_query_for_each_token_and_group_member(any_engine: Any) -> None:

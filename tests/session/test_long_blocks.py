@@ -1,0 +1,100 @@
+"""A long block becomes several segments in one compaction, which succeeds as a whole or changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from driven import some_tokens
+from inside import context_of, records_of
+from policies import tight_policy
+from random_operations import differences
+
+from am_memory import Memory, Sampling, Session
+from am_memory.compaction.job import CompactionJob
+from am_memory.engines.transformers import TransformersEngine
+from am_memory.errors import CompactionFailed
+from am_memory.events import CompactionFinished, Event, ignore
+from am_memory.session.rebuild import rebuild
+
+LONGEST = 16
+POLICY = tight_policy()
+NewMemory = Callable[..., Memory]
+
+
+@pytest.fixture(autouse=True)
+def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("am_memory.compaction.plan.LONGEST_SEGMENT", LONGEST)
+
+
+@pytest.fixture
+def new_memory(engine: TransformersEngine, tmp_path: Path) -> NewMemory:
+    def make(on_event: Callable[[Event], None] = ignore, **changes: object) -> Memory:
+        policy = POLICY.with_changes(**changes)
+        return Memory(engine, policy, sampling=Sampling(temperature=0), store=tmp_path / "store", on_event=on_event)
+
+    return make
+
+
+def told_session(memory: Memory) -> Session:
+    session = memory.session("alice")
+    session.append(some_tokens(80))
+    assert not session.segments
+    return session
+
+
+def test_one_compaction_makes_several_segments_and_one_report(new_memory: NewMemory) -> None:
+    events: list[Event] = []
+    session = told_session(new_memory(events.append))
+    report = session.compact(1.0)
+    finished = [event.report for event in events if isinstance(event, CompactionFinished)]
+    assert len(session.segments) == len(finished) == 5
+    assert all(segment.num_tokens <= 1.25 * LONGEST for segment in session.segments)
+    assert all(before.end == after.start for before, after in pairwise(session.segments))
+    assert (report.start, report.end) == (session.segments[0].start, session.segments[-1].end) == (3, 79)
+    assert report.num_slots == pytest.approx(sum(one.num_slots for one in finished))
+    assert report.kv_tokens_before == finished[0].kv_tokens_before
+    assert report.kv_tokens_after == finished[-1].kv_tokens_after == session.stats.kv_tokens
+    assert report.seconds == pytest.approx(sum(one.seconds for one in finished))
+    assert min(one.output_error for one in finished) <= report.output_error <= max(one.output_error for one in finished)
+
+
+@pytest.mark.parametrize("ahead_tokens", [0, 12])
+@pytest.mark.parametrize("source", ["repeat", "predicted", "live"])
+def test_a_rebuild_makes_the_same_segments(new_memory: NewMemory, source: str, ahead_tokens: int) -> None:
+    memory = new_memory(reference_queries=(source,), ahead_tokens=ahead_tokens)
+    session = memory.session("alice")
+    session.append(some_tokens(260))
+    assert len(session.segments) > 8
+    assert session.stats.kv_tokens <= session.trigger_tokens
+    rebuilt: Any = context_of(session).fork("again")
+    rebuild(rebuilt, len(rebuilt.tokens), "a test")
+    assert differences(context_of(session), rebuilt) == []
+    session.save()
+    assert new_memory().session("alice").segments == session.segments
+
+
+def test_a_failure_in_the_last_segment_leaves_the_session_as_it_was(
+    new_memory: NewMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = told_session(new_memory())
+    before: Any = context_of(session).fork("before")
+    run, jobs = CompactionJob.run, list[CompactionJob]()
+
+    def fails_at_the_fourth(job: CompactionJob, progress: Any) -> Any:
+        jobs.append(job)
+        if len(jobs) == 4:
+            raise CompactionFailed("no memory")
+        return run(job, progress)
+
+    monkeypatch.setattr(CompactionJob, "run", fails_at_the_fourth)
+    with pytest.raises(CompactionFailed, match="no memory"):
+        session.compact(1.0)
+    assert differences(context_of(session), before) == []
+    assert not session.segments
+    assert not records_of(session)
+    session.compact(1.0)
+    assert len(session.segments) == 5
