@@ -27,6 +27,7 @@ from am_memory.kv_cache.slots import Slots
 ATTENTION_NAME = "am_memory"
 IRRELEVANT = frozenset({
     *TransformersKwargs.__annotations__, "dropout", "sliding_window", "use_cache", "output_attentions", "deterministic",
+    "logits_to_keep",
 })  # fmt: skip
 """Arguments that do not change attention over one text without padding, in a layer of full attention."""
 SINKS = "s_aux"
@@ -129,14 +130,24 @@ def _attend_in(
     if isinstance(layer, SlidingLayer):
         output, _ = _attend_with_sinks(query, key, value, None, scaling, sinks, softcap)
         return output
+    if layer.num_readers > 1:
+        _require_alike(layer, scaling, sinks)
     layer.scaling, layer.sinks, layer.softcap, slots = scaling, sinks, softcap, layer.slots
     output, log_mass = attend_to(layer, query, key, value, layer.write_position)
     if layer.query_sink is not None:
         grouped = key.shape[1], -1, query.shape[2]
-        layer.query_sink(query.reshape(*grouped, query.shape[3]), log_mass.reshape(grouped))
+        layer.hand_out(query.reshape(*grouped, query.shape[3]), log_mass.reshape(grouped))
         if layer.slots is not slots:  # compacted by these very queries
             output, _ = attend_to(layer, query, *layer.tail)
     return output
+
+
+def _require_alike(layer: CompactableLayer, scaling: float, sinks: Tensor | None) -> None:
+    """Raise UnsupportedOperation if the layers that read a cache attend in ways that no one layer can have."""
+    if sinks is not None or layer.scaling not in (None, scaling):
+        raise UnsupportedOperation(
+            "layers that share a cache cannot have attention sinks, or scales that differ: use another model"
+        )
 
 
 def attend_to(
