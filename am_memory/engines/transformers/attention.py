@@ -95,7 +95,7 @@ def attention_of_heads(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if isinstance(layer, BatchLayer):
         attention_mask = None  # a single token attends to all that its own cache holds
-    if attention_mask is not None:
+    if attention_mask is not None and not _is_causal(attention_mask, query.shape[2]):
         raise UnsupportedOperation(NO_MASK)
     if strange := [name for name, value in kwargs.items() if value is not None and name not in IRRELEVANT]:
         raise UnsupportedOperation(f"attention with {', '.join(strange)} cannot be compacted: use another model")
@@ -111,6 +111,18 @@ def attention_of_heads(
     else:
         output = _attend_in(layer, query, key, value, scaling, sinks, softcap)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _is_causal(mask: Tensor, num_tokens: int) -> bool:
+    """Whether a mask hides later tokens alone; some models make one where none is needed.
+
+    Args:
+        mask: (batch, 1, num_tokens, num_keys), of bool or added to the scores; the last keys are the tokens' own.
+    """
+    num_keys = mask.shape[-1]
+    is_seen = mask if mask.dtype == torch.bool else mask == 0
+    expected = is_seen.new_ones(num_tokens, num_keys).tril(num_keys - num_tokens)
+    return mask.shape[-2] == num_tokens and bool((is_seen == expected).all())
 
 
 def _attend_in(
