@@ -170,5 +170,5 @@ def test_a_model_that_shares_otherwise_is_refused(
     """The queries of a reader that is not known would be missing from every fit."""
     wrong = "am_memory.engines.transformers.support.num_readers"
     monkeypatch.setattr(wrong, lambda config: [1] * config.num_hidden_layers)
-    with pytest.raises(UnsupportedModel, match="more often in a pass"):
+    with pytest.raises(UnsupportedModel, match="as often as its configuration says"):
         TransformersEngine(family.build(), byte_tokenizer)

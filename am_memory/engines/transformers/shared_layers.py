@@ -32,7 +32,8 @@ def num_readers(config: PreTrainedConfig) -> list[int]:
 
 def skips_tokens(model: PreTrainedModel) -> bool:
     """Whether the model leaves out tokens of which no logits are wanted in the layers without keys."""
-    return any(hasattr(module, SKIP) and max(num_readers(module.config)) > 1 for module in model.modules())
+    has_readers = max(num_readers(model.config.get_text_config(decoder=True))) > 1
+    return has_readers and any(hasattr(module, SKIP) for module in model.modules())
 
 
 def keep_wanted_tokens(model: PreTrainedModel) -> None:

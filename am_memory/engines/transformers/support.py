@@ -97,17 +97,19 @@ def _reason_against(model: PreTrainedModel, config: PreTrainedConfig) -> str | N
     if model.config.is_encoder_decoder:
         return "is an encoder-decoder model"
     if not hasattr(config, "num_attention_heads"):
-        return RECURRENT
-    if not hasattr(config, "max_position_embeddings"):
-        return "does not say for how many positions it was trained (max_position_embeddings)"
+        return "is made of several models, and none is its decoder of text" if config.sub_configs else RECURRENT
     if getattr(config, "alibi", False) or any(hasattr(model.base_model, name) for name in MAKE_ALIBI):
         return (
             "adds a bias for each token's distance to its scores (ALiBi): slots stand for tokens at many distances, "
             "and its layers take no other attention function"
         )
+    if not hasattr(config, "max_position_embeddings"):
+        return "does not say for how many positions it was trained (max_position_embeddings)"
     names, options = get_layer_types_and_kwargs(config)
     if strange := set(names) - KNOWN_KINDS:
         return f"has layers of kind {', '.join(sorted(strange))}"
+    if set(names) == {"dummy"}:
+        return "has no keys and values of its own: it reads those of another model"
     if WITHOUT_KEYS.issuperset(names):
         return RECURRENT
     if not any(_kind(config, *layer).is_compactable for layer in zip(names, options, strict=True)):
@@ -143,8 +145,11 @@ def probe(model: PreTrainedModel, cache: KVCache) -> None:
 
 
 @contextmanager
-def refusing(model: PreTrainedModel) -> Iterator[None]:
+def refusing(model: PreTrainedModel, what: str = "cannot run with a compacting cache") -> Iterator[None]:
     """A trial: any error within the model means that it is not supported.
+
+    Args:
+        what: the model cannot do.
 
     Raises:
         UnsupportedModel: the trial failed; the message names the model, the kinds of its layers and the error.
@@ -156,8 +161,8 @@ def refusing(model: PreTrainedModel) -> Iterator[None]:
     except Exception as error:
         kinds = sorted(set(get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))[0]))
         raise UnsupportedModel(
-            f"{type(model).__name__}, with layers of {' and '.join(kinds)}, cannot run with a compacting cache: "
-            f"{error or type(error).__name__}; use a decoder-only model with standard attention"
+            f"{type(model).__name__}, with layers of {' and '.join(kinds)}, {what}: {error or type(error).__name__}; "
+            "use a decoder-only model with standard attention"
         ) from error
 
 
@@ -209,13 +214,15 @@ def _probe_errors(model: PreTrainedModel, cache: KVCache) -> tuple[float, float,
     """
     ids = probe_ids(model)[None]
     set_attention(model, "sdpa" if model._supports_sdpa else "eager")
-    expected = model(ids, use_cache=False).logits[0].float()
+    with refusing(model, "cannot read text alone, in transformers itself"):
+        expected = model(ids, use_cache=False).logits[0].float()
     half = PROBE_TOKENS // 2
     others = torch.cat([ids[:, :half], ids[:, :half].flip(1)], dim=1)
     with_others = model(others, use_cache=False).logits[0, :half].float()
-    stock_cache = DynamicCache(config=model.config)
     argument = cache_argument(model)
-    stock = [model(ids[:, start:end], **{argument: stock_cache}).logits[0].float() for start, end in PROBE_STEPS]
+    with refusing(model, "cannot go on from a cache of text, in transformers itself"):
+        stock_cache = DynamicCache(config=model.config)
+        stock = [model(ids[:, start:end], **{argument: stock_cache}).logits[0].float() for start, end in PROBE_STEPS]
     set_attention(model, ATTENTION_NAME)
     ours, told = [], list[CompactableLayer]()
     for layer in cache.compactable:
@@ -250,7 +257,7 @@ def _require_use(model: PreTrainedModel, cache: KVCache, told: Sequence[Compacta
         )
     if any(layer.waiting or sum(each is layer for each in told) != 1 for layer in cache.compactable):
         raise UnsupportedModel(
-            f"{type(model).__name__} reads its keys more often in a pass than its configuration says: its attention is "
+            f"{type(model).__name__} does not read its keys as often as its configuration says: its attention is "
             "not the standard one; use another model"
         )
 
