@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 from am_memory.engines.base import Capabilities
-from am_memory.errors import InvalidPolicy
+from am_memory.errors import InvalidPolicy, UnsupportedOperation
 from am_memory.policy import MemoryPolicy
+
+WHY_NOT_REFINED = (
+    "needs a cache that can be put together as it was before a compaction; sliding windows, recurrent states, and "
+    "heads that share every cell, cannot"
+)
+
+
+def require_refinable(can: Capabilities) -> None:
+    """Raise UnsupportedOperation if no segment can be refined."""
+    if not can.can_refine:
+        raise UnsupportedOperation(f"refining {WHY_NOT_REFINED}: compact with more queries instead (reference_queries)")
 
 
 def require_capabilities(policy: MemoryPolicy, can: Capabilities) -> None:
@@ -29,8 +40,7 @@ def require_capabilities(policy: MemoryPolicy, can: Capabilities) -> None:
         (
             policy.refine == "idle",
             can.can_refine and can.can_read_in_parallel,
-            "refine 'idle' needs a cache that can be put together as it was before a compaction; sliding windows, "
-            "recurrent states, and heads that share every cell, cannot: leave it at 'off'",
+            f"refine 'idle' {WHY_NOT_REFINED}: leave it at 'off'",
         ),
         (
             policy.segment_dtype != "model",

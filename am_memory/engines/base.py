@@ -25,7 +25,8 @@ Tool = Mapping[str, object]
 OnQuery = Callable[[int, Tensor, Tensor], None]
 """Called with (index among the compactable layers, query, log_mass), once for each layer and forward pass.
 
-query: (num_key_value_heads, num_key_value_groups, num_tokens, head_dim), after RoPE.
+query: (num_key_value_heads, num_key_value_groups, num_tokens, head_dim), after RoPE. Where several layers of a model
+attend to the keys of one, the groups are the query heads of all of them.
 log_mass: (num_key_value_heads, num_key_value_groups, num_tokens) float32, the log of the sum of exp(score) over all
 keys that the query attends to, slots with their biases among them, and over its attention sink, if the model has one.
 """

@@ -19,12 +19,14 @@ class LayerKind(NamedTuple):
         window: only this many last tokens are attended to; None: all of them.
         num_states: recurrent states, which stand beside the keys if there are both.
         has_latents: latent vectors stand for the keys and values of all heads (MLA).
+        num_readers: layers of the model that attend to its keys: this one, and those without keys of their own.
     """
 
     has_keys: bool = True
     window: int | None = None
     num_states: int = 0
     has_latents: bool = False
+    num_readers: int = 1
 
     @property
     def has_both(self) -> bool:
@@ -42,7 +44,7 @@ class LayerKind(NamedTuple):
             return RecurrentLayer(self.num_states) if self.num_states else EmptyLayer()
         if self.window is not None:
             return SlidingLayer(self.window)
-        return LatentLayer(rotation) if self.has_latents else CompactableLayer(rotation)
+        return (LatentLayer if self.has_latents else CompactableLayer)(rotation, self.num_readers)
 
 
 FULL_ATTENTION = LayerKind()

@@ -19,8 +19,9 @@ from am_memory.kv_cache.slots import Segment, Slots
 
 QuerySink = Callable[[Tensor, Tensor], None]
 """Called with the queries of a layer, (num_key_value_heads, num_key_value_groups, num_tokens, head_dim) after RoPE, and
-the log of each query's attention mass on all keys, (the same without head_dim) float32. It may compact the layer: the
-layer's attention is then computed again, over its new content."""
+the log of each query's attention mass on all keys, (the same without head_dim) float32. If several layers of the model
+read the cache layer, the groups are those of all of them, one layer after the other, and the call comes in the last
+one. It may compact the layer: attention is then computed again, over its new content, for the layer that runs."""
 
 
 class TailBuffer:
@@ -138,8 +139,10 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     Args:
         rotation: the layer's RoPE; None: slots stay at the positions at which they were written.
+        num_readers: layers of the model that attend to these entries, one after the other in each pass.
 
     Attributes:
+        waiting: queries and log masses of the pass under way, of the layers that have run, until the last one has.
         write_position: (1,) int64 in the device's memory. While it is set, `update` writes its one token there in the
             tail, which must have room, and returns the whole buffer; whoever set it counts the token.
     """
@@ -148,9 +151,10 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     is_croppable = True
     query_rotations: Tensor | None = None  # slots have biases of their own
 
-    def __init__(self, rotation: Rotation | None = None) -> None:
+    def __init__(self, rotation: Rotation | None = None, num_readers: int = 1) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.rotation = rotation
+        self.rotation, self.num_readers = rotation, num_readers
+        self.waiting: list[tuple[Tensor, Tensor]] = []
         self.slots: Slots | None = None
         self.buffer: TailBuffer | None = None
         self.start = 0  # logical position of the first exact entry
@@ -167,6 +171,7 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append (1, num_key_value_heads, num_tokens, head_dim); return the whole exact tail."""
+        self.waiting = []  # of an interrupted pass
         if self.write_position is not None:
             return self._write_at(self.write_position, key_states, value_states)
         if key_states.shape[0] != 1:
@@ -195,6 +200,18 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         value.index_copy_(2, write_position, value_states)
         key.am_layer = self  # type: ignore[attr-defined]
         return key, value
+
+    def hand_out(self, query: Tensor, log_mass: Tensor) -> None:
+        """Give the query sink, if there is one, what a reading layer asked; it gets that of all layers together."""
+        if self.query_sink is None:
+            return
+        if self.num_readers > 1:
+            self.waiting.append((query, log_mass))
+            if len(self.waiting) < self.num_readers:
+                return
+            query, log_mass = (torch.cat(parts, dim=1) for parts in zip(*self.waiting, strict=True))
+            self.waiting = []
+        self.query_sink(query, log_mass)
 
     @property
     def room(self) -> int:

@@ -114,7 +114,7 @@ def measure(engine: Engine, on_progress: OnProgress = ignore_progress) -> Search
         return [torch.cat([query for query, _ in layer], dim=2).cpu()[:, :, where] for layer in passes]
 
     def shares(text: list[Tensor]) -> Tensor:
-        """(num_query_heads, num_spans): the share of each span, mean over the text's tokens."""
+        """(num_query_heads, num_spans): the share of each span, mean over the text's tokens; layer by layer."""
         layers = zip(text, cache.compactable, strict=True)
         return torch.cat([_span_shares(query, layer.exact_entries(0, len(token_ids))[0], layer.scaling or 0)
                           for query, layer in layers])  # fmt: skip
@@ -127,8 +127,13 @@ def measure(engine: Engine, on_progress: OnProgress = ignore_progress) -> Search
         for number, ((question, _), place) in asked
     ]
     best = torch.stack(found).mean(dim=0).topk(min(NUM_HEADS, len(usual))).indices.tolist()
-    num_kv, num_groups = ordinary[0][0].shape[:2]
-    heads = tuple(SearchHead(i // (num_kv * num_groups), i // num_groups % num_kv, i % num_groups) for i in best)
+    every = [
+        SearchHead(layer, head, group)
+        for layer, query in enumerate(ordinary[0])
+        for head in range(query.shape[0])
+        for group in range(query.shape[1])
+    ]
+    heads = tuple(every[index] for index in best)
     kept = torch.stack([torch.cat([text[layer][head, group] for text in ordinary]) for layer, head, group in heads])
     step = -(-kept.shape[1] // MAX_USUAL)
     return SearchHeads(heads, kept[:, ::step].half().float(), len(token_ids))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from am_memory.compaction.requirements import require_refinable
 from am_memory.errors import InvalidInput, is_whole, require_kind, require_whole
 from am_memory.events import CompactionReport, SegmentRefined, Span
 from am_memory.kv_cache.slots import Segment
@@ -208,8 +209,7 @@ class Session:
         """Give compact segments better slots, as many as they have; for a time when nobody waits.
 
         Each segment is fitted again to its exact entries, with `MemoryPolicy.refine_queries`, if it was fitted to other
-        queries, or has shrunk by a quarter since then. Segments whose originals are not kept stay as they are, and so
-        do all of them on models with sliding windows or recurrent states and with shared heads on llama.cpp. A
+        queries, or has shrunk by a quarter since then. Segments whose originals are not kept stay as they are. A
         compaction that runs in the background is swapped in first.
 
         Each segment is a step of its own: an interrupt keeps those that are done. `MemoryPolicy(refine="idle")` does
@@ -219,8 +219,11 @@ class Session:
             What was refined, in this order; those with the fewest slots for their tokens come first.
 
         Raises:
+            UnsupportedOperation: the model has sliding windows or recurrent states, or its heads share their cells on
+                llama.cpp. No segment of it can be refined.
             CompactionFailed: out of memory, or a fit that is not finite.
         """
+        require_refinable(self._context.engine.capabilities)
         refined: list[SegmentRefined] = []
         while True:
             with self._shared.engine_lock, self._context.transaction():

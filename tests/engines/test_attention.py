@@ -227,6 +227,26 @@ def test_a_mask_is_refused() -> None:
         forward(CompactableLayer(), mask=torch.ones(1, 1, 3, 3, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_a_mask_that_hides_later_tokens_alone_changes_nothing(dtype: torch.dtype, num_tokens: int) -> None:
+    """Gemma 4 makes one for every text if its images are not causal."""
+    mask = torch.ones(1, 1, num_tokens, num_tokens, dtype=torch.bool).tril()
+    if dtype != torch.bool:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(dtype).min)
+    query, key, value = random_qkv(num_tokens, num_tokens)
+    outputs = [
+        attention_forward(Module(), query, *CompactableLayer().update(key, value), given, SCALING)[0]
+        for given in (mask, None)
+    ]
+    assert torch.equal(*outputs)
+    for hidden in range(num_tokens):
+        holed = mask.clone()
+        holed[..., -1, hidden] = False if dtype == torch.bool else -torch.inf
+        with pytest.raises(UnsupportedOperation, match="without padding"):
+            attention_forward(Module(), query, *CompactableLayer().update(key, value), holed, SCALING)
+
+
 @pytest.mark.parametrize("name", ["position_bias", "sinks", "indices", "block_indices", "not_yet_invented"])
 def test_an_argument_of_attention_that_is_not_ours_is_refused(name: str) -> None:
     """Sparse attention was accepted where the first tokens are all selected: its arguments were ignored."""

@@ -41,6 +41,11 @@ GEMMA4 = {
     "num_hidden_layers": 4, "head_dim": 8, "global_head_dim": 16, "num_global_key_value_heads": 1,
     "attention_k_eq_v": True, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0,
 }  # fmt: skip
+SHARED = {
+    "num_hidden_layers": 7, "num_kv_shared_layers": 3, "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 260, "layer_types": ["full_attention", "sliding_attention"] * 2 + MIXED[1:] + MIXED[1:2],
+}  # fmt: skip
+GEMMA3N = {"head_dim": 8, "laurel_rank": 4, "activation_sparsity_pattern": [0.5] * 7, "altup_num_inputs": 2}
 MOE = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
 
 
@@ -103,6 +108,8 @@ FAMILIES = [
     Family("Gemma", {"head_dim": 8}),
     Family("Gemma3Text", {"head_dim": 8, "sliding_window": 16, "layer_types": MIXED}),
     Family("Gemma4Text", {"layer_types": MIXED[:2] * 2, "sliding_window": 16, **GEMMA4}),
+    Family("Gemma4Text", {"sliding_window": 16, **GEMMA4, **SHARED}, compiles=False),
+    Family("Gemma3nText", {"sliding_window": 16, **GEMMA3N, **SHARED}, compiles=False),
     Family("SmolLM3", {"num_hidden_layers": 4}),
     Family("Starcoder2"),
     Family("Cohere"),
@@ -289,14 +296,13 @@ def t5() -> PreTrainedModel:
             Family("Mistral", {"sliding_window": 16}).build,
             "only layers that see a window or a chunk of its 512 positions",
         ),
-        (
-            Family("Gemma4Text", {**GEMMA4, "layer_types": MIXED[:2] * 2, "num_kv_shared_layers": 2}).build,
-            "shares its cache between layers",
-        ),
         (Family("Bamba", {"attn_layer_indices": [1], **MAMBA}).build, "disagrees with itself"),
         (Family("Jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2}).build, "itself"),
         (Family("MiniMax", {**EXPERTS, "layer_types": HYBRID}).build, "uses cache of its own"),
         (Family("Falcon").build, "does not take another attention function"),
+        (Family("Falcon", {"alibi": True}).build, "a bias for each token's distance .* .ALiBi."),
+        (Family("Bloom").build, "a bias for each token's distance .* .ALiBi."),
+        (Family("Mpt").build, "a bias for each token's distance .* .ALiBi."),
         (Family("Doge").build, "a mask that is not causal"),
         (Family("DiffLlama").build, "its attention is not the standard one"),
     ],

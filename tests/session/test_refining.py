@@ -19,7 +19,7 @@ from am_memory import Experiments, Memory, MemoryPolicy, Sampling, Session
 from am_memory.cli.saved import segments_table
 from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.transformers import TransformersEngine
-from am_memory.errors import CorruptSession, InvalidPolicy
+from am_memory.errors import CorruptSession, InvalidPolicy, UnsupportedOperation
 from am_memory.events import CompactionProgress, Event, OriginalsLost, SegmentRefined, ignore
 from am_memory.recall.originals import Loss
 from am_memory.session import refining
@@ -345,15 +345,17 @@ def test_recalled_pages_stay_exact_and_get_the_new_slots_later(new_memory: NewMe
 # Who can
 
 
-def test_sliding_windows_and_llama_cpp_refine_nothing(
+def test_refining_with_sliding_windows_or_shared_cells_is_refused(
     new_sliding_model: Any, byte_tokenizer: Any, shared_llama: LlamaCppEngine
 ) -> None:
+    """It returned an empty list, as if nothing could be gained."""
     policy = MemoryPolicy(trigger_tokens=96, keep_ratio=0.3, keep_recent=8, pinned=4)
     for engine in (TransformersEngine(new_sliding_model(), byte_tokenizer), shared_llama):
         session = Memory(engine, policy).session()
         session.append(some_tokens(110))
         assert session.segments
-        assert session.refine() == []
+        with pytest.raises(UnsupportedOperation, match="sliding windows, recurrent states"):
+            session.refine()
         with pytest.raises(InvalidPolicy, match="leave it at 'off'"):
             Memory(engine, policy.with_changes(refine="idle"))
 

@@ -27,6 +27,7 @@ from am_memory.kv_cache.slots import Slots
 ATTENTION_NAME = "am_memory"
 IRRELEVANT = frozenset({
     *TransformersKwargs.__annotations__, "dropout", "sliding_window", "use_cache", "output_attentions", "deterministic",
+    "logits_to_keep",
 })  # fmt: skip
 """Arguments that do not change attention over one text without padding, in a layer of full attention."""
 SINKS = "s_aux"
@@ -94,7 +95,7 @@ def attention_of_heads(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if isinstance(layer, BatchLayer):
         attention_mask = None  # a single token attends to all that its own cache holds
-    if attention_mask is not None:
+    if attention_mask is not None and not _is_causal(attention_mask, query.shape[2]):
         raise UnsupportedOperation(NO_MASK)
     if strange := [name for name, value in kwargs.items() if value is not None and name not in IRRELEVANT]:
         raise UnsupportedOperation(f"attention with {', '.join(strange)} cannot be compacted: use another model")
@@ -110,6 +111,18 @@ def attention_of_heads(
     else:
         output = _attend_in(layer, query, key, value, scaling, sinks, softcap)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _is_causal(mask: Tensor, num_tokens: int) -> bool:
+    """Whether a mask hides later tokens alone; some models make one where none is needed.
+
+    Args:
+        mask: (batch, 1, num_tokens, num_keys), of bool or added to the scores; the last keys are the tokens' own.
+    """
+    num_keys = mask.shape[-1]
+    is_seen = mask if mask.dtype == torch.bool else mask == 0
+    expected = is_seen.new_ones(num_tokens, num_keys).tril(num_keys - num_tokens)
+    return mask.shape[-2] == num_tokens and bool((is_seen == expected).all())
 
 
 def _attend_in(
@@ -129,14 +142,24 @@ def _attend_in(
     if isinstance(layer, SlidingLayer):
         output, _ = _attend_with_sinks(query, key, value, None, scaling, sinks, softcap)
         return output
+    if layer.num_readers > 1:
+        _require_alike(layer, scaling, sinks)
     layer.scaling, layer.sinks, layer.softcap, slots = scaling, sinks, softcap, layer.slots
     output, log_mass = attend_to(layer, query, key, value, layer.write_position)
     if layer.query_sink is not None:
         grouped = key.shape[1], -1, query.shape[2]
-        layer.query_sink(query.reshape(*grouped, query.shape[3]), log_mass.reshape(grouped))
+        layer.hand_out(query.reshape(*grouped, query.shape[3]), log_mass.reshape(grouped))
         if layer.slots is not slots:  # compacted by these very queries
             output, _ = attend_to(layer, query, *layer.tail)
     return output
+
+
+def _require_alike(layer: CompactableLayer, scaling: float, sinks: Tensor | None) -> None:
+    """Raise UnsupportedOperation if the layers that read a cache attend in ways that no one layer can have."""
+    if sinks is not None or layer.scaling not in (None, scaling):
+        raise UnsupportedOperation(
+            "layers that share a cache cannot have attention sinks, or scales that differ: use another model"
+        )
 
 
 def attend_to(

@@ -100,6 +100,10 @@ def compile_layers(model: PreTrainedModel, cache: KVCache) -> None:
         raise UnsupportedModel(
             f"{type(model).__name__} cannot be compiled layer by layer (it caches latents): {WITHOUT_COMPILING}"
         )
+    if any(kind.num_readers > 1 for kind in cache.kinds):
+        raise UnsupportedModel(
+            f"{type(model).__name__} cannot be compiled layer by layer (its layers share a cache): {WITHOUT_COMPILING}"
+        )
     layers = [
         layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer) and _has_keys(layer, cache)
     ]

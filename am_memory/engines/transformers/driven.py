@@ -75,6 +75,9 @@ class WatchedForward:
                 "use_cache=False has the whole text read again for each token, and each time this cache would hold it "
                 "once more: leave use_cache out, or give no cache"
             )
+        mask = asked.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all():
+            raise UnsupportedOperation(NO_MASK)
         if cache.before_forward is None:
             return self._forward(*args, **kwargs)
         return self._watched(cache, asked)
@@ -120,7 +123,7 @@ class WatchedForward:
 
 
 def _one_text(asked: Arguments) -> Tensor:
-    """The token ids of a pass, (1, num_tokens), which must be one text without padding.
+    """The token ids of a pass, (1, num_tokens), which must be one text.
 
     Raises:
         UnsupportedOperation: the input is something else.
@@ -134,9 +137,6 @@ def _one_text(asked: Arguments) -> Tensor:
         raise UnsupportedOperation(
             f"a batch of {input_ids.shape[0]} sequences (or beams); a cache holds one: use one cache for each"
         )
-    mask: Tensor | None = asked.get("attention_mask")
-    if mask is not None and not mask.all():
-        raise UnsupportedOperation(NO_MASK)
     return input_ids
 
 

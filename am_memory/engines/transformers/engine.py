@@ -26,10 +26,12 @@ from am_memory.engines.transformers.compiled import compile_layers
 from am_memory.engines.transformers.driven import watch
 from am_memory.engines.transformers.graphs import shortcut, token_graphs
 from am_memory.engines.transformers.held_rope import HeldRope, length_dependent_kinds, require_choice
+from am_memory.engines.transformers.implementation import attention_setting
 from am_memory.engines.transformers.latents import keep_latents
 from am_memory.engines.transformers.plain_text import encode_as_text
 from am_memory.engines.transformers.positions import num_positions, refusal, refuse_too_long_answers
 from am_memory.engines.transformers.rotary import layer_rotations
+from am_memory.engines.transformers.shared_layers import keep_wanted_tokens, skips_tokens
 from am_memory.engines.transformers.text_positions import use_text_positions
 from am_memory.errors import InvalidInput, UnsupportedModel, UnsupportedOperation
 from am_memory.kv_cache.cache import KVCache
@@ -92,7 +94,8 @@ class TransformersEngine:
         require_choice(model, window_tokens)
         self._held_rope: HeldRope | None = None
         keep_latents(model)
-        before = model.config._attn_implementation
+        keep_wanted_tokens(model)
+        before = attention_setting(model)
         support.probe(model, self.new_cache())
         with support.refusing(model):
             max_tokens = num_positions(model, self.new_cache())
@@ -127,6 +130,9 @@ class TransformersEngine:
         self._batches = Batches(model, self._step, self.new_cache)
         if compile or self._graphs is not None:  # these read single tokens, and hand out no queries
             self.capabilities = replace(self.capabilities, free_query_tokens=2)
+        self._without_logits = {"logits_to_keep": 1} if skips_tokens(model) else {}  # of the base model
+        if self._without_logits:
+            self.capabilities = replace(self.capabilities, free_query_tokens=None)
         forward = model.forward
         if self._graphs is not None:
             forward = shortcut(model, self._graphs, self._cache_argument)
@@ -186,7 +192,8 @@ class TransformersEngine:
         ids = torch.tensor([list(token_ids)]).to(self.model.device, non_blocking=True)
         with _Reading(cache, on_query):
             if num_logits == 0:
-                self.model.base_model(input_ids=ids, use_cache=True, **{self._cache_argument: cache})
+                options = {**self._without_logits, self._cache_argument: cache}
+                self.model.base_model(input_ids=ids, use_cache=True, **options)
                 return torch.empty(0, self.info.vocab_size)
             output = self.model(
                 input_ids=ids, use_cache=True, logits_to_keep=num_logits, **{self._cache_argument: cache}

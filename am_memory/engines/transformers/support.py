@@ -7,8 +7,9 @@ work are refused with the reason. All others are compared with transformers' own
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,13 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from am_memory.engines.transformers.attention import ATTENTION_NAME
+from am_memory.engines.transformers.implementation import attention_setting, set_attention
 from am_memory.engines.transformers.latents import has_latents
+from am_memory.engines.transformers.shared_layers import num_readers
 from am_memory.errors import InvalidInput, UnsupportedModel
 from am_memory.kv_cache.cache import KVCache
 from am_memory.kv_cache.kinds import LayerKind
+from am_memory.kv_cache.layers import CompactableLayer
 from am_memory.kv_cache.slots import Segment, Slots
 
 PROBE_TOKENS = 8
@@ -32,6 +36,8 @@ MAX_ROUNDING = {torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.1}
 WITHOUT_KEYS = frozenset({"linear_attention", "conv", "dummy"})
 KNOWN_KINDS = WITHOUT_KEYS | {"full_attention", "sliding_attention", "chunked_attention", "hybrid"}
 """Kinds of layers that a `KVCache` can hold, as transformers names them."""
+MAKE_ALIBI = ("build_alibi_tensor", "build_mpt_alibi_tensor")
+"""Methods that make biases by distance."""
 RECURRENT = "is recurrent: it has a state, not a cache of keys and values"
 
 
@@ -49,7 +55,10 @@ def layer_kinds(model: PreTrainedModel) -> list[LayerKind]:
             "Qwen2, Qwen3, SmolLM, Phi-3, Granite, OLMo...)"
         )
     kinds = [_kind(config, *layer) for layer in zip(*get_layer_types_and_kwargs(config), strict=True)]
-    return [kind._replace(has_latents=kind.has_keys and has_latents(model)) for kind in kinds]
+    return [
+        kind._replace(has_latents=kind.has_keys and has_latents(model), num_readers=readers)
+        for kind, readers in zip(kinds, num_readers(config), strict=True)
+    ]
 
 
 def _kind(config: PreTrainedConfig, name: str, options: dict[str, Any]) -> LayerKind:
@@ -88,12 +97,19 @@ def _reason_against(model: PreTrainedModel, config: PreTrainedConfig) -> str | N
     if model.config.is_encoder_decoder:
         return "is an encoder-decoder model"
     if not hasattr(config, "num_attention_heads"):
-        return RECURRENT
-    if "reuse" in (getattr(config, "kv_sharing_modes", None) or ()) or getattr(config, "num_kv_shared_layers", None):
-        return "shares its cache between layers"
+        return "is made of several models, and none is its decoder of text" if config.sub_configs else RECURRENT
+    if getattr(config, "alibi", False) or any(hasattr(model.base_model, name) for name in MAKE_ALIBI):
+        return (
+            "adds a bias for each token's distance to its scores (ALiBi): slots stand for tokens at many distances, "
+            "and its layers take no other attention function"
+        )
+    if not hasattr(config, "max_position_embeddings"):
+        return "does not say for how many positions it was trained (max_position_embeddings)"
     names, options = get_layer_types_and_kwargs(config)
     if strange := set(names) - KNOWN_KINDS:
         return f"has layers of kind {', '.join(sorted(strange))}"
+    if set(names) == {"dummy"}:
+        return "has no keys and values of its own: it reads those of another model"
     if WITHOUT_KEYS.issuperset(names):
         return RECURRENT
     if not any(_kind(config, *layer).is_compactable for layer in zip(names, options, strict=True)):
@@ -119,7 +135,7 @@ def probe(model: PreTrainedModel, cache: KVCache) -> None:
     Raises:
         UnsupportedModel: the logits differ, or the model does not go through the attention interface.
     """
-    before = model.config._attn_implementation
+    before = attention_setting(model)
     try:
         with refusing(model):
             _require_same_logits(model, cache)
@@ -129,8 +145,11 @@ def probe(model: PreTrainedModel, cache: KVCache) -> None:
 
 
 @contextmanager
-def refusing(model: PreTrainedModel) -> Iterator[None]:
+def refusing(model: PreTrainedModel, what: str = "cannot run with a compacting cache") -> Iterator[None]:
     """A trial: any error within the model means that it is not supported.
+
+    Args:
+        what: the model cannot do.
 
     Raises:
         UnsupportedModel: the trial failed; the message names the model, the kinds of its layers and the error.
@@ -142,8 +161,8 @@ def refusing(model: PreTrainedModel) -> Iterator[None]:
     except Exception as error:
         kinds = sorted(set(get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))[0]))
         raise UnsupportedModel(
-            f"{type(model).__name__}, with layers of {' and '.join(kinds)}, cannot run with a compacting cache: "
-            f"{error or type(error).__name__}; use a decoder-only model with standard attention"
+            f"{type(model).__name__}, with layers of {' and '.join(kinds)}, {what}: {error or type(error).__name__}; "
+            "use a decoder-only model with standard attention"
         ) from error
 
 
@@ -194,20 +213,24 @@ def _probe_errors(model: PreTrainedModel, cache: KVCache) -> tuple[float, float,
         cache and attention, which is rounding; and the change of the first half's logits if other tokens follow.
     """
     ids = probe_ids(model)[None]
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-    expected = model(ids, use_cache=False).logits[0].float()
+    set_attention(model, "sdpa" if model._supports_sdpa else "eager")
+    with refusing(model, "cannot read text alone, in transformers itself"):
+        expected = model(ids, use_cache=False).logits[0].float()
     half = PROBE_TOKENS // 2
     others = torch.cat([ids[:, :half], ids[:, :half].flip(1)], dim=1)
     with_others = model(others, use_cache=False).logits[0, :half].float()
-    stock_cache = DynamicCache(config=model.config)
     argument = cache_argument(model)
-    stock = [model(ids[:, start:end], **{argument: stock_cache}).logits[0].float() for start, end in PROBE_STEPS]
-    model.set_attn_implementation(ATTENTION_NAME)
-    ours = []
+    with refusing(model, "cannot go on from a cache of text, in transformers itself"):
+        stock_cache = DynamicCache(config=model.config)
+        stock = [model(ids[:, start:end], **{argument: stock_cache}).logits[0].float() for start, end in PROBE_STEPS]
+    set_attention(model, ATTENTION_NAME)
+    ours, told = [], list[CompactableLayer]()
+    for layer in cache.compactable:
+        layer.query_sink = partial(_tell, told, layer)
     for start, end in PROBE_STEPS:
         ours.append(model(ids[:, start:end], **{argument: cache}).logits[0].float())
         if start == 0:
-            _require_use(model, cache)
+            _require_use(model, cache, told)
             slots = [Slots.exact(*layer.exact_entries(2, 3), start=2) for layer in cache.compactable]
             cache.restore(cache.compacted([Segment(2, 3, 0)], slots, num_pinned=2))
     return (
@@ -217,12 +240,25 @@ def _probe_errors(model: PreTrainedModel, cache: KVCache) -> tuple[float, float,
     )
 
 
-def _require_use(model: PreTrainedModel, cache: KVCache) -> None:
-    """Raise UnsupportedModel if a pass has not gone through our attention in every layer."""
+def _tell(told: list[CompactableLayer], layer: CompactableLayer, *queries: Tensor) -> None:
+    told.append(layer)
+
+
+def _require_use(model: PreTrainedModel, cache: KVCache, told: Sequence[CompactableLayer]) -> None:
+    """Raise UnsupportedModel if a pass has not gone through our attention in every layer.
+
+    Args:
+        told: the layers whose queries were handed out, which happens once if as many layers read them as we think.
+    """
     if any(layer.scaling is None for layer in cache.compactable):
         raise UnsupportedModel(
             f"{type(model).__name__} does not take another attention function; use a model whose attention is looked "
             "up in transformers' AttentionInterface"
+        )
+    if any(layer.waiting or sum(each is layer for each in told) != 1 for layer in cache.compactable):
+        raise UnsupportedModel(
+            f"{type(model).__name__} does not read its keys as often as its configuration says: its attention is "
+            "not the standard one; use another model"
         )
 
 
