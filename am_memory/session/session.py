@@ -219,8 +219,7 @@ class Session:
             What was refined, in this order; those with the fewest slots for their tokens come first.
 
         Raises:
-            UnsupportedOperation: the model has sliding windows or recurrent states, or its heads share their cells on
-                llama.cpp. No segment of it can be refined.
+            UnsupportedOperation: the model has sliding windows or recurrent states, or its heads share their cells.
             CompactionFailed: out of memory, or a fit that is not finite.
         """
         require_refinable(self._context.engine.capabilities)
