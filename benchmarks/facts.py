@@ -3,12 +3,16 @@
     python benchmarks/facts.py --model MODEL --triggers 512 1024
     python benchmarks/facts.py --model MODEL --triggers 1024 --tokens 20000
     python benchmarks/facts.py --model MODEL --triggers 512 1024 --questions places
+    python benchmarks/facts.py --model MODEL --triggers 512 1024 --contexts d80_C1.json d60_C1.json d40_C1.json
 
 In each of five chats a person tells 20 facts of 20 kinds among small talk and prose, in 3,000 to 3,300 tokens. Then
 each fact is asked for as a chat turn, on a branch that is thrown away. With --questions places, each chat gets 8
 questions instead whose answers need two turns or more. Right means: the greedy answer names an accepted value. The log
 probability is that of the whole right answer after the opening of an answer, in nats. F1 is that of the greedy answer's
 words and the accepted value's; a whole sentence lowers it.
+
+With --contexts, the chats and questions are those of the repository profff/lost-in-compaction (`contexts_files.py` says
+which): others wrote them, and nothing here was ever tuned on them.
 
 Rows: the full cache; ours; ours with each --policy; the same keys with nothing fitted; a uniform budget; everything
 compacted again each time ("refit"); the system prompt and the last tokens read again, as many as ours holds; and the
@@ -24,10 +28,12 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NamedTuple, get_args
 
 import torch
 from common import machine, mean_of, read_json, table, write_json
+from contexts_files import load_contexts
 from facts_files import FACTS, QUESTIONS, Chat, Fact, lengthened, load_all
 
 from am_memory import Experiments, Memory, MemoryPolicy, Sampling, Session
@@ -326,6 +332,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=get_args(DtypeName), help="of weights and cache; default: the engine's")
     parser.add_argument("--triggers", type=int, nargs="+", default=[512, 1024], help="in tokens")
     parser.add_argument("--questions", choices=QUESTIONS, default=FACTS, help="told in one place, or in several")
+    parser.add_argument(
+        "--contexts", type=Path, nargs="+", help="of lost-in-compaction, instead of our chats"
+    )
     parser.add_argument("--chats", nargs="+", help="only these, by name")
     parser.add_argument("--tokens", type=int, default=0, help="make each chat about so long; 0: as it is")
     names = [FULL, *CHANGES, TRUNCATED]
@@ -335,7 +344,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=40, help="of an answer at most")
     parser.add_argument("--out", help="write the answers as JSON; what is in it already is not run again")
     args = parser.parse_args()
-    chats = load_all()
+    chats = load_contexts(args.contexts) if args.contexts else load_all()
     if unknown := set(args.chats or ()) - {chat.name for chat in chats}:
         parser.error(f"--chats {' '.join(sorted(unknown))}: there are {' '.join(chat.name for chat in chats)}")
     memory = Memory.from_pretrained(args.model, engine=args.engine, dtype=args.dtype, policy=PLAIN)
