@@ -117,22 +117,13 @@ class TransformersEngine:
             window_tokens=window if max_tokens is None else min(window, max_tokens),
             max_tokens=max_tokens,
         )
-        self.capabilities = replace(
-            CAPABILITIES,
-            can_refine=self.new_cache().is_all_compactable,
-            can_rotate_keys=not why_keys_stay,
-            why_keys_stay=why_keys_stay,
-        )
         if max_tokens is not None:
             refuse_too_long_answers(model, max_tokens)
         self.chunk_tokens = CPU_CHUNK_TOKENS if model.device.type == "cpu" else GPU_CHUNK_TOKENS
         self._graphs = token_graphs(model, self._read_token, self.new_cache)
         self._batches = Batches(model, self._step, self.new_cache)
-        if compile or self._graphs is not None:  # these read single tokens, and hand out no queries
-            self.capabilities = replace(self.capabilities, free_query_tokens=2)
         self._without_logits = {"logits_to_keep": 1} if skips_tokens(model) else {}  # of the base model
-        if self._without_logits:
-            self.capabilities = replace(self.capabilities, free_query_tokens=None)
+        self.capabilities = self._capabilities(why_keys_stay, hands_out_all=not compile and self._graphs is None)
         forward = model.forward
         if self._graphs is not None:
             forward = shortcut(model, self._graphs, self._cache_argument)
@@ -140,6 +131,21 @@ class TransformersEngine:
 
     def __repr__(self) -> str:
         return f"<TransformersEngine: {self.info}, {str(self.model.dtype).removeprefix('torch.')}>"
+
+    def _capabilities(self, why_keys_stay: str, *, hands_out_all: bool) -> Capabilities:
+        """What the engine can do.
+
+        Args:
+            why_keys_stay: "" if keys can be rotated.
+            hands_out_all: single tokens are read in the same way with queries as without.
+        """
+        return replace(
+            CAPABILITIES,
+            can_refine=self.new_cache().is_all_compactable,
+            can_rotate_keys=not why_keys_stay,
+            why_keys_stay=why_keys_stay,
+            free_query_tokens=None if self._without_logits else 1 if hands_out_all else 2,
+        )
 
     def _find_rotations(self) -> str:
         """Measure how the layers rotate their keys; returns why they cannot be rotated, or "".
