@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -20,13 +21,15 @@ from am_memory.engines.llama_cpp import support
 from am_memory.engines.llama_cpp.decoder import Decoder
 from am_memory.engines.llama_cpp.library import TORCH_TYPES, ggml_type, library, type_name
 from am_memory.engines.llama_cpp.ragged import RaggedReader
-from am_memory.engines.llama_cpp.self_test import require_ragged, tested_model
+from am_memory.engines.llama_cpp.self_test import require_batch, require_ragged, tested_model
 from am_memory.engines.llama_cpp.shared import SharedReader
 from am_memory.engines.llama_cpp.source import Source, UsersLlama, Weights
 from am_memory.engines.llama_cpp.vocabulary import Vocabulary
 from am_memory.engines.model_files import gguf_path
 from am_memory.engines.templates import control_tokens, template_errors
 from am_memory.errors import InvalidInput, UnsupportedModel
+
+logger = logging.getLogger("am_memory")
 
 Heads = Literal["ragged", "shared"]
 """Whether the KV heads of a layer differ in their slots, or share every cell."""
@@ -146,6 +149,24 @@ class LlamaCppEngine:
         self, cache: SessionCache, token_ids: Sequence[int], *, num_logits: int = 0, on_query: OnQuery | None = None
     ) -> Tensor:
         return self._reader.read(cache, token_ids, num_logits, on_query)
+
+    def forward_batch(
+        self, caches: Sequence[SessionCache], token_ids: Sequence[int], on_query: Sequence[OnQuery | None]
+    ) -> Tensor | None:
+        """Read token i into cache i; None with shared heads, and for a model with sliding windows."""
+        return self._batches.read_batch(caches, token_ids, on_query) if self._batches is not None else None
+
+    @cached_property
+    def _batches(self) -> RaggedReader | None:
+        """What reads several caches in one pass; tested once, on a few tokens."""
+        if not isinstance(self._reader, RaggedReader) or not self._reader.can_batch:
+            return None
+        try:
+            require_batch(self._reader)
+        except UnsupportedModel as error:
+            logger.warning("%s reads sessions one by one: %s", self.info.name, error)
+            return None
+        return self._reader
 
     def branches(self, cache: SessionCache, beginnings: Sequence[Sequence[int]]) -> Branches | None:
         """Texts behind a cache, read as a batch; None with shared heads, and for a model with sliding windows."""
