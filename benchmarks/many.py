@@ -2,6 +2,7 @@
 
     python benchmarks/many.py                            the demo model, 1, 4, 8 and 16 sessions
     python benchmarks/many.py --model MODEL --dtype bfloat16 --sessions 1 8
+    python benchmarks/many.py --engine llama_cpp --sessions 1 4 8
     python benchmarks/many.py --threads 1 --cpu-time     on a machine that does other work as well
     python benchmarks/many.py --stock                    beside transformers' `generate_batch` with the whole context
 
@@ -16,12 +17,14 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import get_args
 
 import torch
 from common import machine, table, write_json
 
 from am_memory import Memory, MemoryPolicy, Sampling, Session
 from am_memory.cli.letters import prose
+from am_memory.engines.names import DtypeName, EngineName
 from am_memory.engines.transformers.loading import load_model
 
 GREEDY = Sampling(temperature=0)
@@ -100,7 +103,8 @@ def stock(model: str, dtype: str, texts: Sequence[Sequence[int]], num_tokens: in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--engine", choices=get_args(EngineName), default="transformers")
+    parser.add_argument("--dtype", choices=get_args(DtypeName), help="default: float32, or float16 of llama.cpp")
     parser.add_argument("--sessions", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--context-tokens", type=int, default=1000)
     parser.add_argument("--texts", type=int, default=4, help="different ones; other sessions are forks")
@@ -113,16 +117,17 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     clock = time.process_time if args.cpu_time else time.perf_counter
-    policy = MemoryPolicy(trigger_tokens=1.0, keep_ratio=0.1, reference_queries=("live",), recall_tokens=0)
-    memory = Memory.from_pretrained(args.model, device="cpu", dtype=args.dtype, policy=policy)
+    dtype = args.dtype or {"transformers": "float32", "llama_cpp": "float16"}[args.engine]
+    policy = MemoryPolicy(trigger_tokens=1.0, keep_ratio=0.1, recall_tokens=0)
+    memory = Memory.from_pretrained(args.model, engine=args.engine, device="cpu", dtype=dtype, policy=policy)
     sessions = new_sessions(memory, max(args.sessions), args.texts, args.context_tokens)
-    print(f"{memory.engine.info.name}, {args.dtype}, {machine()}")
+    print(f"{memory.engine.info.name}, {args.engine}, {dtype}, {machine()}")
     print(f"{args.context_tokens:,} tokens of context in {sessions[0].stats.kv_tokens:,.0f} slots\n")
     rows = [measure(memory, sessions[:size], args.new_tokens, args.rounds, clock) for size in args.sessions]
     if args.stock:
         for row, size in zip(rows, args.sessions, strict=True):
             texts = [session.tokens for session in sessions[:size]]
-            row["stock"] = stock(args.model, args.dtype, texts, args.new_tokens)
+            row["stock"] = stock(args.model, dtype, texts, args.new_tokens)
     header = ["sessions", "together, tokens/s", "one by one", "ratio", *(["generate_batch"] if args.stock else [])]
     print(table(header, [[row["sessions"], *(f"{value:.1f}" for value in list(row.values())[1:])] for row in rows]))
     write_json(args.json, rows)

@@ -1,6 +1,7 @@
 """The cost of repetition: one text, one final budget, compacted in 1 to 50 steps, oldest first.
 
     python benchmarks/repetition.py --model MODEL --compactions 1 2 5 10 25 50
+    python benchmarks/repetition.py --engine llama_cpp --model MODEL.gguf --schemes ours
 
 Codes lie all over a text of some 6,000 tokens. It is read in 50 pieces; with n compactions everything read so far, but
 for the last --recent tokens, is compacted after each 50/n of them, so that in the end every scheme holds as much,
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
+from typing import get_args
 
 import torch
 from common import drawing, machine, mean_of, read_json, table, write_json
@@ -30,6 +32,7 @@ from torch import Tensor
 from am_memory import Experiments, Memory, Session
 from am_memory.cli.letters import Fact, facts, hide
 from am_memory.engines.base import Message
+from am_memory.engines.names import EngineName
 from am_memory.solver import Block
 from am_memory.solver.exact import unnormalised_weights
 from am_memory.solver.keys import repeat_first_in_padding
@@ -236,6 +239,7 @@ def plot(rows: Sequence[dict[str, object]], path: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
+    parser.add_argument("--engine", choices=get_args(EngineName), default="transformers")
     parser.add_argument("--compactions", type=int, nargs="+", default=[1, 2, 5, 10, 25, 50])
     parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
     parser.add_argument("--ratio", type=float, default=10.0)
@@ -250,7 +254,7 @@ def main() -> None:
     for count in args.compactions:
         if count < 1 or args.pieces % count:
             parser.error(f"--compactions {count}: {args.pieces} pieces cannot be cut in as many equal parts")
-    memory = Memory.from_pretrained(args.model, policy=POLICY)
+    memory = Memory.from_pretrained(args.model, engine=args.engine, policy=POLICY)
     rows: list[dict[str, object]] = read_json(args.out)
     for seed in range(args.seeds):
         run(memory, seed, args, rows)
@@ -259,7 +263,7 @@ def main() -> None:
     write_json(args.out, rows)
     if args.plot:
         plot(rows, args.plot)
-    print(f"\n{args.model}, {args.ratio:.0f}x, {args.seeds} seeds; {machine()}\n\n{summary(rows)}")
+    print(f"\n{args.model}, {args.engine}, {args.ratio:.0f}x, {args.seeds} seeds; {machine()}\n\n{summary(rows)}")
 
 
 if __name__ == "__main__":

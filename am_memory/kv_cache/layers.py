@@ -36,6 +36,11 @@ class TailBuffer:
     def capacity(self) -> int:
         return self.key.shape[2]
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that takes memory here."""
+        return self.key, self.value
+
     def grown(self, num_used: int, capacity: int) -> TailBuffer:
         """A copy of the first `num_used` entries, in a buffer of another capacity."""
         key, value = (
@@ -65,7 +70,7 @@ class TailState(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors."""
-        exact = () if self.buffer is None else (self.buffer.key, self.buffer.value)
+        exact = () if self.buffer is None else self.buffer.tensors
         compact = () if self.slots is None else self.slots.tensors
         return sum(tensor.nbytes for tensor in (*exact, *compact))
 
@@ -300,7 +305,7 @@ class CompactableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        exact = () if self.buffer is None else (self.buffer.key, self.buffer.value)
+        exact = () if self.buffer is None else self.buffer.tensors
         return exact + (self.slots.tensors if self.slots is not None else ())
 
     def get_seq_length(self) -> int:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from am_memory.engines.llama_cpp.layout import GGMLTensor
 from am_memory.engines.llama_cpp.library import (
-    GGMLTensor,
     from_rows,
     ggml,
     library,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from am_memory.engines.llama_cpp.library import captured_log, library, reason, type_name
+from am_memory.engines.llama_cpp.source import Source
 from am_memory.errors import EngineFailed
 
 CELLS_STEP = 256
@@ -26,20 +27,19 @@ class Context:
     """A context, which can be opened again with another number of cells.
 
     Args:
-        source: owner of the model handle `source.model`, which must outlive the context.
+        source: owner of the model.
         params: parameters of the context, which are copied; some are set here.
         callback: called by llama.cpp before each operation, a `ggml_backend_sched_eval_callback`.
         batch_tokens: see below.
         num_sequences: the most sequences of one `decode_side_by_side`.
 
     Attributes:
-        handle: llama.cpp's context; None while it is closed.
         num_cells: the number of its cells; 0 while it is closed.
         vocab_size: the number of logits of a token.
         batch_tokens: the most tokens of one `decode`.
     """
 
-    def __init__(self, source: Any, params: Any, callback: Any, batch_tokens: int, num_sequences: int = 1) -> None:
+    def __init__(self, source: Source, params: Any, callback: Any, batch_tokens: int, num_sequences: int = 1) -> None:
         self._lib, self._source, self._callback = library(), source, callback
         self.vocab_size: int = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(source.model))
         self._params = self._lib.llama_context_default_params()
@@ -49,8 +49,9 @@ class Context:
         self._params.swa_full = self._params.no_perf = True
         self._params.cb_eval = callback
         self._batch = self._lib.llama_batch_init(batch_tokens, 0, 1)
-        self.handle: Any = None
+        self._handle: Any = None
         self.num_cells = 0
+        source.add(self)
 
     def open(self, sizes: Iterator[int]) -> None:
         """Make the context.
@@ -66,8 +67,8 @@ class Context:
         with captured_log() as lines:
             for wanted in sizes:
                 self._params.n_ctx = wanted
-                self.handle = self._lib.llama_init_from_model(self._source.model, self._params)
-                if self.handle is not None:
+                self._handle = self._lib.llama_init_from_model(self._source.model, self._params)
+                if self._handle is not None:
                     self.num_cells = self._lib.llama_n_ctx(self.handle)
                     return
         raise EngineFailed(
@@ -77,18 +78,23 @@ class Context:
 
     def close(self) -> None:
         """Free llama.cpp's context; it can be opened again."""
-        if self.handle is not None:
-            self._lib.llama_free(self.handle)
-        self.handle, self.num_cells = None, 0
+        if self._handle is not None:
+            self._lib.llama_free(self._handle)
+        self._handle, self.num_cells = None, 0
 
     def __del__(self) -> None:
         if sys is None or sys.is_finalizing():  # the process frees all of it, and llama.cpp's functions may be gone
             return
-        if getattr(self, "handle", None) is not None:
+        if getattr(self, "_handle", None) is not None:
             self.close()
         if getattr(self, "_batch", None) is not None:
             self._lib.llama_batch_free(self._batch)
             self._batch = None
+
+    @property
+    def handle(self) -> Any:
+        """llama.cpp's context; None while it is closed. Raises EngineFailed once the model was freed."""
+        return self._handle if self._source.model is not None else None
 
     @property
     def memory(self) -> Any:

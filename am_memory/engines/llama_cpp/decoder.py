@@ -18,6 +18,7 @@ from torch import Tensor
 from am_memory.engines.llama_cpp.capture import Capture, OnAttention
 from am_memory.engines.llama_cpp.context import CELLS_STEP, Context
 from am_memory.engines.llama_cpp.library import library
+from am_memory.engines.llama_cpp.source import Source
 from am_memory.engines.llama_cpp.state import WHOLE, Blob, SequenceState
 from am_memory.errors import EngineFailed
 
@@ -56,7 +57,7 @@ class Decoder:
     """Reads tokens into sequences.
 
     Args:
-        source: owner of the model handle `source.model`, which must outlive the contexts.
+        source: owner of the model.
         params: parameters of the contexts; the decoder sets some of them itself.
         num_layers: number of attention layers.
 
@@ -64,7 +65,7 @@ class Decoder:
         capture: takes queries, keys and scores out of the contexts.
     """
 
-    def __init__(self, source: Any, params: Any, num_layers: int) -> None:
+    def __init__(self, source: Source, params: Any, num_layers: int) -> None:
         self._lib = library()
         self.capture = Capture(num_layers)
         self._context = Context(source, params, self.capture.pointer, BATCH_TOKENS)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -17,17 +17,19 @@ from torch import Tensor
 from am_memory.engines.abilities import Branches
 from am_memory.engines.base import ControlTokens, Message, ModelInfo, OnQuery, SessionCache, Tool
 from am_memory.engines.fingerprints import file_fingerprint, template_fingerprint
-from am_memory.engines.gguf_header import BadHeader, read_header, require_vocabulary
 from am_memory.engines.llama_cpp import support
 from am_memory.engines.llama_cpp.decoder import Decoder
-from am_memory.engines.llama_cpp.library import TORCH_TYPES, captured_log, ggml_type, library, reason, type_name
+from am_memory.engines.llama_cpp.library import TORCH_TYPES, ggml_type, library, type_name
 from am_memory.engines.llama_cpp.ragged import RaggedReader
-from am_memory.engines.llama_cpp.self_test import require_ragged, tested_model
+from am_memory.engines.llama_cpp.self_test import require_batch, require_ragged, tested_model
 from am_memory.engines.llama_cpp.shared import SharedReader
+from am_memory.engines.llama_cpp.source import Source, UsersLlama, Weights
 from am_memory.engines.llama_cpp.vocabulary import Vocabulary
 from am_memory.engines.model_files import gguf_path
 from am_memory.engines.templates import control_tokens, template_errors
-from am_memory.errors import InvalidInput, ModelNotFound, UnsupportedModel
+from am_memory.errors import InvalidInput, UnsupportedModel
+
+logger = logging.getLogger("am_memory")
 
 Heads = Literal["ragged", "shared"]
 """Whether the KV heads of a layer differ in their slots, or share every cell."""
@@ -38,7 +40,8 @@ class LlamaCppEngine:
 
     Args:
         model: a .gguf file, "demo", or a `llama_cpp.Llama` with any parameters. The weights and settings of a `Llama`
-            are used, but not its context: the engine makes contexts of its own. Keep it open.
+            are used, but not its context: the engine makes contexts of its own. Keep it open: after `close()`, calls of
+            the engine raise EngineFailed.
         heads: "ragged": each KV head has slots of its own, with biases, as on the transformers engine. This project
             keeps keys and values in host memory and computes attention on the CPU; llama.cpp computes the rest.
             "shared": all heads of all layers share the cells of llama.cpp, which computes attention too; biases are
@@ -52,7 +55,7 @@ class LlamaCppEngine:
     Raises:
         InvalidInput: ragged heads with q8_0 or without flash attention, or a `Llama` that cannot be used.
         ModelNotFound: the file does not exist, or llama.cpp cannot read it.
-        UnsupportedModel: llama-cpp-python is not the pinned version, or the model's cache cannot be compacted.
+        UnsupportedModel: llama-cpp-python does not do what is relied on, or the model's cache cannot be compacted.
     """
 
     chunk_tokens = 512
@@ -72,12 +75,12 @@ class LlamaCppEngine:
         lib = library()
         self._lib = lib
         if isinstance(model, str | os.PathLike):
-            self._source: Any = _Weights(gguf_path(model), num_gpu_layers)
+            self._source: Source = Weights(gguf_path(model), num_gpu_layers)
             params = lib.llama_context_default_params()
             params.type_k = params.type_v = ggml_type(kv_type or "f16")
         else:
-            self._source = _UsersLlama(model)
-            params = self._source.params()
+            users = UsersLlama(model)
+            self._source, params = users, users.params()
         if kv_type is not None:
             params.type_k = params.type_v = ggml_type(kv_type)
         if flash_attention is not None:
@@ -87,7 +90,7 @@ class LlamaCppEngine:
         params.n_threads = params.n_threads_batch = num_threads or torch.get_num_threads()
         handle = self._source.model
         support.require_supported(handle)
-        self.vocabulary = Vocabulary(handle)
+        self.vocabulary = Vocabulary(self._source)
         num_layers = lib.llama_model_n_layer(handle)
         decoder = Decoder(self._source, params, num_layers)
         cell_model = tested_model(decoder, handle, num_layers)
@@ -147,6 +150,24 @@ class LlamaCppEngine:
     ) -> Tensor:
         return self._reader.read(cache, token_ids, num_logits, on_query)
 
+    def forward_batch(
+        self, caches: Sequence[SessionCache], token_ids: Sequence[int], on_query: Sequence[OnQuery | None]
+    ) -> Tensor | None:
+        """Read token i into cache i; None with shared heads, and for a model with sliding windows."""
+        return self._batches.read_batch(caches, token_ids, on_query) if self._batches is not None else None
+
+    @cached_property
+    def _batches(self) -> RaggedReader | None:
+        """What reads several caches in one pass; tested once, on a few tokens."""
+        if not isinstance(self._reader, RaggedReader) or not self._reader.can_batch:
+            return None
+        try:
+            require_batch(self._reader)
+        except UnsupportedModel as error:
+            logger.warning("%s reads sessions one by one: %s", self.info.name, error)
+            return None
+        return self._reader
+
     def branches(self, cache: SessionCache, beginnings: Sequence[Sequence[int]]) -> Branches | None:
         """Texts behind a cache, read as a batch; None with shared heads, and for a model with sliding windows."""
         return self._reader.branches(cache, beginnings)
@@ -205,62 +226,3 @@ def _set_for_ragged_heads(params: Any, flash_attention: bool | None) -> None:
         )
     params.flash_attn_type = 1
     params.offload_kqv = False  # attention is computed in host memory
-
-
-def _require_readable(path: Path) -> None:
-    """Refuse a file for which llama.cpp would abort the process: a bad vocabulary, or a table of positions."""
-    try:
-        header = read_header(path)
-        require_vocabulary(header)
-    except (BadHeader, OSError) as error:
-        raise ModelNotFound(f"{path} cannot be read by llama.cpp: {error}") from error
-    if table := header.shapes.get("position_embd.weight"):
-        raise UnsupportedModel(
-            f"{path} has learned positions, for {table[-1]:,} tokens only: use a model with rotary positions, or "
-            "engine='transformers', which stops at the last position"
-        )
-
-
-class _Weights:
-    """A model loaded from a file; freed with this object."""
-
-    def __init__(self, path: Path, num_gpu_layers: int) -> None:
-        self._lib = library()
-        params = self._lib.llama_model_default_params()
-        params.n_gpu_layers = num_gpu_layers
-        self.path = path
-        _require_readable(path)
-        with captured_log() as lines:
-            self.model = self._lib.llama_model_load_from_file(os.fsencode(path), params)
-        if self.model is None:
-            raise ModelNotFound(f"{path} cannot be read by llama.cpp: {reason(lines)}")
-
-    def __del__(self) -> None:
-        if getattr(self, "model", None) is not None:
-            self._lib.llama_model_free(self.model)
-
-
-class _UsersLlama:
-    """The model of a user's `Llama`, which is kept alive."""
-
-    def __init__(self, llama: Any) -> None:
-        lib = library()
-        if not isinstance(llama, lib.Llama):
-            raise InvalidInput(f"{type(llama).__name__} is not a model: give a .gguf file or a llama_cpp.Llama")
-        if llama.lora_path:
-            raise InvalidInput(
-                f"this Llama has a LoRA adapter ({llama.lora_path}), which is bound to the Llama's own context: merge "
-                "the adapter into the weights, and load those"
-            )
-        if llama.context_params.embeddings or llama.model_params.vocab_only:
-            raise InvalidInput("this Llama was made for embeddings, or without weights: make one that generates text")
-        self._llama = llama
-        self.model = llama.model
-        self.path = Path(llama.model_path)
-        _require_readable(self.path)
-
-    def params(self) -> Any:
-        """A copy of the parameters of the Llama's context."""
-        params = library().llama_context_default_params()
-        ctypes.pointer(params)[0] = self._llama.context_params
-        return params

@@ -1,7 +1,7 @@
 """Access to the stock llama-cpp-python package: its version, tensors and types. Knows no cache and no session.
 
 The engine reads parts of llama.cpp that may change between versions: the layout of a sequence's state, and the tensors
-of the graph while it is computed. So one version is pinned, and the engine tests itself at start.
+of the graph while it is computed. So the layout of tensors is checked, and the engine tests itself at start.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,9 +23,13 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from torch import Tensor
 
+from am_memory.engines.llama_cpp.layout import GGMLTensor, require_layout
 from am_memory.errors import InvalidInput, UnsupportedModel
 
 VERSION = "0.3.36"
+"""The version that the tests run with."""
+OLDEST = "0.3.33"
+"""The oldest version whose source was compared with it: what is used of it is the same."""
 INSTALL = (
     f"pip install llama-cpp-python=={VERSION}; on a CPU with AMX build it with CMAKE_ARGS="
     '"-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8"'
@@ -39,17 +44,23 @@ def library() -> ModuleType:
     """The module llama_cpp, initialised and quiet.
 
     Raises:
-        UnsupportedModel: llama-cpp-python is not installed, or is another version.
+        UnsupportedModel: llama-cpp-python is not installed, is too old, or has other tensors.
     """
     try:
         found = importlib.metadata.version("llama-cpp-python")
         import llama_cpp
     except (ImportError, OSError) as error:
         raise UnsupportedModel(f"engine 'llama_cpp' needs llama-cpp-python {VERSION} ({error}): {INSTALL}") from error
-    if found != VERSION:
-        raise UnsupportedModel(f"llama-cpp-python is {found}, and this engine works with {VERSION} alone: {INSTALL}")
+    if _numbers(found) < _numbers(OLDEST):
+        raise UnsupportedModel(f"llama-cpp-python is {found}, and this engine needs {OLDEST} or later: {INSTALL}")
+    if _numbers(found) > _numbers(VERSION):
+        logging.getLogger("am_memory").warning(
+            "llama-cpp-python %s is newer than %s, with which the engine was tested", found, VERSION
+        )
+    from llama_cpp._ggml import libggml
     from llama_cpp._logger import logger, set_verbose
 
+    require_layout(libggml, found)
     if logger.level == logging.NOTSET:  # the user has not set a level
         set_verbose(False)
     module: ModuleType = llama_cpp
@@ -57,23 +68,9 @@ def library() -> ModuleType:
     return module
 
 
-class GGMLTensor(ctypes.Structure):
-    """`struct ggml_tensor` of the pinned version, up to the last field that is read."""
-
-    _fields_ = (
-        ("type", ctypes.c_int),
-        ("buffer", ctypes.c_void_p),
-        ("ne", ctypes.c_int64 * 4),
-        ("nb", ctypes.c_size_t * 4),
-        ("op", ctypes.c_int),
-        ("op_params", ctypes.c_byte * 64),
-        ("flags", ctypes.c_int32),
-        ("src", ctypes.c_void_p * 10),
-        ("view_src", ctypes.c_void_p),
-        ("view_offs", ctypes.c_size_t),
-        ("data", ctypes.c_void_p),
-        ("name", ctypes.c_char * 64),
-    )
+def _numbers(version: str) -> list[int]:
+    """A version to compare, such as [0, 3, 36]."""
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]
 
 
 Access = Callable[[int, Any, int, int], None]

@@ -3,8 +3,7 @@
     [slots of head 0]...[slots of the last head][token 0, head 0][token 0, head 1]...      rows of head_dim numbers
 
 The kernel reads as many keys for each head. Where a layer has slots, every head is given all rows, and a mask that
-hides the rows of other heads; the biases of slots are added by this mask too. The kernel skips what is hidden, and
-nothing is padded.
+hides the rows of other heads; the biases of slots are added by this mask too. The kernel skips what is hidden.
 """
 
 from __future__ import annotations
@@ -12,7 +11,9 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,70 +26,126 @@ SPARE_TOKENS = 32
 them."""
 
 
+class PoolMemory(NamedTuple):
+    """Memory for one pool.
+
+    Attributes:
+        key_rows, value_rows: (num_rows, head_dim).
+        mask: (num_attention_heads, 1, num_rows) float16 if heads are hidden from each other, as slots need it; else
+            (1, 1, num_rows / num_heads).
+        hides_heads: which of both.
+    """
+
+    key_rows: Tensor
+    value_rows: Tensor
+    mask: Tensor
+    hides_heads: bool
+
+
+def num_slots_of(layer: CompactableLayer) -> int:
+    """The slots of all heads of a layer."""
+    return 0 if layer.slots is None else layer.slots.num_slots
+
+
+def memory_for(layer: CompactableLayer, num_attention_heads: int) -> PoolMemory:
+    """Memory for a layer that has a tail, with spare room."""
+    key, value = layer.tail
+    _, num_heads, num_tokens, head_dim = key.shape
+    num_slots, capacity = num_slots_of(layer), num_tokens + max(SPARE_TOKENS, num_tokens // 32)
+    key_rows = key.new_empty(num_slots + capacity * num_heads, head_dim)
+    mask_shape = (num_attention_heads, 1, len(key_rows)) if num_slots else (1, 1, capacity)
+    value_rows = torch.empty_like(key_rows, dtype=value.dtype)
+    return PoolMemory(key_rows, value_rows, torch.empty(mask_shape, dtype=torch.float16), bool(num_slots))
+
+
 class Pool(TailBuffer):
-    """The memory of one layer; `key` and `value` are the part of the tail.
+    """The content of one layer; `key` and `value` are the part of the tail.
 
     Args:
         layer: a layer that has a tail; its entries are copied.
-        num_attention_heads: query heads.
+        memory: has room for them.
+        seat: where among the pools of several caches the memory lies; None: it is this pool's alone.
 
     Attributes:
         slots: the layer's slots, whose keys and values are in the pool unless they are in int8.
         seen_key, seen_value: (num_heads, num_seen, head_dim), views of the rows that the kernel is given.
-        mask: (num_attention_heads or 1, 1, num_seen) float16: biases of slots, 0 for exact entries, -inf for other
-            heads' rows.
+        mask: biases of slots, 0 for exact entries, -inf for other heads' rows and what is not shown.
         num_slots: rows before the tail.
     """
 
-    def __init__(self, layer: CompactableLayer, num_attention_heads: int) -> None:
+    def __init__(self, layer: CompactableLayer, memory: PoolMemory, seat: int | None = None) -> None:
         key, value = layer.tail
         _, num_heads, num_tokens, head_dim = key.shape
-        capacity = num_tokens + max(SPARE_TOKENS, num_tokens // 32)
-        self.num_slots = layer.slots.num_slots if layer.slots is not None else 0
+        self.num_slots, self.seat, self.mask = num_slots_of(layer), seat, memory.mask
+        self._memory, self._num_heads = memory, num_heads
+        capacity = (len(memory.key_rows) - self.num_slots) // num_heads
         self._tail_shape = capacity, num_heads, head_dim
-        self._key_rows = key.new_empty(self.num_slots + capacity * num_heads, head_dim)
-        self._value_rows = torch.empty_like(self._key_rows, dtype=value.dtype)
-        super().__init__(self._tail(self._key_rows), self._tail(self._value_rows))
+        super().__init__(self._tail(memory.key_rows), self._tail(memory.value_rows))
         self.key[:, :, :num_tokens], self.value[:, :, :num_tokens] = key, value
+        self._starts = [(part.data_ptr(), part.stride(2) * part.element_size()) for part in (self.key, self.value)]
         self.slots = self._taken_in(layer.slots)
-        if self.num_slots:
-            self.seen_key, self.seen_value = (
-                rows.expand(num_heads, -1, -1) for rows in (self._key_rows, self._value_rows)
-            )
-            self.mask = self._mask(num_attention_heads)
+        if memory.hides_heads:
+            self.seen_key, self.seen_value = (rows.expand(num_heads, -1, -1) for rows in memory[:2])
         else:
             self.seen_key, self.seen_value = self.key[0], self.value[0]
-            self.mask = torch.zeros(1, 1, capacity, dtype=torch.float16)
+        self._tail_mask = self._new_mask()
+        self._num_shown = 0
+        self.show(num_tokens if seat is not None else capacity)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the pool takes: the tail, the mask, and slots that are nowhere else."""
+        num_own = self.num_slots if self.slots is not None and not isinstance(self.slots.key, Tensor) else 0
+        return (self.key, self.value, self.mask, *(rows[:num_own] for rows in self._memory[:2]))
 
     def num_seen(self, num_tokens: int) -> int:
         """The number of rows that the kernel is given if the tail has so many tokens."""
-        return self.num_slots + num_tokens * self._tail_shape[1] if self.num_slots else num_tokens
+        return self.num_slots + num_tokens * self._num_heads if self._memory.hides_heads else num_tokens
 
     def exact(self, num_tokens: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a tail of so many tokens: (1, num_heads, num_tokens, head_dim) each."""
         return self.key[:, :, :num_tokens], self.value[:, :, :num_tokens]
 
+    def addresses(self, num_tokens: int) -> tuple[int, int]:
+        """Where the key and the value behind so many tokens of the tail are written."""
+        key, value = self._starts
+        return key[0] + num_tokens * key[1], value[0] + num_tokens * value[1]
+
+    def show(self, num_tokens: int) -> None:
+        """Let the mask show so many tokens of the tail."""
+        if num_tokens > self._num_shown:
+            self._tail_mask[:, self._num_shown : num_tokens] = 0.0
+        elif num_tokens < self._num_shown:
+            self._tail_mask[:, num_tokens : self._num_shown] = -np.inf
+        self._num_shown = num_tokens
+
     def _tail(self, rows: Tensor) -> Tensor:
         """The rows of the tail, (1, num_heads, capacity, head_dim)."""
-        return rows[self.num_slots :].view(self._tail_shape).transpose(0, 1)[None]
+        num_rows = self._tail_shape[0] * self._tail_shape[1]
+        return rows[self.num_slots : self.num_slots + num_rows].view(self._tail_shape).transpose(0, 1)[None]
 
     def _taken_in(self, slots: Slots | None) -> Slots | None:
         """Copy slots into the pool; returns them as views of it."""
         if slots is None:
             return None
-        key, value = self._key_rows[: self.num_slots], self._value_rows[: self.num_slots]
+        key, value = (rows[: self.num_slots] for rows in self._memory[:2])
         key.copy_(decoded(slots.key))
         value.copy_(decoded(slots.value))
         return replace(slots, key=_in(key, slots.key), value=_in(value, slots.value))
 
-    def _mask(self, num_attention_heads: int) -> Tensor:
+    def _new_mask(self) -> np.ndarray[Any, Any]:
+        """Hide all but the slots; returns the mask of each head's own rows in the tail, (..., capacity, num_heads)."""
         capacity, num_heads, _ = self._tail_shape
-        mask = torch.full((num_heads, len(self._key_rows)), -torch.inf, dtype=torch.float16)
+        self.mask.fill_(-torch.inf)
+        if not self._memory.hides_heads:
+            return self.mask[:, 0, :capacity].numpy()
+        by_head = self.mask[:, 0].unflatten(0, (num_heads, -1))  # (num_heads, num_groups, num_rows)
         if self.slots is not None:
             for head, (start, end) in enumerate(pairwise(self.slots.cu_slots)):
-                mask[head, start:end] = self.slots.bias[start:end]
-        mask[:, self.num_slots :].view(num_heads, capacity, num_heads).diagonal(dim1=0, dim2=2).zero_()
-        return mask.repeat_interleave(num_attention_heads // num_heads, dim=0)[:, None]
+                by_head[head, :, start:end] = self.slots.bias[start:end]
+        tail = by_head[..., self.num_slots : self.num_slots + capacity * num_heads].unflatten(2, (capacity, num_heads))
+        own: np.ndarray[Any, Any] = tail.diagonal(dim1=0, dim2=3).numpy()  # (num_groups, capacity, num_heads)
+        return own
 
 
 def _in(pool: Tensor, rows: Rows) -> Rows:
@@ -97,11 +154,17 @@ def _in(pool: Tensor, rows: Rows) -> Rows:
 
 
 def pooled(layer: CompactableLayer, num_attention_heads: int) -> Pool:
-    """The pool of a layer, with room for another token; if it has none, its content is moved into a new one."""
+    """The layer's pool in memory of its own, with room for another token; a new one if it has none."""
     pool = layer.buffer
-    if not isinstance(pool, Pool) or pool.slots is not layer.slots or not layer.room:
-        pool = layer.buffer = Pool(layer, num_attention_heads)
-        layer.slots = pool.slots
+    if not isinstance(pool, Pool) or pool.slots is not layer.slots or not layer.room or pool.seat is not None:
+        pool = move_in(layer, memory_for(layer, num_attention_heads))
+    return pool
+
+
+def move_in(layer: CompactableLayer, memory: PoolMemory, seat: int | None = None) -> Pool:
+    """Move a layer's content into a new pool."""
+    pool = layer.buffer = Pool(layer, memory, seat)
+    layer.slots = pool.slots
     return pool
 
 

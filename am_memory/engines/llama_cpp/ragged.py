@@ -5,6 +5,7 @@ The caches are those of the transformers engine. llama.cpp holds the tokens of o
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -17,9 +18,11 @@ from transformers.cache_utils import Cache
 
 from am_memory.engines.base import Capabilities, OnQuery, SessionCache
 from am_memory.engines.branches import BranchLayer, TextBranches, begin
+from am_memory.engines.llama_cpp.batch_kernel import MOST_CACHES, BatchKernel
 from am_memory.engines.llama_cpp.context import CELLS_STEP, Context
 from am_memory.engines.llama_cpp.model import CellModel
 from am_memory.engines.llama_cpp.own_attention import OnOutput, OwnAttention, in_float32
+from am_memory.engines.llama_cpp.source import Source
 from am_memory.engines.llama_cpp.token_kernel import TokenKernel
 from am_memory.errors import EngineFailed, InvalidInput
 from am_memory.kv_cache.cache import KVCache
@@ -47,17 +50,19 @@ class RaggedReader:
     """Reads tokens into `RaggedCache`s, in any number of threads.
 
     Args:
-        source: owner of the model handle `source.model`.
+        source: owner of the model.
         params: parameters of the contexts; some of them are set here.
         model: the tested model.
     """
 
-    def __init__(self, source: Any, params: Any, model: CellModel) -> None:
+    def __init__(self, source: Source, params: Any, model: CellModel) -> None:
         self._source, self._params, self._model = source, params, model
         window = LayerKind(window=model.window_tokens)
         self._kinds = [FULL_ATTENTION if shape in model.layers else window for shape in model.in_order]
         self._rotations = [shape.rotation.pairs for shape in model.in_order]
         self._idle: list[_Worker] = []
+        self._batch_lock = threading.Lock()
+        self._batch_kernel: BatchKernel | None = None
         self.capabilities = replace(CAPABILITIES, can_refine=not model.windows)
 
     def new_cache(self) -> RaggedCache:
@@ -66,8 +71,7 @@ class RaggedReader:
 
     def read(self, cache: SessionCache, token_ids: Sequence[int], num_logits: int, on_query: OnQuery | None) -> Tensor:
         """Read tokens; see `Engine.forward`. A cache is as it was if anything is raised."""
-        if not isinstance(cache, RaggedCache):
-            raise InvalidInput(f"a {type(cache).__name__} is another engine's cache: make one with new_cache()")
+        cache = _ours(cache)
         state = cache.state()
         with self._worker() as worker:
             try:
@@ -84,6 +88,27 @@ class RaggedReader:
         in_float = [[(key.float(), value.float()) for key, value in entries] for entries in begun]
         step = _SideBySide(self._source, self._params, len(beginnings)).step
         return TextBranches(list(map(in_float32, cache.compactable)), in_float, logits, step)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of logits of a token."""
+        return self._model.decoder.vocab_size
+
+    @property
+    def can_batch(self) -> bool:
+        """Whether several caches can be read in one pass; sliding windows are read one by one."""
+        return not self._model.windows
+
+    def read_batch(
+        self, caches: Sequence[SessionCache], token_ids: Sequence[int], on_query: Sequence[OnQuery | None]
+    ) -> Tensor | None:
+        """Read token i into cache i; see `Batching.forward_batch`. None if there are too many caches."""
+        if len(caches) > MOST_CACHES:
+            return None
+        with self._batch_lock:
+            if self._batch_kernel is None:
+                self._batch_kernel = BatchKernel(self._source, self._params, self._model)
+            return self._batch_kernel.read(list(map(_ours, caches)), token_ids, on_query)
 
     @contextmanager
     def _worker(self) -> Iterator[_Worker]:
@@ -109,10 +134,16 @@ class RaggedReader:
             worker.compare_with(None)
 
 
+def _ours(cache: SessionCache) -> RaggedCache:
+    if not isinstance(cache, RaggedCache):
+        raise InvalidInput(f"a {type(cache).__name__} is another engine's cache: make one with new_cache()")
+    return cache
+
+
 class _Worker:
     """The contexts of one thread: one for passes over several tokens, and one for single tokens."""
 
-    def __init__(self, source: Any, params: Any, model: CellModel) -> None:
+    def __init__(self, source: Source, params: Any, model: CellModel) -> None:
         self._source, self._params = source, params
         self._attention = OwnAttention()
         self._context = self._new_context(BATCH_TOKENS)
@@ -166,7 +197,7 @@ class _Worker:
 class _SideBySide:
     """A context that reads one token of each of several texts."""
 
-    def __init__(self, source: Any, params: Any, num_texts: int) -> None:
+    def __init__(self, source: Source, params: Any, num_texts: int) -> None:
         self._attention = OwnAttention()
         self._context = Context(source, params, self._attention.pointer, num_texts, num_texts)
         self._context.open(iter([CELLS_STEP]))

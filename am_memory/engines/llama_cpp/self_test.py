@@ -128,6 +128,24 @@ def require_ragged(reader: RaggedReader, model: CellModel) -> None:
     decoder.close()
 
 
+def require_batch(reader: RaggedReader) -> None:
+    """Test that caches which read a token each in one pass expect what each expects alone.
+
+    Raises:
+        UnsupportedModel: they do not.
+    """
+    caches = [reader.new_cache(), reader.new_cache()]
+    token_ids = _token_ids(reader.vocab_size)
+    reader.read(caches[0], token_ids, 0, None)
+    caches[0].restore(_without(caches[0]))
+    reader.read(caches[1], token_ids[:LEFT_OUT], 0, None)
+    alone = [reader.read(cache.fork(), [token_id], 1, None) for cache, token_id in zip(caches, token_ids, strict=False)]
+    logits = reader.read_batch(caches, token_ids[:2], [None, None])
+    assert logits is not None
+    error = max(_relative_rms(row, expected[0]) for row, expected in zip(logits, alone, strict=True))
+    _require(error < LOGITS_TOLERANCE, f"logits of several texts in one pass are off by {error:.2g}")
+
+
 def _without(cache: KVCache) -> CacheState:
     """All but the last tokens as slots: in the first head a bias hides one token, which the other heads do not have."""
     new_slots = []

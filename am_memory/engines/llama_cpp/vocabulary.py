@@ -14,6 +14,7 @@ from am_memory.engines.base import Message, Tool
 from am_memory.engines.characters import utf8
 from am_memory.engines.fingerprints import tokenizer_fingerprint
 from am_memory.engines.llama_cpp.library import library
+from am_memory.engines.llama_cpp.source import Source
 from am_memory.engines.templates import render_template
 
 
@@ -21,13 +22,16 @@ class Vocabulary:
     """Encodes text to token ids, and decodes token ids to text.
 
     Args:
-        model: the handle of llama.cpp; it must outlive this object.
+        source: owner of the model.
     """
 
-    def __init__(self, model: Any) -> None:
-        self._lib = library()
-        self._model = model
-        self.handle = self._lib.llama_model_get_vocab(model)
+    def __init__(self, source: Source) -> None:
+        self._lib, self._source = library(), source
+
+    @property
+    def handle(self) -> Any:
+        """llama.cpp's handle of the vocabulary."""
+        return self._lib.llama_model_get_vocab(self._source.model)
 
     def __len__(self) -> int:
         return int(self._lib.llama_vocab_n_tokens(self.handle))
@@ -84,7 +88,7 @@ class Vocabulary:
 
     @cached_property
     def chat_template(self) -> str | None:
-        template = self._lib.llama_model_chat_template(self._model, None)
+        template = self._lib.llama_model_chat_template(self._source.model, None)
         return None if template is None else bytes(template).decode("utf-8", "replace")
 
     def render(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from am_memory import Memory, MemoryPolicy
 from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.llama_cpp.cache import CellCache
+from am_memory.engines.llama_cpp.engine import Heads
 from am_memory.engines.llama_cpp.library import library
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import EngineFailed, InvalidInput, ModelNotFound, UnsupportedModel
@@ -176,6 +180,47 @@ def test_a_llama_of_the_user_is_taken_with_its_settings(tiny_gguf: Path, llama: 
     assert engine.info.fingerprint == llama.info.fingerprint
     users.eval(TOKENS)  # its own context is its own
     assert torch.equal(logits_of(engine), logits_of(llama))
+
+
+@pytest.mark.parametrize("heads", ["ragged", "shared"])
+def test_a_llama_that_the_user_closes_is_not_touched_again(tiny_gguf: Path, heads: Heads) -> None:
+    """llama.cpp read memory that it had freed, and the process died."""
+    users = library().Llama(str(tiny_gguf), n_ctx=64, verbose=False)
+    engine = LlamaCppEngine(users, heads=heads)
+    caches = [engine.new_cache(), engine.new_cache()]
+    for cache in caches:
+        engine.forward(cache, TOKENS)
+        engine.forward(cache, [7])
+    engine.forward_batch(caches, [8, 9], [None, None])
+    branches = engine.branches(caches[0], [[1], [2]])
+    users.close()
+    calls: list[Callable[[], object]] = [
+        lambda: engine.forward(caches[0], [8]),
+        lambda: engine.forward(caches[1], TOKENS),
+        lambda: engine.forward(engine.new_cache(), TOKENS),
+        lambda: engine.encode("owl"),
+        lambda: engine.decode([40]),
+    ]
+    if branches is not None:
+        calls += [
+            lambda: engine.forward_batch(caches, [8, 9], [None, None]),
+            lambda: engine.branches(caches[0], [[1], [2]]),
+            lambda: branches.advance([0, 1], [3, 4]),
+        ]
+    for call in calls:
+        with pytest.raises(EngineFailed, match=r"tiny.gguf was closed.*keep it open"):
+            call()
+    with pytest.raises(InvalidInput, match=r"this Llama of .*tiny.gguf is closed"):
+        LlamaCppEngine(users)
+
+
+def test_a_llama_outlives_its_engine(tiny_gguf: Path) -> None:
+    users = library().Llama(str(tiny_gguf), n_ctx=64, verbose=False)
+    engine = weakref.ref(LlamaCppEngine(users))
+    gc.collect()
+    assert engine() is None
+    users.eval(TOKENS)
+    users.close()
 
 
 def test_a_llama_that_does_not_generate_is_refused(tiny_gguf: Path) -> None:

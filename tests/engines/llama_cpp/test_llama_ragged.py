@@ -22,9 +22,10 @@ from torch import Tensor
 from am_memory import Experiments, Memory, MemoryPolicy, Sampling, Session
 from am_memory.engines.base import Engine
 from am_memory.engines.llama_cpp import LlamaCppEngine
+from am_memory.engines.llama_cpp.graph import LayerNodes
 from am_memory.engines.llama_cpp.library import library
 from am_memory.engines.llama_cpp.pool import Pool
-from am_memory.engines.llama_cpp.token_kernel import _LayerNodes
+from am_memory.engines.llama_cpp.token_kernel import TokenKernel
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import UnsupportedModel
 
@@ -209,6 +210,20 @@ def test_the_kernel_attends_to_all_slots(llama: LlamaCppEngine, fraction: float 
     assert all(isinstance(layer.buffer, Pool) for layer in one_by_one.compactable)
 
 
+def test_the_kernels_masks_and_decoded_slots_are_counted(llama: LlamaCppEngine) -> None:
+    """`kv_bytes` said less than what a session takes while it decodes."""
+    session = Memory(llama, POLICY.with_changes(segment_dtype="int8")).session()
+    session.append(TEXT[:100])
+    session.compact(0.5)
+    cache = cache_of(session)
+    before = cache.nbytes
+    llama.forward(cache, [40])
+    pools = [layer.buffer for layer in cache.compactable if isinstance(layer.buffer, Pool)]
+    assert len(pools) == len(cache.compactable)
+    decoded = sum(2 * 4 * pool.num_slots * pool.key.shape[3] for pool in pools)
+    assert cache.nbytes - before >= decoded + sum(pool.mask.nbytes for pool in pools)
+
+
 def test_sessions_take_turns(llama: LlamaCppEngine) -> None:
     """One graph of llama.cpp serves all caches, with and without slots."""
     caches = [cache_of(compacted(llama)), cache_of(compacted(llama, policy=POLICY.with_changes(keep_ratio=0.5)))]
@@ -234,17 +249,17 @@ def test_an_interrupt_leaves_no_graph_half_changed(tiny_gguf: Path, monkeypatch:
     cache = llama.new_cache()
     llama.forward(cache, [1, 2, 3])
     expected = llama.forward(cache.fork(), [4], num_logits=1)
-    make, calls = _LayerNodes.point_to, []
+    point, calls = TokenKernel._point, []
 
-    def interrupted(nodes: _LayerNodes, pool: Pool, num_tokens: int) -> None:
+    def interrupted(kernel: TokenKernel, nodes: LayerNodes, index: int) -> None:
         calls.append(nodes)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        make(nodes, pool, num_tokens)
+        point(kernel, nodes, index)
 
     (worker,) = llama._reader._idle
-    worker._kernel._make_context()
-    monkeypatch.setattr(_LayerNodes, "point_to", interrupted)
+    worker._kernel._graph._make_context()
+    monkeypatch.setattr(worker._kernel._graph, "_point", partial(interrupted, worker._kernel))
     with pytest.raises(KeyboardInterrupt):
         llama.forward(cache, [4])
     assert (cache.num_tokens, cache.is_whole) == (3, True)
@@ -294,7 +309,7 @@ def test_a_cache_that_is_gone_leaves_no_memory(llama: LlamaCppEngine) -> None:
 
 def test_attention_on_a_gpu_is_found_out(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would be given addresses of host memory."""
-    monkeypatch.setattr("am_memory.engines.llama_cpp.token_kernel.is_in_host_memory", lambda address: False)
+    monkeypatch.setattr("am_memory.engines.llama_cpp.graph.is_in_host_memory", lambda address: False)
     with pytest.raises(UnsupportedModel, match="use heads='shared'"):
         LlamaCppEngine(tiny_gguf)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from am_memory.engines.llama_cpp import LlamaCppEngine
 from am_memory.engines.llama_cpp import library as library_module
 from am_memory.engines.llama_cpp.capture import Attention
+from am_memory.engines.llama_cpp.layout import GGMLTensor
 from am_memory.engines.llama_cpp.library import library
 from am_memory.engines.llama_cpp.state import SequenceState
 from am_memory.errors import UnsupportedModel
@@ -87,13 +89,34 @@ def test_a_table_of_positions_is_refused_before_it_is_read(tmp_path: Path) -> No
         LlamaCppEngine(tmp_path / "gpt2.gguf")
 
 
-def test_another_version_of_the_package_is_refused(
+def test_an_older_version_of_the_package_is_refused(
     fresh_library: None, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.3.99")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.3.9")
     with pytest.raises(
-        UnsupportedModel, match=r"llama-cpp-python is 0\.3\.99, .* pip install llama-cpp-python==0\.3\.36"
+        UnsupportedModel, match=r"llama-cpp-python is 0\.3\.9, .* pip install llama-cpp-python==0\.3\.36"
     ):
+        LlamaCppEngine(tiny_gguf)
+
+
+def test_a_newer_version_is_taken_and_said_to_be_untested(
+    fresh_library: None, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.3.100+cu124")
+    LlamaCppEngine(tiny_gguf)
+    assert "0.3.100+cu124 is newer than 0.3.36" in caplog.text
+
+
+def test_tensors_of_another_layout_are_found_out(
+    fresh_library: None, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writing into them would destroy other memory."""
+
+    class Reordered(ctypes.Structure):
+        _fields_ = tuple(sorted(GGMLTensor._fields_, key=lambda field: field[0] == "data"))
+
+    monkeypatch.setattr("am_memory.engines.llama_cpp.layout.GGMLTensor", Reordered)
+    with pytest.raises(UnsupportedModel, match=r"lays out its tensors in another way \(name, data\)"):
         LlamaCppEngine(tiny_gguf)
 
 
