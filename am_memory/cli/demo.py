@@ -119,9 +119,9 @@ def conclusion(model: str, written: Sequence[Letter], answers: Answers, readers:
         f"\nIn {share:.0%} of the cache's bytes, the memory knows {right[MEMORY]} of {len(facts)} ships; the whole "
         f"cache knows {right[EVERYTHING]}, and the last letters alone {right[TRUNCATED]}.\n\n"
         "Next:\n"
-        "  am-memory compare --text FILE   what is still known of a text of yours, beside other methods\n"
-        f"  am-memory chat --model {chat_model}    a talk without an end; docs/models.md names small models for it\n"
-        "  README.md                       four examples: Python, generate(), LangChain, a server"
+        "  am-memory compare --text FILE   what is still known of a text of yours\n"
+        f"  am-memory chat --model {chat_model}    a talk without an end (docs/models.md)\n"
+        "  README.md                       Python, generate(), LangChain, a server"
     )
 
 

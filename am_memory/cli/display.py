@@ -17,7 +17,6 @@ from am_memory.errors import AMMemoryError
 from am_memory.event_log import logger as events
 from am_memory.events import (
     CompactionFinished,
-    CompactionProgress,
     CompactionReport,
     Event,
     GateMissed,
@@ -26,27 +25,17 @@ from am_memory.events import (
     OriginalsLost,
     OriginUnknown,
     PolicyChanged,
-    ReadProgress,
-    SearchHeadsProgress,
     SessionRebuilt,
     Span,
     WindowExceeded,
 )
 from am_memory.formatting import MEBIBYTE, counted, mebibytes, shortened
+from am_memory.session.progress import step_of
+from am_memory.session.stats import cache_bytes
 
 if TYPE_CHECKING:
     from am_memory.session.session import Session
 
-STAGES = {
-    "read": "  reading what came behind the block",
-    "measure": "  measuring how the model repeats a text (once for each model)",
-    "predict": "  predicting how it would repeat the block",
-    "repeat": "  repeating the block",
-    "self_study": "  generating self-study answers",
-    "summary": "  summarizing the block",
-    "score": "  scoring its keys",
-    "fit": "  fitting its heads",
-}
 BAR_CELLS = 20
 SPAN_CHARS = 60
 """A longer text of a span is shortened in the middle."""
@@ -101,13 +90,9 @@ class EventBars:
         self._progress.update(self._bars[description], completed=done, total=total, visible=done < total)
 
     def __call__(self, event: Event) -> None:
+        if (step := step_of(event)) is not None:
+            self.step(*step)
         match event:
-            case ReadProgress(_, done, total):
-                self.step("reading tokens", done, total)
-            case SearchHeadsProgress(_, done, total):
-                self.step("measuring search heads", done, total)
-            case CompactionProgress(_, stage, done, total):
-                self.step(STAGES[stage], done, total)
             case CompactionFinished(_, report) if self._progress is None:
                 self._console.print(
                     f" [magenta]⟨compacted {report.end - report.start} tokens into {report.num_slots:.0f} slots⟩[/] ",
@@ -186,10 +171,12 @@ def status(session: Session) -> Text:
     trigger_tokens = session.trigger_tokens
     full = min(round(BAR_CELLS * stats.kv_tokens / trigger_tokens), BAR_CELLS)
     times = "1 compaction" if stats.num_compactions == 1 else f"{stats.num_compactions} compactions"
+    held = mebibytes(stats.kv_bytes)
+    if stats.num_compactions:  # before, they differ by spare capacity alone
+        held = f"{stats.kv_bytes / MEBIBYTE:.1f} of {mebibytes(stats.exact_kv_bytes)}"
     return Text.from_markup(
         f"  [cyan]{'█' * full}[/][dim]{'░' * (BAR_CELLS - full)}[/] [cyan]{stats.kv_tokens:.0f}[/]/{trigger_tokens} "
-        f"tokens in the cache[dim], {stats.logical_tokens:,} in all · {stats.kv_bytes / MEBIBYTE:.1f} of "
-        f"{mebibytes(stats.exact_kv_bytes)} · {times}[/]"
+        f"tokens in the cache[dim], {stats.logical_tokens:,} in all · {held} · {times}[/]"
     )
 
 
@@ -199,7 +186,7 @@ def stats_table(session: Session) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_row("tokens of the conversation", f"{stats.logical_tokens:,}")
     table.add_row("tokens in the cache", f"{stats.kv_tokens:,.0f}, {stats.exact_tokens:,} of them exact")
-    table.add_row("bytes of the cache", f"{mebibytes(stats.kv_bytes)}; uncompacted {mebibytes(stats.exact_kv_bytes)}")
+    table.add_row("bytes of the cache", cache_bytes(stats))
     table.add_row("compactions", f"{stats.num_compactions}")
     table.add_row("compact segments", f"{stats.num_segments}")
     if stats.num_refined:

@@ -67,7 +67,7 @@ class Stats:
         )
 
     def __repr__(self) -> str:
-        return f"Stats({self}, {mebibytes(self.kv_bytes)} instead of {mebibytes(self.exact_kv_bytes)})"
+        return f"Stats({self}, {cache_bytes(self)})"
 
     def _repr_html_(self) -> str:
         return html_table("Stats", table_rows(self))
@@ -107,12 +107,18 @@ def _measured(
     )
 
 
+def cache_bytes(stats: Stats) -> str:
+    """The bytes of the cache, and those of an uncompacted one; before a compaction they differ by spare capacity."""
+    held = mebibytes(stats.kv_bytes)
+    return f"{held} instead of {mebibytes(stats.exact_kv_bytes)}" if stats.num_compactions else held
+
+
 def table_rows(stats: Stats) -> dict[str, str]:
     """The size as the rows of a table."""
     rows = {
         "tokens": f"{stats.logical_tokens:,}",
         "slots": f"{stats.kv_tokens:,.0f}, {stats.exact_tokens:,} of them exact",
-        "cache": f"{mebibytes(stats.kv_bytes)} instead of {mebibytes(stats.exact_kv_bytes)}",
+        "cache": cache_bytes(stats),
         "compactions": f"{stats.num_compactions:,}, {counted(stats.num_segments, 'segment')} now",
     }
     if stats.num_refined:

@@ -1,4 +1,4 @@
-"""`/v1/memory/sessions`: list, inspect, compact, fork and delete the conversations of one key, and of no other key."""
+"""`/v1/memory/sessions`: list, inspect, search, recall, compact, fork and delete the conversations of one key alone."""
 
 from __future__ import annotations
 
@@ -12,19 +12,24 @@ from pydantic import BaseModel, Field
 from am_memory.conversations.branch import Branch
 from am_memory.errors import CompactionFailed, InvalidInput
 from am_memory.session.saving import pack, write
+from am_memory.session.session import Session
 from am_memory.session.stats import Stats
 from am_memory_server.access import Owner
 from am_memory_server.bodies import StrictBody
 from am_memory_server.errors import ApiError
 from am_memory_server.jobs import Steps, on_host
 from am_memory_server.json_bodies import JSONRoute
-from am_memory_server.memory_view import CompactionView, MemoryView, memory_view
+from am_memory_server.memory_view import CompactionView, MemoryView, SpanView, memory_view, span_view, text_view
 from am_memory_server.requests import checked_name, thread_of
 from am_memory_server.service import CompactionLog, Service, last_used, report_dict
 
 T = TypeVar("T")
 CALLS = "memory"
 """The name under which these calls take turns with the conversations of their owner."""
+MAX_QUERY_CHARS = 4000
+"""The model reads the whole query of a search."""
+MAX_FOUND = 20
+"""Spans that one search returns at most."""
 
 router = APIRouter(route_class=JSONRoute, prefix="/v1/memory/sessions", tags=["Memory"])
 
@@ -49,6 +54,27 @@ class CompactBody(StrictBody):
     """Compact this `fraction` of the cache without its pinned tokens, oldest first; null: the policy's fraction."""
 
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+
+
+class SpanBody(StrictBody):
+    """The tokens [`start`, `end`) of the conversation."""
+
+    start: Annotated[int, Field(ge=0)]
+    end: Annotated[int, Field(gt=0)]
+
+
+class SearchBody(StrictBody):
+    """Find the compacted tokens that the `query` is about: at most `top` spans, the best first."""
+
+    query: Annotated[str, Field(min_length=1, max_length=MAX_QUERY_CHARS)]
+    top: Annotated[int, Field(ge=1, le=MAX_FOUND)] = 5
+
+
+class Found(BaseModel):
+    """The spans that a search found, the best first."""
+
+    object: Literal["list"] = "list"
+    data: list[SpanView]
 
 
 class ForkBody(StrictBody):
@@ -92,10 +118,25 @@ class Conversations:
             except CompactionFailed as error:
                 raise ApiError(409, str(error), code="nothing_to_compact") from error
         log.write(session)
-        if self.service.memory.store is not None:
-            packed = pack(session)
-            yield from on_host(lambda: self.service.save_or_log(lambda: write(session, packed)))
+        yield from self._save(session)
         return CompactionView.model_validate(report_dict(report))
+
+    def text(self, id: str, span: SpanBody) -> Steps[SpanView]:
+        return text_view((yield from self.newest(id))[0].session, span.start, span.end)
+
+    def search(self, id: str, query: str, top: int) -> Steps[Found]:
+        session = (yield from self.newest(id))[0].session
+        with self.service.listening(lambda _: None):
+            return Found(data=[span_view(found) for found in session.search(query, top)])
+
+    def recall(self, id: str, span: SpanBody) -> Steps[MemoryView]:
+        session = (yield from self.newest(id))[0].session
+        log = CompactionLog(session.name)
+        with self.service.listening(log.on_event):  # exact tokens may be compacted to make room
+            session.recall((span.start, span.end))
+        log.write(session)
+        yield from self._save(session)
+        return (yield from self.view(id))
 
     def fork(self, id: str, new_id: str) -> Steps[MemoryView]:
         thread, new = (thread_of((self.owner, name)) for name in (id, checked_name(new_id, "id")))
@@ -111,10 +152,16 @@ class Conversations:
         return (yield from self.view(new_id))
 
     def delete(self, id: str) -> Deleted:
+        was_there = self.threads.delete(thread_of((self.owner, id)))
         self.service.responses.delete_conversation(self.owner, id)
-        if not self.threads.delete(thread_of((self.owner, id))):
+        if not was_there:
             raise _unknown(id)
         return Deleted(id=id)
+
+    def _save(self, session: Session) -> Steps[None]:
+        if self.service.memory.store is not None:
+            packed = pack(session)
+            yield from on_host(lambda: self.service.save_or_log(lambda: write(session, packed)))
 
     def newest(self, id: str) -> Steps[tuple[Branch, int]]:
         """The branch that was used last, and the number of branches."""
@@ -167,6 +214,24 @@ async def inspect_session(id: str, request: Request, owner: Owner) -> Any:
 async def compact_session(id: str, body: CompactBody, request: Request, owner: Owner) -> Any:
     """Compact now, whatever the size of the cache."""
     return await run(request, owner, lambda service: Conversations(service, owner).compact(id, body.fraction))
+
+
+@router.post("/{id:path}/text", response_model=SpanView)
+async def show_text(id: str, body: SpanBody, request: Request, owner: Owner) -> Any:
+    """Show the text of some tokens. A longer span ends earlier: `end` says where."""
+    return await run(request, owner, lambda service: Conversations(service, owner).text(id, body))
+
+
+@router.post("/{id:path}/search", response_model=Found)
+async def search_session(id: str, body: SearchBody, request: Request, owner: Owner) -> Any:
+    """Find compacted tokens by the model's own attention, and by rare words. Nothing is added to the conversation."""
+    return await run(request, owner, lambda service: Conversations(service, owner).search(id, body.query, body.top))
+
+
+@router.post("/{id:path}/recall", response_model=MemoryView)
+async def recall_span(id: str, body: SpanBody, request: Request, owner: Owner) -> Any:
+    """Make compacted tokens exact again, until others need their room. A span must fit below the trigger."""
+    return await run(request, owner, lambda service: Conversations(service, owner).recall(id, body))
 
 
 @router.post("/{id:path}/fork", response_model=MemoryView, status_code=201)

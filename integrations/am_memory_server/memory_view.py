@@ -9,6 +9,8 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from am_memory.compaction.record import CompactionRecord
+from am_memory.errors import InvalidInput
+from am_memory.events import Span
 from am_memory.kv_cache.layers import LayerState, RecurrentState, TailState
 from am_memory.session.mounts import Mount
 from am_memory.session.saving import snapshot
@@ -19,6 +21,8 @@ from am_memory_server.service import compaction_reports
 
 PREVIEW_TOKENS = 40
 """Tokens at each end of a segment that a view shows as text."""
+MAX_TEXT_TOKENS = 4096
+"""Tokens that one request for a text gets at most."""
 
 
 class SegmentView(BaseModel):
@@ -64,6 +68,21 @@ class PageView(BaseModel):
 
     start: int
     end: int
+
+
+class SpanView(BaseModel):
+    """The tokens [start, end) of the conversation, or of a mounted text, and their text.
+
+    Attributes:
+        score: of a search: how much more attention they get than usual, in nats.
+        mount: the id of the mounted text; null: they are of the conversation.
+    """
+
+    start: int
+    end: int
+    text: str
+    score: float | None = None
+    mount: str | None = None
 
 
 class MountView(BaseModel):
@@ -158,6 +177,27 @@ def segments(saved: SavedSession) -> list[SegmentView]:
     return views
 
 
+def text_view(session: Session, start: int, end: int) -> SpanView:
+    """The text of the tokens [start, end), or of the first `MAX_TEXT_TOKENS` of them.
+
+    Raises:
+        InvalidInput: the span is empty, or not within the conversation.
+    """
+    if not 0 <= start < end <= len(session.tokens):
+        raise InvalidInput(
+            f"there is no text between tokens {start} and {end}: give a span within the {len(session.tokens)} tokens "
+            "of the conversation"
+        )
+    end = min(end, start + MAX_TEXT_TOKENS)
+    return SpanView(start=start, end=end, text=session.engine.decode(session.tokens[start:end], skip_special=True))
+
+
+def span_view(span: Span) -> SpanView:
+    """A result of a search."""
+    mount = None if span.mount is None else _id_of(span.mount)
+    return SpanView(start=span.start, end=span.end, text=span.text, score=span.score, mount=mount)
+
+
 def _preview(session: Session, part: SegmentView) -> str:
     """The first and the last words of a segment: no more of its tokens are decoded, however long it is."""
     tokens = session.tokens[part.start : part.end]
@@ -179,12 +219,17 @@ def recalled_pages(session: Session) -> list[PageView]:
 def _mount(mount: Mount) -> MountView:
     about = mount.text
     return MountView(
-        id=about.name.partition("/")[2],  # behind the owner
+        id=_id_of(about.name),
         num_tokens=about.num_tokens,
         num_slots=round(about.num_slots, 2),
         num_bytes=about.num_bytes,
         at_tokens=mount.at_tokens,
     )
+
+
+def _id_of(name: str) -> str:
+    """The id of a compact text: its name without the owner."""
+    return name.partition("/")[2]
 
 
 def _num_cuts(records: tuple[CompactionRecord, ...], start: int) -> int:

@@ -60,11 +60,14 @@ class _Run:
         self.conversation = checked_name(name, "conversation") if name else conversation_of(self.chat, headers)
         self.answer = ResponsesAnswer(body, service.settings.model_name)
 
+        self.asked = chat_request(service, self.chat, (owner, self.conversation))
+        self.call = service.threads.register_call(self.asked.thread)
+
     def updates(self) -> AsyncGenerator[object, None]:
         service, key = self.service, (self.owner, self.conversation)
-        asked = chat_request(service, self.chat, key)
-        call = service.threads.register_call(asked.thread)
-        return service.scheduler.stream(key, chat_job(service, key), lambda: ChatAnswer(service.threads, asked, call))
+        return service.scheduler.stream(
+            key, chat_job(service, key), lambda: ChatAnswer(service.threads, self.asked, self.call)
+        )
 
     async def events(self, updates: AsyncGenerator[object, None]) -> AsyncGenerator[Event, None]:
         """The events of the whole response; the last one has the response."""
@@ -87,6 +90,8 @@ class _Run:
             new = Exchange([*self.body.messages, update.answer.message])
             kept = KeptResponse(self.conversation, (*self.earlier, new), response)
             self.service.responses.keep(self.owner, kept)
+            if self.call.is_deleted:  # the conversation, while it was answered
+                self.service.responses.delete(self.owner, response["id"])
         return events
 
     def written(self, event: Event) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from am_memory_server.bodies import Body, Part, few_names, without_nulls
-from am_memory_server.message_schemas import FiniteSchema, Text
+from am_memory_server.message_schemas import FiniteSchema, JSONSchema, Text
 from am_memory_server.request_schemas import (
     MAX_MOUNTS,
     PLAIN_WORD,
@@ -85,26 +85,22 @@ class NamedFunctionTool(Part):
     name: str
 
 
-class TextFormat(Body):
-    """The format of the answer: text, any JSON object, or JSON that follows a schema."""
+class TextFormat(JSONSchema):
+    """The `ResponseFormat` of chat completions, with the fields of its schema beside its type."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
-    name: str = "answer"
-    description: str | None = None
-    schema_: Annotated[FiniteSchema | None, Field(alias="schema")] = None
-    strict: bool | None = None
 
     @model_validator(mode="after")
     def _has_schema(self) -> TextFormat:
-        if self.type == "json_schema" and self.schema_ is None:
+        if self.type == "json_schema" and "schema_" not in self.model_fields_set:
             raise ValueError("type json_schema needs a schema")
         return self
 
     def as_chat_format(self) -> dict[str, Any]:
         """The format as chat completions have it."""
-        if self.schema_ is None:
+        if self.type != "json_schema":
             return {"type": self.type}
-        return {"type": self.type, "json_schema": {"name": self.name, "schema": self.schema_, "strict": self.strict}}
+        return {"type": self.type, "json_schema": self.model_dump(exclude={"type"}, by_alias=True)}
 
 
 class TextOptions(Body):

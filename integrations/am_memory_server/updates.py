@@ -8,7 +8,7 @@ from typing import Any
 
 from am_memory.conversations.chat import PromptProgress
 from am_memory.conversations.chat_answer import ChatAnswer
-from am_memory.events import CompactionFinished, CompactionStarted, Event, SessionRebuilt, Span
+from am_memory.events import CompactionFinished, CompactionProgress, CompactionStarted, Event, SessionRebuilt, Span
 from am_memory.session.session import Session
 from am_memory.session.stats import Stats
 from am_memory_server.memory_view import memory_view, recalled_pages
@@ -40,6 +40,8 @@ def event_update(event: Event) -> MemoryUpdate | None:
     match event:
         case CompactionStarted(_, start, end):
             return MemoryUpdate({"event": "compacting", "start": start, "end": end})
+        case CompactionProgress(_, stage, done, total):
+            return MemoryUpdate({"event": "compaction_progress", "stage": stage, "done": done, "total": total})
         case CompactionFinished(_, report):
             return MemoryUpdate({"event": "compacted", "report": report_dict(report)})
         case SessionRebuilt(_, num_tokens, reason):

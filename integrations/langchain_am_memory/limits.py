@@ -28,18 +28,17 @@ def with_limits(policy: MemoryPolicy, *, trigger: Limit | None, keep: Limit | No
 def _tokens_or_share(name: str, limit: Limit) -> int | float:
     """A whole number of tokens, or a float, which is a share."""
     match limit:
-        case ("messages", size):
+        case ("messages", int(size)):
             raise InvalidPolicy(
                 f'{name}=("messages", {size}): a cache is measured in tokens, and one message may be longer than all '
-                f'of it: give {name}=("tokens", {100 * int(size):,}) at some 100 tokens a message, or '
-                '("fraction", a share)'
+                f'of it: give {name}=("tokens", {100 * size:,}) at some 100 tokens a message, or ("fraction", a share)'
             )
-        case bool():
+        case bool() | (_, bool()):
             pass
-        case int(size) | ("tokens", size):
-            return int(size)
-        case float(size) | ("fraction", size):
-            return float(size)
+        case int(size) | ("tokens", int(size)):
+            return size
+        case float(share) | ("fraction", int(share) | float(share)):
+            return float(share)
     raise InvalidPolicy(f'{name}={limit!r}: give a number of tokens, ("tokens", a number) or ("fraction", a share)')
 
 

@@ -12,7 +12,9 @@ from policies import plain_policy
 from am_memory import Memory, ProgressBars, Session
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import UnsupportedOperation
+from am_memory.events import CompactionProgress, ReadProgress
 from am_memory.session.picture import held_by
+from am_memory.session.progress import STAGES, step_of
 
 
 @pytest.fixture
@@ -58,5 +60,21 @@ def test_bars_show_reading_and_compacting_and_go_away(
     Memory(engine, policy, on_event=bars).session("owl").append(some_tokens(300))
     shown = capsys.readouterr().err
     assert "reading" in shown
-    assert "compacting: fit" in shown
+    assert "compacting: fitting its heads" in shown
     assert not bars._bars
+
+
+def test_the_bar_of_a_failed_compaction_goes_away_when_the_next_work_begins(capsys: pytest.CaptureFixture[str]) -> None:
+    """It stayed for ever."""
+    bars = ProgressBars()
+    bars(ReadProgress("owl", 10, 100))
+    bars(CompactionProgress("owl", "fit", 1, 3))
+    assert len(bars._bars) == 2
+    bars(ReadProgress("owl", 100, 100))
+    assert not bars._bars
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_has_a_name(stage: str) -> None:
+    assert stage in str(CompactionProgress.__doc__)
+    assert step_of(CompactionProgress("owl", stage, 1, 3)) == (f"compacting: {STAGES[stage]}", 1, 3)

@@ -1,10 +1,15 @@
 // One answer while it is streamed: its text, its reasoning, and what the memory does meanwhile.
 
 const SAVE_EVERY_MS = 2000;
+const STAGES = {
+  measure: "measuring how the model repeats a text, once", predict: "predicting how it repeats the block", repeat: "repeating the block",
+  self_study: "asking itself about the block", summary: "summarizing the block", score: "scoring its keys", fit: "fitting its heads",
+};
 const number = (value) => value.toLocaleString("en");
 
 export class Answering {
   #stopping = new AbortController();
+  #compacting = "";
 
   /** @param parts the page's `api`, `chat` and `memory`, `save(conversation)`, and `say(text)` for screen readers. */
   constructor(parts) {
@@ -73,8 +78,12 @@ export class Answering {
         else tell("answering", false);
         break;
       case "compacting":
-        tell(`compacting ${number(update.start)}–${number(update.end)}`, true);
+        this.#compacting = `compacting ${number(update.start)}–${number(update.end)}`;
+        tell(this.#compacting, true);
         this.say("Compacting the oldest part of the memory.");
+        break;
+      case "compaction_progress":
+        tell(`${this.#compacting}: ${STAGES[update.stage] ?? update.stage}, ${Math.round((100 * update.done) / update.total)} %`, true);
         break;
       case "compacted":
         tell("answering", false);

@@ -43,7 +43,26 @@ export class Api {
   }
 
   async compact(id) {
-    return (await this.request(`/v1/memory/sessions/${encodeURIComponent(id)}/compact`, { method: "POST", body: "{}" })).json();
+    return this.#ask(id, "compact", {});
+  }
+
+  /** The text of the tokens [start, end); of a long span, how it begins. */
+  async text(id, { start, end }) {
+    return this.#ask(id, "text", { start, end });
+  }
+
+  /** The compacted spans that a query is about, the best first. */
+  async search(id, query) {
+    return (await this.#ask(id, "search", { query })).data;
+  }
+
+  /** Make the tokens [start, end) exact again; returns the memory. */
+  async recall(id, { start, end }) {
+    return this.#ask(id, "recall", { start, end });
+  }
+
+  async #ask(id, what, body) {
+    return (await this.request(`/v1/memory/sessions/${encodeURIComponent(id)}/${what}`, { method: "POST", body: JSON.stringify(body) })).json();
   }
 
   /** Give a copy of the conversation its own name. A conversation that the server does not know needs no copy. */

@@ -5,6 +5,7 @@ import { Api } from "./api.js";
 import { asMarkdown, exported, imported } from "./archive.js";
 import { ChatView } from "./chat.js";
 import { Composer } from "./composer.js";
+import { Looking } from "./looking.js";
 import { MemoryView } from "./memory.js";
 import { Sidebar } from "./sidebar.js";
 import { ConversationStore, loadSettings, saveDraft, saveSettings } from "./store.js";
@@ -14,10 +15,11 @@ const byId = (id) => document.getElementById(id);
 const STARTERS = ["Tell me a long story about a lighthouse", "Explain how a bicycle stays upright", "Plan a week of simple dinners"];
 const MAX_TITLE = 60, NEW = "new";
 
-const api = new Api(), memory = new MemoryView(), store = await new ConversationStore().open();
+const api = new Api(), memory = new MemoryView({ choose: (part) => looking.open(part) }), store = await new ConversationStore().open();
 const settings = loadSettings();
 const chat = new ChatView({ copy, retry, fork, edit, choose, continue: goOn });
 const composer = new Composer({ send, fail: (text) => chat.fail(text) });
+const looking = new Looking({ api, id: () => current.id, isBusy: () => running, messages: () => tree.path(current), goTo, recalled });
 const sidebar = new Sidebar({ open, forget });
 let conversations = await store.all();
 let current = null, running = null, model = "";
@@ -33,6 +35,7 @@ async function open(conversation) {
   settings.current = conversation.id;
   saveSettings(settings);
   show();
+  looking.clear();
   composer.open(draftName());
   document.querySelector(".app").classList.remove("show-side");
   veil();
@@ -71,7 +74,7 @@ async function keep(conversation) {
   conversation.updated = Date.now();
   if (!conversations.includes(conversation)) conversations.unshift(conversation);
   conversations.sort((one, other) => other.updated - one.updated);
-  await store.put(conversation);
+  await store.put(conversation).catch((error) => chat.fail(`This conversation is not kept. ${error.message}`));
 }
 
 /** Show the server's memory of the current conversation. */
@@ -124,11 +127,11 @@ async function stream(message, node, asked) {
   writing(node, true);
   await keep(conversation);
   const failed = await running.run(conversation, message, node, tree.requestBody(conversation, asked), isShown);
-  running = null;
-  writing(node, false);
   const isNothing = !message.content && !message.reasoning && (failed || message.note === "stopped");
   if (isNothing) tree.remove(conversation, message);
   await keep(conversation);
+  running = null;
+  writing(node, false);
   if (isShown()) {
     memory.say("");
     if (isNothing) show();
@@ -202,12 +205,25 @@ async function importFile() {
   byId("settings").close();
   try {
     const found = imported(await file.text(), newId);
-    for (const conversation of found) await store.put(conversation);
+    await store.put(...found);
     conversations = await store.all();
     await open(conversations.find(({ id }) => id === found[0]?.id) ?? current);
   } catch (error) {
-    chat.fail(error.message);
+    chat.fail(`Nothing was imported. ${error.message}`);
   }
+}
+
+// The memory
+
+/** Show a message that a search found; a drawer that covers it closes. */
+function goTo(place) {
+  byId("veil").click();
+  chat.goTo(place);
+}
+
+/** Show the memory after a recall, unless another conversation was opened meanwhile. */
+function recalled(id, found) {
+  if (current.id === id && !running) memory.show(found);
 }
 
 // The layout

@@ -1,14 +1,17 @@
 // Markdown to DOM nodes. Text becomes text nodes only, so that no model output can become markup or run.
+//
+// Every pattern takes a time that is proportional to the text, also where a mark is opened ten thousand times and never
+// closed: what lies between two marks contains no other opening one.
 
 const SAFE_LINK = /^(https?:|mailto:)/i;
-const INLINE = /(`+)([\s\S]*?[^`])\1(?!`)|\*\*([^*]+?)\*\*|__([^_]+?)__|~~([^~]+?)~~|\*([^*\s][^*]*?)\*|(?<![\w_])_([^_\s][^_]*?)_(?![\w_])|\[([^\]]+)\]\(([^()\s]+(?:\([^()\s]*\))?)\)|(https?:\/\/[^\s<>()]+[^\s<>().,;:!?'"])/;
+const INLINE = /(?<!`)(`+)(?!`)([\s\S]*?[^`])\1(?!`)|\*\*([^*]+?)\*\*|__([^_]+?)__|~~([^~]+?)~~|\*([^*\s][^*]*?)\*|(?<![\w_])_([^_\s][^_]*?)_(?![\w_])|\[([^[\]]+)\]\(([^()\s]+(?:\([^()\s]*\))?)\)|(https?:\/\/[^\s<>()]+[^\s<>().,;:!?'"])/;
 const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([\w+#.-]*)/;
 const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
 const TASK = /^\[([ xX])\]\s+/;
-const FORMULA = /\$\$([\s\S]+?)\$\$|\\\[([\s\S]+?)\\\]|\\\(([\s\S]+?)\\\)|(?<![\w$])\$(?![\s\d])([^$\n]*[^$\s\\])\$(?![\w$])/;
+const FORMULA = /\$\$([\s\S]+?)\$\$|\\\[((?:(?!\\\[)[\s\S])+?)\\\]|\\\(((?:(?!\\\()[\s\S])+?)\\\)|(?<![\w$])\$(?![\s\d])([^$\n]*[^$\s\\])\$(?![\w$])/;
 const TICKS = /`/;
 const RULE = /^ {0,3}([-*_])( *\1){2,} *$/;
-const TABLE_RULE = /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/;
+const COLUMN_RULE = /^:?-+:?$/;
 
 /** Markdown as a fragment of nodes. */
 export function render(text) {
@@ -28,16 +31,21 @@ function blocks(lines, parent, depth) {
   let i = 0;
   while (i < lines.length) {
     const line = lines[i];
-    const fence = FENCE.exec(line), heading = /^(#{1,6})\s+(.*?)\s*#*$/.exec(line);
+    const fence = FENCE.exec(line), heading = /^(#{1,6})\s/.exec(line);
     if (!line.trim()) i += 1;
     else if (fence) i = codeBlock(lines, i, fence, parent);
-    else if (heading) { inline(heading[2], element(`h${Math.min(heading[1].length, 4)}`, parent)); i += 1; }
+    else if (heading) { inline(headingText(line, heading[1].length), element(`h${Math.min(heading[1].length, 4)}`, parent)); i += 1; }
     else if (RULE.test(line)) { element("hr", parent); i += 1; }
     else if (/^ {0,3}>/.test(line) && depth < 8) i = quote(lines, i, parent, depth);
     else if (ITEM.test(line) && depth < 8) i = list(lines, i, parent, depth);
-    else if (line.includes("|") && TABLE_RULE.test(lines[i + 1] ?? "") && lines[i + 1].includes("-")) i = table(lines, i, parent);
+    else if (line.includes("|") && cells(lines[i + 1] ?? "").every((cell) => COLUMN_RULE.test(cell))) i = table(lines, i, parent);
     else i = paragraph(lines, i, parent, depth);
   }
+}
+
+/** A heading without its marks; those at its end stand behind a space. */
+function headingText(line, level) {
+  return line.slice(level).trim().replace(/(^|\s)#+$/, "").trim();
 }
 
 function codeBlock(lines, start, fence, parent) {
@@ -112,8 +120,12 @@ function tight(lines, item, depth) {
   blocks(lines.slice(end), item, depth + 1);
 }
 
+/** The cells of a row of a table. */
+function cells(line) {
+  return line.trim().replace(/^\||\|$/g, "").split("|").map((cell) => cell.trim());
+}
+
 function table(lines, start, parent) {
-  const cells = (line) => line.trim().replace(/^\||\|$/g, "").split("|").map((cell) => cell.trim());
   const box = element("div", parent), made = element("table", box);
   box.className = "table";
   const head = element("tr", element("thead", made));
@@ -174,7 +186,7 @@ function link(target, label, parent) {
 
 /** Plain text; two spaces or a backslash at the end of a line are a line break. */
 function words(text, parent) {
-  text.split(/(?: {2,}|\\)\n/).forEach((part, number) => {
+  text.split(/(?<! ) {2,}\n|\\\n/).forEach((part, number) => {
     if (number) element("br", parent);
     parent.append(part.replace(/\\([\\`*_{}[\]()#+.!|~>-])/g, "$1"));
   });

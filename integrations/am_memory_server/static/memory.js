@@ -13,6 +13,11 @@ const EMPTY = {
 export class MemoryView {
   #memory = EMPTY;
 
+  /** @param actions `choose(part)`: a segment was clicked. */
+  constructor(actions) {
+    this.actions = actions;
+  }
+
   /** Show the whole memory of a conversation; null: an empty one. */
   show(memory) {
     this.#memory = memory ?? { ...EMPTY, trigger_tokens: this.#memory.trigger_tokens };
@@ -75,10 +80,10 @@ export class MemoryView {
       if (!item) {
         item = document.createElement("li");
         telling(item, "strip", () => item.title);
-        item.append(document.createElement("i"), Object.assign(document.createElement("span"), { className: "cuts" }), Object.assign(document.createElement("span"), { className: "sr" }));
+        item.append(document.createElement("i"), Object.assign(document.createElement("span"), { className: "cuts" }), Object.assign(document.createElement("button"), { className: "choose" }));
         strip.append(item);
       }
-      const [fill, cuts, label] = item.children, tokens = part.end - part.start, share = part.slots / tokens;
+      const [fill, cuts, button] = item.children, tokens = part.end - part.start, share = part.slots / tokens;
       const kept = part.kind === "compacted" ? `compacted to ${part.slots.toFixed(1)} slots a head, ${percent(share)}` : part.kind;
       const pages = part.kind === "compacted" ? this.#memory.recalled.filter((page) => part.start <= page.start && page.end <= part.end) : [];
       const back = pages.map((page) => `${count(page.start)} to ${count(page.end)}`).join(", ");
@@ -86,7 +91,8 @@ export class MemoryView {
       const text = `tokens ${count(part.start)} to ${count(part.end)}: ${kept}${part.num_cuts ? `, cut ${part.num_cuts} times` : ""}${part.is_refined ? ", refined" : ""}${back ? `; exact for now: ${back}` : ""}${said}`;
       item.className = part.kind;
       item.style.flexGrow = tokens;
-      item.title = label.textContent = text;
+      item.title = button.ariaLabel = text;
+      button.onclick = () => this.actions.choose(part);
       fill.style.height = `${Math.max(100 * share, 4)}%`;
       item.querySelectorAll(".page").forEach((page) => page.remove());
       item.append(...pages.map((page) => {

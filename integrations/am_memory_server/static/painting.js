@@ -3,11 +3,13 @@
 // Nothing that a library returns becomes markup of the page: of highlighted code, only texts and the names of colours
 // are taken, and KaTeX builds its nodes itself and trusts no command.
 
+const MAX_CODE = 50_000, MAX_FORMULA = 2_000, MAX_FORMULAS = 500;  // what is longer stays plain text: it would block the page
 const COLOUR = /^hljs-[\w-]+$/;
 
 /** Paint the code and the formulas of a message that is complete. */
 export async function paint(body) {
-  const codes = [...body.querySelectorAll("code[data-language]")], formulas = [...body.querySelectorAll(".formula")];
+  const codes = [...body.querySelectorAll("code[data-language]")].filter((code) => code.textContent.length <= MAX_CODE);
+  const formulas = [...body.querySelectorAll(".formula")].filter((one) => one.textContent.length <= MAX_FORMULA).slice(0, MAX_FORMULAS);
   if (codes.length) {
     const { default: library } = await import("./vendor/highlight/highlight.min.js");
     codes.filter((code) => library.getLanguage(code.dataset.language)).forEach((code) => {

@@ -2,6 +2,13 @@
 
 const STORE = "conversations";
 
+/** The browser keeps no more: its room for this page is used up. */
+export class NoRoom extends Error {
+  constructor() {
+    super("The browser has no room left for this page: export conversations, delete some, and try again.");
+  }
+}
+
 function finished(request) {
   return new Promise((resolve, reject) => {
     request.onsuccess = () => resolve(request.result);
@@ -38,15 +45,26 @@ export class ConversationStore {
     return found.sort((one, other) => other.updated - one.updated);
   }
 
-  async put(conversation) {
-    const copy = structuredClone(conversation);
-    if (this.#database) await finished(this.#store("readwrite").put(copy));
-    else this.#fallback.set(copy.id, copy);
+  /** Keep conversations: all of them, or none if one does not fit. */
+  async put(...conversations) {
+    const copies = structuredClone(conversations);
+    if (!this.#database) copies.forEach((copy) => this.#fallback.set(copy.id, copy));
+    else await this.#written((store) => copies.forEach((copy) => store.put(copy)));
   }
 
   async remove(id) {
-    if (this.#database) await finished(this.#store("readwrite").delete(id));
-    else this.#fallback.delete(id);
+    if (!this.#database) this.#fallback.delete(id);
+    else await this.#written((store) => store.delete(id));
+  }
+
+  /** Make changes in one transaction; it may fail after each of them has succeeded. */
+  #written(change) {
+    const store = this.#store("readwrite"), { transaction } = store;
+    return new Promise((resolve, reject) => {
+      transaction.oncomplete = () => resolve();
+      transaction.onabort = () => reject(transaction.error?.name === "QuotaExceededError" ? new NoRoom() : new Error("The browser did not keep it."));
+      change(store);
+    });
   }
 }
 

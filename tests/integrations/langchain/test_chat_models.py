@@ -15,6 +15,7 @@ from langchain.agents.middleware import wrap_model_call
 from langchain.chat_models import base
 from langchain_am_memory import ChatAMMemory, register_provider
 from langchain_am_memory.call_options import openai_tools
+from langchain_am_memory.limits import with_limits
 from langchain_am_memory.messages import to_openai
 from langchain_core.chat_history import InMemoryChatMessageHistory
 from langchain_core.exceptions import ContextOverflowError, OutputParserException
@@ -681,6 +682,26 @@ def test_stops_are_those_of_the_call_then_of_model_kwargs_then_of_the_model(new_
 def test_a_limit_of_another_kind_is_refused() -> None:
     with pytest.raises(InvalidPolicy, match=r'keep=\("messages", 20\): .* give keep=\("tokens", 2,000\)'):
         ChatAMMemory(model="demo", keep=("messages", 20))
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [
+        ("tokens", "many"),
+        ("tokens", 20.5),
+        ("tokens", True),
+        ("messages", "many"),
+        ("fraction", "half"),
+        ("tokens",),
+        "8",
+    ],
+)
+def test_a_limit_that_is_no_number_is_refused_in_our_words(limit: Any) -> None:
+    """`int` and `float` raised errors of their own, and cut ("tokens", 20.5) to 20."""
+    with pytest.raises(InvalidPolicy, match=r"give a number of tokens"):
+        with_limits(MemoryPolicy(), trigger=limit, keep=None)
+    with pytest.raises(InvalidPolicy, match=r"give a number of tokens"):
+        with_limits(MemoryPolicy(), trigger=2048, keep=limit)
 
 
 def test_every_setting_of_sampling_is_a_field_and_reaches_the_call(new_model: NewModel) -> None:

@@ -272,3 +272,57 @@ def test_an_unreadable_session_is_listed_and_can_be_deleted(new_server: NewServe
         assert http.delete(f"{SESSIONS}/tea").status_code == 200
         assert http.get(SESSIONS).json()["data"] == []
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_the_text_of_a_segment_is_shown_up_to_a_bound(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    say(http, LONG)
+    part = http.get(f"{SESSIONS}/tea").json()["segments"][2]
+    shown = http.post(f"{SESSIONS}/tea/text", json={"start": part["start"], "end": part["end"]}).json()
+    assert (shown["start"], shown["end"]) == (part["start"], part["end"])
+    assert shown["text"] in LONG
+    monkeypatch.setattr("am_memory_server.memory_view.MAX_TEXT_TOKENS", 10)
+    shown = http.post(f"{SESSIONS}/tea/text", json={"start": part["start"], "end": part["end"]}).json()
+    assert shown["end"] == part["start"] + 10
+    for span in ({"start": 5, "end": 5}, {"start": 0, "end": 10**9}):
+        assert "give a span within" in http.post(f"{SESSIONS}/tea/text", json=span).json()["error"]["message"]
+    assert http.post(f"{SESSIONS}/tea/text", json={"start": -1, "end": 5}).status_code == 400
+    assert http.post(f"{SESSIONS}/coffee/text", json={"start": 0, "end": 5}).status_code == 404
+
+
+def test_a_search_finds_compacted_tokens_and_a_recall_makes_them_exact(new_server: NewServer, tmp_path: Path) -> None:
+    """They are still exact when another server resumes the conversation. Another key sees nothing of it."""
+    keys = ["mine-mine", "yours-yours"]
+    with new_server(store=tmp_path, api_keys=keys) as server, server.http("mine-mine") as http:
+        say(http, LONG)
+        tokens = http.get(f"{SESSIONS}/tea").json()["stats"]["logical_tokens"]
+        found = http.post(f"{SESSIONS}/tea/search", json={"query": "the cache", "top": 2}).json()["data"]
+        assert 0 < len(found) <= 2
+        assert found[0]["text"]
+        assert found[0]["score"] >= found[-1]["score"]
+        start = found[0]["start"]
+        view = http.post(f"{SESSIONS}/tea/recall", json={"start": start, "end": start + 9}).json()
+        assert any(page["start"] <= start and page["end"] >= start + 9 for page in view["recalled"])
+        assert view["stats"]["logical_tokens"] == tokens
+        assert view["stats"]["kv_tokens"] <= POLICY.trigger_tokens
+        with server.http("yours-yours") as other:
+            assert other.post(f"{SESSIONS}/tea/recall", json={"start": 5, "end": 9}).status_code == 404
+            assert other.post(f"{SESSIONS}/tea/search", json={"query": "the cache"}).status_code == 404
+    with new_server(store=tmp_path, api_keys=keys) as server, server.http("mine-mine") as http:
+        assert http.get(f"{SESSIONS}/tea").json()["recalled"] == view["recalled"]
+
+
+def test_a_recall_that_cannot_fit_says_so_and_changes_nothing(http: httpx.Client) -> None:
+    say(http, LONG)
+    before = http.get(f"{SESSIONS}/tea").json()
+    refused = http.post(f"{SESSIONS}/tea/recall", json={"start": 3, "end": before["stats"]["logical_tokens"] - 1})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["code"] == "context_length_exceeded"
+    assert http.get(f"{SESSIONS}/tea").json()["recalled"] == before["recalled"]
+    assert http.post(f"{SESSIONS}/tea/search", json={"query": "x" * 5000}).status_code == 400
+
+
+def test_a_stream_says_how_far_a_compaction_is(http: httpx.Client) -> None:
+    shown = say(http, LONG, stream=True, stream_options={"include_memory": True}).text
+    steps = re.findall(r'"event":"compaction_progress","stage":"fit","done":(\d+),"total":(\d+)', shown)
+    assert steps[-1][0] == steps[-1][1]
+    assert 0 < len(steps) <= 3 * shown.count('"event":"compacted"')

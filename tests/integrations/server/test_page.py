@@ -3,117 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
-from typing import Any
 
 import pytest
 from am_memory_server.access import ANONYMOUS
 from am_memory_server.requests import text_of
-from serving import NewServer, Server, until
+from browsing import LONG, NEEDS_BROWSER, Page
+from serving import until
 
 from am_memory.conversations.chat_answer import ChatAnswer, Delta
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="there is no Chromium with its driver on this machine"),
-]
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --window-size=1400,900"
-)
-LONG = "a message which is long enough that some of them fill the cache of this very small model. "
-
-
-class Page:
-    """What a person does with the page."""
-
-    def __init__(self, browser: Any, server: Server) -> None:
-        self.browser, self.server = browser, server
-        browser.get(server.url)
-        until(lambda: self.text("#model") == "tiny")
-
-    def all(self, selector: str) -> list[Any]:
-        return list(self.browser.find_elements("css selector", selector))
-
-    def text(self, selector: str) -> str:
-        return str(self.browser.execute_script("return document.querySelector(arguments[0])?.textContent", selector))
-
-    def number(self, selector: str) -> int:
-        return int(self.text(selector).replace(",", ""))
-
-    def click(self, selector: str) -> None:
-        self.browser.find_element("css selector", selector).click()
-
-    def point_at(self, item: Any) -> None:
-        from selenium.webdriver import ActionChains
-
-        ActionChains(self.browser).move_to_element(item).perform()
-
-    def is_writing(self) -> bool:
-        return bool(self.browser.execute_script("return document.querySelector('#send').hidden"))
-
-    def type(self, text: str) -> None:
-        """Paste a text: the driver would type it letter by letter."""
-        paste = "const box = document.querySelector('#input'); box.value = arguments[0]; box.focus()"
-        self.browser.execute_script(paste, text)
-        self.browser.find_element("css selector", "#input").send_keys("\n")
-        until(lambda: self.is_writing() or self.all(".message.assistant"))
-
-    def say(self, text: str) -> None:
-        """Ask, and wait for the whole answer."""
-        count = len(self.all(".message.assistant"))
-        self.type(text)
-        until(lambda: len(self.all(".message.assistant")) > count and not self.is_writing())
-
-    def set_longest_answer(self, num_tokens: int) -> None:
-        self.click("#open-settings")
-        field = self.browser.find_element("css selector", "#set-max")
-        field.clear()
-        field.send_keys(str(num_tokens))
-        self.click("#settings .primary")
-        kept = f'"maxTokens":"{num_tokens}"'
-        until(lambda: kept in self.browser.execute_script("return localStorage.getItem('am-memory.settings')"))
-
-    def reload(self) -> None:
-        self.browser.refresh()
-        until(lambda: self.text("#model") == "tiny")
-
-    def messages(self) -> list[str]:
-        found: list[str] = self.browser.execute_script(
-            "return [...document.querySelectorAll('.message .body')].map(body => body.textContent)"
-        )
-        return found
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield browser
-    browser.quit()
-
-
-@pytest.fixture
-def page(browser: Any, new_server: NewServer, tmp_path: Path) -> Iterator[Page]:
-    """The page on a server of its own, so an origin without data of earlier tests."""
-    with new_server(store=tmp_path, max_tokens=20) as server:
-        page = Page(browser, server)
-        yield page
-        problems = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-        assert not [problem for problem in problems if "404" not in problem]
-        browser.get("about:blank")
+pytestmark = NEEDS_BROWSER
 
 
 def test_a_chat_goes_on_past_three_compactions_and_shows_them(page: Page) -> None:
@@ -456,3 +360,66 @@ def test_code_has_colours_formulas_are_set_and_tasks_have_boxes(page: Page, monk
     assert page.text(".message.assistant code.formula, .message.assistant p code") == "$x$"
     assert [box.is_selected() for box in page.all(".task input")] == [True, False]
     assert page.text(".code code") == "<img src=x onerror=alert(1)>"
+
+
+def test_a_segment_is_read_and_made_exact(page: Page) -> None:
+    """Its text is data: markup in it is shown as it was written."""
+    page.say("<b>bold</b> <img src=x onerror=alert(1)> " + LONG * 5)
+    page.all("#strip .compacted .choose")[0].click()
+    until(lambda: "<b>bold</b>" in page.text("#part-text") and "…" not in page.text("#part-text"))
+    assert not page.all("#part b, #part img")
+    page.click("#part-recall")
+    until(lambda: "are exact for the next answer" in page.text("#part-said"))
+    assert page.all("#strip .page")
+    page.click("#part-close")
+    page.all("#strip .exact .choose")[0].click()
+    assert not page.all("#part-recall")[0].is_displayed()
+    page.click("#new")
+    until(lambda: not page.all("#part")[0].is_displayed())
+
+
+def test_the_whole_conversation_is_searched(page: Page) -> None:
+    """The messages by their words, the compacted part by what the question is about."""
+    page.say("the FERRY leaves at noon. " + LONG * 5)
+    page.say("hello")
+    page.browser.find_element("css selector", "#look-query").send_keys("ferry\n")
+    until(lambda: "the memory found" in page.text("#look-said"))
+    assert page.text("#look-said").startswith("1 of the messages has these words")
+    *spans, message = page.all("#look-found li")
+    assert spans
+    assert "from-memory" in spans[0].get_attribute("class")
+    spans[0].find_element("css selector", "button").click()
+    until(lambda: "are exact for the next answer" in page.text("#look-said"))
+    message.find_element("css selector", "button").click()
+    assert page.browser.switch_to.active_element.get_attribute("class") == "message user"
+
+
+def test_an_answer_says_how_far_its_compaction_is(page: Page) -> None:
+    page.browser.execute_script("""
+        window.seen = new Set();
+        new MutationObserver(() => document.querySelectorAll('.waiting').forEach(node => window.seen.add(node.textContent)))
+            .observe(document.body, { childList: true, subtree: true });
+    """)
+    page.say(LONG * 5)
+    seen = page.browser.execute_script("return [...window.seen]")
+    assert any(re.fullmatch(r"compacting 3–\d+: fitting its heads, \d+ %", text) for text in seen), seen
+
+
+def test_an_import_that_finds_no_room_imports_nothing(page: Page, tmp_path: Path) -> None:
+    """The first conversations of the file stayed, and the list did not show them until the next visit."""
+    message = {"id": 0, "parent": None, "role": "user", "content": "hello"}
+    file = {"kind": "am-memory conversations", "version": 1, "conversations": [{"messages": [message]}] * 3}
+    (tmp_path / "file.json").write_text(json.dumps(file))
+    page.browser.execute_script("""
+        const { put } = IDBObjectStore.prototype;
+        let number = 0;
+        IDBObjectStore.prototype.put = function (...given) {
+            number += 1;
+            if (number === 3) this.transaction.abort(); else put.apply(this, given);
+        };
+    """)
+    page.browser.find_element("css selector", "#import-file").send_keys(str(tmp_path / "file.json"))
+    until(lambda: page.all(".failure"))
+    assert page.text(".failure").startswith("Nothing was imported.")
+    page.reload()
+    assert not page.all("#conversations li")

@@ -32,8 +32,9 @@ def run(module: str, code: str, *values: object) -> Any:
         const given = {json.dumps(values)};
         console.log(JSON.stringify(await (async () => {{ {code} }})()));
     """
-    command = [str(NODE), "--input-type=module", "--eval", script]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout)
+    command = [str(NODE), "--input-type=module"]
+    done = subprocess.run(command, input=script, check=True, capture_output=True, text=True, timeout=60)
+    return json.loads(done.stdout)
 
 
 def test_the_gauge_of_a_first_answer_is_not_full() -> None:
@@ -208,3 +209,30 @@ def test_only_text_files_are_attached() -> None:
     assert text == {"name": "a", "text": "hé"}
     assert binary == "b is not a text file: this model reads text only."
     assert large == "c is larger than 1 MiB: attach a part of it."
+
+
+HOSTILE = {
+    "open brackets": "[" * 200_000,
+    "open brackets of formulas": "\\[" * 100_000 + "\\(" * 100_000,
+    "a long run of backticks": "`" * 3000 + " a" * 3000,
+    "runs of backticks": " ".join("`" * length for length in range(1, 400)),
+    "marks of every kind": "**__~~*_ " * 20_000,
+    "a heading of spaces": "# " + " " * 100_000 + "x",
+    "a rule of a table with spaces": "a|b\n" + " " * 100_000 + "x\n- " + " " * 100_000 + "x",
+    "spaces without an end": "a" + " " * 200_000 + "b",
+    "dollars": "$a" * 100_000 + "$$" * 50_001,
+    "quotes in quotes": "> " * 50_000,
+    "lists in lists": "\n".join(" " * depth + "- a" for depth in range(300)),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_markdown_takes_no_more_than_its_length(name: str) -> None:
+    """A model that repeated one bracket blocked the page: the time grew with the square of the text, or its cube."""
+    code = """
+        const node = () => ({ dataset: {}, append() {}, addEventListener() {} });
+        globalThis.document = { createDocumentFragment: node, createElement: node };
+        page.render(given[0]);
+        return "ended";
+    """
+    assert run("markdown.js", code, HOSTILE[name]) == "ended"

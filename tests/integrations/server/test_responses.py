@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from typing import Any
 
 import openai
@@ -11,6 +14,8 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 from serving import NewServer
+
+from am_memory.conversations.chat_answer import ChatAnswer, Delta
 
 TOOL: Any = {
     "type": "function",
@@ -188,6 +193,28 @@ def test_responses_belong_to_their_key_and_go_with_their_conversation(new_server
         with pytest.raises(openai.NotFoundError):
             one.responses.retrieve(kept[0])
         assert one.responses.retrieve(kept[1]).id == kept[1]
+
+
+def test_a_response_is_not_kept_if_its_conversation_is_deleted_meanwhile(
+    new_server: NewServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It outlived its conversation, and `previous_response_id` brought the deleted messages back."""
+    generate, begun, going_on = ChatAnswer.generate, Event(), Event()
+
+    def hesitant(answer: ChatAnswer) -> Iterator[Delta]:
+        begun.set()
+        going_on.wait(60)
+        yield from generate(answer)
+
+    monkeypatch.setattr(ChatAnswer, "generate", hesitant)
+    with new_server() as server, server.http() as http, ThreadPoolExecutor() as pool:
+        client = server.client()
+        asked = pool.submit(ask, client, "a secret", extra_body={"conversation": "tea"})
+        assert begun.wait(60)
+        http.delete("/v1/memory/sessions/tea")
+        going_on.set()
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve(asked.result().id)
 
 
 @pytest.mark.parametrize(
