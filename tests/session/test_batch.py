@@ -169,10 +169,10 @@ def test_a_prompt_that_compacts_stops_no_other_answer(memory: Memory, monkeypatc
         if reading.is_ready:
             left.append(next(reading))
         given_now = [next(answer) for answer in others if answer.is_ready]
-        if context_of(late).background_compaction is not None:
-            if next(given) > 20 and not release.is_set():
-                assert given_now, "the others go on while the compaction is held"
-                release.set()
+        is_held = context_of(late).background_compaction is not None and not release.is_set()
+        if is_held and next(given) > 20:
+            assert given_now, "the others go on while the compaction is held"
+            release.set()
     assert release.is_set(), "nothing was compacted"
     assert all(before - after <= 32 for before, after in pairwise(left))
     assert late.stats.num_compactions > 0
