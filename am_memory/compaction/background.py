@@ -7,7 +7,7 @@ however fast it runs. It does not know when a compaction is due, nor how the res
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from queue import SimpleQueue
@@ -47,6 +47,10 @@ class BackgroundCompaction:
     def is_done(self) -> bool:
         """Whether the job has ended, so that `result` need not wait."""
         return self._future.done()
+
+    def wait(self, seconds: float) -> None:
+        """Wait for the job to end, for so long at most."""
+        wait([self._future], seconds)
 
     def start(self) -> None:
         """Begin the work."""

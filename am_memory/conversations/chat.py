@@ -6,7 +6,7 @@ framework.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 from am_memory.conversations.chat_answer import ChatAnswer, Delta
@@ -26,7 +26,7 @@ class HostWork:
 
 @dataclass(frozen=True)
 class PromptProgress:
-    """A chunk of the prompt has been read.
+    """A part of the prompt has been read, or the reading begins.
 
     Attributes:
         left_tokens: tokens of the prompt still to be read.
@@ -40,11 +40,13 @@ class PromptProgress:
 ChatStep = HostWork | PromptProgress | Delta
 
 
-def answer_chat(answer: ChatAnswer, *, max_retries: int = 0) -> Iterator[ChatStep]:
+def answer_chat(answer: ChatAnswer, *, max_retries: int = 0) -> Generator[ChatStep, None, None]:
     """Answer a conversation in short steps, so that other conversations can take turns on the device.
 
-    Reading gives a `PromptProgress` for each chunk, generating a `Delta` for each token. The last `Delta` has a
-    `finish_reason`. After it the conversation is kept. Stopping earlier leaves nothing behind.
+    Reading gives a `PromptProgress` at first and for each part, generating a `Delta` for each token. The last `Delta`
+    has a `finish_reason`. After it the conversation is kept. Stopping earlier leaves nothing behind.
+
+    After each of these steps, `answer.next_step` is what goes on; a `Batch` may do it together with that of others.
 
     Args:
         max_retries: how often a failed compaction is tried again while the prompt is read.
@@ -60,9 +62,15 @@ def answer_chat(answer: ChatAnswer, *, max_retries: int = 0) -> Iterator[ChatSte
         turn.encode()
     else:
         yield HostWork(turn.encode)
-    for left in _read(turn, max_retries):
-        yield PromptProgress(left, len(turn.session.tokens) - turn.num_cached_tokens)
-    yield from answer.generate()
+    try:
+        for left in _read(turn, max_retries):
+            if not left:
+                answer.start_generating()
+            yield PromptProgress(left, len(turn.session.tokens) - turn.num_cached_tokens)
+        yield from answer.generate()
+    except BaseException:
+        answer.abandon()
+        raise
     turn.keep_in_memory(answer.message, forgets=answer.forgets_reasoning)
     yield HostWork(turn.save)
 

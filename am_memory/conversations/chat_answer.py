@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -21,6 +20,7 @@ from am_memory.errors import InvalidInput
 from am_memory.events import Span
 from am_memory.formatting import shortened
 from am_memory.session.generation import Generation, Piece, TokenLogprob
+from am_memory.session.reading import PromptReading
 from am_memory.session.session import Session
 
 ChatFinishReason = Literal["stop", "length", "tool_calls"]
@@ -160,28 +160,37 @@ class ChatAnswer:
         return self.turn.session
 
     @property
-    def next_piece(self) -> Generation | None:
-        """What `generate` goes on with; a `Batch` may make its next piece together with others'. None: nothing."""
-        generation = self._generation
-        return None if generation is None or generation.is_finished else generation
+    def next_step(self) -> PromptReading | Generation | None:
+        """The reading of the prompt, then the generation; a `Batch` may make its next step. None: neither goes on."""
+        step = self._generation or self.turn.reading
+        return None if step is None or step.is_finished else step
 
-    def generate(self) -> Iterator[Delta]:
-        """Generate the answer, one delta for each token. The prompt has been read."""
+    def start_generating(self) -> None:
+        """Begin the answer. The prompt has been read."""
         request = self.request
         self._generation = self.session.generate(
             request.max_tokens, self._sampling, self.format.constraint, top_logprobs=request.top_logprobs
         )
-        with closing(self._generation) as pieces:
-            for piece in pieces:
-                if self.num_tokens == 0:  # this step has read the last token of the prompt, and none of the answer
-                    self._num_compactions_before = self.session.stats.num_compactions
-                    self._begin_reading(len(piece.token_ids))
-                parts = [*self._push(piece)]
-                if piece.finish_reason is not None:
-                    parts += self._finish(piece.finish_reason)
-                # The token that ends the turn is not part of the answer.
-                logprobs = () if piece.finish_reason == "eos" else piece.logprobs
-                yield Delta(tuple(parts), logprobs, self.finish_reason, self._look_up(piece))
+
+    def generate(self) -> Iterator[Delta]:
+        """Generate the answer, one delta for each token."""
+        assert self._generation is not None, "start_generating() comes first"
+        for piece in self._generation:
+            if self.num_tokens == 0:  # this step has read the last token of the prompt, and none of the answer
+                self._num_compactions_before = self.session.stats.num_compactions
+                self._begin_reading(len(piece.token_ids))
+            parts = [*self._push(piece)]
+            if piece.finish_reason is not None:
+                parts += self._finish(piece.finish_reason)
+            # The token that ends the turn is not part of the answer.
+            logprobs = () if piece.finish_reason == "eos" else piece.logprobs
+            yield Delta(tuple(parts), logprobs, self.finish_reason, self._look_up(piece))
+
+    def abandon(self) -> None:
+        """Stop what goes on: the conversation is not kept."""
+        if self._generation is not None:
+            self._generation.close()
+        self.turn.abandon()
 
     def _begin_reading(self, num_tokens: int) -> None:
         """Note where the answer begins, which has `num_tokens` tokens so far, and whether it begins with reasoning."""

@@ -5,13 +5,14 @@ Its steps are short, so that other sessions can take turns on the device. `encod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from am_memory.conversations.prompts import Prompt, chained_key, message_key
 from am_memory.engines.base import Message
 from am_memory.session import appending
 from am_memory.session.appending import Encoded
+from am_memory.session.reading import PromptReading
 from am_memory.session.session import Session
 
 Save = Callable[[], None]
@@ -23,6 +24,7 @@ class Turn:
 
     Attributes:
         session: a scratch branch, for `generate` once the prompt is read.
+        reading: the rest of the prompt while it is read; a `Batch` may read its next part.
         num_cached_tokens: tokens of the prompt that are not read again.
         is_short: `encode` takes no longer than a step on the device.
     """
@@ -30,6 +32,7 @@ class Turn:
     session: Session
     num_cached_tokens: int
     is_short: bool
+    reading: PromptReading | None = field(default=None, repr=False)
     _rest: Sequence[Message] | Sequence[int] = field(repr=False)
     _encoded: Encoded | None = field(default=None, repr=False)
     _is_appended: bool = field(default=False, repr=False)
@@ -43,8 +46,8 @@ class Turn:
         if self._rest:
             self._encoded = appending.encode(self.session, self._rest)
 
-    def read(self) -> Iterator[int]:
-        """Read the rest of the prompt in chunks; gives the number of tokens left after each.
+    def read(self) -> Generator[int, None, None]:
+        """Read the rest of the prompt in parts; gives the number of tokens left at first, and after each part.
 
         After an error it can be called again, and goes on where it stopped.
 
@@ -55,10 +58,16 @@ class Turn:
         if not self._is_appended:
             self._append()
             self._is_appended, self._encoded = True, None
-        left = 1
-        while left:
-            left = appending.read(self.session)
-            yield left
+        self.reading = PromptReading(self.session)
+        yield self.reading.num_left
+        if self.reading.num_left:
+            yield from self.reading
+
+    def abandon(self) -> None:
+        """Stop what goes on in the session, a compaction in the background included: the session is not kept."""
+        if self.reading is not None:
+            self.reading.close()
+            self.reading.cancel_compaction()
 
     def _append(self) -> None:
         """Add the rest of the prompt to the session, without reading it."""

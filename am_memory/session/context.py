@@ -56,7 +56,7 @@ from am_memory.storage.compact_text import TextCache
 from am_memory.text.boundaries import best_boundary
 
 
-@dataclass
+@dataclass(eq=False)
 class Context:
     """The tokens of one conversation and the compacting cache that holds them.
 

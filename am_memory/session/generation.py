@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from am_memory.errors import UnsupportedOperation
-from am_memory.events import Event, Span
+from am_memory.events import Span
 from am_memory.session import checkpoints
 from am_memory.session.appending import ends_turn
 from am_memory.session.context import Context
@@ -21,7 +21,8 @@ from am_memory.session.limits import limit_new_tokens
 from am_memory.session.lookup import WRITING_TOKENS, recall_for_answer, recall_while_writing
 from am_memory.session.pages import make_room
 from am_memory.session.shared import Shared
-from am_memory.session.transaction import Before, Transaction
+from am_memory.session.stepwise import Stepwise
+from am_memory.session.transaction import Restorable
 from am_memory.text.sampling import Sampler, Sampling
 from am_memory.text.text_stream import TextStream
 
@@ -68,17 +69,8 @@ class Piece:
     looked_up: tuple[Span, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Made:
-    """The result of a step that is not given out yet: a piece, or the error that ended the answer."""
-
-    piece: Piece | None
-    error: Exception | None
-    before: Before | None
-
-
 @dataclass(eq=False)
-class Generation:
+class Generation(Stepwise[Piece]):
     """The model's answer: an iterator over its pieces, one for each token, made as they are asked for.
 
     `Memory.generate_many` makes those of several sessions together. A caller that stops iterating keeps the tokens
@@ -104,56 +96,22 @@ class Generation:
     top_logprobs: int | None
 
     def __post_init__(self) -> None:
-        engine = self.context.engine
-        self.num_tokens, self.is_finished = 0, False
-        self.error: Exception | None = None
-        self.unsent: list[Event] = []  # of steps that were made together with others
-        self._made: _Made | None = None
+        self._begin(self.shared, self.context)
+        engine, self.num_tokens = self.context.engine, 0
         self._sampler = Sampler(self.sampling)
         self._stream = TextStream(lambda ids: engine.decode(ids, skip_special=True), self.sampling.stop)
         self._looked_up: tuple[Span, ...] = ()
         self._tokens: list[int] = []
         self._num_expected = 0
 
-    @property
-    def name(self) -> str:
-        """The name of its session."""
-        return self.context.name
-
     def __iter__(self) -> Generation:
         return self
 
-    def __next__(self) -> Piece:
-        if self._made is not None:
-            return self._take()
-        if self.is_finished:
-            raise StopIteration
-        try:
-            with self.shared.engine_lock, self.transaction():
-                self.prepare()
-                return self.choose(self.context.next_logits(keeps_room=True))
-        except BaseException as error:
-            self.is_finished, self.error = True, error if isinstance(error, Exception) else None
-            raise
-
-    def close(self) -> None:
-        """End the answer. A piece that is made already, and was not asked for, is taken back.
-
-        Any thread may call it; it waits for the end of a step that is being made.
-        """
-        if self.is_finished and self._made is None:
-            return
-        with self.shared.engine_lock:
-            self.is_finished = True
-            if (made := self._made) is not None and made.before is not None and self._is_unchanged:
-                made.before.put_back(self.context, self._constraints)
-            self._made = None
+    def _step(self) -> Piece:
+        self.prepare()
+        return self.choose(self.context.next_logits(keeps_room=True))
 
     # The halves of a step: the caller holds the engine's lock, and has begun a transaction
-
-    def transaction(self) -> Transaction:
-        """A `with` block in which one step makes a token, or changes nothing."""
-        return self.context.transaction(*self._constraints)
 
     def prepare(self) -> None:
         """Begin the answer, or look back, before the conversation's last token is read."""
@@ -175,56 +133,15 @@ class Generation:
         self.is_finished = self.is_finished or piece.finish_reason is not None  # a listener may have closed it
         return piece
 
-    # A step that was made together with others
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether `next` returns at once, or raises."""
-        return self._made is not None
-
-    def keep(self, piece: Piece, before: Before) -> None:
-        """Keep a piece until it is asked for.
-
-        Args:
-            before: the context before the step.
-        """
-        self._made = _Made(piece, None, before)
-
-    def fail(self, error: Exception) -> None:
-        """End the answer; `next` raises the error."""
-        self._made, self.is_finished = _Made(None, error, None), True
-
-    def interrupt(self) -> None:
-        """End the answer without the piece of a step that was undone."""
-        self._made, self.is_finished = None, True
-
-    def send_events(self) -> None:
-        """Give the events of steps that were made together with others to the listeners.
-
-        If a listener raises, the answer fails, and a piece that was not asked for is taken back.
-        """
-        try:
-            while self.unsent:
-                self.context.notify(self.unsent.pop(0))
-        except Exception as error:  # of any kind: it is raised again where the answer is waited for
-            self.close()
-            self.fail(error)
-
-    def _take(self) -> Piece:
-        self.send_events()
-        made, self._made = self._made, None
-        if made is None:  # a listener closed the answer
-            raise StopIteration
-        if made.error is not None:
-            self.error = made.error
-            raise made.error
-        assert made.piece is not None
-        return made.piece
-
     # The parts of the halves
 
     @property
-    def _constraints(self) -> tuple[Constraint, ...]:
+    def most_new_tokens(self) -> int:
+        """How many tokens the answer may still have."""
+        return self.max_new_tokens - self.num_tokens
+
+    @property
+    def _changed_too(self) -> tuple[Restorable, ...]:
         return () if self.constraint is None else (self.constraint,)
 
     def _open_answer(self) -> None:
@@ -245,12 +162,12 @@ class Generation:
         return recall_while_writing(self.context) if number % WRITING_TOKENS == 1 else ()
 
     @property
-    def _is_unchanged(self) -> bool:
+    def _can_take_back(self) -> bool:
         """Whether no other call has changed the conversation since the last token."""
         return self.context.tokens is self._tokens and len(self._tokens) == self._num_expected
 
     def _require_unchanged(self) -> None:
-        if not self._is_unchanged:
+        if not self._can_take_back:
             raise UnsupportedOperation(
                 f"session {self.context.name!r} changed while it was generating: finish one generation before the next "
                 "call, or fork the session"

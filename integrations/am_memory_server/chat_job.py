@@ -1,11 +1,12 @@
-"""A chat answer as a job of the scheduler: a chunk of the prompt or one token a step, updates to the client.
+"""A chat answer as a job of the scheduler: a part of the prompt or one token a step, updates to the client.
 
-Tokens are awaited together with those of other answers.
+Both are awaited together with those of other answers.
 """
 
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from functools import partial
 
 from am_memory.conversations.chat import HostWork, PromptProgress, answer_chat
@@ -51,17 +52,16 @@ class _ChatRun:
     def steps(self) -> Steps[None]:
         is_complete = False
         try:
-            for step in self.service.with_events(answer_chat(self.answer), self._on_event):
-                if isinstance(step, HostWork):
-                    yield from on_host(partial(self.service.save_or_log, step.run))
-                    continue
-                self._publish_step(step)
-                if self.compactions.unwritten or self.answer.finish_reason is not None:
-                    self.compactions.write(self.answer.session)
-                    self.publish(view_update(self.conversation, self.answer.session))
-                is_last_chunk = isinstance(step, PromptProgress) and not step.left_tokens
-                if not is_last_chunk:  # the same turn generates the first token, too
-                    yield self.answer.next_piece
+            with closing(self.service.with_events(answer_chat(self.answer), self._on_event)) as steps:
+                for step in steps:
+                    if isinstance(step, HostWork):
+                        yield from on_host(partial(self.service.save_or_log, step.run))
+                        continue
+                    self._publish_step(step)
+                    if self.compactions.unwritten or self.answer.finish_reason is not None:
+                        self.compactions.write(self.answer.session)
+                        self.publish(view_update(self.conversation, self.answer.session))
+                    yield from self.service.awaiting(self.answer.next_step, self._on_event)
             is_complete = True
             self.publish(Finished(self.answer, self.answer.session.stats))
         finally:

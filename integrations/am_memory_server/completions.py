@@ -87,16 +87,22 @@ def _job(service: Service, body: CompletionRequest, texts: list[_Text], owner: s
             else:
                 yield from on_host(turn.encode)
             text.prompt_tokens, text.cached_tokens = len(token_ids), turn.num_cached_tokens
-            for left_tokens in service.with_events(turn.read(), ignore):
-                publish(None)
-                if left_tokens:  # the turn of the last chunk generates the first token, too
-                    yield None
-            with closing(turn.session.generate(max_tokens, sampling, top_logprobs=body.logprobs)) as pieces:
-                for piece in service.with_events(pieces, ignore):
-                    if not text.completion_tokens:
-                        metrics.first_token_seconds.observe(time.monotonic() - arrived)
-                    publish(_add(service.memory.engine, text, piece, body.logprobs is not None))
-                    yield None if pieces.is_finished else pieces
+            try:
+                for left_tokens in service.with_events(turn.read(), ignore):
+                    publish(None)
+                    if left_tokens:
+                        yield from service.awaiting(turn.reading, ignore)
+                generation = turn.session.generate(max_tokens, sampling, top_logprobs=body.logprobs)
+                yield from service.awaiting(generation, ignore)
+                with closing(service.with_events(generation, ignore)) as pieces:
+                    for piece in pieces:
+                        if not text.completion_tokens:
+                            metrics.first_token_seconds.observe(time.monotonic() - arrived)
+                        publish(_add(service.memory.engine, text, piece, body.logprobs is not None))
+                        yield from service.awaiting(None if generation.is_finished else generation, ignore)
+            except BaseException:
+                turn.abandon()
+                raise
             service.texts.keep(turn)
             metrics.prompt_tokens.inc(text.prompt_tokens)
             metrics.cached_tokens.inc(text.cached_tokens)

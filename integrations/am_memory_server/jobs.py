@@ -38,6 +38,11 @@ class Awaited(Protocol):
         """Whether it is done, so that the job's next step need not do it."""
         ...
 
+    @property
+    def has_news(self) -> bool:
+        """Whether the job's next step has anything to do: it is done, or there are events to publish."""
+        ...
+
 
 Steps = Generator[HostCall | Awaited | None, Any, T]
 """A job that has started. Other jobs get their turns wherever it yields."""

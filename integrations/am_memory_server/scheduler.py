@@ -27,6 +27,8 @@ from am_memory_server.jobs import (
 
 T = TypeVar("T")
 
+Together = Callable[[Sequence[Any], Sequence[TurnKey]], None]
+
 NUM_HOST_THREADS = 4
 """An owner uses one of them at a time."""
 SWITCH_SECONDS = 0.0005
@@ -45,12 +47,11 @@ class Scheduler:
     Args:
         max_active: streams that take turns; the others wait for one of them to end. Each owner has a share of them.
         max_queued: waiting jobs of one owner.
-        together: does what several jobs await, or a part of it; some are ready then. None: each job does it alone.
+        together: does what several jobs await, or a part of it; some have news then. It gets their keys too, to take
+            turns where it cannot do all at once. None: each job does it alone.
     """
 
-    def __init__(
-        self, *, max_active: int, max_queued: int, together: Callable[[Sequence[Any]], None] | None = None
-    ) -> None:
+    def __init__(self, *, max_active: int, max_queued: int, together: Together | None = None) -> None:
         self._max_queued, self._together = max_queued, together
         self._changed = Condition()
         self._streams: FairLimit[QueuedJob] = FairLimit(max_active)
@@ -284,11 +285,12 @@ class Scheduler:
             self._after_step(job, was_last)
 
     def _step_together(self, jobs: Sequence[QueuedJob]) -> None:
-        """Do what these jobs await; each of them that has it then, or has lost its client, makes its step."""
+        """Do what these jobs await; each of them that has news then, or has lost its client, makes its step."""
         assert self._together is not None
-        self._together([job.awaited for job in jobs if not job.is_cancelled])
+        wanted = [job for job in jobs if not job.is_cancelled]
+        self._together([job.awaited for job in wanted], [job.key for job in wanted])
         for job in jobs:
-            if job.is_cancelled or job.awaited is None or job.awaited.is_ready:
+            if job.is_cancelled or job.awaited is None or job.awaited.has_news:
                 with self._changed:
                     del self._awaiting[job]
                 self._step(job)

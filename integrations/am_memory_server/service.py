@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from am_memory.conversations.branch import Branch
 from am_memory.conversations.texts import Texts
@@ -20,16 +20,27 @@ from am_memory.memory import Memory
 from am_memory.session.batch import Batch
 from am_memory.session.saving import snapshot
 from am_memory.session.session import Session
+from am_memory.session.stepwise import Stepwise
 from am_memory_server.errors import logger
+from am_memory_server.jobs import Steps
 from am_memory_server.kept_responses import KeptResponses
 from am_memory_server.metrics import Metrics, Sizes
 from am_memory_server.scheduler import Scheduler
 from am_memory_server.settings import ServerSettings
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 METADATA_KEY = "am_memory.server"
 TEXTS_SHARE = 0.25
 """Share of the bytes for caches that plain completions get. They are not saved."""
+
+
+class Closeable(Protocol[T_co]):
+    """An iterator that can be closed before its end."""
+
+    def __next__(self) -> T_co: ...
+
+    def close(self) -> None: ...
 
 
 class Service:
@@ -48,7 +59,9 @@ class Service:
         self.responses = KeptResponses(settings.max_responses)
         self.metrics = Metrics(self.sizes)
         self.scheduler = Scheduler(
-            max_active=settings.max_active, max_queued=settings.max_queued, together=Batch().step
+            max_active=settings.max_active,
+            max_queued=settings.max_queued,
+            together=Batch(max_bytes=settings.max_answer_bytes).step,
         )
         self.created = int(time.time())
 
@@ -70,14 +83,26 @@ class Service:
         with self.memory.listening(listener), self.memory.listening(self.metrics.on_event):
             yield
 
-    def with_events(self, steps: Iterator[T], listener: Listener) -> Generator[T, None, None]:
+    def with_events(self, steps: Closeable[T], listener: Listener) -> Generator[T, None, None]:
         """The same steps, of one job; their events go to the listener and to the metrics, and no other job's do."""
-        while True:
+        try:
+            while True:
+                with self.listening(listener):
+                    try:
+                        step = next(steps)
+                    except StopIteration:
+                        return
+                yield step
+        finally:
             with self.listening(listener):
-                try:
-                    step = next(steps)
-                except StopIteration:
-                    return
+                steps.close()
+
+    def awaiting(self, step: Stepwise[Any] | None, listener: Listener) -> Steps[None]:
+        """Await what is done together with other jobs. Its events go to the listener when they happen."""
+        yield step
+        while step is not None and step.unsent and not step.is_ready:
+            with self.listening(listener):
+                step.send_events()
             yield step
 
     def save_or_log(self, save: Callable[[], None]) -> None:

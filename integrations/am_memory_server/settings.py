@@ -54,6 +54,8 @@ class ServerSettings(Settings):
         idle_seconds: time that a connection may stay open without a request, or without reading what it was sent.
         max_active: answers that are generated together, a token of each in one pass. Each key has a share of them, at
             least one.
+        max_answer_bytes: size of the caches of answers that are generated together; further ones wait. A cache counts
+            with the bytes that it reaches before it is compacted, or before its answer ends. None: no limit.
         max_queued: waiting requests of one key, of any kind.
         max_sessions: conversations kept in memory; each branch counts.
         max_session_bytes: size of their caches.
@@ -83,6 +85,7 @@ class ServerSettings(Settings):
     body_seconds: Seconds = 60.0
     idle_seconds: Seconds = 30.0
     max_active: PositiveInt = 16
+    max_answer_bytes: PositiveInt | None = None
     max_queued: PositiveInt = 64
     max_sessions: Annotated[int, Field(ge=2)] = 64
     max_session_bytes: Annotated[int, Field(ge=2)] = 4096 * MEBIBYTE

@@ -20,12 +20,13 @@ from am_memory.conversations.chat_answer import ChatAnswer, Delta, Part
 from am_memory.conversations.reasoning import Reasoning
 from am_memory.conversations.tool_calls import InvalidCall
 from am_memory.errors import PromptTooLong
+from am_memory.session.reading import PromptReading
 
 PROVIDER = "am_memory"
 
 
-AnswerStep = ChatGenerationChunk | Generation | None
-"""A chunk; or a step without one: an answer whose next piece may be made together with others', or None."""
+AnswerStep = ChatGenerationChunk | PromptReading | Generation | None
+"""A chunk; or a step without one: what may be read or generated next together with others, or None."""
 
 
 def generate_chunks(
@@ -54,7 +55,7 @@ def generate_chunks(
                 )
             if isinstance(step, Delta):
                 yield from map(chunks.chunk, step.parts)
-            yield answer.next_piece
+            yield answer.next_step
     except PromptTooLong as error:
         raise ContextOverflowError(str(error)) from error
     yield chunks.last(answer, model_name)

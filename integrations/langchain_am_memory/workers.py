@@ -14,10 +14,11 @@ from weakref import WeakKeyDictionary
 
 from am_memory import Generation, Memory
 from am_memory.session.batch import Batch
+from am_memory.session.reading import PromptReading
 
 T = TypeVar("T")
-Steps = Generator[T | Generation | None, None, None]
-"""The results of a call, and between them steps without one: an answer whose next piece is awaited, or None."""
+Steps = Generator[T | PromptReading | Generation | None, None, None]
+"""The results of a call, and between them steps without one: what is to be read or generated next, or None."""
 
 MAX_UNREAD = 2
 """Results that a call makes ahead of its reader, so that it does not miss the next pass with the others."""
@@ -48,7 +49,7 @@ class _Call(Generic[T]):
     steps: Steps[T]
     loop: asyncio.AbstractEventLoop
     results: asyncio.Queue[T | _End] = field(default_factory=asyncio.Queue)
-    awaited: Generation | None = None
+    awaited: PromptReading | Generation | None = None
     num_made: int = 0
     num_read: int = 0
     is_closed: bool = False
@@ -65,7 +66,7 @@ class _Call(Generic[T]):
 
     @property
     def is_awaiting(self) -> bool:
-        """Whether it waits for a token that is made together with others'."""
+        """Whether it waits for a step that is made together with others'."""
         return self.awaited is not None and not self.awaited.is_ready
 
     def step(self) -> bool:
@@ -82,7 +83,7 @@ class _Call(Generic[T]):
         except Exception as error:  # of any kind: it is raised again where the caller waits
             self._put(_End(error))
             return False
-        if isinstance(result, Generation):
+        if isinstance(result, PromptReading | Generation):
             self.awaited = result
         elif result is not None:
             self._put(result)
@@ -148,7 +149,9 @@ class Worker:
                     return
                 able = self._able()
             for call in able:
-                if (call.has_gone or not call.is_awaiting) and not call.step():
+                if not call.has_gone and call.awaited is not None and not call.awaited.is_ready:
+                    call.awaited.send_events()
+                elif not call.step():
                     with self._changed:
                         self._calls.remove(call)
             self._batch.step([call.awaited for call in able if call.awaited is not None])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from itertools import count, islice, pairwise
 from random import Random
+from threading import Event as Signal
 from threading import Thread, get_ident
 
 import pytest
@@ -14,13 +15,15 @@ from inside import context_of, state_of
 from torch import Tensor
 
 from am_memory import Generation, Memory, MemoryPolicy, Piece, Sampling, Session
+from am_memory.compaction.job import CompactionJob
 from am_memory.engines import partwise
 from am_memory.engines.base import SessionCache
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CompactionFailed, InvalidInput, UnsupportedOperation
-from am_memory.events import CompactionFinished, Event
-from am_memory.session.appending import read
+from am_memory.events import CompactionFinished, CompactionStarted, Event
+from am_memory.session.appending import add, encode, read
 from am_memory.session.batch import Batch
+from am_memory.session.reading import PromptReading
 from am_memory.text.constraints import regex
 
 POLICY = MemoryPolicy(trigger_tokens=120, keep_ratio=0.25, keep_recent=8, pinned="sinks", chunk_tokens=32)
@@ -145,6 +148,67 @@ def test_a_prompt_that_is_read_beside_answers_is_read_in_parts(memory: Memory) -
         left += [read(late), read(late)]
     left.append(read(late))
     assert [before - after for before, after in pairwise(left)] == [8, 8, 32]
+
+
+def test_a_prompt_that_compacts_stops_no_other_answer(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device thread of the server once read and compacted a prompt, while all others waited."""
+    sessions, late = sessions_of(memory)[:2], memory.scratch()
+    add(late, encode(late, "The sea is wide, and the owl does not swim in it. " * 8))
+    others, reading = [session.generate(200) for session in sessions], PromptReading(late)
+    release, run = Signal(), CompactionJob.run
+
+    def held(job: CompactionJob, *args: object) -> object:
+        if job.tokens[:9] == late.tokens[:9]:
+            assert release.wait(60)
+        return run(job, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CompactionJob, "run", held)
+    batch, left, given = Batch(), [reading.num_left], count()
+    while not reading.is_finished:
+        batch.step([reading, *others])
+        if reading.is_ready:
+            left.append(next(reading))
+        given_now = [next(answer) for answer in others if answer.is_ready]
+        is_held = context_of(late).background_compaction is not None and not release.is_set()
+        if is_held and next(given) > 20:
+            assert given_now, "the others go on while the compaction is held"
+            release.set()
+    assert release.is_set(), "nothing was compacted"
+    assert all(before - after <= 32 for before, after in pairwise(left))
+    assert late.stats.num_compactions > 0
+    for each in others:
+        each.close()
+    expected = memory.scratch()
+    expected.append("The sea is wide, and the owl does not swim in it. " * 8)
+    assert_same([list(late.generate(9))], [list(expected.generate(9))])
+
+
+def test_a_step_does_not_wait_for_the_end_of_a_compaction(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever makes the steps may have other work; and the events come when they happen."""
+    session, release, run = memory.scratch(), Signal(), CompactionJob.run
+    session.append(TEXTS[0])
+    answer = session.generate(200)
+
+    def held(job: CompactionJob, *args: object) -> object:
+        assert release.wait(60)
+        return run(job, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CompactionJob, "run", held)
+    batch, started = Batch(), False
+    for _ in range(400):
+        batch.step([answer])
+        if answer.is_ready:
+            next(answer)
+        elif any(isinstance(event, CompactionStarted) for event in answer.unsent):
+            assert answer.has_news
+            started = True
+            break
+    assert started
+    seen: list[Event] = []
+    with memory.listening(seen.append):
+        answer.close()
+    assert [type(event) for event in seen] == [CompactionStarted]
+    release.set()
 
 
 def test_compactions_are_made_one_at_a_time_beside_the_others(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:

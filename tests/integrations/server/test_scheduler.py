@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from threading import Event, Semaphore
 from time import sleep
@@ -394,6 +394,10 @@ class Shared:
 
     is_ready = False
 
+    @property
+    def has_news(self) -> bool:
+        return self.is_ready
+
 
 def sharing(name: str, num_steps: int, begun: list[str], seen: list[str]) -> Job:
     def steps(publish: Publish, found: object) -> Steps[None]:
@@ -413,7 +417,7 @@ def sharing(name: str, num_steps: int, begun: list[str], seen: list[str]) -> Job
 async def test_what_jobs_await_is_done_for_all_of_them_at_once() -> None:
     done: list[int] = []
 
-    def together(works: list[Shared]) -> None:
+    def together(works: Sequence[Shared], keys: object) -> None:
         done.append(len(works))
         for work in works:
             work.is_ready = True
@@ -431,7 +435,7 @@ async def test_a_job_waits_until_what_it_awaits_is_done() -> None:
     """Others go on meanwhile, and its client may leave."""
     slow: list[Shared] = []
 
-    def together(works: list[Shared]) -> None:
+    def together(works: Sequence[Shared], keys: object) -> None:
         slow[:] = slow or works[:1]
         for work in works:
             work.is_ready = work is not slow[0]
