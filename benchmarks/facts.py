@@ -332,9 +332,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=get_args(DtypeName), help="of weights and cache; default: the engine's")
     parser.add_argument("--triggers", type=int, nargs="+", default=[512, 1024], help="in tokens")
     parser.add_argument("--questions", choices=QUESTIONS, default=FACTS, help="told in one place, or in several")
-    parser.add_argument(
-        "--contexts", type=Path, nargs="+", help="of lost-in-compaction, instead of our chats"
-    )
+    parser.add_argument("--contexts", type=Path, nargs="+", help="of lost-in-compaction, instead of our chats")
     parser.add_argument("--chats", nargs="+", help="only these, by name")
     parser.add_argument("--tokens", type=int, default=0, help="make each chat about so long; 0: as it is")
     names = [FULL, *CHANGES, TRUNCATED]

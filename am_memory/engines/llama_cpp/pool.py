@@ -139,11 +139,12 @@ class Pool(TailBuffer):
         self.mask.fill_(-torch.inf)
         if not self._memory.hides_heads:
             return self.mask[:, 0, :capacity].numpy()
-        by_head = self.mask[:, 0].unflatten(0, (num_heads, -1))  # (num_heads, num_groups, num_rows)
+        by_head = self.mask.view(num_heads, -1, self.mask.shape[-1])  # (num_heads, num_groups, num_rows)
         if self.slots is not None:
             for head, (start, end) in enumerate(pairwise(self.slots.cu_slots)):
                 by_head[head, :, start:end] = self.slots.bias[start:end]
-        tail = by_head[..., self.num_slots : self.num_slots + capacity * num_heads].unflatten(2, (capacity, num_heads))
+        tail = by_head[..., self.num_slots : self.num_slots + capacity * num_heads]
+        tail = tail.unflatten(2, (capacity, num_heads))  # type: ignore[no-untyped-call]
         own: np.ndarray[Any, Any] = tail.diagonal(dim1=0, dim2=3).numpy()  # (num_groups, capacity, num_heads)
         return own
 

@@ -68,8 +68,9 @@ class LayerSeats:
 
     def holds(self, layer: CompactableLayer, seat: int) -> bool:
         """Whether a layer's content is in a seat, with room for another token."""
-        pool, held = layer.buffer, self._pools[seat]
-        return held is not None and held() is pool and pool.slots is layer.slots and layer.room > 0
+        held = self._pools[seat]
+        pool = None if held is None else held()
+        return pool is not None and pool is layer.buffer and pool.slots is layer.slots and layer.room > 0
 
     def move_in(self, layer: CompactableLayer, seat: int) -> None:
         """Move a layer's content into a free seat."""
