@@ -60,6 +60,9 @@ class Serving:
     ] = Reasoning.KEEP
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens, if a request sets no limit.")] = 1024
     max_active: Annotated[int, typer.Option(help="Answers generated together; each key has a share.")] = 16
+    max_answer_mib: Annotated[
+        int | None, typer.Option(help="Size of their caches, in MiB; answers that do not fit wait. Default: no limit.")
+    ] = None
     max_queued: Annotated[int, typer.Option(help="Waiting requests of one key.")] = 64
     max_sessions: Annotated[int, typer.Option(help="Conversations kept in memory.")] = 64
     max_session_mib: Annotated[int, typer.Option(help="Size of their caches, in MiB.")] = 4096
@@ -95,6 +98,7 @@ class Serving:
             reasoning=self.reasoning.value,
             max_tokens=self.max_tokens,
             max_active=self.max_active,
+            max_answer_bytes=None if self.max_answer_mib is None else self.max_answer_mib * MEBIBYTE,
             max_queued=self.max_queued,
             max_sessions=self.max_sessions,
             max_session_bytes=self.max_session_mib * MEBIBYTE,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -22,6 +23,7 @@ from am_memory.formatting import shortened
 from am_memory.session.generation import Generation, Piece, TokenLogprob
 from am_memory.session.reading import PromptReading
 from am_memory.session.session import Session
+from am_memory.text.sampling import Sampling
 
 ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
@@ -63,12 +65,14 @@ class Delta:
     Attributes:
         finish_reason: why the answer has ended, in its last delta.
         looked_up: the compacted spans that were looked up just before this token; long texts are shortened.
+        index: the number of the answer, where several are generated.
     """
 
     parts: tuple[Part, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: ChatFinishReason | None = None
     looked_up: tuple[Span, ...] = ()
+    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,10 @@ class ChatAnswer:
     Args:
         call: a call that `threads.register_call` has registered already; None: it is registered here.
 
+    Attributes:
+        index: its number, where the request asks for several answers.
+        others: the further answers to the same prompt, which are not kept.
+
     Raises:
         InvalidInput: the messages, the tools, `tool_choice` or a schema cannot be used.
         UnsupportedOperation: the engine's tokenizer cannot be constrained.
@@ -97,16 +105,8 @@ class ChatAnswer:
     def __init__(self, threads: Threads, request: ChatRequest, call: PendingCall | None = None) -> None:
         engine = threads.memory.engine
         self.request = request
-        self.format = AnswerFormat(engine, request)
-        self.content = self.reasoning = ""
-        self.tool_calls: list[ToolCall] = []
-        self.finish_reason: ChatFinishReason | None = None
-        self.num_tokens = 0
-        self._num_prompt_tokens = 0
-        self._looked_up: dict[tuple[str | None, int, int], Span] = {}
-        self._sampling = request.sampling or threads.memory.sampling
-        self._num_compactions_before: int | None = None
         self._threads = threads
+        self._begin_answer(0)
         policy = request.policy or threads.memory.policy
         texts = [threads.memory.text(name) for name in request.mounts]
         settings = request.tools, policy, request.owner, texts, request.template_options
@@ -115,6 +115,20 @@ class ChatAnswer:
         self._prompt_before = Prompt.of(engine, request.messages[:-1], *settings) if self._begun else self._prompt
         self._saved = threads.find(self._prompt, call or threads.register_call(request.thread))
         self._turn: ChatTurn | None = None
+        self.others: tuple[ChatAnswer, ...] = ()
+        self.others = tuple(self._another(index) for index in range(1, request.num_answers))
+
+    def _begin_answer(self, index: int) -> None:
+        """Set what each of several answers has of its own."""
+        engine, request = self._threads.memory.engine, self.request
+        self.index, self.format = index, AnswerFormat(engine, request)
+        self.content = self.reasoning = ""
+        self.tool_calls: list[ToolCall] = []
+        self.finish_reason: ChatFinishReason | None = None
+        self.num_tokens = self._num_prompt_tokens = 0
+        self._looked_up: dict[tuple[str | None, int, int], Span] = {}
+        self._num_compactions_before: int | None = None
+        self._sampling = numbered(request.sampling or self._threads.memory.sampling, index)
         self._generation: Generation | None = None
         self._splits = request.reasoning != "text" and not self.format.is_forced
         self._thoughts: ReasoningStream | None = None
@@ -124,6 +138,11 @@ class ChatAnswer:
             self._calls = ToolCallStream(self.format.tool_format)
             markers += self.format.tool_format.markers
         self._text = answer_text(engine, markers, self._sampling.stop) if self._calls or self._splits else None
+
+    def _another(self, index: int) -> ChatAnswer:
+        other = copy(self)
+        other._begin_answer(index)
+        return other
 
     def _first_words(self) -> str:
         """The beginning of the answer, where the request gives it."""
@@ -160,17 +179,31 @@ class ChatAnswer:
         return self.turn.session
 
     @property
-    def next_step(self) -> PromptReading | Generation | None:
-        """The reading of the prompt, then the generation; a `Batch` may make its next step. None: neither goes on."""
-        step = self._generation or self.turn.reading
-        return None if step is None or step.is_finished else step
+    def next_steps(self) -> tuple[PromptReading | Generation, ...]:
+        """The reading of the prompt, then the generations; a `Batch` may make their next steps."""
+        steps = [each._generation for each in (self, *self.others)] if self._generation else [self.turn.reading]
+        return tuple(step for step in steps if step is not None and not step.is_finished)
+
+    @property
+    def own_steps(self) -> tuple[Generation, ...]:
+        """The generation of this answer, unless it has ended."""
+        return () if self._generation is None or self._generation.is_finished else (self._generation,)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `generate` goes on, or ends, at once."""
+        return self._generation is not None and (self._generation.is_ready or self._generation.is_finished)
 
     def start_generating(self) -> None:
-        """Begin the answer. The prompt has been read."""
-        request = self.request
-        self._generation = self.session.generate(
-            request.max_tokens, self._sampling, self.format.constraint, top_logprobs=request.top_logprobs
-        )
+        """Begin the answers, which share the prompt: each but the first goes on in a fork. The prompt has been read."""
+        if self.others:
+            self.turn.read_rest()
+        for other in self.others:
+            other._turn = replace(self.turn, session=self.session.fork())
+        for each in (self, *self.others):
+            each._generation = each.session.generate(
+                self.request.max_tokens, each._sampling, each.format.constraint, top_logprobs=self.request.top_logprobs
+            )
 
     def generate(self) -> Iterator[Delta]:
         """Generate the answer, one delta for each token."""
@@ -184,12 +217,13 @@ class ChatAnswer:
                 parts += self._finish(piece.finish_reason)
             # The token that ends the turn is not part of the answer.
             logprobs = () if piece.finish_reason == "eos" else piece.logprobs
-            yield Delta(tuple(parts), logprobs, self.finish_reason, self._look_up(piece))
+            yield Delta(tuple(parts), logprobs, self.finish_reason, self._look_up(piece), self.index)
 
     def abandon(self) -> None:
         """Stop what goes on: the conversation is not kept."""
-        if self._generation is not None:
-            self._generation.close()
+        for each in (*self.others, self):
+            if each._generation is not None:
+                each._generation.close()
         self.turn.abandon()
 
     def _begin_reading(self, num_tokens: int) -> None:
@@ -263,7 +297,13 @@ class ChatAnswer:
 
     @property
     def usage(self) -> TokenUsage:
-        return TokenUsage(self._num_prompt_tokens, self.num_tokens, self.turn.num_cached_tokens)
+        """The tokens of all answers; the prompt counts once."""
+        return TokenUsage(self._num_prompt_tokens, self.num_generated, self.turn.num_cached_tokens)
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens of all answers to the prompt."""
+        return sum(each.num_tokens for each in (self, *self.others))
 
     @property
     def num_compactions(self) -> int:
@@ -285,6 +325,13 @@ class ChatAnswer:
         if self.tool_calls:
             message["tool_calls"] = [call.as_message() for call in self.tool_calls]
         return message
+
+
+def numbered(sampling: Sampling, index: int) -> Sampling:
+    """The sampling of one of several answers: with a seed, each answer has a seed of its own."""
+    if sampling.seed is None or not index:
+        return sampling
+    return sampling.model_copy(update={"seed": (sampling.seed + index + 2**63) % 2**64 - 2**63})
 
 
 def as_shown(span: Span) -> Span:

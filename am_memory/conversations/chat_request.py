@@ -30,6 +30,7 @@ class ChatRequest:
         parallel_calls: True: a forced answer may hold several calls. False: no answer holds more than one. None: only a
             forced answer is limited to one.
         text_of_invalid_calls: add calls that cannot be parsed to the answer's text.
+        num_answers: so many answers are generated together. The conversation keeps the first one.
         thread: the name under which the conversation is saved, evicted and deleted, and which its events carry.
         owner: two owners share no cache, even for the same messages.
         policy: None: the memory's.
@@ -50,6 +51,7 @@ class ChatRequest:
     top_logprobs: int | None = None
     parallel_calls: bool | None = None
     text_of_invalid_calls: bool = False
+    num_answers: int = 1
     thread: str = "default"
     owner: str = ""
     policy: MemoryPolicy | None = None

@@ -44,6 +44,7 @@ class Prompt:
         is_short: rendering and encoding it takes no longer than a step on the device.
         texts: compact texts that are mounted before the first message.
         options: variables of the chat template for what this call adds.
+        num_opening: entries up to the end of the system messages at the beginning, which conversations may share.
     """
 
     policy: MemoryPolicy
@@ -54,6 +55,7 @@ class Prompt:
     is_short: bool
     texts: tuple[TextCache, ...] = ()
     options: Mapping[str, object] = field(default_factory=dict)
+    num_opening: int = 1
 
     @classmethod
     def of(
@@ -103,7 +105,13 @@ class Prompt:
             sum(len(repr(item)) for item in (*prepared, *(template_tools or ()))) <= SHORT_CHARS,
             tuple(texts),
             dict(options or {}),
+            1 + sum(1 for _ in itertools.takewhile(_is_system, messages)),
         )
+
+    @property
+    def opening_key(self) -> str:
+        """The digest of the system messages at the beginning."""
+        return self.keys[self.num_opening - 1]
 
     @cached_property
     def cuts(self) -> tuple[int, ...]:
@@ -124,6 +132,10 @@ def _opening(
         return engine.render(messages[:end], tools=tools, options=options)
     except InvalidInput:
         return ""
+
+
+def _is_system(message: Message) -> bool:
+    return message["role"] in ("system", "developer")
 
 
 def num_shared(keys: Sequence[str], others: Sequence[str]) -> int:

@@ -34,6 +34,10 @@ from am_memory.text.chat_template import RenderedChat
 
 MAX_BYTES = 4 * 2**30
 MAX_BRANCHES = 64
+OPENINGS_SHARE = 8
+"""The system prompts that conversations share get an eighth of the bytes of all caches, beside these."""
+MIN_OPENING_TOKENS = 32
+"""A shorter system prompt is read again as fast as it is found."""
 
 logger = logging.getLogger("am_memory")
 
@@ -52,6 +56,7 @@ class Threads:
         require_room("caches", max_bytes=max_bytes, max_branches=max_branches)
         self.memory = memory
         self._pool = PrefixPool[Branch](max_bytes=max_bytes, max_entries=max_branches)
+        self._openings = PrefixPool[Branch](max_bytes=max(max_bytes // OPENINGS_SHARE, 1), max_entries=max_branches)
         self._store = BranchStore(memory)
         self._calls: WeakSet[PendingCall] = WeakSet()
         self._lock = RLock()
@@ -106,7 +111,11 @@ class Threads:
         with self._lock:
             self._resume(saved)
             match = self._longest(prompt)
-        branch, count = match.entry, match.num_shared
+            opening = self._openings.longest(
+                lambda branch: branch.num_shared(prompt), Branch.can_rewind, above=max(match.num_shared, 1)
+            )
+        parent = match.entry if opening.entry is None else None
+        branch, count = opening.entry or match.entry, opening.num_shared or match.num_shared
         ends: tuple[int | None, ...]
         if branch is None:
             session, ends = self.memory.scratch(policy=prompt.policy, tools=prompt.tools), (0,)
@@ -125,11 +134,12 @@ class Threads:
             session=session,
             num_cached_tokens=len(session.tokens),
             is_short=prompt.is_short,
-            rebuilt=_rebuilt(prompt, match),
+            rebuilt=_rebuilt(prompt, match, count),
             _rest=prompt.prepared[num_prepared:],
             _prompt=prompt,
             _ends=ends,
-            _add=partial(self._add, saved.call, branch),
+            _add=partial(self._add, saved.call, parent),
+            _keep_opening=None if self._openings.get(prompt.opening_key) else partial(self._keep_opening, saved.call),
         )
 
     def num_tokens(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> int:
@@ -161,6 +171,23 @@ class Threads:
     def _longest(self, prompt: Prompt) -> Match[Branch]:
         """The branch that shares most with a prompt; the tools alone are no tokens to share."""
         return self._pool.longest(lambda branch: branch.num_shared(prompt), Branch.can_rewind, above=1)
+
+    def _keep_opening(
+        self, call: PendingCall, session: Session, keys: tuple[str, ...], ends: tuple[int | None, ...]
+    ) -> None:
+        """Keep the system prompt of a conversation as it was read, before a compaction can reach it.
+
+        Conversations of the same owner that begin with it fork it. It is no branch: it is neither saved nor listed.
+        """
+        end = ends[-1]
+        if end is None or end < MIN_OPENING_TOKENS or not session.can_rewind(end):
+            return
+        opening = session.fork()
+        opening.rewind(end)
+        with self._lock:
+            if not call.is_deleted:
+                self._openings.put(keys[-1], Branch(opening, call.thread, keys, ends))
+                self._openings.evict(keys[-1])
 
     def _add(
         self,
@@ -286,6 +313,9 @@ class Threads:
             for call in calls:
                 call.is_deleted = True
             names = {branch.name for branch in self.branches(thread)}
+            for name, opening in self._openings.items():
+                if opening.thread == thread:
+                    self._openings.remove(name)
         names.update(self._store.names(thread))  # without the lock: the store may be slow
         for name in names:
             self._forget(name)
@@ -346,11 +376,11 @@ class Threads:
             raise InvalidInput(f"there is no thread {thread!r}; there are: {', '.join(self.names()) or 'none'}")
 
 
-def _rebuilt(prompt: Prompt, match: Match[Branch]) -> str | None:
+def _rebuilt(prompt: Prompt, match: Match[Branch], num_shared: int) -> str | None:
     """Why known messages are read again; None where none are."""
-    if match.most_shared <= max(match.num_shared, 1):
+    if match.most_shared <= max(num_shared, 1):
         return None
     return (
         f"the conversation leaves a known one after message {match.most_shared - 1} of {len(prompt.keys) - 1}, before "
-        f"its last compaction; read again from message {max(match.num_shared - 1, 0)} on"
+        f"its last compaction; read again from message {max(num_shared - 1, 0)} on"
     )

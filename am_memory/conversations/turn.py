@@ -16,6 +16,7 @@ from am_memory.session.reading import PromptReading
 from am_memory.session.session import Session
 
 Save = Callable[[], None]
+KeepOpening = Callable[[Session, tuple[str, ...], tuple[int | None, ...]], None]
 
 
 @dataclass(kw_only=True)
@@ -59,9 +60,14 @@ class Turn:
             self._append()
             self._is_appended, self._encoded = True, None
         self.reading = PromptReading(self.session)
-        yield self.reading.num_left
-        if self.reading.num_left:
+        yield (left := self.reading.num_left)
+        if left:
             yield from self.reading
+
+    def read_rest(self) -> None:
+        """Read what is left of the prompt at once."""
+        while appending.read(self.session):
+            pass
 
     def abandon(self) -> None:
         """Stop what goes on in the session, a compaction in the background included: the session is not kept."""
@@ -92,6 +98,20 @@ class ChatTurn(Turn):
     _ends: tuple[int | None, ...] = field(repr=False)
     _add: Callable[[Session, tuple[str, ...], tuple[int | None, ...]], Save] = field(repr=False)
     _save: Save | None = field(default=None, repr=False)
+    _keep_opening: KeepOpening | None = field(default=None, repr=False)
+
+    def read(self) -> Generator[int, None, None]:
+        for left in super().read():
+            self._note_opening(len(self.session.tokens) - left)
+            yield left
+
+    def _note_opening(self, num_read: int) -> None:
+        """Once the opening of the prompt is read, keep it for other conversations that begin alike."""
+        num_entries = self._prompt.num_opening
+        end = self._ends[num_entries - 1] if num_entries <= len(self._ends) else None
+        if self._keep_opening is not None and end is not None and num_read >= end:
+            self._keep_opening(self.session, self._prompt.keys[:num_entries], self._ends[:num_entries])
+            self._keep_opening = None
 
     def _append(self) -> None:
         super()._append()

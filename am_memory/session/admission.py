@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
+from am_memory.session.context import Context
 from am_memory.session.stepwise import Stepwise
-
-if TYPE_CHECKING:
-    from am_memory.session.context import Context
 
 Work = Stepwise[Any]
 

@@ -93,8 +93,10 @@ class Stepwise(ABC, Generic[T]):
         that is being made.
         """
         self._end()
-        while self.unsent:
-            self.context.notify(self.unsent.pop(0))
+        events = list(self.unsent)
+        del self.unsent[: len(events)]
+        for event in events:
+            self.context.notify(event)
 
     def _end(self) -> None:
         if self.is_finished and self._made is None:

@@ -72,6 +72,7 @@ def chat_request(service: Service, body: ChatCompletionRequest, key: TurnKey) ->
         response_format=body.response_format.as_format() if body.response_format else None,
         max_tokens=max_tokens_of(service.settings, body.max_completion_tokens, body.max_tokens),
         sampling=sampling_of(service.memory, body),
+        num_answers=body.n or 1,
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         parallel_calls=body.parallel_tool_calls is not False,
         text_of_invalid_calls=True,
@@ -88,16 +89,26 @@ async def _whole(
     service: Service, body: ChatCompletionRequest, conversation: str, updates: AsyncGenerator[object, None]
 ) -> ChatCompletion:
     """The answer as one response."""
-    logprobs: list[TokenLogprob] = []
+    logprobs: list[list[TokenLogprob]] = [[] for _ in range(body.n or 1)]
     finished: Finished | None = None
     async with aclosing(updates):
         async for update in updates:
             if isinstance(update, Delta):
-                logprobs += update.logprobs
+                logprobs[update.index] += update.logprobs
             elif isinstance(update, Finished):
                 finished = update
     assert finished is not None
-    answer = finished.answer
+    answer, engine = finished.answer, service.memory.engine
+    choices = [
+        _choice(each, _logprobs(engine, tokens) if body.logprobs else None)
+        for each, tokens in zip((answer, *answer.others), logprobs, strict=True)
+    ]
+    memory = AnswerMemory(conversation=conversation, stats=finished.stats, looked_up=answer.looked_up)
+    return ChatCompletion(model=service.settings.model_name, choices=choices, usage=usage_of(answer), am_memory=memory)
+
+
+def _choice(answer: ChatAnswer, logprobs: ChatLogprobs | None) -> ChatChoice:
+    """One of the answers."""
     assert answer.finish_reason is not None
     calls = [MessageToolCall.model_validate(call.as_message()) for call in answer.tool_calls]
     message = AnswerMessage(
@@ -105,13 +116,7 @@ async def _whole(
         reasoning_content=answer.reasoning or None,
         tool_calls=calls or None,
     )
-    choice = ChatChoice(
-        message=message,
-        logprobs=_logprobs(service.memory.engine, logprobs) if body.logprobs else None,
-        finish_reason=answer.finish_reason,
-    )
-    memory = AnswerMemory(conversation=conversation, stats=finished.stats, looked_up=answer.looked_up)
-    return ChatCompletion(model=service.settings.model_name, choices=[choice], usage=usage_of(answer), am_memory=memory)
+    return ChatChoice(index=answer.index, message=message, logprobs=logprobs, finish_reason=answer.finish_reason)
 
 
 def usage_of(answer: ChatAnswer) -> Usage:
@@ -133,20 +138,24 @@ async def _chunks(
     usage = {"usage": None} if body.includes_usage else {}
     includes_memory = body.stream_options is not None and body.stream_options.include_memory
 
-    def chunk(delta: dict[str, Any], finish_reason: str | None = None, logprobs: Any = None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+    def chunk(
+        index: int, delta: dict[str, Any], finish_reason: str | None = None, logprobs: Any = None
+    ) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         return {**frame, "choices": [choice], **usage}
 
     async with aclosing(updates):
-        yield chunk({"role": "assistant", "content": ""})
+        for index in range(body.n or 1):
+            yield chunk(index, {"role": "assistant", "content": ""})
         async for update in updates:
             if isinstance(update, Delta):
                 for delta, logprobs in _deltas(service.memory.engine, update):
-                    yield chunk(delta, logprobs=logprobs)
+                    yield chunk(update.index, delta, logprobs=logprobs)
             elif isinstance(update, MemoryUpdate) and includes_memory:
                 yield {**frame, "choices": [], "am_memory": {"conversation": conversation, **update.data}}
             elif isinstance(update, Finished):
-                yield chunk({}, update.answer.finish_reason)
+                for each in (update.answer, *update.answer.others):
+                    yield chunk(each.index, {}, each.finish_reason)
                 if body.includes_usage:
                     yield {**frame, "choices": [], "usage": usage_of(update.answer).model_dump()}
 

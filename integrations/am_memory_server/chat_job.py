@@ -61,7 +61,7 @@ class _ChatRun:
                     if self.compactions.unwritten or self.answer.finish_reason is not None:
                         self.compactions.write(self.answer.session)
                         self.publish(view_update(self.conversation, self.answer.session))
-                    yield from self.service.awaiting(self.answer.next_step, self._on_event)
+                    yield from self.service.awaiting(self.answer.next_steps, self._on_event)
             is_complete = True
             self.publish(Finished(self.answer, self.answer.session.stats))
         finally:
@@ -83,7 +83,7 @@ class _ChatRun:
             return
         if self.num_deltas == 0:
             self.service.metrics.first_token_seconds.observe(time.monotonic() - self.arrived)
-        if step.looked_up:
+        if step.looked_up and step.index == 0:
             self.publish(lookup_update(step.looked_up, session))
         if self.num_deltas % SIZE_EVERY == 0:
             self.publish(size_update(session))
@@ -93,12 +93,13 @@ class _ChatRun:
     def _count(self, is_complete: bool) -> None:
         """Count the answer in the metrics."""
         metrics, answer = self.service.metrics, self.answer
-        metrics.generated_tokens.inc(answer.num_tokens)
+        metrics.generated_tokens.inc(answer.num_generated)
         if not is_complete:
             metrics.cancelled.inc()
             return
         usage = answer.usage
         metrics.prompt_tokens.inc(usage.prompt_tokens)
         metrics.cached_tokens.inc(usage.cached_tokens)
-        metrics.answers.labels(answer.finish_reason).inc()
+        for each in (answer, *answer.others):
+            metrics.answers.labels(each.finish_reason).inc()
         metrics.answer_seconds.observe(time.monotonic() - self.arrived)

@@ -15,11 +15,14 @@ CONVERSATION_KEYS = ("conversation_id", "thread_id", "session_id", "chat_id")
 """Keys of `metadata` that name the conversation; the first one found counts."""
 MAX_MESSAGES = 20_000
 MAX_MOUNTS = 32
+MAX_CHOICES = 16
+"""Answers to one prompt."""
 SAMPLING = (
     *("seed", "temperature", "top_p", "min_p", "repetition_penalty"),
     *("presence_penalty", "frequency_penalty", "logit_bias"),
 )
 TokenCount = Annotated[int, Field(ge=1, lt=2**31)]
+NumChoices = Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 PLAIN_WORD = r"^[\w.:+-]{1,64}$"
@@ -89,8 +92,6 @@ class Sampled(Body):
     logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=MAX_BIASES), BeforeValidator(_few_biases)] = Field(
         default_factory=dict
     )
-    # Accepted with the value that changes nothing.
-    n: Literal[1] | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -119,6 +120,7 @@ class ChatCompletionRequest(Sampled):
     messages: Annotated[
         list[ChatMessage], Field(min_length=1, fail_fast=True, max_length=MAX_MESSAGES), BeforeValidator(not_too_many)
     ]
+    n: NumChoices = None
     max_tokens: TokenCount | None = None
     max_completion_tokens: TokenCount | None = None
     tools: Annotated[list[ChatTool], Field(max_length=128)] | None = None
@@ -191,11 +193,25 @@ class CompletionRequest(Sampled):
         | Annotated[list[int], Field(min_length=1, fail_fast=True)]
         | Annotated[list[str], Field(min_length=1, max_length=16, fail_fast=True)]
     )
+    n: NumChoices = None
+    best_of: NumChoices = None
     max_tokens: TokenCount | None = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: Literal[False] | None = None
     suffix: Literal[""] | None = None
-    best_of: Literal[1] | None = None
+
+    @model_validator(mode="after")
+    def _has_choices(self) -> CompletionRequest:
+        if self.num_candidates < (self.n or 1):
+            raise ValueError(f"best_of is {self.best_of}, and n is {self.n}: let best_of be at least n")
+        if self.stream and self.num_candidates > (self.n or 1):
+            raise ValueError("the best of several completions is known at their end: leave out best_of, or stream")
+        return self
+
+    @property
+    def num_candidates(self) -> int:
+        """How many completions of each prompt are generated."""
+        return self.best_of or self.n or 1
 
     @property
     def prompts(self) -> list[str | list[int]]:

@@ -75,7 +75,7 @@ class ChatLogprobs(BaseModel):
 
 
 class ChatChoice(BaseModel):
-    """The answer to a chat request; there is always one."""
+    """An answer to a chat request; there are as many as `n` asks for. The memory keeps the first one."""
 
     index: int = 0
     message: AnswerMessage
@@ -122,7 +122,7 @@ class TextLogprobs(BaseModel):
 
 
 class TextChoice(BaseModel):
-    """The completion of one prompt; `index` is the number of the prompt."""
+    """A completion of a prompt. `index` counts the completions of the first prompt, then those of the second one."""
 
     index: int
     text: str

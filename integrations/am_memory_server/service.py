@@ -6,9 +6,9 @@ Work on sessions runs on the scheduler's device thread, in short steps; work tha
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TypeVar
 
 from am_memory.conversations.branch import Branch
@@ -22,7 +22,7 @@ from am_memory.session.saving import snapshot
 from am_memory.session.session import Session
 from am_memory.session.stepwise import Stepwise
 from am_memory_server.errors import logger
-from am_memory_server.jobs import Steps
+from am_memory_server.jobs import Steps, TurnKey
 from am_memory_server.kept_responses import KeptResponses
 from am_memory_server.metrics import Metrics, Sizes
 from am_memory_server.scheduler import Scheduler
@@ -43,6 +43,23 @@ class Closeable(Protocol[T_co]):
     def close(self) -> None: ...
 
 
+@dataclass(frozen=True)
+class AnyStep:
+    """Several steps of one job, of which it awaits any."""
+
+    steps: tuple[Stepwise[Any], ...]
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether one of them is made, so that the job can go on."""
+        return any(step.is_ready for step in self.steps)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether one of them is made, or has events to publish."""
+        return any(step.has_news for step in self.steps)
+
+
 class Service:
     """One model with all of its conversations.
 
@@ -58,10 +75,11 @@ class Service:
         self.texts = Texts(memory, max_bytes=max(texts_bytes, 1))
         self.responses = KeptResponses(settings.max_responses)
         self.metrics = Metrics(self.sizes)
+        self._batch = Batch(max_bytes=settings.max_answer_bytes)
         self.scheduler = Scheduler(
             max_active=settings.max_active,
             max_queued=settings.max_queued,
-            together=Batch(max_bytes=settings.max_answer_bytes).step,
+            together=self._step_together,
         )
         self.created = int(time.time())
 
@@ -97,13 +115,24 @@ class Service:
             with self.listening(listener):
                 steps.close()
 
-    def awaiting(self, step: Stepwise[Any] | None, listener: Listener) -> Steps[None]:
-        """Await what is done together with other jobs. Its events go to the listener when they happen."""
-        yield step
-        while step is not None and step.unsent and not step.is_ready:
+    def awaiting(self, steps: Sequence[Stepwise[Any]], listener: Listener) -> Steps[None]:
+        """Await any of these steps, which are made together with those of other jobs, unless one is made already.
+
+        Their events go to the listener when they happen.
+        """
+        awaited = AnyStep(tuple(steps))
+        if awaited.is_ready:
+            return
+        yield awaited if steps else None
+        while awaited.has_news and not awaited.is_ready:
             with self.listening(listener):
-                step.send_events()
-            yield step
+                for step in steps:
+                    step.send_events()
+            yield awaited
+
+    def _step_together(self, awaited: Sequence[AnyStep], keys: Sequence[TurnKey]) -> None:
+        keyed = [(step, key) for each, key in zip(awaited, keys, strict=True) for step in each.steps]
+        self._batch.step([step for step, _ in keyed], [key for _, key in keyed])
 
     def save_or_log(self, save: Callable[[], None]) -> None:
         """Save a conversation. If that fails, log it: the conversation stays in memory, and its answer is sent."""

@@ -14,19 +14,18 @@ from langchain_core.messages.ai import UsageMetadata
 from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 
-from am_memory import Generation
 from am_memory.conversations.chat import HostWork, answer_chat
 from am_memory.conversations.chat_answer import ChatAnswer, Delta, Part
 from am_memory.conversations.reasoning import Reasoning
 from am_memory.conversations.tool_calls import InvalidCall
 from am_memory.errors import PromptTooLong
-from am_memory.session.reading import PromptReading
+from am_memory.session.stepwise import Stepwise
 
 PROVIDER = "am_memory"
 
 
-AnswerStep = ChatGenerationChunk | PromptReading | Generation | None
-"""A chunk; or a step without one: what may be read or generated next together with others, or None."""
+AnswerStep = ChatGenerationChunk | tuple[Stepwise[Any], ...]
+"""A chunk; or what may be read or generated next together with others."""
 
 
 def generate_chunks(
@@ -55,7 +54,7 @@ def generate_chunks(
                 )
             if isinstance(step, Delta):
                 yield from map(chunks.chunk, step.parts)
-            yield answer.next_step
+            yield answer.next_steps
     except PromptTooLong as error:
         raise ContextOverflowError(str(error)) from error
     yield chunks.last(answer, model_name)

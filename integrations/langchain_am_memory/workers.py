@@ -9,16 +9,16 @@ import asyncio
 from collections.abc import AsyncGenerator, Generator
 from dataclasses import dataclass, field
 from threading import Condition, Lock, Thread
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
-from am_memory import Generation, Memory
+from am_memory import Memory
 from am_memory.session.batch import Batch
-from am_memory.session.reading import PromptReading
+from am_memory.session.stepwise import Stepwise
 
 T = TypeVar("T")
-Steps = Generator[T | PromptReading | Generation | None, None, None]
-"""The results of a call, and between them steps without one: what is to be read or generated next, or None."""
+Steps = Generator[T | tuple[Stepwise[Any], ...], None, None]
+"""The results of a call, and between them what is to be read or generated next. No result is a tuple."""
 
 MAX_UNREAD = 2
 """Results that a call makes ahead of its reader, so that it does not miss the next pass with the others."""
@@ -49,7 +49,7 @@ class _Call(Generic[T]):
     steps: Steps[T]
     loop: asyncio.AbstractEventLoop
     results: asyncio.Queue[T | _End] = field(default_factory=asyncio.Queue)
-    awaited: PromptReading | Generation | None = None
+    awaited: tuple[Stepwise[Any], ...] = ()
     num_made: int = 0
     num_read: int = 0
     is_closed: bool = False
@@ -67,11 +67,11 @@ class _Call(Generic[T]):
     @property
     def is_awaiting(self) -> bool:
         """Whether it waits for a step that is made together with others'."""
-        return self.awaited is not None and not self.awaited.is_ready
+        return bool(self.awaited) and not any(step.is_ready for step in self.awaited)
 
     def step(self) -> bool:
         """Run one step; False if it was the last one."""
-        self.awaited = None
+        self.awaited = ()
         try:
             if self.has_gone:
                 self.steps.close()
@@ -83,9 +83,9 @@ class _Call(Generic[T]):
         except Exception as error:  # of any kind: it is raised again where the caller waits
             self._put(_End(error))
             return False
-        if isinstance(result, PromptReading | Generation):
+        if isinstance(result, tuple):
             self.awaited = result
-        elif result is not None:
+        else:
             self._put(result)
         return True
 
@@ -149,9 +149,10 @@ class Worker:
                     return
                 able = self._able()
             for call in able:
-                if not call.has_gone and call.awaited is not None and not call.awaited.is_ready:
-                    call.awaited.send_events()
+                if call.is_awaiting and not call.has_gone:
+                    for step in call.awaited:
+                        step.send_events()
                 elif not call.step():
                     with self._changed:
                         self._calls.remove(call)
-            self._batch.step([call.awaited for call in able if call.awaited is not None])
+            self._batch.step([step for call in able for step in call.awaited])

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import pytest
+from inside import context_of
+from torch import Tensor
 
-from am_memory import Memory, MemoryPolicy, Sampling, Session
+from am_memory import Generation, Memory, MemoryPolicy, Piece, Sampling, Session
 from am_memory.conversations.chat import HostWork, PromptProgress, answer_chat
 from am_memory.conversations.chat_answer import ChatAnswer, Delta, Part, ToolCall
 from am_memory.conversations.chat_request import ChatRequest
@@ -79,6 +81,40 @@ def test_a_failed_compaction_in_reading_is_tried_again(threads: Threads, monkeyp
     answer = ChatAnswer(threads, request())
     assert [step for step in answer_chat(answer, max_retries=1) if isinstance(step, Delta)]
     assert answer.finish_reason == "length"
+
+
+def test_several_answers_share_their_passes(threads: Threads, pass_sizes: list[int]) -> None:
+    """Also where nobody else makes the steps; the conversation keeps the first answer."""
+    sampling = Sampling(temperature=1.0, seed=3)
+    alone = ChatAnswer(threads, request(sampling=sampling))
+    run(alone)
+    threads.delete("default")
+    answer = ChatAnswer(threads, request(sampling=sampling, num_answers=3))
+    found = [*deltas(answer)]
+    assert {delta.index for delta in found} == {0, 1, 2}
+    assert max(pass_sizes) == 3
+    assert answer.content == alone.content
+    assert len({each.content for each in (answer, *answer.others)}) == 3
+    assert answer.usage.completion_tokens == sum(each.num_tokens for each in (answer, *answer.others))
+    (branch,) = threads.all_branches()
+    assert branch.session is answer.session
+
+
+def test_a_failing_answer_ends_the_others_and_nothing_is_kept(
+    threads: Threads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer, choose = ChatAnswer(threads, request(num_answers=3)), Generation.choose
+
+    def failing(generation: Generation, logits: Tensor) -> Piece:
+        if generation.context is context_of(answer.others[0].session) and generation.num_tokens == 2:
+            raise InvalidInput("boom")
+        return choose(generation, logits)
+
+    monkeypatch.setattr(Generation, "choose", failing)
+    with pytest.raises(InvalidInput, match="boom"):
+        run(answer)
+    assert answer.next_steps == ()
+    assert threads.all_branches() == []
 
 
 def test_the_last_delta_says_why_the_answer_ended(threads: Threads) -> None:

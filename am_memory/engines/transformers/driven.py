@@ -135,7 +135,8 @@ def _one_text(asked: Arguments) -> Tensor:
         raise UnsupportedOperation("a compacting cache has to see token ids: pass input_ids, not inputs_embeds")
     if input_ids.shape[0] != 1:
         raise UnsupportedOperation(
-            f"a batch of {input_ids.shape[0]} sequences (or beams); a cache holds one: use one cache for each"
+            f"a batch of {input_ids.shape[0]} sequences (or beams); a cache holds one: use one cache for each, or "
+            "Memory.generate_many, which takes sessions and forks of one session"
         )
     return input_ids
 

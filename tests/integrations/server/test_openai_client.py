@@ -210,7 +210,7 @@ def test_the_model_is_listed_and_any_other_is_not_found(client: openai.OpenAI) -
     ("options", "problem"),
     [
         ({"temperature": 3}, "temperature"),
-        ({"n": 2}, "n"),
+        ({"n": 17}, "n"),
         ({"presence_penalty": 3.0}, "presence_penalty"),
         ({"logit_bias": {"260": 1}}, "logit_bias names token 260: this model has tokens 0 to 259"),
         ({"extra_body": {"chat_template_kwargs": {"tokenize": True}}}, "'tokenize' cannot be set here"),

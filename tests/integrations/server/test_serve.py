@@ -42,6 +42,7 @@ def test_every_option_reaches_the_server(started: list[tuple[Memory, ServerSetti
         "--operator-key third-key --max-pending-mib 8 --max-connections 9 --body-seconds 10 --idle-seconds 11 "
     )
     options += "--cors-origin https://a.example --max-tokens 7 --max-active 2 --max-queued 3 --max-sessions 5 "
+    options += "--max-answer-mib 7 "
     options += f"--max-session-mib 6 --max-body-mib 1 --max-body-values 999 --shutdown-seconds 1.5 --store {tmp_path}"
     result = run(*options.split())
     assert result.exit_code == 0, result.output
@@ -56,6 +57,7 @@ def test_every_option_reaches_the_server(started: list[tuple[Memory, ServerSetti
         cors_origins=("https://a.example",),
         max_tokens=7,
         max_active=2,
+        max_answer_bytes=7 * 2**20,
         max_queued=3,
         max_sessions=5,
         max_session_bytes=6 * 2**20,

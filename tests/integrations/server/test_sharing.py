@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import openai
@@ -12,6 +13,7 @@ import pytest
 from am_memory_server import ServerSettings
 from serving import NewServer, Server, until
 
+from am_memory.compaction.job import CompactionJob
 from am_memory.errors import InvalidInput
 
 ALICE, BOB = "key-of-alice", "key-of-bob"
@@ -117,6 +119,57 @@ def test_concurrent_answers_get_their_tokens_in_one_pass(new_server: NewServer, 
         client = server.client()
         list(pool.map(lambda number: ask(client, f"question number {number}"), range(6)))
     assert max(pass_sizes) >= 4
+
+
+def test_a_compaction_of_one_conversation_stops_no_other(
+    new_server: NewServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it is in the middle of a prompt or of an answer; and a new conversation begins meanwhile."""
+    long = "tell me of the owl and of the sea " * 14
+    with new_server() as server:
+        expected = ask(server.client(), long, max_tokens=6).choices[0].message.content
+    begun, release, run = threading.Event(), threading.Event(), CompactionJob.run
+
+    def held(job: CompactionJob, *args: Any) -> Any:
+        begun.set()
+        assert release.wait(60)
+        return run(job, *args)
+
+    monkeypatch.setattr(CompactionJob, "run", held)
+    with new_server() as server, ThreadPoolExecutor(1) as pool:
+        client = server.client()
+        compacting = pool.submit(ask, client, long, max_tokens=6)
+        assert begun.wait(60)
+        assert ask(client, "write a short one", max_tokens=12).usage.completion_tokens > 0
+        assert not compacting.done()
+        release.set()
+        assert compacting.result().choices[0].message.content == expected
+
+
+def test_a_client_that_leaves_stops_its_compaction(new_server: NewServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It once went on for nobody, beside the answers of others."""
+    begun, run, ends = threading.Event(), CompactionJob.run, list[type]()
+
+    def noted(job: CompactionJob, progress: Any) -> Any:
+        begun.set()
+        try:
+            while True:  # until it is stopped
+                progress("fit", 0, 1)
+                sleep(0.001)
+        except BaseException as error:
+            ends.append(type(error))
+            raise
+
+    monkeypatch.setattr(CompactionJob, "run", noted)
+    with new_server() as server:
+        stream = ask(server.client(), "tell me of the owl and of the sea " * 14, stream=True)
+        assert begun.wait(60)
+        stream.close()
+        until(lambda: ends)
+        until(lambda: server.service.scheduler.num_active == 0)
+        monkeypatch.setattr(CompactionJob, "run", run)
+        assert ask(server.client(), "write a short one", max_tokens=2).usage.completion_tokens == 2
+    assert ends == [CancelledError]
 
 
 def test_concurrent_answers_equal_single_ones(new_server: NewServer) -> None:
