@@ -31,7 +31,10 @@ class SearchHeadsProgress:
 
 @dataclass(frozen=True)
 class CompactionStarted:
-    """A compaction of the tokens [start, end) of the conversation begins; the cache has `kv_tokens` now."""
+    """The compaction of the tokens [start, end) to one segment begins; the cache has `kv_tokens` now.
+
+    A long block becomes several segments, and each of them emits its own events.
+    """
 
     session: str
     start: int
@@ -124,7 +127,7 @@ class CompactionReport:
 
 @dataclass(frozen=True)
 class CompactionFinished:
-    """A compaction was swapped in."""
+    """A segment was swapped in, and the report is about it alone. A long block emits this for each of its segments."""
 
     session: str
     report: CompactionReport

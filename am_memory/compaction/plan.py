@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 from am_memory.engines.base import Capabilities, Engine
@@ -306,26 +307,33 @@ def _num_segments(policy: MemoryPolicy, block_tokens: int) -> int:
     return max(min(math.ceil(block_tokens / LONGEST_SEGMENT), block_tokens // (2 * _floor_tokens(policy))), 1)
 
 
-def plan_segment(policy: MemoryPolicy, sizes: CacheSizes, trigger_tokens: int, end: int) -> Plan:
+def plan_segment(policy: MemoryPolicy, sizes: CacheSizes, trigger_tokens: int, ends: Sequence[int]) -> Plan:
     """Plan the compaction of the oldest exact tokens to one segment.
+
+    Room is left for the segments that follow at once, so that a segment is fitted in the slots that it will have. A
+    gate (`max_error`) may take that room.
 
     Args:
         trigger_tokens: the trigger without the room for recalled pages, in tokens.
-        end: of the segment, see `segment_ends`.
+        ends: of the segment, and of those that follow at once, see `segment_ends`.
 
     Raises:
         BudgetTooSmall: a head would get fewer than `min_slots`.
     """
     is_refit = policy.experiments.recompaction == "refit"
-    start = sizes.num_pinned if is_refit else sizes.exact_start
+    start, end = sizes.num_pinned if is_refit else sizes.exact_start, ends[0]
     older = () if is_refit else sizes.segments
     _check_floor(policy, end - start)
     # A refit does not move keys: neither those of the segment, nor the pinned ones.
     shift = sizes.segments[0].shift if is_refit and sizes.segments else 0
     keep_ratio = 0.0 if policy.experiments.fit == "no_slots" else policy.keep_ratio
-    newest = Segment(start, end, round(keep_ratio * (end - start) * sizes.num_heads), shift)
+    newest, *later = (
+        Segment(first, last, round(keep_ratio * (last - first) * sizes.num_heads), shift)
+        for first, last in pairwise([start, *ends])
+    )
     bound = max_compact_tokens(policy, trigger_tokens) * sizes.num_heads
-    segments = shrink([*older, newest], bound)
+    following = later if policy.max_error is None else []
+    segments = shrink([*older, newest, *following], bound)[: len(older) + 1]
     floor = min(policy.experiments.min_slots * sizes.num_heads, newest.num_slots)
     if segments[-1].num_slots < floor:  # after a very long conversation an equal share is below min_slots
         segments = [*shrink(older, bound - floor), resized(newest, floor)]

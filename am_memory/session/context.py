@@ -103,8 +103,7 @@ class Context:
         self.originals_place = originals_place(self.policy, self.engine.capabilities)
         self.awaited_text: TextCache | None = None
         self.before_step: Before | None = None
-        self.num_steps, self._stages = 0, notices.Stages()
-        self._recall_room = self._room_beside(self.num_fixed)
+        self.num_steps, self._stages, self._recall_room = 0, notices.Stages(), self._room_beside(self.num_fixed)
         self.require_progress()
         self._calibration = calibration_for(self.policy.head_budget, self.engine.info)
         self.live = LiveQueries() if "live" in (self.policy.reference_queries or ()) else None
@@ -245,8 +244,8 @@ class Context:
 
     def start_background_compaction(self) -> None:
         """Start a compaction in the background, to be swapped in at the trigger."""
-        end, *_ = segment_ends(self.policy, self.sizes, None, self._boundary)
-        self.background_compaction = BackgroundCompaction(self.job(self._planned(end), self.fork_at_rest()))
+        first = self._planned(segment_ends(self.policy, self.sizes, None, self._boundary)[:1])
+        self.background_compaction = BackgroundCompaction(self.job(first, self.fork_at_rest()))
         self.background_compaction.start()  # after the assignment: a transaction that is undone stops what it finds
 
     def cancel_background_compaction(self) -> None:
@@ -267,14 +266,15 @@ class Context:
             reports = [self.swap_in(self.background_compaction.result(self.progress))]
         else:
             ends = segment_ends(self.policy, self.sizes, fraction, self._boundary)
-            reports = [self.swap_in(self.job(self._planned(end), self.cache).run(self.progress)) for end in ends]
+            rest = (ends[number:] for number in range(len(ends)))
+            reports = [self.swap_in(self.job(self._planned(each), self.cache).run(self.progress)) for each in rest]
         mounting.move_near(self)
         pages.bring_back_all(self, held)
         return CompactionReport.joined(reports)
 
-    def _planned(self, end: int) -> Plan:
+    def _planned(self, ends: Sequence[int]) -> Plan:
         """The plan of a segment of the oldest exact tokens."""
-        return plan_segment(self.policy, self.sizes, self.rest_tokens, end)
+        return plan_segment(self.policy, self.sizes, self.rest_tokens, ends)
 
     def fork_at_rest(self) -> SessionCache:
         """A second cache with the same content, and without the recalled pages."""

@@ -200,6 +200,6 @@ def equal_block(session: Session, fraction: float) -> Segment:
     """What `session.compact(fraction)` would compact, as one segment, with the same number of slots for every head."""
     context = session._context
     *_, end = segment_ends(context.policy, context.sizes, fraction)
-    newest = plan_segment(context.policy, context.sizes, context.trigger_tokens, end).newest
+    newest = plan_segment(context.policy, context.sizes, context.trigger_tokens, [end]).newest
     num_heads = context.cache.num_heads
     return replace(newest, num_slots=round(newest.num_slots / num_heads) * num_heads)

@@ -52,7 +52,7 @@ def plan_compaction(
     policy: MemoryPolicy, sizes: CacheSizes, trigger_tokens: int, fraction: float | None = None
 ) -> Plan:
     """The plan of a whole block, as one segment."""
-    return plan_segment(policy, sizes, trigger_tokens, segment_ends(policy, sizes, fraction)[-1])
+    return plan_segment(policy, sizes, trigger_tokens, segment_ends(policy, sizes, fraction)[-1:])
 
 
 # The plan

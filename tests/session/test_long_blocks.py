@@ -77,6 +77,17 @@ def test_a_rebuild_makes_the_same_segments(new_memory: NewMemory, source: str, a
     assert new_memory().session("alice").segments == session.segments
 
 
+def test_each_segment_is_fitted_in_the_slots_that_it_has_afterwards(new_memory: NewMemory) -> None:
+    """At the bound, those that follow in the same compaction would else cut what was fitted a moment before."""
+    session = told_session(new_memory(max_compact_tokens=8))
+    report = session.compact(1.0)
+    fitted = [record.plan.newest.num_slots for record in records_of(session)]
+    now = [segment.num_slots for segment in session.segments]
+    assert fitted == now
+    assert report.num_slots == pytest.approx(sum(now) / context_of(session).cache.num_heads)
+    assert report.num_slots <= 8
+
+
 def test_a_failure_in_the_last_segment_leaves_the_session_as_it_was(
     new_memory: NewMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -135,7 +135,7 @@ def test_what_is_refit_stays_where_it_was_moved_to() -> None:
     """Pinned tokens count to the first segment, whichever that is: one that began anew would turn them twice."""
     sizes = CacheSizes(400, 3, (Segment(3, 200, 30, shift=90), Segment(200, 340, 30)), num_heads=2)
     policy = POLICY.with_changes(experiments=Experiments(recompaction="refit"))
-    assert [segment.shift for segment in plan_segment(policy, sizes, 64, 300).segments] == [90]
+    assert [segment.shift for segment in plan_segment(policy, sizes, 64, [300]).segments] == [90]
 
 
 def test_leaving_the_window_says_that_what_is_old_moves(new_memory: NewMemory) -> None:
@@ -158,7 +158,7 @@ def test_only_keys_turn_and_pinned_ones_go_with_the_oldest_segment(new_memory: N
     still = context.fork("still")
     before, fitted = (
         still.cache.state(),
-        plan_segment(POLICY, still.sizes, still.trigger_tokens, segment_ends(POLICY, still.sizes)[0]),
+        plan_segment(POLICY, still.sizes, still.trigger_tokens, segment_ends(POLICY, still.sizes)[:1]),
     )
     far = Plan(tuple(replace(each, shift=each.shift + 50) for each in fitted.segments[:-1]) + fitted.segments[-1:])
     for each, planned in ((still, fitted), (context, far)):
