@@ -32,7 +32,7 @@ class Stats:
         exact_tokens: tokens whose keys and values are exact.
         kv_bytes: memory of keys, values and biases on the device, spare capacity included.
         exact_kv_bytes: memory that an uncompacted cache of the same conversation would take.
-        num_compactions: compactions so far; a long block counts once for each of its segments.
+        num_compactions: compactions so far; each made a segment, or several of a long block.
         num_segments: compact segments now.
         num_refined: those of them that were refined since they were compacted.
         recalled_tokens: compacted tokens that are exact for the time being; not among `exact_tokens`.
@@ -97,7 +97,7 @@ def _measured(
         exact_tokens=cache.num_exact_tokens,
         kv_bytes=cache.nbytes,
         exact_kv_bytes=cache.exact_nbytes,
-        num_compactions=len(records),
+        num_compactions=sum(not record.continues for record in records),
         num_segments=len(cache.segments),
         originals_bytes=off_device + sum(recalled.nbytes for recalled in pages),
         recalled_tokens=sum(recalled.page.num_tokens for recalled in pages),
