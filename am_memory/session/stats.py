@@ -8,7 +8,7 @@ from html import escape
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from am_memory.formatting import counted, mebibytes
+from am_memory.formatting import cache_bytes, counted, mebibytes
 from am_memory.recall.search_index import index_bytes
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Stats:
         )
 
     def __repr__(self) -> str:
-        return f"Stats({self}, {cache_bytes(self)})"
+        return f"Stats({self}, {cache_bytes(self.kv_bytes, self.exact_kv_bytes, self.num_compactions)})"
 
     def _repr_html_(self) -> str:
         return html_table("Stats", table_rows(self))
@@ -107,18 +107,12 @@ def _measured(
     )
 
 
-def cache_bytes(stats: Stats) -> str:
-    """The bytes of the cache, and those of an uncompacted one; before a compaction they differ by spare capacity."""
-    held = mebibytes(stats.kv_bytes)
-    return f"{held} instead of {mebibytes(stats.exact_kv_bytes)}" if stats.num_compactions else held
-
-
 def table_rows(stats: Stats) -> dict[str, str]:
     """The size as the rows of a table."""
     rows = {
         "tokens": f"{stats.logical_tokens:,}",
         "slots": f"{stats.kv_tokens:,.0f}, {stats.exact_tokens:,} of them exact",
-        "cache": cache_bytes(stats),
+        "cache": cache_bytes(stats.kv_bytes, stats.exact_kv_bytes, stats.num_compactions),
         "compactions": f"{stats.num_compactions:,}, {counted(stats.num_segments, 'segment')} now",
     }
     if stats.num_refined:
