@@ -31,10 +31,7 @@ class SearchHeadsProgress:
 
 @dataclass(frozen=True)
 class CompactionStarted:
-    """The compaction of the tokens [start, end) to one segment begins; the cache has `kv_tokens` now.
-
-    A long block becomes several segments, and each of them emits its own events.
-    """
+    """A compaction of the tokens [start, end) of the conversation begins; the cache has `kv_tokens` now."""
 
     session: str
     start: int
@@ -127,7 +124,7 @@ class CompactionReport:
 
 @dataclass(frozen=True)
 class CompactionFinished:
-    """A segment was swapped in, and the report is about it alone. A long block emits this for each of its segments."""
+    """A compaction was swapped in."""
 
     session: str
     report: CompactionReport

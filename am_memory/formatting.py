@@ -15,6 +15,12 @@ def mebibytes(num_bytes: int) -> str:
     return f"{num_bytes / MEBIBYTE:,.1f} MiB"
 
 
+def cache_bytes(kv_bytes: int, exact_kv_bytes: int, num_compactions: int) -> str:
+    """The bytes of a cache, and of an uncompacted one; before a compaction they differ by spare capacity."""
+    held = mebibytes(kv_bytes)
+    return f"{held} instead of {mebibytes(exact_kv_bytes)}" if num_compactions else held
+
+
 def shortened(text: str, max_chars: int) -> str:
     """Both ends of a text that is longer than `max_chars`; a shorter text as it is."""
     half = max_chars // 2

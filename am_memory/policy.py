@@ -149,10 +149,8 @@ class MemoryPolicy(_Settings):
         ahead_tokens: begin a compaction this many tokens below the trigger, in a thread and, on a GPU, a stream of its
             own. Reading and decoding go on with the old cache. The new one is swapped in at the trigger, which waits
             for it if necessary: the result depends on the tokens alone, not on timing. Must be below the smallest block
-            that is compacted this way. Of a block of several segments it compacts the first alone, and the next one
-            begins when that is swapped in: a large cache stays near its trigger. Takes the memory of one more exact
-            tail. Not with shared heads on llama.cpp, nor with a RoPE that depends on the length of the text. 0: compact
-            at the trigger, while decoding waits.
+            that is compacted this way. Takes the memory of one more exact tail. Not with shared heads on llama.cpp, nor
+            with a RoPE that depends on the length of the text. 0: compact at the trigger, while decoding waits.
         refine: "idle": while no session works, a thread of the memory fits compact segments again, to
             `refine_queries`, and swaps the better slots in. It stops at once when a session works, and begins with the
             segment again later. "off": only `Session.refine` does so. Needs originals; not with shared heads on

@@ -29,9 +29,8 @@ from am_memory.events import (
     Span,
     WindowExceeded,
 )
-from am_memory.formatting import MEBIBYTE, counted, mebibytes, shortened
+from am_memory.formatting import MEBIBYTE, cache_bytes, counted, mebibytes, shortened
 from am_memory.session.progress import step_of
-from am_memory.session.stats import cache_bytes
 
 if TYPE_CHECKING:
     from am_memory.session.session import Session
@@ -186,7 +185,7 @@ def stats_table(session: Session) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_row("tokens of the conversation", f"{stats.logical_tokens:,}")
     table.add_row("tokens in the cache", f"{stats.kv_tokens:,.0f}, {stats.exact_tokens:,} of them exact")
-    table.add_row("bytes of the cache", cache_bytes(stats))
+    table.add_row("bytes of the cache", cache_bytes(stats.kv_bytes, stats.exact_kv_bytes, stats.num_compactions))
     table.add_row("compactions", f"{stats.num_compactions}")
     table.add_row("compact segments", f"{stats.num_segments}")
     if stats.num_refined:

@@ -14,7 +14,7 @@ from queue import SimpleQueue
 
 import torch
 
-from am_memory.compaction.job import CompactionJob, CompactionResult
+from am_memory.compaction.job import BlockJob, CompactionResult
 from am_memory.kv_cache.cache import CacheState, Snapshot
 from am_memory.kv_cache.layers import TailState
 from am_memory.queries import Progress
@@ -32,7 +32,7 @@ class BackgroundCompaction:
         has_failed: the job raised an error, and `result` has raised it to a caller.
     """
 
-    def __init__(self, job: CompactionJob) -> None:
+    def __init__(self, job: BlockJob) -> None:
         self.at_tokens = job.cache.num_tokens
         self.is_shared = self.has_failed = False
         self._others = [state for state in job.cache.state().layers if not isinstance(state, TailState)]
@@ -41,7 +41,7 @@ class BackgroundCompaction:
         self._stream = _second_stream(job.engine.info.device)
         self._job = job
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="am-memory-ahead")
-        self._future: Future[CompactionResult]
+        self._future: Future[list[CompactionResult]]
 
     @property
     def is_done(self) -> bool:
@@ -59,7 +59,7 @@ class BackgroundCompaction:
         self._worker.shutdown(wait=False)  # the thread ends with its work
         self._future.add_done_callback(lambda _: self._progress.put(None))
 
-    def _run(self, job: CompactionJob) -> CompactionResult:
+    def _run(self, job: BlockJob) -> list[CompactionResult]:
         with self._stream:
             return job.run(self._report)
 
@@ -79,23 +79,22 @@ class BackgroundCompaction:
         while not self._progress.empty() and (report := self._next_progress()) is not None:
             progress(*report)
 
-    def result(self, progress: Progress) -> CompactionResult:
+    def result(self, progress: Progress) -> list[CompactionResult]:
         """Wait for the job to end, and pass on its progress meanwhile.
 
         Raises:
-            CompactionFailed: as `CompactionJob.run` does; at every call.
+            CompactionFailed: as `BlockJob.run` does; at every call.
         """
         while (report := self._next_progress()) is not None:
             progress(*report)
         if (error := self._future.exception()) is not None:
             self.has_failed = True
             raise error
-        result = self._future.result()
-        for slots in result.slots:
-            for tensor in slots.tensors:
-                if tensor.is_cuda:  # allocated in another stream: keeps that stream from reusing the memory too early
-                    tensor.record_stream(torch.cuda.current_stream(tensor.device))
-        return result
+        results = self._future.result()
+        for tensor in (tensor for result in results for slots in result.slots for tensor in slots.tensors):
+            if tensor.is_cuda:  # allocated in another stream: keeps that stream from reusing the memory too early
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        return results
 
     def stop(self) -> None:
         """Cancel the job and wait for its thread to end. Does nothing if branches share the job."""

@@ -22,6 +22,7 @@ from am_memory.compaction.record import CompactionRecord
 from am_memory.compaction.summary import replace_by_summary, write_summary
 from am_memory.engines.base import Engine, LayerwiseCache, SessionCache
 from am_memory.events import CompactionReport
+from am_memory.kv_cache.cache import Snapshot
 from am_memory.kv_cache.slots import Slots, resized
 from am_memory.policy import MemoryPolicy
 from am_memory.queries import LiveQueries, Passage, Progress, QuerySources
@@ -54,6 +55,10 @@ class CompactionResult:
     query_seconds: float
     score_seconds: float
     fit_seconds: float
+
+    def swapped_in(self, cache: SessionCache, num_pinned: int) -> Snapshot:
+        """The state of a cache with the slots in the place of the segment's exact entries."""
+        return cache.compacted(self.record.plan.segments, self.slots, num_pinned)
 
     def report(self, session: str, kv_tokens: float, kv_bytes: int, cache: SessionCache) -> CompactionReport:
         """The report for users.
@@ -226,3 +231,51 @@ class CompactionJob:
         block = self.start, self.plan.newest.end
         entries = (layer.exact_entries(*block) for layer in self.cache.compactable)
         return self.original_store.keep(*block, entries, self.originals)
+
+
+@dataclass(frozen=True)
+class BlockJob:
+    """A whole compaction: a job for each segment of the block, at least one, in the order of the tokens.
+
+    Attributes:
+        jobs: they have one cache. Each plan goes on from the segments of the one before.
+    """
+
+    jobs: tuple[CompactionJob, ...]
+
+    @property
+    def cache(self) -> SessionCache:
+        """Holds the block exact. Nothing else may use it while the jobs run."""
+        return self.jobs[0].cache
+
+    @property
+    def engine(self) -> Engine:
+        return self.jobs[0].engine
+
+    def run(self, progress: Progress) -> list[CompactionResult]:
+        """Compact the segments one after another; the cache is afterwards as it was.
+
+        Args:
+            progress: called at each stage, counted over all segments; an exception that it raises ends the jobs.
+
+        Returns:
+            A result for each segment, to be swapped in one after another.
+
+        Raises:
+            CompactionFailed: as `CompactionJob.run` does.
+        """
+        before, results = self.cache.state(), list[CompactionResult]()
+        try:
+            for number, job in enumerate(self.jobs):
+                if results:
+                    with failures(job.plan.newest):
+                        self.cache.restore(results[-1].swapped_in(self.cache, job.num_pinned))
+                result = job.run(partial(self._report, progress, number))
+                results.append(replace(result, record=replace(result.record, continues=number > 0)))
+        finally:
+            if len(self.jobs) > 1:
+                self.cache.restore(before)
+        return results
+
+    def _report(self, progress: Progress, number: int, stage: str, done: int, total: int) -> None:
+        progress(stage, number * total + done, len(self.jobs) * total)

@@ -300,8 +300,9 @@ def segment_ends(
 
 
 def _num_segments(policy: MemoryPolicy, block_tokens: int) -> int:
-    """How many segments a block becomes; one where a model writes or reads all of it anew for each of them."""
-    is_whole = policy.experiments.recompaction == "refit" or policy.experiments.summary_tokens is not None
+    """How many segments a block becomes; one where the model writes about it, or a gate may give it more slots."""
+    is_refit = policy.experiments.recompaction == "refit"
+    is_whole = is_refit or policy.experiments.summary_tokens is not None or policy.max_error is not None
     if is_whole or "self_study" in (policy.reference_queries or ()):
         return 1
     return max(min(math.ceil(block_tokens / LONGEST_SEGMENT), block_tokens // (2 * _floor_tokens(policy))), 1)
@@ -310,8 +311,7 @@ def _num_segments(policy: MemoryPolicy, block_tokens: int) -> int:
 def plan_segment(policy: MemoryPolicy, sizes: CacheSizes, trigger_tokens: int, ends: Sequence[int]) -> Plan:
     """Plan the compaction of the oldest exact tokens to one segment.
 
-    Room is left for the segments that follow at once, so that a segment is fitted in the slots that it will have. A
-    gate (`max_error`) may take that room.
+    Room is left for the segments that follow at once, so that a segment is fitted in the slots that it will have.
 
     Args:
         trigger_tokens: the trigger without the room for recalled pages, in tokens.
@@ -332,12 +332,20 @@ def plan_segment(policy: MemoryPolicy, sizes: CacheSizes, trigger_tokens: int, e
         for first, last in pairwise([start, *ends])
     )
     bound = max_compact_tokens(policy, trigger_tokens) * sizes.num_heads
-    following = later if policy.max_error is None else []
-    segments = shrink([*older, newest, *following], bound)[: len(older) + 1]
+    segments = shrink([*older, newest, *later], bound)[: len(older) + 1]
     floor = min(policy.experiments.min_slots * sizes.num_heads, newest.num_slots)
     if segments[-1].num_slots < floor:  # after a very long conversation an equal share is below min_slots
         segments = [*shrink(older, bound - floor), resized(newest, floor)]
     return Plan(tuple(shift_into_window(segments, sizes, trigger_tokens)), is_refit)
+
+
+def plan_block(policy: MemoryPolicy, sizes: CacheSizes, trigger_tokens: int, ends: Sequence[int]) -> list[Plan]:
+    """Plan the compaction of a block, a plan for each of its segments; see `plan_segment`."""
+    plans: list[Plan] = []
+    for number in range(len(ends)):
+        plans.append(plan_segment(policy, sizes, trigger_tokens, ends[number:]))
+        sizes = replace(sizes, segments=plans[-1].segments)
+    return plans
 
 
 def shift_into_window(segments: Sequence[Segment], sizes: CacheSizes, trigger_tokens: int) -> list[Segment]:

@@ -95,9 +95,10 @@ Step = RecallRecord | RefinementRecord
 
 @dataclass(frozen=True)
 class CompactionRecord:
-    """A compaction that began when the cache held `at_tokens` logical tokens.
+    """A segment that a compaction made. The compaction began when the cache held `at_tokens` logical tokens.
 
     Attributes:
+        continues: the segment before it was made by the same compaction.
         conversations: self-study's prompts and answers, as token ids. A repeated compaction reads them and does not
             generate them again, because rounding alone may change what a model generates.
         summary: took the place of the block, if the policy asked for one; also read again.
@@ -117,6 +118,7 @@ class CompactionRecord:
     recalls: tuple[RecallRecord, ...] = ()
     refinements: tuple[RefinementRecord, ...] = ()
     policy: Annotated[MemoryPolicy | None, BeforeValidator(_policy_from)] = None
+    continues: bool = False
 
     @property
     def steps(self) -> list[Step]:
@@ -141,6 +143,17 @@ class CompactionRecord:
             recalls=tuple(recall._replace(at_tokens=min(recall.at_tokens, num_tokens)) for recall in self.recalls),
             refinements=tuple(replace(one, at_tokens=min(one.at_tokens, num_tokens)) for one in self.refinements),
         )
+
+
+def by_compaction(records: Iterable[CompactionRecord]) -> list[list[CompactionRecord]]:
+    """The records of each compaction, in order."""
+    found: list[list[CompactionRecord]] = []
+    for record in records:
+        if record.continues and found:
+            found[-1].append(record)
+        else:
+            found.append([record])
+    return found
 
 
 def with_policy(policy: MemoryPolicy | None, records: Iterable[CompactionRecord]) -> list[CompactionRecord]:

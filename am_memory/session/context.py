@@ -16,16 +16,8 @@ from torch import Tensor
 from am_memory.budgets import calibration_for
 from am_memory.compaction.background import BackgroundCompaction
 from am_memory.compaction.compact import failures
-from am_memory.compaction.job import CompactionJob, CompactionResult
-from am_memory.compaction.plan import (
-    CacheSizes,
-    Plan,
-    originals_place,
-    plan_segment,
-    require_progress,
-    segment_ends,
-    trigger_in_tokens,
-)
+from am_memory.compaction.job import CompactionResult
+from am_memory.compaction.plan import CacheSizes, originals_place, require_progress, trigger_in_tokens
 from am_memory.compaction.record import CompactionRecord, with_policy
 from am_memory.compaction.requirements import require_capabilities
 from am_memory.engines.base import Engine, SessionCache
@@ -34,7 +26,6 @@ from am_memory.events import (
     CompactionFinished,
     CompactionProgress,
     CompactionReport,
-    CompactionStarted,
     Listener,
     ReadProgress,
 )
@@ -46,7 +37,7 @@ from am_memory.recall.original_store import OriginalStore
 from am_memory.recall.originals import Original
 from am_memory.recall.paging import Recalled, at_rest
 from am_memory.recall.search_queries import SearchQueries
-from am_memory.session import checkpoints, mounting, notices, pages
+from am_memory.session import checkpoints, jobs, mounting, notices, pages
 from am_memory.session.chat_history import ChatHistory
 from am_memory.session.kept_queries import read_and_keep_queries
 from am_memory.session.limits import recall_room
@@ -75,6 +66,7 @@ class Context:
         checkpoints: where a cache that cannot drop tokens can go back to, in the order of the tokens.
         live: the queries of the last tokens that were read, if the policy uses them.
         trigger_tokens: upper bound on the size of the cache.
+        calibration: sensitivity curves of the model, if the policy's `head_budget` asks for them.
         awaited_text: the compact text for which room is made.
         before_step: the context before the step that runs now; None: no step runs.
         num_steps: steps so far. A thread that finds both as they were has seen no half of a step.
@@ -105,7 +97,7 @@ class Context:
         self.before_step: Before | None = None
         self.num_steps, self._stages, self._recall_room = 0, notices.Stages(), self._room_beside(self.num_fixed)
         self.require_progress()
-        self._calibration = calibration_for(self.policy.head_budget, self.engine.info)
+        self.calibration = calibration_for(self.policy.head_budget, self.engine.info)
         self.live = LiveQueries() if "live" in (self.policy.reference_queries or ()) else None
         self.forget_after_cache()
 
@@ -244,8 +236,7 @@ class Context:
 
     def start_background_compaction(self) -> None:
         """Start a compaction in the background, to be swapped in at the trigger."""
-        first = self._planned(segment_ends(self.policy, self.sizes, None, self._boundary)[:1])
-        self.background_compaction = BackgroundCompaction(self.job(first, self.fork_at_rest()))
+        self.background_compaction = BackgroundCompaction(jobs.next_compaction(self, self.fork_at_rest()))
         self.background_compaction.start()  # after the assignment: a transaction that is undone stops what it finds
 
     def cancel_background_compaction(self) -> None:
@@ -263,18 +254,12 @@ class Context:
         """
         held = pages.put_all_away(self)
         if self.background_compaction is not None and fraction is None:
-            reports = [self.swap_in(self.background_compaction.result(self.progress))]
+            report = self.swap_in(self.background_compaction.result(self.progress))
         else:
-            ends = segment_ends(self.policy, self.sizes, fraction, self._boundary)
-            rest = (ends[number:] for number in range(len(ends)))
-            reports = [self.swap_in(self.job(self._planned(each), self.cache).run(self.progress)) for each in rest]
+            report = self.swap_in(jobs.next_compaction(self, self.cache, fraction).run(self.progress))
         mounting.move_near(self)
         pages.bring_back_all(self, held)
-        return CompactionReport.joined(reports)
-
-    def _planned(self, ends: Sequence[int]) -> Plan:
-        """The plan of a segment of the oldest exact tokens."""
-        return plan_segment(self.policy, self.sizes, self.rest_tokens, ends)
+        return report
 
     def fork_at_rest(self) -> SessionCache:
         """A second cache with the same content, and without the recalled pages."""
@@ -283,52 +268,25 @@ class Context:
             cache.restore(at_rest(cache.state(), self.recalled))
         return cache
 
-    def job(self, plan: Plan, cache: SessionCache, replayed: CompactionRecord | None = None) -> CompactionJob:
-        """Emit `CompactionStarted`, and describe the compaction.
-
-        Args:
-            cache: this context's, or a fork of it.
-            replayed: the record of a compaction that is repeated, under the policy of that time; None: a new one.
-        """
-        segment, policy, calibration, live_start = plan.newest, self.policy, self._calibration, 0
-        if replayed is not None:
-            live_start = replayed.live_start
-            if replayed.policy is not None:
-                policy, calibration = replayed.policy, calibration_for(replayed.policy.head_budget, self.engine.info)
-        self.notify(CompactionStarted(self.name, segment.start, segment.end, cache.kv_tokens))
-        start = max(segment.start, cache.tail_start)
-        return CompactionJob(
-            engine=self.engine,
-            policy=policy,
-            cache=cache,
-            tokens=self.tokens[: segment.end],
-            plan=plan,
-            start=start,
-            num_pinned=self.num_pinned,
-            trigger_tokens=self.rest_tokens,
-            originals=self.originals_place,
-            original_store=self.original_store,
-            weights=self.history.token_weights(policy.tool_result_weight, start, segment.end),
-            live=self.live.since(live_start) if self.live and "live" in (policy.reference_queries or ()) else None,
-            calibration=calibration,
-            replayed=replayed,
-        )
-
-    def swap_in(self, result: CompactionResult) -> CompactionReport:
-        """Replace the block by its slots. The cache may have grown since the compaction began."""
-        cache, record = self.cache, result.record
-        kv_tokens, kv_bytes, kept_before = cache.kv_tokens, cache.nbytes, self.sizes.kept_share
-        with failures(record.plan.newest):
-            state = cache.compacted(record.plan.segments, result.slots, self.num_pinned)
-        cache.restore(state)
+    def swap_in(self, results: Sequence[CompactionResult]) -> CompactionReport:
+        """Replace a block by its slots, segment by segment. The cache may have grown since the compaction began."""
+        kept_before = self.sizes.kept_share
+        report = CompactionReport.joined([self._swap_in(result) for result in results])
         self.background_compaction = None
+        self.notify(CompactionFinished(self.name, report))
+        notices.warn(self, report, kept_before)
+        return report
+
+    def _swap_in(self, result: CompactionResult) -> CompactionReport:
+        cache, record = self.cache, result.record
+        kv_tokens, kv_bytes = cache.kv_tokens, cache.nbytes
+        with failures(record.plan.newest):
+            state = result.swapped_in(cache, self.num_pinned)
+        cache.restore(state)
         self.checkpoints = tuple(held for held in self.checkpoints if held.num_tokens >= cache.num_tokens)
         self.originals = (*self.originals, *result.originals)
         self.records.append(replace(record, lag_tokens=cache.num_tokens - record.at_tokens))
-        report = result.report(self.name, kv_tokens, kv_bytes, cache)
-        self.notify(CompactionFinished(self.name, report))
-        notices.warn(self, result, kept_before)
-        return report
+        return result.report(self.name, kv_tokens, kv_bytes, cache)
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """Emit the progress of a compaction, at each third of a stage."""
@@ -356,7 +314,7 @@ class Context:
         can = self.engine.capabilities
         return None if can.can_rotate_keys else can.why_keys_stay
 
-    def _boundary(self, earliest: int, latest: int) -> int:
+    def boundary(self, earliest: int, latest: int) -> int:
         """The best end of a block; it may lie behind the last token."""
         is_last = latest >= len(self.tokens)
         return latest if is_last else best_boundary(self.engine, self.tokens, earliest, latest)

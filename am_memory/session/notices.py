@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from am_memory.events import GateMissed, LittleKept, WindowExceeded
+from am_memory.events import CompactionReport, GateMissed, LittleKept, WindowExceeded
 
 if TYPE_CHECKING:
-    from am_memory.compaction.job import CompactionResult
     from am_memory.session.context import Context
 
 LITTLE_KEPT = 0.05
@@ -21,30 +20,29 @@ class Stages:
     """Progress that is worth an event: a stage has come a third further."""
 
     def __init__(self) -> None:
-        self._stage, self._done, self._part = "", 0, 0
+        self._last: dict[str, tuple[int, int]] = {}
 
     def is_further(self, stage: str, done: int, total: int) -> bool:
-        """Whether the stage has begun another third since the last call; the same stage may begin again."""
-        part = PARTS * done // max(total, 1)
-        goes_on = stage == self._stage and done > self._done
-        is_further = part > (self._part if goes_on else 0)
-        self._stage, self._done, self._part = stage, done, part
-        return is_further
+        """Whether the stage has begun another third since it was last asked about; it may begin again."""
+        part, (last_done, last_part) = PARTS * done // max(total, 1), self._last.get(stage, (0, 0))
+        goes_on = done > last_done and part >= last_part
+        self._last[stage] = done, part
+        return part > (last_part if goes_on else 0)
 
 
-def warn(context: Context, result: CompactionResult, kept_before: float) -> None:
-    """Emit the events that are due.
+def warn(context: Context, report: CompactionReport, kept_before: float) -> None:
+    """Emit the events that are due after a compaction.
 
     Args:
         kept_before: compact slots per compacted token before the compaction.
     """
-    sizes, segment, limit = context.sizes, result.record.plan.newest, context.policy.max_error
+    sizes, limit, error = context.sizes, context.policy.max_error, report.held_out_error
     is_meant = context.policy.experiments.fit == "no_slots"
     if sizes.kept_share < LITTLE_KEPT <= kept_before and not is_meant:
         num_tokens = sum(held.num_tokens for held in sizes.segments)
         context.notify(LittleKept(context.name, sizes.compact_slots, num_tokens))
-    if limit is not None and result.held_out_error is not None and result.held_out_error > limit:
-        context.notify(GateMissed(context.name, segment.start, segment.end, result.held_out_error, limit))
+    if limit is not None and error is not None and error > limit:
+        context.notify(GateMissed(context.name, report.start, report.end, error, limit))
 
 
 def warn_beyond_window(context: Context, num_tokens: int) -> None:

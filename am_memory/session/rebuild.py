@@ -15,13 +15,14 @@ from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 
-from am_memory.compaction.record import CompactionRecord, RefinementRecord, Step
+from am_memory.compaction.record import CompactionRecord, RefinementRecord, Step, by_compaction
 from am_memory.engines.base import in_chunks
 from am_memory.events import SessionRebuilt
 from am_memory.queries import LiveQueries
 from am_memory.recall.paging import Page
 from am_memory.session import checkpoints, mounting
 from am_memory.session.context import Context
+from am_memory.session.jobs import repeated_compaction
 from am_memory.session.mounts import Mounts
 from am_memory.session.pages import bring_back, exact_pages, fit, put_away, put_away_all_but, recalled_at, record_recall
 from am_memory.session.recalling import make_exact, with_originals
@@ -141,9 +142,9 @@ def _rebuilt(context: Context, num_tokens: int, num_cached: int) -> Context:
         fresh.original_store = context.original_store.without_drops()
     with fresh.transaction():
         steps: tuple[Step, ...] = ()
-        for record in done:
-            _repeat(fresh, steps, record)
-            steps = tuple(step for step in record.steps if step.at_tokens <= num_cached)
+        for records in by_compaction(done):
+            _repeat(fresh, steps, records)
+            steps = tuple(step for step in records[-1].steps if step.at_tokens <= num_cached)
         fresh.originals_place, fresh.original_store = context.originals_place, context.original_store
         if (began_at := _background_start(context, len(done), num_cached)) is not None:
             steps = _repeat_steps(fresh, steps, began_at)
@@ -183,14 +184,19 @@ def _background_start(context: Context, num_done: int, num_cached: int) -> int |
     return next((at_tokens for at_tokens in starts if is_ahead and at_tokens <= num_cached), None)
 
 
-def _repeat(fresh: Context, steps: Sequence[Step], record: CompactionRecord) -> None:
-    """Repeat a compaction, and the steps since the one before; some of them came while it ran in the background."""
-    later = _repeat_steps(fresh, steps, record.at_tokens)
-    read_untriggered(fresh, record.at_tokens)
-    result = fresh.job(record.plan, fresh.fork_at_rest(), record).run(fresh.progress)
-    _repeat_steps(fresh, later, record.swapped_at)
-    read_untriggered(fresh, record.swapped_at)
-    fresh.swap_in(result)
+def _repeat(fresh: Context, steps: Sequence[Step], records: Sequence[CompactionRecord]) -> None:
+    """Repeat a compaction, and the steps since the one before; some of them came while it ran in the background.
+
+    Args:
+        records: of its segments.
+    """
+    at_tokens, swapped_at = records[0].at_tokens, records[0].swapped_at
+    later = _repeat_steps(fresh, steps, at_tokens)
+    read_untriggered(fresh, at_tokens)
+    results = repeated_compaction(fresh, fresh.fork_at_rest(), records).run(fresh.progress)
+    _repeat_steps(fresh, later, swapped_at)
+    read_untriggered(fresh, swapped_at)
+    fresh.swap_in(results)
 
 
 def _repeat_steps(fresh: Context, steps: Sequence[Step], end: int) -> tuple[Step, ...]:

@@ -8,7 +8,7 @@ from html import escape
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from am_memory.formatting import counted, mebibytes
+from am_memory.formatting import cache_bytes, counted, mebibytes
 from am_memory.recall.search_index import index_bytes
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Stats:
         exact_tokens: tokens whose keys and values are exact.
         kv_bytes: memory of keys, values and biases on the device, spare capacity included.
         exact_kv_bytes: memory that an uncompacted cache of the same conversation would take.
-        num_compactions: compactions so far; a long block counts once for each of its segments.
+        num_compactions: compactions so far; each made a segment, or several of a long block.
         num_segments: compact segments now.
         num_refined: those of them that were refined since they were compacted.
         recalled_tokens: compacted tokens that are exact for the time being; not among `exact_tokens`.
@@ -67,7 +67,7 @@ class Stats:
         )
 
     def __repr__(self) -> str:
-        return f"Stats({self}, {cache_bytes(self)})"
+        return f"Stats({self}, {cache_bytes(self.kv_bytes, self.exact_kv_bytes, self.num_compactions)})"
 
     def _repr_html_(self) -> str:
         return html_table("Stats", table_rows(self))
@@ -97,7 +97,7 @@ def _measured(
         exact_tokens=cache.num_exact_tokens,
         kv_bytes=cache.nbytes,
         exact_kv_bytes=cache.exact_nbytes,
-        num_compactions=len(records),
+        num_compactions=sum(not record.continues for record in records),
         num_segments=len(cache.segments),
         originals_bytes=off_device + sum(recalled.nbytes for recalled in pages),
         recalled_tokens=sum(recalled.page.num_tokens for recalled in pages),
@@ -107,18 +107,12 @@ def _measured(
     )
 
 
-def cache_bytes(stats: Stats) -> str:
-    """The bytes of the cache, and those of an uncompacted one; before a compaction they differ by spare capacity."""
-    held = mebibytes(stats.kv_bytes)
-    return f"{held} instead of {mebibytes(stats.exact_kv_bytes)}" if stats.num_compactions else held
-
-
 def table_rows(stats: Stats) -> dict[str, str]:
     """The size as the rows of a table."""
     rows = {
         "tokens": f"{stats.logical_tokens:,}",
         "slots": f"{stats.kv_tokens:,.0f}, {stats.exact_tokens:,} of them exact",
-        "cache": cache_bytes(stats),
+        "cache": cache_bytes(stats.kv_bytes, stats.exact_kv_bytes, stats.num_compactions),
         "compactions": f"{stats.num_compactions:,}, {counted(stats.num_segments, 'segment')} now",
     }
     if stats.num_refined:

@@ -216,10 +216,12 @@ def _unpacked(data: bytes, device: torch.device) -> SavedSession:
 
 
 def _require_records(records: Sequence[CompactionRecord], num_tokens: int) -> None:
-    before = 0
+    before, last = 0, (-1, -1)
     for made in records:
+        at = made.at_tokens, made.swapped_at
         require(
-            before <= made.at_tokens <= made.swapped_at <= num_tokens
+            (at == last if made.continues else made.at_tokens >= before)
+            and made.at_tokens <= made.swapped_at <= num_tokens
             and made.lag_tokens >= 0
             and 0 <= made.live_start <= made.at_tokens
             and all(0 <= step.at_tokens <= num_tokens for step in made.steps)
@@ -227,7 +229,7 @@ def _require_records(records: Sequence[CompactionRecord], num_tokens: int) -> No
             f"a compaction at {made.at_tokens} of {num_tokens} tokens, after one at {before}",
         )
         require_segments(made.plan.segments, made.at_tokens)
-        before = made.swapped_at
+        before, last = made.swapped_at, at
 
 
 def _search_queries(

@@ -27,6 +27,7 @@ from am_memory.events import CompactionFinished, CompactionProgress, CompactionS
 from am_memory.recall.original_store import OriginalStore
 from am_memory.recall.paging import Page
 from am_memory.session.context import Context
+from am_memory.session.jobs import repeated_compaction
 from am_memory.session.rebuild import compacted_after, read_untriggered, rebuild, rewind
 from am_memory.session.recalling import recall
 
@@ -168,7 +169,7 @@ def test_tokens_are_those_of_one_that_is_made_at_once_and_swapped_in_as_late(
     once.tokens = list(context.tokens)
     for entry in context.records:  # in this thread, on the cache itself
         read_untriggered(once, entry.at_tokens)
-        made = once.job(entry.plan, once.cache, entry).run(once.progress)
+        made = repeated_compaction(once, once.cache, [entry]).run(once.progress)
         read_untriggered(once, entry.swapped_at)
         once.swap_in(made)
     assert once.records == context.records

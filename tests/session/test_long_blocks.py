@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -15,9 +16,10 @@ from random_operations import differences
 
 from am_memory import Memory, Sampling, Session
 from am_memory.compaction.job import CompactionJob
+from am_memory.compaction.record import by_compaction
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CompactionFailed
-from am_memory.events import CompactionFinished, Event, ignore
+from am_memory.events import CompactionFinished, CompactionProgress, CompactionStarted, Event, ignore
 from am_memory.session.rebuild import rebuild
 
 LONGEST = 16
@@ -49,17 +51,37 @@ def told_session(memory: Memory) -> Session:
 def test_one_compaction_makes_several_segments_and_one_report(new_memory: NewMemory) -> None:
     events: list[Event] = []
     session = told_session(new_memory(events.append))
+    events.clear()
+    kv_tokens = session.stats.kv_tokens
     report = session.compact(1.0)
-    finished = [event.report for event in events if isinstance(event, CompactionFinished)]
-    assert len(session.segments) == len(finished) == 5
+    assert len(session.segments) == 5
     assert all(segment.num_tokens <= 1.25 * LONGEST for segment in session.segments)
     assert all(before.end == after.start for before, after in pairwise(session.segments))
     assert (report.start, report.end) == (session.segments[0].start, session.segments[-1].end) == (3, 79)
-    assert report.num_slots == pytest.approx(sum(one.num_slots for one in finished))
-    assert report.kv_tokens_before == finished[0].kv_tokens_before
-    assert report.kv_tokens_after == finished[-1].kv_tokens_after == session.stats.kv_tokens
-    assert report.seconds == pytest.approx(sum(one.seconds for one in finished))
-    assert min(one.output_error for one in finished) <= report.output_error <= max(one.output_error for one in finished)
+    num_heads = context_of(session).cache.num_heads
+    assert report.num_slots == pytest.approx(sum(one.num_slots for one in session.segments) / num_heads)
+    assert (report.kv_tokens_before, report.kv_tokens_after) == (kv_tokens, session.stats.kv_tokens)
+    assert 0 < report.output_error < 1
+    assert report.seconds > 0
+    assert session.stats.num_compactions == 1
+    first, *progress, last = events
+    assert first == CompactionStarted("alice", 3, 79, kv_tokens)
+    assert last == CompactionFinished("alice", report)
+    assert all(isinstance(event, CompactionProgress) for event in progress)
+    stages = Counter(event.stage for event in progress if isinstance(event, CompactionProgress))
+    assert stages == {"repeat": 3, "score": 3, "fit": 3}
+
+
+def test_a_compaction_in_the_background_covers_the_whole_block(new_memory: NewMemory) -> None:
+    memory = new_memory(ahead_tokens=12)
+    session = memory.session("alice")
+    session.append(some_tokens(100))
+    compactions = by_compaction(records_of(session))
+    assert session.stats.num_compactions == len(compactions) >= 1
+    for records in compactions:
+        assert len(records) > 1
+        assert len({(record.at_tokens, record.swapped_at) for record in records}) == 1
+        assert records[0].lag_tokens == 12
 
 
 @pytest.mark.parametrize("ahead_tokens", [0, 12])

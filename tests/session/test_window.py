@@ -19,6 +19,7 @@ from pydantic import TypeAdapter
 
 from am_memory import Experiments, Memory, Sampling, Session
 from am_memory.compaction.plan import CacheSizes, Plan, plan_segment, segment_ends, shift_into_window
+from am_memory.compaction.record import CompactionRecord
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.events import Event, WindowExceeded, ignore
 from am_memory.kv_cache.int8 import Quantised
@@ -26,6 +27,7 @@ from am_memory.kv_cache.slots import PINNED_RANK, Segment
 from am_memory.recall.paging import Page
 from am_memory.session import pages
 from am_memory.session.context import Context
+from am_memory.session.jobs import repeated_compaction
 
 WINDOW = 160
 POLICY = tight_policy(trigger_tokens=64)
@@ -162,7 +164,8 @@ def test_only_keys_turn_and_pinned_ones_go_with_the_oldest_segment(new_memory: N
     )
     far = Plan(tuple(replace(each, shift=each.shift + 50) for each in fitted.segments[:-1]) + fitted.segments[-1:])
     for each, planned in ((still, fitted), (context, far)):
-        each.swap_in(each.job(planned, each.cache).run(lambda *_: None))
+        record = CompactionRecord(each.cache.num_tokens, planned)
+        each.swap_in(repeated_compaction(each, each.cache, [record]).run(lambda *_: None))
     for layer, unmoved in zip(context.cache.compactable, still.cache.compactable, strict=True):
         slots, expected = layer.slots, unmoved.slots
         assert torch.equal(slots.value, expected.value)
