@@ -300,10 +300,14 @@ def segment_ends(
 
 
 def _num_segments(policy: MemoryPolicy, block_tokens: int) -> int:
-    """How many segments a block becomes; one where the model writes about it, or a gate may give it more slots."""
-    is_refit = policy.experiments.recompaction == "refit"
-    is_whole = is_refit or policy.experiments.summary_tokens is not None or policy.max_error is not None
-    if is_whole or "self_study" in (policy.reference_queries or ()):
+    """How many segments a block becomes.
+
+    It stays one where the model writes about it, where a gate may give it more slots, and where some messages count
+    less: within a segment they leave slots to others, and segments get equal shares.
+    """
+    is_written_about = policy.experiments.summary_tokens is not None or "self_study" in (policy.reference_queries or ())
+    is_refit, is_gated = policy.experiments.recompaction == "refit", policy.max_error is not None
+    if is_written_about or is_refit or is_gated or policy.tool_result_weight < 1:
         return 1
     return max(min(math.ceil(block_tokens / LONGEST_SEGMENT), block_tokens // (2 * _floor_tokens(policy))), 1)
 

@@ -165,10 +165,12 @@ def test_each_segment_of_a_long_block_has_room_for_its_floor() -> None:
         MemoryPolicy(reference_queries=("self_study",)),
         MemoryPolicy(experiments=Experiments(summary_tokens=100)),
         MemoryPolicy(experiments=Experiments(recompaction="refit")),
+        MemoryPolicy(max_error=0.1),
+        MemoryPolicy(tool_result_weight=0.5),
     ],
-    ids=["self_study", "summary", "refit"],
+    ids=["self_study", "summary", "refit", "gate", "weights"],
 )
-def test_a_block_that_the_model_writes_about_is_one_segment(policy: MemoryPolicy) -> None:
+def test_a_block_that_must_be_fitted_as_a_whole_is_one_segment(policy: MemoryPolicy) -> None:
     assert segment_ends(policy, exact_sizes(4000), 1.0) == [4000]
 
 
