@@ -8,6 +8,7 @@ from itertools import count, islice, pairwise
 from random import Random
 from threading import Event as Signal
 from threading import Thread, get_ident
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from am_memory.engines.base import SessionCache
 from am_memory.engines.transformers import TransformersEngine
 from am_memory.errors import CompactionFailed, InvalidInput, UnsupportedOperation
 from am_memory.events import CompactionFinished, CompactionStarted, Event
+from am_memory.session import jobs
 from am_memory.session.appending import add, encode, read
 from am_memory.session.batch import Batch
 from am_memory.session.reading import PromptReading
@@ -408,14 +410,14 @@ def test_a_failing_compaction_ends_its_answer_alone(
     memory: Memory, engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sessions = sessions_of(memory)
-    job = type(context_of(sessions[0])).job
+    next_compaction = jobs.next_compaction
 
-    def failing(context: object, *args: object) -> object:
+    def failing(context: Any, *args: Any) -> object:
         if context is context_of(sessions[3]):
             raise CompactionFailed("boom")
-        return job(context, *args)  # type: ignore[arg-type]
+        return next_compaction(context, *args)
 
-    monkeypatch.setattr(type(context_of(sessions[0])), "job", failing)
+    monkeypatch.setattr(jobs, "next_compaction", failing)
     answers = [session.generate(80) for session in sessions]
     with pytest.raises(CompactionFailed, match="boom"):
         together(memory, answers)
