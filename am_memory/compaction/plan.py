@@ -300,11 +300,7 @@ def segment_ends(
 
 
 def _num_segments(policy: MemoryPolicy, block_tokens: int) -> int:
-    """How many segments a block becomes.
-
-    It stays one where the model writes about it, where a gate may give it more slots, and where some messages count
-    less: within a segment they leave slots to others, and segments get equal shares.
-    """
+    """How many segments a block becomes: one where a text about it, a gate or weights of messages concern all of it."""
     is_written_about = policy.experiments.summary_tokens is not None or "self_study" in (policy.reference_queries or ())
     is_refit, is_gated = policy.experiments.recompaction == "refit", policy.max_error is not None
     if is_written_about or is_refit or is_gated or policy.tool_result_weight < 1:
@@ -315,11 +311,9 @@ def _num_segments(policy: MemoryPolicy, block_tokens: int) -> int:
 def plan_segment(policy: MemoryPolicy, sizes: CacheSizes, trigger_tokens: int, ends: Sequence[int]) -> Plan:
     """Plan the compaction of the oldest exact tokens to one segment.
 
-    Room is left for the segments that follow at once, so that a segment is fitted in the slots that it will have.
-
     Args:
         trigger_tokens: the trigger without the room for recalled pages, in tokens.
-        ends: of the segment, and of those that follow at once, see `segment_ends`.
+        ends: of the segment, and of those that follow at once and for which room is left; see `segment_ends`.
 
     Raises:
         BudgetTooSmall: a head would get fewer than `min_slots`.
