@@ -96,7 +96,7 @@ class CompactionReport:
 
     @classmethod
     def joined(cls, reports: Sequence[CompactionReport]) -> CompactionReport:
-        """One report of consecutive segments that were compacted at once."""
+        """One report of consecutive segments that were compacted at once; with a gate there is only one."""
         first, last = reports[0], reports[-1]
         if first is last:
             return first
@@ -105,7 +105,6 @@ class CompactionReport:
             weighted = (error**2 * (one.end - one.start) for error, one in zip(errors, reports, strict=True))
             return math.sqrt(sum(weighted) / (last.end - first.start))
 
-        held_out = [one.held_out_error for one in reports if one.held_out_error is not None]
         return replace(
             last,
             start=first.start,
@@ -118,7 +117,6 @@ class CompactionReport:
             score_seconds=sum(one.score_seconds for one in reports),
             fit_seconds=sum(one.fit_seconds for one in reports),
             num_unbiased_heads=max(one.num_unbiased_heads for one in reports),
-            held_out_error=mean_square(held_out) if len(held_out) == len(reports) else None,
         )
 
 

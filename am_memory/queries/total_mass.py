@@ -9,7 +9,7 @@ from am_memory.engines.base import SessionLayer
 from am_memory.solver import Block, log_mass
 
 MOST_SAMPLED = 1024
-"""Of more keys than that, evenly spaced ones stand for all: a mass is only a weight in a fit."""
+"""Of more keys than that, so many stand for all: a mass is only a weight in a fit."""
 ALL_RECENT = 64
 """The newest keys get much attention, so that none of them is left out."""
 
